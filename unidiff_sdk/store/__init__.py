@@ -1,0 +1,7 @@
+"""Where the vectors live: one protocol, one filter language, Qdrant Edge or a Qdrant server behind them."""
+
+from __future__ import annotations
+
+from .protocol import Found, Record, Store, Vector
+
+__all__ = ["Found", "Record", "Store", "Vector"]

@@ -1,0 +1,161 @@
+"""Qdrant Edge: the Qdrant engine inside this process, its data in one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qdrant_edge as edge
+
+from ..errors import StoreError
+from .filters import Clause, Compare, index_kinds, translate
+from .protocol import VECTOR, Found, Record, Vector, check_records
+
+__all__ = ["EdgeStore"]
+
+_INDEX_TYPES = {
+    "keyword": edge.PayloadSchemaType.Keyword,
+    "float": edge.PayloadSchemaType.Float,
+    "bool": edge.PayloadSchemaType.Bool,
+}
+
+
+class EdgeStore:
+    """A store in a folder; created if the folder has none.
+
+    The engine locks itself (16 threads mixing upserts, searches and deletes are tested); only creating payload
+    indexes and closing are guarded here. One process may hold the folder at a time.
+
+    Args:
+        path: folder of the shard.
+        dim: length of the vectors.
+    """
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self.path, self.dim = path, dim
+        self._lock = threading.Lock()
+        self._closed = False
+        with _translated(path):
+            if (path / "edge_config.json").is_file():
+                self._shard = edge.EdgeShard.load(str(path))
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+                vectors = {VECTOR: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Dot)}
+                self._shard = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
+            self._indexed = set(self._shard.info().payload_schema)
+
+    def upsert(self, records: Sequence[Record]) -> None:
+        check_records(records, self.dim)
+        points = [edge.Point(r.id, {VECTOR: r.vector.tolist()}, r.payload) for r in records]
+        with self._engine() as shard:
+            shard.update(edge.UpdateOperation.upsert_points(points))
+
+    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
+        request = edge.QueryRequest(
+            query=edge.Query.Nearest(vector.tolist(), using=VECTOR),
+            limit=limit,
+            offset=offset,
+            filter=self._filter(where),
+            with_payload=True,
+        )
+        with self._engine() as shard:
+            return [Found(str(p.id), p.score, p.payload or {}) for p in shard.query(request)]
+
+    def retrieve(self, ids: Sequence[str]) -> list[Record]:
+        with self._engine() as shard:
+            return [_record(point) for point in shard.retrieve(list(ids), True, True)]
+
+    def scroll(self, batch_size: int = 256) -> Iterator[list[Record]]:
+        offset = None
+        while True:
+            request = edge.ScrollRequest(offset=offset, limit=batch_size, with_payload=True, with_vector=True)
+            with self._engine() as shard:
+                points, offset = shard.scroll(request)
+            if points:
+                yield [_record(point) for point in points]
+            if offset is None:
+                return
+
+    def delete(self, ids: Sequence[str]) -> None:
+        with self._engine() as shard:
+            shard.update(edge.UpdateOperation.delete_points(list(ids)))
+
+    def count(self, where: Clause | None = None) -> int:
+        with self._engine() as shard:
+            return int(shard.count(edge.CountRequest(exact=True, filter=self._filter(where))))
+
+    def optimize(self) -> None:
+        """Merge segments and build the HNSW index. The engine holds the GIL for the whole run."""
+        with self._engine() as shard:
+            shard.optimize()
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                with _translated(self.path):
+                    self._shard.flush()
+                    self._shard.close()
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[edge.EdgeShard]:
+        if self._closed:
+            raise StoreError(f"The store at {self.path} is closed.")
+        with _translated(self.path):
+            yield self._shard
+
+    def _filter(self, where: Clause | None) -> edge.Filter | None:
+        if where is None:
+            return None
+        self._index(index_kinds(where))
+        return translate(where, edge.Filter, _test)  # type: ignore[no-any-return]
+
+    def _index(self, kinds: dict[str, str]) -> None:
+        """Give every column an index when it is first filtered by: ten times faster on 20,000 items, built in 60 ms."""
+        if kinds.keys() <= self._indexed:
+            return
+        with self._lock, self._engine() as shard:
+            for key in kinds.keys() - self._indexed:
+                shard.update(edge.UpdateOperation.create_field_index(key, _INDEX_TYPES[kinds[key]]))
+                self._indexed.add(key)
+
+
+def _record(point: Any) -> Record:
+    return Record(str(point.id), np.asarray(point.vector[VECTOR], np.float32), point.payload or {})
+
+
+def _test(test: Compare) -> Any:
+    key, op, value = test.key, test.op, test.value
+    if op == "empty":
+        return edge.IsEmptyCondition(key)
+    if op == "null":
+        return edge.IsNullCondition(key)
+    if op != "eq":
+        return edge.FieldCondition(key, range=edge.RangeFloat(**{op: float(value)}))
+    if isinstance(value, bool):
+        # A Python bool is taken for an int by the binding and then matches nothing; numpy's bool is not.
+        return edge.FieldCondition(key, match=edge.MatchValue(np.bool_(value)))  # type: ignore[arg-type]
+    if isinstance(value, str):
+        return edge.FieldCondition(key, match=edge.MatchValue(value))
+    return edge.FieldCondition(key, range=edge.RangeFloat(gte=float(value), lte=float(value)))
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """The engine raises bare Exceptions; say them as StoreErrors, and the one that users meet in plain words."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        reason = str(error)
+        if "WouldBlock" in reason:
+            raise StoreError(
+                f"{path.parent} is in use by another process or by another Catalog object: close that one first. "
+                "(Several processes at once need a Qdrant server: Catalog('http://…').)"
+            ) from None
+        raise StoreError(f"The store at {path} failed: {reason}") from error

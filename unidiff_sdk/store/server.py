@@ -1,0 +1,161 @@
+"""A Qdrant server or cluster, through qdrant-client."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from qdrant_client import QdrantClient, models
+
+from ..errors import StoreError
+from .filters import Clause, Compare, index_kinds, translate
+from .protocol import VECTOR, Found, Record, Vector, check_records
+
+__all__ = ["ServerStore"]
+
+_INDEX_TYPES = {
+    "keyword": models.PayloadSchemaType.KEYWORD,
+    "float": models.PayloadSchemaType.FLOAT,
+    "bool": models.PayloadSchemaType.BOOL,
+}
+
+
+class ServerStore:
+    """A store in a collection, created if the server has none of that name.
+
+    The bundle's fingerprint is kept in the collection's metadata, so that everyone who opens it is warned alike.
+
+    Args:
+        client: a connected client (its local mode, `QdrantClient(":memory:")`, serves tests).
+        collection: name of the collection.
+        dim: length of the vectors.
+        fingerprint: of the bundle that makes the vectors.
+    """
+
+    def __init__(self, client: QdrantClient, collection: str, dim: int, fingerprint: str) -> None:
+        self.client, self.collection, self.dim = client, collection, dim
+        self._lock = threading.Lock()
+        self._closed = False
+        self._indexed: set[str] = set()
+        with self._engine():
+            if not client.collection_exists(collection):
+                client.create_collection(
+                    collection,
+                    vectors_config={VECTOR: models.VectorParams(size=dim, distance=models.Distance.DOT)},
+                    metadata={"unidiff": {"fingerprint": fingerprint}},
+                )
+        self._check(fingerprint)
+
+    def _check(self, fingerprint: str) -> None:
+        with self._engine():
+            config = self.client.get_collection(self.collection).config
+        vectors = config.params.vectors
+        params = vectors.get(VECTOR) if isinstance(vectors, dict) else None
+        metadata = (config.metadata or {}).get("unidiff")
+        if params is None or metadata is None:
+            raise StoreError(f'The collection "{self.collection}" was not made by UniDiff: choose another.')
+        if metadata["fingerprint"] != fingerprint or params.size != self.dim:
+            raise StoreError(
+                f'The collection "{self.collection}" was indexed with another bundle (fingerprint '
+                f"{metadata['fingerprint'][:12]}, {params.size} dimensions) than this one ({fingerprint[:12]}, "
+                f"{self.dim} dimensions). Open it with that bundle, or index into a new collection: Catalog(url, collection=…)."
+            )
+
+    def upsert(self, records: Sequence[Record]) -> None:
+        check_records(records, self.dim)
+        points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
+        with self._engine():
+            self.client.upsert(self.collection, points, wait=True)
+
+    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
+        with self._engine():
+            response = self.client.query_points(
+                self.collection,
+                query=vector.tolist(),
+                using=VECTOR,
+                limit=limit,
+                offset=offset,
+                query_filter=self._filter(where),
+                with_payload=True,
+            )
+        return [Found(str(p.id), p.score, p.payload or {}) for p in response.points]
+
+    def retrieve(self, ids: Sequence[str]) -> list[Record]:
+        with self._engine():
+            points = self.client.retrieve(self.collection, list(ids), with_payload=True, with_vectors=True)
+        return [_record(point) for point in points]
+
+    def scroll(self, batch_size: int = 256) -> Iterator[list[Record]]:
+        offset = None
+        while True:
+            with self._engine():
+                points, offset = self.client.scroll(
+                    self.collection, limit=batch_size, offset=offset, with_payload=True, with_vectors=True
+                )
+            if points:
+                yield [_record(point) for point in points]
+            if offset is None:
+                return
+
+    def delete(self, ids: Sequence[str]) -> None:
+        with self._engine():
+            self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
+
+    def count(self, where: Clause | None = None) -> int:
+        with self._engine():
+            return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
+
+    def optimize(self) -> None:
+        """Nothing to do: a server builds its index in the background."""
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.client.close()
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[None]:
+        """Say every failure of the client or the server as a StoreError."""
+        if self._closed:
+            raise StoreError(f'The connection to the collection "{self.collection}" is closed.')
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            raise StoreError(f'The Qdrant server failed on the collection "{self.collection}": {reason}') from error
+
+    def _filter(self, where: Clause | None) -> models.Filter | None:
+        if where is None:
+            return None
+        self._index(index_kinds(where))
+        return translate(where, models.Filter, _test)  # type: ignore[no-any-return]
+
+    def _index(self, kinds: dict[str, str]) -> None:
+        """Give every column an index when it is first filtered by; asking again for one that exists does nothing."""
+        with self._lock:
+            for key in kinds.keys() - self._indexed:
+                self.client.create_payload_index(self.collection, key, _INDEX_TYPES[kinds[key]], wait=True)
+                self._indexed.add(key)
+
+
+def _record(point: Any) -> Record:
+    return Record(str(point.id), np.asarray(point.vector[VECTOR], np.float32), point.payload or {})
+
+
+def _test(test: Compare) -> Any:
+    key, op, value = test.key, test.op, test.value
+    if op == "empty":
+        return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+    if op == "null":
+        return models.IsNullCondition(is_null=models.PayloadField(key=key))
+    if op != "eq":
+        return models.FieldCondition(key=key, range=models.Range(**{op: float(value)}))
+    if isinstance(value, (bool, str)):
+        return models.FieldCondition(key=key, match=models.MatchValue(value=value))
+    return models.FieldCondition(key=key, range=models.Range(gte=float(value), lte=float(value)))
