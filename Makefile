@@ -1,0 +1,63 @@
+# Two environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything. Each is brought up to date only
+# when pyproject.toml or constraints.txt changed. `make` alone lists what there is.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+VENV := .venv
+DEMO_VENV := .venv-demo
+PIP := -m pip install --quiet --disable-pip-version-check
+LOCK := pyproject.toml constraints.txt
+ARGS ?=
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(DEMO_VENV)/.ready ## index, search and generate without PyTorch; writes demo/index.html
+	@$(DEMO_VENV)/bin/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.ready ## the quick test suite
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.ready ## the whole test suite
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; writes pipeline/index.html
+	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
+
+tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default bundle (two hours on two cores)
+	$(VENV)/bin/python -m unidiff_sdk.training.tiny $(ARGS)
+
+bench: $(DEMO_VENV)/.ready ## what the README claims, measured here
+	$(DEMO_VENV)/bin/python benchmarks/cold_start.py --out benchmarks/results/cold_start.json $(ARGS)
+
+bench-ci: $(VENV)/.ready ## short latency gates against PyTorch in the same run
+	$(VENV)/bin/python benchmarks/ci.py $(ARGS)
+
+lint: $(VENV)/.ready ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean: ## remove environments, outputs and caches
+	rm -rf $(VENV) $(DEMO_VENV) demo pipeline build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(DEMO_VENV)/.ready: $(LOCK)
+	@python=$$(.ci/find-python $(PYTHON)); \
+	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@echo "Installing the runtime into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[cpu]"
+	@touch $@
+
+$(VENV)/.ready: $(LOCK)
+	@python=$$(.ci/find-python $(PYTHON)); \
+	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(@D)/bin/python .ci/torch_build.py constraints.txt
+	@echo "Installing runtime, training, export and test tools into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[cpu,train,export,dev]"
+	@touch $@
+
+.PHONY: help demo test test-all pipeline tiny bench bench-ci lint clean
