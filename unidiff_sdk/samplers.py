@@ -188,7 +188,8 @@ class Schedule:
         if self.timestep_spacing == "trailing":
             # sliced, because rounding can make arange one longer
             return np.arange(total, 0, -total / steps).round()[:steps] - 1
-        timesteps: Float64 = (np.arange(points) * (total // points))[::-1][:steps] + float(self.steps_offset)
+        spaced = np.arange(points, dtype=np.float64) * (total // points)
+        timesteps = spaced[::-1][:steps] + self.steps_offset
         if timesteps[0] >= total:
             raise OptionError(f"steps is {steps}, which starts beyond the model's {total} timesteps; use fewer")
         return timesteps
