@@ -1,0 +1,1 @@
+"""Catalogues on disk: reading anyone's (`reader`), and drawing the synthetic ones (`synthetic`)."""

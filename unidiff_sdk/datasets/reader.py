@@ -1,0 +1,234 @@
+"""Read a catalogue folder: images, and a table beside them that gives each its caption and columns.
+
+The convention is Hugging Face's `imagefolder`: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, in which
+`file_name` is the image's path inside the folder and `text` its caption; every other column is payload.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+__all__ = ["BadRow", "Row", "count_rows", "read_catalogue"]
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product: an image that exists inside the folder, its caption, its other columns."""
+
+    path: Path
+    text: str
+    payload: dict[str, Any] = field(default_factory=dict)
+    line: int = 0  # in the metadata file, from 1; the header of a csv is line 1
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    line: int
+    file_name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}"
+
+
+def read_catalogue(
+    folder: str | Path, *, strict: bool = False, on_error: Callable[[BadRow], None] | None = None
+) -> Iterator[Row]:
+    """Read the rows of a catalogue folder, one at a time and in order.
+
+    Args:
+        folder: holds the images and a metadata file.
+        strict: raise at the first bad row instead of passing it over.
+        on_error: called with each bad row; without it, bad rows are logged as warnings.
+
+    Raises:
+        DataError: the folder or its metadata file is missing or unreadable; in strict mode, a bad row.
+    """
+    metadata = _metadata(folder)
+    root = metadata.parent.resolve()
+    return _checked(root, metadata, strict, on_error or (lambda bad: _log.warning("%s, %s", metadata, bad)))
+
+
+def count_rows(folder: str | Path) -> int:
+    """How many rows the metadata file of a folder has, good and bad. Raises DataError as `read_catalogue` does."""
+    metadata = _metadata(folder)
+    if metadata.suffix == ".parquet":
+        return int(_open_parquet(metadata).metadata.num_rows)
+    return sum(1 for _ in _READERS[metadata.suffix](metadata))
+
+
+def _metadata(folder: str | Path) -> Path:
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder. A catalogue is a folder of images with a metadata file.")
+    for name in METADATA:
+        if (root / name).is_file():
+            return root / name
+    raise DataError(
+        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}. Each row of it names an image and its caption: "
+        '{"file_name": "boots.png", "text": "red leather boots", "price": 79.0}'
+    )
+
+
+def _checked(root: Path, metadata: Path, strict: bool, on_error: Callable[[BadRow], None]) -> Iterator[Row]:
+    for line, columns in _READERS[metadata.suffix](metadata):
+        row = _check(root, line, columns)
+        if isinstance(row, Row):
+            yield row
+        elif strict:
+            raise DataError(f"{metadata}, {row}")
+        else:
+            on_error(row)
+
+
+def _check(root: Path, line: int, columns: dict[str, Any] | str) -> Row | BadRow:
+    if isinstance(columns, str):
+        return BadRow(line, "", columns)
+    payload = {key: value for key, value in columns.items() if not _is_missing(value)}
+    name, text = payload.pop("file_name", None), payload.pop("text", None)
+    if not isinstance(name, str) or not name.strip():
+        return BadRow(line, "", "it has no file_name")
+    if not isinstance(text, str) or not text.strip():
+        return BadRow(line, name, "it has no caption (text)")
+    try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            return BadRow(line, name, "the path leads out of the catalogue's folder")
+        if not path.is_file():
+            return BadRow(line, name, "there is no such image file")
+    except (OSError, ValueError) as error:  # a name with a null byte, or too long for the file system
+        return BadRow(line, name[:80], f"this is not a path ({error})")
+    return Row(path, text.strip(), payload, line)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+# ------------------------------------------------------------------------------------------------ formats
+# Each yields (line, columns), or (line, what is wrong with it).
+
+_Rows = Iterator[tuple[int, dict[str, Any] | str]]
+
+
+def _read_jsonl(path: Path) -> _Rows:
+    for line, content in _lines(path):
+        if not content.strip():
+            continue
+        try:
+            columns = json.loads(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield line, f"this is not JSON ({error})"
+            continue
+        yield line, columns if isinstance(columns, dict) else "this is not a JSON object"
+
+
+def _read_csv(path: Path) -> _Rows:
+    """Two passes: a column is numeric or boolean only if all of its cells are."""
+    converters: dict[str, Callable[[str], Any]] = {}
+    for _, cells in _read_cells(path):
+        if isinstance(cells, dict):
+            for column, cell in cells.items():
+                converters[column] = _narrowest(cell, converters.get(column, _KINDS[0]))
+    for line, cells in _read_cells(path):
+        if isinstance(cells, dict):
+            yield line, {c: cell if c in ("file_name", "text") else converters[c](cell) for c, cell in cells.items()}
+        else:
+            yield line, cells
+
+
+def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
+    reader = csv.reader(content for _, content in _lines(path))
+    try:
+        header = next(reader, [])
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                yield reader.line_num, f"it has {len(cells)} cells where the header has {len(header)}"
+            else:
+                yield reader.line_num, {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _to_bool(cell: str) -> bool:
+    return {"true": True, "false": False}[cell.lower()]
+
+
+def _to_int(cell: str) -> int:
+    if str(int(cell)) != cell:  # an article number such as 00123 must not lose its zeros
+        raise ValueError(cell)
+    return int(cell)
+
+
+def _to_float(cell: str) -> float:
+    value = float(cell)
+    if not math.isfinite(value) or (cell[0] == "0" and cell[1:2].isdigit()):
+        raise ValueError(cell)
+    return value
+
+
+_KINDS: tuple[Callable[[str], Any], ...] = (_to_bool, _to_int, _to_float, str)
+
+
+def _narrowest(cell: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The first kind, from `kind` on, that can hold this cell."""
+    for candidate in _KINDS[_KINDS.index(kind) :]:
+        try:
+            candidate(cell)
+        except (ValueError, KeyError):
+            continue
+        return candidate
+    return str
+
+
+def _read_parquet(path: Path) -> _Rows:
+    line = 0
+    for batch in _open_parquet(path).iter_batches(batch_size=1024):
+        for columns in batch.to_pylist():
+            line += 1
+            yield line, columns
+
+
+def _open_parquet(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from enumerate(file, start=1)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+_READERS: dict[str, Callable[[Path], _Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
