@@ -1,0 +1,95 @@
+"""ONNX Runtime sessions. The only file that knows its packages, execution providers and session options."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, OptionError, ProviderError
+
+__all__ = ["DEVICES", "create_session"]
+
+DEVICES: dict[str, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""For each device, its execution providers: first the one that must load, then those that take what it cannot run."""
+
+_ERRORS_ONLY = 3
+
+
+def create_session(file: Path, *, device: str = "cpu", threads: int | None = None) -> Any:
+    """Load an ONNX graph: an `onnxruntime.InferenceSession` whose first provider is the device's.
+
+    Args:
+        file: the `.onnx` file.
+        device: "cpu", "cuda" or "tensorrt".
+        threads: how many threads one call uses on the CPU; by default one for each core.
+
+    Raises:
+        OptionError: there is no such device, or `threads` is not positive.
+        ProviderError: ONNX Runtime is not installed properly, or the device did not load.
+        BundleError: ONNX Runtime cannot read the file.
+    """
+    if device not in DEVICES:
+        raise OptionError(f"device {device!r} is not known; use one of {', '.join(DEVICES)}")
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads is {threads}; give at least 1, or None for one a core")
+    onnxruntime = _import_onnxruntime()
+    wanted, *_ = providers = DEVICES[device]
+    available = onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise ProviderError(f"{_cannot_use(device)}: this ONNX Runtime was built for {', '.join(available)} only")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0  # 0: one a core
+    # Idle threads of one graph must not compete with the next graph's: text encoder, UNet, decoder take turns.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=[name for name in providers if name in available]
+        )
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        raise BundleError(f"{file}: ONNX Runtime cannot load this graph ({error})") from error
+    if session.get_providers()[0] != wanted:
+        # listed as available, yet its libraries could not be loaded: ONNX Runtime then falls back without an error
+        raise ProviderError(f"{_cannot_use(device)}: its libraries did not load")
+    return session
+
+
+def _cannot_use(device: str) -> str:
+    return (
+        f"device {device!r} cannot be used (an NVIDIA driver and CUDA 13 are needed; pip install 'unidiff-sdk"
+        f"[{'trt' if device == 'tensorrt' else 'gpu'}]' brings the rest; device='cpu' always works)"
+    )
+
+
+def _import_onnxruntime() -> Any:
+    """The module; or a sentence on how to get exactly one of the two packages that provide it."""
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) == 2:
+        raise ProviderError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one of them: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'unidiff-sdk[cpu]'   (or [gpu])"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        problem = f"{installed[0]} is damaged ({error})" if installed else "ONNX Runtime is not installed"
+        remedy = "--force-reinstall " + installed[0] if installed else "'unidiff-sdk[cpu]'   (or [gpu])"
+        raise ProviderError(f"{problem}: pip install {remedy}") from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        # what is left of the module after one of two overlapping packages was removed
+        raise ProviderError("onnxruntime is damaged: pip install --force-reinstall onnxruntime")
+    return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
