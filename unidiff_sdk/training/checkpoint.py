@@ -1,0 +1,325 @@
+"""Checkpoints: a Stable Diffusion pipeline folder with its CLIP beside it, which diffusers and transformers open as is.
+
+    model_index.json  unet/ vae/ text_encoder/ tokenizer/ scheduler/    what StableDiffusionPipeline reads
+    clip/                                                               what CLIPModel reads
+    unidiff.json                                                        where it comes from: config, metrics, data
+
+Only safetensors are read and written, nothing is ever unpickled or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+from transformers.utils import logging as transformers_logging
+
+from unidiff_sdk.errors import CheckpointError
+
+__all__ = ["TINY", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+
+TINY = Path(__file__).parents[1] / "models" / "tiny_checkpoint"
+
+PARTS = {
+    "model_index.json": "the diffusers pipeline index",
+    "unet/config.json": "the UNet",
+    "vae/config.json": "the VAE",
+    "text_encoder/config.json": "the pipeline's text encoder",
+    "tokenizer/tokenizer_config.json": "the tokenizer",
+    "scheduler/scheduler_config.json": "the noise scheduler",
+    "clip/config.json": "the CLIP model",
+    "clip/preprocessor_config.json": "CLIP's preprocessing",
+}
+DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+TEXT_PREFIX = "text_model."
+
+# transformers 5 names its torchvision-free image processor differently; 4.57 has only the one.
+ImageProcessor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The parts of one model, on the CPU, in float32 and in eval mode.
+
+    Where `shared` is true, `text_encoder` is the very tower of `clip` (the same parameters), so that training either
+    trains both.
+    """
+
+    path: Path
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    clip: CLIPModel
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: Any
+    image_processor: Any
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the pipeline's text encoder and CLIP's text tower are the same parameters."""
+        return _tower(self.text_encoder) is _tower(self.clip.text_model)
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the square pictures that the UNet and VAE make."""
+        return int(self.unet.config.sample_size) * self.latent_factor
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder, or the built-in base by the name "tiny".
+
+    Always float32, whatever was stored. Raises CheckpointError where a part is missing, unreadable, or incomplete.
+    """
+    folder = TINY if str(path) == "tiny" else Path(path)
+    _require_parts(folder, named_tiny=str(path) == "tiny")
+    with _quiet():
+        clip = _load(CLIPModel, folder / "clip")
+        checkpoint = Checkpoint(
+            path=folder,
+            unet=_load(UNet2DConditionModel, folder / "unet"),
+            vae=_load(AutoencoderKL, folder / "vae"),
+            clip=clip,
+            text_encoder=_share(_load(CLIPTextModel, folder / "text_encoder"), clip),
+            tokenizer=_read(CLIPTokenizer, folder / "tokenizer"),
+            scheduler=_read(_scheduler_class(folder), folder / "scheduler"),
+            image_processor=_read(ImageProcessor, folder / "clip"),
+            meta=_json(folder / "unidiff.json") if (folder / "unidiff.json").exists() else {},
+        )
+    return checkpoint
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    scheduler: Any,
+    image_processor: Any,
+    meta: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a checkpoint folder; an older checkpoint at `path` is replaced only once the new one is complete.
+
+    dtype: what the weights are stored as (torch.float16 halves the size); default: as they are.
+    meta: JSON-serialisable, goes to unidiff.json. Returns `path`.
+    Raises CheckpointError where `path` holds something that is not a checkpoint, or the disk refuses.
+    """
+    path = Path(path)
+    if path.exists() and not ((path / "model_index.json").is_file() or _is_empty_folder(path)):
+        raise CheckpointError(f"{path} exists and is not a checkpoint: name a new folder, or remove it first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for name, model in {"unet": unet, "vae": vae}.items():
+            model.save_config(temporary / name)
+            _forget_origin(temporary / name / "config.json")
+            _save_tensors(model.state_dict(), temporary / name / DIFFUSERS_WEIGHTS, dtype)
+        _save_transformer(clip, clip.state_dict(), temporary / "clip", dtype)
+        # transformers 5 drops this prefix when it saves, and 4.57 then loads random weights; both read it.
+        prefixed = {TEXT_PREFIX + name: tensor for name, tensor in _tower(text_encoder).state_dict().items()}
+        _save_transformer(text_encoder, prefixed, temporary / "text_encoder", dtype)
+        for name in ("tokenizer", "clip"):
+            _save_tokenizer(tokenizer, temporary / name)
+        image_processor.save_pretrained(temporary / "clip")
+        scheduler.save_pretrained(temporary / "scheduler")
+        _write_json(temporary / "model_index.json", _model_index(scheduler))
+        _write_json(temporary / "unidiff.json", {"format": "unidiff-checkpoint", "schema_version": 1, **meta})
+        _move_into_place(temporary, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save the checkpoint {path}: {error}. What was there before is untouched"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _require_parts(folder: Path, *, named_tiny: bool) -> None:
+    if not folder.is_dir():
+        hint = "it comes with a source checkout, not with the wheel" if named_tiny else "name an existing folder"
+        raise CheckpointError(f"no checkpoint at {folder}: {hint}")
+    missing = [f"{name} ({what})" for name, what in PARTS.items() if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}")
+
+
+def _load(model_class: Any, folder: Path) -> Any:
+    """A model from its folder in float32, with every one of its tensors read from the file."""
+    weights = DIFFUSERS_WEIGHTS if issubclass(model_class, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
+    if not (folder / weights).is_file() and not (folder / f"{weights}.index.json").is_file():
+        raise CheckpointError(f"{folder} lacks {weights}: only safetensors are read, convert other formats first")
+    model, info = _read(model_class, folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    # The libraries only warn and leave such tensors random: a model that looks loaded and is not.
+    missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
+    if missing or info.get("mismatched_keys"):
+        wrong = [*missing, *map(str, info.get("mismatched_keys", []))]
+        raise CheckpointError(f"{folder} lacks or misshapes {len(wrong)} tensors of its model, among them {wrong[0]}")
+    return model.eval()
+
+
+def _read(anything: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return anything.from_pretrained(folder, local_files_only=True, **options)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the libraries raise whatever their parsers raise
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"cannot read {folder} as {anything.__name__}: {first_line}") from error
+
+
+def _scheduler_class(folder: Path) -> Any:
+    name = _json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
+    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if scheduler_class is None:
+        raise CheckpointError(
+            f"{folder / 'scheduler'} names {name!r}, which is no scheduler of the installed diffusers"
+        )
+    return scheduler_class
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return content
+
+
+def _tower(text_model: nn.Module) -> nn.Module:
+    """The transformer itself: up to transformers 4.57, CLIPTextModel wraps it once more as `.text_model`."""
+    return getattr(text_model, "text_model", text_model)
+
+
+def _share(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextModel:
+    """The text encoder on the parameters of CLIP's text tower where both hold equal tensors, else as it is."""
+    ours, theirs = _tower(text_encoder).state_dict(), _tower(clip.text_model).state_dict()
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        return text_encoder
+    if isinstance(clip.text_model, CLIPTextModel):
+        return clip.text_model
+    text_encoder.text_model = clip.text_model
+    return text_encoder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for every part of a model."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _save_transformer(model: Any, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # transformers 5 loads in the config's dtype: without this, a pipeline stored in half would mix half and float.
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    _save_tensors(tensors, folder / TRANSFORMERS_WEIGHTS, dtype)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(stored, file, metadata={"format": "pt"})
+    file.chmod(0o666 & ~_umask())  # safetensors leaves its files readable by their owner only
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """tokenizer.json for the runtime and transformers 5; vocab.json and merges.txt, for transformers 4."""
+    tokenizer.save_pretrained(folder)
+    _forget_origin(folder / "tokenizer_config.json")
+    backend = getattr(tokenizer, "backend_tokenizer", None) or convert_slow_tokenizer(tokenizer)
+    backend.save(str(folder / "tokenizer.json"))
+    backend.model.save(str(folder))
+
+
+def _model_index(scheduler: Any) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _forget_origin(file: Path) -> None:
+    """Leave out what the libraries note of the folder that they read: a path of this machine, useless on another."""
+    content = _json(file)
+    for key in ("_name_or_path", "is_local", "local_files_only"):
+        content.pop(key, None)
+    _write_json(file, content)
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    """Rename the finished folder to its name; what stood there is set aside first and removed last."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(replaced)
+    try:
+        temporary.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
