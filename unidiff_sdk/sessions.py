@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -69,27 +69,34 @@ def _cannot_use(device: str) -> str:
 
 def _import_onnxruntime() -> Any:
     """The module; or a sentence on how to get exactly one of the two packages that provide it."""
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    if len(installed) == 2:
+    installed = _installed_packages()
+    if len(installed) > 1:
         raise ProviderError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one of them: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'unidiff-sdk[cpu]'   (or [gpu])"
+            f"{' and '.join(installed)} are both installed and overwrite each other's files; keep one of them: "
+            f"pip uninstall -y {' '.join(installed)} && pip install 'unidiff-sdk[cpu]'   (or [gpu])"
         )
     try:
         import onnxruntime
     except ImportError as error:
-        problem = f"{installed[0]} is damaged ({error})" if installed else "ONNX Runtime is not installed"
-        remedy = "--force-reinstall " + installed[0] if installed else "'unidiff-sdk[cpu]'   (or [gpu])"
-        raise ProviderError(f"{problem}: pip install {remedy}") from error
+        if not installed:
+            raise ProviderError("ONNX Runtime is not installed: pip install 'unidiff-sdk[cpu]'   (or [gpu])") from error
+        raise ProviderError(
+            f"{installed[0]} cannot be imported ({error}): pip install --force-reinstall {installed[0]}"
+        ) from error
     if not hasattr(onnxruntime, "InferenceSession"):
-        # what is left of the module after one of two overlapping packages was removed
-        raise ProviderError("onnxruntime is damaged: pip install --force-reinstall onnxruntime")
+        # the folder that is left when one of two overlapping packages was removed
+        raise ProviderError("onnxruntime is incomplete: pip install --force-reinstall 'unidiff-sdk[cpu]'   (or [gpu])")
     return onnxruntime
 
 
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def _installed_packages() -> list[str]:
+    """Which of the two packages lie where `import onnxruntime` would look.
+
+    Read from the folder itself: importing importlib.metadata takes longer than importing ONNX Runtime.
+    """
+    spec = importlib.util.find_spec("onnxruntime")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    site_packages = Path(list(spec.submodule_search_locations)[0]).parent
+    records = {record.name.split("-")[0] for record in site_packages.glob("onnxruntime*.dist-info")}
+    return [name for name in ("onnxruntime", "onnxruntime-gpu") if name.replace("-", "_") in records]

@@ -1,0 +1,142 @@
+"""Texts and images to embeddings: unit vectors of one space, in which a cosine tells how well two things agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .bundle import Bundle
+from .errors import BundleError, OptionError
+from .images import ImageSource, load_image, preprocess
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Encoder", "load_tokenizer", "token_ids"]
+
+T = TypeVar("T")
+
+
+class Encoder:
+    """The two CLIP towers of a bundle. May be shared between threads."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        # A bundle has a text tower of its own for search only where the generator is conditioned by another model.
+        separate = bundle.has_graph("clip_text_encoder")
+        self._text_graph = "clip_text_encoder" if separate else "text_encoder"
+        self._tokenizer_folder = "clip_tokenizer" if separate else "tokenizer"
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
+        """Embed texts: float32[len(texts), dim], rows of length 1. What exceeds `bundle.max_tokens` is cut off.
+
+        Raises:
+            OptionError: `texts` is not a sequence of strings.
+            BundleError: the model gives something that is not finite.
+        """
+        session = self.bundle.session(self._text_graph)
+        batches = [
+            session.run(["text_embeds"], {"input_ids": token_ids(self._tokenizer, batch)})[0]
+            for batch in _batched(_checked_texts(texts), batch_size)
+        ]
+        return self._unit_rows(batches, "text")
+
+    def encode_images(self, images: Iterable[ImageSource], batch_size: int = 32) -> NDArray[np.float32]:
+        """Embed pictures of any kind that `load_image` takes: float32[number of images, dim], rows of length 1.
+
+        Pictures are decoded one batch at a time, so that `images` may be a generator over more than fits in memory.
+
+        Raises:
+            ImageError: a picture cannot be read.
+            OptionError: `images` is a single picture.
+            BundleError: the model gives something that is not finite.
+        """
+        if isinstance(images, (str, bytes, Image.Image, Path)) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            raise OptionError("encode_images takes several pictures; put a single one in a list")
+        session = self.bundle.session("image_encoder")
+        size, mean, std = self.bundle.image_size, self.bundle.image_mean, self.bundle.image_std
+        batches = []
+        for batch in _batched(images, batch_size):
+            pixels = np.stack([preprocess(load_image(image), size, mean, std) for image in batch])
+            batches.append(session.run(["image_embeds"], {"pixel_values": pixels})[0])
+        return self._unit_rows(batches, "image")
+
+    def tokenise(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Token ids with start and end tokens, cut and padded to the same length: int64[len(texts), max_tokens]."""
+        return token_ids(self._tokenizer, _checked_texts(texts))
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.bundle.path / self._tokenizer_folder, self.bundle.max_tokens)
+
+    def _unit_rows(self, batches: list[NDArray[np.float32]], kind: str) -> NDArray[np.float32]:
+        if not batches:
+            return np.zeros((0, self.bundle.dim), np.float32)
+        rows = np.concatenate(batches).astype(np.float32, copy=False)
+        if rows.shape[1] != self.bundle.dim:
+            raise BundleError(
+                f"{self.bundle.path}: the {kind} encoder gives {rows.shape[1]} numbers, "
+                f"but the manifest says {self.bundle.dim}"
+            )
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not (np.isfinite(norms).all() and norms.all()):
+            raise BundleError(
+                f"{self.bundle.path}: the {kind} encoder ({self.bundle.precision}) gives embeddings that are zero "
+                "or not finite; export the bundle again, at a higher precision"
+            )
+        unit: NDArray[np.float32] = rows / norms
+        return unit
+
+
+def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
+    """A CLIP tokenizer from its `tokenizer.json`, set to cut and pad to `max_tokens` with its own pad token.
+
+    Raises:
+        BundleError: a file is missing or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise BundleError(f"{folder}: the tokenizer cannot be read ({error})") from error
+    pad = config.get("pad_token") or config.get("eos_token")
+    pad = pad["content"] if isinstance(pad, dict) else pad  # transformers 4 writes tokens with their flags
+    pad_id = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
+    if pad_id is None:
+        raise BundleError(f"{folder}: the tokenizer has no pad token ({pad!r})")
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
+    """int64[len(texts), length], as the tokenizer is set to pad."""
+    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    return np.array(ids, np.int64).reshape(len(texts), -1)
+
+
+def _checked_texts(texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise OptionError("a list of texts is needed; put a single one in a list")
+    for text in texts:
+        if not isinstance(text, str):
+            raise OptionError(f"texts must be strings, but one is {type(text).__name__} ({text!r})")
+    return list(texts)
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    if size < 1:
+        raise OptionError(f"batch_size is {size}; give at least 1")
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
