@@ -1,0 +1,227 @@
+"""PyTorch modules to ONNX graphs: ask the exporter for the fast operators, count them, accept nothing less.
+
+Opset 23 has `Attention` and `GroupNormalization`, and `torch.onnx.export(dynamo=True)` emits them for
+`scaled_dot_product_attention` and `GroupNorm`, so the graph needs no pattern matching afterwards. A silent change in
+an exporter, which would turn a layer of attention into a dozen slow nodes, is caught by counting.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from diffusers.models.attention_processor import Attention
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPAttention
+
+from unidiff_sdk.errors import ExportError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel
+
+    from unidiff_sdk.training.checkpoint import Checkpoint
+
+OPSET = 23
+
+IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
+
+
+class TextEncoder(nn.Module):
+    """Token ids to what conditions the UNet and to what search compares: one graph for both."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.tower, self.projection = clip.text_model, clip.text_projection
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.tower(input_ids=input_ids)
+        return states.last_hidden_state.float(), self.projection(states.pooler_output).float()
+
+
+class ImageEncoder(nn.Module):
+    """Normalised pixels to the image's projected embedding (not of unit length, as in transformers)."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.tower, self.projection = clip.vision_model, clip.visual_projection
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        states = self.tower(pixel_values=pixel_values.to(self.projection.weight.dtype))
+        return self.projection(states.pooler_output).float()
+
+
+class UNet(nn.Module):
+    """Noisy latents to the model's output. `timestep` is a float per sample, or one for all of them."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            # Said in ONNX, because torch.export would fix the number of timesteps to the batch, and optimum's
+            # pipelines pass a single one.
+            batch = torch.onnx.ops.symbolic(
+                "Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=[1], version=OPSET
+            )
+            timestep = torch.onnx.ops.symbolic(
+                "Expand", [timestep, batch], dtype=torch.float32, shape=[sample.shape[0]], version=OPSET
+            )
+        dtype = self.unet.dtype
+        return self.unet(sample.to(dtype), timestep, encoder_hidden_states.to(dtype)).sample.float()
+
+
+class VaeDecoder(nn.Module):
+    """Latents, already divided by the scaling factor (diffusers' and optimum's convention), to pixels in [-1, 1]."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.vae.decode(latent_sample.to(self.vae.dtype)).sample.float()
+
+
+class VaeEncoder(nn.Module):
+    """Pixels in [-1, 1] to the mean of their latents, not yet multiplied by the scaling factor."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode().float()
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of a bundle: the module behind it, and its interface.
+
+    `inputs` maps each input's name to its dynamic axes, `outputs` names the results in order, and `example(batch,
+    scale)` draws inputs: `scale` multiplies the height of images and latents.
+    """
+
+    name: str
+    module: nn.Module
+    attention_layers: int
+    inputs: Mapping[str, Mapping[int, str]]
+    outputs: tuple[str, ...]
+    example: Callable[[int, int], tuple[Tensor, ...]]
+
+
+def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
+    """The five graphs of `checkpoint`, in the order in which a generation meets them."""
+    clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
+    text, vision = clip.config.text_config, clip.config.vision_config
+    latent = unet.config.sample_size
+    pixels = checkpoint.image_size
+
+    def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
+        tokens = torch.randint(0, text.vocab_size, (batch, text.max_position_embeddings))
+        tokens[:, -1] = checkpoint.tokenizer.eos_token_id  # the pooled state is taken there
+        return (tokens,)
+
+    def photographs(batch: int, scale: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
+
+    def denoising(batch: int, scale: int) -> tuple[Tensor, ...]:
+        states = torch.randn(batch, text.max_position_embeddings, unet.config.cross_attention_dim)
+        return torch.randn(batch, unet.config.in_channels, scale * latent, latent), torch.rand(batch) * 999, states
+
+    def latents(batch: int, scale: int) -> tuple[Tensor, ...]:
+        unit = torch.randn(batch, vae.config.latent_channels, scale * latent, latent)
+        return (unit / vae.config.scaling_factor,)
+
+    def pictures(batch: int, scale: int) -> tuple[Tensor, ...]:
+        return (torch.rand(batch, vae.config.in_channels, scale * pixels, pixels) * 2 - 1,)
+
+    tokens = {"input_ids": {0: "batch", 1: "tokens"}}
+    noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+    return [
+        _spec("text_encoder", TextEncoder(clip), tokens, ("last_hidden_state", "text_embeds"), ids),
+        _spec("unet", UNet(unet), noisy, ("out_sample",), denoising),
+        _spec("vae_decoder", VaeDecoder(vae), {"latent_sample": IMAGE_AXES}, ("sample",), latents, vae.decoder),
+        _spec("vae_encoder", VaeEncoder(vae), {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder),
+        _spec("image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), photographs),
+    ]
+
+
+def _spec(
+    name: str,
+    module: nn.Module,
+    inputs: Mapping[str, Mapping[int, str]],
+    outputs: tuple[str, ...],
+    example: Callable[[int, int], tuple[Tensor, ...]],
+    layers: nn.Module | None = None,
+) -> GraphSpec:
+    """A spec whose attention layers are counted in `layers`, the part of `module` that the graph runs."""
+    attention = sum(isinstance(layer, Attention | CLIPAttention) for layer in (layers or module).modules())
+    return GraphSpec(name, module.eval(), attention, inputs, outputs, example)
+
+
+def lower(spec: GraphSpec, *, half: bool = False) -> ir.Model:
+    """Export `spec` as an ONNX graph; with `half`, it computes in half precision between float32 inputs and outputs.
+
+    The half graph comes from a half copy of the module, not from a converted graph: every cast is where PyTorch
+    itself would put it, and nothing has to be recognised. Raises ExportError if the exporter fails or if an
+    attention layer did not become an `Attention` node.
+    """
+    module = deepcopy(spec.module).half() if half else spec.module
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                spec.example(2, 1),  # a batch of one would be taken for a constant
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(spec.inputs),
+                output_names=list(spec.outputs),
+                dynamic_shapes=dict(spec.inputs),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"{spec.name} cannot be lowered to ONNX: {reason}") from error
+    assert program is not None  # torch types the legacy exporter's None into the same signature
+    model = program.model
+    check_attention(model, spec)
+    ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
+    return model
+
+
+def count_attention(model: ir.Model) -> int:
+    """How many standard `Attention` nodes `model` has."""
+    return sum(node.op_type == "Attention" and node.domain == "" for node in model.graph)
+
+
+def check_attention(model: ir.Model, spec: GraphSpec) -> None:
+    """Raise ExportError unless every attention layer of the module is one `Attention` node of the graph."""
+    found = count_attention(model)
+    if found != spec.attention_layers:
+        raise ExportError(
+            f"{spec.name} has {spec.attention_layers} attention layers but {found} Attention nodes, so it would run "
+            "slowly; load the model with scaled-dot-product attention (attn_implementation='sdpa' in transformers, "
+            "AttnProcessor2_0 in diffusers), with the torch version of constraints.txt"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what libraries say to their own developers (deprecations, absent torchvision, axis renames)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

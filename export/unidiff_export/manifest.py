@@ -1,0 +1,102 @@
+"""manifest.json: what a bundle says of itself, for the runtime to check and to run by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from unidiff_sdk.bundle import FORMAT, MANIFEST, SCHEMA_VERSION, fingerprint_of, manifest_checksum
+
+from .folder import GRAPH_FILE, hash_files, write_json
+from .lowering import OPSET, GraphSpec, count_attention
+
+if TYPE_CHECKING:
+    from unidiff_sdk.training.checkpoint import Checkpoint
+
+DEFAULT_SAMPLER = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
+
+
+def describe_graph(model: ir.Model, spec: GraphSpec, precision: str) -> dict[str, Any]:
+    """A graph's entry: its file, its interface, the precision that it computes in, its attention nodes."""
+    return {
+        "file": f"{spec.name}/{GRAPH_FILE}",
+        "precision": precision,
+        "inputs": {str(value.name): _interface(value) for value in model.graph.inputs},
+        "outputs": {str(value.name): _interface(value) for value in model.graph.outputs},
+        "attention_nodes": count_attention(model),
+    }
+
+
+def _interface(value: ir.Value) -> dict[str, Any]:
+    """dtype in numpy's words; shape with a number for each fixed axis and a name for each dynamic one."""
+    assert value.dtype is not None and value.shape is not None  # the exporter types every input and output
+    shape = [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape]
+    return {"dtype": value.dtype.numpy().name, "shape": shape}
+
+
+def build_manifest(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    name: str,
+    graphs: Mapping[str, Mapping[str, Any]],
+    precision: str,
+    target: str,
+) -> dict[str, Any]:
+    """The manifest of the finished files in `folder`, still without its parity report."""
+    from unidiff_sdk import __version__
+
+    files = hash_files(folder)
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "sdk_version": __version__,
+        "precision": precision,
+        "target": target,
+        "opset": OPSET,
+        "graphs": graphs,
+        **_model_facts(checkpoint),
+        "synthetic": bool(checkpoint.meta.get("synthetic", False)),
+        "files": files,
+        "parity": {},
+        "fingerprint": fingerprint_of(files),
+    }
+
+
+def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the runtime must know of the models: sizes, scales, normalisation, sampler defaults."""
+    clip, vae, unet, processor = checkpoint.clip, checkpoint.vae, checkpoint.unet, checkpoint.image_processor
+    return {
+        "embedding": {
+            "dim": clip.config.projection_dim,
+            "shared_text_encoder": checkpoint.shared,
+            "max_tokens": clip.config.text_config.max_position_embeddings,
+            "logit_scale": clip.logit_scale.exp().item(),
+        },
+        "image": {
+            "size": clip.config.vision_config.image_size,
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+        },
+        "latent": {
+            "channels": unet.config.in_channels,
+            "size": unet.config.sample_size,
+            "scale_factor": checkpoint.latent_factor,
+            "scaling_factor": vae.config.scaling_factor,
+            "shift_factor": vae.config.shift_factor or 0.0,
+        },
+        "sampler": DEFAULT_SAMPLER
+        | checkpoint.meta.get("sampler", {})
+        | {"prediction_type": checkpoint.scheduler.config.prediction_type},
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest` with a checksum of its own, so that a change to it is found like one to any other file."""
+    write_json(folder / MANIFEST, {**manifest, "checksum": manifest_checksum(manifest)})
