@@ -22,9 +22,9 @@ body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
 main, header, footer { max-width: 1180px; margin: 0 auto; padding: 0 28px; }
 header { padding-top: 56px; }
 h1 { font-size: clamp(30px, 4.4vw, 46px); line-height: 1.1; letter-spacing: -0.025em; margin: 0 0 14px;
-  font-weight: 680; }
+  font-weight: 680; text-wrap: balance; }
 h2 { font-size: 25px; letter-spacing: -0.015em; margin: 0 0 4px; font-weight: 640; }
-p { margin: 0; color: var(--soft); max-width: 68ch; }
+p { margin: 0; color: var(--soft); max-width: 72ch; text-wrap: pretty; }
 p.note { font-size: 13.5px; margin-top: 12px; padding-left: 12px; border-left: 2px solid var(--accent); }
 section { padding: 44px 0 6px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 1px; margin: 30px 0 0;

@@ -205,7 +205,7 @@ def row(catalog: Catalog, act: Callable[[Catalog], Hits | Generation], query: Ca
     else:
         cards = [hit(found) for found in result]
         took = f"{len(result)} hits in {result.took_ms:.1f} ms"
-    console.print(f"[dim]{took:>20}[/]  {code_of(act).splitlines()[-1]}", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{took:>20}[/]  {' '.join(code_of(act).split())}", highlight=False, soft_wrap=True)
     return Row(code_of(act), [query, *cards] if query else cards, took, large=isinstance(result, Generation))
 
 
