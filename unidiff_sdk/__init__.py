@@ -1,0 +1,77 @@
+"""UniDiff SDK: one jointly tuned model that searches a product catalogue and generates new pictures for it.
+
+from unidiff_sdk import Catalog
+
+with Catalog("shop.catalog") as catalog:
+    catalog.add_folder("products/")
+    hits = catalog.search("red striped dress", where={"price": {"lt": 80}})
+    pictures = catalog.generate("purple dotted boots", n=4, seed=7)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle import Bundle as Bundle
+    from .catalog import Catalog as Catalog
+    from .errors import BundleError as BundleError
+    from .errors import CheckpointError as CheckpointError
+    from .errors import DataError as DataError
+    from .errors import ExportError as ExportError
+    from .errors import FilterError as FilterError
+    from .errors import GenerationError as GenerationError
+    from .errors import ImageError as ImageError
+    from .errors import OptionError as OptionError
+    from .errors import ProviderError as ProviderError
+    from .errors import StoreError as StoreError
+    from .errors import TrainingError as TrainingError
+    from .errors import UniDiffError as UniDiffError
+    from .results import Generated as Generated
+    from .results import Generation as Generation
+    from .results import Hit as Hit
+    from .results import Page as Page
+
+    __version__: str
+
+# Where each public name lives. They are imported when first asked for, so that `import unidiff_sdk` costs nothing.
+_HOME = {
+    "Bundle": "bundle",
+    "BundleError": "errors",
+    "Catalog": "catalog",
+    "CheckpointError": "errors",
+    "DataError": "errors",
+    "ExportError": "errors",
+    "FilterError": "errors",
+    "Generated": "results",
+    "Generation": "results",
+    "GenerationError": "errors",
+    "Hit": "results",
+    "ImageError": "errors",
+    "OptionError": "errors",
+    "Page": "results",
+    "ProviderError": "errors",
+    "StoreError": "errors",
+    "TrainingError": "errors",
+    "UniDiffError": "errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("unidiff-sdk")
+    elif name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,66 @@
+"""What the console scripts share: errors in one line, examples under the help."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .errors import UniDiffError
+
+__all__ = ["Command", "Group"]
+
+
+class _Polite(click.Command):
+    """A command that ends a refused run with one line on stderr and exit code 1, and an interrupted one with 130."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_line_warnings():
+            try:
+                return super().main(*args, **kwargs)
+            except UniDiffError as error:
+                click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+                sys.exit(1)
+            except BrokenPipeError:  # `unidiff search … | head` is no failure
+                sys.stderr.close()
+                sys.exit(0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted. What was finished is kept.", err=True)
+            sys.exit(130)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, as they are written: click would wrap them into one paragraph."""
+        if self.epilog:
+            formatter.write_paragraph()
+            with formatter.section("Examples"):
+                for line in self.epilog.strip().splitlines():
+                    formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
+
+
+class Command(_Polite):
+    """A console script of one command; `epilog` holds its examples, one a line."""
+
+
+class Group(_Polite, click.Group):
+    """A console script of several commands; those are `Command`s by default."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of their definition, which is the order of use
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show warnings as a sentence for users instead of a place in the source."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Note: {message}", err=True)
+        yield

@@ -1,0 +1,91 @@
+"""`catalog.json`: what a catalogue's folder must remember to be opened again, from anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .bundle import TINY, Bundle
+from .errors import StoreError
+from .imagestore import write_atomically
+
+__all__ = ["FILE_NAME", "BundleRef", "CatalogFile"]
+
+FILE_NAME = "catalog.json"
+FORMAT = "unidiff-catalog"
+SCHEMA_VERSION = 1
+
+TINY_NAME = "tiny"
+
+
+@dataclass(frozen=True)
+class BundleRef:
+    """The bundle that made a catalogue's vectors.
+
+    Attributes:
+        path: "tiny" for the built-in one; relative to the catalogue's folder if it lies in or beside it, so that both
+            can move together; else absolute.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+    dim: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, folder: Path) -> BundleRef:
+        path, folder = bundle.path.resolve(), folder.resolve()
+        if path == TINY.resolve():
+            where = TINY_NAME
+        elif path.is_relative_to(folder.parent):
+            where = Path(os.path.relpath(path, folder)).as_posix()
+        else:
+            where = str(path)
+        return cls(bundle.name, where, bundle.fingerprint, bundle.dim)
+
+    def locate(self, folder: Path) -> Path:
+        """Where the bundle is, for a catalogue that is now at `folder`."""
+        return TINY if self.path == TINY_NAME else Path(os.path.normpath(folder / self.path))
+
+
+@dataclass(frozen=True)
+class CatalogFile:
+    """The content of `catalog.json`; `vectors` names the folder of the current shard."""
+
+    bundle: BundleRef
+    vectors: str
+    created: str
+
+    @classmethod
+    def new(cls, bundle: Bundle, folder: Path) -> CatalogFile:
+        return cls(BundleRef.of(bundle, folder), "vectors", datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @classmethod
+    def read(cls, folder: Path) -> CatalogFile | None:
+        """None if the folder is missing or empty. Raises StoreError if it holds something that is not a catalogue."""
+        path = folder / FILE_NAME
+        try:
+            if not path.is_file():
+                if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                    raise StoreError(
+                        f"{folder} exists and is not a catalogue: it has no {FILE_NAME}. Choose a new folder."
+                    )
+                return None
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = content["schema_version"]
+            if content["format"] == FORMAT and version == SCHEMA_VERSION:
+                return cls(BundleRef(**content["bundle"]), str(content["vectors"]), str(content["created"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} is damaged ({error}). Restore it from a backup.") from error
+        raise StoreError(
+            f"{path} has schema version {version!r} and this version of unidiff-sdk reads {SCHEMA_VERSION}. "
+            "Upgrade unidiff-sdk, or index into a new folder."
+        )
+
+    def write(self, folder: Path) -> None:
+        content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
+        write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode())

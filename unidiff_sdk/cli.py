@@ -1,0 +1,297 @@
+"""`unidiff`: catalogues on the command line. Every import that costs time waits until a command needs it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._cli import Group
+from .errors import DataError, FilterError, OptionError, StoreError
+
+if TYPE_CHECKING:
+    from .results import Generation, Hit
+
+__all__ = ["main"]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""
+    unidiff dataset fashion-woman products --n 300
+    unidiff index products shop.catalog
+    unidiff search shop.catalog "red striped dress" --where '{"price": {"lt": 80}}'
+    unidiff generate shop.catalog "purple dotted boots" -n 4 -o pictures
+    """,
+)
+@click.version_option(package_name="unidiff-sdk", message="%(package)s %(version)s")
+def main() -> None:
+    """Search a product catalogue by words and by pictures, and generate new product pictures that fit it."""
+
+
+@main.command(
+    epilog="""
+    unidiff dataset fashion-man shirts --n 400
+    unidiff dataset ecommerce-product unseen --split test-unseen --size 128
+    """
+)
+@click.argument("name")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--n", default=400, show_default=True, type=click.IntRange(min=1), help="How many products.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same products.")
+@click.option("--split", default="train", show_default=True, help="train, val, test, or test-unseen.")
+@click.option("--size", default=64, show_default=True, help="Side of the pictures in pixels.")
+def dataset(name: str, out: Path, n: int, seed: int, split: str, size: int) -> None:
+    """Draw the synthetic catalogue NAME into the folder OUT: fashion-man, fashion-woman or ecommerce-product."""
+    from .datasets.synthetic import write_catalogue
+
+    write_catalogue(name, out, n=n, seed=seed, split=split, size=size)
+    click.echo(f"{n:,} synthetic products of {name} ({split}) are in {out}. Next: unidiff index {out} CATALOG")
+
+
+@main.command(
+    epilog="""
+    unidiff index products shop.catalog
+    unidiff index photos shop.catalog --bundle bundles/shop --reference
+    """
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.option("--bundle", help="Model for a new catalogue: a bundle's folder, or tiny (the default).")
+@click.option("--reference", is_flag=True, help="Leave the images where they are instead of copying them.")
+@click.option("--strict", is_flag=True, help="Stop at the first bad row.")
+@json_option
+def index(folder: Path, catalog: Path, bundle: str | None, reference: bool, strict: bool, as_json: bool) -> None:
+    """Add FOLDER, images with a metadata.jsonl, .csv or .parquet, to CATALOG, which is made if it does not exist.
+
+    Each row of the metadata names an image (file_name) and its caption (text); other columns can be filtered by. Rows
+    that have not changed since the last time are passed over, bad ones are listed at the end.
+    """
+    from .catalog import Catalog
+    from .datasets.reader import count_rows
+
+    count_rows(folder)  # a folder that cannot be read must not leave an empty catalogue behind
+    with Catalog(catalog, bundle) as opened:
+        report = opened.add_folder(folder, strict=strict, progress=not as_json, copy=not reference)
+        if report.added:
+            opened.optimize()
+        items = opened.count()
+    if as_json:
+        failed = [{"line": bad.line, "file_name": bad.file_name, "reason": bad.reason} for bad in report.failed]
+        counts = {"added": report.added, "skipped": report.skipped, "items": items, "seconds": report.seconds}
+        click.echo(json.dumps(counts | {"failed": failed}))
+    else:
+        if report.failed:
+            _table(["line", "file", "what is wrong"], ([bad.line, bad.file_name, bad.reason] for bad in report.failed))
+        click.echo(f"{report}. {catalog} holds {items:,} items.")
+    if report.failed and not report.added + report.skipped:
+        raise DataError(f"None of the {len(report.failed):,} rows of {folder} could be used.")
+
+
+@main.command(
+    epilog="""
+    unidiff search shop.catalog "red striped dress"
+    unidiff search shop.catalog "but in blue" --image dress.jpg --weights 0.6 0.4
+    unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}, "brand": ["Acme", "Nord"]}'
+    """
+)
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("text", required=False)
+@click.option("--image", type=click.Path(path_type=Path), help="Look for what looks like this picture.")
+@click.option("--weights", type=float, nargs=2, default=(0.5, 0.5), show_default=True, help="Of TEXT and --image.")
+@click.option("--where", help="Filter on columns, as JSON.")
+@click.option("--limit", default=10, show_default=True, help="How many hits.")
+@click.option("--offset", default=0, help="How many of the best hits to pass over.")
+@json_option
+def search(
+    catalog: Path,
+    text: str | None,
+    image: Path | None,
+    weights: tuple[float, float],
+    where: str | None,
+    limit: int,
+    offset: int,
+    as_json: bool,
+) -> None:
+    """Find in CATALOG what is most similar to TEXT, to a picture, or to both."""
+    from .catalog import Catalog
+
+    if text is None and image is None:
+        raise OptionError("say what to look for: TEXT, --image, or both")
+    with Catalog(catalog, create=False) as opened:
+        if not opened.count():
+            raise StoreError(f"{catalog} is empty. Fill it with: unidiff index FOLDER {catalog}")
+        page = opened.search(text, image=image, weights=weights, limit=limit, offset=offset, where=_parse_json(where))
+    if as_json:
+        click.echo(json.dumps([_hit_as_dict(hit) for hit in page], ensure_ascii=False))
+        return
+    rows = ([n, f"{hit.score:.3f}", hit.id, hit.text or "", _columns(hit)] for n, hit in enumerate(page, offset + 1))
+    _table(["", "score", "id", "caption", "columns"], rows)
+    click.echo(f"{len(page)} hits in {page.took_ms:.1f} ms")
+
+
+@main.command(
+    epilog="""
+    unidiff generate "red striped dress" -o pictures
+    unidiff generate shop.catalog "purple dotted boots" -n 4 --seed 7 -o pictures
+    unidiff generate "a blue mug" --bundle bundles/shop --steps 30 --guidance 5 -o pictures
+    """
+)
+@click.argument("catalog_and_prompt", nargs=-1, required=True, metavar="[CATALOG] PROMPT")
+@click.option("--bundle", help="Without CATALOG: a bundle's folder, or tiny (the default).")
+@click.option("-n", default=1, show_default=True, help="How many pictures.")
+@click.option("--negative", default="", help="What to keep away from.")
+@click.option("--seed", type=int, help="Draws the same pictures again; random by default.")
+@click.option("--steps", type=int, help="Denoising steps; the bundle's own number by default.")
+@click.option("--guidance", type=float, help="How closely to follow PROMPT; the bundle's own scale by default.")
+@click.option("--sampler", help="The bundle's own by default.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures.")
+@click.option("--add", is_flag=True, help="Add the pictures to CATALOG, marked as generated.")
+@json_option
+def generate(
+    catalog_and_prompt: Sequence[str],
+    bundle: str | None,
+    n: int,
+    negative: str,
+    seed: int | None,
+    steps: int | None,
+    guidance: float | None,
+    sampler: str | None,
+    out: Path,
+    add: bool,
+    as_json: bool,
+) -> None:
+    """Draw PROMPT, rank the pictures by how well they agree with it, and name the nearest item of CATALOG."""
+    from .catalog import Catalog
+
+    if len(catalog_and_prompt) > 2:
+        raise OptionError(f"{len(catalog_and_prompt)} arguments: give CATALOG and PROMPT, with PROMPT in quotes")
+    *catalog, prompt = catalog_and_prompt
+    if add and not catalog:
+        raise OptionError("--add needs a CATALOG to add to")
+    with Catalog(catalog[0] if catalog else ":memory:", bundle, create=not catalog) as opened:
+        generation = opened.generate(
+            prompt, negative_prompt=negative, n=n, seed=seed, steps=steps, guidance_scale=guidance, sampler=sampler
+        )
+        if add:
+            opened.add(generation)
+    files = _save(generation, out)
+    if as_json:
+        click.echo(json.dumps(_generation_as_list(generation, files), ensure_ascii=False))
+        return
+    nearest = [p.nearest for p in generation]
+    rows = (
+        [file, f"{picture.score:.3f}", f"{hit.id}: {hit.text or ''}" if hit else ""]
+        for file, picture, hit in zip(files, generation, nearest, strict=True)
+    )
+    _table(["file", "agreement", "nearest item"], rows)
+    first = generation[0]
+    click.echo(
+        f"{len(files)} pictures in {generation.took_ms / 1000:.1f} s: seed {first.seed}, {first.steps} steps of "
+        f"{first.sampler}, guidance {first.guidance_scale:g}"
+    )
+
+
+@main.command(epilog="unidiff info shop.catalog --json")
+@click.argument("catalog", type=click.Path(path_type=Path))
+@json_option
+def info(catalog: Path, as_json: bool) -> None:
+    """Tell what CATALOG holds and which bundle it was made with."""
+    from .catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        facts = opened.info()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    bundle = facts["bundle"]
+    click.echo(f"{facts['location']}: {facts['items']:,} items, made {facts['created']}")
+    click.echo(f"bundle {bundle['name']} at {bundle['path']}: {bundle['dim']} dimensions, {bundle['fingerprint'][:12]}")
+
+
+@main.command(epilog="unidiff delete shop.catalog boots-17 boots-18")
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("ids", nargs=-1, required=True)
+def delete(catalog: Path, ids: Sequence[str]) -> None:
+    """Remove the items IDS and their pictures from CATALOG."""
+    from .catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        # On the command line 7 may mean the id 7 or the id "7".
+        removed = opened.delete([*ids, *(int(id) for id in ids if id.lstrip("-").isdecimal() and len(id) < 19)])
+        click.echo(f"{removed} removed; {opened.count():,} items are left.")
+
+
+@main.command(epilog="unidiff reindex shop.catalog bundles/tuned")
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("bundle")
+def reindex(catalog: Path, bundle: str) -> None:
+    """Re-encode every picture of CATALOG with another BUNDLE, which it then keeps."""
+    from .catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        count = opened.reindex(bundle, progress=True)
+        opened.optimize()
+    click.echo(f"{count:,} items re-encoded with {bundle}." if count else f"{catalog} is made with {bundle} already.")
+
+
+# ------------------------------------------------------------------------------------------------ output
+
+
+def _parse_json(where: str | None) -> Any:
+    try:
+        return None if where is None else json.loads(where)
+    except ValueError as error:
+        raise FilterError(f'--where is not JSON ({error}); write it like \'{{"price": {{"lt": 80}}}}\'') from error
+
+
+def _table(header: list[str], rows: Iterable[Sequence[object]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def _columns(hit: Hit) -> str:
+    text = ", ".join(f"{name}: {value}" for name, value in hit.payload.items())
+    return text if len(text) <= 120 else text[:119] + "…"
+
+
+def _hit_as_dict(hit: Hit) -> dict[str, Any]:
+    return {"id": hit.id, "score": hit.score, "text": hit.text, "payload": hit.payload, "uri": hit.uri}
+
+
+def _save(generation: Generation, out: Path) -> list[Path]:
+    """Write the pictures, best first, and `generation.json` with what makes them again."""
+    files = [out / f"{rank:03d}-seed{p.seed}-{p.index}.png" for rank, p in enumerate(generation)]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file, picture in zip(files, generation, strict=True):
+            picture.image.save(file)
+        (out / "generation.json").write_text(json.dumps(_generation_as_list(generation, files), indent=2) + "\n")
+    except OSError as error:
+        raise OptionError(f"cannot write pictures to {out}: {error.strerror}") from error
+    return files
+
+
+def _generation_as_list(generation: Generation, files: Sequence[Path]) -> list[dict[str, Any]]:
+    return [
+        {
+            "file": str(file),
+            "score": picture.score,
+            "nearest": _hit_as_dict(picture.nearest) if picture.nearest else None,
+            **picture.payload,
+        }
+        for file, picture in zip(files, generation, strict=True)
+    ]

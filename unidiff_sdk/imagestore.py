@@ -1,0 +1,166 @@
+"""Where pixels live: files named by the hash of their content, a thumbnail beside each.
+
+    root/images/3f/3fa9….png          the original, byte for byte (an array or a PIL image as PNG)
+    root/thumbnails/3f/3fa9….webp     at most 128 px on the longer side
+
+A picture is found again by its URI: `images/3f/3fa9….png`, relative to the root, so that the whole folder can move. A
+file that is referenced instead of copied has a relative URI too if it lies beside the root, and else a `file://` one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tempfile
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from PIL import Image
+
+from .errors import ImageError, StoreError
+from .images import ImageSource, load_image
+
+__all__ = ["THUMBNAIL_SIZE", "ImageStore", "Picture", "write_atomically"]
+
+THUMBNAIL_SIZE = 128
+
+
+class Picture:
+    """A picture on its way into a store: read and hashed at once, decoded when `image` is asked for.
+
+    A path or bytes are hashed as the file they are; an array or a PIL image by its pixels.
+
+    Raises:
+        ImageError: there is no such file; on `image`, it cannot be decoded.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self.path: Path | None = None
+        self.data: bytes | None = None
+        if isinstance(source, (str, PathLike)):
+            self.path = Path(source)
+            try:
+                self.data = self.path.read_bytes()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ImageError(f"{self.path}: the image cannot be read ({reason})") from error
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            self.data = bytes(source)
+        else:
+            self.image = load_image(source)
+        self.sha256 = hashlib.sha256(self._content()).hexdigest()
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The decoded picture, RGB."""
+        assert self.data is not None
+        try:
+            return load_image(self.data)
+        except ImageError as error:
+            if self.path is None:
+                raise
+            reason = str(error).removeprefix(f"image data of {len(self.data)} bytes: ")
+            raise ImageError(f"{self.path}: {reason}") from error
+
+    @cached_property
+    def file(self) -> tuple[bytes, str]:
+        """The original as a file: its bytes and its suffix, told from the content and not from its name."""
+        if self.data is None:
+            buffer = io.BytesIO()
+            self.image.save(buffer, "PNG")
+            return buffer.getvalue(), ".png"
+        with Image.open(io.BytesIO(self.data)) as header:
+            kind = (header.format or "bin").lower()
+        return self.data, {"jpeg": ".jpg", "tiff": ".tif"}.get(kind, f".{kind}")
+
+    def _content(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        width, height = self.image.size
+        return b"RGB %d %d\n" % (width, height) + self.image.tobytes()
+
+
+class ImageStore:
+    """Pictures by content under one root folder, which may move. Safe to use from several threads and processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def add(self, picture: Picture, *, copy: bool = True) -> str:
+        """Keep a picture and its thumbnail; returns its URI. Adding the same content again costs two look-ups.
+
+        Args:
+            picture: what to keep.
+            copy: whether a file is copied, or only referenced where it is; what is no file is always copied.
+        """
+        thumbnail = self._thumbnail_path(picture.sha256)
+        if not thumbnail.is_file():
+            write_atomically(thumbnail, _thumbnail(picture.image))
+        if picture.path is not None and not copy:
+            return self._reference(picture.path)
+        data, suffix = picture.file
+        uri = f"images/{picture.sha256[:2]}/{picture.sha256}{suffix}"
+        if not (self.root / uri).is_file():
+            write_atomically(self.root / uri, data)
+        return uri
+
+    def load(self, uri: str) -> Image.Image:
+        """The original, RGB. Raises ImageError if it is gone or damaged."""
+        return load_image(self.path(uri))
+
+    def path(self, uri: str) -> Path:
+        """The file that a URI stands for."""
+        parts = urlsplit(uri)
+        if parts.scheme == "file":
+            return Path(unquote(parts.path))
+        return Path(os.path.normpath(self.root / unquote(uri)))
+
+    def thumbnail(self, sha256: str, uri: str) -> bytes:
+        """The thumbnail as a WebP file; made anew from the original if it was lost."""
+        path = self._thumbnail_path(sha256)
+        if not path.is_file():
+            write_atomically(path, _thumbnail(self.load(uri)))
+        return path.read_bytes()
+
+    def remove(self, sha256: str, uri: str) -> None:
+        """Delete a picture's thumbnail and, if it was copied, the copy. A referenced file is never touched."""
+        self._thumbnail_path(sha256).unlink(missing_ok=True)
+        if uri.startswith("images/"):
+            self.path(uri).unlink(missing_ok=True)
+
+    def _thumbnail_path(self, sha256: str) -> Path:
+        return self.root / "thumbnails" / sha256[:2] / f"{sha256}.webp"
+
+    def _reference(self, path: Path) -> str:
+        path, root = path.resolve(), self.root.resolve()
+        if not path.is_relative_to(root.parent):
+            return path.as_uri()
+        return quote(Path(os.path.relpath(path, root)).as_posix())
+
+
+def _thumbnail(image: Image.Image) -> bytes:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=85)
+    return buffer.getvalue()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Raises StoreError, as when the disk is full."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error

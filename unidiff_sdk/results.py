@@ -1,0 +1,210 @@
+"""What a catalogue answers with: hits in pages, generated pictures, and reports of what was added."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+from .imagestore import THUMBNAIL_SIZE, ImageStore
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .datasets.reader import BadRow
+
+__all__ = ["AddReport", "Generated", "Generation", "Hit", "Page"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One item of a catalogue, as a search found it or as `Catalog.get` returned it.
+
+    Attributes:
+        id: the caller's id, or the content hash if there was none.
+        score: similarity to the query: the cosine for a text or an image, their weighted sum for both; 1 from `get`.
+        text: the caption; None if the item has none.
+        payload: every other column.
+        uri: where the original is, relative to the catalogue's image store.
+    """
+
+    id: str | int
+    score: float
+    text: str | None
+    payload: dict[str, Any] = field(repr=False)
+    uri: str = field(repr=False)
+    sha256: str = field(repr=False)
+    _images: ImageStore = field(repr=False, compare=False)
+
+    def load_image(self) -> Image.Image:
+        """The original picture, RGB. Raises ImageError if it is gone."""
+        return self._images.load(self.uri)
+
+    def thumbnail(self) -> Image.Image:
+        """The picture at up to 128 px, RGB."""
+        from .images import load_image
+
+        return load_image(self._images.thumbnail(self.sha256, self.uri))
+
+    def _repr_html_(self) -> str:
+        return _gallery([_hit_figure(self)])
+
+
+@dataclass(frozen=True)
+class Page(Sequence[Hit]):
+    """The hits of one search, best first; a sequence.
+
+    Attributes:
+        hits: at most `limit` of them.
+        offset: how many better hits were passed over.
+        limit: how many were asked for.
+        took_ms: time of the whole search, with encoding the query, in milliseconds.
+    """
+
+    hits: tuple[Hit, ...]
+    offset: int
+    limit: int
+    took_ms: float
+
+    @overload
+    def __getitem__(self, index: int) -> Hit: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
+    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
+        return self.hits[index]
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {self.offset + n:>3}. {hit.score:.3f}  {hit.id!r}  {hit.text or ''}" for n, hit in enumerate(self, 1)
+        ]
+        return "\n".join([f"Page of {len(self)} hits in {self.took_ms:.1f} ms", *lines])
+
+    def _repr_html_(self) -> str:
+        return _gallery([_hit_figure(hit) for hit in self])
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated picture and all that makes it again.
+
+    Attributes:
+        image: the picture, RGB.
+        score: cosine between its embedding and the prompt's.
+        nearest: the catalogue item that looks most like it; None if the catalogue is empty.
+        seed, index: the noise is a function of these two: the index-th picture of that seed.
+        bundle: fingerprint of the bundle that drew it.
+    """
+
+    image: Image.Image = field(repr=False)
+    score: float
+    nearest: Hit | None = field(repr=False)
+    prompt: str
+    negative_prompt: str
+    seed: int
+    index: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    bundle: str = field(repr=False)
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The columns that `Catalog.add` gives a generated picture, beside the prompt as its caption."""
+        return {
+            "generated": True,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "index": self.index,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "bundle": self.bundle,
+        }
+
+    def _repr_html_(self) -> str:
+        return _gallery([_generated_figure(self)])
+
+
+@dataclass(frozen=True)
+class Generation(Sequence[Generated]):
+    """The pictures of one call, the one that agrees best with its prompt first; a sequence."""
+
+    pictures: tuple[Generated, ...]
+    took_ms: float
+
+    @overload
+    def __getitem__(self, index: int) -> Generated: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Generated, ...]: ...
+    def __getitem__(self, index: int | slice) -> Generated | tuple[Generated, ...]:
+        return self.pictures[index]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[Generated]:
+        return iter(self.pictures)
+
+    def _repr_html_(self) -> str:
+        return _gallery([_generated_figure(picture) for picture in self])
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """What `Catalog.add_folder` did.
+
+    Attributes:
+        added: items that are new or have changed.
+        skipped: items that were there already, unchanged.
+        failed: rows that could not be used, each with its line and the reason.
+        seconds: how long it took.
+    """
+
+    added: int
+    skipped: int
+    failed: tuple[BadRow, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f" ({self.added / self.seconds:,.0f} a second)" if self.added and self.seconds else ""
+        counts = f"{self.added:,} added, {self.skipped:,} unchanged, {len(self.failed):,} failed"
+        return f"{counts} in {self.seconds:.1f} s{rate}"
+
+
+# ------------------------------------------------------------------------------------------------ notebooks
+
+
+def _hit_figure(hit: Hit) -> str:
+    data = base64.b64encode(hit._images.thumbnail(hit.sha256, hit.uri)).decode()
+    return _figure(f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(hit.text or str(hit.id))}")
+
+
+def _generated_figure(picture: Generated) -> str:
+    buffer = io.BytesIO()
+    picture.image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    caption = (
+        f"<b>{picture.score:.3f}</b> {html.escape(picture.prompt)}<br>seed {picture.seed}, picture {picture.index}"
+    )
+    return _figure(f"data:image/png;base64,{data}", caption)
+
+
+def _figure(source: str, caption: str) -> str:
+    return (
+        f'<figure style="margin:0;width:{THUMBNAIL_SIZE}px"><img src="{source}" style="width:100%;border-radius:6px">'
+        f'<figcaption style="font:12px sans-serif">{caption}</figcaption></figure>'
+    )
+
+
+def _gallery(figures: list[str]) -> str:
+    return f'<div style="display:flex;flex-wrap:wrap;gap:10px">{"".join(figures) or "no hits"}</div>'
