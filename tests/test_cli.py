@@ -1,0 +1,213 @@
+"""`unidiff` on the command line, with a toy bundle and the synthetic catalogues."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from toy_bundle import make_toy_bundle
+
+from unidiff_sdk._cli import Group
+from unidiff_sdk.cli import main
+from unidiff_sdk.errors import StoreError
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *says: str) -> None:
+    """One line on stderr, exit code 1, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Note:")]
+    assert result.exit_code == 1, result.output
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    for part in says:
+        assert part in lines[0]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
+    """A folder with `products` and `shop.catalog`; copied for tests that change it."""
+    root = tmp_path_factory.mktemp("shop")
+    result = run("dataset", "fashion-man", root / "products", "--n", 12, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "12 synthetic products of fashion-man" in result.stdout
+    result = run("index", root / "products", root / "shop.catalog", "--bundle", toy)
+    assert result.exit_code == 0, result.output
+    assert "12 added, 0 unchanged, 0 failed" in result.stdout
+    return root
+
+
+@pytest.fixture
+def shop(indexed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(indexed, tmp_path / "shop"))
+
+
+def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
+    text = run("--help").stdout
+    places = [text.index(f"\n  {name} ") for name in ("dataset", "index", "search", "generate", "info", "delete")]
+    assert places == sorted(places)
+    assert '  unidiff search shop.catalog "red striped dress" --where' in text
+    for name, command in main.commands.items():
+        assert command.help and command.epilog, name
+        assert "Examples:" in run(name, "--help").stdout
+
+
+def test_search(indexed: Path) -> None:
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 3)
+    assert result.exit_code == 0, result.output
+    assert "3 hits in" in result.stdout
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 3, "--offset", 1, "--json")
+    hits = json.loads(result.stdout)
+    assert len(hits) == 3 and {"id", "score", "text", "payload", "uri"} == hits[0].keys()
+
+
+def test_search_by_image_and_filter(indexed: Path) -> None:
+    image = next((indexed / "products").rglob("*.png"))
+    arguments: list[Any] = ["search", indexed / "shop.catalog", "--image", image, "--json"]
+    hits = json.loads(run(*arguments).stdout)
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
+    price = hits[0]["payload"]["price"]
+    filtered = json.loads(run(*arguments, "--where", json.dumps({"price": {"gt": price}})).stdout)
+    assert all(hit["payload"]["price"] > price for hit in filtered)
+    both = run("search", indexed / "shop.catalog", "red", "--image", image, "--weights", "0.7", "0.3")
+    assert both.exit_code == 0
+
+
+def test_index_again_and_report_bad_rows(shop: Path) -> None:
+    with (shop / "products" / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "nowhere.png", "text": "[bold]x[/bold]"}\n')
+    result = run("index", shop / "products", shop / "shop.catalog")
+    assert result.exit_code == 0, result.output
+    assert "0 added, 12 unchanged, 1 failed" in result.stdout
+    assert "nowhere.png" in result.stdout and "no such image" in result.stdout
+    report = json.loads(run("index", shop / "products", shop / "shop.catalog", "--json").stdout)
+    assert (report["skipped"], report["failed"][0]["line"], report["items"]) == (12, 13, 12)
+    refused(run("index", shop / "products", shop / "shop.catalog", "--strict"), "line 13", "no such image")
+
+
+def test_generate(shop: Path, toy: Path) -> None:
+    arguments = ["generate", shop / "shop.catalog", "red boots", "-n", 2, "--seed", 7, "--steps", 2]
+    result = run(*arguments, "-o", shop / "out", "--add")
+    assert result.exit_code == 0, result.output
+    assert "2 pictures in" in result.stdout and "seed 7, 2 steps of ddim" in result.stdout
+    pictures = sorted((shop / "out").glob("*.png"))
+    assert len(pictures) == 2 and Image.open(pictures[0]).size == (16, 16)
+    recipe = json.loads((shop / "out" / "generation.json").read_text())
+    assert recipe[0]["seed"] == 7 and recipe[0]["score"] >= recipe[1]["score"] and recipe[0]["nearest"]["text"]
+    assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 14
+    alone = run("generate", "red boots", "--bundle", toy, "-o", shop / "alone", "--steps", 2, "--seed", 7, "--json")
+    assert json.loads(alone.stdout)[0]["nearest"] is None
+
+
+def test_info_and_delete(shop: Path) -> None:
+    result = run("info", shop / "shop.catalog")
+    assert "12 items" in result.stdout and "bundle toy" in result.stdout
+    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)[0]["id"]
+    assert "1 removed; 11 items are left" in run("delete", shop / "shop.catalog", first, "nobody").stdout
+
+
+def test_reindex(shop: Path) -> None:
+    other = make_toy_bundle(shop / "other", seed=1)
+    assert "12 items re-encoded" in run("reindex", shop / "shop.catalog", other).stdout
+    assert "made with" in run("reindex", shop / "shop.catalog", other).stdout
+    assert run("search", shop / "shop.catalog", "red").exit_code == 0
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_refusals(indexed: Path, toy: Path, tmp_path: Path) -> None:
+    catalog = indexed / "shop.catalog"
+    refused(run("search", tmp_path / "none", "x"), "There is no catalogue at", "unidiff index")
+    assert not (tmp_path / "none").exists()
+    refused(run("search", catalog), "say what to look for")
+    refused(run("search", catalog, "x", "--where", "{price"), "--where is not JSON")
+    refused(run("search", catalog, "x", "--where", '{"price": {"below": 3}}'), "Valid operators")
+    refused(run("search", catalog, "x", "--where", "[1]"), "A filter is a dictionary")
+    refused(run("search", catalog, "x", "--limit", 0), "limit=0")
+    refused(run("search", catalog, "--image", tmp_path / "none.png"), "none.png")
+    refused(run("index", tmp_path / "none", tmp_path / "new", "--bundle", toy), "no such folder")
+    assert not (tmp_path / "new").exists()
+    refused(run("index", indexed / "products", tmp_path / "new", "--bundle", tmp_path / "none"), "no such folder")
+    assert not (tmp_path / "new").exists()
+    refused(run("generate", catalog, "red", "--steps", 0, "-o", tmp_path / "out"), "steps")
+    refused(run("generate", catalog, "red", "--sampler", "magic", "-o", tmp_path / "out"), "magic")
+    refused(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
+    refused(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
+    refused(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
+    refused(run("info", toy), "is not a catalogue")
+    assert json.loads(run("info", catalog, "--json").stdout)["items"] == 12
+
+
+def test_an_empty_catalogue_is_told(tmp_path: Path, toy: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    Catalog(tmp_path / "shop.catalog", toy).close()
+    refused(run("search", tmp_path / "shop.catalog", "x"), "is empty", "unidiff index")
+
+
+def test_nothing_usable_is_a_failure(tmp_path: Path, toy: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png"}\n')
+    result = run("index", tmp_path, tmp_path.parent / "shop.catalog", "--bundle", toy)
+    refused(result, "None of the 1 rows")
+
+
+def test_a_changed_bundle_is_told_and_nothing_is_lost(shop: Path, toy: Path) -> None:
+    bundle = Path(shutil.copytree(toy, shop / "bundle"))
+    other = make_toy_bundle(shop / "other", seed=1)
+    index = ("index", shop / "products", shop / "shop.catalog", "--bundle")
+    refused(run(*index, other), "another one", "reindex")
+    graph = bundle / "image_encoder" / "model.onnx"
+    data = bytearray(graph.read_bytes())
+    data[-1] ^= 1
+    graph.write_bytes(bytes(data))
+    refused(run(*index, bundle), "model.onnx", "changed")
+    assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 12
+
+
+def test_in_use(shop: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    with Catalog(shop / "shop.catalog"):
+        refused(run("search", shop / "shop.catalog", "x"), "in use")
+
+
+def test_real_pictures_get_a_note(tmp_path: Path, toy: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "x.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a real photograph"}\n')
+    result = run("index", tmp_path, tmp_path / "shop.catalog", "--bundle", toy)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Note: ") and "synthetic" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (StoreError("two\n lines"), 1, "Error: two lines"),
+        (KeyboardInterrupt(), 130, "Interrupted. What was finished is kept."),
+    ],
+)
+def test_the_shared_group(raised: BaseException, code: int, line: str) -> None:
+    @click.group(cls=Group)
+    def tool() -> None:
+        """A tool."""
+
+    @tool.command()
+    def fail() -> None:
+        """Fail."""
+        raise raised
+
+    result = CliRunner().invoke(tool, ["fail"])
+    assert (result.exit_code, result.stderr.strip()) == (code, line)
