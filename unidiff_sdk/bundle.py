@@ -95,9 +95,9 @@ class Bundle:
         _check_schema(folder, manifest)
         _check_files(folder, manifest["files"], verify)
         if fingerprint_of(manifest["files"]) != manifest["fingerprint"]:
-            raise BundleError(f"{folder / MANIFEST}: the fingerprint does not fit its list of files; export it again")
-        if "checksum" in manifest and manifest_checksum(manifest) != manifest["checksum"]:
-            raise BundleError(f"{folder / MANIFEST}: was changed after the export; export it again")
+            raise BundleError(
+                f"{folder / MANIFEST}: the fingerprint does not fit its list of files; export the bundle again"
+            )
         return cls(folder, manifest, device=device, threads=threads)
 
     def session(self, graph: str) -> Any:
@@ -247,6 +247,8 @@ def _check_schema(folder: Path, manifest: dict[str, Any]) -> None:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         remedy = "upgrade unidiff-sdk" if newer else "export it again"
         raise BundleError(f"{file}: schema_version is {version!r}, this SDK reads {SCHEMA_VERSION}; {remedy}")
+    if "checksum" in manifest and manifest_checksum(manifest) != manifest["checksum"]:
+        raise BundleError(f"{file}: was changed after the export (its checksum differs); export the bundle again")
     for key, expected in _SCHEMA.items():
         value: Any = manifest
         for part in key.split("."):

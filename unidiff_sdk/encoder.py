@@ -120,9 +120,9 @@ def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
-    """int64[len(texts), length], as the tokenizer is set to pad."""
+    """int64[len(texts), length], where `tokenizer` is set to pad to a length."""
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    return np.array(ids, np.int64).reshape(len(texts), -1)
+    return np.array(ids, np.int64).reshape(len(texts), tokenizer.padding["length"])
 
 
 def _checked_texts(texts: Sequence[str]) -> list[str]:

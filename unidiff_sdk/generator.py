@@ -147,10 +147,9 @@ class Generator:
     def _pictures(
         self, prompts: str | Sequence[str], n: int, seed: int, latents: Float32 | None, settings: Settings
     ) -> list[_Picture]:
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise OptionError(f"prompts must be strings, but one is {type(prompt).__name__} ({prompt!r})")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise OptionError(f"prompts must be a string or a list of strings, not {prompts!r}")
         n = _integer("n", n, at_least=1)
         seed = _integer("seed", seed, at_least=0)
         if seed >= 2**64:
@@ -173,7 +172,7 @@ class Generator:
         native = latent["size"] * scale
         if size is None:
             return native, native
-        sides = (size, size) if isinstance(size, int) else tuple(size)
+        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         block = scale * self._unet_downsampling
         limit = MAX_ENLARGEMENT * native**2
         whole = len(sides) == 2 and all(isinstance(side, int) and side >= block and side % block == 0 for side in sides)

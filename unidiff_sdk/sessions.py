@@ -92,11 +92,11 @@ def _import_onnxruntime() -> Any:
 def _installed_packages() -> list[str]:
     """Which of the two packages lie where `import onnxruntime` would look.
 
-    Read from the folder itself: importing importlib.metadata takes longer than importing ONNX Runtime.
+    Read from the folder itself: importing importlib.metadata costs as much as ONNX Runtime itself.
     """
     spec = importlib.util.find_spec("onnxruntime")
     if spec is None or not spec.submodule_search_locations:
         return []
-    site_packages = Path(list(spec.submodule_search_locations)[0]).parent
+    site_packages = Path(next(iter(spec.submodule_search_locations))).parent
     records = {record.name.split("-")[0] for record in site_packages.glob("onnxruntime*.dist-info")}
     return [name for name in ("onnxruntime", "onnxruntime-gpu") if name.replace("-", "_") in records]

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_bundle import CHANNELS, IMAGE_SIZE, LATENT_SIZE, make_toy_bundle
+
+from unidiff_sdk import generator as generator_module
+from unidiff_sdk.bundle import Bundle
+from unidiff_sdk.errors import GenerationError, OptionError
+from unidiff_sdk.generator import Generator, Settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_bundle(tmp_path_factory.mktemp("bundle") / "toy")
+
+
+@pytest.fixture
+def generator(folder: Path) -> Generator:
+    return Generator(Bundle.open(folder, threads=1))
+
+
+class Watched:
+    """A session that notes how many rows each call has, and may spoil what it gives."""
+
+    def __init__(self, bundle: Bundle, graph: str, spoil: bool = False) -> None:
+        self.session, self.spoil = bundle.session(graph), spoil
+        self.rows: list[int] = []
+        bundle._sessions[graph] = self
+
+    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.rows.append(len(next(iter(inputs.values()))))
+        outputs = self.session.run(names, inputs)
+        return [np.full_like(output, np.nan) for output in outputs] if self.spoil else outputs
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_pictures_of_the_first_prompt_come_first(generator: Generator) -> None:
+    images = generator.generate(["red boots", "a blue coat"], n=3, seed=5)
+    assert len(images) == 6
+    assert all(image.mode == "RGB" and image.size == (IMAGE_SIZE, IMAGE_SIZE) for image in images)
+    np.testing.assert_array_equal(pixels(images[:3]), pixels(generator.generate("red boots", n=3, seed=5)))
+    np.testing.assert_array_equal(pixels(images[3:]), pixels(generator.generate("a blue coat", n=3, seed=5)))
+
+
+def test_seed_index_and_prompt_decide_the_picture(generator: Generator) -> None:
+    first, second = pixels(generator.generate("red boots", n=2, seed=1))
+    for other in (
+        second,
+        *pixels(generator.generate("red boots", seed=2)),
+        *pixels(generator.generate("coat", seed=1)),
+    ):
+        assert np.abs(first - other).max() > 3
+    largest = generator.generate("red boots", seed=2**64 - 1)
+    assert len(largest) == 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "euler_a", "lcm"])
+def test_a_picture_is_the_same_whatever_it_is_drawn_beside(
+    generator: Generator, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = pixels(generator.generate(["coat", "red boots"], n=7, seed=3, sampler=sampler))[7:]
+    alone = pixels(generator.generate("red boots", n=1, seed=3, sampler=sampler))
+    monkeypatch.setattr(generator_module, "_POSITIONS_A_CALL", 2 * 3 * LATENT_SIZE**2)
+    in_threes = pixels(generator.generate("red boots", n=7, seed=3, sampler=sampler))
+    assert np.abs(together[:1] - alone).max() <= 1
+    assert np.abs(together - in_threes).max() <= 1
+
+
+def test_large_requests_are_cut_into_calls_that_fit(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, decoder = Watched(generator.bundle, "unet"), Watched(generator.bundle, "vae_decoder")
+    monkeypatch.setattr(generator_module, "_POSITIONS_A_CALL", 2 * 3 * LATENT_SIZE**2)
+    assert len(generator.generate("boots", n=7, steps=2)) == 7
+    assert unet.rows == [6, 6, 6, 6, 2, 2] and decoder.rows == [3, 3, 1]
+    monkeypatch.setattr(generator_module, "_POSITIONS_A_CALL", 1)
+    assert len(generator.generate("boots", n=2, steps=1)) == 2
+
+
+def test_no_guidance_is_half_the_work(generator: Generator) -> None:
+    unet = Watched(generator.bundle, "unet")
+    generator.generate("boots", n=2, steps=3, guidance_scale=1)
+    assert unet.rows == [2, 2, 2]
+    generator.generate("boots", n=2, steps=3, guidance_scale=1.5)
+    assert unet.rows[3:] == [4, 4, 4]
+
+
+def test_guidance_leads_from_the_negative_prompt_to_the_prompt(generator: Generator) -> None:
+    options: dict[str, Any] = {"seed": 4, "sampler": "ddim", "steps": 3}
+    plain = pixels(generator.generate("boots", guidance_scale=1, **options))
+    # without + g * (with - without) is one prompt alone where g is 0 or both prompts are the same
+    np.testing.assert_array_equal(
+        pixels(generator.generate("coat", negative_prompt="boots", guidance_scale=0, **options)), plain
+    )
+    same = pixels(generator.generate("boots", negative_prompt="boots", guidance_scale=7, **options))
+    assert np.abs(same - plain).max() <= 1
+    assert np.abs(pixels(generator.generate("boots", guidance_scale=7, **options)) - plain).max() > 3
+
+
+def test_a_prompt_is_encoded_once(generator: Generator) -> None:
+    encoder = Watched(generator.bundle, "text_encoder")
+    generator.generate(["boots", "coat"], n=3)
+    generator.generate("coat", n=2, seed=9)
+    assert encoder.rows == [1, 1, 1]  # two prompts and the empty negative one
+
+
+def test_start_from_given_latents(generator: Generator) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)
+    before = latents.copy()
+    pair = pixels(generator.generate("boots", n=2, latents=latents))
+    np.testing.assert_array_equal(pixels(generator.generate("boots", latents=latents[1:], seed=8)), pair[1:])
+    np.testing.assert_array_equal(latents, before)
+    with pytest.raises(GenerationError, match=r"shape \[2, 4, 8, 8\]; this call needs \[3, 4, 8, 8\]"):
+        generator.generate("boots", n=3, latents=latents)
+    latents[0, 0, 0, 0] = np.nan
+    with pytest.raises(GenerationError, match="latents hold values that are not finite"):
+        generator.generate("boots", n=2, latents=latents)
+
+
+def test_other_sizes(generator: Generator) -> None:
+    assert generator.generate("boots", size=(24, 8))[0].size == (24, 8)
+    assert generator.generate("boots", size=32)[0].size == (32, 32)
+
+
+def test_progress_and_cancellation_between_steps(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator_module, "_POSITIONS_A_CALL", 2 * LATENT_SIZE**2)
+    seen: list[tuple[int, int]] = []
+    generator.generate("boots", n=2, steps=2, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    unet = Watched(generator.bundle, "unet")
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate("boots", n=2, steps=2, callback=stop)
+    assert unet.rows == [2]
+
+
+def test_settings_fill_in_the_bundles_defaults(generator: Generator) -> None:
+    assert generator.settings() == Settings("ddim", 4, 3.0, IMAGE_SIZE, IMAGE_SIZE)
+    assert generator.settings(steps=9, guidance_scale=1, sampler="euler", size=(8, 16)) == Settings(
+        "euler", 9, 1.0, 8, 16
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": 1001}, "takes 1 to 1000"),
+        ({"n": 0}, "n is 0"),
+        ({"n": "2"}, "n is '2'"),
+        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
+        ({"seed": 2**64}, "less than 2"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; give a number from 0 to 50"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_scale": -1}, "guidance_scale is -1"),
+        ({"guidance_scale": 51}, "guidance_scale is 51"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"sampler": "ddpm"}, "'ddpm' is not known; use one of ddim, euler"),
+        ({"size": 10}, "in multiples of 4 pixels, at most 32 x 32 in all"),
+        ({"size": 0}, "size is 0"),
+        ({"size": (16, 16, 3)}, "size is"),
+        ({"size": (64, 32)}, "at most 32 x 32"),
+        ({"size": "64x64"}, "size is '64x64'"),
+        ({"size": 16.0}, "size is 16.0"),
+        ({"negative_prompt": "blurry", "guidance_scale": 1}, "negative_prompt has no effect at guidance_scale 1"),
+    ],
+)
+def test_impossible_options_say_what_is_possible(generator: Generator, options: dict[str, Any], message: str) -> None:
+    unet = Watched(generator.bundle, "unet")
+    with pytest.raises(OptionError, match=message):
+        generator.generate("boots", **options)
+    assert unet.rows == []
+
+
+def test_prompts_must_be_strings(generator: Generator) -> None:
+    for prompts in ([3], [None], 3, None):
+        with pytest.raises(OptionError, match="prompts must be"):
+            generator.generate(prompts)  # type: ignore[arg-type]
+    assert generator.generate([]) == []
+
+
+def test_what_is_cut_off_a_prompt_is_told(generator: Generator) -> None:
+    with pytest.warns(UserWarning, match="longer than 12 tokens; the rest is ignored: 'boots with laces'"):
+        generator.generate("boots with laces")
+
+
+def test_a_result_that_is_not_finite_is_an_error(generator: Generator) -> None:
+    Watched(generator.bundle, "vae_decoder", spoil=True)
+    with pytest.raises(GenerationError, match=r"fp32 bundle .* not finite; lower guidance_scale"):
+        generator.generate("boots")
