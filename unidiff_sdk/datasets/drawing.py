@@ -213,7 +213,15 @@ def jacket(wide: float, long: float) -> list[Part]:
 
 def vest(wide: float, long: float) -> list[Part]:
     half, hem = 0.15 + 0.085 * wide, 0.58 + 0.26 * long
-    half_outline = [(0.065, 0.15), (0.125, 0.16), (0.105, 0.27), (half, 0.38), (half, hem), (half, hem), (0.0, hem + 0.05)]
+    half_outline = [
+        (0.065, 0.15),
+        (0.125, 0.16),
+        (0.105, 0.27),
+        (half, 0.38),
+        (half, hem),
+        (half, hem),
+        (0.0, hem + 0.05),
+    ]
     buttons = [Part(ellipse(0.5, y, 0.014, 0.014, 12), "dark", 0) for y in np.arange(0.46, hem, 0.085)]
     return [
         Part(ellipse(0.5, 0.165, 0.08, 0.035), "lining", 0),
@@ -251,7 +259,16 @@ def shorts(wide: float, long: float) -> list[Part]:
 
 def dress(wide: float, long: float) -> list[Part]:
     flare, hem = 0.15 + 0.15 * wide, 0.62 + 0.28 * long
-    half = [(0.065, 0.1), (0.115, 0.11), (0.105, 0.2), (0.125, 0.27), (0.09, 0.4), (0.09, 0.4), (flare, hem), (flare, hem)]
+    half = [
+        (0.065, 0.1),
+        (0.115, 0.11),
+        (0.105, 0.2),
+        (0.125, 0.27),
+        (0.09, 0.4),
+        (0.09, 0.4),
+        (flare, hem),
+        (flare, hem),
+    ]
     return [
         Part(curve(mirrored([*half, (0, hem + 0.02)]))),
         Part(curve([(0.43, 0.09), (0.43, 0.09), (0.57, 0.09), (0.57, 0.09), (0.5, 0.2)]), "lining", 0.4),
@@ -261,7 +278,9 @@ def dress(wide: float, long: float) -> list[Part]:
 
 def skirt(wide: float, long: float) -> list[Part]:
     flare, hem = 0.17 + 0.17 * wide, 0.56 + 0.3 * long
-    cloth = curve(mirrored([(0.12, 0.22), (0.12, 0.22), (flare * 0.8, 0.4), (flare, hem), (flare, hem), (0, hem + 0.03)]))
+    cloth = curve(
+        mirrored([(0.12, 0.22), (0.12, 0.22), (flare * 0.8, 0.4), (flare, hem), (flare, hem), (0, hem + 0.03)])
+    )
     pleats = [Part(band([(0.5 + 0.45 * s, 0.28), (0.5 + s * 2.1, hem)], 0.012), "shade", 0) for s in (-0.07, 0.0, 0.07)]
     return [Part(cloth), *pleats, Part(box(0.375, 0.185, 0.625, 0.24), "shade", 0.6)]
 
@@ -353,7 +372,10 @@ def mug(wide: float, long: float) -> list[Part]:
     half, top = 0.14 + 0.09 * wide, 0.48 - 0.2 * long
     grip = band(arc(0.5 + half - 0.01, (top + 0.8) / 2, 0.13, 0.3 * (0.8 - top), -95, 95), 0.045)
     body = curve(mirrored([(half, top), (half, top), (half, 0.7), (half * 0.9, 0.81), (half * 0.5, 0.83)]))
-    rim = (Part(ellipse(0.5, top, half, 0.045), "light", 0.3), Part(ellipse(0.5, top + 0.006, half * 0.87, 0.033), "dark", 0))
+    rim = (
+        Part(ellipse(0.5, top, half, 0.045), "light", 0.3),
+        Part(ellipse(0.5, top + 0.006, half * 0.87, 0.033), "dark", 0),
+    )
     return [Part(grip, "shade", 0.6), Part(body), *rim]
 
 
@@ -516,7 +538,7 @@ def paint(
     wide: float,
     long: float,
     background: str,
-    pose: Pose = Pose(),  # noqa: B008 - frozen
+    pose: Pose = Pose(),
     light: float = 0.6,
     tint: tuple[float, float, float] = (1.0, 1.0, 1.0),
     size: int = 64,
@@ -575,9 +597,9 @@ def paint(
             case "cloth":
                 colours = cloth[area]
             case "shade":
-                colours = np.broadcast_to(base * 0.72 + 6, alpha.shape[:2] + (3,))
+                colours = np.broadcast_to(base * 0.72 + 6, (*alpha.shape[:2], 3))
             case material:
-                colours = np.broadcast_to(np.asarray(MATERIALS[material], np.float32), alpha.shape[:2] + (3,))
+                colours = np.broadcast_to(np.asarray(MATERIALS[material], np.float32), (*alpha.shape[:2], 3))
         lit = np.float32(1.0)
         if part.relief:
             height = np.asarray(mask.filter(ImageFilter.GaussianBlur(side * 0.035)), np.float32) / 255

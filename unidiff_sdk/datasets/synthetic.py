@@ -27,10 +27,12 @@ PATTERNS = ("solid", "striped", "diagonal", "checked", "dotted")
 
 TYPES: dict[str, dict[str, float]] = {  # each type's usual price
     "fashion-man": {
-        "t-shirt": 20, "shirt": 45, "sweater": 60, "hoodie": 55, "jacket": 120, "vest": 50, "trousers": 70, "shorts": 30,
+        "t-shirt": 20, "shirt": 45, "sweater": 60, "hoodie": 55, "jacket": 120, "vest": 50, "trousers": 70,
+        "shorts": 30,
     },
     "fashion-woman": {
-        "dress": 80, "skirt": 45, "blouse": 50, "tank top": 18, "coat": 150, "jumpsuit": 90, "boots": 110, "handbag": 95,
+        "dress": 80, "skirt": 45, "blouse": 50, "tank top": 18, "coat": 150, "jumpsuit": 90, "boots": 110,
+        "handbag": 95,
     },
     "ecommerce-product": {
         "mug": 12, "bottle": 22, "vase": 35, "lamp": 65, "backpack": 75, "chair": 130, "cushion": 25, "teapot": 40,
@@ -50,12 +52,17 @@ _CUTS: dict[str, dict[str, tuple[str, str]]] = {
     "ecommerce-product": {"height": ("low", "tall"), "width": ("slim", "wide")},
 }
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
-    name: {"type": tuple(TYPES[name]), "colour": MAIN_COLOURS, "colour2": ("none", *SECOND_COLOURS), "pattern": PATTERNS}
+    name: {
+        "type": tuple(TYPES[name]),
+        "colour": MAIN_COLOURS,
+        "colour2": ("none", *SECOND_COLOURS),
+        "pattern": PATTERNS,
+    }
     | _CUTS[name]
     for name in CATALOGUES
 }
-"""What a caption tells, per catalogue: column name -> the values that it takes. Two products are the same in meaning, and
-relevant to one another's captions, when they are equal in all of these."""
+"""What a caption tells, per catalogue: column name -> the values that it takes. Two products are the same in meaning,
+and relevant to one another's captions, when they are equal in all of these."""
 
 _SYNONYMS = {
     "t-shirt": ("t-shirt", "tee"),
@@ -96,7 +103,8 @@ _NOUNS = {
     "checked": "checks",
     "dotted": "dots",
 }
-# {cuts} is "long slim", {cloth} "striped" or "plain", {second} "with white stripes" or "in one colour", {tail} "with white".
+# {cuts} is "long slim", {cloth} "striped" or "plain", {second} "with white stripes" or "in one colour", {tail} "with
+# white" or nothing.
 _WORDINGS = (
     "a {cuts} {colour} {type} {second}",
     "{colour} {type}, {cuts}, {second}",
@@ -142,7 +150,12 @@ class Product:
     def row(self) -> dict[str, str | float]:
         """The product as a metadata row without its `file_name`."""
         told = {"text": self.caption, "id": self.id} | self.attributes
-        return told | {"background": self.background, "brand": self.brand, "price": self.price, "catalogue": self.catalogue}
+        return told | {
+            "background": self.background,
+            "brand": self.brand,
+            "price": self.price,
+            "catalogue": self.catalogue,
+        }
 
 
 def products(name: str, n: int, seed: int = 0, split: str = "train") -> list[Product]:
@@ -231,7 +244,9 @@ def _caption(product: Product, choose: Callable[[tuple[str, ...]], str], wording
         colour=say(attributes["colour"]),
         type=say(attributes["type"]),
         cloth=say(attributes["pattern"]),
-        second=choose(("in one colour", "without pattern")) if plain else f"with {second} {_NOUNS[attributes['pattern']]}",
+        second=choose(("in one colour", "without pattern"))
+        if plain
+        else f"with {second} {_NOUNS[attributes['pattern']]}",
         tail="" if plain else f"with {second}",
         background=f"{product.background} ground",
     )
