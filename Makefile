@@ -29,7 +29,8 @@ pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; write
 	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
 
 tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default bundle (two hours on two cores)
-	$(VENV)/bin/python -m unidiff_sdk.training.tiny $(ARGS)
+	$(VENV)/bin/python -m unidiff_sdk.training.tiny runs/tiny -o unidiff_sdk/models/tiny_checkpoint $(ARGS)
+	$(VENV)/bin/unidiff-export tiny -o unidiff_sdk/models/tiny --overwrite
 
 bench: $(DEMO_VENV)/.ready ## what the README claims, measured here
 	$(DEMO_VENV)/bin/python benchmarks/cold_start.py --out benchmarks/results/cold_start.json $(ARGS)
