@@ -96,6 +96,7 @@ def test_a_device_that_is_listed_but_does_not_load(graph: Path, monkeypatch: pyt
 
     fake = SimpleNamespace(
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        preload_dlls=lambda: None,
         SessionOptions=onnxruntime.SessionOptions,
         InferenceSession=falls_back,
     )

@@ -71,7 +71,7 @@ class Encoder:
 
     def tokenise(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids with start and end tokens, cut and padded to the same length: int64[len(texts), max_tokens]."""
-        return token_ids(self._tokenizer, _checked_texts(texts))
+        return token_ids(self._tokenizer, _checked_texts(texts)).reshape(len(texts), self.bundle.max_tokens)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -120,9 +120,8 @@ def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
-    """int64[len(texts), length], where `tokenizer` is set to pad to a length."""
-    ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    return np.array(ids, np.int64).reshape(len(texts), tokenizer.padding["length"])
+    """int64[len(texts), max_tokens], by a tokenizer from `load_tokenizer`; at least one text."""
+    return np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)], np.int64)
 
 
 def _checked_texts(texts: Sequence[str]) -> list[str]:

@@ -42,6 +42,8 @@ def create_session(file: Path, *, device: str = "cpu", threads: int | None = Non
     available = onnxruntime.get_available_providers()
     if wanted not in available:
         raise ProviderError(f"{_cannot_use(device)}: this ONNX Runtime was built for {', '.join(available)} only")
+    if device != "cpu":
+        onnxruntime.preload_dlls()  # finds CUDA and cuDNN in the wheels that pip put beside it
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.inter_op_num_threads = 1
