@@ -13,8 +13,8 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
 from PIL import Image
-from unidiff_export import Export, export_bundle
 
+from unidiff_export import Export, export_bundle
 from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.encoder import Encoder
 from unidiff_sdk.errors import ExportError, OptionError
@@ -47,7 +47,12 @@ def bundle(export: Export) -> Bundle:
 
 def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:
     manifest = bundle.manifest
-    assert (manifest["name"], manifest["precision"], manifest["target"], manifest["opset"]) == ("bundle", "fp32", "cpu", 23)
+    assert (manifest["name"], manifest["precision"], manifest["target"], manifest["opset"]) == (
+        "bundle",
+        "fp32",
+        "cpu",
+        23,
+    )
     assert manifest["embedding"]["dim"] == checkpoint.clip.config.projection_dim
     assert manifest["embedding"]["logit_scale"] == pytest.approx(checkpoint.clip.logit_scale.exp().item())
     assert manifest["latent"] == {
@@ -103,7 +108,9 @@ def test_text_encoder_is_causal(bundle: Bundle) -> None:
     ids = np.arange(3, 19, dtype=np.int64)[None]
     changed = ids.copy()
     changed[0, 8:] += 1
-    before, after = (bundle.session("text_encoder").run(["last_hidden_state"], {"input_ids": x})[0] for x in (ids, changed))
+    before, after = (
+        bundle.session("text_encoder").run(["last_hidden_state"], {"input_ids": x})[0] for x in (ids, changed)
+    )
     np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-6)
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
@@ -181,5 +188,5 @@ def test_unknown_options_are_refused(random_checkpoint: Path, tmp_path: Path) ->
 
 
 def test_existing_folder_is_refused_before_any_work(random_checkpoint: Path, export: Export) -> None:
-    with pytest.raises(ExportError, match="exists already.*--overwrite"):
+    with pytest.raises(ExportError, match=r"exists already.*--overwrite"):
         export_bundle(random_checkpoint, export.path)

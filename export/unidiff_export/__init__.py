@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from .exporter import Export, GraphReport, export_bundle
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .exporter import Export, GraphReport, export_bundle
 
 __all__ = ["Export", "GraphReport", "export_bundle"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the exporter, and PyTorch with it, when it is first asked for: `unidiff-export --help` does without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import exporter
+
+    return getattr(exporter, name)

@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING
 import click
 
 from unidiff_sdk._cli import Command
+from unidiff_sdk.errors import ExportError
+
+from .options import TARGETS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from .exporter import Export
 
-# Named here and not read from the exporter, so that --help need not import PyTorch.
-TARGETS = ("cpu",)
+EXAMPLES = """
+unidiff-export runs/shop -o bundles/shop
+unidiff-export tiny -o bundles/tiny-fp16 --fp16
+"""
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="Compute in single precision (default).")
@@ -31,21 +36,19 @@ def main(checkpoint: str, out: Path, precision: str, target: str, overwrite: boo
     CKPT is a folder that unidiff-train wrote, or "tiny" for the built-in base. Each graph is compared with PyTorch,
     and whole pictures with those of the diffusers pipeline; the bundle appears only if all of them agree, and carries
     the figures in its manifest.json.
-
-    \b
-    Example:  unidiff-export runs/shop -o bundles/shop
     """
     from rich.console import Console
 
-    errors = Console(stderr=True)
-    with errors.status("importing PyTorch") as status:
-        from .exporter import export_bundle
+    with Console(stderr=True).status("importing PyTorch") as status:
+        try:
+            from .exporter import export_bundle
+        except ImportError as error:
+            raise ExportError(f"{error.name} is not installed: pip install 'unidiff-sdk[cpu,export]'") from error
 
         export = export_bundle(
             checkpoint, out, precision=precision, target=target, overwrite=overwrite, progress=status.update
         )
-    console = Console()
-    console.print(parity_table(export))
+    Console().print(parity_table(export))
     # Plain, so that a long path is neither wrapped nor coloured.
     click.echo(f"{precision} bundle in {export.seconds:.1f} s, {megabytes(export.bytes)}: {export.path}")
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from unidiff_sdk.bundle import Bundle
-from unidiff_sdk.errors import ExportError, OptionError
+from unidiff_sdk.errors import ExportError
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 
 from .folder import (
@@ -25,11 +25,9 @@ from .folder import (
 )
 from .lowering import GraphSpec, graph_specs, lower
 from .manifest import build_manifest, describe_graph, write_manifest
+from .options import check_options
 from .precision import overflows_half, store_halves
 from .verification import TOLERANCES, GraphParity, ImageParity, compare_graph, compare_images
-
-PRECISIONS = tuple(TOLERANCES)
-TARGETS = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -79,8 +77,7 @@ def export_bundle(
         CheckpointError: the checkpoint is missing or incomplete.
         OptionError: an option has an unknown value.
     """
-    _check_option("precision", precision, PRECISIONS)
-    _check_option("target", target, TARGETS)
+    check_options(precision, target)
     say = progress or (lambda line: None)
     start, out = time.perf_counter(), Path(out).absolute()
 
@@ -143,11 +140,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ExportError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
-
-
-def _check_option(option: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OptionError(f"{option} is {value!r}; use one of {', '.join(known)}")
 
 
 def _lower_in(spec: GraphSpec, precision: str) -> tuple[ir.Model, str]:

@@ -119,9 +119,13 @@ class GraphSpec:
 
 
 def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
-    """The five graphs of `checkpoint`, in the order in which a generation meets them."""
+    """The five graphs of `checkpoint`: those of generation in its order, then the image encoder of search.
+
+    Raises ExportError if the UNet is not one of Stable Diffusion 1 or 2, for text to image.
+    """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text, vision = clip.config.text_config, clip.config.vision_config
+    _check_conditions(unet, vae)
     latent = unet.config.sample_size
     pixels = checkpoint.image_size
 
@@ -153,6 +157,19 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
         _spec("vae_encoder", VaeEncoder(vae), {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder),
         _spec("image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), photographs),
     ]
+
+
+def _check_conditions(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    """Refuse a UNet that wants more than noisy latents, a timestep and text states."""
+    config = unet.config
+    extra = [name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if config[name]]
+    if config.in_channels != vae.config.latent_channels:
+        extra.append(f"in_channels {config.in_channels}")
+    if extra:
+        raise ExportError(
+            f"the UNet takes extra conditions ({', '.join(extra)}), as SDXL and inpainting models do; "
+            "only text-to-image models of the shape of Stable Diffusion 1 and 2 can be exported"
+        )
 
 
 def _spec(

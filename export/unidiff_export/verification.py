@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unidiff_sdk.bundle import Bundle
     from unidiff_sdk.training.checkpoint import Checkpoint
 
-PROMPTS = ("a red dress", "blue striped boots on a grey background")
+PROMPTS = ("a red dress", "blue striped boots")
 # Of equal pictures the ratio is infinite, which JSON cannot say.
 MOST_PSNR_DB = 100.0
 # A picture whose brightest level is below this, of 255, is black.
