@@ -335,6 +335,32 @@ def test_an_image_error_names_the_file(catalog: Catalog, tmp_path: Path) -> None
         catalog.add(tmp_path / "fake.png")
 
 
+def test_hits_bring_their_captions_and_columns(catalog: Catalog, bundle: Path) -> None:
+    fill(catalog)
+    with Catalog(":memory:", bundle) as selection:
+        assert selection.add(catalog.search("red", limit=2), payloads=[{"price": 99}, {}]) == ["red", "yellow"]
+        hit = selection.get("red")
+        assert hit and (hit.text, hit.payload) == ("a red dress", {"price": 99, "tags": []})
+        assert selection.add(selection.search("red")) == ["red", "yellow"]
+        assert selection.count() == 2
+
+
+def test_a_file_that_changes_under_way_is_refused(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture("red").save(tmp_path / "a.png")
+    changed = catalog._changed
+
+    def slow(items: Any) -> Any:
+        picture("blue").save(tmp_path / "a.png")
+        return changed(items)
+
+    monkeypatch.setattr(catalog, "_changed", slow)
+    with pytest.raises(ImageError, match="changed while"):
+        catalog.add(tmp_path / "a.png")
+    assert catalog.count() == 0
+
+
 def test_delete(catalog: Catalog) -> None:
     fill(catalog)
     catalog.add(picture("red"), "the same picture", "twin")
@@ -383,7 +409,7 @@ def test_add_folder(catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "70 added, 0 unchanged, 0 failed" in str(report)
     hit = catalog.get(5)
     assert hit and hit.payload == {"price": 5} and hit.text == "green dress 5"
-    assert "70/70" in capsys.readouterr().out
+    assert "70/70" in capsys.readouterr().err
 
 
 def test_what_has_not_changed_is_passed_over(catalog: Catalog, tmp_path: Path) -> None:
@@ -558,6 +584,16 @@ def test_moving_catalogue_and_bundle_together(tmp_path: Path, inside: bool) -> N
         assert catalog.bundle.path == new / place
         beside = catalog.get("beside")
         assert beside and beside.load_image().size == (40, 30)
+
+
+def test_moving_the_catalogue_alone(tmp_path: Path, bundle: Path) -> None:
+    with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
+        fill(catalog)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    shutil.move(tmp_path / "shop.catalog", tmp_path / "far" / "away")
+    for _ in range(2):
+        with Catalog(tmp_path / "far" / "away" / "shop.catalog") as catalog:
+            assert catalog.search("red")[0].load_image().size == (40, 30)
 
 
 def test_what_needs_no_model_works_without_the_bundle(tmp_path: Path, bundle: Path) -> None:

@@ -24,7 +24,7 @@ def run(*arguments: object) -> Result:
 
 def refused(result: Result, *says: str) -> None:
     """One line on stderr, exit code 1, no traceback."""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("Note:")]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("Note:")]
     assert result.exit_code == 1, result.output
     assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
     for part in says:

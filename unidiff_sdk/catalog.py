@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
 import shutil
@@ -32,6 +31,7 @@ from .encoder import Encoder
 from .errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
 from .images import ImageSource
 from .imagestore import ImageStore, Picture
+from .progress import progress_bar
 from .results import AddReport, Generated, Generation, Hit, Page
 from .store import Record, Store, Vector
 from .store.filters import Compare, parse
@@ -220,8 +220,9 @@ class Catalog:
         """Add pictures, or replace those that have the same id. All of them are stored, or none.
 
         Args:
-            images: one picture or a sequence of them: paths, bytes of image files, PIL images, arrays, hits; or what
-                `generate` returned, whose prompt becomes the caption and whose settings become columns.
+            images: one picture or a sequence of them: paths, bytes of image files, PIL images, arrays; hits, which
+                bring their id, caption and columns; or what `generate` returned, whose prompt becomes the caption and
+                whose settings become columns.
             texts: their captions, as many.
             ids: strings or integers, as many. Default: a hash of picture and caption, so that adding twice is harmless.
             payloads: further columns, as many: JSON values under names other than id and text.
@@ -236,10 +237,14 @@ class Catalog:
             StoreError: an embedding is not finite, or the disk is full.
         """
         items = list(_items(images, texts, ids, payloads))
+        fresh: list[_Item] = []
         records: list[Record] = []
-        fresh, replaced = self._changed(items)
-        for batch in _batched(fresh, BATCH_SIZE):
-            records.extend(self._encode(batch, copy))
+        replaced: dict[str, str] = {}
+        for batch in _batched(items, BATCH_SIZE):
+            changed, old = self._changed(batch)
+            records += self._encode(changed, copy)
+            fresh += changed
+            replaced |= old
         self._commit(records, fresh, replaced, copy)
         return [item.id for item in items]
 
@@ -264,7 +269,8 @@ class Catalog:
         failed: list[BadRow] = []
         added = skipped = 0
         rows = read_catalogue(path, strict=strict, on_error=failed.append)
-        with _bar(count_rows(path) if progress else None) as advance, ThreadPoolExecutor(1) as reading:
+        total = count_rows(path) if progress else 0
+        with progress_bar("Indexing", progress) as advance, ThreadPoolExecutor(1) as reading:
             # One batch is read, decoded and thumbnailed while the one before it is encoded and stored.
             batches = _batched(rows, BATCH_SIZE)
             job = reading.submit(self._prepare, next(batches, []), strict, copy)
@@ -274,7 +280,7 @@ class Catalog:
                 self._commit(records, prepared.fresh, prepared.replaced, copy)
                 added, skipped = added + len(records), skipped + prepared.skipped
                 failed.extend(prepared.failed)
-                advance(added + skipped + len(failed))
+                advance(added + skipped + len(failed), total)
         return AddReport(added, skipped, tuple(sorted(failed, key=lambda bad: bad.line)), time.perf_counter() - started)
 
     def _prepare(self, rows: list[Row], strict: bool, copy: bool) -> _Prepared:
@@ -331,6 +337,7 @@ class Catalog:
         for item, vector in zip(items, vectors, strict=True):
             system = {"sha256": item.picture.sha256, "uri": self._images.add(item.picture, copy=copy)}
             records.append(Record(item.key, vector, {**item.columns, _SYSTEM: system}))
+            item.picture.release()
         return records
 
     def _commit(self, records: Sequence[Record], items: Sequence[_Item], replaced: dict[str, str], copy: bool) -> None:
@@ -571,7 +578,8 @@ class Catalog:
             store = EdgeStore(self.folder / vectors, new.dim)
 
             # 1. Re-encode what the new shard does not hold yet.
-            with _bar(old_store.count() if progress else None) as advance:
+            total = old_store.count()
+            with progress_bar("Re-encoding", progress) as advance:
                 for batch in old_store.scroll(BATCH_SIZE):
                     there = {record.id: record.payload for record in store.retrieve([record.id for record in batch])}
                     todo = [record for record in batch if there.get(record.id) != record.payload]
@@ -579,7 +587,7 @@ class Catalog:
                     if todo:
                         encoded = zip(todo, encoder.encode_images(pictures), strict=True)
                         store.upsert([replace(record, vector=vector) for record, vector in encoded])
-                    advance(store.count())
+                    advance(store.count(), total)
             for batch in store.scroll():  # what was deleted since a run that was cut short
                 kept = {record.id for record in old_store.retrieve([record.id for record in batch])}
                 store.delete([record.id for record in batch if record.id not in kept])
@@ -645,8 +653,6 @@ class _Prepared:
 
 
 def _item(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any]) -> _Item:
-    if not isinstance(payload, Mapping):
-        raise OptionError(f"a payload is a dictionary of columns, not {payload!r}")
     for name in _RESERVED:
         if name in payload:
             raise OptionError(f'"{name}" cannot be a column of a payload: captions go into texts=, ids into ids=')
@@ -675,11 +681,15 @@ def _items(images: Any, texts: Any, ids: Any, payloads: Any) -> Iterator[_Item]:
         if times > 1:
             raise OptionError(f"the id {next(id for id in ids if _key(id) == key)!r} is given {times} times")
     for source, text, payload, id in zip(sources, *columns.values(), ids, strict=True):
-        extra = {} if payload is None else payload
+        picture, payload = _picture(source), {} if payload is None else payload
+        if not isinstance(payload, Mapping):
+            raise OptionError(f"a payload is a dictionary of columns, not {payload!r}")
         if isinstance(source, Generated):
-            yield _item(_picture(source), text or source.prompt, id, {**source.payload, **extra})
-        else:
-            yield _item(_picture(source), text, id, extra)
+            text, payload = text or source.prompt, {**source.payload, **payload}
+        elif isinstance(source, Hit):
+            text, payload, id = text or source.text, {**source.payload, **payload}, source.id if id is None else id
+        yield _item(picture, text, id, payload)
+        picture.release()  # a long list of files is hashed here and read again, a batch at a time
 
 
 def _is_single(images: Any) -> bool:
@@ -734,17 +744,3 @@ def _batched(values: Iterable[_T], size: int) -> Iterator[list[_T]]:
     iterator = iter(values)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-@contextlib.contextmanager
-def _bar(total: int | None) -> Iterator[Any]:
-    """A progress bar, as a function that takes how many are done; one that shows nothing if the total is None."""
-    if total is None:
-        yield lambda done: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("Indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.update(task, completed=done)

@@ -29,27 +29,29 @@ class BundleRef:
     Attributes:
         path: "tiny" for the built-in one; relative to the catalogue's folder if it lies in or beside it, so that both
             can move together; else absolute.
+        absolute: where it was, for a catalogue that has moved alone.
     """
 
     name: str
     path: str
+    absolute: str
     fingerprint: str
     dim: int
 
     @classmethod
     def of(cls, bundle: Bundle, folder: Path) -> BundleRef:
         path, folder = bundle.path.resolve(), folder.resolve()
-        if path == TINY.resolve():
-            where = TINY_NAME
-        elif path.is_relative_to(folder.parent):
+        where = absolute = TINY_NAME if path == TINY.resolve() else str(path)
+        if path.is_relative_to(folder.parent) and where != TINY_NAME:
             where = Path(os.path.relpath(path, folder)).as_posix()
-        else:
-            where = str(path)
-        return cls(bundle.name, where, bundle.fingerprint, bundle.dim)
+        return cls(bundle.name, where, absolute, bundle.fingerprint, bundle.dim)
 
     def locate(self, folder: Path) -> Path:
         """Where the bundle is, for a catalogue that is now at `folder`."""
-        return TINY if self.path == TINY_NAME else Path(os.path.normpath(folder / self.path))
+        if self.path == TINY_NAME:
+            return TINY
+        beside = Path(os.path.normpath(folder.resolve() / self.path))
+        return beside if beside.is_dir() else Path(self.absolute)
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def generate(
 ) -> None:
     """Draw PROMPT, rank the pictures by how well they agree with it, and name the nearest item of CATALOG."""
     from .catalog import Catalog
+    from .progress import progress_bar
 
     if len(catalog_and_prompt) > 2:
         raise OptionError(f"{len(catalog_and_prompt)} arguments: give CATALOG and PROMPT, with PROMPT in quotes")
@@ -176,19 +177,25 @@ def generate(
     if add and not catalog:
         raise OptionError("--add needs a CATALOG to add to")
     with Catalog(catalog[0] if catalog else ":memory:", bundle, create=not catalog) as opened:
-        generation = opened.generate(
-            prompt, negative_prompt=negative, n=n, seed=seed, steps=steps, guidance_scale=guidance, sampler=sampler
-        )
+        with progress_bar("Drawing", shown=not as_json) as advance:
+            generation = opened.generate(
+                prompt,
+                negative_prompt=negative,
+                n=n,
+                seed=seed,
+                steps=steps,
+                guidance_scale=guidance,
+                sampler=sampler,
+                callback=advance,
+            )
         if add:
             opened.add(generation)
     files = _save(generation, out)
     if as_json:
         click.echo(json.dumps(_generation_as_list(generation, files), ensure_ascii=False))
         return
-    nearest = [p.nearest for p in generation]
     rows = (
-        [file, f"{picture.score:.3f}", f"{hit.id}: {hit.text or ''}" if hit else ""]
-        for file, picture, hit in zip(files, generation, nearest, strict=True)
+        [file, f"{picture.score:.3f}", _name(picture.nearest)] for file, picture in zip(files, generation, strict=True)
     )
     _table(["file", "agreement", "nearest item"], rows)
     first = generation[0]
@@ -266,6 +273,10 @@ def _table(header: list[str], rows: Iterable[Sequence[object]]) -> None:
 def _columns(hit: Hit) -> str:
     text = ", ".join(f"{name}: {value}" for name, value in hit.payload.items())
     return text if len(text) <= 120 else text[:119] + "…"
+
+
+def _name(hit: Hit | None) -> str:
+    return f"{hit.id}: {hit.text or ''}" if hit else ""
 
 
 def _hit_as_dict(hit: Hit) -> dict[str, Any]:

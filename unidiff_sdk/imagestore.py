@@ -39,48 +39,72 @@ class Picture:
 
     def __init__(self, source: ImageSource) -> None:
         self.path: Path | None = None
-        self.data: bytes | None = None
+        self._data: bytes | None = None
         if isinstance(source, (str, PathLike)):
             self.path = Path(source)
-            try:
-                self.data = self.path.read_bytes()
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise ImageError(f"{self.path}: the image cannot be read ({reason})") from error
+            self._data = _read(self.path)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            self.data = bytes(source)
+            self._data = bytes(source)
         else:
             self.image = load_image(source)
-        self.sha256 = hashlib.sha256(self._content()).hexdigest()
+        content = self._pixels() if self._data is None else self._data
+        self.sha256 = hashlib.sha256(content).hexdigest()
 
     @cached_property
     def image(self) -> Image.Image:
         """The decoded picture, RGB."""
-        assert self.data is not None
+        data = self._original()
         try:
-            return load_image(self.data)
+            return load_image(data)
         except ImageError as error:
             if self.path is None:
                 raise
-            reason = str(error).removeprefix(f"image data of {len(self.data)} bytes: ")
-            raise ImageError(f"{self.path}: {reason}") from error
+            raise ImageError(f"{self.path}: {str(error).removeprefix(f'image data of {len(data)} bytes: ')}") from error
 
     @cached_property
-    def file(self) -> tuple[bytes, str]:
-        """The original as a file: its bytes and its suffix, told from the content and not from its name."""
-        if self.data is None:
-            buffer = io.BytesIO()
-            self.image.save(buffer, "PNG")
-            return buffer.getvalue(), ".png"
-        with Image.open(io.BytesIO(self.data)) as header:
+    def suffix(self) -> str:
+        """What the original's file name ends with, told from its content."""
+        if self.path is None and self._data is None:
+            return ".png"
+        with Image.open(io.BytesIO(self._original())) as header:
             kind = (header.format or "bin").lower()
-        return self.data, {"jpeg": ".jpg", "tiff": ".tif"}.get(kind, f".{kind}")
+        return {"jpeg": ".jpg", "tiff": ".tif"}.get(kind, f".{kind}")
 
-    def _content(self) -> bytes:
-        if self.data is not None:
-            return self.data
+    def encoded(self) -> bytes:
+        """The original as an image file."""
+        if self.path is not None or self._data is not None:
+            return self._original()
+        buffer = io.BytesIO()
+        self.image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def release(self) -> None:
+        """Give back the memory of what can be had again: a file's bytes, and the pixels that they decode to."""
+        if self.path is not None:
+            self._data = None
+        if self.path is not None or self._data is not None:
+            self.__dict__.pop("image", None)
+
+    def _original(self) -> bytes:
+        if self._data is None:
+            assert self.path is not None
+            data = _read(self.path)
+            if hashlib.sha256(data).hexdigest() != self.sha256:
+                raise ImageError(f"{self.path}: the file changed while it was being added; add it again")
+            self._data = data
+        return self._data
+
+    def _pixels(self) -> bytes:
         width, height = self.image.size
         return b"RGB %d %d\n" % (width, height) + self.image.tobytes()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{path}: the image cannot be read ({reason})") from error
 
 
 class ImageStore:
@@ -101,10 +125,9 @@ class ImageStore:
             write_atomically(thumbnail, _thumbnail(picture.image))
         if picture.path is not None and not copy:
             return self._reference(picture.path)
-        data, suffix = picture.file
-        uri = f"images/{picture.sha256[:2]}/{picture.sha256}{suffix}"
+        uri = f"images/{picture.sha256[:2]}/{picture.sha256}{picture.suffix}"
         if not (self.root / uri).is_file():
-            write_atomically(self.root / uri, data)
+            write_atomically(self.root / uri, picture.encoded())
         return uri
 
     def load(self, uri: str) -> Image.Image:
@@ -116,7 +139,7 @@ class ImageStore:
         parts = urlsplit(uri)
         if parts.scheme == "file":
             return Path(unquote(parts.path))
-        return Path(os.path.normpath(self.root / unquote(uri)))
+        return Path(os.path.normpath(self.root.resolve() / unquote(uri)))
 
     def thumbnail(self, sha256: str, uri: str) -> bytes:
         """The thumbnail as a WebP file; made anew from the original if it was lost."""
