@@ -122,3 +122,21 @@ def train_tokenizer(captions):
         vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
         merge_list.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def small_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of one plain colour each, not all square, with captions that say it; two mean the same."""
+    import json
+
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("catalogue")
+    colours = ("red", "green", "blue", "purple", "yellow", "teal", "black", "white", "orange", "brown", "pink")
+    rows = [{"text": f"a {colour} dress", "colour": colour, "price": 10.0 + i} for i, colour in enumerate(colours)]
+    rows.append({"text": "A red  dress.", "colour": "red", "price": 99.0})
+    for i, row in enumerate(rows):
+        row["file_name"] = f"{i}.png"
+        Image.new("RGB", (40, 40 + 4 * i), str(row["colour"])).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return folder

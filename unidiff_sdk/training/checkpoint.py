@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk.errors import CheckpointError
 
-__all__ = ["TINY", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["TINY", "Checkpoint", "load_checkpoint", "require_replaceable", "save_checkpoint"]
 
 TINY = Path(__file__).parents[1] / "models" / "tiny_checkpoint"
 
@@ -129,8 +129,7 @@ def save_checkpoint(
     Raises CheckpointError where `path` holds something that is not a checkpoint, or the disk refuses.
     """
     path = Path(path)
-    if path.exists() and not ((path / "model_index.json").is_file() or _is_empty_folder(path)):
-        raise CheckpointError(f"{path} exists and is not a checkpoint: name a new folder, or remove it first")
+    require_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -156,6 +155,12 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse to save where something else than a checkpoint stands. To be asked before the work whose result it is."""
+    if path.exists() and not ((path / "model_index.json").is_file() or _is_empty_folder(path)):
+        raise CheckpointError(f"{path} exists and is not a checkpoint: name a new folder, or remove it first")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

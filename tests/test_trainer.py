@@ -1,0 +1,139 @@
+"""The training loop: what it leaves behind when it ends, is interrupted, or blows up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from unidiff_sdk.errors import CheckpointError, DataError, TrainingError  # noqa: E402
+from unidiff_sdk.training import trainer  # noqa: E402
+from unidiff_sdk.training.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+from unidiff_sdk.training.trainer import Ema, StepReport, train  # noqa: E402
+
+FEW = {"steps": 3, "batch_size": 6, "warmup_steps": 1, "learning_rate": 1e-3}
+
+
+def tensors(path: Path, part: str) -> dict:
+    return getattr(load_checkpoint(path), part).state_dict()
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_tunes_everything_but_the_vae(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    config = TrainingConfig(**FEW, rsc_warmup_steps=1, rsc_t_max=999, lambda_rsc_feature=0.1)
+    result = train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, device="cpu", on_step=reports.append)
+    assert (result.path, result.steps, result.pairs, result.bad) == (tmp_path / "tuned", 3, 12, [])
+    assert [report.step for report in reports] == [1, 2, 3]
+    assert set(reports[0].losses) == {"itc", "is", "rsc", "rsc_feature"}
+    assert reports[0].learning_rate == 1e-3 > reports[2].learning_rate > 0
+
+    tuned = load_checkpoint(result.path)
+    assert tuned.shared
+    for part in ("unet", "clip"):
+        assert not equal(getattr(tuned, part).state_dict(), tensors(random_checkpoint, part)), part
+    assert equal(tuned.vae.state_dict(), tensors(random_checkpoint, "vae"))
+    assert tuned.meta["config"]["lambda_rsc_feature"] == 0.1 and tuned.meta["step"] == 3
+    assert tuned.meta["base"] == "random" and tuned.meta["data"]["pairs"] == 12
+    assert tuned.meta["synthetic"] is False, "these pictures are not of the synthetic catalogues"
+
+
+def test_the_same_seed_gives_the_same_weights(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        train(small_catalogue, random_checkpoint, tmp_path / name, TrainingConfig(**FEW, seed=seed), device="cpu")
+    a, b, c = (tensors(tmp_path / name, "unet") for name in "abc")
+    assert equal(a, b) and not equal(a, c)
+
+
+def test_clip_alone_leaves_the_unet_as_it_was(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    train(small_catalogue, random_checkpoint, tmp_path / "clip", TrainingConfig(**FEW, lambda_is=0, lambda_rsc=0))
+    assert equal(tensors(tmp_path / "clip", "unet"), tensors(random_checkpoint, "unet"))
+    assert not equal(tensors(tmp_path / "clip", "clip"), tensors(random_checkpoint, "clip"))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    plain, calls = trainer.joint_losses, []
+
+    def poisoned(*arguments: object, **options: object) -> dict:
+        calls.append(1)
+        terms = plain(*arguments, **options)
+        if len(calls) == at:
+            weight, value = terms["is"]
+            terms["is"] = weight, value * float("nan")
+        return terms
+
+    monkeypatch.setattr(trainer, "joint_losses", poisoned)
+    out = tmp_path / "tuned"
+    with pytest.raises(TrainingError, match=rf"step {at} is not finite \(itc .*, is nan") as caught:
+        train(small_catalogue, random_checkpoint, out, TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0))
+    if at == 1:
+        assert "nothing had been saved" in str(caught.value) and not out.exists()
+    else:
+        assert "step 2 is kept" in str(caught.value)
+        kept = load_checkpoint(out)
+        assert kept.meta["step"] == 2
+        assert all(tensor.isfinite().all() for tensor in kept.unet.state_dict().values())
+
+
+def test_interruption_saves_what_was_learned(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    def interrupt(report: StepReport) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW), on_step=interrupt)
+    assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
+
+
+def test_what_cannot_be_trained_is_refused_before_it_starts(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        train(small_catalogue, random_checkpoint, tmp_path)
+    with pytest.raises(TrainingError, match="base itself"):
+        train(small_catalogue, random_checkpoint, random_checkpoint)
+    with pytest.raises(DataError, match="no such folder"):
+        train(tmp_path / "nowhere", random_checkpoint, tmp_path / "out")
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "0.png").write_bytes((small_catalogue / "0.png").read_bytes())
+    (one / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "alone"}), encoding="utf-8")
+    with pytest.raises(TrainingError, match="single usable pair"):
+        train(one, random_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_averaged_weights_follow_the_closed_form() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    ema = Ema(model, decay=0.5)
+    expected = 0.0
+    for update, value in enumerate((1.0, 2.0, 3.0), start=1):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update(model)
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+    assert ema.weights["weight"].item() == pytest.approx(expected)
+    with ema.applied(model):
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 3.0
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = TrainingConfig(steps=100, warmup_steps=10)
+    factors = [trainer._learning_rate_factor(step, config) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0 and factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0.0) and factors[10:] == sorted(factors[10:], reverse=True)

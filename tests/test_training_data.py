@@ -1,0 +1,128 @@
+"""From catalogue folder to batches: the runtime's own pixels, bad rows told, batches that follow from their seed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from unidiff_sdk.errors import DataError  # noqa: E402
+from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from unidiff_sdk.training.data import (  # noqa: E402
+    Batches,
+    encode_latents,
+    group_keys,
+    load_pairs,
+    normalise_caption,
+    tokenise,
+)
+from unidiff_sdk.training.model import JointModel  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(random_checkpoint)
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """Two good rows, a truncated picture, a row without a caption."""
+    good = Image.effect_noise((64, 64), 50).convert("RGB")
+    good.save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:500])
+    rows = [("good.png", "a grey thing"), ("cut.png", "cut"), ("good.png", ""), ("good.png", "noise")]
+    lines = (json.dumps({"file_name": name, "text": text}) for name, text in rows)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_pixels_are_those_of_the_image_processor(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    pairs = load_pairs(small_catalogue, checkpoint)
+    assert pairs.images.dtype == torch.uint8 and pairs.images.shape == (12, 3, 32, 32)
+    picture = Image.open(small_catalogue / "7.png")
+    expected = checkpoint.image_processor(picture, return_tensors="pt").pixel_values[0]
+    ours = JointModel(checkpoint).to_clip(pairs.clip_images[7:8].float() / 255)[0]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert pairs.payloads[3]["colour"] == "purple" and not pairs.bad
+
+
+def test_bad_rows_are_passed_over_and_told(checkpoint: Checkpoint, broken: Path) -> None:
+    pairs = load_pairs(broken, checkpoint)
+    assert pairs.captions == ["a grey thing", "noise"]
+    assert [(bad.line, bad.file_name) for bad in pairs.bad] == [(2, "cut.png"), (3, "good.png")]
+    assert "caption" in pairs.bad[1].reason
+
+
+def test_strict_stops_at_the_first_bad_row(checkpoint: Checkpoint, broken: Path) -> None:
+    with pytest.raises(DataError, match=r"cut\.png"):
+        load_pairs(broken, checkpoint, strict=True)
+
+
+def test_no_usable_row(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        load_pairs(tmp_path / "nowhere", checkpoint)
+    (tmp_path / "metadata.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(DataError, match="no usable pair"):
+        load_pairs(tmp_path, checkpoint)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"gone\.png"):
+        load_pairs(tmp_path, checkpoint)
+
+
+def test_limit(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    assert len(load_pairs(small_catalogue, checkpoint, limit=3)) == 3
+
+
+def test_fingerprint_follows_the_content(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    all_rows, few = load_pairs(small_catalogue, checkpoint), load_pairs(small_catalogue, checkpoint, limit=3)
+    assert all_rows.fingerprint() == load_pairs(small_catalogue, checkpoint).fingerprint() != few.fingerprint()
+
+
+def test_captions_that_mean_the_same(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    assert normalise_caption("A red  dress.") == normalise_caption("a red, dress") == "a red dress"
+    pairs = load_pairs(small_catalogue, checkpoint)
+    keys = group_keys(pairs)
+    assert keys[0] == keys[11] and len(set(keys)) == 11
+    assert len(set(group_keys(pairs, ["colour", "price"]))) == 12
+    with pytest.raises(DataError, match="colour, price"):
+        group_keys(pairs, ["brand"])
+
+
+def test_tokens_are_padded_and_cut_like_the_pipelines(checkpoint: Checkpoint) -> None:
+    ids = tokenise(checkpoint.tokenizer, ["a red dress", "a red dress " * 30])
+    assert ids.shape == (2, 16)
+    assert ids[1, -1] == checkpoint.tokenizer.eos_token_id
+
+
+def batches(checkpoint: Checkpoint, folder: Path, *, size: int, flip: bool = False) -> tuple[JointModel, Batches]:
+    model, pairs = JointModel(checkpoint), load_pairs(folder, checkpoint)
+    ids = tokenise(checkpoint.tokenizer, pairs.captions)
+    return model, Batches(model, pairs, ids, group_keys(pairs), size=size, flip=flip)
+
+
+def test_batches_follow_from_their_seed(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    _, made = batches(checkpoint, small_catalogue, size=5)
+
+    def groups(seed: int) -> list[list[int]]:
+        stream = made.stream(torch.Generator().manual_seed(seed))
+        return [next(stream).groups.tolist() for _ in range(4)]
+
+    assert groups(1) == groups(1) != groups(2)
+    first_epoch = [group for batch in groups(1)[:2] for group in batch]
+    assert len(first_epoch) == 10 and all(first_epoch.count(group) <= (2 if group == 0 else 1) for group in first_epoch)
+
+
+def test_small_data_makes_small_batches(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    _, made = batches(checkpoint, small_catalogue, size=64)
+    assert len(next(made.stream(torch.Generator().manual_seed(0)))) == 12
+
+
+def test_mirrored_pictures_have_their_own_latents(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    model, made = batches(checkpoint, small_catalogue, size=12, flip=True)
+    assert made.mirrored is not None
+    pairs = load_pairs(small_catalogue, checkpoint)
+    torch.testing.assert_close(made.mirrored, encode_latents(model, pairs.images.flip(-1)))

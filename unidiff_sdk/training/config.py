@@ -1,0 +1,91 @@
+"""Every number that decides a training run. The defaults suit two hundred pairs, the tiny base and two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from unidiff_sdk.errors import OptionError
+
+__all__ = ["Precision", "Teacher", "TrainingConfig"]
+
+Precision = Literal["fp32", "bf16"]
+Teacher = Literal["tuned", "ema"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """L = λ_itc·ITC + λ_is·IS + λ_rsc·RSC, and how it is descended. A term whose λ is zero is not computed at all."""
+
+    # how long
+    steps: int = 400
+    batch_size: int = 64  # pairs a step, for all terms; fewer where the data has fewer
+    seed: int = 0
+    precision: Precision = "fp32"  # of the models' passes; weights, losses and the optimiser are always fp32
+
+    # how fast: AdamW, linear warm-up, then a cosine down to zero
+    learning_rate: float = 2e-4
+    warmup_steps: int = 20
+    weight_decay: float = 0.01  # of matrices only, not of biases, norms or the temperature
+    gradient_clip: float = 1.0  # of the global norm
+    ema_decay: float = 0.99  # of the weights that are saved; ramped up from zero over the first steps
+
+    # image-text contrast
+    lambda_itc: float = 1.0
+    group: tuple[str, ...] = ()  # columns that make two pairs mean the same; default: equal captions
+
+    # image synthesis
+    lambda_is: float = 1.0
+    min_snr_gamma: float = 5.0  # 0 weighs all timesteps alike
+    caption_dropout: float = 0.1  # share of captions left out, for classifier-free guidance
+
+    # reciprocal semantic consistency
+    lambda_rsc: float = 0.1  # the generator learns from the encoder, through pixels
+    lambda_rsc_generated: float = 0.0  # the encoder learns from the generator's pictures
+    lambda_rsc_feature: float = 0.0  # both learn from each other's features, without decoding
+    rsc_t_max: int = 400  # the gate: noisier estimates than this timestep's are left out
+    rsc_samples: int = 16  # at most so many estimates are decoded a step: they are what RSC costs
+    rsc_warmup_steps: int = 100
+    rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, or its EMA
+
+    # data
+    flip: bool = False  # mirror half of the pictures; wrong where they bear text, or captions say left and right
+
+    # housekeeping
+    save_every: int = 100  # steps between checkpoints; the last good one survives whatever stops the run
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples", "save_every")
+        non_negative = (
+            *("seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
+            *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
+        )
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name} must be above zero, not {getattr(self, name)}")
+        for name in non_negative:
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("ema_decay", "caption_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise OptionError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        for name, choices in {"precision": get_args(Precision), "rsc_teacher": get_args(Teacher)}.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if not (self.trains_encoder or self.trains_generator):
+            raise OptionError("every λ is zero: there is nothing to train")
+
+    @property
+    def trains_generator(self) -> bool:
+        """Whether the UNet is run at all."""
+        return any((self.lambda_is, self.lambda_rsc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether pictures go through CLIP for their own sake."""
+        return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether denoising estimates are decoded to pixels."""
+        return any((self.lambda_rsc, self.lambda_rsc_generated))
