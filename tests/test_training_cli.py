@@ -1,0 +1,116 @@
+"""unidiff-train and unidiff-evaluate as a person meets them: help, results, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from unidiff_sdk.training import trainer  # noqa: E402
+from unidiff_sdk.training.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.cli import evaluate, train  # noqa: E402
+from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+
+FEW = ["--steps", "2", "--batch-size", "4", "--rsc", "0", "--device", "cpu"]
+
+
+def call(command, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def one_line(result: Result) -> str:
+    """The error of a refused run: one line, and a failing exit code."""
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", [train, evaluate])
+def test_help_tells_what_comes_out(command) -> None:
+    result = call(command, "--help")
+    assert result.exit_code == 0 and "Examples" in result.output
+
+
+def test_options_default_to_the_settings() -> None:
+    by_field = {parameter.name: parameter.default for parameter in train.params}
+    settings = TrainingConfig()
+    offered = {
+        name: value for name, value in by_field.items() if hasattr(settings, name) and name not in ("group", "flip")
+    }
+    assert offered and all(getattr(settings, name) == default for name, default in offered.items())
+
+
+def test_train_then_evaluate(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    result = call(train, small_catalogue, "--base", random_checkpoint, "-o", out, *FEW)
+    assert result.exit_code == 0, result.output
+    assert "2 steps on 12 pairs" in result.output and "itc" in result.stderr
+    assert load_checkpoint(out).meta["config"]["steps"] == 2
+    figures_file = tmp_path / "deep" / "figures.json"
+    result = call(evaluate, out, small_catalogue, "--prompts", 0, "--json", figures_file)
+    assert result.exit_code == 0, result.output
+    assert "text_to_image R@1" in result.stdout
+    assert json.loads(figures_file.read_text(encoding="utf-8"))["checkpoint"] == "tuned"
+
+
+def test_missing_folders(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert "nowhere" in one_line(call(train, nowhere, "--base", random_checkpoint, "-o", tmp_path / "out"))
+    assert "nowhere" in one_line(call(train, small_catalogue, "--base", nowhere, "-o", tmp_path / "out"))
+    assert "nowhere" in one_line(call(evaluate, random_checkpoint, nowhere))
+    assert "nowhere" in one_line(call(evaluate, nowhere, small_catalogue))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_rows(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+    good = (small_catalogue / "0.png").read_bytes()
+    for name, content in {"0.png": good, "1.png": good, "cut.png": good[:60]}.items():
+        (tmp_path / name).write_bytes(content)
+    rows = [("0.png", "red"), ("cut.png", "cut"), ("1.png", ""), ("1.png", "also red")]
+    lines = (json.dumps({"file_name": name, "text": text}) for name, text in rows)
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = (train, tmp_path, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW)
+    assert "cut.png" in one_line(call(*arguments, "--strict"))
+    assert not (tmp_path / "out").exists()
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "2 steps on 2 pairs" in result.stdout
+    assert "line 2 (cut.png)" in result.stderr and "line 3" in result.stderr
+
+
+def test_empty_catalogue(random_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text("", encoding="utf-8")
+    assert "no usable pair" in one_line(call(train, tmp_path, "--base", random_checkpoint, "-o", tmp_path / "out"))
+
+
+def test_wrong_values(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+    common = (train, small_catalogue, "--base", random_checkpoint, "-o", tmp_path / "out")
+    assert "caption_dropout" in one_line(call(*common, "--caption-dropout", 2))
+    assert "colour" in one_line(call(*common, "--group", "brand"))
+    assert call(*common, "--rsc-teacher", "frozen").exit_code == 2
+    assert "both --base and --base-data" in one_line(
+        call(evaluate, random_checkpoint, small_catalogue, "--base", "tiny")
+    )
+    assert "is a folder" in one_line(call(evaluate, random_checkpoint, small_catalogue, "--json", tmp_path))
+
+
+def test_nan_and_interruption(
+    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> dict:
+        return {"itc": (1.0, torch.tensor(float("nan"), requires_grad=True))}
+
+    arguments = (train, small_catalogue, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW)
+    monkeypatch.setattr(trainer, "joint_losses", broken)
+    assert "itc nan" in one_line(call(*arguments))
+
+    def interrupted(*_: object, **__: object) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "joint_losses", interrupted)
+    assert call(*arguments).exit_code == 130

@@ -1,0 +1,265 @@
+"""`unidiff-train` and `unidiff-evaluate`. PyTorch is imported only once the arguments are known to be good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from unidiff_sdk._cli import Command
+from unidiff_sdk.datasets.reader import BadRow, count_rows
+from unidiff_sdk.errors import OptionError
+from unidiff_sdk.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from unidiff_sdk.training.trainer import StepReport
+
+__all__ = ["evaluate", "train"]
+
+T = TypeVar("T")
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+DEFAULTS = TrainingConfig()
+LOG_EVERY = 50  # steps, where the output is a file and not a terminal
+SHOWN_BAD_ROWS = 5
+
+
+def config_option(*names: str, field: str, help: str, **settings: Any) -> Callable[[Any], Any]:
+    """An option that fills a field of TrainingConfig, with its default and type."""
+    default = getattr(DEFAULTS, field)
+    settings.setdefault("type", type(default))
+    return click.option(*names, field, default=default, show_default=True, help=help, **settings)
+
+
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
+strict_option = click.option("--strict", is_flag=True, help="Stop at the first bad row instead of passing it over.")
+
+
+@click.command(
+    cls=Command,
+    context_settings=CONTEXT,
+    epilog="""
+    unidiff-train products --base tiny -o runs/shop
+    unidiff-train products --base runs/shop -o runs/shop-2 --steps 1000 --lr 1e-4
+    unidiff-train products --base tiny -o runs/clip-alone --is 0 --rsc 0
+    """,
+)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help='The checkpoint to start from: a folder, or "tiny", the built-in one.')
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the tuned checkpoint.")
+@config_option("--steps", field="steps", help="Optimiser steps.")
+@config_option("--batch-size", field="batch_size", help="Pairs a step.")
+@config_option("--lr", field="learning_rate", help="Peak learning rate.")
+@config_option("--warmup", field="warmup_steps", help="Steps until the peak; a cosine falls from there.")
+@config_option("--seed", field="seed", help="The same seed gives the same run.")
+@config_option("--itc", field="lambda_itc", help="Weight of image-text contrast. Of any term, 0 switches it off.")
+@config_option("--is", field="lambda_is", help="Weight of image synthesis.")
+@config_option("--rsc", field="lambda_rsc", help="Weight of consistency: the generator learns from the encoder.")
+@config_option("--rsc-generated", field="lambda_rsc_generated", help="Weight of its converse, encoder from generator.")
+@config_option("--rsc-feature", field="lambda_rsc_feature", help="Weight of consistency of features, without decoding.")
+@config_option("--rsc-t-max", field="rsc_t_max", help="The gate: the noisiest timestep whose estimate is used.")
+@config_option("--rsc-warmup", field="rsc_warmup_steps", help="Steps until consistency has its full weight.")
+@config_option(
+    "--rsc-teacher",
+    field="rsc_teacher",
+    type=click.Choice(["tuned", "ema"]),
+    help="The encoder that the generator learns from: as it is being tuned, or its moving average.",
+)
+@config_option("--min-snr-gamma", field="min_snr_gamma", help="Min-SNR weighting of timesteps; 0 for none.")
+@config_option("--caption-dropout", field="caption_dropout", help="Share of captions left out, for guidance.")
+@config_option("--ema", field="ema_decay", help="Decay of the averaged weights that are saved.")
+@click.option("--group", multiple=True, help="Column that tells which pairs mean the same; default: equal captions.")
+@click.option("--flip", is_flag=True, help="Mirror half of the pictures. Not where they bear text.")
+@config_option(
+    "--precision",
+    field="precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="bf16 is twice as fast where it is native.",
+)
+@config_option("--save-every", field="save_every", help="Steps between checkpoints.")
+@strict_option
+@device_option
+def train(data: Path, base: str, out: Path, strict: bool, device: str, **options: Any) -> None:
+    """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet.
+
+    Each row of the metadata names an image (file_name) and its caption (text). One checkpoint comes out, which
+    diffusers and transformers open as it is, and which unidiff-export turns into a bundle. Interrupt at any time:
+    what was learned so far is saved.
+    """
+    config = TrainingConfig(**options)
+    rows = count_rows(data)  # a folder that cannot be read is told before PyTorch is imported
+    with _progress("PyTorch is being imported") as progress:
+        from unidiff_sdk.training.trainer import train as run
+
+        result = run(
+            data,
+            base,
+            out,
+            config,
+            device=device,
+            strict=strict,
+            on_rows=lambda read: _track(progress, read, rows, "pictures"),
+            on_step=_StepDisplay(progress, config.steps),
+        )
+    _tell_bad_rows(data, result.bad)
+    click.echo(f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s: {result.path}")
+    click.echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")
+
+
+@click.command(
+    cls=Command,
+    context_settings=CONTEXT,
+    epilog="""
+    unidiff-evaluate runs/shop products-test --json shop.json
+    unidiff-evaluate runs/shop products-test --train-data products --base tiny --base-data other-products
+    """,
+)
+@click.argument("checkpoint")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures to this file.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="Save a sheet of generated pictures to this file.")
+@click.option("--prompts", default=100, show_default=True, help="Captions to generate for; 0: retrieval only.")
+@click.option("--per-prompt", default=2, show_default=True, help="Pictures for each caption.")
+@click.option("--steps", default=20, show_default=True, help="Denoising steps.")
+@click.option("--guidance", default=5.0, show_default=True, help="Guidance scale.")
+@click.option("--seed", default=0, show_default=True, help="Of the generated pictures.")
+@click.option("--limit", type=click.IntRange(min=2), help="Use only the first so many pairs of DATA.")
+@click.option("--train-data", type=click.Path(path_type=Path), help="What CHECKPOINT was tuned on: are they copies?")
+@click.option("--base", help='The checkpoint before tuning ("tiny" or a folder), for what was forgotten.')
+@click.option("--base-data", type=click.Path(path_type=Path), help="Data that the base knows, for what was forgotten.")
+@strict_option
+@device_option
+def evaluate(
+    checkpoint: str,
+    data: Path,
+    json_file: Path | None,
+    pictures: Path | None,
+    train_data: Path | None,
+    base: str | None,
+    base_data: Path | None,
+    **options: Any,
+) -> None:
+    """Measure CHECKPOINT (a folder, or "tiny") on DATA: retrieval, generation, collapse and forgetting.
+
+    Generated pictures are judged by a frozen judge of its own, never by the CLIP under test. On the synthetic
+    catalogues, a hit is relevant if its attributes are those of the caption; on other data, if its caption is equal.
+    """
+    if (base is None) != (base_data is None):
+        raise OptionError("what was forgotten needs both --base and --base-data")
+    if json_file and json_file.is_dir():
+        raise OptionError(f"{json_file} is a folder: name a file for --json")
+    for folder in filter(None, (data, train_data, base_data)):
+        count_rows(folder)
+    with _progress("PyTorch is being imported") as progress:
+        from unidiff_sdk.training.evaluate import evaluate as run
+
+        evaluation = run(
+            checkpoint,
+            data,
+            train_data=train_data,
+            base=base,
+            base_data=base_data,
+            on_stage=lambda stage: progress.update(progress.task_ids[-1], description=stage),
+            **options,
+        )
+    _tell_bad_rows(data, evaluation.bad)
+    _table(evaluation.figures)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(evaluation.figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if pictures and evaluation.sheet:
+        pictures.parent.mkdir(parents=True, exist_ok=True)
+        evaluation.sheet.save(pictures)
+
+
+# --- what is shown meanwhile -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(description, total=None, figures="")
+        yield progress
+
+
+def _track(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    _replace_task(progress, description, total)
+    yield from progress.track(items, task_id=progress.task_ids[-1], total=total)
+
+
+def _replace_task(progress: Progress, description: str, total: int | None) -> None:
+    for task in progress.task_ids:
+        progress.remove_task(task)
+    progress.add_task(description, total=total, figures="")
+
+
+class _StepDisplay:
+    """Each loss, smoothed, with throughput: on a terminal as a line that stays, in a file as a line now and then."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self.progress = progress
+        self.steps = steps
+        self.smooth: dict[str, float] = {}
+
+    def __call__(self, report: StepReport) -> None:
+        if report.step == 1:
+            _replace_task(self.progress, "training", self.steps)
+        now = report.losses | {"pairs/s": report.pairs / report.seconds}
+        self.smooth = {name: 0.95 * self.smooth.get(name, value) + 0.05 * value for name, value in now.items()}
+        figures = "  ".join(f"{name} {value:.3g}" for name, value in self.smooth.items())
+        self.progress.update(self.progress.task_ids[-1], completed=report.step, figures=figures)
+        if self.progress.disable and (report.step % LOG_EVERY == 0 or report.step in (1, self.steps)):
+            click.echo(f"step {report.step}/{self.steps}  {figures}", err=True)
+
+
+def _tell_bad_rows(data: Path, bad: list[BadRow]) -> None:
+    for row in bad[:SHOWN_BAD_ROWS]:
+        click.echo(f"Passed over: {data}, {row}", err=True)
+    if len(bad) > SHOWN_BAD_ROWS:
+        click.echo(f"… and {len(bad) - SHOWN_BAD_ROWS:,} more rows.", err=True)
+
+
+def _table(figures: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", box=box.SIMPLE_HEAD)
+    for name, value in _flat(figures):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        else:
+            yield prefix + name, value
