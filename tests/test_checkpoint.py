@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.training import checkpoint as module  # noqa: E402
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 
+COMPAT = Path(__file__).parent / "compat"
 PARTS = ("unet", "vae", "clip", "text_encoder", "tokenizer", "scheduler", "image_processor", "meta")
 
 
@@ -163,3 +166,31 @@ def test_replacing_keeps_only_the_new_one(copy: Path) -> None:
     saved = save_checkpoint(copy, **(parts(load_checkpoint(copy)) | {"meta": {"run": 2}}))
     assert json.loads((saved / "unidiff.json").read_text(encoding="utf-8"))["run"] == 2
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float", "half"])
+def test_the_compatibility_check_passes_on_these_versions(random_checkpoint: Path, tmp_path: Path, half: bool) -> None:
+    dtype = torch.float16 if half else None
+    saved = save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)), dtype=dtype)
+    check_compatibility(sys.executable, saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True], ids=["float", "half"])
+def test_older_libraries_load_every_tensor(random_checkpoint: Path, tmp_path: Path, half: bool) -> None:
+    """transformers 4.57 and diffusers 0.36, in an environment of their own that stays for the next time."""
+    environment = COMPAT.parents[1] / ".venv-compat"
+    python = environment / "bin" / "python"
+    if not (environment / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", COMPAT / "requirements.txt"], check=True)
+        (environment / ".ready").touch()
+    dtype = torch.float16 if half else None
+    check_compatibility(
+        python, save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)), dtype=dtype)
+    )
+
+
+def check_compatibility(python: str | Path, checkpoint: Path) -> None:
+    run = subprocess.run([python, COMPAT / "check_checkpoint.py", checkpoint], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
