@@ -557,6 +557,7 @@ def test_an_empty_prompt_is_refused(catalog: Catalog) -> None:
 def test_reopening(tmp_path: Path, bundle: Path) -> None:
     with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
         fill(catalog)
+        catalog.optimize()
     with Catalog(tmp_path / "shop.catalog") as catalog:
         assert catalog.search("red")[0].id == "red"
         assert catalog.search("red")[0].load_image().size == (40, 30)

@@ -546,7 +546,7 @@ class Catalog:
     # -------------------------------------------------------------------------------------------- upkeep
 
     def optimize(self) -> None:
-        """Build the search index over what was added. Worth it from 20,000 items on; other threads wait meanwhile."""
+        """Build the search index over what was added. Worth it from 50,000 items on; other threads wait meanwhile."""
         with self._write_lock:
             self._check_open()
             self._store.optimize()
