@@ -28,6 +28,9 @@ test-all: $(VENV)/.ready ## the whole test suite
 pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; writes pipeline/index.html
 	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
 
+real: $(VENV)/.ready ## the same on Debian's tuxpaint stamps, real pictures; writes real/index.html
+	@$(VENV)/bin/python examples/real_pictures.py $(ARGS)
+
 tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default bundle (two hours on two cores)
 	$(VENV)/bin/python -m unidiff_sdk.training.tiny runs/tiny -o unidiff_sdk/models/tiny_checkpoint $(ARGS)
 	$(VENV)/bin/unidiff-export tiny -o unidiff_sdk/models/tiny --overwrite
@@ -44,7 +47,7 @@ lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/mypy
 
 clean: ## remove environments, outputs and caches
-	rm -rf $(VENV) $(DEMO_VENV) demo pipeline build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) demo pipeline real build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO_VENV)/.ready: $(LOCK)
 	@python=$$(.ci/find-python $(PYTHON)); \
@@ -61,4 +64,4 @@ $(VENV)/.ready: $(LOCK)
 	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[cpu,train,export,dev]"
 	@touch $@
 
-.PHONY: help demo test test-all pipeline tiny bench bench-ci lint clean
+.PHONY: help demo test test-all pipeline real tiny bench bench-ci lint clean

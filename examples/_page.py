@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from unidiff_sdk import Generated, Hit
+
 CSS = """
 :root { color-scheme: light dark; --page: #f7f6f3; --card: #ffffff; --ink: #1d1c1a; --soft: #6d6a63; --line: #e4e1da;
   --code: #f0eee8; --accent: #b4462b; --fine: #8a867d; }
@@ -80,6 +82,20 @@ class Card:
     badge: str = ""
     near: tuple[Image.Image, str] | None = None
     query: bool = False
+
+
+def hit_card(hit: Hit) -> Card:
+    """A search hit: its score, its price if it has one, its caption."""
+    badge = "generated" if hit.payload.get("generated") else ""
+    price = f"{hit.payload['price']:.2f}" if "price" in hit.payload else ""
+    return Card(hit.load_image(), hit.text or "", f"{hit.score:.3f}", price, badge=badge)
+
+
+def drawn_card(picture: Generated) -> Card:
+    """A generated picture: how well it agrees with its prompt, how to make it again, what is nearest to it."""
+    near = (picture.nearest.load_image(), f"nearest: {picture.nearest.text}") if picture.nearest else None
+    settings = f"seed {picture.seed}, picture {picture.index}"
+    return Card(picture.image, picture.prompt, f"{picture.score:.3f}", settings, near=near)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-from _page import Card, Page, Row, Section
+from _page import Card, Page, Row, Section, drawn_card, hit_card
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from unidiff_sdk import Catalog, Generated, Generation, Hit
+from unidiff_sdk import Catalog, Generation
 from unidiff_sdk import Page as Hits
 from unidiff_sdk.datasets.synthetic import CATALOGUES, products, render, write_catalogue
 
@@ -200,10 +200,10 @@ def drawings(catalog: Catalog) -> list[Section]:
 def row(catalog: Catalog, act: Callable[[Catalog], Hits | Generation], query: Card | None = None) -> Row:
     result = act(catalog)
     if isinstance(result, Generation):
-        cards = [drawn(picture) for picture in result]
+        cards = [drawn_card(picture) for picture in result]
         took = f"{result.took_ms / 1000:.2f} s for {len(result)}"
     else:
-        cards = [hit(found) for found in result]
+        cards = [hit_card(hit) for hit in result]
         took = f"{len(result)} hits in {result.took_ms:.1f} ms"
     console.print(f"[dim]{took:>20}[/]  {' '.join(code_of(act).split())}", highlight=False, soft_wrap=True)
     return Row(code_of(act), [query, *cards] if query else cards, took, large=isinstance(result, Generation))
@@ -212,18 +212,6 @@ def row(catalog: Catalog, act: Callable[[Catalog], Hits | Generation], query: Ca
 def code_of(act: Callable[..., object]) -> str:
     body = textwrap.dedent(inspect.getsource(act).split("\n", 1)[1])
     return body.replace("return ", "", 1).strip()
-
-
-def hit(found: Hit) -> Card:
-    if found.payload.get("generated"):
-        return Card(found.load_image(), found.text or "", f"{found.score:.3f}", badge="generated")
-    return Card(found.load_image(), found.text or "", f"{found.score:.3f}", f"{found.payload['price']:.2f}")
-
-
-def drawn(picture: Generated) -> Card:
-    near = (picture.nearest.load_image(), f"nearest: {picture.nearest.text}") if picture.nearest else None
-    settings = f"seed {picture.seed}, picture {picture.index}"
-    return Card(picture.image, picture.prompt, f"{picture.score:.3f}", settings, near=near)
 
 
 def measure(catalog: Catalog) -> None:
