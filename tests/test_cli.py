@@ -56,7 +56,9 @@ def shop(indexed: Path, tmp_path: Path) -> Path:
 
 def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
     text = run("--help").stdout
-    places = [text.index(f"\n  {name} ") for name in ("dataset", "index", "search", "generate", "info", "delete")]
+    places = [
+        text.index(f"\n  {name} ") for name in ("dataset", "index", "search", "generate", "info", "delete", "reindex")
+    ]
     assert places == sorted(places)
     assert '  unidiff search shop.catalog "red striped dress" --where' in text
     for name, command in main.commands.items():

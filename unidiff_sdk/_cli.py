@@ -39,7 +39,6 @@ class _Polite(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Examples, as they are written: click would wrap them into one paragraph."""
         if self.epilog:
-            formatter.write_paragraph()
             with formatter.section("Examples"):
                 for line in self.epilog.strip().splitlines():
                     formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")

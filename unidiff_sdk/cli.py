@@ -39,10 +39,11 @@ def main() -> None:
 
 
 @main.command(
+    short_help="Draw a synthetic catalogue to try things on.",
     epilog="""
     unidiff dataset fashion-man shirts --n 400
     unidiff dataset ecommerce-product unseen --split test-unseen --size 128
-    """
+    """,
 )
 @click.argument("name")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -59,10 +60,11 @@ def dataset(name: str, out: Path, n: int, seed: int, split: str, size: int) -> N
 
 
 @main.command(
+    short_help="Add a folder of images to a catalogue.",
     epilog="""
     unidiff index products shop.catalog
     unidiff index photos shop.catalog --bundle bundles/shop --reference
-    """
+    """,
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("catalog", type=click.Path(path_type=Path))
@@ -98,11 +100,12 @@ def index(folder: Path, catalog: Path, bundle: str | None, reference: bool, stri
 
 
 @main.command(
+    short_help="Find by words, by a picture, or by both.",
     epilog="""
     unidiff search shop.catalog "red striped dress"
     unidiff search shop.catalog "but in blue" --image dress.jpg --weights 0.6 0.4
     unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}, "brand": ["Acme", "Nord"]}'
-    """
+    """,
 )
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
@@ -140,11 +143,12 @@ def search(
 
 
 @main.command(
+    short_help="Draw new products, ranked by agreement.",
     epilog="""
     unidiff generate "red striped dress" -o pictures
     unidiff generate shop.catalog "purple dotted boots" -n 4 --seed 7 -o pictures
     unidiff generate "a blue mug" --bundle bundles/shop --steps 30 --guidance 5 -o pictures
-    """
+    """,
 )
 @click.argument("catalog_and_prompt", nargs=-1, required=True, metavar="[CATALOG] PROMPT")
 @click.option("--bundle", help="Without CATALOG: a bundle's folder, or tiny (the default).")
@@ -208,7 +212,7 @@ def generate(
     )
 
 
-@main.command(epilog="unidiff info shop.catalog --json")
+@main.command(short_help="Tell what a catalogue holds.", epilog="unidiff info shop.catalog --json")
 @click.argument("catalog", type=click.Path(path_type=Path))
 @json_option
 def info(catalog: Path, as_json: bool) -> None:
@@ -225,7 +229,7 @@ def info(catalog: Path, as_json: bool) -> None:
     click.echo(f"bundle {bundle['name']} at {bundle['path']}: {bundle['dim']} dimensions, {bundle['fingerprint'][:12]}")
 
 
-@main.command(epilog="unidiff delete shop.catalog boots-17 boots-18")
+@main.command(short_help="Remove items.", epilog="unidiff delete shop.catalog boots-17 boots-18")
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("ids", nargs=-1, required=True)
 def delete(catalog: Path, ids: Sequence[str]) -> None:
@@ -238,7 +242,7 @@ def delete(catalog: Path, ids: Sequence[str]) -> None:
         click.echo(f"{removed} removed; {opened.count():,} items are left.")
 
 
-@main.command(epilog="unidiff reindex shop.catalog bundles/tuned")
+@main.command(short_help="Change a catalogue to another bundle.", epilog="unidiff reindex shop.catalog bundles/tuned")
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("bundle")
 def reindex(catalog: Path, bundle: str) -> None:
