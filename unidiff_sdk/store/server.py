@@ -61,7 +61,7 @@ class ServerStore:
             raise StoreError(
                 f'The collection "{self.collection}" was indexed with another bundle (fingerprint '
                 f"{metadata['fingerprint'][:12]}, {params.size} dimensions) than this one ({fingerprint[:12]}, "
-                f"{self.dim} dimensions). Open it with that bundle, or use a new collection: Catalog(url, collection=…)."
+                f"{self.dim} dimensions). Open it with that one, or use a new collection: Catalog(url, collection=…)."
             )
 
     def upsert(self, records: Sequence[Record]) -> None:
