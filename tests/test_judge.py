@@ -196,11 +196,11 @@ def test_it_is_small_and_its_seeds_are_its_own(judge: Judge) -> None:
 
 def test_the_recipe_is_deterministic_and_stores_what_it_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full_check = judging.check
-    monkeypatch.setattr(judging, "check", lambda judge: full_check(judge, n=48))  # as the real one, on fewer pictures
-    recipe = judging.Recipe(renderings=96, epochs=1, batch=32)
+    monkeypatch.setattr(judging, "check", lambda judge: full_check(judge, n=24))  # as the real one, on fewer pictures
+    recipe = judging.Recipe(renderings=48, epochs=1, batch=16)
     stated = [judging.train(recipe, tmp_path / name) for name in ("once", "again")]
     records = [json.loads((tmp_path / name / "judge.json").read_text()) for name in ("once", "again")]
 
     assert records[0] == records[1]
-    assert records[0]["recipe"]["renderings"] == 96
-    assert full_check(Judge.load(tmp_path / "once"), n=48)[0] == stated[0]
+    assert records[0]["recipe"]["renderings"] == 48
+    assert full_check(Judge.load(tmp_path / "once"), n=24)[0] == stated[0]
