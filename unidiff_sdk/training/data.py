@@ -68,7 +68,8 @@ def load_pairs(
     bad: list[BadRow] = []
     sizes = checkpoint.image_size, int(checkpoint.clip.config.vision_config.image_size)
     squares: dict[int, list[Tensor]] = {size: [] for size in sizes}
-    captions, payloads = [], []
+    captions: list[str] = []
+    payloads: list[dict[str, Any]] = []
     for row in progress(read_catalogue(folder, strict=strict, on_error=bad.append)):
         if limit is not None and len(captions) == limit:
             break

@@ -9,6 +9,7 @@ nothing contributes to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ def _neighbours(features: Tensor, temperature: float) -> Tensor:
     return ((unit @ unit.T)[others].view(n, n - 1) / temperature).log_softmax(dim=1)
 
 
-def gradient_only_through_input(tower: nn.Module, weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
+def gradient_only_through_input(tower: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
     """f̄(pixels): `tower` with `weights` as constants, so that the gradient passes to its input and to nothing else.
 
     weights: the tower's own (`dict(tower.named_parameters())`) for the tuned encoder, or its EMA.

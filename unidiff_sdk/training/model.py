@@ -141,7 +141,7 @@ def joint_losses(
 
     # 1. texts: with a shared tower, one pass gives both the UNet's token states and the embedding's pooled state
     with model.autocast():
-        text = model.text_encoder(batch.input_ids) if model.shared or config.trains_generator else None
+        text: Any = model.text_encoder(batch.input_ids) if model.shared or config.trains_generator else None
         if config.trains_encoder:
             pooled = text.pooler_output if model.shared else model.clip.text_model(batch.input_ids).pooler_output
             v = model.text_embeds(pooled)

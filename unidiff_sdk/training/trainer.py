@@ -123,7 +123,7 @@ def train(
             norm = float(nn.utils.clip_grad_norm_(trainable, config.gradient_clip))
             values = {name: value.item() for name, (_, value) in terms.items()}
             _require_finite(step, values, norm, out if saved else None, saved)
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             optimiser.step()
             schedule.step()
             clamp_logit_scale(model.clip.logit_scale)
