@@ -6,7 +6,8 @@ from unidiff_sdk.datasets.synthetic import products, render
 shop = products("fashion-woman", n=100)  # synthetic; your own folder: catalog.add_folder("products/")
 
 with Catalog() as catalog:
-    catalog.add([render(p) for p in shop], texts=[p.caption for p in shop], payloads=[{"price": p.price} for p in shop])
+    rows = [{"price": p.price, "catalogue": p.catalogue} for p in shop]
+    catalog.add([render(p) for p in shop], texts=[p.caption for p in shop], payloads=rows)
     for hit in catalog.search("red striped dress", limit=3, where={"price": {"lt": 120}}):
         print(f"{hit.score:.3f}  {hit.payload['price']:>7.2f}  {hit.text}")
     best = catalog.generate("purple dotted boots", n=4, seed=7)[0]
