@@ -27,6 +27,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 DEFAULTS = TrainingConfig()
 LOG_EVERY = 50  # steps, where the output is a file and not a terminal
 SHOWN_BAD_ROWS = 5
+SHOWN_CHARACTERS = 24  # of a value in the table, so that hashes leave room for the names
 
 
 def config_option(*names: str, field: str, help: str, **settings: Any) -> Callable[[Any], Any]:
@@ -253,7 +254,7 @@ def _table(figures: dict[str, Any]) -> None:
 
     table = Table("figure", "value", box=box.SIMPLE_HEAD)
     for name, value in _flat(figures):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value)[:SHOWN_CHARACTERS])
     Console().print(table)
 
 
