@@ -501,7 +501,11 @@ def _weave(pattern: str, x: Floats, y: Floats, pixel: float) -> Floats:
 
     def stripes(u: Floats, period: float, share: float) -> Floats:
         distance = np.abs((u / period) % 1.0 - 0.5) * period  # to the middle of the stripe
-        return np.clip((share * period / 2 - distance) / pixel + 0.5, 0.0, 1.0).astype(np.float32)
+        return soft(share * period / 2 - distance)
+
+    def soft(inside: Floats) -> Floats:
+        shown: Floats = np.clip(inside / pixel + 0.5, 0.0, 1.0).astype(np.float32)
+        return shown
 
     match pattern:
         case "striped":
@@ -509,12 +513,13 @@ def _weave(pattern: str, x: Floats, y: Floats, pixel: float) -> Floats:
         case "diagonal":
             return stripes((x + y) * np.float32(np.sqrt(0.5)), 0.15, 0.36)
         case "checked":
-            return np.maximum(stripes(x, 0.16, 0.2), stripes(y, 0.16, 0.2))
+            crossing: Floats = np.maximum(stripes(x, 0.16, 0.2), stripes(y, 0.16, 0.2))
+            return crossing
         case "dotted":
             row = np.floor(y / 0.11)
             dx = ((x / 0.13 + 0.5 * (row % 2)) % 1.0 - 0.5) * 0.13
             dy = (y / 0.11 % 1.0 - 0.5) * 0.11
-            return np.clip((0.036 - np.hypot(dx, dy)) / pixel + 0.5, 0.0, 1.0).astype(np.float32)
+            return soft(0.036 - np.hypot(dx, dy))
         case "solid":
             return np.zeros_like(x)
     raise ValueError(f"no such pattern: {pattern!r}")
@@ -600,7 +605,7 @@ def paint(
                 colours = np.broadcast_to(base * 0.72 + 6, (*alpha.shape[:2], 3))
             case material:
                 colours = np.broadcast_to(np.asarray(MATERIALS[material], np.float32), (*alpha.shape[:2], 3))
-        lit = np.float32(1.0)
+        lit: Any = 1.0
         if part.relief:
             height = np.asarray(mask.filter(ImageFilter.GaussianBlur(side * 0.035)), np.float32) / 255
             slope_y, slope_x = np.gradient(height, 1 / side)

@@ -149,7 +149,7 @@ class Product:
 
     def row(self) -> dict[str, str | float]:
         """The product as a metadata row without its `file_name`."""
-        told = {"text": self.caption, "id": self.id} | self.attributes
+        told: dict[str, str | float] = {"text": self.caption, "id": self.id, **self.attributes}
         return told | {
             "background": self.background,
             "brand": self.brand,

@@ -46,7 +46,7 @@ PER_CATALOGUE = 10_000
 SEED = 0
 VAE = Stage(steps=5000, batch=8, lr=1.5e-3)
 CLIP = Stage(steps=1300, batch=128, lr=1e-3)
-UNET = Stage(steps=6000, batch=32, lr=1e-3)
+UNET = Stage(steps=8400, batch=32, lr=1e-3)
 CAPTION_DROPOUT = 0.1  # so that the unconditional direction of guidance is trained too
 MIN_SNR_GAMMA = 5.0
 EMA_DECAY = 0.999
@@ -270,7 +270,7 @@ def main(work: Path, output: Path) -> None:
         "name": "tiny",
         "synthetic": True,
         "captions": captions[:: max(1, len(captions) // 256)],
-        "sampler": {"name": "dpm++2m", "steps": 12, "guidance_scale": 3.0},
+        "sampler": {"name": "dpm++2m", "steps": 12, "guidance_scale": 5.0},
         "recipe": {part: asdict(stage) for part, stage in (("vae", VAE), ("clip", CLIP), ("unet", UNET))},
     }
     text_encoder = CLIPTextModel(clip.config.text_config)
