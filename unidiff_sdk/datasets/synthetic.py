@@ -123,6 +123,19 @@ _WORDINGS = (
     "the {cuts} {type} shown here comes in {colour} {second}",
     "{cuts} {cloth} {type} | {colour} {tail}",
 )
+# What people type into a search box: some of the attributes, in few words.
+_BRIEF_WORDINGS = (
+    "{type}",
+    "{colour} {type}",
+    "a {colour} {type}",
+    "{cloth} {type}",
+    "{colour} {cloth} {type}",
+    "a {cloth} {colour} {type}",
+    "{type} {second}",
+    "{colour} {type} {second}",
+    "{cuts} {colour} {type}",
+    "{cuts} {type}",
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,19 @@ class Product:
         }
 
 
+def brief_caption(product: Product, seed: int = 0) -> tuple[str, frozenset[str]]:
+    """A few words that suit the product, as one would type them to find it, and the columns that they tell of.
+
+    Another product suits the same words if it is equal in those columns.
+    """
+    rng = np.random.default_rng([seed, *hashlib.sha256(product.id.encode()).digest()[:8]])
+    wording = _BRIEF_WORDINGS[rng.integers(len(_BRIEF_WORDINGS))]
+    told = {"type": ("type",), "colour": ("colour",), "cloth": ("pattern",), "second": ("pattern", "colour2")}
+    told["cuts"] = tuple(_CUTS[product.catalogue])
+    columns = frozenset(column for field in re.findall(r"{(\w+)}", wording) for column in told[field])
+    return _caption(product, _chooser(rng), wording), columns
+
+
 def products(name: str, n: int, seed: int = 0, split: str = "train") -> list[Product]:
     """The first `n` products of a split.
 
@@ -183,9 +209,7 @@ def held_out(type: str, colour: str, pattern: str) -> bool:
 
 
 def _draw(name: str, split: str, id: str, rng: np.random.Generator) -> Product:
-    def choose(values: tuple[str, ...]) -> str:
-        return values[rng.integers(len(values))]
-
+    choose = _chooser(rng)
     attributes = {column: choose(values) for column, values in ATTRIBUTES[name].items()}
     while held_out(attributes["type"], attributes["colour"], attributes["pattern"]) != (split == "test-unseen"):
         attributes |= {column: choose(ATTRIBUTES[name][column]) for column in ("type", "colour", "pattern")}
@@ -217,6 +241,10 @@ def _draw(name: str, split: str, id: str, rng: np.random.Generator) -> Product:
         tint=tuple(float(t) for t in rng.uniform(0.93, 1.07, 3)),  # type: ignore[arg-type]
     )
     return replace(product, caption=_caption(product, choose, _WORDINGS[rng.integers(len(_WORDINGS))]))
+
+
+def _chooser(rng: np.random.Generator) -> Callable[[tuple[str, ...]], str]:
+    return lambda values: values[rng.integers(len(values))]
 
 
 def _alike(attributes: dict[str, str]) -> bool:

@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from unidiff_sdk.datasets.synthetic import CATALOGUES, Product, products, render
+from unidiff_sdk.datasets.synthetic import CATALOGUES, Product, brief_caption, products, render
 from unidiff_sdk.training import losses
 from unidiff_sdk.training import tiny_models as tiny
 from unidiff_sdk.training.checkpoint import save_checkpoint
@@ -45,8 +45,9 @@ class Stage:
 PER_CATALOGUE = 10_000
 SEED = 0
 VAE = Stage(steps=5000, batch=8, lr=1.5e-3)
-CLIP = Stage(steps=1300, batch=128, lr=1e-3)
-UNET = Stage(steps=8400, batch=32, lr=1e-3)
+CLIP = Stage(steps=1700, batch=128, lr=1e-3)
+UNET = Stage(steps=9000, batch=32, lr=1e-3)
+BRIEF_SHARE = 0.4  # people ask in few words
 CAPTION_DROPOUT = 0.1  # so that the unconditional direction of guidance is trained too
 MIN_SNR_GAMMA = 5.0
 EMA_DECAY = 0.999
@@ -165,20 +166,48 @@ def train_vae(pictures: NDArray[np.uint8], work: Path, stage: Stage = VAE) -> Au
     return vae
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Two texts a picture: row i of n is picture i's caption, row n + i the few words that one would type to find it.
+
+    shown: int64[n, columns], the attributes of each picture as numbers. told: int64[2n, columns], the same for each
+    text, -1 where it does not tell.
+    """
+
+    words: list[str]
+    shown: Tensor
+    told: Tensor
+
+    @classmethod
+    def of_products(cls, chosen: list[Product]) -> Texts:
+        """The texts of these products; every column of every catalogue is a column here."""
+        columns = sorted({column for product in chosen for column in product.attributes})
+        numbers: dict[str | None, int] = {}
+        rows = [[numbers.setdefault(p.attributes.get(c), len(numbers)) for c in columns] for p in chosen]
+        briefs = [brief_caption(product) for product in chosen]
+        masks = torch.tensor([[column in told for column in columns] for _, told in briefs])
+        shown = torch.tensor(rows)
+        words = [product.caption for product in chosen] + [text for text, _ in briefs]
+        return cls(words, shown, torch.cat([shown, shown.where(masks, -1)]))
+
+    def of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each picture one of its two texts, at random."""
+        brief = torch.rand(len(index)).numpy() < BRIEF_SHARE
+        return index + len(self.shown) * brief
+
+
 def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """int64[n, 32], padded and truncated as the pipelines do."""
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def train_clip(
-    tokenizer: CLIPTokenizer, pictures: NDArray[np.uint8], chosen: list[Product], work: Path, stage: Stage = CLIP
+    tokenizer: CLIPTokenizer, pictures: NDArray[np.uint8], texts: Texts, work: Path, stage: Stage = CLIP
 ) -> CLIPModel:
-    """Symmetric InfoNCE in which all pairs of equal attributes are positives."""
+    """Symmetric InfoNCE on captions and on few words, in which all that suit one another are positives."""
     torch.manual_seed(SEED)
     clip = tiny.build_clip(tokenizer)
-    ids = tokens(tokenizer, [p.caption for p in chosen])
-    meaning: dict[tuple[str, ...], int] = {}
-    group = torch.tensor([meaning.setdefault(tuple(p.attributes.values()), len(meaning)) for p in chosen])
+    ids, told = tokens(tokenizer, texts.words), texts.told
     mean, std = (torch.tensor(v)[:, None, None] for v in (tiny.CLIP_MEAN, tiny.CLIP_STD))
 
     def loss_of(index: NDArray[np.int64]) -> Tensor:
@@ -186,12 +215,15 @@ def train_clip(
         shift = torch.randint(-3, 4, (2,)).tolist()
         x = torch.roll(F.pad(x, (3, 3, 3, 3), mode="replicate"), shift, (2, 3))[:, :, 3:-3, 3:-3]
         with autocast():
-            out = clip(input_ids=ids[index], pixel_values=((x + 1) / 2 - mean) / std)
-        positives = losses.same_meaning(group[index], group[index])
+            chosen = texts.of(index)
+            out = clip(input_ids=ids[chosen], pixel_values=((x + 1) / 2 - mean) / std)
+        # Words suit every picture that is equal in what they tell of (-1: they do not tell).
+        asked = told[chosen][None, :, :]
+        positives = ((texts.shown[index][:, None, :] == asked) | (asked < 0)).all(-1).float()
         return losses.itc(out.image_embeds.float(), out.text_embeds.float(), clip.logit_scale, positives)
 
     fit(
-        "clip", clip, stage, len(chosen), loss_of, work=work, weight_decay=0.05,
+        "clip", clip, stage, len(pictures), loss_of, work=work, weight_decay=0.05,
         after=lambda: losses.clamp_logit_scale(clip.logit_scale),
     )  # fmt: skip
     return clip
@@ -209,18 +241,15 @@ def encode_latents(vae: AutoencoderKL, pictures: NDArray[np.uint8], file: Path) 
 
 
 @torch.no_grad()
-def encode_captions(clip: CLIPModel, ids: Tensor) -> Tensor:
+def encode_texts(clip: CLIPModel, ids: Tensor) -> Tensor:
     """The text tower's token states that condition the UNet, bf16[n, 32, 128]."""
     return torch.cat([clip.text_model(input_ids=part).last_hidden_state.bfloat16() for part in ids.split(250)])
 
 
 def train_unet(
-    clip: CLIPModel, ids: Tensor, empty: Tensor, latents: Tensor, work: Path, stage: Stage = UNET
+    clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Texts, latents: Tensor, work: Path, stage: Stage = UNET
 ) -> nn.Module:
-    """The denoising loss on unit-scale latents, min-SNR weighted; the text tower rests. Returns the averaged weights.
-
-    ids: int64[n, 32], a caption a latent. empty: int64[1, 32], the caption that says nothing.
-    """
+    """The denoising loss on unit-scale latents, min-SNR weighted; the text tower rests. Returns averaged weights."""
     torch.manual_seed(SEED)
     unet = tiny.build_unet()
     average = torch.optim.swa_utils.AveragedModel(
@@ -228,13 +257,14 @@ def train_unet(
     )
     scheduler = tiny.build_scheduler()
     alphas, prediction_type = scheduler.alphas_cumprod, scheduler.config.prediction_type
-    states, nothing = encode_captions(clip, ids), encode_captions(clip, empty)[0]
+    states = encode_texts(clip, tokens(tokenizer, texts.words))
+    nothing = encode_texts(clip, tokens(tokenizer, [""]))[0]
 
     def loss_of(index: NDArray[np.int64]) -> Tensor:
         z = latents[index]
         t = torch.randint(0, len(alphas), (len(z),))
         noise, alpha_bar = torch.randn_like(z), alphas[t]
-        condition = torch.where(torch.rand(len(z), 1, 1) < CAPTION_DROPOUT, nothing, states[index])
+        condition = torch.where(torch.rand(len(z), 1, 1) < CAPTION_DROPOUT, nothing, states[texts.of(index)])
         with autocast():
             output = unet(losses.add_noise(z, noise, alpha_bar), t, condition).sample.float()
         target = losses.diffusion_target(z, noise, alpha_bar, prediction_type)
@@ -256,15 +286,14 @@ def main(work: Path, output: Path) -> None:
     chosen = training_products()
     captions = [product.caption for product in chosen]
     pictures = render_all(chosen, work / "pictures.npy")
-    tokenizer = tiny.train_tokenizer(captions)
+    texts = Texts.of_products(chosen)
+    tokenizer = tiny.train_tokenizer(texts.words)
 
     vae = train_vae(pictures, work)
-    clip = train_clip(tokenizer, pictures, chosen, work)
+    clip = train_clip(tokenizer, pictures, texts, work)
     latents = encode_latents(vae, pictures, work / "latents.npy")
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    unet = train_unet(
-        clip, tokens(tokenizer, captions), tokens(tokenizer, [""]), latents * vae.config.scaling_factor, work
-    )
+    unet = train_unet(clip, tokenizer, texts, latents * vae.config.scaling_factor, work)
 
     meta = {
         "name": "tiny",
