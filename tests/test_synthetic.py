@@ -18,6 +18,7 @@ from unidiff_sdk.datasets.synthetic import (
     ATTRIBUTES,
     CATALOGUES,
     SPLITS,
+    brief_caption,
     products,
     render,
     write_catalogue,
@@ -135,3 +136,14 @@ def test_an_existing_catalogue_is_not_overwritten(tmp_path: Path) -> None:
     write_catalogue("fashion-man", tmp_path, n=1)
     with pytest.raises(DataError, match="already holds a catalogue"):
         write_catalogue("fashion-man", tmp_path, n=2)
+
+
+@given(name=st.sampled_from(CATALOGUES), index=st.integers(0, 50), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_brief_caption_tells_only_of_its_columns(name: str, index: int, seed: int) -> None:
+    product = products(name, index + 1)[index]
+    text, told = brief_caption(product, seed)
+    assert (text, told) == brief_caption(product, seed)
+    assert "type" in told and told <= set(product.attributes) and len(told) < len(product.attributes)
+    if "colour" not in told and product.attributes["colour"] != product.attributes["colour2"]:
+        assert product.attributes["colour"] not in text.split()

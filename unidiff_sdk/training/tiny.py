@@ -147,7 +147,7 @@ def autocast() -> torch.autocast:
 
 def to_unit(pictures: NDArray[np.uint8]) -> Tensor:
     """uint8[n, h, w, 3] in 0..255 -> float32[n, 3, h, w] in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
 def train_vae(pictures: NDArray[np.uint8], work: Path, stage: Stage = VAE) -> AutoencoderKL:
