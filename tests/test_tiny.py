@@ -24,10 +24,11 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_recipe_ends_in_a_checkpoint_of_the_stated_size(miniature: None, tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        tiny.main, [str(tmp_path / "work"), "-o", str(tmp_path / "out")], catch_exceptions=False
-    )
-    assert result.exit_code == 0
+    def run(out: str) -> None:
+        arguments = [str(tmp_path / "work"), "-o", str(tmp_path / out)]
+        assert CliRunner().invoke(tiny.main, arguments, catch_exceptions=False).exit_code == 0
+
+    run("out")
     made = load_checkpoint(tmp_path / "out")
     assert made.shared and made.meta["synthetic"]
     parameters = sum(p.numel() for m in (made.unet, made.vae, made.clip) for p in m.parameters())
