@@ -1,0 +1,387 @@
+"""One way to measure for every benchmark: ours and its peers take turns, and one JSON file holds what came out.
+
+A benchmark is a file with one question. It imports what is heavy inside `main`, because the number of threads is set
+before that:
+
+    from harness import Benchmark, options
+
+    @click.command()
+    @options
+    def main(**chosen):
+        bench = Benchmark(__file__, "How long does one call of the UNet take?", **chosen)
+        for batch in (1, 2):
+            name = f"tiny, batch {batch}"
+            if bench.wants(name):  # neither measured already nor left out by --only
+                bench.row(
+                    name,
+                    ours={"UniDiff fp32": lambda: session.run(None, feed)},
+                    peers={"diffusers, eager": lambda: unet(**tensors), "optimum": Worker([python, "peer.py"])},
+                    parameters={"batch": batch, "latent": 16},
+                    items=batch,
+                    flop=flop,
+                )
+        bench.finish()
+
+Run again, it goes on after the last row that was measured by the same code on the same machine (`--again`: all anew).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from _host import host
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ROUNDS, WARM_UP = 7, 1
+LEAST_ROUNDS = 3
+# What a figure may be called, and which way is better. Time is measured, everything else is handed to `row`.
+FIGURES = {
+    "accuracy": "higher",
+    "attributes_right": "higher",
+    "clip_score": "higher",
+    "cmmd": "lower",
+    "cosine": "higher",
+    "disk_mib": "lower",
+    "kid": "lower",
+    "max_abs_error": "lower",
+    "peak_gpu_mib": "lower",
+    "peak_mib": "lower",
+    "psnr_db": "higher",
+    "r@1": "higher",
+    "recall@1": "higher",
+    "recall@10": "higher",
+    "rss_mib": "lower",
+}
+
+Contestant = Callable[[], object]
+
+
+class Seconds(float):
+    """What a contestant returns if it measured its own duration, e.g. in another process or by a GPU's events."""
+
+
+class Process:
+    """A fresh process each call: how long it lived, and the most memory that any of them took."""
+
+    def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
+        self.argv, self.env, self.peak_mib = [str(part) for part in argv], {**os.environ, **(env or {})}, 0.0
+
+    def __call__(self) -> Seconds:
+        with tempfile.TemporaryFile() as complaint:
+            started = time.perf_counter()
+            child = subprocess.Popen(self.argv, env=self.env, stdout=subprocess.DEVNULL, stderr=complaint)
+            _, status, usage = os.wait4(child.pid, 0)
+            seconds = time.perf_counter() - started
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if child.returncode != 0:
+                complaint.seek(0)
+                sys.exit(f"{' '.join(self.argv)} failed:\n{complaint.read().decode(errors='replace')}")
+        self.peak_mib = max(self.peak_mib, usage.ru_maxrss / 1024)
+        return Seconds(seconds)
+
+    def figures(self) -> dict[str, float]:
+        """What is known besides the time."""
+        return {"peak_mib": round(self.peak_mib, 1)}
+
+
+class Worker:
+    """A peer that lives in a process, and perhaps an environment, of its own, and is asked for one call at a time.
+
+    Its script ends in `_worker.serve(act)`. Only the call itself is timed, over there.
+    """
+
+    def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
+        self.argv = [str(part) for part in argv]
+        paths = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]))
+        self.child = subprocess.Popen(
+            self.argv,
+            env={**os.environ, "PYTHONPATH": paths, **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self.versions: dict[str, str] = self._answer()["versions"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.child.stdout is not None
+        line = self.child.stdout.readline()
+        if not line:
+            sys.exit(f"{' '.join(self.argv)} ended with {self.child.wait()} instead of answering; see above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _ask(self, what: str) -> dict[str, Any]:
+        assert self.child.stdin is not None
+        self.child.stdin.write(what + "\n")
+        return self._answer()
+
+    def __call__(self) -> Seconds:
+        return Seconds(self._ask("call")["seconds"])
+
+    def figures(self) -> dict[str, float]:
+        """What the peer itself reports, and the most memory that its process has held."""
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+        return {**({"peak_mib": round(int(peak[1]) / 1024, 1)} if peak else {}), **self._ask("figures")}
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.child.stdin is not None
+        self.child.stdin.close()
+        self.child.wait()
+
+
+def measure(
+    contestants: Mapping[str, Contestant],
+    rounds: int = ROUNDS,
+    warm_up: int = WARM_UP,
+    budget_s: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round, all of them in every round.
+
+    Who goes first changes from round to round, so that nobody always finds the caches that the same other one left.
+    The first `warm_up` rounds do not count; after `budget_s` seconds there are no more rounds than three.
+    """
+    names = list(contestants)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    ends = time.monotonic() + budget_s if budget_s else float("inf")
+    for number in range(-warm_up, rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > ends:
+            break
+        gc.collect()
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            before = clock()
+            returned = contestants[name]()
+            seconds = float(returned) if isinstance(returned, Seconds) else clock() - before
+            if number >= 0:
+                samples[name].append(seconds)
+    return samples
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles, extremes and number of the samples."""
+    ordered = sorted(samples)
+    q1, middle, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    figures = {"median": middle, "q1": q1, "q3": q3, "min": ordered[0], "max": ordered[-1]}
+    return {name: float(f"{value:.5g}") for name, value in figures.items()} | {"rounds": len(ordered)}
+
+
+def peaks(threads: int) -> dict[str, float]:
+    """What this machine can do at most on so many threads: fp32 GEMM in GFLOP/s and memory copies in GB/s.
+
+    The larger of what NumPy's and, where installed, PyTorch's GEMM of 2048 x 2048 reach; the copy counts bytes read
+    and written.
+    """
+    code = f"""
+import json, time, numpy as np
+def best(act, n=7): return min((act(), time.perf_counter() - t)[1] for t in (time.perf_counter() for _ in range(n)))
+a = np.random.default_rng(0).random((2048, 2048), dtype=np.float32); gemm = [best(lambda: a @ a)]
+big = np.ones(1 << 26, dtype=np.float32); target = np.empty_like(big); copy = [best(lambda: np.copyto(target, big))]
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    torch.set_num_threads({threads}); b = torch.from_numpy(a); gemm.append(best(lambda: b @ b))
+    c, d = torch.from_numpy(big), torch.from_numpy(target); copy.append(best(lambda: d.copy_(c)))
+print(json.dumps({{"gemm_gflop_s": 2e-9 * 2048**3 / min(gemm), "copy_gb_s": 2e-9 * big.nbytes / min(copy)}}))
+"""
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    return {name: round(value, 1) for name, value in json.loads(done.stdout).items()}
+
+
+def peer_python(name: str) -> Path:
+    """The interpreter of a peer's own environment, made on first use from `benchmarks/peers/NAME.txt`.
+
+    `UNIDIFF_PEER_NAME=/path/to/python` names one that is there already.
+    """
+    if given := os.environ.get(f"UNIDIFF_PEER_{name.upper()}"):
+        return Path(given)
+    requirements, folder = ROOT / "benchmarks" / "peers" / f"{name}.txt", ROOT / f".venv-peer-{name}"
+    python, stamp = folder / "bin" / "python", folder / ".ready"
+    wanted = requirements.read_text(encoding="utf-8")
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        click.echo(f"Installing {requirements.relative_to(ROOT)} into {folder.name} (once)…", err=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
+        stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of every benchmark; `Benchmark` takes what they give as keyword arguments."""
+    cores = len(os.sched_getaffinity(0))
+    for option in (
+        click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/NAME.json."),
+        click.option("--only", help="Measure the rows whose name holds this, and keep the others as they are."),
+        click.option("--rounds", default=ROUNDS, show_default=True, help="Rounds that count."),
+        click.option("--threads", default=cores, show_default=True, help="Threads for ours and the peers alike."),
+        click.option("--again", is_flag=True, help="Measure also what this code has measured on this machine."),
+    ):
+        command = option(command)
+    return command
+
+
+class Benchmark:
+    """The rows of one question, written to its JSON file after each.
+
+    Args:
+        script: the benchmark's `__file__`; its stem names the result.
+        question: one line, with a question mark.
+        device: "cpu", or a GPU's name: results of other devices have their own section.
+        depends: further files that the figures hang on (a peer's script, a configuration).
+    """
+
+    def __init__(
+        self,
+        script: str,
+        question: str,
+        *,
+        out: Path | None,
+        only: str | None,
+        rounds: int,
+        threads: int,
+        again: bool,
+        device: str = "cpu",
+        depends: Sequence[Path] = (),
+    ) -> None:
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[variable] = str(threads)
+        self.script, self.only, self.rounds, self.threads = Path(script).resolve(), only, rounds, threads
+        self.again = again or only is not None  # a row that is named is wanted
+        self.out = out or RESULTS / f"{self.script.stem}.json"
+        here = {
+            "benchmark": self.script.stem,
+            "question": question,
+            "device": device,
+            "threads": threads,
+            **host(),
+        }
+        self.code = digest([self.script, *depends])
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.out.is_file():
+            before = json.loads(self.out.read_text(encoding="utf-8"))
+            if differing := [key for key in ("cpu", "device", "threads", "versions") if before.get(key) != here[key]]:
+                if only:
+                    sys.exit(
+                        f"{self.out} was measured with another {' and '.join(differing)}: give --out, or leave --only"
+                    )
+            else:
+                self.rows = {row["case"]: row for row in before["rows"]}
+        self.report = {**here, "peaks": peaks(threads) if device == "cpu" else {}, "complete": False}
+        self._measured: set[str] = set()
+
+    def wants(self, case: str) -> bool:
+        """Whether this row is to be measured now; ask before what is dear to set up."""
+        if self.only is not None and self.only not in case:
+            return False
+        return self.again or self.rows.get(case, {}).get("code") != self.code
+
+    def row(
+        self,
+        case: str,
+        *,
+        ours: Mapping[str, Contestant],
+        peers: Mapping[str, Contestant],
+        parameters: Mapping[str, Any] | None = None,
+        figures: Mapping[str, Mapping[str, float]] | None = None,
+        items: int | None = None,
+        flop: float | Mapping[str, float] | None = None,
+        moved_bytes: float | Mapping[str, float] | None = None,
+        rounds: int | None = None,
+        budget_s: float | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Measure one row and write it down.
+
+        Args:
+            case: its name, stable: `--only` finds it by that.
+            ours, peers: what is called in turn, by the name that the table shows.
+            parameters: numbers and words that the plots go by: batch, latent, steps, model, precision, ...
+            figures: for each contestant what is known besides its time; the names are those of `FIGURES`.
+            items: how many pictures, queries or pairs one call handles: the table shows them per second.
+            flop, moved_bytes: floating-point operations (2 per multiply-add) and bytes of one call, for the share of
+                the machine's peak: one number, or one for each contestant.
+            budget_s: no more rounds than three after so many seconds.
+            note: one sentence for the page on what is not alike.
+        """
+        figures = dict(figures or {})
+        for name in (unknown for measured in figures.values() for unknown in measured if unknown not in FIGURES):
+            raise ValueError(f"{name!r} is not in harness.FIGURES: name it there, with which way is better")
+        contestants = {**ours, **peers}
+        samples = measure(contestants, rounds or self.rounds, budget_s=budget_s)
+        measured = {}
+        for name, act in contestants.items():
+            known = {**(act.figures() if isinstance(act, Process | Worker) else {}), **figures.get(name, {})}
+            measured[name] = {"seconds": spread(samples[name]), "ours": name in ours, "figures": known}
+            if isinstance(act, Worker):
+                measured[name]["versions"] = act.versions
+            for key, amount in (("flop", flop), ("bytes", moved_bytes)):
+                if value := amount.get(name) if isinstance(amount, Mapping) else amount:
+                    measured[name][key] = value
+        ratios = {
+            our: {peer: spread([a / b for a, b in zip(samples[our], samples[peer], strict=True)]) for peer in peers}
+            for our in ours
+        }
+        self.rows[case] = {
+            "case": case,
+            "parameters": dict(parameters or {}),
+            "measured": measured,
+            "ratios": ratios,
+            "command": self.command(case),
+            "code": self.code,
+            "date": host()["date"],
+            "load_1min": host()["load_1min"],
+            **({"items": items} if items else {}),
+            **({"note": note} if note else {}),
+        }
+        self._measured.add(case)
+        self.write()
+        told = [f"{name} {figure['seconds']['median']:.4g} s" for name, figure in measured.items()]
+        click.echo(f"{self.script.stem}: {case}: {', '.join(told)}", err=True)
+
+    def command(self, case: str) -> str:
+        """What a reader types to measure this row again."""
+        return f'python {self.script.relative_to(ROOT)} --only "{case}" --threads {self.threads}'
+
+    def write(self) -> None:
+        """The rows so far; a reader never finds half a file."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**self.report, "rows": list(self.rows.values())}, indent=1, ensure_ascii=False)
+        sibling = self.out.with_suffix(".json.part")
+        sibling.write_text(text + "\n", encoding="utf-8")
+        sibling.replace(self.out)
+
+    def finish(self) -> None:
+        """Every row is there; those that this code no longer measures go."""
+        if self.only is None:
+            self.rows = {case: row for case, row in self.rows.items() if row["code"] == self.code}
+            self.report["complete"] = True
+        self.write()
+        click.echo(f"{self.out}: {len(self.rows)} rows, {len(self._measured)} measured now", err=True)
+
+
+def digest(files: Sequence[Path]) -> str:
+    """A short hash of the files and of the package, so that a result is known to be of this code."""
+    sources = sorted([*files, *(ROOT / "unidiff_sdk").rglob("*.py"), *(ROOT / "export").rglob("*.py")])
+    whole = hashlib.sha256()
+    for file in sources:
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:16]
