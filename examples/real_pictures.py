@@ -146,7 +146,7 @@ def right_kinds(out: Path, bundle: Path) -> list[tuple[str, ...]]:
         for row in rows:
             asked = row.payload["category"]
             for name, hits in (
-                ("by picture, first hit", catalog.search(image=row.path, limit=1)),
+                ("by picture, first hit", catalog.search(image=row.image(), limit=1)),
                 ("by caption, first hit", catalog.search(row.text, limit=1)),
             ):
                 shares.setdefault(name, []).append(float(hits[0].payload["category"] == asked))

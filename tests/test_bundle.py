@@ -115,6 +115,7 @@ def test_the_fingerprint_follows_the_weights_not_the_name(tmp_path: Path) -> Non
         ("embedding", {"dim": -8}, "embedding.dim must be positive"),
         ("embedding", 3, "embedding.dim must be int, but is None"),
         ("image", {"size": 16, "mean": [0, 0], "std": [1, 1, 1]}, "image.mean must be 3 numbers"),
+        ("image", {"size": 16, "mean": [0] * 3, "std": [1] * 3, "fit": "squash"}, "image.fit must be crop or pad"),
         ("latent", {}, "latent.channels must be int"),
         ("sampler", {"name": "ddim", "steps": 4, "guidance_scale": "3"}, "guidance_scale must be int or float"),
     ],

@@ -51,6 +51,16 @@ def test_images_reach_the_graph_as_preprocessed(encoder: Encoder) -> None:
     np.testing.assert_allclose(encoder.encode_images([image]), expected / np.linalg.norm(expected), rtol=1e-6)
 
 
+def test_a_bundle_trained_on_padded_pictures_pads(tmp_path: Path) -> None:
+    image = {"size": IMAGE_SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "fit": "pad"}
+    encoder = Encoder(Bundle.open(make_toy_bundle(tmp_path / "padding", image=image)))
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 48, 3), dtype=np.uint8))
+    square = Image.new("RGB", (48, 48), "white")
+    square.paste(wide, (0, 20))
+    np.testing.assert_allclose(*encoder.encode_images([wide, square]), atol=0.02)  # resized before or after padding
+    assert not np.allclose(encoder.encode_images([wide]), encoder.encode_images([wide.crop((20, 0, 28, 8))]), atol=0.1)
+
+
 def test_tokens_are_cut_and_padded_with_the_pad_token(encoder: Encoder) -> None:
     short, long = encoder.tokenise(["ab", "abcdefghijklmnopqrstuvwxyz"])
     vocabulary = json.loads((encoder.bundle.path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]

@@ -71,7 +71,7 @@ def test_embeddings_are_those_of_transformers(random_checkpoint: Path, small_cat
     u, v = embed(JointModel(checkpoint), checkpoint, pairs)
     clip = CLIPModel.from_pretrained(random_checkpoint / "clip")
     pixels = checkpoint.image_processor(
-        list(pairs.images.permute(0, 2, 3, 1).numpy()), return_tensors="pt"
+        list(pairs.images[:].permute(0, 2, 3, 1).numpy()), return_tensors="pt"
     ).pixel_values
     with torch.no_grad():
         expected = clip(input_ids=tokenise(checkpoint.tokenizer, pairs.captions), pixel_values=pixels)

@@ -53,6 +53,7 @@ def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint:
         "cpu",
         23,
     )
+    assert manifest["image"]["fit"] == "crop"
     assert manifest["embedding"]["dim"] == checkpoint.clip.config.projection_dim
     assert manifest["embedding"]["logit_scale"] == pytest.approx(checkpoint.clip.logit_scale.exp().item())
     assert manifest["latent"] == {

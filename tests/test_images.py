@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unidiff_sdk.errors import ImageError
 from unidiff_sdk.images import load_image, preprocess
@@ -176,3 +176,16 @@ def test_preprocess_equals_transformers(width: int, height: int, size: int, seed
     actual = preprocess(image, size, MEAN, STD)
     assert actual.shape == (3, size, size) and actual.dtype == np.float32
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([32, 64, 97]))
+def test_padding_keeps_the_whole_picture_and_its_proportions(width: int, height: int, size: int) -> None:
+    """A black picture on white: the black box is as large as `ImageOps.contain` makes it, and stands in the middle."""
+    black = Image.new("RGB", (width, height), "black")
+    pixels = preprocess(black, size, np.zeros(3, np.float32), np.ones(3, np.float32), "pad")
+    assert pixels.shape == (3, size, size) and set(np.unique(pixels)) <= {0.0, 1.0}
+    for axis, expected in enumerate(ImageOps.contain(black, (size, size)).size):
+        inside = np.flatnonzero((pixels[0] == 0).any(axis=axis))
+        assert abs(len(inside) - max(1, expected)) <= 1
+        assert abs(inside[0] - (size - 1 - inside[-1])) <= 1

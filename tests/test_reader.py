@@ -53,7 +53,7 @@ def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
 def test_formats_say_the_same(folder: Path, write: Any) -> None:
     write(folder, ROWS)
     first, second = read_catalogue(folder, strict=True)
-    assert (first.path, first.text) == (folder / "a.png", "a red dress")
+    assert (first.image(), first.text) == (folder / "a.png", "a red dress")
     assert first.payload == {"price": 10, "brand": "Acme", "sale": True}
     assert second.payload == {"price": 12.5, "sale": False}  # no brand: left out, not null
     assert count_rows(folder) == 2

@@ -45,6 +45,20 @@ def test_a_run_tunes_everything_but_the_vae(small_catalogue: Path, random_checkp
     assert tuned.meta["synthetic"] is False, "these pictures are not of the synthetic catalogues"
 
 
+def test_eight_pictures_are_enough(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    lines = (small_catalogue / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "few").mkdir()
+    for line in lines:
+        name = json.loads(line)["file_name"]
+        (tmp_path / "few" / name).write_bytes((small_catalogue / name).read_bytes())
+    (tmp_path / "few" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = TrainingConfig(steps=2, warmup_steps=1, fit="pad")
+    result = train(tmp_path / "few", random_checkpoint, tmp_path / "tuned", config, device="cpu")
+    assert result.pairs == 8
+    tuned = load_checkpoint(result.path)
+    assert tuned.fit == "pad" and tuned.meta["fit"] == "pad", "who uses it later must make pictures square alike"
+
+
 def test_the_same_seed_gives_the_same_weights(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         train(small_catalogue, random_checkpoint, tmp_path / name, TrainingConfig(**FEW, seed=seed), device="cpu")

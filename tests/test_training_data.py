@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def broken(tmp_path: Path) -> Path:
 
 def test_pixels_are_those_of_the_image_processor(checkpoint: Checkpoint, small_catalogue: Path) -> None:
     pairs = load_pairs(small_catalogue, checkpoint)
-    assert pairs.images.dtype == torch.uint8 and pairs.images.shape == (12, 3, 32, 32)
+    assert pairs.images[:].dtype == torch.uint8 and pairs.images[:].shape == (12, 3, 32, 32)
     picture = Image.open(small_catalogue / "7.png")
     expected = checkpoint.image_processor(picture, return_tensors="pt").pixel_values[0]
     ours = JointModel(checkpoint).to_clip(pairs.clip_images[7:8].float() / 255)[0]
@@ -75,6 +76,42 @@ def test_no_usable_row(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 def test_limit(checkpoint: Checkpoint, small_catalogue: Path) -> None:
     assert len(load_pairs(small_catalogue, checkpoint, limit=3)) == 3
+
+
+def test_rows_past_the_limit_are_not_told_of(checkpoint: Checkpoint, broken: Path) -> None:
+    assert load_pairs(broken, checkpoint, limit=1).bad == []
+
+
+def test_pictures_that_do_not_fit_in_memory_are_decoded_when_wanted(
+    checkpoint: Checkpoint, small_catalogue: Path
+) -> None:
+    pairs = load_pairs(small_catalogue, checkpoint)
+    streamed = load_pairs(small_catalogue, checkpoint, memory=5 * 3 * 32 * 32)
+    assert pairs.images.kept is not None and streamed.images.kept is None
+    assert streamed.fingerprint() == pairs.fingerprint()
+    rows = torch.tensor([11, 3, 3, 0])
+    for way in (lambda pictures: pictures, lambda pictures: pictures.mirrored()):
+        a, b = way(streamed.clip_images), way(pairs.clip_images)
+        assert torch.equal(a[rows], b[rows]) and torch.equal(a[2:4], b[2:4]) and torch.equal(a[12:], b[12:])
+        assert [torch.equal(x, y) for x, y in zip(a.split(5), b.split(5), strict=True)] == [True] * 3
+
+
+def test_shards_give_the_pairs_of_the_folder(checkpoint: Checkpoint, small_catalogue: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shop.tar", "w") as tar:
+        for number, line in enumerate((small_catalogue / "metadata.jsonl").read_text().splitlines()):
+            columns = json.loads(line)
+            (tmp_path / "columns.json").write_text(line, encoding="utf-8")
+            tar.add(small_catalogue / columns["file_name"], f"{number:04d}.png")
+            tar.add(tmp_path / "columns.json", f"{number:04d}.json")
+    from_folder, from_shard = (load_pairs(path, checkpoint) for path in (small_catalogue, tmp_path / "shop.tar"))
+    assert from_shard.fingerprint() == from_folder.fingerprint()
+    assert from_shard.payloads[3]["colour"] == "purple"
+
+
+def test_padding_shows_what_cropping_cuts_off(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+    cropped, padded = (load_pairs(small_catalogue, checkpoint, fit=fit).images[11:][0] for fit in ("crop", "pad"))
+    assert torch.equal(cropped, cropped[:, :1, :1].expand_as(cropped)), "the picture is of one colour"
+    assert (padded[:, :, 0] == 255).all() and torch.equal(padded[:, :, 16], cropped[:, :, 16])
 
 
 def test_fingerprint_follows_the_content(checkpoint: Checkpoint, small_catalogue: Path) -> None:
@@ -125,4 +162,4 @@ def test_mirrored_pictures_have_their_own_latents(checkpoint: Checkpoint, small_
     model, made = batches(checkpoint, small_catalogue, size=12, flip=True)
     assert made.mirrored is not None
     pairs = load_pairs(small_catalogue, checkpoint)
-    torch.testing.assert_close(made.mirrored, encode_latents(model, pairs.images.flip(-1)))
+    torch.testing.assert_close(made.mirrored, encode_latents(model, pairs.images.mirrored()))

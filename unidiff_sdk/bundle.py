@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from .errors import BundleError, OptionError
 from .samplers import Schedule
 from .sessions import DEVICES, create_session
+
+if TYPE_CHECKING:
+    from .images import Fit
 
 __all__ = ["FORMAT", "SCHEMA_VERSION", "TINY", "Bundle", "file_sha256", "fingerprint_of", "manifest_checksum"]
 
@@ -164,6 +167,12 @@ class Bundle:
         return int(self.manifest["image"]["size"])
 
     @property
+    def image_fit(self) -> Fit:
+        """How the model's pictures were made square in training: "crop" where the manifest does not say."""
+        fit: Fit = self.manifest["image"].get("fit", "crop")
+        return fit
+
+    @property
     def image_mean(self) -> NDArray[np.float32]:
         """What is subtracted from each channel in [0, 1]: float32[3]."""
         return np.asarray(self.manifest["image"]["mean"], np.float32)
@@ -262,6 +271,8 @@ def _check_schema(folder: Path, manifest: dict[str, Any]) -> None:
         values = manifest["image"][key]
         if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
             raise BundleError(f"{file}: image.{key} must be 3 numbers, but is {values!r}")
+    if manifest["image"].get("fit", "crop") not in ("crop", "pad"):
+        raise BundleError(f"{file}: image.fit must be crop or pad, but is {manifest['image']['fit']!r}")
     for name, graph in manifest["graphs"].items():
         if not isinstance(graph, dict) or graph.get("file") not in manifest["files"]:
             raise BundleError(f"{file}: graph {name!r} names no file of the bundle")

@@ -251,13 +251,13 @@ class Catalog:
     def add_folder(
         self, path: str | Path, *, strict: bool = False, progress: bool = False, copy: bool = True
     ) -> AddReport:
-        """Add a folder of images with `metadata.jsonl`, `.csv` or `.parquet` beside them (`datasets.reader`).
+        """Add a folder of images with `metadata.jsonl`, `.csv` or `.parquet` beside them, or of webdataset shards.
 
         Rows with an `id` column keep it; the others get a hash of picture and caption. What is there already and has
         not changed is passed over, so an interrupted run is simply started again.
 
         Args:
-            path: the folder.
+            path: the folder, or a single `.tar` shard (`datasets.reader` tells the formats).
             strict: raise at the first bad row; what came before it stays stored.
             progress: show a progress bar.
             copy: whether the images are copied into the catalogue or only referenced where they are.
@@ -288,8 +288,8 @@ class Catalog:
         items: list[_Item] = []
         failed: list[BadRow] = []
 
-        def fail(path: Path | None, line: int, error: UniDiffError) -> None:
-            bad = BadRow(line, path.name if path else "", str(error))
+        def fail(name: str, line: int, error: UniDiffError) -> None:
+            bad = BadRow(line, name, str(error))
             if strict:
                 raise DataError(str(bad)) from error
             failed.append(bad)
@@ -297,18 +297,19 @@ class Catalog:
         for row in rows:
             payload = dict(row.payload)
             try:
-                item = _item(Picture(row.path), row.text, payload.pop("id", None), payload)
+                item = _item(Picture(row.image()), row.text, payload.pop("id", None), payload)
                 items.append(replace(item, line=row.line))
-            except (ImageError, OptionError) as error:
-                fail(row.path, row.line, error)
+            except (DataError, ImageError, OptionError) as error:
+                fail(row.name, row.line, error)
         fresh, replaced = self._changed(items)
+        names = {row.line: row.name for row in rows}
         decoded: list[_Item] = []
         for item in fresh:
             try:
                 self._images.add(item.picture, copy=copy)
                 decoded.append(item)
             except ImageError as error:
-                fail(item.picture.path, item.line, error)
+                fail(names[item.line], item.line, error)
         skipped = len(items) - len(fresh)
         return _Prepared(len(rows), decoded, replaced, skipped, failed)
 

@@ -75,6 +75,8 @@ def dataset(name: str, out: Path, n: int, seed: int, split: str, size: int) -> N
 def index(folder: Path, catalog: Path, bundle: str | None, reference: bool, strict: bool, as_json: bool) -> None:
     """Add FOLDER, images with a metadata.jsonl, .csv or .parquet, to CATALOG, which is made if it does not exist.
 
+    FOLDER may hold webdataset shards (.tar) instead, or be one.
+
     Each row of the metadata names an image (file_name) and its caption (text); other columns can be filtered by. Rows
     that have not changed since the last time are passed over, bad ones are listed at the end.
     """

@@ -63,9 +63,10 @@ class Encoder:
             raise OptionError("encode_images takes several pictures; put a single one in a list")
         session = self.bundle.session("image_encoder")
         size, mean, std = self.bundle.image_size, self.bundle.image_mean, self.bundle.image_std
+        fit = self.bundle.image_fit
         batches = []
         for batch in _batched(images, batch_size):
-            pixels = np.stack([preprocess(load_image(image), size, mean, std) for image in batch])
+            pixels = np.stack([preprocess(load_image(image), size, mean, std, fit) for image in batch])
             batches.append(session.run(["image_embeds"], {"pixel_values": pixels})[0])
         return self._unit_rows(batches, "image")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError
 
-__all__ = ["MAX_PIXELS", "ImageSource", "load_image", "preprocess"]
+__all__ = ["MAX_PIXELS", "Fit", "ImageSource", "load_image", "preprocess"]
+
+Fit = Literal["crop", "pad"]
+"""How a picture becomes a square: its middle alone, or all of it on white."""
 
 ImageSource = str | PathLike[str] | bytes | bytearray | memoryview | NDArray[Any] | Image.Image
 
@@ -55,20 +58,33 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def preprocess(
-    image: Image.Image, size: int, mean: NDArray[np.float32], std: NDArray[np.float32]
+    image: Image.Image, size: int, mean: NDArray[np.float32], std: NDArray[np.float32], fit: Fit = "crop"
 ) -> NDArray[np.float32]:
     """An RGB image as the image encoder takes it: float32[3, size, size], normalised by `mean` and `std` (each [3]).
 
-    The same as transformers' `CLIPImageProcessorPil`: shorter edge to `size` (bicubic), centre crop, normalise.
+    "crop" is the same as transformers' `CLIPImageProcessorPil`: shorter edge to `size` (bicubic), centre crop,
+    normalise. "pad" brings the longer edge to `size` instead and centres the picture on white.
     """
+    square = _cropped(image, size) if fit == "crop" else _padded(image, size)
+    pixels = np.asarray(square, np.float32).transpose(2, 0, 1) / np.float32(255)
+    normalised: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
+    return normalised
+
+
+def _cropped(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     shorter = min(width, height)
     width, height = int(size * width / shorter), int(size * height / shorter)
     left, top = (width - size) // 2, (height - size) // 2
-    cropped = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    pixels = np.asarray(cropped, np.float32).transpose(2, 0, 1) / np.float32(255)
-    normalised: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
-    return normalised
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    longer = max(image.size)
+    width, height = (max(1, round(size * edge / longer)) for edge in image.size)
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return square
 
 
 def _decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:

@@ -83,6 +83,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "size": clip.config.vision_config.image_size,
             "mean": list(processor.image_mean),
             "std": list(processor.image_std),
+            "fit": checkpoint.fit,
         },
         "latent": {
             "channels": unet.config.in_channels,

@@ -1,7 +1,8 @@
-"""Read a catalogue folder: images, and a table beside them that gives each its caption and columns.
+"""Read a catalogue: images with captions and columns, from a folder with a table or from webdataset shards.
 
-The convention is Hugging Face's `imagefolder`: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, in which
-`file_name` is the image's path inside the folder and `text` its caption; every other column is payload.
+The folder's convention is Hugging Face's `imagefolder`: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, in
+which `file_name` is the image's path inside the folder and `text` its caption; every other column is payload. A folder
+of `.tar` files without such a table, or one `.tar`, is read as shards (`datasets.shards`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .shards import Member, Sample, count_samples, find_shards, read_shards
 
 __all__ = ["BadRow", "Row", "count_rows", "read_catalogue"]
 
@@ -26,12 +28,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One product: an image that exists inside the folder, its caption, its other columns."""
+    """One product: an image that exists inside the folder or a shard of it, its caption, its other columns."""
 
-    path: Path
+    source: Path | Member
     text: str
     payload: dict[str, Any] = field(default_factory=dict)
-    line: int = 0  # in the metadata file, from 1; the header of a csv is line 1
+    line: int = 0  # in the metadata file, from 1; the header of a csv is line 1; of shards, the sample's number
+
+    @property
+    def name(self) -> str:
+        """The image file's name, for messages."""
+        return self.source.name
+
+    def image(self) -> Path | bytes:
+        """What `load_image` takes: the file's path, or its bytes where it lies in a shard (may raise DataError)."""
+        return self.source.read() if isinstance(self.source, Member) else self.source
 
 
 @dataclass(frozen=True)
@@ -47,63 +58,77 @@ class BadRow:
 
 
 def read_catalogue(
-    folder: str | Path, *, strict: bool = False, on_error: Callable[[BadRow], None] | None = None
+    path: str | Path, *, strict: bool = False, on_error: Callable[[BadRow], None] | None = None
 ) -> Iterator[Row]:
-    """Read the rows of a catalogue folder, one at a time and in order.
+    """Read the rows of a catalogue, one at a time and in order.
 
     Args:
-        folder: holds the images and a metadata file.
+        path: a folder that holds images and a metadata file, a folder of `.tar` shards, or one shard.
         strict: raise at the first bad row instead of passing it over.
         on_error: called with each bad row; without it, bad rows are logged as warnings.
 
     Raises:
         DataError: the folder or its metadata file is missing or unreadable; in strict mode, a bad row.
     """
-    metadata = _metadata(folder)
-    root = metadata.parent.resolve()
-    return _checked(root, metadata, strict, on_error or (lambda bad: _log.warning("%s, %s", metadata, bad)))
+    metadata, shards = _find(path)
+    where = metadata or Path(path)
+    rows = _read_metadata(metadata) if metadata else _read_shards(shards)
+    return _checked(where, rows, strict, on_error or (lambda bad: _log.warning("%s, %s", where, bad)))
 
 
-def count_rows(folder: str | Path) -> int:
-    """How many rows the metadata file of a folder has, good and bad. Raises DataError as `read_catalogue` does."""
-    metadata = _metadata(folder)
+def count_rows(path: str | Path) -> int:
+    """How many rows a catalogue has, good and bad. Raises DataError as `read_catalogue` does."""
+    metadata, shards = _find(path)
+    if metadata is None:
+        return count_samples(shards)
     if metadata.suffix == ".parquet":
         return int(_open_parquet(metadata).metadata.num_rows)
     return sum(1 for _ in _READERS[metadata.suffix](metadata))
 
 
-def _metadata(folder: str | Path) -> Path:
-    root = Path(folder)
-    if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder. A catalogue is a folder of images with a metadata file.")
+def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
+    """The metadata file, or without one the shards."""
+    root = Path(path)
+    if not root.is_dir() and not find_shards(root):
+        raise DataError(
+            f"{root}: there is no such folder. A catalogue is a folder of images with a metadata file, "
+            "or of webdataset shards (.tar)."
+        )
     for name in METADATA:
         if (root / name).is_file():
-            return root / name
+            return root / name, []
+    if shards := find_shards(root):
+        return None, shards
     raise DataError(
-        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}. Each row of it names an image and its caption: "
-        '{"file_name": "boots.png", "text": "red leather boots", "price": 79.0}'
+        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, and no .tar shards. Each row of the metadata "
+        'names an image and its caption: {"file_name": "boots.png", "text": "red leather boots", "price": 79.0}'
     )
 
 
-def _checked(root: Path, metadata: Path, strict: bool, on_error: Callable[[BadRow], None]) -> Iterator[Row]:
-    for line, columns in _READERS[metadata.suffix](metadata):
-        row = _check(root, line, columns)
+def _checked(
+    where: Path, rows: Iterator[Row | BadRow], strict: bool, on_error: Callable[[BadRow], None]
+) -> Iterator[Row]:
+    for row in rows:
         if isinstance(row, Row):
             yield row
         elif strict:
-            raise DataError(f"{metadata}, {row}")
+            raise DataError(f"{where}, {row}")
         else:
             on_error(row)
 
 
-def _check(root: Path, line: int, columns: dict[str, Any] | str) -> Row | BadRow:
-    if isinstance(columns, str):
-        return BadRow(line, "", columns)
-    payload = {key: value for key, value in columns.items() if not _is_missing(value)}
-    name, text = payload.pop("file_name", None), payload.pop("text", None)
+def _read_metadata(metadata: Path) -> Iterator[Row | BadRow]:
+    root = metadata.parent.resolve()
+    for line, columns in _READERS[metadata.suffix](metadata):
+        yield BadRow(line, "", columns) if isinstance(columns, str) else _check(root, line, columns)
+
+
+def _check(root: Path, line: int, columns: dict[str, Any]) -> Row | BadRow:
+    text, payload = _text_and_payload(columns)
+    name = payload.pop("file_name", None)
     if not isinstance(name, str) or not name.strip():
         return BadRow(line, "", "it has no file_name")
-    if not isinstance(text, str) or not text.strip():
+    if text is None:
         return BadRow(line, name, "it has no caption (text)")
     try:
         path = (root / name).resolve()
@@ -113,7 +138,28 @@ def _check(root: Path, line: int, columns: dict[str, Any] | str) -> Row | BadRow
             return BadRow(line, name, "there is no such image file")
     except (OSError, ValueError) as error:  # a name with a null byte, or too long for the file system
         return BadRow(line, name[:80], f"this is not a path ({error})")
-    return Row(path, text.strip(), payload, line)
+    return Row(path, text, payload, line)
+
+
+def _read_shards(shards: list[Path]) -> Iterator[Row | BadRow]:
+    for number, sample in enumerate(read_shards(shards), start=1):
+        yield _check_sample(number, sample)
+
+
+def _check_sample(number: int, sample: Sample) -> Row | BadRow:
+    text, payload = _text_and_payload(sample.columns)
+    if sample.image is None:
+        return BadRow(number, sample.name, sample.problem)
+    if text is None:
+        return BadRow(number, sample.name, "it has no caption (.txt, or text in its .json)")
+    return Row(sample.image, text, payload, number)
+
+
+def _text_and_payload(columns: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The caption, None where there is none, and the other columns that are not missing."""
+    payload = {key: value for key, value in columns.items() if not _is_missing(value)}
+    text = payload.pop("text", None)
+    return text.strip() or None if isinstance(text, str) else None, payload
 
 
 def _is_missing(value: Any) -> bool:

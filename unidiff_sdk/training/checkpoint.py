@@ -30,6 +30,7 @@ from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.images import Fit
 
 __all__ = ["TINY", "Checkpoint", "load_checkpoint", "require_replaceable", "save_checkpoint"]
 
@@ -79,6 +80,11 @@ class Checkpoint:
     def image_size(self) -> int:
         """Side, in pixels, of the square pictures that the UNet and VAE make."""
         return int(self.unet.config.sample_size) * self.latent_factor
+
+    @property
+    def fit(self) -> Fit:
+        """How its pictures were made square in training: "crop", or "pad" where its record says so."""
+        return "pad" if self.meta.get("fit") == "pad" else "crop"
 
     @property
     def latent_factor(self) -> int:

@@ -77,6 +77,12 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 @config_option("--caption-dropout", field="caption_dropout", help="Share of captions left out, for guidance.")
 @config_option("--ema", field="ema_decay", help="Decay of the averaged weights that are saved.")
 @click.option("--group", multiple=True, help="Column that tells which pairs mean the same; default: equal captions.")
+@config_option(
+    "--fit",
+    field="fit",
+    type=click.Choice(["crop", "pad"]),
+    help="Make pictures square by cutting the middle out, or by padding with white. Default: as the base's were.",
+)
 @click.option("--flip", is_flag=True, help="Mirror half of the pictures. Not where they bear text.")
 @config_option(
     "--precision",
@@ -88,7 +94,8 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 @strict_option
 @device_option
 def train(data: Path, base: str, out: Path, strict: bool, device: str, **options: Any) -> None:
-    """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet.
+    """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet,
+    or of webdataset shards (.tar).
 
     Each row of the metadata names an image (file_name) and its caption (text). One checkpoint comes out, which
     diffusers and transformers open as it is, and which unidiff-export turns into a bundle. Interrupt at any time:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from unidiff_sdk.errors import OptionError
+from unidiff_sdk.images import Fit
 
 __all__ = ["Precision", "Teacher", "TrainingConfig"]
 
@@ -49,6 +50,7 @@ class TrainingConfig:
     rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, or its EMA
 
     # data
+    fit: Fit | None = None  # how pictures become squares; None: as the base's were
     flip: bool = False  # mirror half of the pictures; wrong where they bear text, or captions say left and right
 
     # housekeeping
@@ -72,6 +74,8 @@ class TrainingConfig:
         for name, choices in {"precision": get_args(Precision), "rsc_teacher": get_args(Teacher)}.items():
             if getattr(self, name) not in choices:
                 raise OptionError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.fit not in (None, *get_args(Fit)):
+            raise OptionError(f"fit must be one of {', '.join(get_args(Fit))}, not {self.fit!r}")
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("every λ is zero: there is nothing to train")
 

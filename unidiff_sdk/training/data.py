@@ -1,4 +1,4 @@
-"""From a catalogue folder to batches: each picture is decoded and brought through the VAE once, then kept in memory."""
+"""From a catalogue to batches: each picture is checked and brought through the VAE once."""
 
 from __future__ import annotations
 
@@ -7,89 +7,111 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unidiff_sdk.datasets.reader import BadRow, Row, read_catalogue
-from unidiff_sdk.errors import DataError, ImageError
-from unidiff_sdk.images import load_image, preprocess
+from unidiff_sdk.errors import DataError, ImageError, UniDiffError
+from unidiff_sdk.images import Fit, load_image
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.model import Batch, JointModel
+from unidiff_sdk.training.pictures import Pictures, in_threads, to_square
 
 __all__ = ["Batches", "Pairs", "encode_latents", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
 
 ENCODE_BATCH = 16
-_ZERO, _ONE = np.zeros(3, np.float32), np.ones(3, np.float32)
+MEMORY = 2 << 30  # bytes of decoded pictures: some 80,000 at 64 px, 2,000 at 512 px with CLIP's 224
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A catalogue in memory.
+    """A catalogue: what was written of it in memory, its pictures too if they fit.
 
-    images: uint8[n, 3, size, size], as the VAE sees them; clip_images: uint8[n, 3, s, s], as CLIP sees them (the same
-    tensor where the sizes agree). bad: the rows that were passed over.
+    images: as the VAE sees them; clip_images: as CLIP sees them. sha256: over captions and pixels in their order, what
+    a checkpoint says it was trained on. bad: the rows that were passed over.
     """
 
-    images: Tensor
-    clip_images: Tensor
+    images: Pictures
+    clip_images: Pictures
     captions: list[str]
     payloads: list[dict[str, Any]]
     bad: list[BadRow]
+    sha256: str
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def fingerprint(self) -> str:
-        """sha256 over captions and pixels in their order: what a checkpoint says it was trained on."""
-        digest = hashlib.sha256()
-        for caption, image in zip(self.captions, self.images, strict=True):
-            digest.update(caption.encode() + b"\0")
-            digest.update(image.numpy().tobytes())
-        return digest.hexdigest()
+        """`sha256`"""
+        return self.sha256
 
 
 def load_pairs(
-    folder: str | Path,
+    path: str | Path,
     checkpoint: Checkpoint,
     *,
     limit: int | None = None,
     strict: bool = False,
+    fit: Fit | None = None,
+    memory: int = MEMORY,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
 ) -> Pairs:
-    """Read a catalogue folder: shorter edge to the model's size, centre crop, both as the runtime does it.
+    """Read a catalogue (a folder or shards, see `datasets.reader`), its pictures made square as the runtime does it.
 
-    Rows that cannot be used are collected in `bad`; with `strict`, the first one raises. `limit`: the first so many.
+    Every picture is decoded once, so that what cannot be used is known before anything is computed: such rows are
+    collected in `bad`; with `strict`, the first one raises. limit: the first so many. fit: "crop" or "pad"; None: as
+    the checkpoint was trained. memory: up to so many bytes the decoded pictures are kept, beyond that none of them is.
+
     Raises DataError where the folder is missing or not one row is usable.
     """
+    fit = fit or checkpoint.fit
     bad: list[BadRow] = []
     sizes = checkpoint.image_size, int(checkpoint.clip.config.vision_config.image_size)
-    squares: dict[int, list[Tensor]] = {size: [] for size in sizes}
-    captions: list[str] = []
-    payloads: list[dict[str, Any]] = []
-    for row in progress(read_catalogue(folder, strict=strict, on_error=bad.append)):
-        if limit is not None and len(captions) == limit:
+    kept: dict[int, list[Tensor]] | None = {size: [] for size in sizes}
+    rows: list[Row] = []
+    digest = hashlib.sha256()
+
+    # 1. decode once: what is broken is told, what fits is kept
+    decode = partial(_decode, sizes=sizes, fit=fit)
+    found = progress(read_catalogue(path, strict=strict, on_error=bad.append))
+    for row, squares in in_threads(decode, found):
+        if len(rows) == limit:
+            bad = [other for other in bad if other.line < row.line]  # reading was ahead
             break
-        try:
-            image = load_image(row.path)
-        except ImageError as error:
+        if isinstance(squares, UniDiffError):
             if strict:
-                raise DataError(f"{folder}, line {row.line}: {error}") from error
-            bad.append(BadRow(row.line, row.path.name, str(error)))
+                raise DataError(f"{path}, line {row.line}: {squares}") from squares
+            bad.append(BadRow(row.line, row.name, str(squares)))
             continue
-        for size, into in squares.items():
-            pixels = preprocess(image, size, _ZERO, _ONE)
-            into.append(torch.from_numpy(np.rint(pixels * 255).astype(np.uint8)))
-        captions.append(row.text)
-        payloads.append(row.payload)
-    if not captions:
-        why = f"all {len(bad)} rows are unusable, the first: {bad[0]}" if bad else "its metadata has no rows"
-        raise DataError(f"{folder} holds no usable pair of picture and caption: {why}")
-    images, clip_images = (torch.stack(squares[size]) for size in sizes)
-    return Pairs(images, clip_images if sizes[0] != sizes[1] else images, captions, payloads, bad)
+        rows.append(row)
+        digest.update(row.text.encode() + b"\0")
+        digest.update(squares[sizes[0]].numpy().tobytes())
+        if kept is not None:
+            for size, square in squares.items():
+                kept[size].append(square)
+            if sum(square.nbytes for square in squares.values()) * len(rows) > memory:
+                kept = None
+    if not rows:
+        why = f"all {len(bad)} rows are unusable, the first: {bad[0]}" if bad else "it has no rows"
+        raise DataError(f"{path} holds no usable pair of picture and caption: {why}")
+
+    # 2. the same squares where the sizes agree
+    stacked = {size: torch.stack(squares) for size, squares in kept.items()} if kept else dict.fromkeys(sizes)
+    images, clip_images = (Pictures(rows, size, fit, stacked[size]) for size in sizes)
+    bad.sort(key=lambda row: row.line)
+    return Pairs(images, clip_images, [r.text for r in rows], [r.payload for r in rows], bad, digest.hexdigest())
+
+
+def _decode(row: Row, sizes: tuple[int, ...], fit: Fit) -> tuple[Row, dict[int, Tensor] | UniDiffError]:
+    try:
+        image = load_image(row.image())
+    except (DataError, ImageError) as error:
+        return row, error
+    return row, {size: to_square(image, size, fit) for size in sizes}
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> Tensor:
@@ -124,8 +146,8 @@ def group_keys(pairs: Pairs, columns: Sequence[str] = ()) -> list[tuple[Any, ...
 
 
 @torch.no_grad()
-def encode_latents(model: JointModel, images: Tensor) -> Tensor:
-    """uint8[n, 3, h, w] -> float[n, c, h/f, w/f] on the CPU, scaled as the UNet sees them."""
+def encode_latents(model: JointModel, images: Pictures) -> Tensor:
+    """n pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them."""
     device = model.alpha_bar.device
     rows = [model.encode(chunk.to(device).float() / 255).cpu() for chunk in images.split(ENCODE_BATCH)]
     return torch.cat(rows)
@@ -140,7 +162,7 @@ class Batches:
         self.clip_images = pairs.clip_images
         self.latents = encode_latents(model, pairs.images)
         # A mirrored picture's latents are not the mirrored latents: both are encoded.
-        self.mirrored = encode_latents(model, pairs.images.flip(-1)) if flip else None
+        self.mirrored = encode_latents(model, pairs.images.mirrored()) if flip else None
         self.input_ids = input_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}
         self.groups = torch.tensor([numbers[key] for key in groups])

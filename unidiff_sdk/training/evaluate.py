@@ -6,7 +6,7 @@ the synthetic catalogues and of normalised captions on everything else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from unidiff_sdk.datasets.reader import BadRow
 from unidiff_sdk.datasets.synthetic import ATTRIBUTES
@@ -26,6 +25,7 @@ from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 from unidiff_sdk.training.data import Pairs, group_keys, load_pairs, tokenise
 from unidiff_sdk.training.judge import Judge, attribute_accuracy
 from unidiff_sdk.training.model import JointModel
+from unidiff_sdk.training.pictures import Pictures
 from unidiff_sdk.training.trainer import pick_device
 
 __all__ = ["Evaluation", "embed", "evaluate", "generate", "retrieval", "synthetic_attributes"]
@@ -270,8 +270,9 @@ def _distances(made: Vectors, real: Vectors, seed: int) -> dict[str, float]:
     return figures
 
 
-def _arrays(images: Tensor) -> list[NDArray[np.uint8]]:
-    return list(images.permute(0, 2, 3, 1).numpy())
+def _arrays(pictures: Pictures) -> Iterator[NDArray[np.uint8]]:
+    for chunk in pictures.split(EMBED_BATCH):
+        yield from chunk.permute(0, 2, 3, 1).numpy()
 
 
 def _sheet(pictures: Sequence[NDArray[np.uint8]]) -> Image.Image:

@@ -81,7 +81,7 @@ def train(
     checkpoint = load_checkpoint(base)
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself: name another folder for the result")
-    pairs = load_pairs(data, checkpoint, strict=strict, progress=on_rows)
+    pairs = load_pairs(data, checkpoint, strict=strict, fit=config.fit, progress=on_rows)
     if len(pairs) < 2:
         raise TrainingError(f"{data} holds a single usable pair: a contrast needs at least two")
     groups = group_keys(pairs, config.group)
@@ -241,6 +241,7 @@ def _meta(
         "base": base.meta.get("name", base.path.name),
         # True where the model has seen nothing but the synthetic catalogues: searching photographs then warns.
         "synthetic": bool(base.meta.get("synthetic")) and drawn,
+        "fit": config.fit or base.fit,
         "step": step,
         "config": asdict(config),
         "losses": losses,
