@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,29 @@ import numpy as np
 import qdrant_edge as edge
 
 from ..errors import StoreError
-from .filters import Clause, Compare, index_kinds, translate
+from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
+from .indexes import PayloadIndexes
 from .protocol import VECTOR, Found, Record, Vector, check_records
 
 __all__ = ["EdgeStore"]
 
-_INDEX_TYPES = {
+_INDEX_KINDS = {
     "keyword": edge.PayloadSchemaType.Keyword,
     "float": edge.PayloadSchemaType.Float,
     "bool": edge.PayloadSchemaType.Bool,
+    "datetime": edge.PayloadSchemaType.Datetime,
+    "geo": edge.PayloadSchemaType.Geo,
+    "text": edge.PayloadSchemaType.Text,
 }
+# `scoring` records what BM25 needs beside what `contains` needs.
+_TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, scoring=True)
 
 
 class EdgeStore:
     """A store in a folder; created if the folder has none.
 
-    The engine locks itself (16 threads mixing upserts, searches and deletes are tested); only creating payload
-    indexes and closing are guarded here. One process may hold the folder at a time.
+    The engine locks itself (16 threads mixing upserts, searches and deletes are tested); only closing is guarded here.
+    One process may hold the folder at a time.
 
     Args:
         path: folder of the shard.
@@ -46,7 +53,10 @@ class EdgeStore:
                 path.mkdir(parents=True, exist_ok=True)
                 vectors = {VECTOR: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Dot)}
                 self._shard = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
-            self._indexed = set(self._shard.info().payload_schema)
+            schema = self._shard.info().payload_schema
+        names = {value: kind for kind, value in _INDEX_KINDS.items()}
+        existing = {key: names[index.data_type] for key, index in schema.items() if index.data_type in names}
+        self._indexes = PayloadIndexes(existing)
 
     def upsert(self, records: Sequence[Record]) -> None:
         check_records(records, self.dim)
@@ -111,17 +121,17 @@ class EdgeStore:
     def _filter(self, where: Clause | None) -> edge.Filter | None:
         if where is None:
             return None
-        self._index(index_kinds(where))
+        self._indexes.serve(index_kinds(where), self)
         return translate(where, edge.Filter, _test)  # type: ignore[no-any-return]
 
-    def _index(self, kinds: dict[str, str]) -> None:
-        """Give every column an index when it is first filtered by: ten times faster on 20,000 items, built in 60 ms."""
-        if kinds.keys() <= self._indexed:
-            return
-        with self._lock, self._engine() as shard:
-            for key in kinds.keys() - self._indexed:
-                shard.update(edge.UpdateOperation.create_field_index(key, _INDEX_TYPES[kinds[key]]))
-                self._indexed.add(key)
+    def create_index(self, column: str, kind: str) -> None:
+        schema = _TEXT_INDEX if kind == "text" else _INDEX_KINDS[kind]
+        with self._engine() as shard:
+            shard.update(edge.UpdateOperation.create_field_index(column, schema))
+
+    def drop_index(self, column: str) -> None:
+        with self._engine() as shard:
+            shard.update(edge.UpdateOperation.delete_field_index(column))
 
 
 def _record(point: Any) -> Record:
@@ -134,14 +144,25 @@ def _test(test: Compare) -> Any:
         return edge.IsEmptyCondition(key)
     if op == "null":
         return edge.IsNullCondition(key)
-    if op != "eq":
-        return edge.FieldCondition(key, range=edge.RangeFloat(**{op: float(value)}))
-    if isinstance(value, bool):
-        # A Python bool is taken for an int by the binding and then matches nothing; numpy's bool is not.
-        return edge.FieldCondition(key, match=edge.MatchValue(np.bool_(value)))  # type: ignore[arg-type]
-    if isinstance(value, str):
-        return edge.FieldCondition(key, match=edge.MatchValue(value))
-    return edge.FieldCondition(key, range=edge.RangeFloat(gte=float(value), lte=float(value)))
+    match value:
+        case bool():
+            # A Python bool is taken for an int by the binding and then matches nothing; numpy's bool is not.
+            return edge.FieldCondition(key, match=edge.MatchValue(np.bool_(value)))  # type: ignore[arg-type]
+        case str():
+            words = op == "contains"
+            return edge.FieldCondition(key, match=edge.MatchText(value) if words else edge.MatchValue(value))
+        case tuple():
+            return edge.FieldCondition(key, match=edge.MatchAny(list(value)))
+        case datetime():
+            moment = value.isoformat(timespec="microseconds")
+            return edge.FieldCondition(key, range=edge.RangeDateTime(**dict.fromkeys(bounds(op), moment)))
+        case Circle(lat, lon, radius):
+            return edge.FieldCondition(key, geo_radius=edge.GeoRadius(edge.GeoPoint(lon, lat), radius))
+        case Box(west, east, south, north):
+            corners = edge.GeoPoint(west, north), edge.GeoPoint(east, south)
+            return edge.FieldCondition(key, geo_bounding_box=edge.GeoBoundingBox(*corners))
+        case _:
+            return edge.FieldCondition(key, range=edge.RangeFloat(**dict.fromkeys(bounds(op), float(value))))
 
 
 @contextlib.contextmanager

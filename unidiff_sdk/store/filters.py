@@ -1,7 +1,9 @@
 """The filter language: one small dictionary for every back end.
 
     {"price": {"gte": 10, "lt": 80}, "brand": ["Acme", "Nord"], "colour": "red",
-     "not": {"pattern": "striped"}, "or": [{"type": "dress"}, {"type": "skirt"}]}
+     "not": {"pattern": "striped"}, "or": [{"type": "dress"}, {"type": "skirt"}],
+     "added": {"gte": "2026-03-01"}, "text": {"contains": "linen summer"},
+     "shop": {"near": {"lat": 52.5, "lon": 13.4, "radius": 5000}}}
 
 `parse` checks it and makes a tree of `Compare`, `AllOf`, `AnyOf` and `Not`; `translate` turns that tree into Qdrant's
 own filter, for Qdrant Edge or for qdrant-client. What a filter means:
@@ -9,6 +11,13 @@ own filter, for Qdrant Edge or for qdrant-client. What a filter means:
 - Several keys, or several operators of one key, must all hold. A bare value is `eq`, a list is `in`, None is `null`.
 - A column that holds a list satisfies a comparison if one of its elements does.
 - Numbers compare as 64-bit floats, so 3 equals 3.0; true is not 1 and "3" is not 3.
+- `gt`, `gte`, `lt` and `lte` take a number, or a moment: an ISO 8601 string, a date (its midnight) or a datetime.
+  Moments without a time zone are UTC, here and in the columns. `eq`, `ne` and `in` compare strings letter by letter,
+  but dates and datetimes as moments.
+- `contains` asks for every one of its words, in any order: whole words of letters and digits, upper or lower case.
+- `near` is a circle, its radius in metres; `box` lies between degrees west, east, south and north (with west > east it
+  spans the antimeridian); what lies on the very border may count or not. The column holds {"lat": …, "lon": …}, or a
+  list of such.
 - `ne` and `not` also match items that lack the column. `exists` is true of a column that holds more than null or [].
 - A dot reaches into nested objects; quote a name that has a dot of its own: '"size.cm"'. Quote a column that is called
   like a connective, too: '"or"'.
@@ -18,22 +27,64 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from typing import Any, TypeAlias
 
 from ..errors import FilterError
 
-__all__ = ["OPERATORS", "AllOf", "AnyOf", "Clause", "Compare", "Not", "index_kinds", "parse", "translate"]
+__all__ = [
+    "OPERATORS",
+    "AllOf",
+    "AnyOf",
+    "Box",
+    "Circle",
+    "Clause",
+    "Compare",
+    "Not",
+    "bounds",
+    "columns",
+    "index_kinds",
+    "parse",
+    "translate",
+]
 
 MAX_DEPTH = 32  # the engine recurses: at 1,000 levels it crashes the process
 MAX_CLAUSES = 1024
+MAX_CHOICES = 65_536  # strings of one "in", which the engine looks up in its index at once
+MAX_WORDS = 10_000  # characters of one "contains"
 
-Scalar: TypeAlias = str | bool | int | float
+# The engine's geo index finds nothing in a box that ends at 180° or 90°: there its geohash starts anew. In degrees.
+_GEOHASH_EDGE = 1e-9
 
 CONNECTIVES = ("and", "or", "not")
 RANGES = ("gt", "gte", "lt", "lte")
-OPERATORS = ("eq", "ne", "in", *RANGES, "exists", "null")
+OPERATORS = ("eq", "ne", "in", *RANGES, "contains", "near", "box", "exists", "null")
+
+
+@dataclass(frozen=True)
+class Circle:
+    """What lies within `radius` metres of a place."""
+
+    lat: float
+    lon: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Box:
+    """What lies between two meridians and two parallels, in degrees; west <= east."""
+
+    west: float
+    east: float
+    south: float
+    north: float
+
+
+# A datetime is in UTC; a tuple of strings is a choice of them.
+Value: TypeAlias = str | bool | int | float | datetime | tuple[str, ...] | Circle | Box
 
 _LISTS = (list, tuple, set, frozenset)
 _PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])*")
@@ -42,11 +93,11 @@ _SEGMENT = re.compile(r'"[^"]+"(?:\[\d*\])*|[^."]+')
 
 @dataclass(frozen=True)
 class Compare:
-    """One comparison; `key` is a Qdrant JSON path, `op` is eq, a range operator, exists or null."""
+    """One comparison; `key` is a Qdrant JSON path, `op` any operator but `ne`; `in` is of strings only."""
 
     key: str
     op: str
-    value: Scalar
+    value: Value
 
 
 @dataclass(frozen=True)
@@ -75,7 +126,7 @@ def parse(where: Mapping[str, Any] | None) -> Clause | None:
     if where is None:
         return None
     clause = _group(where, depth=1)
-    size = _size(clause)
+    size = sum(1 for _ in _comparisons(clause))
     if size > MAX_CLAUSES:
         raise FilterError(f"This filter has {size:,} clauses; at most {MAX_CLAUSES:,} are allowed. Split the query.")
     return clause if clause != AllOf(()) else None
@@ -127,22 +178,110 @@ def _comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
         test = Compare(path, operator, True)
         return test if value else Not(test)
     if operator in RANGES:
-        if isinstance(value, bool) or not _is_number(value):
-            raise FilterError(f'"{operator}" on "{key}" needs a finite number, not {_show(value)}.')
-        return Compare(path, operator, value)
+        return Compare(path, operator, _bound(key, operator, value))
+    if operator == "contains":
+        return Compare(path, operator, _words(key, value))
+    if operator == "near":
+        return Compare(path, operator, _circle(key, value))
+    if operator == "box":
+        boxes = tuple(Compare(path, operator, box) for box in _boxes(key, value))
+        return boxes[0] if len(boxes) == 1 else AnyOf(boxes)
     if operator == "in":
-        if not isinstance(value, _LISTS) or not value:
-            raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_show(value)}.')
-        choices = tuple(Compare(path, "eq", _scalar(key, choice)) for choice in value)
-        return choices[0] if len(choices) == 1 else AnyOf(choices)
+        return _choice(path, key, value)
     test = Compare(path, "null", True) if value is None else Compare(path, "eq", _scalar(key, value))
     return test if operator == "eq" else Not(test)
 
 
-def _scalar(key: str, value: Any) -> Scalar:
+def _choice(path: str, key: str, values: Any) -> Clause:
+    if not isinstance(values, _LISTS) or not values:
+        raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_show(values)}.')
+    scalars = [_scalar(key, value) for value in values]
+    strings = tuple(value for value in scalars if isinstance(value, str))
+    if len(strings) > MAX_CHOICES:
+        raise FilterError(f'"in" on "{key}" lists {len(strings):,} strings; at most {MAX_CHOICES:,} are allowed.')
+    tests = [Compare(path, "eq", value) for value in scalars if not isinstance(value, str)]
+    if strings:
+        tests.insert(0, Compare(path, "in", strings) if len(strings) > 1 else Compare(path, "eq", strings[0]))
+    return tests[0] if len(tests) == 1 else AnyOf(tuple(tests))
+
+
+def _scalar(key: str, value: Any) -> str | bool | int | float | datetime:
     if isinstance(value, str) or _is_number(value):
         return value  # type: ignore[no-any-return]
-    raise FilterError(f'"{key}" is compared with {_show(value)}; a value is a string, a finite number, true or false.')
+    if isinstance(value, date):
+        return _moment(value)
+    raise FilterError(
+        f'"{key}" is compared with {_show(value)}; a value is a string, a finite number, true, false or a date. '
+        f"Filters are joined by {', '.join(CONNECTIVES)}."
+    )
+
+
+def _bound(key: str, operator: str, value: Any) -> int | float | datetime:
+    if _is_number(value) and not isinstance(value, bool):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, date):
+        return _moment(value)
+    if isinstance(value, str):
+        try:
+            return _moment(datetime.fromisoformat(value))
+        except ValueError:
+            pass  # said below, with everything else that is no bound
+    raise FilterError(
+        f'"{operator}" on "{key}" needs a finite number or a date such as "2026-03-01" or "2026-03-01T12:30:00+01:00", '
+        f"not {_show(value)}."
+    )
+
+
+def _moment(value: date) -> datetime:
+    """A date or datetime as a moment in UTC."""
+    if not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    try:
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    except OverflowError:
+        raise FilterError(f"{_show(value)} in UTC lies outside the years 1 to 9999.") from None
+
+
+def _words(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not any(letter.isalnum() for letter in value):
+        raise FilterError(f'"contains" on "{key}" needs words to look for, not {_show(value)}.')
+    if len(value) > MAX_WORDS:
+        raise FilterError(
+            f'"contains" on "{key}" is {len(value):,} characters long; at most {MAX_WORDS:,} are allowed.'
+        )
+    return value
+
+
+def _circle(key: str, value: Any) -> Circle:
+    lat, lon, radius = _numbers(key, "near", value, ("lat", "lon", "radius"))
+    if not (-90 <= lat <= 90 and -180 <= lon <= 180 and radius > 0):
+        raise FilterError(
+            f'"near" on "{key}": lat is from -90 to 90, lon from -180 to 180, radius in metres and above 0, '
+            f"not {_show(value)}."
+        )
+    return Circle(lat, lon, radius)
+
+
+def _boxes(key: str, value: Any) -> list[Box]:
+    west, east, south, north = _numbers(key, "box", value, ("west", "east", "south", "north"))
+    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
+        raise FilterError(
+            f'"box" on "{key}": west and east are from -180 to 180, south and north from -90 to 90 with south below '
+            f"north, not {_show(value)}."
+        )
+    limit, north = 180 - _GEOHASH_EDGE, min(north, 90 - _GEOHASH_EDGE)
+    if west <= east:
+        return [Box(west, min(east, limit), south, north)]
+    return [Box(west, limit, south, north), Box(-180.0, east, south, north)]
+
+
+def _numbers(key: str, operator: str, value: Any, names: tuple[str, ...]) -> list[float]:
+    if isinstance(value, Mapping) and value.keys() == set(names):
+        numbers = [value[name] for name in names]
+        if all(_is_number(number) and not isinstance(number, bool) for number in numbers):
+            return [float(number) for number in numbers]
+    example = ", ".join(f'"{name}": …' for name in names)
+    raise FilterError(f'"{operator}" on "{key}" needs the numbers {{{example}}}, not {_show(value)}.')
 
 
 def _is_number(value: Any) -> bool:
@@ -159,19 +298,12 @@ def _path(key: str) -> str:
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
 
 
-def _size(clause: Clause) -> int:
-    match clause:
-        case Compare():
-            return 1
-        case Not(part):
-            return _size(part)
-        case AllOf(parts) | AnyOf(parts):
-            return sum(_size(part) for part in parts)
-
-
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return _repr.repr(value)
+
+
+_repr = reprlib.Repr()  # cut short, however long or deep the value is
+_repr.maxstring = _repr.maxother = 60
 
 
 # ------------------------------------------------------------------------------------------------ tree -> Qdrant
@@ -206,17 +338,53 @@ def translate(
     return make_filter(must=[build(clause)])
 
 
-def index_kinds(clause: Clause) -> dict[str, str]:
-    """Which payload index serves each column of a filter: path -> "keyword", "float" or "bool"."""
+def bounds(op: str) -> tuple[str, ...]:
+    """The bounds of the range that a comparison of numbers or moments is: equal is at least and at most."""
+    return ("gte", "lte") if op == "eq" else (op,)
+
+
+def index_kinds(clause: Clause) -> dict[str, str | None]:
+    """Which payload index serves each column: path -> "keyword", "float", "bool", "datetime", "geo" or "text".
+
+    None where a column is compared with numbers and with moments: no index serves both.
+    """
+    kinds: dict[str, str | None] = {}
+    for test in _comparisons(clause):
+        if test.op not in ("exists", "null"):
+            kind = _index_kind(test)
+            first = kinds.setdefault(test.key, kind)
+            if {first, kind} == {"float", "datetime"}:
+                kinds[test.key] = None
+    return kinds
+
+
+def columns(clause: Clause) -> list[str]:
+    """The columns that a filter asks about, as JSON paths, each once."""
+    return list(dict.fromkeys(test.key for test in _comparisons(clause)))
+
+
+def _index_kind(test: Compare) -> str:
+    match test.value:
+        case bool():
+            return "bool"
+        case str():
+            return "text" if test.op == "contains" else "keyword"
+        case tuple():
+            return "keyword"
+        case datetime():
+            return "datetime"
+        case Circle() | Box():
+            return "geo"
+        case _:
+            return "float"
+
+
+def _comparisons(clause: Clause) -> Iterator[Compare]:
     match clause:
-        case Compare(_, "exists" | "null", _):
-            return {}
-        case Compare(key, _, value):
-            return {key: "bool" if isinstance(value, bool) else "keyword" if isinstance(value, str) else "float"}
+        case Compare():
+            yield clause
         case Not(part):
-            return index_kinds(part)
+            yield from _comparisons(part)
         case AllOf(parts) | AnyOf(parts):
-            kinds: dict[str, str] = {}
             for part in parts:
-                kinds = index_kinds(part) | kinds
-            return kinds
+                yield from _comparisons(part)

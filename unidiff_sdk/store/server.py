@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from qdrant_client import QdrantClient, models
 
 from ..errors import StoreError
-from .filters import Clause, Compare, index_kinds, translate
+from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
+from .indexes import PayloadIndexes
 from .protocol import VECTOR, Found, Record, Vector, check_records
 
 __all__ = ["ServerStore"]
 
-_INDEX_TYPES = {
-    "keyword": models.PayloadSchemaType.KEYWORD,
-    "float": models.PayloadSchemaType.FLOAT,
-    "bool": models.PayloadSchemaType.BOOL,
-}
+# `scoring` records what BM25 needs beside what `contains` needs.
+_TEXT_INDEX = models.TextIndexParams(
+    type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.WORD, lowercase=True, scoring=True
+)
 
 
 class ServerStore:
@@ -39,7 +40,6 @@ class ServerStore:
         self.client, self.collection, self.dim = client, collection, dim
         self._lock = threading.Lock()
         self._closed = False
-        self._indexed: set[str] = set()
         with self._engine():
             if not client.collection_exists(collection):
                 client.create_collection(
@@ -47,12 +47,13 @@ class ServerStore:
                     vectors_config={VECTOR: models.VectorParams(size=dim, distance=models.Distance.DOT)},
                     metadata={"unidiff": {"fingerprint": fingerprint}},
                 )
-        self._check(fingerprint)
+        self._indexes = PayloadIndexes(self._check(fingerprint))
 
-    def _check(self, fingerprint: str) -> None:
+    def _check(self, fingerprint: str) -> dict[str, str]:
+        """Refuse a collection that is not of this bundle; return its payload indexes, column -> kind."""
         with self._engine():
-            config = self.client.get_collection(self.collection).config
-        vectors = config.params.vectors
+            info = self.client.get_collection(self.collection)
+        config, vectors = info.config, info.config.params.vectors
         params = vectors.get(VECTOR) if isinstance(vectors, dict) else None
         metadata = (config.metadata or {}).get("unidiff")
         if params is None or metadata is None:
@@ -63,6 +64,7 @@ class ServerStore:
                 f"{metadata['fingerprint'][:12]}, {params.size} dimensions) than this one ({fingerprint[:12]}, "
                 f"{self.dim} dimensions). Open it with that one, or use a new collection: Catalog(url, collection=…)."
             )
+        return {key: str(index.data_type.value) for key, index in info.payload_schema.items()}
 
     def upsert(self, records: Sequence[Record]) -> None:
         check_records(records, self.dim)
@@ -133,15 +135,17 @@ class ServerStore:
     def _filter(self, where: Clause | None) -> models.Filter | None:
         if where is None:
             return None
-        self._index(index_kinds(where))
+        self._indexes.serve(index_kinds(where), self)
         return translate(where, models.Filter, _test)  # type: ignore[no-any-return]
 
-    def _index(self, kinds: dict[str, str]) -> None:
-        """Give every column an index when it is first filtered by; asking again for one that exists does nothing."""
-        with self._lock:
-            for key in kinds.keys() - self._indexed:
-                self.client.create_payload_index(self.collection, key, _INDEX_TYPES[kinds[key]], wait=True)
-                self._indexed.add(key)
+    def create_index(self, column: str, kind: str) -> None:
+        schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
+        with self._engine():
+            self.client.create_payload_index(self.collection, column, schema, wait=True)
+
+    def drop_index(self, column: str) -> None:
+        with self._engine():
+            self.client.delete_payload_index(self.collection, column, wait=True)
 
 
 def _record(point: Any) -> Record:
@@ -154,8 +158,24 @@ def _test(test: Compare) -> Any:
         return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
     if op == "null":
         return models.IsNullCondition(is_null=models.PayloadField(key=key))
-    if op != "eq":
-        return models.FieldCondition(key=key, range=models.Range(**{op: float(value)}))
-    if isinstance(value, (bool, str)):
-        return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-    return models.FieldCondition(key=key, range=models.Range(gte=float(value), lte=float(value)))
+    match value:
+        case bool():
+            return models.FieldCondition(key=key, match=models.MatchValue(value=value))
+        case str():
+            words = op == "contains"
+            match = models.MatchText(text=value) if words else models.MatchValue(value=value)
+            return models.FieldCondition(key=key, match=match)
+        case tuple():
+            return models.FieldCondition(key=key, match=models.MatchAny(any=list(value)))
+        case datetime():
+            return models.FieldCondition(key=key, range=models.DatetimeRange(**dict.fromkeys(bounds(op), value)))
+        case Circle(lat, lon, radius):
+            center = models.GeoPoint(lat=lat, lon=lon)
+            return models.FieldCondition(key=key, geo_radius=models.GeoRadius(center=center, radius=radius))
+        case Box(west, east, south, north):
+            box = models.GeoBoundingBox(
+                top_left=models.GeoPoint(lat=north, lon=west), bottom_right=models.GeoPoint(lat=south, lon=east)
+            )
+            return models.FieldCondition(key=key, geo_bounding_box=box)
+        case _:
+            return models.FieldCondition(key=key, range=models.Range(**dict.fromkeys(bounds(op), float(value))))
