@@ -16,7 +16,7 @@ from unidiff_sdk.errors import CheckpointError, OptionError  # noqa: E402
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data import tokenise  # noqa: E402
-from unidiff_sdk.training.model import Batch, JointModel, joint_losses  # noqa: E402
+from unidiff_sdk.training.model import Batch, Draws, JointModel, joint_losses  # noqa: E402
 
 OFF = {name: 0.0 for name in ("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature")}
 PARTS = {
@@ -48,10 +48,10 @@ def run(checkpoint: Checkpoint, config: TrainingConfig, *, step: int = 10_000, n
         input_ids=tokenise(checkpoint.tokenizer, captions),
         groups=torch.tensor([0, 1, 2, 0, 4, 5])[:n],
     )
-    ema = {name: p.detach() for name, p in model.named_parameters()}
     empty_ids = tokenise(checkpoint.tokenizer, [""])
-    generator = torch.Generator().manual_seed(seed)
-    return model, joint_losses(model, batch, config, empty_ids=empty_ids, generator=generator, step=step, ema=ema)
+    draws = Draws.of(torch.Generator().manual_seed(seed), n, (4, 16, 16), len(model.alpha_bar), config)
+    ema = {name: p.detach() for name, p in model.named_parameters()} if config.rsc_teacher == "ema" else None
+    return model, joint_losses(model, batch, config, draws=draws, empty_ids=empty_ids, step=step, teacher=ema)
 
 
 def taught(model: JointModel) -> set[str]:

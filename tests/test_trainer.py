@@ -10,10 +10,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.errors import CheckpointError, DataError, TrainingError  # noqa: E402
-from unidiff_sdk.training import trainer  # noqa: E402
+from unidiff_sdk.training import gradients  # noqa: E402
 from unidiff_sdk.training.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.trainer import Ema, StepReport, train  # noqa: E402
+from unidiff_sdk.training.learner import Ema, learning_rate_factor  # noqa: E402
+from unidiff_sdk.training.trainer import StepReport, train  # noqa: E402
 
 FEW = {"steps": 3, "batch_size": 6, "warmup_steps": 1, "learning_rate": 1e-3}
 
@@ -76,17 +77,16 @@ def test_clip_alone_leaves_the_unet_as_it_was(small_catalogue: Path, random_chec
 def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
     small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    plain, calls = trainer.joint_losses, []
+    plain, calls = gradients.forward, []
 
-    def poisoned(*arguments: object, **options: object) -> dict:
+    def poisoned(*arguments: object, **options: object) -> object:
         calls.append(1)
-        terms = plain(*arguments, **options)
+        result = plain(*arguments, **options)
         if len(calls) == at:
-            weight, value = terms["is"]
-            terms["is"] = weight, value * float("nan")
-        return terms
+            result.means["is"] *= float("nan")
+        return result
 
-    monkeypatch.setattr(trainer, "joint_losses", poisoned)
+    monkeypatch.setattr(gradients, "forward", poisoned)
     out = tmp_path / "tuned"
     with pytest.raises(TrainingError, match=rf"step {at} is not finite \(itc .*, is nan") as caught:
         train(small_catalogue, random_checkpoint, out, TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0))
@@ -123,7 +123,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
     one.mkdir()
     (one / "0.png").write_bytes((small_catalogue / "0.png").read_bytes())
     (one / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "alone"}), encoding="utf-8")
-    with pytest.raises(TrainingError, match="single usable pair"):
+    with pytest.raises(TrainingError, match="too few usable pairs, 1"):
         train(one, random_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -148,6 +148,6 @@ def test_averaged_weights_follow_the_closed_form() -> None:
 
 def test_learning_rate_rises_and_falls() -> None:
     config = TrainingConfig(steps=100, warmup_steps=10)
-    factors = [trainer._learning_rate_factor(step, config) for step in range(101)]
+    factors = [learning_rate_factor(step, config) for step in range(101)]
     assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0 and factors[55] == pytest.approx(0.5)
     assert factors[100] == pytest.approx(0.0) and factors[10:] == sorted(factors[10:], reverse=True)

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
-from unidiff_sdk.training import trainer  # noqa: E402
+from unidiff_sdk.training import gradients  # noqa: E402
 from unidiff_sdk.training.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.cli import evaluate, train  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
@@ -102,15 +102,19 @@ def test_wrong_values(random_checkpoint: Path, small_catalogue: Path, tmp_path: 
 def test_nan_and_interruption(
     random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> dict:
-        return {"itc": (1.0, torch.tensor(float("nan"), requires_grad=True))}
+    plain = gradients.forward
+
+    def broken(*arguments: object, **options: object) -> object:
+        result = plain(*arguments, **options)
+        result.means["is"] *= float("nan")
+        return result
 
     arguments = (train, small_catalogue, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW)
-    monkeypatch.setattr(trainer, "joint_losses", broken)
-    assert "itc nan" in one_line(call(*arguments))
+    monkeypatch.setattr(gradients, "forward", broken)
+    assert "is nan" in one_line(call(*arguments))
 
     def interrupted(*_: object, **__: object) -> dict:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "joint_losses", interrupted)
+    monkeypatch.setattr(gradients, "forward", interrupted)
     assert call(*arguments).exit_code == 130

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -32,7 +33,15 @@ from transformers.utils import logging as transformers_logging
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.images import Fit
 
-__all__ = ["TINY", "Checkpoint", "load_checkpoint", "require_replaceable", "save_checkpoint"]
+__all__ = [
+    "TINY",
+    "TRAINING_STATE",
+    "Checkpoint",
+    "load_checkpoint",
+    "recover",
+    "require_replaceable",
+    "save_checkpoint",
+]
 
 TINY = Path(__file__).parents[1] / "models" / "tiny_checkpoint"
 
@@ -48,6 +57,7 @@ PARTS = {
 }
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 TEXT_PREFIX = "text_model."
+TRAINING_STATE = "training_state"  # what an unfinished run keeps in its checkpoint's folder
 
 # transformers 5 names its torchvision-free image processor differently; 4.57 has only the one.
 ImageProcessor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -70,6 +80,11 @@ class Checkpoint:
     scheduler: Any
     image_processor: Any
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, Any]:
+        """All that `save_checkpoint` writes, but for `meta`, by its names."""
+        names = ("unet", "vae", "clip", "text_encoder", "tokenizer", "scheduler", "image_processor")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def shared(self) -> bool:
@@ -127,11 +142,14 @@ def save_checkpoint(
     image_processor: Any,
     meta: Mapping[str, Any],
     dtype: torch.dtype | None = None,
+    keep: int = 1,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint folder; an older checkpoint at `path` is replaced only once the new one is complete.
 
     dtype: what the weights are stored as (torch.float16 halves the size); default: as they are.
-    meta: JSON-serialisable, goes to unidiff.json. Returns `path`.
+    meta: JSON-serialisable, goes to unidiff.json. keep: how many checkpoints remain; older ones than `path` lie beside
+    it in `path`.history/. also: writes more into the new folder before it appears. Returns `path`.
     Raises CheckpointError where `path` holds something that is not a checkpoint, or the disk refuses.
     """
     path = Path(path)
@@ -152,9 +170,11 @@ def save_checkpoint(
         image_processor.save_pretrained(temporary / "clip")
         scheduler.save_pretrained(temporary / "scheduler")
         _write_json(temporary / "model_index.json", _model_index(scheduler))
+        if also:
+            also(temporary)
         _write_json(temporary / "unidiff.json", {"format": "unidiff-checkpoint", "schema_version": 1, **meta})
-        _move_into_place(temporary, path)
-    except OSError as error:
+        _move_into_place(temporary, path, keep)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
         raise CheckpointError(
             f"cannot save the checkpoint {path}: {error}. What was there before is untouched"
         ) from error
@@ -321,8 +341,8 @@ def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _move_into_place(temporary: Path, path: Path) -> None:
-    """Rename the finished folder to its name; what stood there is set aside first and removed last."""
+def _move_into_place(temporary: Path, path: Path, keep: int) -> None:
+    """Rename the finished folder to its name; what stood there is set aside first, and goes or is kept last."""
     if not path.exists():
         temporary.rename(path)
         return
@@ -333,4 +353,42 @@ def _move_into_place(temporary: Path, path: Path) -> None:
     except OSError:
         replaced.rename(path)
         raise
+    _retire(replaced, path, keep)
+
+
+def _retire(replaced: Path, path: Path, keep: int) -> None:
+    """Keep an older checkpoint in the history, which holds at most keep - 1, or remove it."""
+    history = path.with_name(f"{path.name}.history")
+    if keep > 1 and (replaced / "unidiff.json").is_file():
+        history.mkdir(exist_ok=True)
+        shutil.rmtree(replaced / TRAINING_STATE, ignore_errors=True)  # one goes on from the last alone
+        kept = history / f"step-{_json(replaced / 'unidiff.json').get('step', 0):06d}"
+        shutil.rmtree(kept, ignore_errors=True)
+        replaced.rename(kept)
     shutil.rmtree(replaced, ignore_errors=True)
+    if history.is_dir():
+        by_age = sorted(history.glob("step-*"), key=lambda folder: folder.stat().st_mtime_ns)
+        for folder in by_age[: len(by_age) - (keep - 1)]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Clear away what a process that was killed while it saved at `path` has left; put back what it had set aside."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        *_, process, kind = leftover.name.split(".")
+        if kind not in ("old", "tmp") or not process.isdigit() or _is_running(int(process)):
+            continue
+        if kind == "old" and not path.exists():
+            leftover.rename(path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

@@ -91,15 +91,17 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
     help="bf16 is twice as fast where it is native.",
 )
 @config_option("--save-every", field="save_every", help="Steps between checkpoints.")
+@config_option("--keep", field="keep", help="Checkpoints that are kept; older ones lie in OUT.history.")
+@click.option("--resume", is_flag=True, help="Go on with the run that OUT holds, if it holds one.")
 @strict_option
 @device_option
-def train(data: Path, base: str, out: Path, strict: bool, device: str, **options: Any) -> None:
+def train(data: Path, base: str, out: Path, strict: bool, device: str, resume: bool, **options: Any) -> None:
     """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet,
     or of webdataset shards (.tar).
 
     Each row of the metadata names an image (file_name) and its caption (text). One checkpoint comes out, which
     diffusers and transformers open as it is, and which unidiff-export turns into a bundle. Interrupt at any time:
-    what was learned so far is saved.
+    what was learned so far is saved, and --resume goes on from there, as if nothing had happened.
     """
     config = TrainingConfig(**options)
     rows = count_rows(data)  # a folder that cannot be read is told before PyTorch is imported
@@ -113,6 +115,7 @@ def train(data: Path, base: str, out: Path, strict: bool, device: str, **options
             config,
             device=device,
             strict=strict,
+            resume=resume,
             on_rows=lambda read: _track(progress, read, rows, "pictures"),
             on_step=_StepDisplay(progress, config.steps),
         )
@@ -237,7 +240,7 @@ class _StepDisplay:
         self.smooth: dict[str, float] = {}
 
     def __call__(self, report: StepReport) -> None:
-        if report.step == 1:
+        if not self.smooth:
             _replace_task(self.progress, "training", self.steps)
         now = report.losses | {"pairs/s": report.pairs / report.seconds}
         self.smooth = {name: 0.95 * self.smooth.get(name, value) + 0.05 * value for name, value in now.items()}

@@ -20,7 +20,9 @@ class TrainingConfig:
 
     # how long
     steps: int = 400
-    batch_size: int = 64  # pairs a step, for all terms; fewer where the data has fewer
+    batch_size: int = 64  # pairs a step that go through the UNet; fewer where the data has fewer
+    contrastive_batch: int = 0  # pairs a step that are contrasted; 0: those of batch_size, else at least as many
+    micro_batch: int = 0  # pairs in memory at a time, with the same gradients; 0: all of a step
     seed: int = 0
     precision: Precision = "fp32"  # of the models' passes; weights, losses and the optimiser are always fp32
 
@@ -55,10 +57,16 @@ class TrainingConfig:
 
     # housekeeping
     save_every: int = 100  # steps between checkpoints; the last good one survives whatever stops the run
+    keep: int = 1  # checkpoints that are kept; older ones than the last lie in OUT.history
+    validate_every: int = 100  # steps between validations, where there is something to validate on
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples", "save_every")
+        positive = (
+            *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
+            *("save_every", "keep", "validate_every"),
+        )
         non_negative = (
+            *("contrastive_batch", "micro_batch"),
             *("seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
         )
@@ -76,6 +84,11 @@ class TrainingConfig:
                 raise OptionError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.fit not in (None, *get_args(Fit)):
             raise OptionError(f"fit must be one of {', '.join(get_args(Fit))}, not {self.fit!r}")
+        if 0 < self.contrastive_batch < self.batch_size:
+            raise OptionError(
+                f"contrastive_batch holds the pairs of batch_size, so it must be 0 or at least {self.batch_size}, "
+                f"not {self.contrastive_batch}"
+            )
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("every λ is zero: there is nothing to train")
 
@@ -88,6 +101,11 @@ class TrainingConfig:
     def trains_encoder(self) -> bool:
         """Whether pictures go through CLIP for their own sake."""
         return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+
+    @property
+    def embeds_generator(self) -> bool:
+        """Whether terms between samples need what the UNet makes of them."""
+        return any((self.lambda_rsc_generated, self.lambda_rsc_feature))
 
     @property
     def decodes(self) -> bool:

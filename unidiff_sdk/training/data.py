@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from unidiff_sdk.images import Fit, load_image
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.model import Batch, JointModel
 from unidiff_sdk.training.pictures import Pictures, in_threads, to_square
+from unidiff_sdk.training.randomness import Purpose, generator
 
-__all__ = ["Batches", "Pairs", "encode_latents", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
+__all__ = ["Batches", "Choice", "Pairs", "encode_latents", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
 
-ENCODE_BATCH = 16
+READ_AT_ONCE = 16  # pictures
 MEMORY = 2 << 30  # bytes of decoded pictures: some 80,000 at 64 px, 2,000 at 512 px with CLIP's 224
 
 
@@ -147,42 +148,76 @@ def group_keys(pairs: Pairs, columns: Sequence[str] = ()) -> list[tuple[Any, ...
 
 @torch.no_grad()
 def encode_latents(model: JointModel, images: Pictures) -> Tensor:
-    """n pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them."""
+    """n pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them.
+
+    One picture at a time: PyTorch's results depend on the batch in their last bits, and a picture's latents must be the
+    same whichever others are encoded with it.
+    """
     device = model.alpha_bar.device
-    rows = [model.encode(chunk.to(device).float() / 255).cpu() for chunk in images.split(ENCODE_BATCH)]
-    return torch.cat(rows)
+    pictures = (picture for chunk in images.split(READ_AT_ONCE) for picture in chunk.split(1))
+    return torch.cat([model.encode(picture.to(device).float() / 255).cpu() for picture in pictures])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pairs make up a step. rows: int64[m], into the data; mirror: bool[m], which pictures are mirrored."""
+
+    rows: Tensor
+    mirror: Tensor
 
 
 class Batches:
-    """An endless, shuffled stream of batches that follows from its seed alone."""
+    """The pairs of every step, epoch after epoch in a new order. What a step gets follows from its number alone.
+
+    size: pairs a step, m; fewer where the data has fewer. flip: mirror half of the pictures.
+    """
 
     def __init__(
-        self, model: JointModel, pairs: Pairs, input_ids: Tensor, groups: Sequence[Any], *, size: int, flip: bool
+        self,
+        model: JointModel,
+        pairs: Pairs,
+        input_ids: Tensor,
+        groups: Sequence[Any],
+        *,
+        size: int,
+        flip: bool,
+        seed: int,
+        encode: Callable[[Pictures], Tensor] | None = None,
     ) -> None:
+        encode = encode or (lambda images: encode_latents(model, images))
         self.clip_images = pairs.clip_images
-        self.latents = encode_latents(model, pairs.images)
+        self.latents = encode(pairs.images)
         # A mirrored picture's latents are not the mirrored latents: both are encoded.
-        self.mirrored = encode_latents(model, pairs.images.mirrored()) if flip else None
+        self.mirrored = encode(pairs.images.mirrored()) if flip else None
         self.input_ids = input_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}
         self.groups = torch.tensor([numbers[key] for key in groups])
         self.size = min(size, len(pairs))
+        self.seed = seed
         self.model = model
 
-    def stream(self, generator: torch.Generator) -> Iterator[Batch]:
-        """Epoch after epoch in a new order; the pairs left over at an epoch's end wait for the next."""
-        while True:
-            order = torch.randperm(len(self.latents), generator=generator)
-            for rows in order[: len(order) // self.size * self.size].split(self.size):
-                yield self._batch(rows, generator)
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(c, h, w)"""
+        return tuple(self.latents.shape[1:])
 
-    def _batch(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def choose(self, step: int) -> Choice:
+        """The pairs of a step, counted from 0; those left over at an epoch's end wait for the next."""
+        epoch, place = divmod(step, len(self.latents) // self.size)
+        order = torch.randperm(len(self.latents), generator=generator(self.seed, Purpose.ORDER, epoch))
+        rows = order[place * self.size : (place + 1) * self.size]
+        if self.mirrored is None:
+            return Choice(rows, torch.zeros(len(rows), dtype=torch.bool))
+        return Choice(rows, torch.rand(len(rows), generator=generator(self.seed, Purpose.MIRROR, step)) < 0.5)
+
+    def load(self, choice: Choice, samples: int) -> Batch:
+        """The batch of these pairs, the first `samples` of them with latents, on the model's device."""
         device = self.model.alpha_bar.device
-        pixels, latents = self.clip_images[rows], self.latents[rows]
+        rows, mirror = choice.rows, choice.mirror[:, None, None, None]
+        pixels, latents = self.clip_images[rows], self.latents[rows[:samples]]
         if self.mirrored is not None:
-            mirror = (torch.rand(len(rows), generator=generator) < 0.5)[:, None, None, None]
             pixels = torch.where(mirror, pixels.flip(-1), pixels)
-            latents = torch.where(mirror, self.mirrored[rows], latents)
+            latents = torch.where(mirror[:samples], self.mirrored[rows[:samples]], latents)
         return Batch(
             clip_pixels=self.model.to_clip(pixels.to(device).float() / 255),
             latents=latents.to(device),

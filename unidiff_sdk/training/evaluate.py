@@ -26,7 +26,7 @@ from unidiff_sdk.training.data import Pairs, group_keys, load_pairs, tokenise
 from unidiff_sdk.training.judge import Judge, attribute_accuracy
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.pictures import Pictures
-from unidiff_sdk.training.trainer import pick_device
+from unidiff_sdk.training.processes import pick_device
 
 __all__ = ["Evaluation", "embed", "evaluate", "generate", "retrieval", "synthetic_attributes"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,25 @@ from unidiff_sdk.training import losses
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.config import Precision, TrainingConfig
 
-__all__ = ["Batch", "ImageTower", "JointModel", "joint_losses"]
+__all__ = [
+    "Batch",
+    "Draws",
+    "Forward",
+    "ImageTower",
+    "JointModel",
+    "contrast",
+    "forward",
+    "joint_losses",
+    "term_weights",
+]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """n pairs, ready for the losses.
+    """m pairs, ready for the losses; the first n ≤ m of them also go through the UNet.
 
-    clip_pixels: float[n, 3, s, s], normalised for CLIP; latents: float[n, c, h, w], scaled as the UNet sees them;
-    input_ids: int64[n, tokens]; groups: int64[n], equal where two pairs mean the same.
+    clip_pixels: float[m, 3, s, s], normalised for CLIP; latents: float[n, c, h, w], scaled as the UNet sees them;
+    input_ids: int64[m, tokens]; groups: int64[m], equal where two pairs mean the same.
     """
 
     clip_pixels: Tensor
@@ -32,7 +43,44 @@ class Batch:
     groups: Tensor
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about the n samples of a step that go through the UNet. On the CPU.
+
+    t: int64[n]; noise: float[n, c, h, w]; dropped: bool[n], whose caption is left out; gated: bool[n], under the gate
+    of RSC; decoded: bool[n], the gated ones whose estimate is decoded. samples, decoded_samples: how many there are in
+    the whole step, of which these may be a part: a term's mean is over them.
+    """
+
+    t: Tensor
+    noise: Tensor
+    dropped: Tensor
+    gated: Tensor
+    decoded: Tensor
+    samples: int
+    decoded_samples: int
+
+    @classmethod
+    def of(
+        cls, generator: torch.Generator, samples: int, shape: tuple[int, ...], timesteps: int, config: TrainingConfig
+    ) -> Draws:
+        """shape: (c, h, w) of the latents; timesteps: how many the noise schedule has."""
+        t = torch.randint(0, timesteps, (samples,), generator=generator)
+        noise = torch.randn((samples, *shape), generator=generator)
+        dropped = torch.rand(samples, generator=generator) < config.caption_dropout
+        gated = t <= config.rsc_t_max
+        decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
+        return cls(t, noise, dropped, gated, decoded, samples, int(decoded.sum()))
+
+    def rows(self, rows: Tensor) -> Draws:
+        """Those of some of the samples."""
+        t, noise, dropped, gated, decoded = (
+            each[rows] for each in (self.t, self.noise, self.dropped, self.gated, self.decoded)
+        )
+        return Draws(t, noise, dropped, gated, decoded, self.samples, self.decoded_samples)
 
 
 class ImageTower(nn.Module):
@@ -45,6 +93,16 @@ class ImageTower(nn.Module):
 
     def forward(self, clip_pixels: Tensor) -> Tensor:
         return F.normalize(self.visual_projection(self.vision_model(clip_pixels).pooler_output).float(), dim=-1)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """In eval mode: no dropout, and no checkpointing, which would compute anew with the weights of the moment."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
 
 
 class JointModel(nn.Module):
@@ -105,15 +163,14 @@ class JointModel(nn.Module):
         return F.normalize(self.clip.text_projection(pooled).float(), dim=-1)
 
     def image_tower_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of weights named as in this model (an EMA), those of f, named as in f."""
-        return {name: weights[f"clip.{name}"] for name, _ in self.f.named_parameters()}
+        """Of weights named as in this model (an EMA), those of f, named as in f; its own where there are none."""
+        return {name: weights.get(f"clip.{name}", own) for name, own in self.f.named_parameters()}
 
 
 @dataclass(frozen=True)
 class Denoising:
     """One forward pass of the UNet over a batch: what was asked and what it answered."""
 
-    t: Tensor  # int64[n]
     alpha_bar: Tensor  # float[n]
     z_t: Tensor
     target: Tensor
@@ -121,74 +178,142 @@ class Denoising:
     features: Tensor  # float[n, c], the mid-block's, pooled
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What the models make of a batch, or of a part of a step's batch.
+
+    means: terms that are means over samples, by name: this part's share of the step's mean. embeddings: what the
+    terms between samples are made of: "u", "v": float[m, d]; "h": float[n, c]; "generated": float[n, d], zero where
+    none was decoded.
+    """
+
+    means: dict[str, Tensor]
+    embeddings: dict[str, Tensor]
+
+
 def joint_losses(
     model: JointModel,
     batch: Batch,
     config: TrainingConfig,
     *,
+    draws: Draws,
     empty_ids: Tensor,
-    generator: torch.Generator,
     step: int,
-    ema: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[float, Tensor]]:
-    """Each term that is switched on, by name, as (its λ at this step, its value).
+    """Each term that is switched on, by name, as (its λ at this step, its value), of a whole batch in one piece.
 
-    empty_ids: int64[1, tokens], the tokens of "". generator: decides noise, timesteps and dropout. ema: the averaged
-    weights, read only where they are the teacher.
+    empty_ids: int64[1, tokens], the tokens of "". teacher: weights named as the model's, for those of RSC's teacher;
+    default: the tuned ones.
     """
-    terms: dict[str, tuple[float, Tensor]] = {}
+    result = forward(model, batch, config, draws=draws, empty_ids=empty_ids, teacher=teacher)
+    values = result.means | contrast(model, result.embeddings, batch.groups, config, draws)
+    weights = term_weights(config, step)
+    return {name: (weights[name], values[name]) for name in weights if name in values}
+
+
+def term_weights(config: TrainingConfig, step: int) -> dict[str, float]:
+    """λ of each term that is switched on, at this step, counted from 0."""
     ramp = losses.warm_up(step, config.rsc_warmup_steps)
+    weights = {
+        "itc": config.lambda_itc,
+        "is": config.lambda_is,
+        "rsc": config.lambda_rsc * ramp,
+        "rsc_generated": config.lambda_rsc_generated * ramp,
+        "rsc_feature": config.lambda_rsc_feature * ramp,
+    }
+    return {name: weight for name, weight in weights.items() if getattr(config, f"lambda_{name}")}
+
+
+def forward(
+    model: JointModel,
+    batch: Batch,
+    config: TrainingConfig,
+    *,
+    draws: Draws,
+    empty_ids: Tensor,
+    teacher: Mapping[str, Tensor] | None = None,
+    embeddings_only: bool = False,
+) -> Forward:
+    """Run the models over a batch. embeddings_only: leave out the means, and the UNet where no embedding needs it."""
+    n = len(batch.latents)
+    runs_unet = n > 0 and (config.embeds_generator if embeddings_only else config.trains_generator)
+    means: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
 
     # 1. texts: with a shared tower, one pass gives both the UNet's token states and the embedding's pooled state
     with model.autocast():
-        text: Any = model.text_encoder(batch.input_ids) if model.shared or config.trains_generator else None
+        text: Any = model.text_encoder(batch.input_ids) if model.shared or runs_unet else None
         if config.trains_encoder:
             pooled = text.pooler_output if model.shared else model.clip.text_model(batch.input_ids).pooler_output
-            v = model.text_embeds(pooled)
-            u = model.f(batch.clip_pixels)
-            positives = losses.same_meaning(batch.groups, batch.groups)
+            embeddings["v"] = model.text_embeds(pooled)
+            embeddings["u"] = model.f(batch.clip_pixels)
+    if not runs_unet:
+        return Forward(means, embeddings)
 
-    # 2. ITC
-    if config.lambda_itc:
-        terms["itc"] = config.lambda_itc, losses.itc(u, v, model.clip.logit_scale, positives)
-
-    # 3. IS
-    if config.trains_generator:
-        with model.autocast():
-            states = _drop_captions(model, text.last_hidden_state, empty_ids, config.caption_dropout, generator)
-            denoising = _denoise(model, batch.latents, states, generator)
-    if config.lambda_is:
+    # 2. IS
+    with model.autocast():
+        states = _drop_captions(model, text.last_hidden_state[:n], empty_ids, draws.dropped)
+        denoising = _denoise(model, batch.latents, states, draws)
+    if config.lambda_is and not embeddings_only:
         weight = losses.min_snr_weight(denoising.alpha_bar, config.min_snr_gamma, model.prediction_type)
-        terms["is"] = config.lambda_is, losses.synthesis(denoising.output, denoising.target, weight)
-
-    # 4. RSC; CLIP takes no empty batch, so with nothing under the gate its terms are a zero that can be differentiated
-    if config.decodes:
-        nothing = 0.0 * denoising.output.sum()
-        passed = (denoising.t <= config.rsc_t_max).nonzero().flatten()[: config.rsc_samples]
-        alpha_bar = denoising.alpha_bar[passed]
-        estimates = _denoising_estimates(model, denoising, passed) if len(passed) else None
-    if config.lambda_rsc:
-        value = nothing
-        if estimates is not None:
-            teacher = model.image_tower_of(ema) if config.rsc_teacher == "ema" else dict(model.f.named_parameters())
-            with model.autocast():
-                u_hat = losses.gradient_only_through_input(model.f, teacher, estimates)
-                with torch.no_grad():
-                    u_bar = losses.gradient_only_through_input(model.f, teacher, batch.clip_pixels[passed])
-            value = losses.rsc_pixel(u_hat, u_bar, alpha_bar)
-        terms["rsc"] = config.lambda_rsc * ramp, value
-    if config.lambda_rsc_generated:
-        value = nothing
-        if estimates is not None:
-            with model.autocast():
-                u_hat = model.f(estimates.detach())
-            value = losses.generated_positives(u_hat, v, model.clip.logit_scale, positives[passed], alpha_bar)
-        terms["rsc_generated"] = config.lambda_rsc_generated * ramp, value
+        value = losses.synthesis(denoising.output, denoising.target, weight)
+        means["is"] = value * (n / draws.samples)
     if config.lambda_rsc_feature:
-        gated = denoising.t <= config.rsc_t_max
-        structure = losses.rsc_feature(denoising.features[gated], u[gated])
-        terms["rsc_feature"] = config.lambda_rsc_feature * ramp, structure
-    return terms
+        embeddings["h"] = denoising.features
+
+    # 3. RSC; CLIP takes no empty batch, so with nothing under the gate its mean is a zero that can be differentiated
+    if not config.decodes:
+        return Forward(means, embeddings)
+    passed = draws.decoded.nonzero().flatten().to(batch.latents.device)
+    estimates = _denoising_estimates(model, denoising, passed) if len(passed) else None
+    if config.lambda_rsc and not embeddings_only:
+        means["rsc"] = 0.0 * denoising.output.sum()
+        if estimates is not None:
+            u_hat, u_bar = _teach(model, teacher, estimates, batch.clip_pixels[passed])
+            value = losses.rsc_pixel(u_hat, u_bar, denoising.alpha_bar[passed])
+            means["rsc"] = value * (len(passed) / draws.decoded_samples)
+    if config.lambda_rsc_generated:
+        embeddings["generated"] = torch.zeros_like(embeddings["u"][:n])
+        if estimates is not None:
+            with model.autocast():
+                embeddings["generated"] = embeddings["generated"].index_copy(0, passed, model.f(estimates.detach()))
+    return Forward(means, embeddings)
+
+
+def contrast(
+    model: JointModel, embeddings: Mapping[str, Tensor], groups: Tensor, config: TrainingConfig, draws: Draws
+) -> dict[str, Tensor]:
+    """The terms between samples, of a whole step's embeddings. groups: int64[m]; draws: of all its n samples."""
+    values: dict[str, Tensor] = {}
+    if not config.trains_encoder:
+        return values
+    u, v = embeddings["u"], embeddings["v"]
+    positives = losses.same_meaning(groups, groups)
+    gated, decoded = (mask.nonzero().flatten().to(u.device) for mask in (draws.gated, draws.decoded))
+    if config.lambda_itc:
+        values["itc"] = losses.itc(u, v, model.clip.logit_scale, positives)
+    if config.lambda_rsc_generated:
+        values["rsc_generated"] = 0.0 * (u.sum() + v.sum())
+        if len(decoded):
+            alpha_bar = model.alpha_bar[draws.t.to(u.device)[decoded]]
+            values["rsc_generated"] = losses.generated_positives(
+                embeddings["generated"][decoded], v, model.clip.logit_scale, positives[decoded], alpha_bar
+            )
+    if config.lambda_rsc_feature:
+        values["rsc_feature"] = losses.rsc_feature(embeddings["h"][gated], u[gated])
+    return values
+
+
+def _teach(
+    model: JointModel, weights: Mapping[str, Tensor] | None, estimates: Tensor, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What RSC's teacher f̄ sees in the estimates, differentiable, and in the pictures themselves."""
+    teacher = model.image_tower_of(weights or {})
+    with model.autocast(), model.f.as_teacher():
+        u_hat = losses.gradient_only_through_input(model.f, teacher, estimates)
+        with torch.no_grad():
+            return u_hat, losses.gradient_only_through_input(model.f, teacher, pixels)
 
 
 def _denoising_estimates(model: JointModel, denoising: Denoising, rows: Tensor) -> Tensor:
@@ -199,21 +324,16 @@ def _denoising_estimates(model: JointModel, denoising: Denoising, rows: Tensor) 
         return model.to_clip(model.decode(z_0))
 
 
-def _drop_captions(
-    model: JointModel, states: Tensor, empty_ids: Tensor, share: float, generator: torch.Generator
-) -> Tensor:
-    """τ(y), or τ("") for a random share of the batch: guidance needs a UNet that knows both."""
-    if not share:
+def _drop_captions(model: JointModel, states: Tensor, empty_ids: Tensor, dropped: Tensor) -> Tensor:
+    """τ(y), or τ("") where `dropped`: guidance needs a UNet that knows both."""
+    if not dropped.any():
         return states
-    dropped = torch.rand(len(states), generator=generator).to(states.device) < share
     empty = model.text_encoder(empty_ids).last_hidden_state
-    return torch.where(dropped[:, None, None], empty, states)
+    return torch.where(dropped.to(states.device)[:, None, None], empty, states)
 
 
-def _denoise(model: JointModel, z: Tensor, states: Tensor, generator: torch.Generator) -> Denoising:
-    # Drawn on the CPU, so that one seed gives one run on every device.
-    t = torch.randint(0, len(model.alpha_bar), (len(z),), generator=generator).to(z.device)
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
+def _denoise(model: JointModel, z: Tensor, states: Tensor, draws: Draws) -> Denoising:
+    t, noise = draws.t.to(z.device), draws.noise.to(z.device)
     alpha_bar = model.alpha_bar[t]
     z_t = losses.add_noise(z, noise, alpha_bar)
     pooled: list[Tensor] = []
@@ -223,4 +343,4 @@ def _denoise(model: JointModel, z: Tensor, states: Tensor, generator: torch.Gene
     finally:
         hook.remove()
     target = losses.diffusion_target(z, noise, alpha_bar, model.prediction_type)
-    return Denoising(t, alpha_bar, z_t, target, output.float(), pooled[0].float())
+    return Denoising(alpha_bar, z_t, target, output.float(), pooled[0].float())

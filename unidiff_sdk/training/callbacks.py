@@ -1,0 +1,47 @@
+"""What a run tells those who look on, and what it asks of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unidiff_sdk.training.checkpoint import Checkpoint
+    from unidiff_sdk.training.config import TrainingConfig
+    from unidiff_sdk.training.model import JointModel
+
+__all__ = ["Moment", "StepReport", "Validate", "Validated"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did. losses: each term's plain value, without its λ."""
+
+    step: int  # from 1
+    steps: int
+    losses: dict[str, float]
+    learning_rate: float
+    seconds: float  # of this step
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The model as it would be saved now: averaged weights, eval mode, no gradients. step 0: before the first step."""
+
+    step: int
+    model: JointModel
+    checkpoint: Checkpoint
+    config: TrainingConfig
+
+
+@dataclass(frozen=True)
+class Validated:
+    """How good the model is on pairs that it does not learn from. score: what is maximised, higher is better."""
+
+    score: float
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+Validate = Callable[[Moment], Validated]

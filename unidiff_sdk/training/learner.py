@@ -1,0 +1,175 @@
+"""What learns: the model, its optimiser and its averaged weights, and the state by which a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unidiff_sdk.errors import CheckpointError, TrainingError
+from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training.data import Batches
+from unidiff_sdk.training.gradients import backpropagate
+from unidiff_sdk.training.losses import clamp_logit_scale
+from unidiff_sdk.training.model import JointModel
+from unidiff_sdk.training.processes import Processes
+
+__all__ = ["Ema", "Learner", "learning_rate_factor"]
+
+WEIGHTS, AVERAGED, MOMENTS = "weights.safetensors", "averaged.safetensors", "optimiser.safetensors"
+MOMENT_NAMES = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
+
+
+class Learner:
+    """One step after another; between steps, all that they depend on can be saved and restored."""
+
+    def __init__(self, model: JointModel, config: TrainingConfig, processes: Processes) -> None:
+        self.model = model
+        self.config = config
+        self.processes = processes
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(_parameter_groups(self.trainable, config), lr=config.learning_rate)
+        self.ema = Ema(model, config.ema_decay)
+        self.learning_rate = 0.0  # of the last step
+
+    def step(self, step: int, batches: Batches, empty_ids: Tensor) -> dict[str, float]:
+        """Take step `step`, counted from 0. Returns each term's value; TrainingError where one is not finite."""
+        # 1. gradients
+        teacher = self.ema.weights if self.config.rsc_teacher == "ema" else None
+        self.optimiser.zero_grad(set_to_none=True)
+        losses = backpropagate(
+            self.model,
+            batches,
+            self.config,
+            step=step,
+            empty_ids=empty_ids,
+            teacher=teacher,
+            processes=self.processes,
+        )
+        norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.config.gradient_clip))
+        if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
+            figures = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            raise TrainingError(f"step {step + 1} is not finite ({figures}; gradient norm {norm:.3g})")
+
+        # 2. weights
+        factor = learning_rate_factor(step, self.config)
+        self.learning_rate = self.config.learning_rate * factor
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimiser.step()
+        clamp_logit_scale(self.model.clip.logit_scale)
+        self.ema.update(self.model)
+        return losses
+
+    @contextmanager
+    def averaged_for_use(self) -> Iterator[None]:
+        """The model as it would be saved now, in eval mode and without gradients, for as long as the block lasts."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.ema.applied(self.model):
+                yield
+        finally:
+            self.model.train()
+            self.model.vae.eval()
+
+    def fingerprint(self) -> str:
+        """sha256 over the first values of every tensor: tells one base from another, quickly."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode() + tensor.flatten()[:16].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write the state as safetensors into `folder`; returns what JSON can hold of it.
+
+        weights: those that learn, named as in the model, in which the averaged ones may stand meanwhile.
+        """
+        folder.mkdir()
+        moments = {
+            f"{name}/{moment}": self.optimiser.state[p][moment]
+            for name, p in self.trainable.items()
+            if p in self.optimiser.state  # what no term has reached has no moments yet
+            for moment in MOMENT_NAMES
+        }
+        files: dict[str, Mapping[str, Tensor]] = {
+            WEIGHTS: weights,
+            AVERAGED: self.ema.weights,
+            MOMENTS: moments,
+        }
+        for file, tensors in files.items():
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
+        return {"averaged_updates": self.ema.updates}
+
+    @torch.no_grad()
+    def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Take up a state that `save` wrote. Raises CheckpointError where it does not fit or cannot be read."""
+        try:
+            weights, averaged, moments = (load_file(folder / file) for file in (WEIGHTS, AVERAGED, MOMENTS))
+            for name, parameter in self.trainable.items():
+                parameter.copy_(weights[name])
+                self.ema.weights[name].copy_(averaged[name])
+                if f"{name}/{MOMENT_NAMES[0]}" in moments:
+                    # AdamW keeps its count of steps on the CPU, its averages beside the weights.
+                    self.optimiser.state[parameter] = {
+                        moment: moments[f"{name}/{moment}"].to("cpu" if moment == "step" else parameter.device)
+                        for moment in MOMENT_NAMES
+                    }
+            self.ema.updates = int(state["averaged_updates"])
+        except Exception as error:  # safetensors and torch raise whatever their parsers raise
+            raise CheckpointError(f"{folder} cannot be resumed from: {error!r}") from error
+
+
+class Ema:
+    """The exponential moving average of a model's trainable parameters, named as in the model."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """w̄ ← d·w̄ + (1-d)·w; d grows from 0.18 towards `decay`, so that a short run does not average in its base."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averaged = list(self.weights.values())
+        current = [p.detach() for p in model.parameters() if p.requires_grad]
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """The averaged weights in the model for as long as the block lasts; gives those whose place they take."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        current = {name: p.data for name, p in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.weights[name]
+            yield current
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = current[name]
+
+
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    """Linear from 1/warmup to 1, then half a cosine down to 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _parameter_groups(trainable: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the temperature do not. "peak": the group's highest learning rate."""
+    matrices = [p for p in trainable.values() if p.ndim > 1]
+    rest = [p for p in trainable.values() if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay, "peak": config.learning_rate},
+        {"params": rest, "weight_decay": 0.0, "peak": config.learning_rate},
+    ]
