@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ._cli import Group
+from .datasets.cli import dataset
 from .errors import DataError, FilterError, OptionError, StoreError
 
 if TYPE_CHECKING:
@@ -38,25 +39,7 @@ def main() -> None:
     """Search a product catalogue by words and by pictures, and generate new product pictures that fit it."""
 
 
-@main.command(
-    short_help="Draw a synthetic catalogue to try things on.",
-    epilog="""
-    unidiff dataset fashion-man shirts --n 400
-    unidiff dataset ecommerce-product unseen --split test-unseen --size 128
-    """,
-)
-@click.argument("name")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--n", default=400, show_default=True, type=click.IntRange(min=1), help="How many products.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same products.")
-@click.option("--split", default="train", show_default=True, help="train, val, test, or test-unseen.")
-@click.option("--size", default=64, show_default=True, help="Side of the pictures in pixels.")
-def dataset(name: str, out: Path, n: int, seed: int, split: str, size: int) -> None:
-    """Draw the synthetic catalogue NAME into the folder OUT: fashion-man, fashion-woman or ecommerce-product."""
-    from .datasets.synthetic import write_catalogue
-
-    write_catalogue(name, out, n=n, seed=seed, split=split, size=size)
-    click.echo(f"{n:,} synthetic products of {name} ({split}) are in {out}. Next: unidiff index {out} CATALOG")
+main.add_command(dataset)
 
 
 @main.command(
