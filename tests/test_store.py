@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 from backends import BACKENDS, DIM, edge
 
 from unidiff_sdk.errors import StoreError
-from unidiff_sdk.store import Record, Store
+from unidiff_sdk.store import Nearest, Record, Store
 from unidiff_sdk.store.filters import parse
 
 # Local mode says that payload indexes have no effect on it.
@@ -72,6 +73,90 @@ def test_search_is_the_dot_product_in_order(store: Store) -> None:
     assert store.query(query, limit=5, offset=500) == []
 
 
+def test_a_batch_answers_like_one_by_one(store: Store) -> None:
+    records = [record(n, even=n % 2 == 0) for n in range(50)]
+    store.upsert(records)
+    searches = [
+        Nearest(record(100).vector, 5),
+        Nearest(record(101).vector, 3, offset=2, where=parse({"even": True})),
+        Nearest(record(102).vector, 50, exclude=(records[3].id, records[4].id)),
+        Nearest(record(103).vector, 50, min_score=0.3),
+    ]
+    plain, filtered, without, close = store.query_batch(searches)
+    assert plain == store.query(searches[0].vector, limit=5)
+    assert filtered == store.query(searches[1].vector, limit=3, offset=2, where=parse({"even": True}))
+    assert {r.id for r in records} - {f.id for f in without} == {records[3].id, records[4].id}
+    scores = np.array([r.vector for r in records]) @ searches[3].vector
+    assert {f.id for f in close} == {r.id for r, score in zip(records, scores, strict=True) if score >= 0.3}
+    (found,) = store.query_batch([Nearest(records[7].vector, 1, with_vectors=True)])[0]
+    assert found.vector is not None and plain[0].vector is None
+    np.testing.assert_allclose(found.vector, records[7].vector, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.9])
+def test_hybrid_is_reciprocal_rank_fusion_of_cosine_and_bm25(store: Store, share: float) -> None:
+    """Against the two formulas themselves: Robertson and Zaragoza's BM25 and Cormack's fusion."""
+    captions = [
+        "a red dress",
+        "blue boots",
+        "Red, red shoes!",
+        "a long red striped summer dress",
+        "green",
+        "dress größe",
+    ]
+    records = [record(n, text=caption) for n, caption in enumerate(captions)]
+    store.upsert([*records, record(50, other="no caption")])
+    query = record(100).vector
+    tokens = [re.findall(r"[^\W_]+", caption.lower()) for caption in captions]
+    average = sum(map(len, tokens)) / len(tokens)
+    bm25 = np.zeros(len(captions))
+    for word in ("red", "größe"):
+        containing = sum(word in document for document in tokens)
+        idf = np.log(1 + (len(tokens) - containing + 0.5) / (containing + 0.5))
+        for n, document in enumerate(tokens):
+            often = document.count(word)
+            bm25[n] += idf * often * 2.2 / (often + 1.2 * (0.25 + 0.75 * len(document) / average))
+    by_words = [n for n in np.argsort(-bm25) if bm25[n] > 0]
+    by_cosine = list(np.argsort(-np.array([r.vector for r in [*records, record(50)]]) @ query))
+    expected = {
+        n: sum(
+            1 / (60 + (ranking.index(n) + 1) / weight)
+            for ranking, weight in ((by_cosine, 2 - 2 * share), (by_words, 2 * share))
+            if n in ranking
+        )
+        for n in by_cosine
+    }
+    ids = [*(r.id for r in records), record(50).id]
+    (found,) = store.query_batch([Nearest(query, 10, words="RED größe", bm25=share)])
+    assert {f.id: pytest.approx(f.score, abs=1e-6) for f in found} == {ids[n]: s for n, s in expected.items()}
+    assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
+    (found,) = store.query_batch([Nearest(query, 10, words="red", where=parse({"text": {"contains": "dress"}}))])
+    assert {f.id for f in found} == {ids[0], ids[3], ids[5]}
+
+
+def test_ordered(store: Store) -> None:
+    records = [record(n, price=n / 2, day=f"2024-05-{10 + n}", even=n % 2 == 0) for n in range(6)]
+    store.upsert([*records, record(9)])
+    for column, kind in (("price", "float"), ("day", "datetime")):
+        down = store.ordered(column, kind, descending=True, limit=10, offset=0)
+        assert [r.id for r in down] == [r.id for r in reversed(records)]
+        up = store.ordered(column, kind, descending=False, limit=2, offset=1, where=parse({"even": True}))
+        assert [r.id for r in up] == [records[2].id, records[4].id]
+        np.testing.assert_allclose(up[0].vector, records[2].vector, atol=1e-7)
+
+
+def test_facet(store: Store) -> None:
+    store.upsert(
+        [record(n, brand="Nord" if n % 3 else "Acme", tags=["a", "b"][: n % 3], sale=n == 1) for n in range(9)]
+    )
+    assert store.count(parse({"brand": {"contains": "nord"}})) == 6  # which makes an index of another kind
+    assert store.facet("brand", "keyword", limit=10) == {"Nord": 6, "Acme": 3}
+    assert store.facet("tags", "keyword", limit=10, where=parse({"brand": "Nord"})) == {"a": 6, "b": 3}
+    assert store.facet("sale", "bool", limit=10) == {True: 1, False: 8}
+    assert store.facet("brand", "keyword", limit=1) == {"Nord": 6}
+    assert store.count(parse({"brand": {"contains": "nord"}})) == 6
+
+
 def test_upsert_replaces(store: Store) -> None:
     store.upsert([record(1, colour="red", old=1)])
     store.upsert([Record(record(1).id, record(2).vector, {"colour": "blue"})])
@@ -94,10 +179,13 @@ def test_count_with_a_filter(store: Store) -> None:
 
 
 def test_scroll_in_batches(store: Store) -> None:
-    store.upsert([record(n) for n in range(25)])
+    store.upsert([record(n, n=n) for n in range(25)])
     batches = list(store.scroll(batch_size=10))
     assert [len(batch) for batch in batches] == [10, 10, 5]
     assert len({r.id for batch in batches for r in batch}) == 25
+    ids = [r.id for batch in batches for r in batch]
+    assert ids == sorted(ids)
+    assert sum(map(len, store.scroll(4, parse({"n": {"lt": 7}})))) == 7
 
 
 @pytest.mark.parametrize("vector", [np.full(DIM, np.nan), np.full(DIM, np.inf), np.ones(DIM + 1)])
@@ -106,6 +194,13 @@ def test_unusable_vectors_are_refused_and_lose_nothing(store: Store, vector: np.
     with pytest.raises(StoreError, match=r"NaN or infinity|shape"):
         store.upsert([record(2), Record(record(3).id, vector.astype(np.float32), {"id": "bad"})])
     assert store.count() == 1
+
+
+@pytest.mark.parametrize("vector", [np.full(DIM, np.nan), np.full(DIM, np.inf), np.ones(DIM + 1)])
+def test_unusable_queries_are_refused(store: Store, vector: np.ndarray) -> None:
+    store.upsert([record(1)])
+    with pytest.raises(StoreError, match=f"{DIM} finite numbers"):
+        store.query(vector.astype(np.float32), limit=1)
 
 
 def test_optimize_keeps_everything(store: Store) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .protocol import Found, Record, Store, Vector
+from .protocol import Found, Nearest, Record, Store, Vector
 
-__all__ = ["Found", "Record", "Store", "Vector"]
+__all__ = ["Found", "Nearest", "Record", "Store", "Vector"]

@@ -45,6 +45,7 @@ __all__ = [
     "Compare",
     "Not",
     "bounds",
+    "column_path",
     "columns",
     "index_kinds",
     "parse",
@@ -153,7 +154,7 @@ def _group(where: Any, depth: int) -> Clause:
             members = tuple(_group(member, depth + 1) for member in condition)
             parts.append(AllOf(members) if key == "and" else AnyOf(members))
         else:
-            parts.extend(_conditions(_path(key), key, condition))
+            parts.extend(_conditions(column_path(key), key, condition))
     return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
 
 
@@ -290,7 +291,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _path(key: str) -> str:
+def column_path(key: str) -> str:
     """The JSON path of a column: segments that Qdrant's grammar does not take bare are put into quotes."""
     segments = _SEGMENT.findall(key)
     if ".".join(segments) != key:

@@ -12,11 +12,28 @@ import numpy.typing as npt
 from ..errors import StoreError
 from .filters import Clause
 
-__all__ = ["VECTOR", "Found", "Record", "Store", "Vector", "check_records"]
+__all__ = [
+    "CANDIDATES",
+    "CAPTION",
+    "RRF_K",
+    "VECTOR",
+    "Found",
+    "Nearest",
+    "Record",
+    "Store",
+    "Vector",
+    "check_query",
+    "check_records",
+]
 
 Vector = npt.NDArray[np.float32]
 
+CAPTION = "text"  # the column of the payload that BM25 ranks by
 VECTOR = "image"  # a named vector, so that caption vectors can join it without a new collection
+
+# Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): how much the first ranks count, and how long each list is.
+RRF_K = 60
+CANDIDATES = 500
 
 
 @dataclass(frozen=True)
@@ -29,12 +46,40 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Nearest:
+    """One search: which records have the highest dot product with a vector.
+
+    Attributes:
+        vector: float32[dim]; it need not be a unit vector.
+        limit, offset: how many, and how many of the best to pass over.
+        where: only what satisfies this filter.
+        exclude: ids that are left out.
+        min_score: only what scores at least so much.
+        words: rank by BM25 over the captions as well. The two lists, of `CANDIDATES` each, are fused: a record scores
+            the sum of 1 / (RRF_K + rank / share) over the lists that have it, ranks from 1, the shares being
+            2 * (1 - bm25) and 2 * bm25.
+        with_vectors: whether the results bring their vectors.
+    """
+
+    vector: Vector = field(repr=False, compare=False)
+    limit: int
+    offset: int = 0
+    where: Clause | None = None
+    exclude: tuple[str, ...] = ()
+    min_score: float | None = None
+    words: str | None = None
+    bm25: float = 0.5  # between 0 and 1
+    with_vectors: bool = False
+
+
+@dataclass(frozen=True)
 class Found:
     """One search result: the dot product with the query is its score."""
 
     id: str
     score: float
     payload: dict[str, Any]
+    vector: Vector | None = field(default=None, repr=False, compare=False)
 
 
 class Store(Protocol):
@@ -49,13 +94,24 @@ class Store(Protocol):
         """Insert or replace; when it returns, the records survive a crash."""
 
     def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
-        """The records with the highest dot product with `vector` (float32[dim]; it need not be a unit vector)."""
+        """The records with the highest dot product with `vector`, best first."""
+
+    def query_batch(self, searches: Sequence[Nearest]) -> list[list[Found]]:
+        """The results of several searches in one call, each best first."""
+
+    def ordered(
+        self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
+    ) -> list[Record]:
+        """The records by a column of numbers (kind "float") or dates ("datetime"); those without it are left out."""
+
+    def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
+        """The commonest values of a column of strings (kind "keyword") or booleans ("bool"): value -> how many."""
 
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
         """The records that exist among `ids`, in no particular order."""
 
-    def scroll(self, batch_size: int = 256) -> Iterator[list[Record]]:
-        """All records, in batches."""
+    def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
+        """All records that satisfy the filter, in batches, in the order of their ids."""
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove records; ids that do not exist are ignored."""
@@ -83,3 +139,12 @@ def check_records(records: Sequence[Record], dim: int) -> None:
                 f"The embedding of item {record.payload.get('id', record.id)!r} holds NaN or infinity, so it was not "
                 "stored. The bundle's image encoder overflows on this picture: try a bundle of fp32 precision."
             )
+
+
+def check_query(vector: Vector, dim: int) -> None:
+    """Refuse a query that an engine would answer with nothing or with nonsense: wrong size, NaN, infinite."""
+    if vector.shape != (dim,) or not np.isfinite(vector).all():
+        raise StoreError(
+            f"The query vector has shape {vector.shape} and {np.count_nonzero(~np.isfinite(vector))} numbers that are "
+            f"NaN or infinite: this store is searched with {dim} finite numbers."
+        )

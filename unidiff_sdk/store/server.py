@@ -14,7 +14,7 @@ from qdrant_client import QdrantClient, models
 from ..errors import StoreError
 from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
 from .indexes import PayloadIndexes
-from .protocol import VECTOR, Found, Record, Vector, check_records
+from .protocol import CANDIDATES, CAPTION, RRF_K, VECTOR, Found, Nearest, Record, Vector, check_query, check_records
 
 __all__ = ["ServerStore"]
 
@@ -73,29 +73,80 @@ class ServerStore:
             self.client.upsert(self.collection, points, wait=True)
 
     def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
+        return self.query_batch([Nearest(vector, limit, offset, where)])[0]
+
+    def query_batch(self, searches: Sequence[Nearest]) -> list[list[Found]]:
+        requests = [self._request(search) for search in searches]
+        with self._engine():
+            responses = self.client.query_batch_points(self.collection, requests)
+        return [[_found(point) for point in response.points] for response in responses]
+
+    def _request(self, search: Nearest) -> models.QueryRequest:
+        check_query(search.vector, self.dim)
+        condition = self._filter(search.where, search.exclude)
+        query: Any = search.vector.tolist()
+        prefetch = None
+        if search.words is not None:
+            self._indexes.need(CAPTION, "text", self)
+            lists = {VECTOR: query, CAPTION: models.TextQuery(text=search.words)}
+            prefetch = [
+                models.Prefetch(query=one, using=using, limit=CANDIDATES, filter=condition)
+                for using, one in lists.items()
+            ]
+            weights = [2 * (1 - search.bm25), 2 * search.bm25]
+            query = models.RrfQuery(rrf=models.Rrf(k=RRF_K + 1, weights=weights))  # the engine ranks from 0
+        return models.QueryRequest(
+            query=query,
+            prefetch=prefetch,
+            using=None if prefetch else VECTOR,
+            limit=search.limit,
+            offset=search.offset,
+            filter=condition,
+            score_threshold=search.min_score,
+            with_payload=True,
+            with_vector=search.with_vectors,
+        )
+
+    def ordered(
+        self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
+    ) -> list[Record]:
+        self._indexes.need(column, kind, self)
+        direction = models.Direction.DESC if descending else models.Direction.ASC
         with self._engine():
             response = self.client.query_points(
                 self.collection,
-                query=vector.tolist(),
-                using=VECTOR,
+                query=models.OrderByQuery(order_by=models.OrderBy(key=column, direction=direction)),
                 limit=limit,
                 offset=offset,
                 query_filter=self._filter(where),
                 with_payload=True,
+                with_vectors=True,
             )
-        return [Found(str(p.id), p.score, p.payload or {}) for p in response.points]
+        return [_record(point) for point in response.points]
+
+    def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
+        self._indexes.need(column, kind, self)
+        condition = self._filter(where)
+        with self._engine():
+            response = self.client.facet(self.collection, column, facet_filter=condition, limit=limit, exact=True)
+        return {hit.value: hit.count for hit in response.hits if isinstance(hit.value, str | bool)}
 
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
         with self._engine():
             points = self.client.retrieve(self.collection, list(ids), with_payload=True, with_vectors=True)
         return [_record(point) for point in points]
 
-    def scroll(self, batch_size: int = 256) -> Iterator[list[Record]]:
-        offset = None
+    def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
+        offset, condition = None, self._filter(where)
         while True:
             with self._engine():
                 points, offset = self.client.scroll(
-                    self.collection, limit=batch_size, offset=offset, with_payload=True, with_vectors=True
+                    self.collection,
+                    scroll_filter=condition,
+                    limit=batch_size,
+                    offset=offset,
+                    with_payload=True,
+                    with_vectors=True,
                 )
             if points:
                 yield [_record(point) for point in points]
@@ -132,11 +183,14 @@ class ServerStore:
             reason = str(error).strip() or type(error).__name__
             raise StoreError(f'The Qdrant server failed on the collection "{self.collection}": {reason}') from error
 
-    def _filter(self, where: Clause | None) -> models.Filter | None:
-        if where is None:
+    def _filter(self, where: Clause | None, exclude: Sequence[str] = ()) -> models.Filter | None:
+        if where is None and not exclude:
             return None
-        self._indexes.serve(index_kinds(where), self)
-        return translate(where, models.Filter, _test)  # type: ignore[no-any-return]
+        must: list[Any] = []
+        if where is not None:
+            self._indexes.serve(index_kinds(where), self)
+            must.append(translate(where, models.Filter, _test))
+        return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=list(exclude))] if exclude else None)
 
     def create_index(self, column: str, kind: str) -> None:
         schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
@@ -146,6 +200,11 @@ class ServerStore:
     def drop_index(self, column: str) -> None:
         with self._engine():
             self.client.delete_payload_index(self.collection, column, wait=True)
+
+
+def _found(point: models.ScoredPoint) -> Found:
+    vector = np.asarray(point.vector[VECTOR], np.float32) if isinstance(point.vector, dict) else None
+    return Found(str(point.id), point.score, point.payload or {}, vector)
 
 
 def _record(point: Any) -> Record:
