@@ -174,4 +174,4 @@ def test_cli_options(exported: dict[str, Any], tmp_path: Path) -> None:
     assert (exported["precision"], exported["target"], exported["overwrite"]) == ("fp16", "cpu", True)
     result = CliRunner().invoke(main, ["tiny", "-o", str(tmp_path), "--target", "tpu"])
     assert result.exit_code == 2
-    assert "'tpu' is not 'cpu'" in result.stderr
+    assert "'tpu' is not one of 'cpu', 'portable', 'cuda', 'tensorrt'" in result.stderr

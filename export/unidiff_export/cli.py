@@ -28,7 +28,13 @@ unidiff-export tiny -o bundles/tiny-fp16 --fp16
 @click.option("-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="Compute in single precision (default).")
 @click.option("--fp16", "precision", flag_value="fp16", help="Compute in half precision: half the size, for GPUs.")
-@click.option("--target", type=click.Choice(TARGETS), default="cpu", show_default=True, help="What the graphs run on.")
+@click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default="cpu",
+    show_default=True,
+    help=f"What the graphs run on. {'; '.join(f'{name}: {target.purpose}' for name, target in TARGETS.items())}.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is at BUNDLE already.")
 def main(checkpoint: str, out: Path, precision: str, target: str, overwrite: bool) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.

@@ -25,7 +25,7 @@ from .folder import (
 )
 from .lowering import GraphSpec, graph_specs, lower
 from .manifest import build_manifest, describe_graph, write_manifest
-from .options import check_options
+from .options import TARGETS, Target, check_options
 from .precision import overflows_half, store_halves
 from .verification import TOLERANCES, GraphParity, ImageParity, compare_graph, compare_images
 
@@ -68,7 +68,7 @@ def export_bundle(
         out: the bundle's folder; it appears only once everything has been verified.
         precision: "fp32" or "fp16". fp16 graphs keep float32 inputs and outputs, and a graph whose intermediate
             results would overflow stays fp32, as its entry in the manifest says.
-        target: what the graphs are made for; "cpu".
+        target: what the graphs are made for, a name in `TARGETS`.
         overwrite: replace a bundle that is at `out` already.
         progress: called with one line at the start of each stage.
 
@@ -98,9 +98,9 @@ def export_bundle(
         graphs: dict[str, dict[str, Any]] = {}
         for spec in specs:
             say(f"lowering {spec.name}")
-            model, used = _lower_in(spec, precision)
+            model, used = _lower_in(spec, precision, TARGETS[target])
             write_graph(model, folder / spec.name, _config(loaded, spec.name))
-            graphs[spec.name] = describe_graph(model, spec, used)
+            graphs[spec.name] = describe_graph(model, spec, used, target)
         write_pipeline_files(loaded, folder)
         manifest = build_manifest(loaded, folder, name=out.name, graphs=graphs, precision=precision, target=target)
         write_manifest(folder, manifest)
@@ -142,11 +142,11 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise ExportError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
 
 
-def _lower_in(spec: GraphSpec, precision: str) -> tuple[ir.Model, str]:
+def _lower_in(spec: GraphSpec, precision: str, target: Target) -> tuple[ir.Model, str]:
     """The graph, and the precision it got: fp32 where half precision would overflow."""
     if precision == "fp16" and not overflows_half(spec.module, spec.example(1, 1)):
-        return lower(spec, half=True), "fp16"
-    model = lower(spec)
+        return lower(spec, target, half=True), "fp16"
+    model = lower(spec, target)
     store_halves(model)
     return model, "fp32"
 

@@ -1,8 +1,7 @@
-"""PyTorch modules to ONNX graphs: ask the exporter for the fast operators, count them, accept nothing less.
+"""PyTorch modules to ONNX graphs: ask the exporter for the operators that the target runs best.
 
 Opset 23 has `Attention` and `GroupNormalization`, and `torch.onnx.export(dynamo=True)` emits them for
-`scaled_dot_product_attention` and `GroupNorm`, so the graph needs no pattern matching afterwards. A silent change in
-an exporter, which would turn a layer of attention into a dozen slow nodes, is caught by counting.
+`scaled_dot_product_attention` and `GroupNorm`, so the graph needs no pattern matching afterwards.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
-from diffusers.models.attention_processor import Attention
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
-from transformers.models.clip.modeling_clip import CLIPAttention
 
 from unidiff_sdk.errors import ExportError
+
+from .attention import attention_layers, causal_by_flag, check_attention, translations
+from .options import TARGETS, Target
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.training.checkpoint import Checkpoint
 
-OPSET = 23
+# Shape with start and end, and Expand, are the same in every opset since; the exporter converts them to the target's.
+SYMBOLIC_OPSET = 18
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
@@ -71,10 +72,10 @@ class UNet(nn.Module):
             # Said in ONNX, because torch.export would fix the number of timesteps to the batch, and optimum's
             # pipelines pass a single one.
             batch = torch.onnx.ops.symbolic(
-                "Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=[1], version=OPSET
+                "Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=[1], version=SYMBOLIC_OPSET
             )
             timestep = torch.onnx.ops.symbolic(
-                "Expand", [timestep, batch], dtype=torch.float32, shape=[sample.shape[0]], version=OPSET
+                "Expand", [timestep, batch], dtype=torch.float32, shape=[sample.shape[0]], version=SYMBOLIC_OPSET
             )
         dtype = self.unet.dtype
         return self.unet(sample.to(dtype), timestep, encoder_hidden_states.to(dtype)).sample.float()
@@ -181,25 +182,25 @@ def _spec(
     layers: nn.Module | None = None,
 ) -> GraphSpec:
     """A spec whose attention layers are counted in `layers`, the part of `module` that the graph runs."""
-    attention = sum(isinstance(layer, Attention | CLIPAttention) for layer in (layers or module).modules())
-    return GraphSpec(name, module.eval(), attention, inputs, outputs, example)
+    return GraphSpec(name, module.eval(), attention_layers(layers or module), inputs, outputs, example)
 
 
-def lower(spec: GraphSpec, *, half: bool = False) -> ir.Model:
+def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = False) -> ir.Model:
     """Export `spec` as an ONNX graph; with `half`, it computes in half precision between float32 inputs and outputs.
 
     The half graph comes from a half copy of the module, not from a converted graph: every cast is where PyTorch
-    itself would put it, and nothing has to be recognised. Raises ExportError if the exporter fails or if an
-    attention layer did not become an `Attention` node.
+    itself would put it, and nothing has to be recognised. Raises ExportError if the exporter fails, if an attention
+    layer did not become the target's node, or if an operator is none of the target's.
     """
     module = deepcopy(spec.module).half() if half else spec.module
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), causal_by_flag(module):
             program = torch.onnx.export(
                 module,
                 spec.example(2, 1),  # a batch of one would be taken for a constant
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=target.opset,
+                custom_translation_table=translations(target),
                 input_names=list(spec.inputs),
                 output_names=list(spec.outputs),
                 dynamic_shapes=dict(spec.inputs),
@@ -210,25 +211,22 @@ def lower(spec: GraphSpec, *, half: bool = False) -> ir.Model:
         raise ExportError(f"{spec.name} cannot be lowered to ONNX: {reason}") from error
     assert program is not None  # torch types the legacy exporter's None into the same signature
     model = program.model
-    check_attention(model, spec)
+    check_attention(model, spec.attention_layers, target, spec.name)
+    check_operators(model, target, spec.name)
     ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
     return model
 
 
-def count_attention(model: ir.Model) -> int:
-    """How many standard `Attention` nodes `model` has."""
-    return sum(node.op_type == "Attention" and node.domain == "" for node in model.graph)
-
-
-def check_attention(model: ir.Model, spec: GraphSpec) -> None:
-    """Raise ExportError unless every attention layer of the module is one `Attention` node of the graph."""
-    found = count_attention(model)
-    if found != spec.attention_layers:
-        raise ExportError(
-            f"{spec.name} has {spec.attention_layers} attention layers but {found} Attention nodes, so it would run "
-            "slowly; load the model with scaled-dot-product attention (attn_implementation='sdpa' in transformers, "
-            "AttnProcessor2_0 in diffusers), with the torch version of constraints.txt"
-        )
+def check_operators(model: ir.Model, target: Target, name: str) -> None:
+    """Raise ExportError if the graph `name` has another opset than the target's, or operators from elsewhere."""
+    opset = model.opset_imports.get("")
+    if opset != target.opset:
+        raise ExportError(f"{name} came out as opset {opset}, not {target.opset}; use the torch of constraints.txt")
+    foreign = {
+        f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain not in target.domains
+    }
+    if foreign:
+        raise ExportError(f"{name} holds {', '.join(sorted(foreign))}, which not every runtime of this target has")
 
 
 @contextmanager

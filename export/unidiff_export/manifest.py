@@ -11,8 +11,10 @@ import onnx_ir as ir
 
 from unidiff_sdk.bundle import FORMAT, MANIFEST, SCHEMA_VERSION, fingerprint_of, manifest_checksum
 
+from .attention import count_attention
 from .folder import GRAPH_FILE, hash_files, write_json
-from .lowering import OPSET, GraphSpec, count_attention
+from .lowering import GraphSpec
+from .options import TARGETS
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoint import Checkpoint
@@ -20,14 +22,14 @@ if TYPE_CHECKING:
 DEFAULT_SAMPLER = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
 
 
-def describe_graph(model: ir.Model, spec: GraphSpec, precision: str) -> dict[str, Any]:
+def describe_graph(model: ir.Model, spec: GraphSpec, precision: str, target: str) -> dict[str, Any]:
     """A graph's entry: its file, its interface, the precision that it computes in, its attention nodes."""
     return {
         "file": f"{spec.name}/{GRAPH_FILE}",
         "precision": precision,
         "inputs": {str(value.name): _interface(value) for value in model.graph.inputs},
         "outputs": {str(value.name): _interface(value) for value in model.graph.outputs},
-        "attention_nodes": count_attention(model),
+        "attention_nodes": count_attention(model, TARGETS[target]),
     }
 
 
@@ -59,7 +61,8 @@ def build_manifest(
         "sdk_version": __version__,
         "precision": precision,
         "target": target,
-        "opset": OPSET,
+        "opset": TARGETS[target].opset,
+        "devices": TARGETS[target].devices,
         "graphs": graphs,
         **_model_facts(checkpoint),
         "synthetic": bool(checkpoint.meta.get("synthetic", False)),
