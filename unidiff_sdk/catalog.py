@@ -547,10 +547,13 @@ class Catalog:
     # -------------------------------------------------------------------------------------------- upkeep
 
     def optimize(self) -> None:
-        """Build the search index over what was added. Worth it from 50,000 items on; other threads wait meanwhile."""
-        with self._write_lock:
-            self._check_open()
-            self._store.optimize()
+        """Build the search index over what was added, in a process of its own; other threads go on meanwhile.
+
+        `add_folder` does so by itself where it pays. Doubles the space of the vectors (not of the pictures) until the
+        catalogue is closed or optimised again.
+        """
+        self._check_open()
+        self._store.optimize()
 
     def reindex(self, bundle: Bundle | str | Path, *, progress: bool = False) -> int:
         """Re-encode every picture with another bundle, which then becomes the catalogue's own. Returns how many.
@@ -579,19 +582,25 @@ class Catalog:
             store = EdgeStore(self.folder / vectors, new.dim)
 
             # 1. Re-encode what the new shard does not hold yet.
-            total = old_store.count()
-            with progress_bar("Re-encoding", progress) as advance:
-                for batch in old_store.scroll(BATCH_SIZE):
-                    there = {record.id: record.payload for record in store.retrieve([record.id for record in batch])}
-                    todo = [record for record in batch if there.get(record.id) != record.payload]
-                    pictures = [self._images.load(record.payload[_SYSTEM]["uri"]) for record in todo]
-                    if todo:
-                        encoded = zip(todo, encoder.encode_images(pictures), strict=True)
-                        store.upsert([replace(record, vector=vector) for record, vector in encoded])
-                    advance(store.count(), total)
-            for batch in store.scroll():  # what was deleted since a run that was cut short
-                kept = {record.id for record in old_store.retrieve([record.id for record in batch])}
-                store.delete([record.id for record in batch if record.id not in kept])
+            try:
+                total = old_store.count()
+                with progress_bar("Re-encoding", progress) as advance:
+                    for batch in old_store.scroll(BATCH_SIZE):
+                        there = {
+                            record.id: record.payload for record in store.retrieve([record.id for record in batch])
+                        }
+                        todo = [record for record in batch if there.get(record.id) != record.payload]
+                        pictures = [self._images.load(record.payload[_SYSTEM]["uri"]) for record in todo]
+                        if todo:
+                            encoded = zip(todo, encoder.encode_images(pictures), strict=True)
+                            store.upsert([replace(record, vector=vector) for record, vector in encoded])
+                        advance(store.count(), total)
+                for batch in store.scroll():  # what was deleted since a run that was cut short
+                    kept = {record.id for record in old_store.retrieve([record.id for record in batch])}
+                    store.delete([record.id for record in batch if record.id not in kept])
+            except BaseException:
+                store.close()
+                raise
 
             # 2. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
             self._file = replace(self._file, bundle=BundleRef.of(new, self.folder), vectors=vectors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -14,7 +15,9 @@ import qdrant_edge as edge
 
 from ..errors import StoreError
 from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
+from .generations import Generations
 from .indexes import PayloadIndexes
+from .optimizer import optimize_apart
 from .protocol import CANDIDATES, CAPTION, RRF_K, VECTOR, Found, Nearest, Record, Vector, check_query, check_records
 
 __all__ = ["EdgeStore"]
@@ -30,30 +33,35 @@ _INDEX_KINDS = {
 # `scoring` records what BM25 needs beside what `contains` needs.
 _TEXT_INDEX = edge.TextIndexParams(tokenizer=edge.TokenizerType.Word, lowercase=True, scoring=True)
 
+_CATCH_UP = 64  # points brought over at once: a few milliseconds
+
 
 class EdgeStore:
     """A store in a folder; created if the folder has none.
 
-    The engine locks itself (16 threads mixing upserts, searches and deletes are tested); only closing is guarded here.
-    One process may hold the folder at a time.
+    The engine locks itself (16 threads mixing upserts, searches and deletes are tested); guarded here are writes, which
+    an `optimize` in another thread must not miss, and closing. One process may hold the folder at a time.
 
     Args:
-        path: folder of the shard.
+        path: folder of the store (`generations`).
         dim: length of the vectors.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
         self.path, self.dim = path, dim
-        self._lock = threading.Lock()
+        self._writing = threading.RLock()
+        self._optimizing = threading.Lock()
+        self._written: set[str] | None = None  # while an index is built: the points that it will lack
+        self._replaced: tuple[edge.EdgeShard, Path] | None = None
         self._closed = False
-        with _translated(path):
-            if (path / "edge_config.json").is_file():
-                self._shard = edge.EdgeShard.load(str(path))
-            else:
-                path.mkdir(parents=True, exist_ok=True)
-                vectors = {VECTOR: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Dot)}
-                self._shard = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
-            schema = self._shard.info().payload_schema
+        self._generations = Generations(path)
+        try:
+            with _translated(path):
+                self._shard = _open(self._generations.current, dim)
+                schema = self._shard.info().payload_schema
+        except StoreError:
+            self._generations.release()
+            raise
         names = {value: kind for kind, value in _INDEX_KINDS.items()}
         existing = {key: names[index.data_type] for key, index in schema.items() if index.data_type in names}
         self._indexes = PayloadIndexes(existing)
@@ -61,7 +69,7 @@ class EdgeStore:
     def upsert(self, records: Sequence[Record]) -> None:
         check_records(records, self.dim)
         points = [edge.Point(r.id, {VECTOR: r.vector.tolist()}, r.payload) for r in records]
-        with self._engine() as shard:
+        with self._write([r.id for r in records]) as shard:
             shard.update(edge.UpdateOperation.upsert_points(points))
 
     def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
@@ -139,25 +147,98 @@ class EdgeStore:
                 return
 
     def delete(self, ids: Sequence[str]) -> None:
-        with self._engine() as shard:
+        with self._write(ids) as shard:
             shard.update(edge.UpdateOperation.delete_points(list(ids)))
 
     def count(self, where: Clause | None = None) -> int:
         with self._engine() as shard:
             return int(shard.count(edge.CountRequest(exact=True, filter=self._filter(where))))
 
-    def optimize(self) -> None:
-        """Merge segments and build the HNSW index. The engine holds the GIL for the whole run."""
+    def unindexed(self) -> int:
         with self._engine() as shard:
-            shard.optimize()
+            info = shard.info()
+        return int(info.points_count - info.indexed_vectors_count)
+
+    def optimize(self) -> None:
+        """Merge segments and build the HNSW index, in a child process and on a copy that is then swapped in.
+
+        Searches and writes go on meanwhile; writes wait while the files are copied. All that the engine does here holds
+        Python's global lock only while the finished copy is loaded. A kill at any moment leaves the shard as it was.
+        """
+        with self._optimizing:
+            self._let_go_of_replaced()
+
+            # 1. A copy, of a moment in which nothing is being written. It is what a crash would leave: the write-ahead
+            # log makes it whole when it is opened. (Flushing first would stop every thread for longer.)
+            copy = self._generations.following()
+            with self._write([]), _translated(self.path):
+                shutil.copytree(self._generations.current, copy)
+                self._written = set()
+            fresh = None
+            try:
+                # 2. The index, without this process's global lock.
+                optimize_apart(copy)
+
+                # 3. What was written meanwhile: most of it while writing goes on, the rest with the swap.
+                with _translated(self.path):
+                    fresh = edge.EdgeShard.load(str(copy))
+                    while len(self._written) > _CATCH_UP:
+                        with self._writing:
+                            written, self._written = self._written, set()
+                        self._replay(sorted(written), fresh)
+                    with self._write([]) as old:
+                        self._replay(sorted(self._written), fresh)
+                        _mirror_indexes(old, fresh)
+                        self._replaced = old, self._generations.current
+                        self._generations.switch(copy)
+                        self._shard, fresh = fresh, None
+            finally:
+                self._written = None
+                if fresh is not None:
+                    fresh.close()
+                if self._generations.current != copy:
+                    self._generations.remove(copy)
+
+    def _replay(self, ids: Sequence[str], fresh: edge.EdgeShard) -> None:
+        """Bring points of a shard to what they are in this one, gone ones too."""
+        for start in range(0, len(ids), _CATCH_UP):
+            batch = ids[start : start + _CATCH_UP]
+            points = self._shard.retrieve(list(batch), True, True)
+            gone = set(batch) - {str(point.id) for point in points}
+            fresh.update(edge.UpdateOperation.delete_points(sorted(gone)))
+            fresh.update(
+                edge.UpdateOperation.upsert_points(
+                    [edge.Point(point.id, point.vector or {}, point.payload) for point in points]
+                )
+            )
+
+    def _let_go_of_replaced(self) -> None:
+        """Close the shard before this one. Not at the swap: closing waits for the disk, and holds the global lock."""
+        if self._replaced:
+            shard, folder = self._replaced
+            self._replaced = None
+            with _translated(self.path):
+                shard.close()
+            self._generations.remove(folder)
 
     def close(self) -> None:
-        with self._lock:
+        with self._optimizing, self._writing:
             if not self._closed:
                 self._closed = True
-                with _translated(self.path):
-                    self._shard.flush()
-                    self._shard.close()
+                try:
+                    with _translated(self.path):
+                        self._shard.flush()
+                        self._shard.close()
+                    self._let_go_of_replaced()
+                finally:
+                    self._generations.release()
+
+    @contextlib.contextmanager
+    def _write(self, ids: Sequence[str]) -> Iterator[edge.EdgeShard]:
+        with self._writing, self._engine() as shard:
+            if self._written is not None:
+                self._written.update(ids)
+            yield shard
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[edge.EdgeShard]:
@@ -177,17 +258,36 @@ class EdgeStore:
 
     def create_index(self, column: str, kind: str) -> None:
         schema = _TEXT_INDEX if kind == "text" else _INDEX_KINDS[kind]
-        with self._engine() as shard:
+        with self._write([]) as shard:
             shard.update(edge.UpdateOperation.create_field_index(column, schema))
 
     def drop_index(self, column: str) -> None:
-        with self._engine() as shard:
+        with self._write([]) as shard:
             shard.update(edge.UpdateOperation.delete_field_index(column))
 
 
 def _found(point: edge.ScoredPoint) -> Found:
     vector = np.asarray(point.vector[VECTOR], np.float32) if point.vector else None  # type: ignore[call-overload]
     return Found(str(point.id), point.score, point.payload or {}, vector)
+
+
+def _open(path: Path, dim: int) -> edge.EdgeShard:
+    if (path / "edge_config.json").is_file():
+        return edge.EdgeShard.load(str(path))
+    path.mkdir(parents=True, exist_ok=True)
+    vectors = {VECTOR: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Dot)}
+    return edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
+
+
+def _mirror_indexes(old: edge.EdgeShard, fresh: edge.EdgeShard) -> None:
+    """Give a shard the payload indexes of another; which differ only if one was made or dropped under way."""
+    wanted, has = old.info().payload_schema, fresh.info().payload_schema
+    for column in has.keys() - wanted.keys():
+        fresh.update(edge.UpdateOperation.delete_field_index(column))
+    for column, index in wanted.items():
+        if column not in has or has[column].data_type != index.data_type:
+            schema = index.params or index.data_type
+            fresh.update(edge.UpdateOperation.create_field_index(column, schema))
 
 
 def _record(point: Any) -> Record:
@@ -223,16 +323,10 @@ def _test(test: Compare) -> Any:
 
 @contextlib.contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """The engine raises bare Exceptions; say them as StoreErrors, and the one that users meet in plain words."""
+    """The engine raises bare Exceptions; say them as StoreErrors."""
     try:
         yield
     except StoreError:
         raise
     except Exception as error:
-        reason = str(error)
-        if "WouldBlock" in reason:
-            raise StoreError(
-                f"{path.parent} is in use by another process or by another Catalog object: close that one first. "
-                "(Several processes at once need a Qdrant server: Catalog('http://…').)"
-            ) from None
-        raise StoreError(f"The store at {path} failed: {reason}") from error
+        raise StoreError(f"The store at {path} failed: {error}") from error

@@ -119,8 +119,11 @@ class Store(Protocol):
     def count(self, where: Clause | None = None) -> int:
         """How many records satisfy the filter."""
 
+    def unindexed(self) -> int:
+        """How many records a search still scans, because `optimize` would change that."""
+
     def optimize(self) -> None:
-        """Build the search index over what has been added. May take minutes on large stores."""
+        """Build the search index over what has been added; others search and write meanwhile. May take minutes."""
 
     def close(self) -> None:
         """Write out everything and let go of the store. May be called twice."""

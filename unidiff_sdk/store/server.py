@@ -161,6 +161,10 @@ class ServerStore:
         with self._engine():
             return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
 
+    def unindexed(self) -> int:
+        """0: a server sees to its index itself."""
+        return 0
+
     def optimize(self) -> None:
         """Nothing to do: a server builds its index in the background."""
 
