@@ -15,12 +15,12 @@ from unidiff_sdk.errors import DataError  # noqa: E402
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from unidiff_sdk.training.data import (  # noqa: E402
     Batches,
-    encode_latents,
     group_keys,
     load_pairs,
     normalise_caption,
     tokenise,
 )
+from unidiff_sdk.training.latents import encode_latents  # noqa: E402
 from unidiff_sdk.training.model import JointModel  # noqa: E402
 
 

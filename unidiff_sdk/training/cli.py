@@ -92,10 +92,15 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 )
 @config_option("--save-every", field="save_every", help="Steps between checkpoints.")
 @config_option("--keep", field="keep", help="Checkpoints that are kept; older ones lie in OUT.history.")
+@click.option(
+    "--latents", type=click.Path(path_type=Path), help="Keep the VAE's latents in this folder, for other runs."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run that OUT holds, if it holds one.")
 @strict_option
 @device_option
-def train(data: Path, base: str, out: Path, strict: bool, device: str, resume: bool, **options: Any) -> None:
+def train(
+    data: Path, base: str, out: Path, strict: bool, device: str, resume: bool, latents: Path | None, **options: Any
+) -> None:
     """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet,
     or of webdataset shards (.tar).
 
@@ -116,6 +121,7 @@ def train(data: Path, base: str, out: Path, strict: bool, device: str, resume: b
             device=device,
             strict=strict,
             resume=resume,
+            latents=latents,
             on_rows=lambda read: _track(progress, read, rows, "pictures"),
             on_step=_StepDisplay(progress, config.steps),
         )

@@ -18,13 +18,13 @@ from unidiff_sdk.datasets.reader import BadRow, Row, read_catalogue
 from unidiff_sdk.errors import DataError, ImageError, UniDiffError
 from unidiff_sdk.images import Fit, load_image
 from unidiff_sdk.training.checkpoint import Checkpoint
+from unidiff_sdk.training.latents import LatentCache, encode_latents
 from unidiff_sdk.training.model import Batch, JointModel
 from unidiff_sdk.training.pictures import Pictures, in_threads, to_square
 from unidiff_sdk.training.randomness import Purpose, generator
 
-__all__ = ["Batches", "Choice", "Pairs", "encode_latents", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
+__all__ = ["Batches", "Choice", "Pairs", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
 
-READ_AT_ONCE = 16  # pictures
 MEMORY = 2 << 30  # bytes of decoded pictures: some 80,000 at 64 px, 2,000 at 512 px with CLIP's 224
 
 
@@ -146,18 +146,6 @@ def group_keys(pairs: Pairs, columns: Sequence[str] = ()) -> list[tuple[Any, ...
     return [tuple(str(payload.get(column)) for column in columns) for payload in pairs.payloads]
 
 
-@torch.no_grad()
-def encode_latents(model: JointModel, images: Pictures) -> Tensor:
-    """n pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them.
-
-    One picture at a time: PyTorch's results depend on the batch in their last bits, and a picture's latents must be the
-    same whichever others are encoded with it.
-    """
-    device = model.alpha_bar.device
-    pictures = (picture for chunk in images.split(READ_AT_ONCE) for picture in chunk.split(1))
-    return torch.cat([model.encode(picture.to(device).float() / 255).cpu() for picture in pictures])
-
-
 @dataclass(frozen=True)
 class Choice:
     """Which pairs make up a step. rows: int64[m], into the data; mirror: bool[m], which pictures are mirrored."""
@@ -169,7 +157,7 @@ class Choice:
 class Batches:
     """The pairs of every step, epoch after epoch in a new order. What a step gets follows from its number alone.
 
-    size: pairs a step, m; fewer where the data has fewer. flip: mirror half of the pictures.
+    size: pairs a step, m; fewer where the data has fewer. flip: mirror half of the pictures. cache: of latents.
     """
 
     def __init__(
@@ -182,13 +170,12 @@ class Batches:
         size: int,
         flip: bool,
         seed: int,
-        encode: Callable[[Pictures], Tensor] | None = None,
+        cache: LatentCache | None = None,
     ) -> None:
-        encode = encode or (lambda images: encode_latents(model, images))
         self.clip_images = pairs.clip_images
-        self.latents = encode(pairs.images)
+        self.latents = encode_latents(model, pairs.images, cache)
         # A mirrored picture's latents are not the mirrored latents: both are encoded.
-        self.mirrored = encode(pairs.images.mirrored()) if flip else None
+        self.mirrored = encode_latents(model, pairs.images.mirrored(), cache) if flip else None
         self.input_ids = input_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}
         self.groups = torch.tensor([numbers[key] for key in groups])

@@ -27,6 +27,7 @@ from unidiff_sdk.training.checkpoint import (
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data import Batches, Pairs, group_keys, load_pairs, tokenise
 from unidiff_sdk.training.interrupts import between_steps
+from unidiff_sdk.training.latents import LatentCache
 from unidiff_sdk.training.learner import Learner
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.processes import Processes
@@ -56,6 +57,7 @@ def train(
     device: str = "auto",
     strict: bool = False,
     resume: bool = False,
+    latents: str | Path | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_validate: Validate | None = None,
@@ -66,6 +68,8 @@ def train(
     KeyboardInterrupt on). base: a folder or "tiny". device: "auto", "cpu", "cuda". strict: the first bad row stops the
     run instead of being passed over. resume: go on with the run that `out` holds, if it holds one; on the CPU, the
     weights become the same bit for bit as without the interruption.
+
+    latents: a folder that keeps the VAE's latents for other runs; default: they are kept in memory alone.
 
     on_rows: wraps the rows while they are read. on_step: called after each step. on_validate: measures the model
     before the first step, every `config.validate_every` steps and after the last. In several processes, only the main
@@ -103,7 +107,8 @@ def train(
     input_ids = tokenise(checkpoint.tokenizer, pairs.captions)
     empty_ids = tokenise(checkpoint.tokenizer, [""]).to(processes.device)
     size = max(config.batch_size, config.contrastive_batch)
-    batches = Batches(model, pairs, input_ids, groups, size=size, flip=config.flip, seed=config.seed)
+    cache = LatentCache(Path(latents), model) if latents else None
+    batches = Batches(model, pairs, input_ids, groups, size=size, flip=config.flip, seed=config.seed, cache=cache)
 
     # 3. what learns, from the base or from where the run was stopped
     learner = Learner(model, config, processes)
