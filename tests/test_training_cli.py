@@ -92,7 +92,7 @@ def test_wrong_values(random_checkpoint: Path, small_catalogue: Path, tmp_path: 
     common = (train, small_catalogue, "--base", random_checkpoint, "-o", tmp_path / "out")
     assert "caption_dropout" in one_line(call(*common, "--caption-dropout", 2))
     assert "colour" in one_line(call(*common, "--group", "brand"))
-    assert call(*common, "--rsc-teacher", "frozen").exit_code == 2
+    assert call(*common, "--rsc-teacher", "judge").exit_code == 2
     assert "both --base and --base-data" in one_line(
         call(evaluate, random_checkpoint, small_catalogue, "--base", "tiny")
     )

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.images import Fit
+from unidiff_sdk.training.merging import merged_state_dict
 
 __all__ = [
     "TINY",
@@ -149,7 +150,8 @@ def save_checkpoint(
 
     dtype: what the weights are stored as (torch.float16 halves the size); default: as they are.
     meta: JSON-serialisable, goes to unidiff.json. keep: how many checkpoints remain; older ones than `path` lie beside
-    it in `path`.history/. also: writes more into the new folder before it appears. Returns `path`.
+    it in `path`.history/. also: writes more into the new folder before it appears. Low-rank adapters are merged into
+    the weights that they adapt. Returns `path`.
     Raises CheckpointError where `path` holds something that is not a checkpoint, or the disk refuses.
     """
     path = Path(path)
@@ -160,10 +162,10 @@ def save_checkpoint(
         for name, model in {"unet": unet, "vae": vae}.items():
             model.save_config(temporary / name)
             _forget_origin(temporary / name / "config.json")
-            _save_tensors(model.state_dict(), temporary / name / DIFFUSERS_WEIGHTS, dtype)
-        _save_transformer(clip, clip.state_dict(), temporary / "clip", dtype)
+            _save_tensors(merged_state_dict(model), temporary / name / DIFFUSERS_WEIGHTS, dtype)
+        _save_transformer(clip, merged_state_dict(clip), temporary / "clip", dtype)
         # transformers 5 drops this prefix when it saves, and 4.57 then loads random weights; both read it.
-        prefixed = {TEXT_PREFIX + name: tensor for name, tensor in _tower(text_encoder).state_dict().items()}
+        prefixed = {TEXT_PREFIX + name: tensor for name, tensor in merged_state_dict(_tower(text_encoder)).items()}
         _save_transformer(text_encoder, prefixed, temporary / "text_encoder", dtype)
         for name in ("tokenizer", "clip"):
             _save_tokenizer(tokenizer, temporary / name)

@@ -70,8 +70,8 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 @config_option(
     "--rsc-teacher",
     field="rsc_teacher",
-    type=click.Choice(["tuned", "ema"]),
-    help="The encoder that the generator learns from: as it is being tuned, or its moving average.",
+    type=click.Choice(["tuned", "ema", "frozen"]),
+    help="The encoder that the generator learns from: as it is being tuned, its moving average, or the base's.",
 )
 @config_option("--min-snr-gamma", field="min_snr_gamma", help="Min-SNR weighting of timesteps; 0 for none.")
 @config_option("--caption-dropout", field="caption_dropout", help="Share of captions left out, for guidance.")

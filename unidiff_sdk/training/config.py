@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal, get_args
 
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.images import Fit
 
-__all__ = ["Precision", "Teacher", "TrainingConfig"]
+__all__ = ["Part", "Precision", "Teacher", "TrainingConfig"]
 
 Precision = Literal["fp32", "bf16"]
-Teacher = Literal["tuned", "ema"]
+Teacher = Literal["tuned", "ema", "frozen"]
+
+
+class Part(StrEnum):
+    """What can be tuned apart: see `tuning`."""
+
+    UNET = "unet"
+    TEXT = "text"
+    IMAGE = "image"
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,17 @@ class TrainingConfig:
     gradient_clip: float = 1.0  # of the global norm
     ema_decay: float = 0.99  # of the weights that are saved; ramped up from zero over the first steps
 
+    # what is tuned; a learning rate of 0 is that above, a rank of 0 tunes the part in full, else by LoRA
+    learning_rate_unet: float = 0.0
+    learning_rate_text: float = 0.0
+    learning_rate_image: float = 0.0
+    lora_unet: int = 0
+    lora_text: int = 0
+    lora_image: int = 0
+    lock_unet: bool = False
+    lock_text: bool = False
+    lock_image: bool = False
+
     # image-text contrast
     lambda_itc: float = 1.0
     group: tuple[str, ...] = ()  # columns that make two pairs mean the same; default: equal captions
@@ -49,7 +69,7 @@ class TrainingConfig:
     rsc_t_max: int = 400  # the gate: noisier estimates than this timestep's are left out
     rsc_samples: int = 16  # at most so many estimates are decoded a step: they are what RSC costs
     rsc_warmup_steps: int = 100
-    rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, or its EMA
+    rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, its EMA, or the base's encoder
 
     # data
     fit: Fit | None = None  # how pictures become squares; None: as the base's were
@@ -67,6 +87,8 @@ class TrainingConfig:
         )
         non_negative = (
             *("contrastive_batch", "micro_batch"),
+            *("learning_rate_unet", "learning_rate_text", "learning_rate_image"),
+            *("lora_unet", "lora_text", "lora_image"),
             *("seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
         )
@@ -91,6 +113,21 @@ class TrainingConfig:
             )
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("every λ is zero: there is nothing to train")
+
+    @property
+    def locked(self) -> set[Part]:
+        """The parts that stay as they are: on request, or because no term reaches them."""
+        locked = {part for part in Part if getattr(self, f"lock_{part}")}
+        unreached = {Part.UNET: not self.trains_generator, Part.IMAGE: not self.trains_encoder}
+        return locked | {part for part, alone in unreached.items() if alone}
+
+    def lora_rank(self, part: Part) -> int:
+        """0 where the part is tuned in full or not at all."""
+        return 0 if part in self.locked else int(getattr(self, f"lora_{part}"))
+
+    def peak_learning_rate(self, part: Part) -> float:
+        """The part's own learning rate, else that of all."""
+        return float(getattr(self, f"learning_rate_{part}")) or self.learning_rate
 
     @property
     def trains_generator(self) -> bool:

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unidiff_sdk.errors import CheckpointError, TrainingError
-from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training.config import Part, TrainingConfig
 from unidiff_sdk.training.data import Batches
 from unidiff_sdk.training.gradients import backpropagate
 from unidiff_sdk.training.losses import clamp_logit_scale
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.processes import Processes
+from unidiff_sdk.training.tuning import part_of
 
 __all__ = ["Ema", "Learner", "learning_rate_factor"]
 
@@ -38,11 +39,14 @@ class Learner:
         self.optimiser = torch.optim.AdamW(_parameter_groups(self.trainable, config), lr=config.learning_rate)
         self.ema = Ema(model, config.ema_decay)
         self.learning_rate = 0.0  # of the last step
+        of_image = {name: p for name, p in self.trainable.items() if part_of(name) is Part.IMAGE}
+        freeze = config.lambda_rsc and config.rsc_teacher == "frozen"
+        self.frozen_teacher = {name: p.detach().clone() for name, p in of_image.items()} if freeze else None
 
     def step(self, step: int, batches: Batches, empty_ids: Tensor) -> dict[str, float]:
         """Take step `step`, counted from 0. Returns each term's value; TrainingError where one is not finite."""
         # 1. gradients
-        teacher = self.ema.weights if self.config.rsc_teacher == "ema" else None
+        teacher = self.ema.weights if self.config.rsc_teacher == "ema" else self.frozen_teacher
         self.optimiser.zero_grad(set_to_none=True)
         losses = backpropagate(
             self.model,
@@ -166,10 +170,14 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def _parameter_groups(trainable: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and the temperature do not. "peak": the group's highest learning rate."""
-    matrices = [p for p in trainable.values() if p.ndim > 1]
-    rest = [p for p in trainable.values() if p.ndim <= 1]
-    return [
-        {"params": matrices, "weight_decay": config.weight_decay, "peak": config.learning_rate},
-        {"params": rest, "weight_decay": 0.0, "peak": config.learning_rate},
-    ]
+    """By part, for its learning rate ("peak": the highest); matrices decay, biases, norms and the temperature do not."""
+    groups: list[dict[str, Any]] = []
+    for part in Part:
+        of_part = [p for name, p in trainable.items() if part_of(name) is part]
+        peak = config.peak_learning_rate(part)
+        for decay, params in (
+            (config.weight_decay, [p for p in of_part if p.ndim > 1]),
+            (0.0, [p for p in of_part if p.ndim <= 1]),
+        ):
+            groups.append({"params": params, "weight_decay": decay, "peak": peak})
+    return [group for group in groups if group["params"]]

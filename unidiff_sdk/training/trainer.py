@@ -32,6 +32,7 @@ from unidiff_sdk.training.learner import Learner
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.processes import Processes
 from unidiff_sdk.training.resume import Progress, read_finished, restore, unfinished, write_state
+from unidiff_sdk.training.tuning import ADAPTERS, add_adapters, choose_trainable, save_adapters
 
 __all__ = ["StepReport", "Trained", "train"]
 
@@ -102,8 +103,10 @@ def train(
     groups = group_keys(pairs, config.group)
 
     # 2. the model; every picture goes through the VAE once, here
+    add_adapters(checkpoint, config)
     model = JointModel(checkpoint, config.precision).to(processes.device).train()
     model.vae.eval()
+    choose_trainable(model, config)
     input_ids = tokenise(checkpoint.tokenizer, pairs.captions)
     empty_ids = tokenise(checkpoint.tokenizer, [""]).to(processes.device)
     size = max(config.batch_size, config.contrastive_batch)
@@ -124,12 +127,18 @@ def train(
             return
         meta = _meta(checkpoint, pairs, config, progress, identity, name=out.name, data=Path(data).name)
         with learner.ema.applied(model) as current:
+
+            def write_more(folder: Path) -> None:
+                save_adapters(checkpoint, folder / ADAPTERS)
+                if not finished:
+                    write_state(folder, learner, current, progress, identity)
+
             save_checkpoint(
                 out,
                 **checkpoint.parts(),
                 meta=meta,
                 keep=config.keep,
-                also=None if finished else lambda folder: write_state(folder, learner, current, progress, identity),
+                also=write_more,
             )
 
     def validate() -> None:
