@@ -12,7 +12,15 @@ import click
 
 from .errors import UniDiffError
 
-__all__ = ["Command", "Group"]
+__all__ = ["Command", "Group", "Option"]
+
+
+class Option(click.Option):
+    """An option under a heading of its own in the help. theme: the heading; options are listed in their order."""
+
+    def __init__(self, *args: Any, theme: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.theme = theme
 
 
 class _Polite(click.Command):
@@ -35,6 +43,19 @@ class _Polite(click.Command):
         except KeyboardInterrupt:
             click.echo("Interrupted. What was finished is kept.", err=True)
             sys.exit(130)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options by theme, as listing them all under one heading would bury the few that most need."""
+        themes: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                themes.setdefault(getattr(parameter, "theme", "Options"), []).append(record)
+        for theme, records in themes.items():
+            with formatter.section(theme):
+                formatter.write_dl(records)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Examples, as they are written: click would wrap them into one paragraph."""

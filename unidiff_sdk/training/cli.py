@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from unidiff_sdk._cli import Command
+from unidiff_sdk._cli import Command, Option
 from unidiff_sdk.datasets.reader import BadRow, count_rows
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training.config import Precision, Teacher, TrainingConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "train"]
 
 T = TypeVar("T")
+# The headings of the help.
+DATA, TUNED, LOSSES, RSC = "Data", "What is tuned", "Losses", "Reciprocal semantic consistency"
+SMALL, MEMORY, KEEPING = "Against the dangers of small data", "Memory and speed", "Keeping"
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 DEFAULTS = TrainingConfig()
 LOG_EVERY = 50  # steps, where the output is a file and not a terminal
@@ -34,7 +37,30 @@ def config_option(*names: str, field: str, help: str, **settings: Any) -> Callab
     """An option that fills a field of TrainingConfig, with its default and type."""
     default = getattr(DEFAULTS, field)
     settings.setdefault("type", type(default))
-    return click.option(*names, field, default=default, show_default=True, help=help, **settings)
+    return click.option(*names, field, default=default, show_default=True, help=help, cls=Option, **settings)
+
+
+def flag(name: str, *, theme: str, help: str) -> Callable[[Any], Any]:
+    return click.option(name, is_flag=True, cls=Option, theme=theme, help=help)
+
+
+def part_options(theme: str) -> Callable[[Any], Any]:
+    """What is tuned of each part, and how fast."""
+    options = []
+    for part, name in {"unet": "the UNet", "text": "the text side", "image": "the image side"}.items():
+        rank, rate = f"Tune {name} by adapters of this rank; 0: in full.", f"Peak learning rate of {name}; 0: --lr."
+        options += [
+            flag(f"--lock-{part}", theme=theme, help=f"Leave {name} as it is."),
+            config_option(f"--lora-{part}", field=f"lora_{part}", theme=theme, help=rank),
+            config_option(f"--lr-{part}", field=f"learning_rate_{part}", theme=theme, help=rate),
+        ]
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 device_option = click.option(
@@ -58,46 +84,76 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 @config_option("--steps", field="steps", help="Optimiser steps.")
 @config_option("--batch-size", field="batch_size", help="Pairs a step.")
 @config_option("--lr", field="learning_rate", help="Peak learning rate.")
-@config_option("--warmup", field="warmup_steps", help="Steps until the peak; a cosine falls from there.")
 @config_option("--seed", field="seed", help="The same seed gives the same run.")
-@config_option("--itc", field="lambda_itc", help="Weight of image-text contrast. Of any term, 0 switches it off.")
-@config_option("--is", field="lambda_is", help="Weight of image synthesis.")
-@config_option("--rsc", field="lambda_rsc", help="Weight of consistency: the generator learns from the encoder.")
-@config_option("--rsc-generated", field="lambda_rsc_generated", help="Weight of its converse, encoder from generator.")
-@config_option("--rsc-feature", field="lambda_rsc_feature", help="Weight of consistency of features, without decoding.")
-@config_option("--rsc-t-max", field="rsc_t_max", help="The gate: the noisiest timestep whose estimate is used.")
-@config_option("--rsc-warmup", field="rsc_warmup_steps", help="Steps until consistency has its full weight.")
-@config_option(
-    "--rsc-teacher",
-    field="rsc_teacher",
-    type=click.Choice(["tuned", "ema", "frozen"]),
-    help="The encoder that the generator learns from: as it is being tuned, its moving average, or the base's.",
+@click.option("--resume", is_flag=True, help="Go on with the run that OUT holds, if it holds one.")
+@device_option
+@click.option(
+    "--group", multiple=True, cls=Option, theme=DATA, help="Column by which pairs mean the same; default: text."
 )
-@config_option("--min-snr-gamma", field="min_snr_gamma", help="Min-SNR weighting of timesteps; 0 for none.")
-@config_option("--caption-dropout", field="caption_dropout", help="Share of captions left out, for guidance.")
-@config_option("--ema", field="ema_decay", help="Decay of the averaged weights that are saved.")
-@click.option("--group", multiple=True, help="Column that tells which pairs mean the same; default: equal captions.")
 @config_option(
     "--fit",
     field="fit",
+    theme=DATA,
     type=click.Choice(["crop", "pad"]),
     help="Make pictures square by cutting the middle out, or by padding with white. Default: as the base's were.",
 )
-@click.option("--flip", is_flag=True, help="Mirror half of the pictures. Not where they bear text.")
+@click.option(
+    "--flip", is_flag=True, cls=Option, theme=DATA, help="Mirror half of the pictures. Not where they bear text."
+)
+@click.option(
+    "--strict", is_flag=True, cls=Option, theme=DATA, help="Stop at the first bad row instead of passing it over."
+)
+@click.option(
+    "--latents",
+    type=click.Path(path_type=Path),
+    cls=Option,
+    theme=DATA,
+    help="Folder that keeps the VAE's latents for other runs.",
+)
+@part_options(TUNED)
+@config_option("--warmup", field="warmup_steps", theme=TUNED, help="Steps until the peak; a cosine falls from there.")
+@config_option("--itc", field="lambda_itc", theme=LOSSES, help="Weight of image-text contrast. Of any term, 0: off.")
+@config_option("--is", field="lambda_is", theme=LOSSES, help="Weight of image synthesis.")
+@config_option("--min-snr-gamma", field="min_snr_gamma", theme=LOSSES, help="Min-SNR weighting of timesteps; 0: none.")
+@config_option(
+    "--caption-dropout", field="caption_dropout", theme=LOSSES, help="Share of captions left out, for guidance."
+)
+@config_option("--rsc", field="lambda_rsc", theme=RSC, help="Weight of: the generator learns from the encoder.")
+@config_option("--rsc-generated", field="lambda_rsc_generated", theme=RSC, help="Weight of its converse.")
+@config_option("--rsc-feature", field="lambda_rsc_feature", theme=RSC, help="Weight of its form without decoding.")
+@config_option(
+    "--rsc-t-max", field="rsc_t_max", theme=RSC, help="The gate: the noisiest timestep whose estimate is used."
+)
+@config_option("--rsc-warmup", field="rsc_warmup_steps", theme=RSC, help="Steps until it has its full weight.")
+@config_option(
+    "--rsc-teacher",
+    field="rsc_teacher",
+    theme=RSC,
+    type=click.Choice(get_args(Teacher)),
+    help="The encoder that the generator learns from: as it is being tuned, its moving average, or the base's.",
+)
+@config_option("--ema", field="ema_decay", theme=SMALL, help="Decay of the averaged weights that are saved.")
+@config_option(
+    "--contrastive-batch",
+    field="contrastive_batch",
+    theme=MEMORY,
+    help="Pairs a step that are contrasted, at least those of --batch-size; 0: the same.",
+)
+@config_option(
+    "--micro-batch",
+    field="micro_batch",
+    theme=MEMORY,
+    help="Pairs in memory at a time; the gradients stay those of the whole batch. 0: all of a step.",
+)
 @config_option(
     "--precision",
     field="precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="bf16 is twice as fast where it is native.",
+    theme=MEMORY,
+    type=click.Choice(get_args(Precision)),
+    help="Of the models' passes. bf16 is twice as fast where it is native.",
 )
-@config_option("--save-every", field="save_every", help="Steps between checkpoints.")
-@config_option("--keep", field="keep", help="Checkpoints that are kept; older ones lie in OUT.history.")
-@click.option(
-    "--latents", type=click.Path(path_type=Path), help="Keep the VAE's latents in this folder, for other runs."
-)
-@click.option("--resume", is_flag=True, help="Go on with the run that OUT holds, if it holds one.")
-@strict_option
-@device_option
+@config_option("--save-every", field="save_every", theme=KEEPING, help="Steps between checkpoints.")
+@config_option("--keep", field="keep", theme=KEEPING, help="Checkpoints that are kept; older ones lie in OUT.history.")
 def train(
     data: Path, base: str, out: Path, strict: bool, device: str, resume: bool, latents: Path | None, **options: Any
 ) -> None:

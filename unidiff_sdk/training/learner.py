@@ -170,7 +170,7 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
 
 
 def _parameter_groups(trainable: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
-    """By part, for its learning rate ("peak": the highest); matrices decay, biases, norms and the temperature do not."""
+    """By part, for its learning rate ("peak": the highest). Matrices decay; biases, norms, the temperature do not."""
     groups: list[dict[str, Any]] = []
     for part in Part:
         of_part = [p for name, p in trainable.items() if part_of(name) is part]

@@ -96,9 +96,11 @@ def _inject(model: Any, ranks: dict[str, int]) -> None:
     ranks = {pattern: rank for pattern, rank in ranks.items() if rank}
     if not ranks:
         return
-    targets = "|".join(ranks)
-    highest = max(ranks.values())
-    inject_adapter_in_model(
-        LoraConfig(r=highest, lora_alpha=highest, target_modules=targets, rank_pattern=ranks, alpha_pattern=ranks),
-        model,
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        target_modules="|".join(ranks),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
     )
+    inject_adapter_in_model(config, model)
