@@ -158,8 +158,14 @@ class Bundle:
 
     @property
     def max_tokens(self) -> int:
-        """The length, in tokens, that texts are padded or cut to."""
+        """The length, in tokens, that texts are padded or cut to for search."""
         return int(self.manifest["embedding"]["max_tokens"])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The length, in tokens, that prompts are padded or cut to; another than `max_tokens` only where the
+        generator has a text encoder of its own."""
+        return int(self.manifest.get("prompt", self.manifest["embedding"])["max_tokens"])
 
     @property
     def image_size(self) -> int:

@@ -83,7 +83,7 @@ class Generator:
         in fp32 no pixel differs by more than 1/255 from drawing it alone.
 
         Args:
-            prompts: what to draw. What exceeds `bundle.max_tokens` is cut off, with a warning.
+            prompts: what to draw. What exceeds `bundle.prompt_tokens` is cut off, with a warning.
             negative_prompt: what guidance leads away from.
             n: how many pictures of each prompt.
             seed: 0 or more.
@@ -255,10 +255,10 @@ class Generator:
     # Parts that load when they are first used
 
     def _encode_prompt(self, prompt: str) -> Float32:
-        """The token states that condition the UNet: float32[max_tokens, width]."""
+        """The token states that condition the UNet: float32[prompt_tokens, width]."""
         encoding = self._tokenizer.encode(prompt)
         if encoding.overflowing:
-            kept = self.bundle.max_tokens
+            kept = self.bundle.prompt_tokens
             warnings.warn(f"the prompt is longer than {kept} tokens; the rest is ignored: {prompt!r}", stacklevel=2)
         ids = token_ids(self._tokenizer, [prompt])
         states: Float32 = self.bundle.session("text_encoder").run(["last_hidden_state"], {"input_ids": ids})[0][0]
@@ -266,7 +266,7 @@ class Generator:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.bundle.path / "tokenizer", self.bundle.max_tokens)
+        return load_tokenizer(self.bundle.path / "tokenizer", self.bundle.prompt_tokens)
 
     @cached_property
     def _schedule(self) -> Schedule:

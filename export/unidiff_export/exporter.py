@@ -87,11 +87,6 @@ def export_bundle(
         # 1. Load
         say("loading the checkpoint")
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-        if not loaded.shared:
-            raise ExportError(
-                f"{loaded.path}: text_encoder/ and the text tower of clip/ hold different weights, and a bundle has "
-                "one text encoder for both; tune them together with unidiff-train first"
-            )
         specs = graph_specs(loaded)
 
         # 2. Lower and write
@@ -155,6 +150,7 @@ def _config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
     """The config.json that stands beside a graph: that of the model it came from."""
     configs = {
         "text_encoder": checkpoint.text_encoder.config,
+        "clip_text_encoder": checkpoint.clip.config.text_config,
         "unet": checkpoint.unet,
         "vae_decoder": checkpoint.vae,
         "vae_encoder": checkpoint.vae,

@@ -89,6 +89,8 @@ def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write what surrounds the graphs: pipeline index, scheduler, tokenizer, image preprocessing."""
     checkpoint.scheduler.save_pretrained(folder / "scheduler")
     write_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
+    if not checkpoint.shared:
+        write_tokenizer(clip_tokenizer(checkpoint), folder / "clip_tokenizer")
     checkpoint.image_processor.save_pretrained(folder / "image_encoder")
     write_json(folder / "model_index.json", pipeline_index(checkpoint))
 
@@ -111,6 +113,20 @@ def pipeline_index(checkpoint: Checkpoint) -> dict[str, Any]:
         "vae_decoder": onnx_graph,
         "vae_encoder": onnx_graph,
     }
+
+
+def clip_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer in `clip/`: that of search, where prompts have another."""
+    from transformers import CLIPTokenizer
+
+    folder = checkpoint.path / "clip"
+    # transformers 5 makes an empty tokenizer of a folder that has none.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ExportError(
+            f"{folder} has no tokenizer, and that of prompts belongs to another text encoder: put vocab.json and "
+            "merges.txt there"
+        )
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:

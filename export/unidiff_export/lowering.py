@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 
 from unidiff_sdk.errors import ExportError
 
@@ -26,12 +27,21 @@ from .options import TARGETS, Target
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPModel
+    from transformers import CLIPModel, CLIPTextModel
 
     from unidiff_sdk.training.checkpoint import Checkpoint
 
 # Shape with start and end, and Expand, are the same in every opset since; the exporter converts them to the target's.
 SYMBOLIC_OPSET = 18
+
+# Of a UNet's configuration: what asks for an input that a text-to-image pipeline does not have.
+EXTRA_CONDITIONS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
@@ -46,6 +56,28 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         states = self.tower(input_ids=input_ids)
         return states.last_hidden_state.float(), self.projection(states.pooler_output).float()
+
+
+class PromptEncoder(nn.Module):
+    """Token ids to what conditions the UNet, where that is another model than the one of search."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.tower = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.tower(input_ids=input_ids).last_hidden_state.float()
+
+
+class TextEmbedder(nn.Module):
+    """Token ids to the text's projected embedding (not of unit length, as in transformers)."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.tower, self.projection = clip.text_model, clip.text_projection
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.projection(self.tower(input_ids=input_ids).pooler_output).float()
 
 
 class ImageEncoder(nn.Module):
@@ -120,20 +152,23 @@ class GraphSpec:
 
 
 def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
-    """The five graphs of `checkpoint`: those of generation in its order, then the image encoder of search.
+    """The graphs of `checkpoint`: those of generation in its order, then those that only search needs.
 
     Raises ExportError if the UNet is not one of Stable Diffusion 1 or 2, for text to image.
     """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
-    text, vision = clip.config.text_config, clip.config.vision_config
-    _check_conditions(unet, vae)
+    text, vision = checkpoint.text_encoder.config, clip.config.vision_config
+    _check_conditions(unet, vae, text)
     latent = unet.config.sample_size
     pixels = checkpoint.image_size
 
-    def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
-        tokens = torch.randint(0, text.vocab_size, (batch, text.max_position_embeddings))
-        tokens[:, -1] = checkpoint.tokenizer.eos_token_id  # the pooled state is taken there
-        return (tokens,)
+    def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
+        def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
+            tokens = torch.randint(0, config.vocab_size, (batch, config.max_position_embeddings))
+            tokens[:, -1] = end_of_text(config)  # the pooled state is taken there
+            return (tokens,)
+
+        return ids
 
     def photographs(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
@@ -151,25 +186,48 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
 
     tokens = {"input_ids": {0: "batch", 1: "tokens"}}
     noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+    image_encoder = _spec(
+        "image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), photographs
+    )
+    if checkpoint.shared:
+        outputs = ("last_hidden_state", "text_embeds")
+        texts = [_spec("text_encoder", TextEncoder(clip), tokens, outputs, ids_of(text))]
+        search = [image_encoder]
+    else:
+        prompts = PromptEncoder(checkpoint.text_encoder)
+        texts = [_spec("text_encoder", prompts, tokens, ("last_hidden_state",), ids_of(text))]
+        embeds = TextEmbedder(clip)
+        embed_ids = ids_of(clip.config.text_config)
+        search = [_spec("clip_text_encoder", embeds, tokens, ("text_embeds",), embed_ids), image_encoder]
     return [
-        _spec("text_encoder", TextEncoder(clip), tokens, ("last_hidden_state", "text_embeds"), ids),
+        *texts,
         _spec("unet", UNet(unet), noisy, ("out_sample",), denoising),
         _spec("vae_decoder", VaeDecoder(vae), {"latent_sample": IMAGE_AXES}, ("sample",), latents, vae.decoder),
         _spec("vae_encoder", VaeEncoder(vae), {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder),
-        _spec("image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), photographs),
+        *search,
     ]
 
 
-def _check_conditions(unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """Refuse a UNet that wants more than noisy latents, a timestep and text states."""
+def end_of_text(config: CLIPTextConfig) -> int:
+    """The token whose state a CLIP text tower pools: by old configurations, which say 2, the one of the highest id."""
+    return config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+
+
+def _check_conditions(unet: UNet2DConditionModel, vae: AutoencoderKL, text: CLIPTextConfig) -> None:
+    """Refuse a UNet that wants more than noisy latents, a timestep and this text encoder's states."""
     config = unet.config
-    extra = [name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if config[name]]
+    extra = [f"{name} {config[name]}" for name in EXTRA_CONDITIONS if config[name] is not None]
     if config.in_channels != vae.config.latent_channels:
         extra.append(f"in_channels {config.in_channels}")
     if extra:
         raise ExportError(
-            f"the UNet takes extra conditions ({', '.join(extra)}), as SDXL and inpainting models do; "
-            "only text-to-image models of the shape of Stable Diffusion 1 and 2 can be exported"
+            f"the UNet takes extra conditions ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
+            "do; only text-to-image models of the shape of Stable Diffusion 1 and 2 can be exported"
+        )
+    if config.cross_attention_dim != text.hidden_size:
+        raise ExportError(
+            f"the UNet is conditioned by states of width {config.cross_attention_dim}, but text_encoder/ gives "
+            f"{text.hidden_size}: they belong to different models"
         )
 
 

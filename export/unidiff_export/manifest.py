@@ -82,6 +82,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "max_tokens": clip.config.text_config.max_position_embeddings,
             "logit_scale": clip.logit_scale.exp().item(),
         },
+        "prompt": {"max_tokens": checkpoint.text_encoder.config.max_position_embeddings},
         "image": {
             "size": clip.config.vision_config.image_size,
             "mean": list(processor.image_mean),
