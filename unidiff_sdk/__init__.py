@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .results import Generation as Generation
     from .results import Hit as Hit
     from .results import Page as Page
+    from .store.connection import ServerOptions as ServerOptions
 
     __version__: str
 
@@ -52,6 +53,7 @@ _HOME = {
     "OptionError": "errors",
     "Page": "results",
     "ProviderError": "errors",
+    "ServerOptions": "store.connection",
     "StoreError": "errors",
     "TrainingError": "errors",
     "UniDiffError": "errors",

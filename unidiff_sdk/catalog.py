@@ -38,6 +38,7 @@ from .store.filters import Compare, parse
 
 if TYPE_CHECKING:
     from .generator import Generator
+    from .store.connection import ServerOptions
 
 __all__ = ["Catalog"]
 
@@ -69,7 +70,8 @@ class Catalog:
             with; for a new catalogue "tiny", the built-in model.
         create: whether a missing folder is made; if not, it is an error.
         images: only with a URL, and needed there: the folder that keeps the pictures.
-        collection, api_key: only with a URL.
+        collection, api_key, server: only with a URL: the collection's name, the key, and `ServerOptions`: timeouts,
+            retries, gRPC; shards, replicas and quantisation of a new collection.
 
     Raises:
         StoreError: the location is no catalogue, is in use, or was made with another bundle.
@@ -85,6 +87,7 @@ class Catalog:
         images: str | Path | None = None,
         collection: str = "catalog",
         api_key: str | None = None,
+        server: ServerOptions | None = None,
     ) -> None:
         self._write_lock = threading.RLock()
         self._lazy_lock = threading.RLock()
@@ -123,16 +126,18 @@ class Catalog:
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
-        self._store = self._open_store(file, collection, api_key)
+        self._store = self._open_store(file, collection, api_key, server)
 
-    def _open_store(self, file: CatalogFile, collection: str, api_key: str | None) -> Store:
+    def _open_store(
+        self, file: CatalogFile, collection: str, api_key: str | None, options: ServerOptions | None
+    ) -> Store:
         if self._url:
-            from qdrant_client import QdrantClient
-
+            from .store.connection import ServerOptions, connect
             from .store.server import ServerStore
 
-            client = QdrantClient(url=self._url, api_key=api_key)
-            return ServerStore(client, collection, file.bundle.dim, file.bundle.fingerprint)
+            options = options or ServerOptions()
+            client = connect(self._url, options, api_key)
+            return ServerStore(client, collection, file.bundle.dim, file.bundle.fingerprint, options)
         from .store.edge import EdgeStore
 
         return EdgeStore(self.folder / file.vectors, file.bundle.dim)

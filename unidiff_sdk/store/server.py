@@ -12,6 +12,7 @@ import numpy as np
 from qdrant_client import QdrantClient, models
 
 from ..errors import StoreError
+from .connection import ServerOptions
 from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
 from .indexes import PayloadIndexes
 from .protocol import CANDIDATES, CAPTION, RRF_K, VECTOR, Found, Nearest, Record, Vector, check_query, check_records
@@ -34,9 +35,18 @@ class ServerStore:
         collection: name of the collection.
         dim: length of the vectors.
         fingerprint: of the bundle that makes the vectors.
+        options: how a new collection is laid out.
     """
 
-    def __init__(self, client: QdrantClient, collection: str, dim: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        client: QdrantClient,
+        collection: str,
+        dim: int,
+        fingerprint: str,
+        options: ServerOptions | None = None,
+    ) -> None:
+        options = options or ServerOptions()
         self.client, self.collection, self.dim = client, collection, dim
         self._lock = threading.Lock()
         self._closed = False
@@ -44,8 +54,13 @@ class ServerStore:
             if not client.collection_exists(collection):
                 client.create_collection(
                     collection,
-                    vectors_config={VECTOR: models.VectorParams(size=dim, distance=models.Distance.DOT)},
+                    vectors_config={
+                        VECTOR: models.VectorParams(
+                            size=dim, distance=models.Distance.DOT, on_disk=options.on_disk or None
+                        )
+                    },
                     metadata={"unidiff": {"fingerprint": fingerprint}},
+                    **options.layout(),
                 )
         self._indexes = PayloadIndexes(self._check(fingerprint))
 
