@@ -150,8 +150,9 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
     field="precision",
     theme=MEMORY,
     type=click.Choice(get_args(Precision)),
-    help="Of the models' passes. bf16 is twice as fast where it is native.",
+    help="Of the models' passes; weights stay fp32. bf16 is for recent processors and GPUs, fp16 for GPUs.",
 )
+@flag("--checkpoint-activations", theme=MEMORY, help="Compute activations twice instead of keeping them all.")
 @config_option("--save-every", field="save_every", theme=KEEPING, help="Steps between checkpoints.")
 @config_option("--keep", field="keep", theme=KEEPING, help="Checkpoints that are kept; older ones lie in OUT.history.")
 def train(

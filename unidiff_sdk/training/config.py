@@ -11,7 +11,7 @@ from unidiff_sdk.images import Fit
 
 __all__ = ["Part", "Precision", "Teacher", "TrainingConfig"]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Teacher = Literal["tuned", "ema", "frozen"]
 
 
@@ -32,6 +32,7 @@ class TrainingConfig:
     batch_size: int = 64  # pairs a step that go through the UNet; fewer where the data has fewer
     contrastive_batch: int = 0  # pairs a step that are contrasted; 0: those of batch_size, else at least as many
     micro_batch: int = 0  # pairs in memory at a time, with the same gradients; 0: all of a step
+    checkpoint_activations: bool = False  # compute them again on the way back: slower, in a fraction of the memory
     seed: int = 0
     precision: Precision = "fp32"  # of the models' passes; weights, losses and the optimiser are always fp32
 

@@ -25,6 +25,7 @@ from unidiff_sdk.training.tuning import part_of
 __all__ = ["Ema", "Learner", "learning_rate_factor"]
 
 WEIGHTS, AVERAGED, MOMENTS = "weights.safetensors", "averaged.safetensors", "optimiser.safetensors"
+LOWEST_SCALE = 1.0  # of the loss in half precision; gradients that overflow even so have another cause
 MOMENT_NAMES = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 
@@ -37,6 +38,7 @@ class Learner:
         self.processes = processes
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(_parameter_groups(self.trainable, config), lr=config.learning_rate)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
         self.ema = Ema(model, config.ema_decay)
         self.learning_rate = 0.0  # of the last step
         of_image = {name: p for name, p in self.trainable.items() if part_of(name) is Part.IMAGE}
@@ -56,9 +58,13 @@ class Learner:
             empty_ids=empty_ids,
             teacher=teacher,
             processes=self.processes,
+            scale=float(self.scaler.scale(torch.ones((), device=self.processes.device))),
         )
+        self.scaler.unscale_(self.optimiser)
         norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.config.gradient_clip))
-        if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
+        # In half precision a scale that was too high gives one such norm: the scaler skips the step and lowers it.
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > LOWEST_SCALE
+        if not all(map(math.isfinite, losses.values())) or not (math.isfinite(norm) or overflow):
             figures = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
             raise TrainingError(f"step {step + 1} is not finite ({figures}; gradient norm {norm:.3g})")
 
@@ -67,7 +73,8 @@ class Learner:
         self.learning_rate = self.config.learning_rate * factor
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * factor
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
         clamp_logit_scale(self.model.clip.logit_scale)
         self.ema.update(self.model)
         return losses
@@ -109,7 +116,7 @@ class Learner:
         }
         for file, tensors in files.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
-        return {"averaged_updates": self.ema.updates}
+        return {"averaged_updates": self.ema.updates, "scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -126,6 +133,7 @@ class Learner:
                         for moment in MOMENT_NAMES
                     }
             self.ema.updates = int(state["averaged_updates"])
+            self.scaler.load_state_dict(state["scaler"])
         except Exception as error:  # safetensors and torch raise whatever their parsers raise
             raise CheckpointError(f"{folder} cannot be resumed from: {error!r}") from error
 

@@ -108,7 +108,8 @@ class ImageTower(nn.Module):
 class JointModel(nn.Module):
     """The trainable parts of a checkpoint and what the losses need of its frozen ones.
 
-    precision: "bf16" runs the models' matrix products in bfloat16 where they are called within `autocast`.
+    precision: "bf16" and "fp16" run the models' matrix products in half precision where they are called within
+    `autocast`; weights stay float32.
     """
 
     alpha_bar: Tensor
@@ -137,7 +138,20 @@ class JointModel(nn.Module):
 
     def autocast(self) -> torch.autocast:
         """The context of the models' forward passes. Losses stay outside: bfloat16 has three decimal digits."""
-        return torch.autocast(self.alpha_bar.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.alpha_bar.device.type, half, enabled=self.precision != "fp32")
+
+    def checkpoint_activations(self) -> None:
+        """Keep few activations on the way forward and compute the others again on the way back.
+
+        Chen et al. 2016, "Training deep nets with sublinear memory cost".
+        """
+        for model in (self.unet, self.vae):
+            model.enable_gradient_checkpointing()
+        for model in (self.clip, self.text_encoder):
+            # transformers 6 knows only the second name, 4 and early 5 only the first.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            next(getattr(model, name) for name in names if hasattr(model, name))()
 
     def to_clip(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], float[n, 3, h, w], as CLIP takes them; differentiable."""

@@ -107,6 +107,8 @@ def train(
     model = JointModel(checkpoint, config.precision).to(processes.device).train()
     model.vae.eval()
     choose_trainable(model, config)
+    if config.checkpoint_activations:
+        model.checkpoint_activations()
     input_ids = tokenise(checkpoint.tokenizer, pairs.captions)
     empty_ids = tokenise(checkpoint.tokenizer, [""]).to(processes.device)
     size = max(config.batch_size, config.contrastive_batch)
