@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-import uuid
 import warnings
 import weakref
 from collections import Counter
@@ -16,25 +16,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from .bundle import Bundle
 from .catalogfile import BundleRef, CatalogFile
 from .datasets.reader import BadRow, Row, count_rows, read_catalogue
+from .duplicates import near_duplicates
 from .encoder import Encoder
 from .errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
+from .ids import key_of
 from .images import ImageSource
 from .imagestore import ImageStore, Picture
 from .progress import progress_bar
+from .query import Query, picture_of
+from .ranking import elements, kind_of, value_at
 from .results import AddReport, Generated, Generation, Hit, Page
-from .store import Record, Store, Vector
-from .store.filters import Compare, parse
+from .search import SYSTEM as _SYSTEM
+from .search import Searcher, Window, check_window
+from .store import Record, Store
+from .store.filters import Clause, Compare, column_path, columns, parse
 
 if TYPE_CHECKING:
     from .generator import Generator
@@ -43,10 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["Catalog"]
 
 BATCH_SIZE = 32
-MAX_LIMIT = 10_000
 
-_ID_NAMESPACE = uuid.UUID("6f1c1f0e-6a52-5c0e-9d5a-3b8f0a1c7e42")
-_SYSTEM = "_unidiff"  # the key, in a stored payload, of what is the catalogue's own: sha256 and uri
 _RESERVED = ("id", "text", _SYSTEM)
 
 _T = TypeVar("_T")
@@ -92,6 +96,7 @@ class Catalog:
         self._write_lock = threading.RLock()
         self._lazy_lock = threading.RLock()
         self._bundle: Bundle | None = None
+        self._searching: Searcher | None = None
         self._warned = False
         self._closed = False
 
@@ -381,25 +386,47 @@ class Catalog:
         text: str | None = None,
         *,
         image: ImageSource | Hit | Generated | None = None,
-        weights: tuple[float, float] = (0.5, 0.5),
+        like: str | int | Hit | Sequence[str | int | Hit] | None = None,
+        unlike: str | int | Hit | Sequence[str | int | Hit] | None = None,
+        without: str | Sequence[str] | None = None,
+        vector: npt.ArrayLike | None = None,
+        weights: tuple[float, float] | Mapping[str, float] | None = None,
         limit: int = 10,
         offset: int = 0,
+        cursor: str | None = None,
         where: Mapping[str, Any] | None = None,
+        min_score: float | None = None,
+        diversity: float | None = None,
+        group_by: str | None = None,
+        hybrid: bool | float = False,
     ) -> Page:
-        """Find the items most similar to a text, to an image, or to both.
+        """Find the items most similar to a text, an image, items, a vector, or to any mix of these.
 
-        With both, an item's score is `weights[0] * cos(text, item) + weights[1] * cos(image, item)`: a linear mix of
-        the two cosines, which the store computes as one dot product with the mixed vector. CLIP's two modalities lie
-        apart, so cosines with images are larger and spread wider than those with texts: give the text more weight to
-        be heard.
+            catalog.search("a summer dress", image=photo, unlike=["D-17"], without="stripes", where={"stock": True})
+
+        A query of one part scores by the cosine. Several parts are mixed into one vector, each balanced by how far it
+        tells this catalogue's items apart, so that words are heard beside a picture: `query` has the formula.
 
         Args:
             text: what to look for, in words.
             image: what it should look like: a path, bytes, a PIL image, an array, a hit or a generated picture.
-            weights: of text and image, if both are given; finite and not negative.
+            like, unlike: items (ids or hits) to come close to, and to keep away from; they are no hits themselves.
+            without: what it should not be, in words.
+            vector: an embedding of this catalogue's bundle: `bundle.dim` numbers of any length.
+            weights: of text and image, (0.4, 0.6); or by name, {"text": 2, "without": 0.3}. Only ratios count. Default:
+                1 for what is wanted, 0.5 for what is not.
             limit: how many hits at most, 1 to 10,000.
             offset: how many of the best to pass over.
+            cursor: instead of offset, `page.cursor` of the page before: what is added or deleted between two pages then
+                neither repeats nor hides a hit. The other arguments must be the same, but for limit.
             where: a filter on the columns (`store.filters`): `{"price": {"lt": 80}, "brand": ["a", "b"]}`.
+            min_score: leave out what scores less.
+            diversity: 0 to 1: how much variety counts against similarity, among the best max(100, 5 * limit)
+                (`ranking.diversify`). 0.3 is a good start.
+            group_by: a column of single values, of each of which only the best item is a hit; what lacks it stands
+                alone.
+            hybrid: also rank by the words of the captions (BM25), and fuse both rankings: True, or the share of the
+                words between 0 and 1. For names and numbers that an encoder does not know. Scores are then of ranks.
 
         Returns:
             A Page of hits, best first; an empty one if nothing passes the filter.
@@ -407,67 +434,195 @@ class Catalog:
         Raises:
             OptionError, FilterError, ImageError: an argument is not a valid one.
         """
+        self._check_open()
+        query = Query.of(text, image=image, like=like, unlike=unlike, without=without, vector=vector, weights=weights)
+        window = Window.of(
+            limit=limit,
+            offset=offset,
+            cursor=cursor,
+            where=where,
+            min_score=min_score,
+            diversity=diversity,
+            group_by=group_by,
+            hybrid=hybrid,
+        )
+        (page,) = self._searcher().search([query], window)
+        if not page:
+            self._explain_nothing(window.where)
+        return page
+
+    def search_batch(self, queries: Sequence[str | Mapping[str, Any]], **window: Any) -> list[Page]:
+        """Several searches at once, encoded together: faster than one by one.
+
+            catalog.search_batch(["red dress", {"text": "in blue", "image": photo}], limit=5)
+
+        Args:
+            queries: texts, or dictionaries of what `search` takes to tell what to look for (text, image, like, unlike,
+                without, vector, weights).
+            window: the other arguments of `search`, for all of them alike; not cursor.
+
+        Returns:
+            A page for each query; `took_ms` is of all together.
+        """
+        self._check_open()
+        if isinstance(queries, (str, Mapping)):
+            raise OptionError("search_batch takes a list of queries; for one there is search")
+        checked = [_called(Query.of, {"text": q} if isinstance(q, str) else q, "a query") for q in queries]
+        if "cursor" in window:
+            raise OptionError("a cursor belongs to one query: go on with search")
+        shown = _called(Window.of, window, "search_batch")
+        return self._searcher().search(checked, shown) if checked else []
+
+    def _searcher(self) -> Searcher:
+        with self._lazy_lock:
+            if self._searching is None or self._searching.store is not self._store:
+                self._searching = Searcher(self._store, lambda: self._encoder, self._hit)
+            return self._searching
+
+    def browse(
+        self,
+        *,
+        where: Mapping[str, Any] | None = None,
+        order_by: str | None = None,
+        limit: int = 10,
+        offset: int = 0,
+    ) -> Page:
+        """The items that pass a filter, in the order of a column: cheapest first, newest first.
+
+        Args:
+            where: a filter on the columns.
+            order_by: a column of numbers or of dates; "-price" for the highest first. Items without it are left out.
+                Default: an order that is always the same.
+            limit, offset: how many, and how many to pass over.
+
+        Raises:
+            OptionError, FilterError: an argument is not a valid one.
+        """
         started = time.perf_counter()
         self._check_open()
-        if not 1 <= limit <= MAX_LIMIT:
-            raise OptionError(f"limit={limit}: it must be from 1 to {MAX_LIMIT:,}")
-        if offset < 0:
-            raise OptionError(f"offset={offset}: it must not be negative")
+        check_window(limit, offset)
         clause = parse(where)
-        query = self._query(text, image, weights)
-        found = self._store.query(query, limit=limit, offset=offset, where=clause)
-        hits = tuple(self._hit(result.payload, result.score) for result in found)
+        found: Iterable[Record]
+        if order_by is None:
+            found = islice(chain.from_iterable(self._store.scroll(where=clause)), offset, offset + limit)
+        else:
+            column = order_by.removeprefix("-")
+            kind = {"number": "float", "date": "datetime"}.get(self._kind_of(column))
+            if kind is None:
+                raise OptionError(f"order_by={order_by!r}: only a column of numbers or of dates has an order")
+            found = iter(
+                self._store.ordered(
+                    column_path(column),
+                    kind,
+                    descending=order_by.startswith("-"),
+                    limit=limit,
+                    offset=offset,
+                    where=clause,
+                )
+            )
+        hits = tuple(self._hit(record.payload, 1.0) for record in found)
+        if not hits:
+            self._explain_nothing(clause)
         return Page(hits, offset, limit, 1000 * (time.perf_counter() - started))
 
-    def _query(self, text: str | None, image: Any, weights: tuple[float, float]) -> Vector:
-        if text is None and image is None:
-            raise OptionError("search for something: a text, an image=, or both")
-        if text is not None and (not isinstance(text, str) or not text.strip()):
-            raise OptionError(f"text={text!r}: it must be words to look for")
-        if image is None:
-            return self._encode_text(cast(str, text))
-        if text is None:
-            return self._encode_query_image(image)
-        try:
-            of_text, of_image = (float(weight) for weight in weights)
-        except (TypeError, ValueError):
-            of_text = of_image = math.nan
-        if not (0 <= of_text < math.inf and 0 <= of_image < math.inf and of_text + of_image > 0):
-            raise OptionError(
-                f"weights={weights!r}: give two numbers for text and image, not negative, such as (0.4, 0.6)"
-            )
-        mix = of_text * self._encode_text(text) + of_image * self._encode_query_image(image)
-        return mix.astype(np.float32)
+    def facets(
+        self, column: str, *, where: Mapping[str, Any] | None = None, limit: int = 100
+    ) -> dict[str | bool | int | float, int]:
+        """How many items have each value of a column, the commonest first: `{"Nord": 17, "Acme": 4}`.
 
-    def _encode_text(self, text: str) -> Vector:
-        return cast(Vector, self._encoder.encode_texts([text])[0])
+        An item whose column holds a list counts once for each of its values. Columns of numbers are counted one by one,
+        which takes a second or so for 100,000 items; other values than strings, booleans and numbers are not counted.
 
-    def _encode_query_image(self, image: Any) -> Vector:
-        if isinstance(image, Hit):
-            for record in self._store.retrieve([_key(image.id)]):
-                if record.payload[_SYSTEM]["sha256"] == image.sha256:
-                    return record.vector
-        return cast(Vector, self._encoder.encode_images([_picture(image).image])[0])
+        Args:
+            column: its name.
+            where: a filter: only what passes it is counted.
+            limit: how many values at most.
+
+        Raises:
+            OptionError, FilterError: an argument is not a valid one.
+        """
+        self._check_open()
+        check_window(limit, 0)
+        clause, kind = parse(where), self._kind_of(column)
+        if kind in ("string", "date", "boolean"):
+            engine_kind = "bool" if kind == "boolean" else "keyword"
+            counts = self._store.facet(column_path(column), engine_kind, limit=limit, where=clause)
+            return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
+        counter: Counter[Any] = Counter()
+        for record in chain.from_iterable(self._store.scroll(1024, clause)):
+            counter.update({v for v in elements(value_at(record.payload, column)) if isinstance(v, (str, int, float))})
+        return dict(counter.most_common(limit))
+
+    def duplicates(self, threshold: float = 0.95, *, where: Mapping[str, Any] | None = None) -> list[tuple[Hit, ...]]:
+        """Groups of items whose pictures look (almost) the same, the largest first.
+
+        Two items belong together if the cosine of their embeddings is at least `threshold`, or if others link them.
+        What threshold means "the same" depends on the bundle: start high. One search an item, so minutes for 100,000.
+
+        Args:
+            threshold: above 0, at most 1.
+            where: a filter: only what passes it is compared.
+
+        Returns:
+            Groups of at least two; each hit's score is the cosine to the one most like it.
+
+        Raises:
+            OptionError, FilterError: an argument is not a valid one.
+        """
+        self._check_open()
+        groups = near_duplicates(self._store, threshold, parse(where))
+        return [tuple(self._hit(found.payload, found.score) for found in group) for group in groups]
 
     def get(self, id: str | int) -> Hit | None:
         """The item with this id, or None."""
         self._check_open()
-        records = self._store.retrieve([_key(id)])
+        records = self._store.retrieve([key_of(id)])
         return self._hit(records[0].payload, 1.0) if records else None
 
     def count(self, where: Mapping[str, Any] | None = None) -> int:
         """How many items there are, or how many pass a filter."""
         self._check_open()
-        return self._store.count(parse(where))
+        clause = parse(where)
+        count = self._store.count(clause)
+        if not count:
+            self._explain_nothing(clause)
+        return count
 
     def delete(self, ids: str | int | Sequence[str | int]) -> int:
         """Remove items and their pictures (never a file that was only referenced). Returns how many there were."""
         with self._write_lock:
             self._check_open()
-            records = self._store.retrieve([_key(id) for id in _listed(ids)])
+            records = self._store.retrieve([key_of(id) for id in _listed(ids)])
             self._store.delete([record.id for record in records])
             self._release({r.payload[_SYSTEM]["sha256"]: r.payload[_SYSTEM]["uri"] for r in records})
         return len(records)
+
+    def _columns(self) -> dict[str, str]:
+        """The columns that some of the items have, and what they hold."""
+        first = next(self._store.scroll(256), [])
+        kinds: dict[str, str] = {}
+        for name, value in ((name, value) for record in first for name, value in record.payload.items()):
+            if name != _SYSTEM and (kind := kind_of(value)):
+                kinds.setdefault(name, kind)
+        return dict(sorted(kinds.items()))
+
+    def _kind_of(self, column: str) -> str:
+        """What a column holds, by the first items that have it; "" if none has."""
+        has_it = Compare(column_path(column), "exists", True)
+        kinds = (kind_of(value_at(record.payload, column)) for record in next(self._store.scroll(16, has_it), []))
+        kind = next(filter(None, kinds), "")
+        if not kind:
+            self._explain_nothing(has_it)
+        return kind
+
+    def _explain_nothing(self, where: Clause | None) -> None:
+        """Say so if a filter let nothing through because it asks for a column that no item has."""
+        if where is None or not self._store.count():
+            return
+        for column in columns(where):
+            if not self._store.count(Compare(column, "exists", True)):
+                known = ", ".join(self._columns())
+                warnings.warn(f'No item has a column "{column}". There are: {known}.', stacklevel=3)
 
     def _hit(self, payload: dict[str, Any], score: float) -> Hit:
         columns = {name: value for name, value in payload.items() if name not in _RESERVED}
@@ -525,7 +680,7 @@ class Catalog:
 
         # 2. Compare each picture with the prompt, and with what the catalogue holds.
         vectors = self._encoder.encode_images(images)
-        scores = vectors @ self._encode_text(prompt)
+        scores = vectors @ self._encoder.encode_texts([prompt])[0]
         pictures = []
         for index, (image, vector, score) in enumerate(zip(images, vectors, scores, strict=True)):
             found = self._store.query(vector, limit=1)
@@ -620,12 +775,14 @@ class Catalog:
             return store.count()
 
     def info(self) -> dict[str, Any]:
-        """Location, number of items, and the bundle: name, path, fingerprint, dimensions. Opens no model."""
+        """Location, number of items, columns and what they hold (by the first 256 items), and the bundle: name, path,
+        fingerprint, dimensions. Opens no model."""
         reference = self._file.bundle
         return {
             "location": self.location,
             "items": self.count(),
             "created": self._file.created,
+            "columns": self._columns(),
             "bundle": {
                 "name": reference.name,
                 "path": str(reference.locate(self.folder)),
@@ -653,7 +810,7 @@ class _Item:
 
     @property
     def key(self) -> str:
-        return _key(self.id)
+        return key_of(self.id)
 
 
 @dataclass(frozen=True)
@@ -677,7 +834,7 @@ def _item(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any
         import hashlib
 
         id = hashlib.sha256(f"{picture.sha256}\0{text or ''}".encode()).hexdigest()[:32]
-    _key(id)
+    key_of(id)
     columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | _jsonable(payload, "payload")
     return _Item(id, picture, columns)
 
@@ -692,11 +849,11 @@ def _items(images: Any, texts: Any, ids: Any, payloads: Any) -> Iterator[_Item]:
         if len(columns[name]) != len(sources):
             raise OptionError(f"{len(sources)} images but {len(columns[name])} {name}: give one for each image")
     ids = [id.item() if isinstance(id, np.generic) else id for id in columns.pop("ids")]
-    for key, times in Counter(_key(id) for id in ids if id is not None).items():
+    for key, times in Counter(key_of(id) for id in ids if id is not None).items():
         if times > 1:
-            raise OptionError(f"the id {next(id for id in ids if _key(id) == key)!r} is given {times} times")
+            raise OptionError(f"the id {next(id for id in ids if key_of(id) == key)!r} is given {times} times")
     for source, text, payload, id in zip(sources, *columns.values(), ids, strict=True):
-        picture, payload = _picture(source), {} if payload is None else payload
+        picture, payload = picture_of(source), {} if payload is None else payload
         if not isinstance(payload, Mapping):
             raise OptionError(f"a payload is a dictionary of columns, not {payload!r}")
         if isinstance(source, Generated):
@@ -715,19 +872,17 @@ def _is_single(images: Any) -> bool:
     ) or not isinstance(images, Iterable)
 
 
-def _picture(source: Any) -> Picture:
-    if isinstance(source, Hit):
-        return Picture(source._images.path(source.uri))
-    return Picture(source.image if isinstance(source, Generated) else source)
-
-
-def _key(id: Any) -> str:
-    """The UUID under which an id is stored; 7 and "7" are two different ids."""
-    if isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
-        raise OptionError(f"{id!r} is not an id: give a string that is not empty, or an integer")
-    if isinstance(id, int) and not -(2**63) <= id < 2**63:
-        raise OptionError(f"the id {id} does not fit into 64 bits: give it as a string")
-    return str(uuid.uuid5(_ID_NAMESPACE, f"{type(id).__name__}:{id}"))
+def _called(make: Callable[..., _T], arguments: Any, name: str) -> _T:
+    """Call with keyword arguments that come from outside; unknown ones are told with the valid ones."""
+    valid = list(inspect.signature(make).parameters)
+    if not isinstance(arguments, Mapping) or not set(arguments) <= set(valid):
+        wrong = (
+            ", ".join(map(repr, set(arguments) - set(valid)))
+            if isinstance(arguments, Mapping)
+            else f"{arguments!r:.60}"
+        )
+        raise OptionError(f"{name} cannot be made of {wrong}: it takes {', '.join(valid)}")
+    return make(**arguments)
 
 
 def _listed(ids: str | int | Sequence[str | int]) -> Sequence[str | int]:

@@ -20,7 +20,7 @@ from .images import ImageSource, load_image, preprocess
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Encoder", "load_tokenizer", "token_ids"]
+__all__ = ["Encoder", "checked_text", "load_tokenizer", "token_ids"]
 
 T = TypeVar("T")
 
@@ -131,7 +131,18 @@ def _checked_texts(texts: Sequence[str]) -> list[str]:
     for text in texts:
         if not isinstance(text, str):
             raise OptionError(f"texts must be strings, but one is {type(text).__name__} ({text!r})")
-    return list(texts)
+    return [checked_text(text) for text in texts]
+
+
+def checked_text(text: str) -> str:
+    """Refuse what Python takes for a string and no tokenizer can read: half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"{text!r:.60} is not valid Unicode: {text[error.start]!r} at {error.start} is half a character"
+        ) from None
+    return text
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

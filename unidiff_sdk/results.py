@@ -25,7 +25,8 @@ class Hit:
 
     Attributes:
         id: the caller's id, or the content hash if there was none.
-        score: similarity to the query: the cosine for a text or an image, their weighted sum for both; 1 from `get`.
+        score: similarity to the query: the cosine for a text or an image; for a mix, about their weighted mean (see
+            `query`); from a hybrid search, fused ranks; 1 where nothing was compared.
         text: the caption; None if the item has none.
         payload: every other column.
         uri: where the original is, relative to the catalogue's image store.
@@ -62,12 +63,14 @@ class Page(Sequence[Hit]):
         offset: how many better hits were passed over.
         limit: how many were asked for.
         took_ms: time of the whole search, with encoding the query, in milliseconds.
+        cursor: where the next page begins, for `search(…, cursor=)`; None on the last page.
     """
 
     hits: tuple[Hit, ...]
     offset: int
     limit: int
     took_ms: float
+    cursor: str | None = None
 
     @overload
     def __getitem__(self, index: int) -> Hit: ...

@@ -103,7 +103,7 @@ class EdgeStore:
             offset=search.offset,
             filter=condition,
             score_threshold=search.min_score,
-            with_payload=True,
+            with_payload=search.with_payload,
             with_vector=search.with_vectors,
         )
 

@@ -58,7 +58,7 @@ class Nearest:
         words: rank by BM25 over the captions as well. The two lists, of `CANDIDATES` each, are fused: a record scores
             the sum of 1 / (RRF_K + rank / share) over the lists that have it, ranks from 1, the shares being
             2 * (1 - bm25) and 2 * bm25.
-        with_vectors: whether the results bring their vectors.
+        with_payload, with_vectors: what the results bring.
     """
 
     vector: Vector = field(repr=False, compare=False)
@@ -69,6 +69,7 @@ class Nearest:
     min_score: float | None = None
     words: str | None = None
     bm25: float = 0.5  # between 0 and 1
+    with_payload: bool = True
     with_vectors: bool = False
 
 

@@ -118,7 +118,7 @@ class ServerStore:
             offset=search.offset,
             filter=condition,
             score_threshold=search.min_score,
-            with_payload=True,
+            with_payload=search.with_payload,
             with_vector=search.with_vectors,
         )
 

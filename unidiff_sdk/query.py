@@ -1,0 +1,219 @@
+"""What is looked for: words, pictures, items and vectors, wanted and unwanted, mixed into one query vector.
+
+**How a mix is scored.** CLIP keeps texts and pictures apart: a text agrees with every picture a little and with none
+much, so its cosines are small and lie close together, while those of two pictures are large and spread wide (Liang et
+al. 2022, "Mind the Gap"). Added up as they are, the picture drowns the words. So each part k of a query, a unit vector
+v_k of weight w_k, is first freed of what all vectors of its kind have in common, and then measured by how far it tells
+this catalogue's items apart:
+
+    q = Σ_k c_k (v_k - m_k)        c_k = ± w_k / σ_k
+
+m_k is the mean of the catalogue's vectors for a picture, an item or a raw vector, and the mean embedding of a few texts
+that say nothing for a text; σ_k is the standard deviation of the dot products of v_k - m_k with a sample of the
+catalogue's items. Parts that are not wanted (`unlike`, `without`) have the minus sign. The c_k are scaled so that those
+of the wanted parts add up to 1, so a score stays near the range of a cosine. A query of one part has nothing to
+balance: its score is the plain cosine.
+
+Measured on 1,200 synthetic products, "this picture, but in that colour", share of right type and colour in the first
+ten: the tiny model, which has no gap, 0.22 with and without all this; with a gap put between its texts and pictures
+(cosines of 0.6 between pictures, 0.25 to a caption), 0.14 for plain sums and 0.24 for the formula.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from .encoder import checked_text
+from .errors import OptionError
+from .ids import key_of
+from .imagestore import Picture
+from .results import Generated, Hit
+from .store import Vector
+
+__all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "mix", "picture_of", "unit"]
+
+# What a query can be made of, and what each part weighs unless the caller says otherwise. Of "without", half as much
+# turns most of what is not wanted away and still keeps to what is; as much loses sight of it.
+WEIGHTS = {"text": 1.0, "image": 1.0, "like": 1.0, "vector": 1.0, "unlike": 0.5, "without": 0.5}
+UNWANTED = ("unlike", "without")
+OF_TEXTS = ("text", "without")
+
+NEUTRAL_TEXTS = ("a photo", "a picture of something", "a product")
+
+_LISTS = (list, tuple, set, frozenset)
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query, checked; `picture` is the image to encode, or a hit whose vector is stored already."""
+
+    text: str | None
+    picture: Picture | Hit | None
+    like: tuple[str | int, ...]
+    unlike: tuple[str | int, ...]
+    without: tuple[str, ...]
+    vector: Vector | None
+    weights: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        text: str | None = None,
+        *,
+        image: Any = None,
+        like: Any = None,
+        unlike: Any = None,
+        without: str | Sequence[str] | None = None,
+        vector: npt.ArrayLike | None = None,
+        weights: tuple[float, float] | Mapping[str, float] | None = None,
+    ) -> Query:
+        """Check what `Catalog.search` was given. Raises OptionError, ImageError."""
+        query = cls(
+            text=None if text is None else _words("text", text),
+            picture=image if image is None or isinstance(image, Hit) else picture_of(image),
+            like=_ids(like),
+            unlike=_ids(unlike),
+            without=tuple(_words("without", one) for one in _listed(without)),
+            vector=None if vector is None else _raw(vector),
+            weights=_weights(weights),
+        )
+        if not query.parts:
+            raise OptionError(
+                "search for something: a text, image=, like= or vector=; or for what is far from unlike= or without="
+            )
+        if not any(query.weights[part] for part in query.parts):
+            raise OptionError(f"weights={weights!r}: at least one of {', '.join(query.parts)} must weigh more than 0")
+        return query
+
+    @property
+    def parts(self) -> list[str]:
+        """Which of `WEIGHTS` this query is made of."""
+        given = {
+            "text": self.text is not None,
+            "image": self.picture is not None,
+            "like": bool(self.like),
+            "vector": self.vector is not None,
+            "unlike": bool(self.unlike),
+            "without": bool(self.without),
+        }
+        return [part for part, is_given in given.items() if is_given]
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """The keys of the items that it names: they are no answers to it."""
+        return tuple(key_of(id) for id in (*self.like, *self.unlike))
+
+    def digest(self) -> bytes:
+        """8 bytes that are the same for the same query, on every machine."""
+        vector = b"" if self.vector is None else self.vector.tobytes()
+        picture = "" if self.picture is None else self.picture.sha256
+        said = (self.text, picture, self.like, self.unlike, self.without, sorted(self.weights.items()))
+        return hashlib.sha256(repr(said).encode() + vector).digest()[:8]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What `mix` must know of a catalogue: a sample of its vectors, float32[n, dim], and a text that says nothing."""
+
+    sample: Vector
+    neutral_text: Vector
+
+    def mean(self, part: str) -> Vector:
+        """What all vectors of this part's kind have in common."""
+        if part in OF_TEXTS:
+            return self.neutral_text
+        return cast(Vector, self.sample.mean(axis=0)) if len(self.sample) else np.zeros_like(self.neutral_text)
+
+
+def mix(parts: Mapping[str, Vector], weights: Mapping[str, float], gap: Gap) -> Vector:
+    """The query vector of several parts (unit vectors, by their names in `WEIGHTS`), by the formula above."""
+    centred = {part: vector - gap.mean(part) for part, vector in parts.items()}
+    spreads = {part: _spread(vector, gap.sample) for part, vector in centred.items()}
+    if not all(spreads.values()):  # fewer than two different items: nothing to measure by
+        spreads = dict.fromkeys(spreads, 1.0)
+    signed = {p: (-1 if p in UNWANTED else 1) * weights[p] / spread for p, spread in spreads.items()}
+    scale = sum(c for c in signed.values() if c > 0) or sum(abs(c) for c in signed.values())
+    return cast(Vector, sum(c / scale * centred[part] for part, c in signed.items())).astype(np.float32)
+
+
+def _spread(vector: Vector, sample: Vector) -> float:
+    spread = float((sample @ vector).std()) if len(sample) else 0.0
+    return spread if spread > 1e-6 else 0.0
+
+
+def unit(vectors: Iterable[Vector]) -> Vector:
+    """The direction of the mean of some vectors."""
+    mean = np.mean(list(vectors), axis=0)
+    return cast(Vector, (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32))
+
+
+def picture_of(source: Any) -> Picture:
+    """The picture to encode or to keep, of anything that is one: a file, bytes, pixels, a hit, a generated picture."""
+    if isinstance(source, Hit):
+        return Picture(source._images.path(source.uri))
+    return Picture(source.image if isinstance(source, Generated) else source)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _words(name: str, text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise OptionError(f"{name}={text!r:.60}: it must be words to look for")
+    return checked_text(text)
+
+
+def _listed(values: Any) -> Sequence[Any]:
+    if values is None:
+        return []
+    if isinstance(values, _LISTS) or (isinstance(values, Sequence) and not isinstance(values, (str, bytes))):
+        return list(values)
+    return [values]
+
+
+def _ids(examples: Any) -> tuple[str | int, ...]:
+    ids = []
+    for example in _listed(examples):
+        id = example.id if isinstance(example, Hit) else example
+        id = id.item() if isinstance(id, np.generic) else id
+        key_of(id)
+        ids.append(id)
+    return tuple(ids)
+
+
+def _raw(vector: npt.ArrayLike) -> Vector:
+    try:
+        array = np.asarray(vector, np.float32)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"vector={vector!r:.60}: it must be a sequence of numbers ({error})") from None
+    norm = float(np.linalg.norm(array))
+    if array.ndim != 1 or not math.isfinite(norm) or norm == 0:
+        raise OptionError(
+            f"vector= of shape {array.shape} and length {norm:g}: it must be one row of finite numbers, not all zero"
+        )
+    return cast(Vector, array / norm)
+
+
+def _weights(weights: Any) -> dict[str, float]:
+    given = dict(zip(("text", "image"), weights, strict=False)) if isinstance(weights, _LISTS) else weights
+    if given is None:
+        return dict(WEIGHTS)
+    if not isinstance(given, Mapping) or (isinstance(weights, _LISTS) and len(weights) != 2):
+        raise OptionError(
+            f"weights={weights!r:.60}: give two numbers for text and image such as (0.4, 0.6), or a dictionary of "
+            f"{', '.join(WEIGHTS)}"
+        )
+    for name, weight in given.items():
+        if name not in WEIGHTS:
+            raise OptionError(f"weights: {name!r:.60} is no part of a query; those are {', '.join(WEIGHTS)}")
+        number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < math.inf:
+            raise OptionError(f"weights={weights!r:.80}: a weight is a finite number and not negative")
+    return WEIGHTS | {name: float(weight) for name, weight in given.items()}
