@@ -70,6 +70,15 @@ def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint:
         "prediction_type": "epsilon",
     }
     assert manifest["synthetic"] is True
+    assert manifest["devices"] == ["cpu", "cuda"]
+    assert manifest["graphs"]["unet"]["profile"]["sample"] == {
+        "min": [1, 4, 8, 8],
+        "opt": [2, 4, 16, 16],
+        "max": [16, 4, 24, 24],
+    }
+    assert {
+        name for name, graph in manifest["graphs"].items() if graph["profile"].keys() == graph["inputs"].keys()
+    } == (INTERFACE.keys())
     assert export.bytes == sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
 
 

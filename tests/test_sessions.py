@@ -79,30 +79,118 @@ def test_no_package_at_all(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None
         create_session(graph)
 
 
+@pytest.mark.parametrize(("device", "extra"), [("cuda", "gpu"), ("tensorrt", "trt")])
+def test_a_device_that_this_build_lacks_comes_with_the_line_that_mends_it(graph: Path, device: str, extra: str) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("a build of ONNX Runtime for GPUs")
+    with pytest.raises(ProviderError, match=f"device '{device}' cannot be used .* built for .* only") as raised:
+        create_session(graph, device=device)
+    assert f"pip uninstall -y onnxruntime && pip install 'unidiff-sdk[{extra}]'" in str(raised.value)
+
+
+class FakeOnnxRuntime:
+    """ONNX Runtime as built for GPUs, up to the session: it notes what the providers are told, and loads `loads`."""
+
+    __version__ = "9.9.9"
+
+    def __init__(self, loads: list[str], error: str = "") -> None:
+        import onnxruntime
+
+        self.SessionOptions = onnxruntime.SessionOptions
+        self.loads, self.error = loads, error
+        self.told: dict[str, dict[str, str]] = {}
+
+    def get_available_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self) -> None:
+        pass
+
+    def InferenceSession(self, file: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+        self.told = dict(providers)
+        if self.error:
+            raise RuntimeError(self.error)
+        return SimpleNamespace(get_providers=lambda: self.loads)
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, *loads: str, error: str = "") -> FakeOnnxRuntime:
+    module = FakeOnnxRuntime(list(loads), error)
+    monkeypatch.setattr(sessions, "_import_onnxruntime", lambda: module)
+    return module
+
+
+PROFILE = {
+    "sample": {"min": [1, 4, 4, 4], "opt": [2, 4, 8, 8], "max": [8, 4, 12, 12]},
+    "timestep": {"min": [1], "opt": [2], "max": [8]},
+}
+
+
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
-def test_a_device_that_this_build_lacks(graph: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr(sessions, "_import_onnxruntime", lambda: fake)
-    with pytest.raises(ProviderError, match=f"device '{device}' cannot be used .* built for CPUExecutionProvider only"):
+def test_a_device_that_is_listed_but_does_not_load(
+    graph: Path, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(monkeypatch, "CPUExecutionProvider")
+    monkeypatch.setattr(sessions, "_load_tensorrt", lambda: "101304")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ProviderError, match=f"device '{device}' cannot be used .* did not load"):
         create_session(graph, device=device)
 
 
-def test_a_device_that_is_listed_but_does_not_load(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime
+def test_tensorrt_without_its_library(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "TensorrtExecutionProvider")
+    monkeypatch.setattr(sessions, "_TENSORRT_LIBRARY", "libnvinfer.so.missing")
+    with pytest.raises(ProviderError, match=r"unidiff-sdk\[trt\]' .*: libnvinfer.so.missing was not found"):
+        create_session(graph, device="tensorrt")
 
-    def falls_back(file: str, options: Any, providers: list[str]) -> Any:
-        assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
-        return SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
 
-    fake = SimpleNamespace(
-        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
-        preload_dlls=lambda: None,
-        SessionOptions=onnxruntime.SessionOptions,
-        InferenceSession=falls_back,
-    )
-    monkeypatch.setattr(sessions, "_import_onnxruntime", lambda: fake)
-    with pytest.raises(ProviderError, match=r"device 'cuda' cannot be used .* did not load"):
-        create_session(graph, device="cuda")
+@pytest.mark.parametrize("half", [False, True])
+def test_what_tensorrt_is_told(graph: Path, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake(monkeypatch, "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+    monkeypatch.setattr(sessions, "_load_tensorrt", lambda: "101304")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    create_session(graph, device="tensorrt", profile=PROFILE, half=half, fingerprint="0123456789abcdef" * 4)
+    timings = tmp_path / "unidiff-sdk" / "tensorrt" / "onnxruntime-9.9.9-tensorrt-101304"
+    engines = timings / "0123456789abcdef-unet"
+    assert module.told == {
+        "TensorrtExecutionProvider": {
+            "trt_fp16_enable": str(int(half)),
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(engines),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(timings),
+            "trt_profile_min_shapes": "sample:1x4x4x4,timestep:1",
+            "trt_profile_opt_shapes": "sample:2x4x8x8,timestep:2",
+            "trt_profile_max_shapes": "sample:8x4x12x12,timestep:8",
+        },
+        "CUDAExecutionProvider": {},
+        "CPUExecutionProvider": {},
+    }
+    assert engines.is_dir()
+
+
+def test_an_engine_folder_that_cannot_be_made(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "TensorrtExecutionProvider")
+    monkeypatch.setattr(sessions, "_load_tensorrt", lambda: "101304")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ProviderError, match=r"engines cannot be kept in .*file.*; set XDG_CACHE_HOME"):
+        create_session(graph, device="tensorrt", profile=PROFILE)
+
+
+def test_graph_capture_is_asked_for_or_refused(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fake(monkeypatch, "CUDAExecutionProvider", "CPUExecutionProvider")
+    create_session(graph, device="cuda", profile=PROFILE)
+    assert module.told == {"CUDAExecutionProvider": {}, "CPUExecutionProvider": {}}
+    create_session(graph, device="cuda", profile=PROFILE, capture=True)
+    assert module.told["CUDAExecutionProvider"] == {"enable_cuda_graph": "1"}
+    for options in ({"device": "cpu", "profile": PROFILE}, {"device": "cuda"}):
+        with pytest.raises(OptionError, match="capture=True is for device='cuda'"):
+            create_session(graph, capture=True, **options)
+    fake(monkeypatch, error="This session cannot use the graph capture feature as requested by the user")
+    with pytest.raises(ProviderError, match="not every node of this graph runs on the GPU"):
+        create_session(graph, device="cuda", profile=PROFILE, capture=True)
 
 
 def test_options_are_checked(graph: Path) -> None:

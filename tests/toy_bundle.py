@@ -16,6 +16,19 @@ import pytest
 from unidiff_sdk.bundle import FORMAT, SCHEMA_VERSION, file_sha256, fingerprint_of, manifest_checksum
 
 DIM, TOKENS, IMAGE_SIZE, LATENT_SIZE, CHANNELS = 8, 12, 16, 8, 4
+PICTURE, LATENTS = ["batch", 3, "height", "width"], ["batch", CHANNELS, "height", "width"]
+STATES = ["batch", "tokens", DIM]
+INPUTS = {
+    "text_encoder": {"input_ids": {"dtype": "int64", "shape": ["batch", "tokens"]}},
+    "image_encoder": {"pixel_values": {"dtype": "float32", "shape": ["batch", 3, IMAGE_SIZE, IMAGE_SIZE]}},
+    "unet": {
+        "sample": {"dtype": "float32", "shape": LATENTS},
+        "timestep": {"dtype": "float32", "shape": ["batch"]},
+        "encoder_hidden_states": {"dtype": "float32", "shape": STATES},
+    },
+    "vae_decoder": {"latent_sample": {"dtype": "float32", "shape": LATENTS}},
+    "vae_encoder": {"sample": {"dtype": "float32", "shape": PICTURE}},
+}
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -43,7 +56,8 @@ def make_toy_bundle(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "precision": "fp32",
         "target": "cpu",
         "graphs": {
-            name.parent.name: {"file": f"{name.parent.name}/model.onnx"} for name in folder.glob("*/model.onnx")
+            name: {"file": f"{name}/model.onnx", "precision": "fp32", "inputs": inputs}
+            for name, inputs in INPUTS.items()
         },
         "embedding": {"dim": DIM, "shared_text_encoder": True, "max_tokens": TOKENS, "logit_scale": 10.0},
         "image": {"size": IMAGE_SIZE, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
@@ -75,9 +89,9 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     helper, floats, ints = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     node, value = helper.make_node, helper.make_tensor_value_info
 
-    def write(name: str, inputs: list[Any], outputs: list[Any], nodes: list[Any], **weights: np.ndarray) -> None:
+    def write(name: str, takes: list[Any], gives: list[Any], nodes: list[Any], **weights: np.ndarray) -> None:
         initializers = [onnx.numpy_helper.from_array(array, key) for key, array in weights.items()]
-        graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
+        graph = helper.make_graph(nodes, name, takes, gives, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
         onnx.checker.check_model(model)
         (folder / name).mkdir(parents=True)
@@ -86,13 +100,14 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=np.float32)
 
-    picture = ["batch", 3, "height", "width"]
-    latents = ["batch", CHANNELS, "height", "width"]
-    states = ["batch", "tokens", DIM]
+    def inputs(name: str) -> list[Any]:
+        kinds = {"float32": floats, "int64": ints}
+        return [value(key, kinds[given["dtype"]], given["shape"]) for key, given in INPUTS[name].items()]
+
     write(
         "text_encoder",
-        [value("input_ids", ints, ["batch", "tokens"])],
-        [value("last_hidden_state", floats, states), value("text_embeds", floats, ["batch", DIM])],
+        inputs("text_encoder"),
+        [value("last_hidden_state", floats, STATES), value("text_embeds", floats, ["batch", DIM])],
         [
             node("Gather", ["table", "input_ids"], ["last_hidden_state"]),
             node("ReduceMean", ["last_hidden_state"], ["text_embeds"], axes=[1], keepdims=0),
@@ -101,7 +116,7 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "image_encoder",
-        [value("pixel_values", floats, ["batch", 3, IMAGE_SIZE, IMAGE_SIZE])],
+        inputs("image_encoder"),
         [value("image_embeds", floats, ["batch", DIM])],
         [
             node("GlobalAveragePool", ["pixel_values"], ["mean"]),
@@ -113,12 +128,8 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "unet",
-        [
-            value("sample", floats, latents),
-            value("timestep", floats, ["batch"]),
-            value("encoder_hidden_states", floats, states),
-        ],
-        [value("out_sample", floats, latents)],
+        inputs("unet"),
+        [value("out_sample", floats, LATENTS)],
         [
             node("Conv", ["sample", "kernel"], ["mixed"], pads=[1, 1, 1, 1]),
             node("ReduceMean", ["encoder_hidden_states"], ["meaning"], axes=[1], keepdims=0),
@@ -138,8 +149,8 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "vae_decoder",
-        [value("latent_sample", floats, latents)],
-        [value("sample", floats, picture)],
+        inputs("vae_decoder"),
+        [value("sample", floats, PICTURE)],
         [
             node("ConvTranspose", ["latent_sample", "kernel"], ["wide"], strides=[2, 2]),
             node("Tanh", ["wide"], ["sample"]),
@@ -148,8 +159,8 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "vae_encoder",
-        [value("sample", floats, picture)],
-        [value("latent_sample", floats, latents)],
+        inputs("vae_encoder"),
+        [value("latent_sample", floats, LATENTS)],
         [node("Conv", ["sample", "kernel"], ["latent_sample"], strides=[2, 2])],
         kernel=normal(CHANNELS, 3, 2, 2),
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from .errors import BundleError, OptionError
 from .samplers import Schedule
 from .sessions import DEVICES, create_session
+from .shapes import Profile, shape_profile
 
 if TYPE_CHECKING:
     from .images import Fit
+    from .warmup import GraphWarmup
 
 __all__ = ["FORMAT", "SCHEMA_VERSION", "TINY", "Bundle", "file_sha256", "fingerprint_of", "manifest_checksum"]
 
@@ -61,14 +63,27 @@ class Bundle:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], *, device: str = "cpu", threads: int | None = None
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        capture: bool = False,
     ) -> None:
         if device not in DEVICES:
             raise OptionError(f"device {device!r} is not known; use one of {', '.join(DEVICES)}")
+        made_for = manifest.get("devices", DEVICES)
+        if device not in made_for:
+            raise BundleError(
+                f"{path} was exported for {manifest.get('target')}, which runs on {' and '.join(made_for)}; for device "
+                f"{device!r} make another: unidiff-export CKPT -o BUNDLE --target {device}"
+            )
         self.path = path
         self.manifest = manifest
         self.device = device
         self._threads = threads
+        self._capture = capture
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -80,6 +95,7 @@ class Bundle:
         verify: bool = True,
         device: str = "cpu",
         threads: int | None = None,
+        capture: bool = False,
     ) -> Bundle:
         """Open a bundle folder.
 
@@ -88,9 +104,11 @@ class Bundle:
             verify: compare the SHA-256 of every file with the manifest's (about a second for each 1.5 GB).
             device: "cpu", "cuda" or "tensorrt".
             threads: how many threads one call uses on the CPU; by default one for each core.
+            capture: with "cuda", replay calls of the usual shapes from a CUDA graph (see `profile`).
 
         Raises:
-            BundleError: the folder is not a bundle, is incomplete, or was changed after its export.
+            BundleError: the folder is not a bundle, is incomplete, was changed after its export, or was exported for
+                a target that `device` cannot run.
             OptionError: `device` is not known.
         """
         folder = TINY if path is None or path == "tiny" else Path(path)
@@ -101,7 +119,7 @@ class Bundle:
             raise BundleError(
                 f"{folder / MANIFEST}: the fingerprint does not fit its list of files; export the bundle again"
             )
-        return cls(folder, manifest, device=device, threads=threads)
+        return cls(folder, manifest, device=device, threads=threads, capture=capture)
 
     def session(self, graph: str) -> Any:
         """The ONNX Runtime session of a graph, such as "unet"; loaded on first use.
@@ -112,9 +130,38 @@ class Bundle:
         """
         with self._lock:
             if graph not in self._sessions:
-                file = self.path / self._graph(graph)["file"]
-                self._sessions[graph] = create_session(file, device=self.device, threads=self._threads)
+                described = self._graph(graph)
+                self._sessions[graph] = create_session(
+                    self.path / described["file"],
+                    device=self.device,
+                    threads=self._threads,
+                    profile=self.profile(graph),
+                    half=described.get("precision") == "fp16",
+                    fingerprint=self.fingerprint,
+                    capture=self._capture,
+                )
             return self._sessions[graph]
+
+    def warmup(self, progress: Callable[[str], None] | None = None) -> list[GraphWarmup]:
+        """Load every graph and call it twice at its usual shapes: what the first search and picture need not wait for.
+
+        With TensorRT this builds the engines, which takes minutes the first time; they are then kept in the user's
+        cache folder, for these versions and this bundle. `progress` is called with one line before each graph.
+
+        Raises:
+            BundleError: a graph cannot be loaded, or the manifest does not say its shapes.
+            ProviderError: ONNX Runtime or the device is not usable.
+        """
+        from .warmup import warm_up
+
+        return warm_up(self, progress or (lambda line: None))
+
+    def profile(self, graph: str) -> Profile | None:
+        """For each input of a graph its smallest, usual and largest shape ("min", "opt", "max"), if they are known."""
+        described = self._graph(graph)
+        if "profile" in described:
+            return cast(Profile, described["profile"])
+        return shape_profile(graph, described["inputs"], self.manifest) if "inputs" in described else None
 
     def has_graph(self, graph: str) -> bool:
         """Whether the bundle holds a graph of that name."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, OptionError, ProviderError
+from .shapes import Profile
 
-__all__ = ["DEVICES", "create_session"]
+__all__ = ["DEVICES", "cache_folder", "create_session"]
 
 DEVICES: dict[str, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
@@ -18,18 +24,32 @@ DEVICES: dict[str, tuple[str, ...]] = {
 """For each device, its execution providers: first the one that must load, then those that take what it cannot run."""
 
 _ERRORS_ONLY = 3
+_TENSORRT_LIBRARY = "libnvinfer.so.10"  # the major version that ONNX Runtime links
 
 
-def create_session(file: Path, *, device: str = "cpu", threads: int | None = None) -> Any:
-    """Load an ONNX graph: an `onnxruntime.InferenceSession` whose first provider is the device's.
+def create_session(
+    file: Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    profile: Profile | None = None,
+    half: bool = False,
+    fingerprint: str = "",
+    capture: bool = False,
+) -> Any:
+    """Load an ONNX graph: an `onnxruntime.InferenceSession`, or what stands in for it, on the device.
 
     Args:
         file: the `.onnx` file.
         device: "cpu", "cuda" or "tensorrt".
         threads: how many threads one call uses on the CPU; by default one for each core.
+        profile: the shapes that the graph is used at, for a GPU's buffers and engines.
+        half: whether TensorRT may compute in half precision.
+        fingerprint: of the bundle, so that its engines are told from those of others.
+        capture: replay calls of the profile's usual shapes from a CUDA graph; for "cuda".
 
     Raises:
-        OptionError: there is no such device, or `threads` is not positive.
+        OptionError: there is no such device, `threads` is not positive, or `capture` is not for this device.
         ProviderError: ONNX Runtime is not installed properly, or the device did not load.
         BundleError: ONNX Runtime cannot read the file.
     """
@@ -37,6 +57,10 @@ def create_session(file: Path, *, device: str = "cpu", threads: int | None = Non
         raise OptionError(f"device {device!r} is not known; use one of {', '.join(DEVICES)}")
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; give at least 1, or None for one a core")
+    if capture and (device != "cuda" or profile is None):
+        raise OptionError(f"capture=True is for device='cuda' and a bundle of unidiff-export, not for {device!r}")
+
+    # 1. Is the device's provider there?
     onnxruntime = _import_onnxruntime()
     wanted, *_ = providers = DEVICES[device]
     available = onnxruntime.get_available_providers()
@@ -44,6 +68,18 @@ def create_session(file: Path, *, device: str = "cpu", threads: int | None = Non
         raise ProviderError(f"{_cannot_use(device)}: this ONNX Runtime was built for {', '.join(available)} only")
     if device != "cpu":
         onnxruntime.preload_dlls()  # finds CUDA and cuDNN in the wheels that pip put beside it
+
+    # 2. What each provider is told
+    told: dict[str, dict[str, str]] = {}
+    if capture:
+        told["CUDAExecutionProvider"] = {"enable_cuda_graph": "1"}
+    if device == "tensorrt":
+        # Neither ONNX Runtime nor TensorRT reads what another version of either wrote.
+        versions = f"onnxruntime-{onnxruntime.__version__}-tensorrt-{_load_tensorrt()}"
+        engines = cache_folder() / versions / f"{fingerprint[:16]}-{file.parent.name}"
+        told["TensorrtExecutionProvider"] = _tensorrt_options(engines, profile, half)
+
+    # 3. Load
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.inter_op_num_threads = 1
@@ -52,20 +88,90 @@ def create_session(file: Path, *, device: str = "cpu", threads: int | None = Non
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(
-            str(file), options, providers=[name for name in providers if name in available]
+            str(file), options, providers=[(name, told.get(name, {})) for name in providers if name in available]
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        if capture and "graph capture" in str(error).lower():
+            raise ProviderError(
+                f"{file}: not every node of this graph runs on the GPU, so it cannot be captured; leave out capture"
+            ) from error
         raise BundleError(f"{file}: ONNX Runtime cannot load this graph ({error})") from error
     if session.get_providers()[0] != wanted:
         # listed as available, yet its libraries could not be loaded: ONNX Runtime then falls back without an error
         raise ProviderError(f"{_cannot_use(device)}: its libraries did not load")
-    return session
+
+    # 4. How it is called
+    return _called_for(device, session, onnxruntime, profile, capture)
+
+
+def _called_for(device: str, session: Any, onnxruntime: Any, profile: Profile | None, capture: bool) -> Any:
+    """The session itself, or around it what makes its calls fit the device."""
+    if device == "cpu" or profile is None:
+        return session
+    from .gpu import BoundSession, ProfiledSession
+
+    if device == "tensorrt":
+        return ProfiledSession(session, profile)
+    usual = {name: bounds["opt"] for name, bounds in profile.items()}
+    return BoundSession(session, onnxruntime, usual, device="cuda", capture=capture)
+
+
+# TensorRT
+
+
+def cache_folder() -> Path:
+    """Where TensorRT's engines and timings are kept, in a folder for each pair of versions."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unidiff-sdk" / "tensorrt"
+
+
+def _tensorrt_options(engines: Path, profile: Profile | None, half: bool) -> dict[str, str]:
+    """Options of the TensorRT provider. Without a profile it builds an engine anew for shapes that it has not met."""
+    try:
+        engines.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProviderError(
+            f"TensorRT's engines cannot be kept in {engines} ({error.strerror}); set XDG_CACHE_HOME to a folder that "
+            "can be written"
+        ) from error
+    told = {
+        "trt_fp16_enable": "1" if half else "0",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(engines),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(engines.parent),
+    }
+    if profile is not None:
+        told |= {f"trt_profile_{bound}_shapes": _shapes_as_text(profile, bound) for bound in ("min", "opt", "max")}
+    return told
+
+
+def _shapes_as_text(profile: Profile, bound: str) -> str:
+    """As the provider reads them: `sample:2x4x64x64,timestep:2`."""
+
+    def text(shape: Sequence[int]) -> str:
+        return "x".join(map(str, shape))
+
+    return ",".join(f"{name}:{text(bounds[bound])}" for name, bounds in profile.items())
+
+
+def _load_tensorrt() -> str:
+    """Load TensorRT's library, wherever it was installed, and return its version, such as "101304"."""
+    with suppress(ImportError):  # pip's wheels lie outside the loader's path; their module loads them
+        importlib.import_module("tensorrt")
+    try:
+        return str(ctypes.CDLL(_TENSORRT_LIBRARY).getInferLibVersion())
+    except OSError as error:
+        raise ProviderError(f"{_cannot_use('tensorrt')}: {_TENSORRT_LIBRARY} was not found") from error
+
+
+# Packages
 
 
 def _cannot_use(device: str) -> str:
     return (
-        f"device {device!r} cannot be used (an NVIDIA driver and CUDA 13 are needed; pip install 'unidiff-sdk"
-        f"[{'trt' if device == 'tensorrt' else 'gpu'}]' brings the rest; device='cpu' always works)"
+        f"device {device!r} cannot be used (an NVIDIA driver and CUDA 13 are needed; pip uninstall -y onnxruntime && "
+        f"pip install 'unidiff-sdk[{'trt' if device == 'tensorrt' else 'gpu'}]' brings the rest; device='cpu' always "
+        "works)"
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from unidiff_sdk.bundle import FORMAT, MANIFEST, SCHEMA_VERSION, fingerprint_of, manifest_checksum
+from unidiff_sdk.shapes import shape_profile
 
 from .attention import count_attention
 from .folder import GRAPH_FILE, hash_files, write_json
@@ -53,6 +54,7 @@ def build_manifest(
     from unidiff_sdk import __version__
 
     files = hash_files(folder)
+    facts = _model_facts(checkpoint)
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -63,8 +65,10 @@ def build_manifest(
         "target": target,
         "opset": TARGETS[target].opset,
         "devices": TARGETS[target].devices,
-        "graphs": graphs,
-        **_model_facts(checkpoint),
+        "graphs": {
+            graph: {**entry, "profile": shape_profile(graph, entry["inputs"], facts)} for graph, entry in graphs.items()
+        },
+        **facts,
         "synthetic": bool(checkpoint.meta.get("synthetic", False)),
         "files": files,
         "parity": {},
