@@ -57,7 +57,8 @@ def shop(indexed: Path, tmp_path: Path) -> Path:
 def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
     text = run("--help").stdout
     places = [
-        text.index(f"\n  {name} ") for name in ("dataset", "index", "search", "generate", "info", "delete", "reindex")
+        text.index(f"\n  {name} ")
+        for name in ("dataset", "index", "search", "duplicates", "generate", "info", "delete", "reindex")
     ]
     assert places == sorted(places)
     assert '  unidiff search shop.catalog "red striped dress" --where' in text
@@ -71,20 +72,73 @@ def test_search(indexed: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "3 hits in" in result.stdout
     result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 3, "--offset", 1, "--json")
-    hits = json.loads(result.stdout)
-    assert len(hits) == 3 and {"id", "score", "text", "payload", "uri"} == hits[0].keys()
+    page = json.loads(result.stdout)
+    assert len(page["hits"]) == 3 and {"id", "score", "text", "payload", "uri"} == page["hits"][0].keys()
+    assert (page["offset"], page["limit"]) == (1, 3)
 
 
 def test_search_by_image_and_filter(indexed: Path) -> None:
     image = next((indexed / "products").rglob("*.png"))
     arguments: list[Any] = ["search", indexed / "shop.catalog", "--image", image, "--json"]
-    hits = json.loads(run(*arguments).stdout)
+    hits = json.loads(run(*arguments).stdout)["hits"]
     assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
     price = hits[0]["payload"]["price"]
-    filtered = json.loads(run(*arguments, "--where", json.dumps({"price": {"gt": price}})).stdout)
+    filtered = json.loads(run(*arguments, "--where", json.dumps({"price": {"gt": price}})).stdout)["hits"]
     assert all(hit["payload"]["price"] > price for hit in filtered)
     both = run("search", indexed / "shop.catalog", "red", "--image", image, "--weights", "0.7", "0.3")
     assert both.exit_code == 0
+
+
+def test_search_by_items_in_pages(indexed: Path) -> None:
+    search: list[Any] = ["search", indexed / "shop.catalog"]
+    first = json.loads(run(*search, "red shirt", "--limit", 5, "--json").stdout)
+    ids = [hit["id"] for hit in first["hits"]]
+    second = json.loads(run(*search, "red shirt", "--limit", 5, f"--cursor={first['cursor']}", "--json").stdout)
+    assert second["offset"] == 5 and not set(ids) & {hit["id"] for hit in second["hits"]}
+    table = run(*search, "red shirt", "--limit", 5)
+    assert f"next page: --cursor={first['cursor']}" in table.stdout
+    liked = [hit["id"] for hit in json.loads(run(*search, "--like", ids[0], "--like", ids[1], "--json").stdout)["hits"]]
+    assert len(liked) == 10 and not {ids[0], ids[1]} & set(liked)
+    brands = json.loads(
+        run(*search, "shirt", "--unlike", ids[0], "--without", "red", "--group-by", "brand", "--json").stdout
+    )
+    assert len({hit["payload"]["brand"] for hit in brands["hits"]}) == len(brands["hits"]) > 1
+    assert run(*search, "red", "--hybrid", "--diversity", 0.5).exit_code == 0
+    assert json.loads(run(*search, "red", "--min-score", 2, "--json").stdout)["hits"] == []
+
+
+def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        pictures = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
+        catalog.add(pictures, ids=[7, "8", -9], payloads=[{"catalogue": "fashion-man"}] * 3)
+    for id, left in (("7", {"8", -9}), ("8", {7, -9}), ("-9", {7, "8"})):
+        hits = json.loads(run("search", tmp_path / "shop.catalog", f"--like={id}", "--json").stdout)["hits"]
+        assert {hit["id"] for hit in hits} == left
+    refused(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
+
+
+def test_pictures_in_the_terminal(indexed: Path) -> None:
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 2, "--pictures")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("▀") == 2 * 14 * 7 and "1. 0." in result.stdout
+    assert "▀" not in run("search", indexed / "shop.catalog", "red shirt").stdout
+
+
+def test_duplicates(shop: Path) -> None:
+    pictures = sorted((shop / "products").rglob("*.png"))
+    twins = shop / "twins"
+    twins.mkdir()
+    shutil.copy(pictures[0], twins / "twin.png")
+    (twins / "metadata.jsonl").write_text('{"file_name": "twin.png", "text": "a twin", "id": "twin"}\n')
+    assert run("index", twins, shop / "shop.catalog").exit_code == 0
+    groups = json.loads(run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--json").stdout)
+    (group,) = [group for group in groups if "twin" in {hit["id"] for hit in group}]
+    assert len(group) >= 2 and group[0]["score"] == pytest.approx(1, abs=1e-4)
+    table = run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--limit", 1)
+    assert "groups of" in table.stdout and "a cosine of 1 or more" in table.stdout
+    refused(run("duplicates", shop / "shop.catalog", "--threshold", "2"), "threshold=2.0")
 
 
 def test_index_again_and_report_bad_rows(shop: Path) -> None:
@@ -116,7 +170,8 @@ def test_generate(shop: Path, toy: Path) -> None:
 def test_info_and_delete(shop: Path) -> None:
     result = run("info", shop / "shop.catalog")
     assert "12 items" in result.stdout and "bundle toy" in result.stdout
-    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)[0]["id"]
+    assert "columns" in result.stdout and "price (number)" in result.stdout
+    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)["hits"][0]["id"]
     assert "1 removed; 11 items are left" in run("delete", shop / "shop.catalog", first, "nobody").stdout
 
 

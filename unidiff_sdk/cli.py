@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from .datasets.cli import dataset
 from .errors import DataError, FilterError, OptionError, StoreError
 
 if TYPE_CHECKING:
+    from .catalog import Catalog
     from .results import Generation, Hit
 
 __all__ = ["main"]
@@ -89,42 +92,97 @@ def index(folder: Path, catalog: Path, bundle: str | None, reference: bool, stri
     epilog="""
     unidiff search shop.catalog "red striped dress"
     unidiff search shop.catalog "but in blue" --image dress.jpg --weights 0.6 0.4
+    unidiff search shop.catalog --like D-17 --unlike D-4 --without stripes --diversity 0.3
+    unidiff search shop.catalog "model QX-7719" --hybrid --group-by brand
     unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}, "brand": ["Acme", "Nord"]}'
     """,
 )
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
 @click.option("--image", type=click.Path(path_type=Path), help="Look for what looks like this picture.")
-@click.option("--weights", type=float, nargs=2, default=(0.5, 0.5), show_default=True, help="Of TEXT and --image.")
+@click.option("--like", multiple=True, metavar="ID", help="Look for what is like this item; may be repeated.")
+@click.option("--unlike", multiple=True, metavar="ID", help="Keep away from this item; may be repeated.")
+@click.option("--without", multiple=True, metavar="WORDS", help="What it should not be; may be repeated.")
+@click.option("--weights", type=float, nargs=2, help="Of TEXT and --image; only the ratio counts.")
 @click.option("--where", help="Filter on columns, as JSON.")
 @click.option("--limit", default=10, show_default=True, help="How many hits.")
 @click.option("--offset", default=0, help="How many of the best hits to pass over.")
+@click.option("--cursor", help="Go on where a page ended; repeat the rest of the command.")
+@click.option("--min-score", type=float, help="Leave out what scores less.")
+@click.option("--diversity", type=float, help="0 to 1: variety against similarity.")
+@click.option("--group-by", metavar="COLUMN", help="One hit of each value of this column.")
+@click.option("--hybrid", is_flag=True, help="Rank by the words of the captions too (BM25).")
+@click.option("--pictures/--no-pictures", default=None, help="Show thumbnails; by default where the terminal can.")
 @json_option
 def search(
     catalog: Path,
     text: str | None,
-    image: Path | None,
-    weights: tuple[float, float],
-    where: str | None,
-    limit: int,
+    like: Sequence[str],
+    unlike: Sequence[str],
     offset: int,
+    pictures: bool | None,
     as_json: bool,
+    where: str | None,
+    **asked: Any,
 ) -> None:
-    """Find in CATALOG what is most similar to TEXT, to a picture, or to both."""
+    """Find in CATALOG what is most similar to TEXT, to a picture, to items, or to any mix of these."""
     from .catalog import Catalog
 
-    if text is None and image is None:
-        raise OptionError("say what to look for: TEXT, --image, or both")
+    if text is None and not (asked["image"] or like or unlike or asked["without"]):
+        raise OptionError("say what to look for: TEXT, --image, --like, --unlike or --without")
     with Catalog(catalog, create=False) as opened:
         if not opened.count():
             raise StoreError(f"{catalog} is empty. Fill it with: unidiff index FOLDER {catalog}")
-        page = opened.search(text, image=image, weights=weights, limit=limit, offset=offset, where=_parse_json(where))
+        page = opened.search(
+            text,
+            like=[_known(opened, id) for id in like],
+            unlike=[_known(opened, id) for id in unlike],
+            where=_parse_json(where),
+            offset=offset,
+            **asked,
+        )
     if as_json:
-        click.echo(json.dumps([_hit_as_dict(hit) for hit in page], ensure_ascii=False))
+        facts = {"offset": page.offset, "limit": page.limit, "took_ms": page.took_ms, "cursor": page.cursor}
+        click.echo(json.dumps({"hits": [_hit_as_dict(hit) for hit in page]} | facts, ensure_ascii=False))
         return
-    rows = ([n, f"{hit.score:.3f}", hit.id, hit.text or "", _columns(hit)] for n, hit in enumerate(page, offset + 1))
-    _table(["", "score", "id", "caption", "columns"], rows)
+    _show_hits(page, page.offset, pictures)
     click.echo(f"{len(page)} hits in {page.took_ms:.1f} ms")
+    if page.cursor:
+        click.echo(f"next page: --cursor={page.cursor}")
+
+
+@main.command(
+    short_help="List items that look the same.",
+    epilog="""
+    unidiff duplicates shop.catalog
+    unidiff duplicates shop.catalog --threshold 0.999 --json
+    """,
+)
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.option("--threshold", default=0.95, show_default=True, help="The cosine from which two pictures are the same.")
+@click.option("--where", help="Compare only what passes this filter, as JSON.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="How many groups to show.")
+@click.option("--pictures/--no-pictures", default=None, help="Show thumbnails; by default where the terminal can.")
+@json_option
+def duplicates(
+    catalog: Path, threshold: float, where: str | None, limit: int, pictures: bool | None, as_json: bool
+) -> None:
+    """List the groups of items in CATALOG whose pictures look (almost) the same, the largest first.
+
+    What threshold means the same depends on the bundle: start high. The score is the cosine to the most similar other.
+    """
+    from .catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        groups = opened.duplicates(threshold, where=_parse_json(where))
+    if as_json:
+        click.echo(json.dumps([[_hit_as_dict(hit) for hit in group] for group in groups], ensure_ascii=False))
+        return
+    for group in groups[:limit]:
+        _show_hits(group, 0, pictures)
+    items = sum(map(len, groups))
+    rest = f"; the first {limit} are shown" if len(groups) > limit else ""
+    click.echo(f"{len(groups):,} groups of {items:,} items have a cosine of {threshold:g} or more{rest}.")
 
 
 @main.command(
@@ -211,6 +269,7 @@ def info(catalog: Path, as_json: bool) -> None:
         return
     bundle = facts["bundle"]
     click.echo(f"{facts['location']}: {facts['items']:,} items, made {facts['created']}")
+    click.echo(f"columns {', '.join(f'{name} ({kind})' for name, kind in facts['columns'].items()) or 'none'}")
     click.echo(f"bundle {bundle['name']} at {bundle['path']}: {bundle['dim']} dimensions, {bundle['fingerprint'][:12]}")
 
 
@@ -222,8 +281,7 @@ def delete(catalog: Path, ids: Sequence[str]) -> None:
     from .catalog import Catalog
 
     with Catalog(catalog, create=False) as opened:
-        # On the command line 7 may mean the id 7 or the id "7".
-        removed = opened.delete([*ids, *(int(id) for id in ids if id.lstrip("-").isdecimal() and len(id) < 19)])
+        removed = opened.delete([meant for id in ids for meant in _meant(id)])
         click.echo(f"{removed} removed; {opened.count():,} items are left.")
 
 
@@ -249,6 +307,33 @@ def _parse_json(where: str | None) -> Any:
         return None if where is None else json.loads(where)
     except ValueError as error:
         raise FilterError(f'--where is not JSON ({error}); write it like \'{{"price": {{"lt": 80}}}}\'') from error
+
+
+def _meant(id: str) -> list[str | int]:
+    """On the command line 7 may mean the id 7 or the id "7"."""
+    return [id, int(id)] if id.removeprefix("-").isdecimal() and len(id) < 19 else [id]
+
+
+def _known(catalog: Catalog, id: str) -> str | int:
+    """The id that is meant by what was typed; as it is if the catalogue knows neither, which the search then says."""
+    return next((meant for meant in _meant(id) if catalog.get(meant)), id)
+
+
+def _show_hits(hits: Sequence[Hit], offset: int, pictures: bool | None) -> None:
+    """A table; or, with pictures, one hit below the other."""
+    from .terminal import drawn, protocol
+
+    how = protocol(os.environ)
+    if not (sys.stdout.isatty() and how if pictures is None else pictures):
+        rows = (
+            [n, f"{hit.score:.3f}", hit.id, hit.text or "", _columns(hit)] for n, hit in enumerate(hits, offset + 1)
+        )
+        _table(["", "score", "id", "caption", "columns"], rows)
+        return
+    for n, hit in enumerate(hits, offset + 1):
+        click.echo(drawn(hit.thumbnail(), how if sys.stdout.isatty() else ""))
+        click.echo(f"{n}. {hit.score:.3f}  {hit.id}  {hit.text or ''}")
+        click.echo(f"   {_columns(hit)}\n")
 
 
 def _table(header: list[str], rows: Iterable[Sequence[object]]) -> None:
