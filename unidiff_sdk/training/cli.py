@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -25,7 +28,8 @@ __all__ = ["evaluate", "train"]
 T = TypeVar("T")
 # The headings of the help.
 DATA, TUNED, LOSSES, RSC = "Data", "What is tuned", "Losses", "Reciprocal semantic consistency"
-SMALL, MEMORY, KEEPING = "Against the dangers of small data", "Memory and speed", "Keeping"
+SMALL, MEMORY = "Against the dangers of small data", "Memory and speed"
+SEEN, KEEPING = "Looking on", "Keeping"
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 DEFAULTS = TrainingConfig()
 LOG_EVERY = 50  # steps, where the output is a file and not a terminal
@@ -153,22 +157,74 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
     help="Of the models' passes; weights stay fp32. bf16 is for recent processors and GPUs, fp16 for GPUs.",
 )
 @flag("--checkpoint-activations", theme=MEMORY, help="Compute activations twice instead of keeping them all.")
+@click.option(
+    "--val", type=click.Path(path_type=Path), cls=Option, theme=SEEN, help="Pairs to measure on, not trained on."
+)
+@config_option("--validate-every", field="validate_every", theme=SEEN, help="Steps between looks at --val.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    cls=Option,
+    theme=SEEN,
+    help="Draw this at every look; default: the first captions of --val.",
+)
+@click.option(
+    "--tensorboard",
+    type=click.Path(path_type=Path),
+    cls=Option,
+    theme=SEEN,
+    help="Write curves and samples for TensorBoard to this folder.",
+)
 @config_option("--save-every", field="save_every", theme=KEEPING, help="Steps between checkpoints.")
 @config_option("--keep", field="keep", theme=KEEPING, help="Checkpoints that are kept; older ones lie in OUT.history.")
 def train(
-    data: Path, base: str, out: Path, strict: bool, device: str, resume: bool, latents: Path | None, **options: Any
+    data: Path,
+    base: str,
+    out: Path,
+    strict: bool,
+    device: str,
+    resume: bool,
+    latents: Path | None,
+    val: Path | None,
+    prompts: tuple[str, ...],
+    tensorboard: Path | None,
+    **options: Any,
 ) -> None:
     """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet,
     or of webdataset shards (.tar).
 
     Each row of the metadata names an image (file_name) and its caption (text). One checkpoint comes out, which
     diffusers and transformers open as it is, and which unidiff-export turns into a bundle. Interrupt at any time:
-    what was learned so far is saved, and --resume goes on from there, as if nothing had happened.
+    what was learned so far is saved, and --resume goes on from there, as if nothing had happened. OUT.log/report.html
+    shows how it went: curves, and with --val samples over time, searches, figures before and after.
     """
     config = TrainingConfig(**options)
     rows = count_rows(data)  # a folder that cannot be read is told before PyTorch is imported
-    with _progress("PyTorch is being imported") as progress:
+    if val:
+        count_rows(val)
+    elif prompts:
+        raise OptionError("--prompt is drawn at the looks at --val, which is not given")
+    with _progress("PyTorch is being imported") as progress, ExitStack() as open_until_the_end:
+        from unidiff_sdk.training.report import write_report
+        from unidiff_sdk.training.runlog import RunLog
         from unidiff_sdk.training.trainer import train as run
+        from unidiff_sdk.training.validation import Validator, Watcher
+
+        log = RunLog(out.with_name(f"{out.name}.log"), _about(data, base, out, val, config))
+        report = log.folder / "report.html"
+        watchers: list[Watcher] = [log]
+        if tensorboard:
+            from unidiff_sdk.training.tensorboard import TensorBoard
+
+            watchers.append(open_until_the_end.enter_context(closing(TensorBoard(tensorboard))))
+        display = _StepDisplay(progress, config.steps)
+        validator = Validator(val, watchers, prompts=prompts, strict=strict) if val else None
+
+        def on_step(report: StepReport) -> None:
+            display(report)
+            for watcher in watchers:
+                watcher.on_step(report)
 
         result = run(
             data,
@@ -180,10 +236,16 @@ def train(
             resume=resume,
             latents=latents,
             on_rows=lambda read: _track(progress, read, rows, "pictures"),
-            on_step=_StepDisplay(progress, config.steps),
+            on_step=on_step,
+            on_validate=validator,
         )
+        if log.started:  # by this process, and there were steps to go
+            log.finish(pairs=result.pairs, bad_rows=len(result.bad))
+            write_report(log.folder, report)
     _tell_bad_rows(data, result.bad)
     click.echo(f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s: {result.path}")
+    if report.is_file():
+        click.echo(f"How it went: {report}")
     click.echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")
 
 
@@ -254,6 +316,27 @@ def evaluate(
 
 
 # --- what is shown meanwhile -----------------------------------------------------------------------------------------
+
+
+def _about(data: Path, base: str, out: Path, val: Path | None, config: TrainingConfig) -> dict[str, Any]:
+    """What a run's log says of it: what it was asked for, and with what."""
+    import diffusers
+    import torch
+    import transformers
+
+    from unidiff_sdk import __version__
+
+    versions = {"unidiff-sdk": __version__, "torch": torch.__version__}
+    versions |= {module.__name__: module.__version__ for module in (diffusers, transformers)}
+    return {
+        "name": out.name,
+        "base": Path(base).name,
+        "data": data.name,
+        "val": val.name if val else None,
+        "command": shlex.join(["unidiff-train", *sys.argv[1:]]),
+        "config": asdict(config),
+        "versions": versions,
+    }
 
 
 @contextmanager

@@ -28,7 +28,17 @@ from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.pictures import Pictures
 from unidiff_sdk.training.processes import pick_device
 
-__all__ = ["Evaluation", "embed", "evaluate", "generate", "retrieval", "synthetic_attributes"]
+__all__ = [
+    "Evaluation",
+    "differing",
+    "embed",
+    "equal_keys",
+    "evaluate",
+    "generate",
+    "meanings",
+    "retrieval",
+    "synthetic_attributes",
+]
 
 EMBED_BATCH, GENERATE_BATCH = 64, 32
 SHEET_COLUMNS = 10
@@ -93,7 +103,7 @@ def evaluate(
         "checkpoint": loaded.meta.get("name", loaded.path.name),
         "data": used,
         "relevance": "attributes" if attributes else "captions",
-        "retrieval": retrieval(u, v, _meanings(pairs, attributes)),
+        "retrieval": retrieval(u, v, meanings(pairs, attributes)),
         "collapse": {
             "image_effective_rank": metrics.effective_rank(u),
             "text_effective_rank": metrics.effective_rank(v),
@@ -105,7 +115,7 @@ def evaluate(
     # 2. generation
     sheet = None
     if prompts:
-        rows = _differing(_meanings(pairs, attributes), prompts)
+        rows = differing(meanings(pairs, attributes), prompts)
         asked = [row for row in rows for _ in range(per_prompt)]
         captions = [pairs.captions[row] for row in asked]
         table = make_table(sampler, Schedule.from_config(loaded.scheduler.config), steps)
@@ -159,17 +169,22 @@ def embed(model: JointModel, checkpoint: Checkpoint, pairs: Pairs) -> tuple[Vect
     return torch.cat(images).numpy(), torch.cat(texts).numpy()
 
 
-def retrieval(u: Vectors, v: Vectors, meanings: Sequence[tuple[Any, ...]]) -> dict[str, dict[str, float]]:
-    """R@1, R@5, R@10 and the median rank, both ways, of n pictures and their n captions; meanings: n keys."""
-    numbers = {meaning: number for number, meaning in enumerate(dict.fromkeys(meanings))}
-    group = np.array([numbers[meaning] for meaning in meanings])
-    relevant, similarity = group[:, None] == group[None, :], u @ v.T
+def retrieval(u: Vectors, v: Vectors, keys: Sequence[tuple[Any, ...]]) -> dict[str, dict[str, float]]:
+    """R@1, R@5, R@10 and the median rank, both ways, of n pictures and their n captions; keys: n `meanings`."""
+    relevant, similarity = equal_keys(keys), u @ v.T
     ways = {"text_to_image": similarity.T, "image_to_text": similarity}
     return {
         way: {f"R@{k}": share for k, share in metrics.recall_at_k(scores, relevant, RECALL_AT).items()}
         | {"median_rank": metrics.median_rank(scores, relevant)}
         for way, scores in ways.items()
     }
+
+
+def equal_keys(keys: Sequence[tuple[Any, ...]]) -> NDArray[np.bool_]:
+    """bool[n, n]: which of n keys are equal."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    group = np.array([numbers[key] for key in keys])
+    return np.asarray(group[:, None] == group[None, :])
 
 
 def synthetic_attributes(pairs: Pairs) -> list[dict[str, str]] | None:
@@ -180,7 +195,8 @@ def synthetic_attributes(pairs: Pairs) -> list[dict[str, str]] | None:
     return [{name: str(row[name]) for name in names} for names, row in zip(columns, pairs.payloads, strict=True)]
 
 
-def _meanings(pairs: Pairs, attributes: list[dict[str, str]] | None) -> list[tuple[Any, ...]]:
+def meanings(pairs: Pairs, attributes: list[dict[str, str]] | None) -> list[tuple[Any, ...]]:
+    """What must be equal for a picture to be relevant to a caption: its attributes, else its normalised caption."""
     return [tuple(values.items()) for values in attributes] if attributes else group_keys(pairs)
 
 
@@ -195,10 +211,10 @@ def _forgetting(
     """Mean R@1 of both ways on what the base knows, before and after; positive drop: forgotten."""
     before_tuning = load_checkpoint(base)
     pairs = load_pairs(base_data, before_tuning, limit=limit)
-    meanings = _meanings(pairs, synthetic_attributes(pairs))
+    keys = meanings(pairs, synthetic_attributes(pairs))
 
     def mean_recall(model: JointModel, checkpoint: Checkpoint) -> float:
-        ways = retrieval(*embed(model, checkpoint, pairs), meanings)
+        ways = retrieval(*embed(model, checkpoint, pairs), keys)
         return float(np.mean([way["R@1"] for way in ways.values()]))
 
     before = mean_recall(JointModel(before_tuning).to(pick_device(device)).eval(), before_tuning)
@@ -252,11 +268,11 @@ def _noise(streams: Sequence[np.random.Generator], shape: tuple[int, int, int]) 
     return torch.from_numpy(np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams]))
 
 
-def _differing(meanings: Sequence[tuple[Any, ...]], n: int) -> list[int]:
-    """The first n rows that differ in meaning."""
+def differing(keys: Sequence[tuple[Any, ...]], n: int) -> list[int]:
+    """The first n rows whose keys differ."""
     first: dict[tuple[Any, ...], int] = {}
-    for row, meaning in enumerate(meanings):
-        first.setdefault(meaning, row)
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
     return list(first.values())[:n]
 
 

@@ -80,6 +80,11 @@ class Pictures:
         """All pictures in order, n at a time."""
         return (self[start : start + n] for start in range(0, len(self), n))
 
+    def first(self, n: int) -> Pictures:
+        """The first n of them."""
+        kept = None if self.kept is None else self.kept[:n]
+        return Pictures(self.rows[:n], self.size, self.fit, kept, self._mirrored)
+
     def mirrored(self) -> Pictures:
         """The same pictures, left and right exchanged."""
         return Pictures(self.rows, self.size, self.fit, self.kept, not self._mirrored)

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     WEIGHTS = 3
     DROPOUT = 4
     PRIOR = 5
+    VALIDATION = 6
 
 
 def seed_of(seed: int, purpose: Purpose, *key: int) -> int:
