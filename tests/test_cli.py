@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
 def test_pictures_in_the_terminal(indexed: Path) -> None:
     result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 2, "--pictures")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("▀") == 2 * 14 * 7 and "1. 0." in result.stdout
+    assert len(re.findall(r"\x1b\[38;2;[\d;]+m▀", result.stdout)) == 2 * 14 * 7 and "1. 0." in result.stdout
     assert "▀" not in run("search", indexed / "shop.catalog", "red shirt").stdout
 
 

@@ -323,6 +323,8 @@ def _show_hits(hits: Sequence[Hit], offset: int, pictures: bool | None) -> None:
     """A table; or, with pictures, one hit below the other."""
     from .terminal import drawn, protocol
 
+    if not hits:
+        return
     how = protocol(os.environ)
     if not (sys.stdout.isatty() and how if pictures is None else pictures):
         rows = (
@@ -331,7 +333,7 @@ def _show_hits(hits: Sequence[Hit], offset: int, pictures: bool | None) -> None:
         _table(["", "score", "id", "caption", "columns"], rows)
         return
     for n, hit in enumerate(hits, offset + 1):
-        click.echo(drawn(hit.thumbnail(), how if sys.stdout.isatty() else ""))
+        click.echo(drawn(hit.thumbnail(), how if sys.stdout.isatty() else ""), color=True)
         click.echo(f"{n}. {hit.score:.3f}  {hit.id}  {hit.text or ''}")
         click.echo(f"   {_columns(hit)}\n")
 
