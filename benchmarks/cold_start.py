@@ -1,50 +1,59 @@
-"""Process start to first hit on a catalogue of 1,000 items, and to the first generated picture.
+"""Process start to the first hit on a catalogue of 1,000 items, and to the first generated picture, with the memory.
 
-Each figure is the median over fresh processes, files in the page cache, clock started before the process is. Run it in
-an environment without PyTorch (`make bench` does), so that nothing is imported by accident.
+Every figure is of fresh processes, files in the page cache, the clock started before the process is. The peers do the
+same with the checkpoint that the built-in bundle was exported from, by the shortest way through their libraries.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
 import click
-from _host import host
+from harness import Benchmark, Process, options
 from rich.progress import track
 
-ITEMS = 1000
+ITEMS, STEPS = 1000, 20
+PROMPT = "red striped dress"
 
-# Each stage is a moment on CLOCK_MONOTONIC, which all processes of a machine share.
-CHILD = """
-import time; moments = {"interpreter": time.monotonic()}
-from unidiff_sdk import Catalog
-catalog = Catalog(%r, create=False)
-moments["catalogue open"] = time.monotonic()
-result = catalog.%s
-assert len(result)
-moments["%s"] = time.monotonic()
-catalog.close()
-import json, sys; print(json.dumps(moments)); assert "torch" not in sys.modules
-"""
-CASES = {
-    "first hit": 'search("red striped dress", limit=10)',
-    "first picture": 'generate("red striped dress", seed=0)',
+OURS = {
+    "hit": "from unidiff_sdk import Catalog; c = Catalog({folder!r}, create=False); assert len(c.search({prompt!r}))",
+    "picture": "from unidiff_sdk import Catalog; c = Catalog({folder!r}, create=False); "
+    "assert len(c.generate({prompt!r}, seed=0, steps={steps}))",
+}
+CHECK = "; import sys; assert 'torch' not in sys.modules"
+PEERS = {
+    "hit": (
+        "transformers + NumPy",
+        "import numpy as np, torch; from transformers import CLIPModel, CLIPTokenizer\n"
+        "torch.set_num_threads({threads})\n"
+        "clip = CLIPModel.from_pretrained({clip!r}); tokenizer = CLIPTokenizer.from_pretrained({clip!r})\n"
+        "tokens = tokenizer([{prompt!r}], padding='max_length', return_tensors='pt')\n"
+        "with torch.inference_mode():\n"
+        "    v = clip.text_projection(clip.text_model(tokens['input_ids']).pooler_output)[0].numpy()\n"
+        "assert len(np.argsort(-(np.load({gallery!r}) @ v))[:10])",
+    ),
+    "picture": (
+        "diffusers",
+        "import torch; from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline\n"
+        "torch.set_num_threads({threads})\n"
+        "p = StableDiffusionPipeline.from_pretrained({base!r}, safety_checker=None)\n"
+        "p.set_progress_bar_config(disable=True)\n"
+        "p.scheduler = DPMSolverMultistepScheduler.from_config(p.scheduler.config)\n"
+        "assert p({prompt!r}, num_inference_steps={steps}, guidance_scale=5.0).images",
+    ),
 }
 
 
-def shop(folder: Path, items: int, bundle: str | None) -> Path:
+def shop(folder: Path, items: int) -> Path:
     """A catalogue of synthetic products, made once."""
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
 
     chosen = products("fashion-woman", items, seed=1, split="test")
-    with Catalog(folder, bundle=bundle) as catalog:
+    with Catalog(folder) as catalog:
         for start in track(range(0, items, 100), "Indexing"):
             batch = chosen[start : start + 100]
             catalog.add(
@@ -56,48 +65,38 @@ def shop(folder: Path, items: int, bundle: str | None) -> Path:
     return folder
 
 
-def one_run(catalogue: Path, name: str) -> dict[str, float]:
-    """Seconds from process start to each stage, in one fresh process."""
-    code = CHILD % (str(catalogue), CASES[name], name)
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"the measured process failed:\n{done.stderr}")
-    return {stage: moment - started for stage, moment in json.loads(done.stdout).items()}
-
-
-def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, best and worst of each stage over the runs, in seconds."""
-    columns = {stage: sorted(run[stage] for run in runs) for stage in runs[0]}
-    return {
-        stage: {
-            "median_s": round(statistics.median(seconds), 4),
-            "min_s": round(seconds[0], 4),
-            "max_s": round(seconds[-1], 4),
-        }
-        for stage, seconds in columns.items()
-    }
-
-
 @click.command()
-@click.option("--runs", default=9, show_default=True, help="Fresh processes for each figure.")
+@options
 @click.option("--items", default=ITEMS, show_default=True, help="Size of the catalogue.")
-@click.option("--bundle", help="Default: the built-in one.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the figures to this JSON file too.")
-def main(runs: int, items: int, bundle: str | None, out: Path | None) -> None:
+def main(items: int, **chosen: Any) -> None:
     """Time a fresh process to its first hit and to its first generated picture."""
+    bench = Benchmark(__file__, "How long from the start of a process to its first answer?", **chosen)
+    import numpy as np
+
+    from unidiff_sdk import Bundle
+
     with tempfile.TemporaryDirectory() as temporary:
-        catalogue = shop(Path(temporary) / "shop.catalog", items, bundle)
-        results = {}
-        for name in CASES:
-            one_run(catalogue, name)  # fills the page cache and the bytecode caches
-            results[name] = summary([one_run(catalogue, name) for _ in range(runs)])
-    report = {"benchmark": "cold_start", "items": items, "runs": runs, "results": results, **host()}
-    text = json.dumps(report, indent=2)
-    click.echo(text)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        folder = Path(temporary) / "shop.catalog"
+        gallery = Path(temporary) / "gallery.npy"
+        base = Path(__file__).resolve().parent.parent / "unidiff_sdk" / "models" / "tiny_checkpoint"
+        facts = {"folder": str(folder), "gallery": str(gallery), "base": str(base), "clip": str(base / "clip")}
+        facts |= {"prompt": PROMPT, "steps": str(STEPS), "threads": str(bench.threads)}
+        for kind, (peer, code) in PEERS.items():
+            case = f"first {kind}, {items:,} items" if kind == "hit" else f"first {kind}, {STEPS} steps, 64 px"
+            if not bench.wants(case):
+                continue
+            if not folder.exists():
+                shop(folder, items)
+                dim = Bundle.open(verify=False).dim
+                np.save(gallery, np.random.default_rng(0).standard_normal((items, dim), dtype=np.float32))
+            bench.row(
+                case,
+                ours={"UniDiff": Process([sys.executable, "-c", OURS[kind].format(**facts) + CHECK])},
+                peers={peer: Process([sys.executable, "-c", code.format(**facts)])},
+                parameters={"answer": kind},
+                note="The peer loads the checkpoint that the bundle was exported from; its gallery is an array.",
+            )
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -272,6 +272,7 @@ class Benchmark:
             "question": question,
             "device": device,
             "threads": threads,
+            "depends": [str(Path(file).resolve().relative_to(ROOT)) for file in depends],
             **host(),
         }
         self.code = digest([self.script, *depends])
@@ -376,6 +377,17 @@ class Benchmark:
             self.report["complete"] = True
         self.write()
         click.echo(f"{self.out}: {len(self.rows)} rows, {len(self._measured)} measured now", err=True)
+
+
+def fresh(script: Path) -> bool:
+    """Whether a benchmark's own file holds all its rows, by this code, on this machine, with these versions."""
+    file = RESULTS / f"{script.stem}.json"
+    if not file.is_file():
+        return False
+    result, here = json.loads(file.read_text(encoding="utf-8")), host()
+    code = digest([script.resolve(), *(ROOT / name for name in result.get("depends", ()))])
+    alike = all(result.get(key) == here[key] for key in ("cpu", "cores", "versions"))
+    return bool(result.get("complete")) and alike and all(row["code"] == code for row in result["rows"])
 
 
 def digest(files: Sequence[Path]) -> str:

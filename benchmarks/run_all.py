@@ -1,0 +1,59 @@
+"""`make bench`: every benchmark that is not fresh, each within its time, and then the page.
+
+Fresh is a complete result of the same code, machine, versions and threads. What was interrupted, by hand or by its
+time running out, goes on after its last row the next time.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+from harness import ROOT, fresh
+
+# Seconds that a benchmark may take on two cores: in all less than 90 minutes.
+BUDGETS = {"unet": 1200, "search": 900, "indexing": 600, "training_step": 900, "generate": 600}
+BUDGET = 300
+
+
+def scripts() -> list[Path]:
+    """The files here that measure by the harness."""
+    measures = re.compile(r"^from harness import (\([^)]*|[^\n]*)\bBenchmark\b", re.MULTILINE)
+    return [file for file in sorted(Path(__file__).parent.glob("*.py")) if measures.search(file.read_text("utf-8"))]
+
+
+@click.command()
+@click.option("--only", help="Those whose name holds this.")
+@click.option("--again", is_flag=True, help="Measure also what is fresh.")
+def main(only: str | None, again: bool) -> None:
+    """Run the benchmarks one after another, then write the page."""
+    chosen = [script for script in scripts() if only is None or only in script.stem]
+    late = []
+    for number, script in enumerate(chosen, start=1):
+        told = f"[{number}/{len(chosen)}] {script.stem}"
+        if not again and fresh(script):
+            click.echo(f"{told}: fresh, passed over", err=True)
+            continue
+        budget, started = BUDGETS.get(script.stem, BUDGET), time.monotonic()
+        click.echo(f"{told}: at most {budget / 60:.0f} minutes", err=True)
+        try:
+            done = subprocess.run(
+                [sys.executable, script, *(["--again"] if again else [])], cwd=ROOT, timeout=budget, check=False
+            )
+        except subprocess.TimeoutExpired:
+            late.append(f"{script.stem} (time is up; the rows so far are kept)")
+        else:
+            if done.returncode != 0:
+                late.append(f"{script.stem} (failed)")
+        click.echo(f"{told}: {time.monotonic() - started:.0f} s", err=True)
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py"], check=True)
+    if late:
+        sys.exit(f"not finished: {', '.join(late)}. `make bench` goes on from there.")
+
+
+if __name__ == "__main__":
+    main()
