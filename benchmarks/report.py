@@ -130,7 +130,7 @@ def table(result: Result) -> Iterator[str]:
             cells = ["" if number else row["case"], f"**{name}**" if measured["ours"] else name]
             cells += [duration(seconds["median"]), f"{duration(seconds['q1'])} to {duration(seconds['q3'])}"]
             if per_second:
-                cells.append(f"{row['items'] / seconds['median']:.3g}" if "items" in row else "")
+                cells.append(rate(row["items"] / seconds["median"]) if "items" in row else "")
             for key, peak, _ in shares:
                 share = measured[key] / seconds["median"] / (1e9 * result["peaks"][peak]) if key in measured else None
                 cells.append("" if share is None else f"{share:.0%}")
@@ -152,6 +152,11 @@ def duration(seconds: float) -> str:
         if seconds * scale >= 1 or unit == "µs":
             return f"{seconds * scale:.3g} {unit}"
     raise AssertionError
+
+
+def rate(per_second: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{per_second:,.0f}" if per_second >= 1000 else f"{per_second:.3g}"
 
 
 # --- where a peer is ahead -------------------------------------------------------------------------------------------

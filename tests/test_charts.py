@@ -44,6 +44,11 @@ def test_a_logarithmic_axis_has_equal_decades_and_leaves_out_what_it_cannot_show
     assert math.isclose(steps[0][0], steps[1][0], abs_tol=0.2) and steps[0][1] < 0
 
 
+def test_a_few_whole_places_on_a_logarithmic_axis_are_its_ticks() -> None:
+    batches = drawn(Line("a", [(1, 5.0), (4, 9.0), (16, 30.0)]), log_x=True)
+    assert {"1", "4", "16"} <= {text.text for text in batches.iter(f"{SVG}text")}
+
+
 @settings(max_examples=200, deadline=None)
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-6, 1e6), log=st.booleans())
 def test_ticks_are_few_round_and_inside(low: float, span: float, log: bool) -> None:

@@ -64,7 +64,7 @@ def line_chart(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(value):.1f}" y2="{y.at(value):.1f}"/>'
         )
         parts.append(f'<text x="{LEFT - 8}" y="{y.at(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in x.ticks():
+    for value in (log_x and _few_counts(shown)) or x.ticks():
         parts.append(
             f'<text x="{x.at(value):.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{_number(value)}</text>'
         )
@@ -106,6 +106,12 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
+
+
+def _few_counts(lines: Sequence[Line]) -> list[float]:
+    """The places themselves where they are a few whole numbers, such as batches; else none."""
+    places = sorted({point[0] for line in lines for point in line.points})
+    return places if len(places) <= 8 and all(place.is_integer() for place in places) else []
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
