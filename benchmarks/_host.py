@@ -8,7 +8,17 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("unidiff-sdk", "onnxruntime", "qdrant-edge-py", "numpy", "tokenizers", "pillow", "torch", "diffusers")
+PACKAGES = (
+    "unidiff-sdk",
+    "onnxruntime",
+    "qdrant-edge-py",
+    "qdrant-client",
+    "numpy",
+    "tokenizers",
+    "pillow",
+    "torch",
+    "diffusers",
+)
 
 
 def host() -> dict[str, object]:
