@@ -172,7 +172,8 @@ class EdgeStore:
             # log makes it whole when it is opened. (Flushing first would stop every thread for longer.)
             copy = self._generations.following()
             with self._write([]), _translated(self.path):
-                shutil.copytree(self._generations.current, copy)
+                # The engine prepares the log's next piece under this name and renames it when it is made.
+                shutil.copytree(self._generations.current, copy, ignore=shutil.ignore_patterns("tmp-open-*"))
                 self._written = set()
             fresh = None
             try:
