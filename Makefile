@@ -1,5 +1,5 @@
-# Two environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything. Each is brought up to date only
-# when pyproject.toml or constraints.txt changed. `make` alone lists what there is.
+# Environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything, .venv-optimum is a peer with its own
+# pins. Each is brought up to date only when its lists changed. `make` alone lists what there is.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,6 +9,7 @@ SHELL := bash
 PYTHON ?=
 VENV := .venv
 DEMO_VENV := .venv-demo
+OPTIMUM_VENV := .venv-optimum
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := pyproject.toml constraints.txt
 ARGS ?=
@@ -24,6 +25,9 @@ test: $(VENV)/.ready ## the quick test suite
 
 test-all: $(VENV)/.ready ## the whole test suite
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
+	$(OPTIMUM_VENV)/bin/python -m pytest tests/test_optimum.py $(ARGS)
 
 pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; writes pipeline/index.html
 	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
@@ -47,7 +51,7 @@ lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/mypy
 
 clean: ## remove environments, outputs and caches
-	rm -rf $(VENV) $(DEMO_VENV) demo pipeline real build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) demo pipeline real build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO_VENV)/.ready: $(LOCK)
 	@python=$$(.ci/find-python $(PYTHON)); \
@@ -64,4 +68,12 @@ $(VENV)/.ready: $(LOCK)
 	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[cpu,train,export,dev]"
 	@touch $@
 
-.PHONY: help demo test test-all pipeline real tiny bench bench-ci lint clean
+$(OPTIMUM_VENV)/.ready: pyproject.toml tests/requirements-optimum.txt
+	@python=$$(.ci/find-python $(PYTHON)); \
+	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(@D)/bin/python .ci/torch_build.py tests/requirements-optimum.txt
+	@echo "Installing optimum beside the runtime into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -r tests/requirements-optimum.txt -e ".[cpu]"
+	@touch $@
+
+.PHONY: help demo test test-all test-optimum pipeline real tiny bench bench-ci lint clean

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError, OptionError
+from .pipelinefolder import PIPELINE, AdaptedSession, derive_manifest, is_pipeline
 from .samplers import Schedule
 from .sessions import DEVICES, create_session
 from .shapes import Profile, shape_profile
@@ -84,6 +85,7 @@ class Bundle:
         self.device = device
         self._threads = threads
         self._capture = capture
+        self._derived = manifest["format"] == PIPELINE
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -97,7 +99,7 @@ class Bundle:
         threads: int | None = None,
         capture: bool = False,
     ) -> Bundle:
-        """Open a bundle folder.
+        """Open a bundle folder, or one that optimum exported from Stable Diffusion, which can only generate.
 
         Args:
             path: the folder; None or "tiny" is the default bundle that comes with the package.
@@ -112,6 +114,8 @@ class Bundle:
             OptionError: `device` is not known.
         """
         folder = TINY if path is None or path == "tiny" else Path(path)
+        if not (folder / MANIFEST).is_file() and is_pipeline(folder):
+            return cls(folder, _derived_manifest(folder), device=device, threads=threads, capture=capture)
         manifest = _read_manifest(folder)
         _check_schema(folder, manifest)
         _check_files(folder, manifest["files"], verify)
@@ -131,7 +135,7 @@ class Bundle:
         with self._lock:
             if graph not in self._sessions:
                 described = self._graph(graph)
-                self._sessions[graph] = create_session(
+                session = create_session(
                     self.path / described["file"],
                     device=self.device,
                     threads=self._threads,
@@ -140,6 +144,7 @@ class Bundle:
                     fingerprint=self.fingerprint,
                     capture=self._capture,
                 )
+                self._sessions[graph] = AdaptedSession(session) if self._derived else session
             return self._sessions[graph]
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> list[GraphWarmup]:
@@ -201,23 +206,23 @@ class Bundle:
     @property
     def dim(self) -> int:
         """The length of an embedding."""
-        return int(self.manifest["embedding"]["dim"])
+        return int(self._of_search("embedding")["dim"])
 
     @property
     def max_tokens(self) -> int:
         """The length, in tokens, that texts are padded or cut to for search."""
-        return int(self.manifest["embedding"]["max_tokens"])
+        return int(self._of_search("embedding")["max_tokens"])
 
     @property
     def prompt_tokens(self) -> int:
         """The length, in tokens, that prompts are padded or cut to; another than `max_tokens` only where the
         generator has a text encoder of its own."""
-        return int(self.manifest.get("prompt", self.manifest["embedding"])["max_tokens"])
+        return int((self.manifest.get("prompt") or self.manifest["embedding"])["max_tokens"])
 
     @property
     def image_size(self) -> int:
         """The side, in pixels, of the square that the image encoder sees."""
-        return int(self.manifest["image"]["size"])
+        return int(self._of_search("image")["size"])
 
     @property
     def image_fit(self) -> Fit:
@@ -228,18 +233,28 @@ class Bundle:
     @property
     def image_mean(self) -> NDArray[np.float32]:
         """What is subtracted from each channel in [0, 1]: float32[3]."""
-        return np.asarray(self.manifest["image"]["mean"], np.float32)
+        return np.asarray(self._of_search("image")["mean"], np.float32)
 
     @property
     def image_std(self) -> NDArray[np.float32]:
         """What each channel is then divided by: float32[3]."""
-        return np.asarray(self.manifest["image"]["std"], np.float32)
+        return np.asarray(self._of_search("image")["std"], np.float32)
 
     def __repr__(self) -> str:
+        searches = "generation only" if self._derived else f"{self.dim}-dimensional"
         return (
-            f"Bundle({self.name!r}, {self.precision}, {self.dim}-dimensional, device={self.device!r}, "
+            f"Bundle({self.name!r}, {self.precision}, {searches}, device={self.device!r}, "
             f"fingerprint={self.fingerprint[:12]}…, path={str(self.path)!r})"
         )
+
+    def _of_search(self, section: str) -> dict[str, Any]:
+        """A section of the manifest that only a bundle with CLIP's towers has."""
+        if self._derived:
+            raise BundleError(
+                f"{self.path} holds a Stable Diffusion without CLIP: it generates, but cannot search, rank or index. "
+                "Export both together: unidiff-export CKPT -o BUNDLE"
+            )
+        return cast(dict[str, Any], self.manifest[section])
 
     def _graph(self, graph: str) -> dict[str, Any]:
         graphs: dict[str, dict[str, Any]] = self.manifest["graphs"]
@@ -286,6 +301,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if (folder / "unidiff.json").is_file():
         raise BundleError(f"{folder}: is a training checkpoint; make a bundle of it: unidiff-export {folder} -o BUNDLE")
     raise BundleError(f"{folder}: is not a bundle, as it has no {MANIFEST}; give the folder that unidiff-export wrote")
+
+
+def _derived_manifest(folder: Path) -> dict[str, Any]:
+    """That of a folder which optimum exported; its fingerprint is of the files as they are found."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hashes = {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+    return derive_manifest(folder) | {"files": hashes, "fingerprint": fingerprint_of(hashes)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

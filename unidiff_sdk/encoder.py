@@ -61,8 +61,8 @@ class Encoder:
         """
         if isinstance(images, (str, bytes, Image.Image, Path)) or (isinstance(images, np.ndarray) and images.ndim < 4):
             raise OptionError("encode_images takes several pictures; put a single one in a list")
-        session = self.bundle.session("image_encoder")
         size, mean, std = self.bundle.image_size, self.bundle.image_mean, self.bundle.image_std
+        session = self.bundle.session("image_encoder")
         fit = self.bundle.image_fit
         batches = []
         for batch in _batched(images, batch_size):
@@ -98,15 +98,15 @@ class Encoder:
 
 
 def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
-    """A CLIP tokenizer from its `tokenizer.json`, set to cut and pad to `max_tokens` with its own pad token.
+    """A CLIP tokenizer from its `tokenizer.json`, or else its vocabulary and merges.
+
+    It is set to cut and pad to `max_tokens` with its own pad token.
 
     Raises:
         BundleError: a file is missing or damaged.
     """
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = _read_tokenizer(folder)
         config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise BundleError(f"{folder}: the tokenizer cannot be read ({error})") from error
@@ -118,6 +118,16 @@ def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
     tokenizer.enable_truncation(max_tokens)
     tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
     return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
+        from .cliptokenizer import clip_tokenizer
+
+        return clip_tokenizer(folder / "vocab.json", folder / "merges.txt")
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:

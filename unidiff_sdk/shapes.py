@@ -34,7 +34,7 @@ def shape_profile(graph: str, inputs: Mapping[str, Mapping[str, Any]], manifest:
     latent = manifest["latent"]
     side = latent["size"] * (latent["scale_factor"] if graph == "vae_encoder" else 1)
     sides = (int(side * SMALLEST_SIDE), side, int(side * LARGEST_SIDE))
-    texts = manifest["embedding"] if graph == "clip_text_encoder" else manifest.get("prompt", manifest["embedding"])
+    texts = manifest["embedding"] if graph == "clip_text_encoder" else manifest.get("prompt") or manifest["embedding"]
     together = max(1, POSITIONS // (2 * latent["size"] ** 2))  # guided pictures in one call
     batch = {
         "text_encoder": TEXTS,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from unidiff_sdk.errors import ExportError
+from unidiff_sdk.pipelinefolder import EXTRA_CONDITIONS
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .options import TARGETS, Target
@@ -33,15 +34,6 @@ if TYPE_CHECKING:
 
 # Shape with start and end, and Expand, are the same in every opset since; the exporter converts them to the target's.
 SYMBOLIC_OPSET = 18
-
-# Of a UNet's configuration: what asks for an input that a text-to-image pipeline does not have.
-EXTRA_CONDITIONS = (
-    "addition_embed_type",
-    "class_embed_type",
-    "num_class_embeds",
-    "encoder_hid_dim_type",
-    "time_cond_proj_dim",
-)
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 

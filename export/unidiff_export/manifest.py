@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from unidiff_sdk.bundle import FORMAT, MANIFEST, SCHEMA_VERSION, fingerprint_of, manifest_checksum
+from unidiff_sdk.pipelinefolder import DEFAULT_SAMPLER
 from unidiff_sdk.shapes import shape_profile
 
 from .attention import count_attention
@@ -19,8 +20,6 @@ from .options import TARGETS
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoint import Checkpoint
-
-DEFAULT_SAMPLER = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
 
 
 def describe_graph(model: ir.Model, spec: GraphSpec, precision: str, target: str) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""CLIP's tokenizer from its vocabulary and merges, for folders without tokenizer.json, as transformers 4 wrote them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["clip_tokenizer"]
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+# What counts as a word before bytes are merged (Radford et al. 2021, arXiv:2103.00020; openai/CLIP, simple_tokenizer).
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def clip_tokenizer(vocabulary: Path, merges: Path) -> Tokenizer:
+    """A lower-casing byte-level BPE that puts a start and an end token around each text."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    ids: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    pairs = [(first, second) for first, second in (line.split() for line in lines if line[:9] != "#version:" and line)]
+    tokenizer = Tokenizer(models.BPE(ids, pairs, unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.post_processor = processors.RobertaProcessing((END, ids[END]), (START, ids[START]), False, False)
+    tokenizer.add_special_tokens([START, END])
+    return tokenizer
