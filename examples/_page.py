@@ -18,5 +18,4 @@ def hit_card(hit: Hit) -> Card:
 def drawn_card(picture: Generated) -> Card:
     """A generated picture: how well it agrees with its prompt, how to make it again, what is nearest to it."""
     near = (picture.nearest.load_image(), f"nearest: {picture.nearest.text}") if picture.nearest else None
-    settings = f"seed {picture.seed}, picture {picture.index}"
-    return Card(picture.image, picture.prompt, f"{picture.score:.3f}", settings, near=near)
+    return Card(picture.image, picture.prompt, f"{picture.score:.3f}", f"seed {picture.seed}", near=near)

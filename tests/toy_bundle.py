@@ -38,6 +38,7 @@ def make_toy_bundle(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     _write_graphs(folder, rng)
     _write_tokenizer(folder / "tokenizer")
     _write_json(folder / "unet" / "config.json", {"block_out_channels": [4, 4]})
+    _write_json(folder / "vae_decoder" / "config.json", {"block_out_channels": [4, 4]})
     _write_json(
         folder / "scheduler" / "scheduler_config.json",
         {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .catalog import Catalog as Catalog
     from .errors import BundleError as BundleError
+    from .errors import BusyError as BusyError
     from .errors import CheckpointError as CheckpointError
     from .errors import DataError as DataError
     from .errors import ExportError as ExportError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Bundle": "bundle",
     "BundleError": "errors",
+    "BusyError": "errors",
     "Catalog": "catalog",
     "CheckpointError": "errors",
     "DataError": "errors",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CheckpointError",
     "DataError",
     "ExportError",
@@ -43,6 +44,10 @@ class ImageError(UniDiffError):
 
 class GenerationError(UniDiffError):
     """A generation was asked for something impossible, or its result is not a picture."""
+
+
+class BusyError(UniDiffError):
+    """As many generations are under way as are taken at once; the same call may succeed later."""
 
 
 class DataError(UniDiffError):

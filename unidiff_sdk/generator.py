@@ -1,38 +1,37 @@
-"""Prompts to pictures: guidance, the denoising loop, decoding. The samplers' mathematics is in `samplers`."""
+"""Prompts to pictures: what is asked for becomes jobs, `batching` denoises them, the VAE decodes them."""
 
 from __future__ import annotations
 
-import math
 import operator
-import warnings
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .batching import MAX_REQUESTS, Engine, Job, Kept, Step
 from .bundle import Bundle
-from .encoder import load_tokenizer, token_ids
+from .conditioning import LONG_PROMPTS, Conditioner
+from .editing import first_step, fitted, latent_mask, load_mask, put_back, to_samples
 from .errors import GenerationError, OptionError
-from .samplers import Row, Schedule, Table, advance, make_table
+from .images import ImageSource, load_image
+from .memory import available_memory, picture_memory, readable_size
+from .samplers import Schedule, Table, make_table
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-__all__ = ["Generator", "Settings"]
+__all__ = ["MAX_SEED", "Generator", "Preview", "Settings"]
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
 MAX_GUIDANCE_SCALE = 50.0
-MAX_ENLARGEMENT = 4  # of the area that the model was trained at: attention's memory grows with its square
+MAX_SEED = 2**63 - 1  # what a payload holds
+STRENGTH = 0.7
 # Latent positions in one UNet call: 8 guided pictures of 64 px, or one of 512 px. Larger calls are no faster on a CPU.
 _POSITIONS_A_CALL = 4096
-_CACHED_PROMPTS = 256
 
 
 @dataclass(frozen=True)
@@ -44,24 +43,54 @@ class Settings:
     guidance_scale: float
     width: int
     height: int
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """One picture that is asked for: its noise is a function of (seed, index), whatever it is drawn beside."""
+class _Original:
+    """The picture that a generation starts from: its pixels, its latents, and where it is repainted, if not all over.
 
-    prompt: str
-    seed: int
-    index: int
-    latents: Float32 | None
+    latents: float32[channels, height, width]. repaint: bool[height, width] in pixels.
+    """
+
+    image: Image.Image
+    latents: Float32
+    repaint: NDArray[np.bool_] | None
+
+
+class Preview:
+    """A look at pictures under way.
+
+    Attributes:
+        done, total: steps, summed over the pictures of the call.
+    """
+
+    def __init__(self, step: Step, decode: Callable[[Float32], list[Image.Image]]) -> None:
+        self.done, self.total = step.done, step.total
+        self._step, self._decode = step, decode
+
+    def images(self) -> list[Image.Image]:
+        """The pictures as they are foreseen now, in the order of the result. It costs a call of the decoder."""
+        return self._decode(self._step.estimates())
 
 
 class Generator:
-    """The UNet, text encoder and VAE decoder of a bundle. May be shared between threads."""
+    """The UNet, text encoder and VAE of a bundle. May be shared between threads, whose calls then share UNet calls.
 
-    def __init__(self, bundle: Bundle) -> None:
+    Args:
+        bundle: the graphs.
+        positions: how many latent positions there are in one UNet call at most, twice with guidance. At 1 every picture
+            has its calls for itself and is bit for bit the same whatever is drawn at the same time.
+        max_requests: how many calls of `generate` may be under way; one more raises BusyError.
+    """
+
+    def __init__(self, bundle: Bundle, *, positions: int = _POSITIONS_A_CALL, max_requests: int = MAX_REQUESTS) -> None:
         self.bundle = bundle
-        self._condition = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode_prompt)
+        self._positions = positions
+        self._conditioner = Conditioner(bundle)
+        self._engine = Engine(self._predict, positions=positions, max_requests=max_requests)
+        # Decoding at full size is what takes memory, so one thread decodes at a time.
+        self._vae_lock = threading.Lock()
 
     def generate(
         self,
@@ -72,51 +101,97 @@ class Generator:
         seed: int = 0,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         sampler: str | None = None,
-        size: int | tuple[int, int] | None = None,
-        callback: Progress | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        like: ImageSource | None = None,
+        strength: float | None = None,
+        mask: ImageSource | None = None,
+        long_prompts: str = "truncate",
         latents: Float32 | None = None,
+        callback: Progress | None = None,
+        preview: Callable[[Preview], None] | None = None,
     ) -> list[Image.Image]:
         """Draw `n` pictures of each prompt: RGB images, those of the first prompt first.
 
-        Picture k of a prompt is the same whatever it is drawn beside: its noise depends on `seed` and k only. On a CPU
-        in fp32 no pixel differs by more than 1/255 from drawing it alone.
+        The k-th picture of a prompt is that of the seed `seed + k`, whatever it is drawn beside. ONNX Runtime's sums
+        depend on how many rows a call has: in fp32 on a CPU no pixel differs by more than 1/255 from drawing it alone;
+        with `positions=1` none differs at all, at any precision.
 
         Args:
-            prompts: what to draw. What exceeds `bundle.prompt_tokens` is cut off, with a warning.
+            prompts: what to draw.
             negative_prompt: what guidance leads away from.
             n: how many pictures of each prompt.
             seed: 0 or more.
-            steps: UNet calls for each picture; None for the bundle's default, as with the next three.
+            steps: of the sampler; None for the bundle's default, as with the other settings.
             guidance_scale: 0 to 50. 1 is no guidance, at half the work (Ho & Salimans 2022, arXiv:2207.12598).
+            guidance_rescale: 0 to 1; takes back the contrast that high scales add (Lin et al. 2023, arXiv:2305.08891,
+                where 0.7 is recommended).
             sampler: a name in `unidiff_sdk.samplers.SAMPLERS`.
-            size: pixels, a side or (width, height).
-            callback: called with (UNet calls done, UNet calls in all); what it raises ends the generation.
+            width, height: pixels, multiples of what the UNet halves and the VAE enlarges.
+            like: a picture to start from, brought to that size by cutting.
+            strength: above 0 to 1, with `like`: how far it is taken back to noise, and so how much may change. It
+                takes that share of the steps. Default 0.7; with a mask 1, which forgets what was there.
+            mask: with `like`: a picture, bright where it is repainted; everything else stays pixel for pixel.
+            long_prompts: "truncate" leaves out what exceeds `bundle.prompt_tokens` tokens, with a warning; "chunk" encodes
+                it in windows.
             latents: standard normal noise to start from, float32[pictures, channels, height, width] of the latent size,
                 instead of that of `seed`.
+            callback: called with (steps done, steps in all) after each step; what it raises ends the generation.
+            preview: the same, called with a `Preview`.
 
         Raises:
             OptionError: an argument is out of its range.
-            GenerationError: `latents` does not fit, or the result is not finite.
+            ImageError: `like` or `mask` cannot be read.
+            GenerationError: `latents` does not fit, there is not the memory, or the result is not finite.
+            BusyError: as many calls as are allowed are under way.
         """
-        # 1. Settle what the request leaves open
-        settings = self.settings(steps=steps, guidance_scale=guidance_scale, sampler=sampler, size=size)
-        table = make_table(settings.sampler, self._schedule, settings.steps)
-        pictures = self._pictures(prompts, n, seed, latents, settings)
+        # 1. Settle what the request leaves open, and refuse what cannot be
+        settings = self.settings(
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            width=width,
+            height=height,
+        )
+        prompts, n, seed = _checked_request(prompts, n, seed)
         if negative_prompt and settings.guidance_scale == 1:
             raise OptionError("negative_prompt has no effect at guidance_scale 1; raise the scale, or leave it out")
+        if long_prompts not in LONG_PROMPTS:
+            raise OptionError(f"long_prompts is {long_prompts!r}; use one of {', '.join(LONG_PROMPTS)}")
+        if not prompts:
+            return []
+        self._check_memory(settings)
 
-        # 2. Denoise and decode, as many at a time as fit in one call
-        batches = self._batches(pictures, settings)
-        calls, total = count(1), len(batches) * settings.steps
+        # 2. From what it starts
+        original = self._original(like, mask, settings)
+        table, pure_noise = self._table(settings, original, strength)
+        streams = [_stream(seed + k) for _ in prompts for k in range(n)]
+        noise = self._noise(streams, settings) if latents is None else self._checked_noise(latents, streams, settings)
 
-        def report() -> None:
+        # 3. Denoise, together with whatever else is under way
+        guided = settings.guidance_scale != 1
+        conditions = [self._condition(prompt, negative_prompt if guided else None, long_prompts) for prompt in prompts]
+        jobs = [
+            self._job(conditions[i // n], settings, table, original, pure_noise, noise[i], stream)
+            for i, stream in enumerate(streams)
+        ]
+        self.bundle.session("unet")  # what is wrong with it is said here, in the thread that asked
+
+        def on_step(step: Step) -> None:
             if callback is not None:
-                callback(next(calls), total)
+                callback(step.done, step.total)
+            if preview is not None:
+                preview(Preview(step, self._decode))
 
-        images: list[Image.Image] = []
-        for batch in batches:
-            images += self._decode(self._denoise(batch, negative_prompt, settings, table, report))
+        latents = self._engine.denoise(jobs, on_step if callback or preview else None)
+
+        # 4. Decode
+        images = self._decode(latents)
+        if original is not None and original.repaint is not None:
+            images = [put_back(image, original.image, original.repaint) for image in images]
         return images
 
     def settings(
@@ -124,8 +199,10 @@ class Generator:
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         sampler: str | None = None,
-        size: int | tuple[int, int] | None = None,
+        width: int | None = None,
+        height: int | None = None,
     ) -> Settings:
         """The settings that `generate` uses for these arguments: those given, else the bundle's defaults.
 
@@ -137,154 +214,169 @@ class Generator:
         steps = _integer("steps", default["steps"] if steps is None else steps, at_least=1)
         make_table(sampler, self._schedule, steps)  # knows the valid names and numbers of steps
         guidance_scale = default["guidance_scale"] if guidance_scale is None else guidance_scale
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale <= MAX_GUIDANCE_SCALE:
-            raise OptionError(f"guidance_scale is {guidance_scale!r}; give a number from 0 to {MAX_GUIDANCE_SCALE:g}")
-        width, height = self._checked_size(size)
-        return Settings(sampler, steps, float(guidance_scale), width, height)
+        return Settings(
+            sampler,
+            steps,
+            _number("guidance_scale", guidance_scale, MAX_GUIDANCE_SCALE),
+            self._checked_side("width", width),
+            self._checked_side("height", height),
+            _number("guidance_rescale", guidance_rescale, 1.0),
+        )
 
     # What is asked for
 
-    def _pictures(
-        self, prompts: str | Sequence[str], n: int, seed: int, latents: Float32 | None, settings: Settings
-    ) -> list[_Picture]:
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise OptionError(f"prompts must be a string or a list of strings, not {prompts!r}")
-        n = _integer("n", n, at_least=1)
-        seed = _integer("seed", seed, at_least=0)
-        if seed >= 2**64:
-            raise OptionError(f"seed is {seed}; give less than 2**64")
-        if latents is None:
-            return [_Picture(prompt, seed, index, None) for prompt in prompts for index in range(n)]
-        expected = (len(prompts) * n, *self._latent_shape(settings))
+    def _checked_side(self, name: str, side: int | None) -> int:
+        """A side in pixels."""
+        scale = self._latent["scale_factor"]
+        if side is None:
+            return int(self._latent["size"]) * int(scale)
+        # each block of the UNet but the last halves the latents
+        block = int(scale * 2 ** (len(self._unet_config["block_out_channels"]) - 1))
+        if isinstance(side, bool) or not isinstance(side, int) or side < block or side % block:
+            below = max(block, side // block * block) if isinstance(side, int) else block
+            raise OptionError(
+                f"{name} is {side!r}; give a multiple of {block} pixels, such as {below} or {below + block}"
+            )
+        return side
+
+    def _check_memory(self, settings: Settings) -> None:
+        available = available_memory() if self.bundle.device == "cpu" else None
+        if available is None:
+            return
+        _, height, width = self._latent_shape(settings)
+        rows = 1 if settings.guidance_scale == 1 else 2
+        needed = picture_memory(self._unet_config, self.bundle.config("vae_decoder/config.json"), width, height, rows)
+        if needed > available:
+            raise GenerationError(
+                f"a picture of {settings.width} x {settings.height} pixels would take about {readable_size(needed)} of "
+                f"memory, and {readable_size(available)} are left; make it smaller"
+            )
+
+    def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
+        scale = self._latent["scale_factor"]
+        return self._latent["channels"], settings.height // scale, settings.width // scale
+
+    def _noise(self, streams: list[np.random.Generator], settings: Settings) -> Float32:
+        shape = self._latent_shape(settings)
+        return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+
+    def _checked_noise(self, latents: Any, streams: list[np.random.Generator], settings: Settings) -> Float32:
+        expected = (len(streams), *self._latent_shape(settings))
         latents = np.asarray(latents, np.float32)
         if latents.shape != expected:
             raise GenerationError(f"latents have the shape {list(latents.shape)}; this call needs {list(expected)}")
         if not np.isfinite(latents).all():
             raise GenerationError("latents hold values that are not finite")
-        starts = iter(latents)
-        return [_Picture(prompt, seed, index, next(starts)) for prompt in prompts for index in range(n)]
+        return latents
 
-    def _checked_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
-        """(width, height) in pixels."""
-        latent = self.bundle.manifest["latent"]
-        scale = latent["scale_factor"]
-        native = latent["size"] * scale
-        if size is None:
-            return native, native
-        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        block = scale * self._unet_downsampling
-        limit = MAX_ENLARGEMENT * native**2
-        whole = len(sides) == 2 and all(isinstance(side, int) and side >= block and side % block == 0 for side in sides)
-        if not whole or math.prod(sides) > limit:
-            raise OptionError(
-                f"size is {size!r}; give a side or (width, height) in multiples of {block} pixels, "
-                f"at most {math.isqrt(limit)} x {math.isqrt(limit)} in all"
-            )
-        width, height = sides
-        return width, height
+    def _original(self, like: Any, mask: Any, settings: Settings) -> _Original | None:
+        if like is None:
+            if mask is not None:
+                raise OptionError("a mask says what to repaint of a picture: give that picture as like=")
+            return None
+        image = fitted(load_image(like), settings.width, settings.height)
+        repaint = None if mask is None else load_mask(mask, settings.width, settings.height)
+        return _Original(image, self._encode(image), repaint)
 
-    def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
-        latent = self.bundle.manifest["latent"]
-        scale = latent["scale_factor"]
-        return latent["channels"], settings.height // scale, settings.width // scale
+    def _table(self, settings: Settings, original: _Original | None, strength: float | None) -> tuple[Table, bool]:
+        """The steps to take, and whether they start from noise alone."""
+        table = make_table(settings.sampler, self._schedule, settings.steps)
+        if original is None:
+            if strength is not None:
+                raise OptionError("strength says how much of a picture may change: give that picture as like=")
+            return table, True
+        inpainting = original.repaint is not None
+        strength = (1.0 if inpainting else STRENGTH) if strength is None else strength
+        step = first_step(strength, settings.steps)
+        return (table.starting_at(step) if step else table), inpainting and strength == 1
 
-    def _batches(self, pictures: list[_Picture], settings: Settings) -> list[list[_Picture]]:
-        _, height, width = self._latent_shape(settings)
-        rows = 1 if settings.guidance_scale == 1 else 2
-        size = max(1, _POSITIONS_A_CALL // (rows * height * width))
-        return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    def _condition(self, prompt: str, negative_prompt: str | None, long_prompts: str) -> tuple[Float32, Float32 | None]:
+        """The token states with the prompt and, for guidance, without."""
+        if negative_prompt is None:
+            return self._conditioner.states(prompt, long_prompts), None
+        return self._conditioner.pair(prompt, negative_prompt, long_prompts)
 
-    # The loop
-
-    def _denoise(
+    def _job(
         self,
-        pictures: list[_Picture],
-        negative_prompt: str,
+        condition: tuple[Float32, Float32 | None],
         settings: Settings,
         table: Table,
-        report: Callable[[], None],
-    ) -> Float32:
-        """From noise to clean latents: float32[len(pictures), channels, height, width]; `report` follows each step."""
-        # 1. What the UNet is conditioned by: without the prompt first, then with it
-        context = np.stack([self._condition(picture.prompt) for picture in pictures])
-        if settings.guidance_scale != 1:
-            without = np.broadcast_to(self._condition(negative_prompt), context.shape)
-            context = np.concatenate([without, context])
+        original: _Original | None,
+        pure_noise: bool,
+        noise: Float32,
+        stream: np.random.Generator,
+    ) -> Job:
+        x, kept = noise * np.float32(table.init_noise_sigma), None
+        if original is not None:
+            of_clean, of_noise = table.levels[0]
+            x = x if pure_noise else of_clean * original.latents + of_noise * noise
+            if original.repaint is not None:
+                kept = Kept(original.latents, noise, latent_mask(original.repaint, self._latent["scale_factor"]))
+        return Job(table, x, *condition, settings.guidance_scale, settings.guidance_rescale, stream, kept)
 
-        # 2. Noise
-        shape = self._latent_shape(settings)
-        streams = [np.random.Generator(np.random.Philox(key=_philox_key(picture))) for picture in pictures]
-        noise = _draw(streams, shape)
-        start = [noise[i] if picture.latents is None else picture.latents for i, picture in enumerate(pictures)]
-        x, x0 = np.stack(start) * np.float32(table.init_noise_sigma), None
+    # The graphs
 
-        # 3. From noise to picture, step by step
-        for step in range(len(table)):
-            row = table[step]
-            output = self._predict(x, row, context, np.float32(settings.guidance_scale))
-            x, x0 = advance(row, x, output, x0, _draw(streams, shape) if row.next_from_noise else None)
-            report()
-        return x
-
-    def _predict(self, x: Float32, row: Row, context: Float32, guidance_scale: np.float32) -> Float32:
-        """The UNet's output for each sample, guided if `context` has two rows for each."""
-        guided = len(context) > len(x)
-        scaled = x * row.input_scale
-        sample = np.concatenate([scaled, scaled]) if guided else scaled
-        timestep = np.full(len(sample), row.timestep, np.float32)
-        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": context}
+    def _predict(self, sample: Float32, timestep: Float32, states: Float32) -> Float32:
+        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
         output: Float32 = self.bundle.session("unet").run(["out_sample"], inputs)[0]
-        if not guided:
-            return output
-        without, with_prompt = output[: len(x)], output[len(x) :]
-        return without + guidance_scale * (with_prompt - without)
+        return output
+
+    def _encode(self, image: Image.Image) -> Float32:
+        """The latents of a picture: float32[channels, height, width]."""
+        with self._vae_lock:
+            encoder = self.bundle.session("vae_encoder")
+            encoded: Float32 = encoder.run(["latent_sample"], {"sample": to_samples(image)})[0][0]
+        shift, scale = np.float32(self._latent["shift_factor"]), np.float32(self._latent["scaling_factor"])
+        latents: Float32 = (encoded - shift) * scale
+        return latents
 
     def _decode(self, latents: Float32) -> list[Image.Image]:
-        latent = self.bundle.manifest["latent"]
-        scaled = latents / np.float32(latent["scaling_factor"]) + np.float32(latent["shift_factor"])
-        decoded: Float32 = self.bundle.session("vae_decoder").run(["sample"], {"latent_sample": scaled})[0]
-        if not np.isfinite(decoded).all():
-            raise GenerationError(
-                f"the {self.bundle.precision} bundle {self.bundle.path} drew something that is not finite; "
-                "lower guidance_scale, or export it at a higher precision"
-            )
-        pixels = np.rint((decoded * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
-        return [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+        scaled = latents / np.float32(self._latent["scaling_factor"]) + np.float32(self._latent["shift_factor"])
+        size = max(1, self._positions // (2 * latents.shape[2] * latents.shape[3]))
+        images: list[Image.Image] = []
+        for start in range(0, len(scaled), size):
+            with self._vae_lock:
+                decoder = self.bundle.session("vae_decoder")
+                decoded: Float32 = decoder.run(["sample"], {"latent_sample": scaled[start : start + size]})[0]
+            if not np.isfinite(decoded).all():
+                raise GenerationError(
+                    f"the {self.bundle.precision} bundle {self.bundle.path} drew something that is not finite; "
+                    "lower guidance_scale, or export it at a higher precision"
+                )
+            pixels = np.rint((decoded * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+            images += [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+        return images
 
     # Parts that load when they are first used
-
-    def _encode_prompt(self, prompt: str) -> Float32:
-        """The token states that condition the UNet: float32[prompt_tokens, width]."""
-        encoding = self._tokenizer.encode(prompt)
-        if encoding.overflowing:
-            kept = self.bundle.prompt_tokens
-            warnings.warn(f"the prompt is longer than {kept} tokens; the rest is ignored: {prompt!r}", stacklevel=2)
-        ids = token_ids(self._tokenizer, [prompt])
-        states: Float32 = self.bundle.session("text_encoder").run(["last_hidden_state"], {"input_ids": ids})[0][0]
-        return states
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.bundle.path / "tokenizer", self.bundle.prompt_tokens)
 
     @cached_property
     def _schedule(self) -> Schedule:
         return self.bundle.schedule()
 
     @cached_property
-    def _unet_downsampling(self) -> int:
-        """By what the latents' sides must be divisible: each block of the UNet but the last halves them."""
-        return int(2 ** (len(self.bundle.config("unet/config.json")["block_out_channels"]) - 1))
+    def _unet_config(self) -> dict[str, Any]:
+        return self.bundle.config("unet/config.json")
+
+    @property
+    def _latent(self) -> dict[str, Any]:
+        latent: dict[str, Any] = self.bundle.manifest["latent"]
+        return latent
 
 
-def _draw(streams: list[np.random.Generator], shape: tuple[int, int, int]) -> Float32:
-    """The next standard normal noise of each stream: float32[len(streams), *shape]."""
-    return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+def _stream(seed: int) -> np.random.Generator:
+    """All the noise of one picture. A counter-based generator: neighbouring seeds have nothing in common."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
 
 
-def _philox_key(picture: _Picture) -> NDArray[np.uint64]:
-    return np.array([picture.seed, picture.index], np.uint64)
+def _checked_request(prompts: Any, n: Any, seed: Any) -> tuple[list[str], int, int]:
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise OptionError(f"prompts must be a string or a list of strings, not {prompts!r}")
+    n = _integer("n", n, at_least=1)
+    seed = _integer("seed", seed, at_least=0)
+    if seed + n - 1 > MAX_SEED:
+        raise OptionError(f"seed is {seed}, and {n} pictures count on from it; give less than 2**63")
+    return list(prompts), n, seed
 
 
 def _integer(name: str, value: Any, *, at_least: int) -> int:
@@ -295,3 +387,9 @@ def _integer(name: str, value: Any, *, at_least: int) -> int:
     if number < at_least:
         raise OptionError(f"{name} is {value!r}; give a whole number of at least {at_least}")
     return number
+
+
+def _number(name: str, value: Any, at_most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= at_most:
+        raise OptionError(f"{name} is {value!r}; give a number from 0 to {at_most:g}")
+    return float(value)

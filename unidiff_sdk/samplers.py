@@ -64,16 +64,21 @@ class Row(NamedTuple):
     next_from_noise: Any
 
 
+_NEXT_FROM_X0, _NEXT_FROM_PREVIOUS_X0 = (Row._fields.index(name) for name in ("next_from_x0", "next_from_previous_x0"))
+
+
 @dataclass(frozen=True)
 class Table:
     """All steps of one generation.
 
     `rows` is float32[steps, 8], its columns the fields of `Row`; `init_noise_sigma` scales the standard normal noise
-    that a generation starts from.
+    that a generation starts from. `levels` is float32[steps + 1, 2]: before each step, and after the last, how much of
+    clean latents and of standard normal noise is in x.
     """
 
     rows: Float32
     init_noise_sigma: float
+    levels: Float32
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,6 +90,17 @@ class Table:
     def needs_noise(self) -> bool:
         """Whether any step adds fresh noise."""
         return bool(self.rows[:, -1].any())
+
+    def starting_at(self, step: int) -> Table:
+        """The table without its first `step` steps, for a generation that starts from a picture instead of noise.
+
+        Its first step has no step before it to look back to: x0 stands for the previous x0, which makes it a step of
+        first order.
+        """
+        rows = self.rows[step:].copy()
+        rows[0, _NEXT_FROM_X0] += rows[0, _NEXT_FROM_PREVIOUS_X0]
+        rows[0, _NEXT_FROM_PREVIOUS_X0] = 0
+        return Table(rows, self.init_noise_sigma, self.levels[step:])
 
 
 def advance(
@@ -108,11 +124,17 @@ def advance(
     return x, x0
 
 
-def _table(init_noise_sigma: float = 1.0, **columns: Any) -> Table:
-    """A table from its columns, each an array [steps] or a scalar; those not given are 0."""
+def _table(clean: Float64 | float, noise: Float64, init_noise_sigma: float = 1.0, **columns: Any) -> Table:
+    """A table from its columns, each an array [steps] or a scalar; those not given are 0.
+
+    `clean` and `noise` are the levels before each step; after the last, nothing is left but clean latents.
+    """
     values = [columns.pop(name, 0.0) for name in Row._fields]
     assert not columns, f"not columns of a sampler table: {sorted(columns)}"
-    return Table(np.stack(np.broadcast_arrays(*values), axis=1).astype(np.float32), float(init_noise_sigma))
+    rows = np.stack(np.broadcast_arrays(*values), axis=1).astype(np.float32)
+    levels = np.stack(np.broadcast_arrays(clean, noise), axis=1)
+    levels = np.append(levels, [[1.0, 0.0]], axis=0).astype(np.float32)
+    return Table(rows, float(init_noise_sigma), levels)
 
 
 # The schedule that the model was trained with
@@ -264,6 +286,8 @@ def ddim(schedule: Schedule, steps: int) -> Table:
     x0_from_x, x0_from_output = _predict_x0(schedule, alpha, sigma)
     # x_next = alpha_next * x0 + sigma_next * noise, with noise = (x - alpha * x0) / sigma
     return _table(
+        alpha,
+        sigma,
         timestep=timestep,
         input_scale=1.0,
         x0_from_x=x0_from_x,
@@ -312,6 +336,8 @@ def dpmpp_2m(schedule: Schedule, steps: int, *, karras: bool = False) -> Table:
         h_previous, h = -np.diff(log_level)[:-1], -np.diff(log_level)[1:]
         look_back[1:-1] = 0.5 * h / h_previous  # 1 / (2 r), the weight of x0's change since the step before
     return _table(
+        alpha,
+        alpha * level,
         timestep=timestep,
         input_scale=1.0,
         x0_from_x=x0_from_x,
@@ -330,12 +356,15 @@ def lcm(schedule: Schedule, steps: int) -> Table:
     trained = np.arange(original, 0, -1) * (total // original) - 1
     timestep = trained[np.linspace(0, original, steps, endpoint=False).astype(int)]
     bar = schedule.alphas_cumprod[timestep]
-    x0_from_x, x0_from_output = _predict_x0(schedule, np.sqrt(bar), np.sqrt(1 - bar))
+    alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
+    x0_from_x, x0_from_output = _predict_x0(schedule, alpha, sigma)
     scaled = timestep * schedule.timestep_scaling
     skip = _LCM_SIGMA_DATA**2 / (scaled**2 + _LCM_SIGMA_DATA**2)
     out = scaled / np.sqrt(scaled**2 + _LCM_SIGMA_DATA**2)
     bar_next = np.append(bar[1:], 1.0)  # the last step returns what it denoised
     return _table(
+        alpha,
+        sigma,
         timestep=timestep,
         input_scale=1.0,
         x0_from_x=x0_from_x,
@@ -364,6 +393,8 @@ def _euler_table(schedule: Schedule, timestep: Float64, level: Float64, target: 
     x0_from_x, x0_from_output = _predict_x0(schedule, alpha, alpha * here)
     highest = level.max()
     return _table(
+        1.0,
+        here,
         init_noise_sigma=math.hypot(highest, 1.0) if schedule.timestep_spacing == "leading" else highest,
         timestep=timestep,
         input_scale=alpha,

@@ -1,0 +1,77 @@
+"""How much memory a picture takes and how much there is, so that what cannot fit is refused before it is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["available_memory", "picture_memory", "readable_size"]
+
+_FLOAT = 4
+# Of ONNX Runtime's CPU kernels, measured on the tiny model and from there in proportion to the channels: how many
+# tensors of the widest kind are alive at once.
+_UNET_TENSORS = 24
+_DECODER_TENSORS = 6
+
+
+def picture_memory(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int, height: int, rows: int) -> int:
+    """Bytes that the graphs hold while they draw one picture, beyond their weights; good to about a half.
+
+    A UNet call holds its feature maps and, where its attention comes first, one square of that level's positions for
+    each head. The decoder holds feature maps at full size, and the square of its middle.
+
+    Args:
+        unet, vae: their diffusers configurations.
+        width, height: of the latents.
+        rows: 2 with guidance, else 1.
+    """
+    positions = width * height
+    channels: list[int] = list(unet["block_out_channels"])
+    level = next((i for i, kind in enumerate(unet.get("down_block_types", ())) if "CrossAttn" in kind), 0)
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim") or 1
+    heads = heads if isinstance(heads, int) else heads[min(level, len(heads) - 1)]
+    attention = heads * (positions / 4**level) ** 2
+    of_unet = rows * (_UNET_TENSORS * channels[0] * positions + attention)
+
+    vae_channels: list[int] = list(vae["block_out_channels"])
+    enlargement = 4 ** (len(vae_channels) - 1)
+    widest = vae_channels[min(1, len(vae_channels) - 1)]  # what the last upsampling brings to full size
+    of_decoder = max(_DECODER_TENSORS * widest * enlargement * positions, positions**2)
+    return int(_FLOAT * max(of_unet, of_decoder))
+
+
+def available_memory() -> int | None:
+    """Bytes that this process could take now, by the system's and its control group's account; None if unknown."""
+    found = [value for value in (_of_system(), _of_group()) if value is not None]
+    return min(found, default=None)
+
+
+def readable_size(size: float) -> str:
+    """1.5e9 as "1.4 GiB"."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def _of_system() -> int | None:
+    for line in _text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _of_group() -> int | None:
+    """What is left in the control group (version 2): its page cache counts as free, because it can be dropped."""
+    own = next((line[3:] for line in _text("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+    for folder in (f"/sys/fs/cgroup{own.rstrip('/')}", "/sys/fs/cgroup"):
+        limit, used = _text(f"{folder}/memory.max").strip(), _text(f"{folder}/memory.current").strip()
+        if limit.isdecimal() and used.isdecimal():
+            cache = (line.split() for line in _text(f"{folder}/memory.stat").splitlines())
+            return max(0, int(limit) - int(used) + sum(int(n) for name, n in cache if name == "inactive_file"))
+    return None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:  # another system than Linux, or no control groups
+        return ""
