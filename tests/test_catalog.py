@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from PIL import Image
 
 import unidiff_sdk.catalog
 from unidiff_sdk import BundleError, Catalog, DataError, FilterError, Hit, ImageError, OptionError, Page, StoreError
+from unidiff_sdk.generator import Settings
 from unidiff_sdk.images import load_image
 
 RGB = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (220, 200, 20)}
@@ -67,18 +67,18 @@ class ColourGenerator:
     def __init__(self, bundle: ColourBundle) -> None:
         pass
 
-    def settings(self, **given: Any) -> SimpleNamespace:
-        return SimpleNamespace(
-            steps=given["steps"] or 20,
-            guidance_scale=given["guidance_scale"] or 4.0,
-            sampler=given["sampler"] or "ddim",
-        )
+    def settings(self, **given: Any) -> Settings:
+        return Settings(given["sampler"] or "ddim", given["steps"] or 20, given["guidance_scale"] or 4.0, 16, 16)
 
-    def generate(self, prompt: str, *, n: int, seed: int, **_: Any) -> list[Image.Image]:
-        """The index-th picture is the prompt's colour with more and more of grey in it, the best one last."""
-        colour = np.array(RGB[prompt.split()[0]], float)
-        mixes = [colour * (k + 1) / n + 90 * (1 - (k + 1) / n) + seed % 3 for k in range(n)]
-        return [Image.new("RGB", (16, 16), tuple(int(c) for c in mix)) for mix in mixes]
+    def generate(self, prompts: Sequence[str], *, n: int, seed: int, callback: Any, **_: Any) -> list[Image.Image]:
+        """The prompt's colour with grey in it, the less the larger the seed's last digit."""
+        if callback:
+            callback(n, n)
+        return [self._picture(prompt, (seed + k) % 10) for prompt in prompts for k in range(n)]
+
+    def _picture(self, prompt: str, digit: int) -> Image.Image:
+        mix = (np.array(RGB[prompt.split()[0]], float) * (digit + 1) + 90 * (9 - digit)) / 10
+        return Image.new("RGB", (16, 16), tuple(int(c) for c in mix))
 
 
 @pytest.fixture(autouse=True)
@@ -174,7 +174,7 @@ def test_search_by_image(catalog: Catalog, tmp_path: Path, kind: str) -> None:
         "path": lambda: file,
         "str": lambda: str(file),
         "hit": lambda: catalog.get("blue"),
-        "generated": lambda: catalog.generate("blue shoe", seed=0)[0],
+        "generated": lambda: catalog.generate("blue shoe", seed=9)[0],
     }[kind]()
     hit = catalog.search(image=image, limit=1)[0]
     assert hit.id == "blue"
@@ -515,12 +515,12 @@ def test_results_are_frozen_and_show_themselves(catalog: Catalog) -> None:
 def test_generation_is_ranked(catalog: Catalog) -> None:
     fill(catalog)
     generation = catalog.generate("red dress", negative_prompt="blue", n=4, seed=5, steps=7)
-    assert [picture.index for picture in generation] == [3, 2, 1, 0]
+    assert [picture.seed for picture in generation] == [8, 7, 6, 5]
     assert sorted([p.score for p in generation], reverse=True) == [p.score for p in generation]
     best = generation[0]
     assert best.nearest and best.nearest.id == "red"
     settings = (best.prompt, best.negative_prompt, best.seed, best.steps, best.guidance_scale, best.sampler)
-    assert settings == ("red dress", "blue", 5, 7, 4.0, "ddim")
+    assert settings == ("red dress", "blue", 8, 7, 4.0, "ddim")
     assert best.bundle == "aaaa"
     assert len(generation[:2]) == 2
 
@@ -535,7 +535,7 @@ def test_generated_pictures_are_marked(catalog: Catalog) -> None:
     assert len(ids) == catalog.count({"generated": True}) == 3
     hit = catalog.get(ids[0])
     assert hit and hit.text == "red dress"
-    assert hit.payload["seed"] == 5 and hit.payload["index"] == 2 and hit.payload["prompt"] == "red dress"
+    assert hit.payload["seed"] == 7 and hit.payload["prompt"] == "red dress"
     assert np.array_equal(np.asarray(hit.load_image()), np.asarray(generation[0].image))
     catalog.add(generation[1], "a caption of its own", "mine", {"price": 3})
     mine = catalog.get("mine")

@@ -17,6 +17,7 @@ from toy_bundle import make_toy_bundle
 from unidiff_sdk._cli import Group
 from unidiff_sdk.cli import main
 from unidiff_sdk.errors import StoreError
+from unidiff_sdk.provenance import read_recipe
 
 
 def run(*arguments: object) -> Result:
@@ -159,13 +160,33 @@ def test_generate(shop: Path, toy: Path) -> None:
     result = run(*arguments, "-o", shop / "out", "--add")
     assert result.exit_code == 0, result.output
     assert "2 pictures in" in result.stdout and "seed 7, 2 steps of ddim" in result.stdout
-    pictures = sorted((shop / "out").glob("*.png"))
+    pictures = sorted((shop / "out").glob("0*.png"))
     assert len(pictures) == 2 and Image.open(pictures[0]).size == (16, 16)
+    assert read_recipe(pictures[0]).arguments["prompt"] == "red boots"
+    assert Image.open(shop / "out" / "contact-sheet.png").width > 2 * 256
     recipe = json.loads((shop / "out" / "generation.json").read_text())
-    assert recipe[0]["seed"] == 7 and recipe[0]["score"] >= recipe[1]["score"] and recipe[0]["nearest"]["text"]
+    assert {made["seed"] for made in recipe} == {7, 8}
+    assert recipe[0]["score"] >= recipe[1]["score"] and recipe[0]["nearest"]["text"]
     assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 14
     alone = run("generate", "red boots", "--bundle", toy, "-o", shop / "alone", "--steps", 2, "--seed", 7, "--json")
     assert json.loads(alone.stdout)[0]["nearest"] is None
+
+
+def test_generate_from_an_item_within_a_mask(shop: Path) -> None:
+    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)[0]["id"]
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(shop / "mask.png")
+    arguments = ["generate", shop / "shop.catalog", "red boots", "--steps", 3, "--seed", 1, "--like", first]
+    result = run(*arguments, "--mask", shop / "mask.png", "-o", shop / "inpainted", "--json")
+    made = json.loads(result.stdout)[0]
+    assert made["strength"] == 1.0 and len(made["like"]) == len(made["mask"]) == 64
+    result = run(*arguments, "--strength", "0.7", "--best-of", 3, "-n", 2, "-o", shop / "varied")
+    assert "2 pictures in" in result.stdout and "the best of 3" in result.stdout
+    refused(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "like: nobody")
+    result = run(*arguments, "--min-score", 1, "-o", shop / "none", "--json")
+    refused(result, "none of the 4 pictures that were drawn passed")
+    assert "agree with the prompt by less than min_score=1.0" in result.stderr and not (shop / "none").exists()
 
 
 def test_info_and_delete(shop: Path) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from os import PathLike
@@ -44,7 +44,7 @@ from .store import Record, Store
 from .store.filters import Clause, Compare, column_path, columns, parse
 
 if TYPE_CHECKING:
-    from .generator import Generator
+    from .generator import Generator, Preview
     from .store.connection import ServerOptions
 
 __all__ = ["Catalog"]
@@ -190,7 +190,11 @@ class Catalog:
     def _generator(self) -> Generator:
         from .generator import Generator  # with its samplers, not needed for searching
 
-        return Generator(self.bundle)
+        with self._lazy_lock:  # threads that come first at the same time must share one
+            if "_generator" not in self.__dict__:
+                self.__dict__["_generator"] = Generator(self.bundle)
+            generator: Generator = self.__dict__["_generator"]
+            return generator
 
     def close(self) -> None:
         """Write out everything and let go of the folder. May be called twice; anything else afterwards is an error."""
@@ -633,76 +637,157 @@ class Catalog:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         negative_prompt: str = "",
         n: int = 1,
         seed: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
         sampler: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        long_prompts: str = "truncate",
+        like: ImageSource | Hit | Generated | None = None,
+        strength: float | None = None,
+        mask: ImageSource | None = None,
+        best_of: int | None = None,
+        min_score: float | None = None,
+        max_similarity: float | None = None,
+        budget: int | None = None,
+        safety: Callable[[Image.Image], Image.Image | None] | None = None,
         callback: Callable[[int, int], None] | None = None,
+        preview: Callable[[Preview], None] | None = None,
     ) -> Generation:
         """Draw new pictures, and rank them by how well they agree with the prompt.
 
+            catalog.generate("purple dotted boots", n=4, seed=7)
+            catalog.generate("the same in red", like=hit, strength=0.5)          # a variation of an item
+            catalog.generate("with a white collar", like=hit, mask="collar.png")   # only what is bright in the mask
+            catalog.generate("a green coat", n=4, best_of=16, max_similarity=0.97)  # the best that are no copies
+
+        Threads that generate at the same time share the model's calls, and get what each would get alone (see
+        `generator.Generator.generate`, which also tells the ranges of its arguments).
+
         Args:
-            prompt: what to draw.
+            prompt: what to draw; a list draws `n` pictures of each.
             negative_prompt: what to keep away from.
             n: how many pictures, at least 1.
-            seed: makes them again; default: a random one, which the result tells.
+            seed: makes them again: the k-th picture drawn has the seed `seed + k`, and with n=1 that seed draws it
+                alone. Default: a random one, which the result tells.
             steps, guidance_scale, sampler: default: the bundle's own (`bundle.manifest["sampler"]`).
-            callback: called with (UNet calls done, UNet calls in all); what it raises ends the generation.
+            guidance_rescale: 0 to 1; takes back the contrast that a high guidance_scale adds.
+            width, height: pixels; default: the model's own.
+            long_prompts: past the model's tokens, "truncate" with a warning, or "chunk".
+            like, strength, mask: start from a picture, keep it to that degree, repaint only the bright part of a mask.
+            best_of: draw so many for each prompt and keep the n that the encoder ranks highest.
+            min_score: refuse pictures whose cosine with the prompt is less.
+            max_similarity: refuse pictures whose cosine with some catalogue item is more: copies.
+            budget: refused pictures are drawn anew, until so many are drawn for one prompt; default: four times the
+                first draw. What is then short is told by a warning.
+            safety: called with each picture; returns it, another in its place, or None to refuse it.
+            callback: called with (steps done, steps in all so far); what it raises ends the generation.
+            preview: called with a `generator.Preview` after each step.
 
         Returns:
-            A Generation, best first; each picture with its score and its nearest catalogue item.
+            A Generation: prompt after prompt, of each the best first, with its score and its nearest catalogue item.
 
         Raises:
-            OptionError, GenerationError: an argument is not a valid one.
+            OptionError, ImageError, GenerationError: an argument is not a valid one.
+            BusyError: too many generations are under way.
         """
+        from .editing import default_strength
+        from .selection import Demands, select
+
         started = time.perf_counter()
         self._check_open()
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise OptionError(f"prompt={prompt!r}: it must be words that say what to draw")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for each in prompts:
+            if not isinstance(each, str) or not each.strip():
+                raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
         seed = secrets.randbelow(2**32) if seed is None else seed
-        settings = self._generator.settings(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
-
-        # 1. Draw.
-        images = self._generator.generate(
-            prompt,
-            negative_prompt=negative_prompt,
-            n=n,
-            seed=seed,
-            steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            sampler=settings.sampler,
-            callback=callback,
+        generator = self._generator
+        settings = generator.settings(
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            width=width,
+            height=height,
         )
+        original, original_sha256 = _readable("like", like)
+        repaint, repaint_sha256 = _readable("mask", mask)
+        if original is not None and strength is None:
+            strength = default_strength(masked=repaint is not None)
+        demands = Demands(n, best_of, min_score, max_similarity, budget, safety)
+        steps_before = steps_seen = 0
 
-        # 2. Compare each picture with the prompt, and with what the catalogue holds.
-        vectors = self._encoder.encode_images(images)
-        scores = vectors @ self._encoder.encode_texts([prompt])[0]
-        pictures = []
-        for index, (image, vector, score) in enumerate(zip(images, vectors, scores, strict=True)):
-            found = self._store.query(vector, limit=1)
-            pictures.append(
-                Generated(
-                    image=image,
-                    score=float(score),
-                    nearest=self._hit(found[0].payload, found[0].score) if found else None,
-                    prompt=prompt,
-                    negative_prompt=negative_prompt,
-                    seed=seed,
-                    index=index,
-                    steps=settings.steps,
-                    guidance_scale=settings.guidance_scale,
-                    sampler=settings.sampler,
-                    bundle=self.bundle.fingerprint,
-                )
+        def count_on(done: int, total: int) -> None:
+            nonlocal steps_seen
+            steps_seen = steps_before + total
+            if callback is not None:
+                callback(steps_before + done, steps_seen)
+
+        # 1. Draw, compare each picture with its prompt and with what the catalogue holds, draw again what is refused.
+        def draw(prompts: Sequence[str], offset: int, count: int) -> list[Image.Image]:
+            nonlocal steps_before
+            steps_before = steps_seen
+            return generator.generate(
+                prompts,
+                negative_prompt=negative_prompt,
+                n=count,
+                seed=seed + offset,
+                **asdict(settings),
+                long_prompts=long_prompts,
+                like=original,
+                strength=strength,
+                mask=repaint,
+                callback=count_on if callback is not None else None,
+                preview=preview,
             )
 
-        # 3. Rank.
-        pictures.sort(key=lambda picture: -picture.score)
-        return Generation(tuple(pictures), 1000 * (time.perf_counter() - started))
+        selections = select(prompts, draw, self._judge, demands)
+
+        # 2. Tell how each was made.
+        pictures = tuple(
+            Generated(
+                image=candidate.image,
+                score=candidate.score,
+                nearest=candidate.nearest,
+                prompt=selection.prompt,
+                negative_prompt=negative_prompt,
+                seed=seed + candidate.offset,
+                steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                guidance_rescale=settings.guidance_rescale,
+                sampler=settings.sampler,
+                long_prompts=long_prompts,
+                bundle=self.bundle.fingerprint,
+                like=original_sha256,
+                strength=strength,
+                mask=repaint_sha256,
+                replaced=candidate.replaced,
+            )
+            for selection in selections
+            for candidate in selection.kept
+        )
+        refused = sum((selection.refused for selection in selections), Counter[str]())
+        drawn = sum(selection.drawn for selection in selections)
+        return Generation(pictures, 1000 * (time.perf_counter() - started), drawn, dict(refused))
+
+    def _judge(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[tuple[float, Hit | None]]:
+        """Of each picture the cosine with its prompt, and the nearest item."""
+        if not images:
+            return []
+        vectors = self._encoder.encode_images(images)
+        words = {prompt: self._encoder.encode_texts([prompt])[0] for prompt in dict.fromkeys(prompts)}
+        judged: list[tuple[float, Hit | None]] = []
+        for prompt, vector in zip(prompts, vectors, strict=True):
+            found = self._store.query(vector, limit=1)
+            nearest = self._hit(found[0].payload, found[0].score) if found else None
+            judged.append((float(vector @ words[prompt]), nearest))
+        return judged
 
     # -------------------------------------------------------------------------------------------- upkeep
 
@@ -870,6 +955,17 @@ def _is_single(images: Any) -> bool:
     return isinstance(
         images, (str, PathLike, bytes, bytearray, memoryview, Image.Image, Hit, Generated)
     ) or not isinstance(images, Iterable)
+
+
+def _readable(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]:
+    """A picture that a generation starts from, and its SHA-256; an error says which argument cannot be read."""
+    if source is None:
+        return None, None
+    try:
+        picture = picture_of(source)
+        return picture.image, source.sha256 if isinstance(source, Hit) else picture.sha256
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def _called(make: Callable[..., _T], arguments: Any, name: str) -> _T:

@@ -13,7 +13,7 @@ import click
 
 from ._cli import Group
 from .datasets.cli import dataset
-from .errors import DataError, FilterError, OptionError, StoreError
+from .errors import DataError, FilterError, GenerationError, OptionError, StoreError
 
 if TYPE_CHECKING:
     from .catalog import Catalog
@@ -191,6 +191,8 @@ def duplicates(
     unidiff generate "red striped dress" -o pictures
     unidiff generate shop.catalog "purple dotted boots" -n 4 --seed 7 -o pictures
     unidiff generate "a blue mug" --bundle bundles/shop --steps 30 --guidance 5 -o pictures
+    unidiff generate shop.catalog "the same in red" --like D-17 --strength 0.5 -n 4 -o pictures
+    unidiff generate shop.catalog "a green coat" -n 4 --best-of 16 --max-similarity 0.97 -o pictures
     """,
 )
 @click.argument("catalog_and_prompt", nargs=-1, required=True, metavar="[CATALOG] PROMPT")
@@ -200,7 +202,24 @@ def duplicates(
 @click.option("--seed", type=int, help="Draws the same pictures again; random by default.")
 @click.option("--steps", type=int, help="Denoising steps; the bundle's own number by default.")
 @click.option("--guidance", type=float, help="How closely to follow PROMPT; the bundle's own scale by default.")
+@click.option("--rescale", default=0.0, show_default=True, help="How much of guidance's contrast to take back, 0 to 1.")
 @click.option("--sampler", help="The bundle's own by default.")
+@click.option("--width", type=int, help="Pixels; the bundle's own by default.")
+@click.option("--height", type=int, help="Pixels; the bundle's own by default.")
+@click.option(
+    "--long-prompts",
+    type=click.Choice(["truncate", "chunk"]),
+    default="truncate",
+    show_default=True,
+    help="Past the model's tokens.",
+)
+@click.option("--like", help="Start from this picture: a file, or the id of an item of CATALOG.")
+@click.option("--strength", type=float, help="With --like: how much of it may change, up to 1.")
+@click.option("--mask", type=click.Path(path_type=Path), help="With --like: repaint only where this picture is bright.")
+@click.option("--best-of", type=int, help="Draw so many and keep the best -n.")
+@click.option("--min-score", type=float, help="Draw anew what agrees with PROMPT by less than this cosine.")
+@click.option("--max-similarity", type=float, help="Draw anew what is nearer to an item of CATALOG than this cosine.")
+@click.option("--budget", type=int, help="How many may be drawn in all; four times the first draw by default.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures.")
 @click.option("--add", is_flag=True, help="Add the pictures to CATALOG, marked as generated.")
 @json_option
@@ -212,12 +231,27 @@ def generate(
     seed: int | None,
     steps: int | None,
     guidance: float | None,
+    rescale: float,
     sampler: str | None,
+    width: int | None,
+    height: int | None,
+    long_prompts: str,
+    like: str | None,
+    strength: float | None,
+    mask: Path | None,
+    best_of: int | None,
+    min_score: float | None,
+    max_similarity: float | None,
+    budget: int | None,
     out: Path,
     add: bool,
     as_json: bool,
 ) -> None:
-    """Draw PROMPT, rank the pictures by how well they agree with it, and name the nearest item of CATALOG."""
+    """Draw PROMPT, rank the pictures by how well they agree with it, and name the nearest item of CATALOG.
+
+    The folder gets each picture as a PNG that holds its own recipe, all of them on contact-sheet.png, and
+    generation.json.
+    """
     from .catalog import Catalog
     from .progress import progress_bar
 
@@ -235,12 +269,25 @@ def generate(
                 seed=seed,
                 steps=steps,
                 guidance_scale=guidance,
+                guidance_rescale=rescale,
                 sampler=sampler,
+                width=width,
+                height=height,
+                long_prompts=long_prompts,
+                like=like if like is None or Path(like).is_file() else opened.get(like) or like,
+                strength=strength,
+                mask=mask,
+                best_of=best_of,
+                min_score=min_score,
+                max_similarity=max_similarity,
+                budget=budget,
                 callback=advance,
             )
+        if not generation:
+            raise GenerationError(f"none of the {generation.drawn} pictures that were drawn passed, so none is written")
         if add:
             opened.add(generation)
-    files = _save(generation, out)
+        files = _save(generation, out)
     if as_json:
         click.echo(json.dumps(_generation_as_list(generation, files), ensure_ascii=False))
         return
@@ -250,7 +297,8 @@ def generate(
     _table(["file", "agreement", "nearest item"], rows)
     first = generation[0]
     click.echo(
-        f"{len(files)} pictures in {generation.took_ms / 1000:.1f} s: seed {first.seed}, {first.steps} steps of "
+        f"{len(files)} pictures in {generation.took_ms / 1000:.1f} s, the best of {generation.drawn}: seed "
+        f"{min(picture.seed for picture in generation)}, {first.steps} steps of "
         f"{first.sampler}, guidance {first.guidance_scale:g}"
     )
 
@@ -364,12 +412,15 @@ def _hit_as_dict(hit: Hit) -> dict[str, Any]:
 
 
 def _save(generation: Generation, out: Path) -> list[Path]:
-    """Write the pictures, best first, and `generation.json` with what makes them again."""
-    files = [out / f"{rank:03d}-seed{p.seed}-{p.index}.png" for rank, p in enumerate(generation)]
+    """Write the pictures, best first, a contact sheet, and `generation.json` with what makes them again."""
+    from .contact_sheet import contact_sheet
+
+    files = [out / f"{rank:03d}-seed{picture.seed}.png" for rank, picture in enumerate(generation)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file, picture in zip(files, generation, strict=True):
-            picture.image.save(file)
+            picture.save(file)
+        contact_sheet(generation).save(out / "contact-sheet.png")
         (out / "generation.json").write_text(json.dumps(_generation_as_list(generation, files), indent=2) + "\n")
     except OSError as error:
         raise OptionError(f"cannot write pictures to {out}: {error.strerror}") from error

@@ -14,14 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from .errors import ImageError, OptionError
-from .images import load_image
+from .images import Fit, load_image
 
-__all__ = ["first_step", "fitted", "latent_mask", "load_mask", "put_back", "to_samples"]
+__all__ = ["default_strength", "first_step", "fitted", "latent_mask", "load_mask", "put_back", "to_samples"]
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 _HALF = 128  # of 255: brighter is repainted
+
+
+def default_strength(masked: bool) -> float:
+    """How far a picture is taken back to noise if nobody says: all the way where only a part is repainted."""
+    return 1.0 if masked else 0.7
 
 
 def first_step(strength: Any, steps: int) -> int:
@@ -38,10 +43,12 @@ def first_step(strength: Any, steps: int) -> int:
     return steps - taken
 
 
-def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """A picture brought to size: its middle, as large as the proportion allows."""
+def fitted(image: Image.Image, width: int, height: int, fit: Fit = "crop", around: str = "white") -> Image.Image:
+    """A picture brought to size without distortion: its middle ("crop"), or all of it on a plain ground ("pad")."""
     if image.size == (width, height):
         return image
+    if fit == "pad":
+        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=around)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -52,7 +59,7 @@ def to_samples(image: Image.Image) -> Float32:
     return samples
 
 
-def load_mask(mask: Any, width: int, height: int) -> Bool:
+def load_mask(mask: Any, width: int, height: int, fit: Fit = "crop") -> Bool:
     """Where to repaint: bool[height, width], from a picture that is bright there.
 
     Raises:
@@ -60,7 +67,7 @@ def load_mask(mask: Any, width: int, height: int) -> Bool:
         OptionError: it is dark everywhere.
     """
     try:
-        grey = fitted(load_image(mask).convert("L"), width, height)
+        grey = fitted(load_image(mask).convert("L"), width, height, fit, "black")
     except ImageError as error:
         raise ImageError(f"the mask cannot be used: {error}") from error
     repaint: Bool = np.asarray(grey) >= _HALF

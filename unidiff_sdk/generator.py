@@ -16,7 +16,7 @@ from PIL import Image
 from .batching import MAX_REQUESTS, Engine, Job, Kept, Step
 from .bundle import Bundle
 from .conditioning import LONG_PROMPTS, Conditioner
-from .editing import first_step, fitted, latent_mask, load_mask, put_back, to_samples
+from .editing import default_strength, first_step, fitted, latent_mask, load_mask, put_back, to_samples
 from .errors import GenerationError, OptionError
 from .images import ImageSource, load_image
 from .memory import available_memory, picture_memory, readable_size
@@ -29,7 +29,6 @@ Progress = Callable[[int, int], None]
 
 MAX_GUIDANCE_SCALE = 50.0
 MAX_SEED = 2**63 - 1  # what a payload holds
-STRENGTH = 0.7
 # Latent positions in one UNet call: 8 guided pictures of 64 px, or one of 512 px. Larger calls are no faster on a CPU.
 _POSITIONS_A_CALL = 4096
 
@@ -130,7 +129,7 @@ class Generator:
                 where 0.7 is recommended).
             sampler: a name in `unidiff_sdk.samplers.SAMPLERS`.
             width, height: pixels, multiples of what the UNet halves and the VAE enlarges.
-            like: a picture to start from, brought to that size by cutting.
+            like: a picture to start from, cut or padded to that size as the model's training pictures were.
             strength: above 0 to 1, with `like`: how far it is taken back to noise, and so how much may change. It
                 takes that share of the steps. Default 0.7; with a mask 1, which forgets what was there.
             mask: with `like`: a picture, bright where it is repainted; everything else stays pixel for pixel.
@@ -262,20 +261,21 @@ class Generator:
 
     def _checked_noise(self, latents: Any, streams: list[np.random.Generator], settings: Settings) -> Float32:
         expected = (len(streams), *self._latent_shape(settings))
-        latents = np.asarray(latents, np.float32)
-        if latents.shape != expected:
-            raise GenerationError(f"latents have the shape {list(latents.shape)}; this call needs {list(expected)}")
-        if not np.isfinite(latents).all():
+        noise: Float32 = np.asarray(latents, np.float32)
+        if noise.shape != expected:
+            raise GenerationError(f"latents have the shape {list(noise.shape)}; this call needs {list(expected)}")
+        if not np.isfinite(noise).all():
             raise GenerationError("latents hold values that are not finite")
-        return latents
+        return noise
 
     def _original(self, like: Any, mask: Any, settings: Settings) -> _Original | None:
         if like is None:
             if mask is not None:
                 raise OptionError("a mask says what to repaint of a picture: give that picture as like=")
             return None
-        image = fitted(load_image(like), settings.width, settings.height)
-        repaint = None if mask is None else load_mask(mask, settings.width, settings.height)
+        width, height, fit = settings.width, settings.height, self.bundle.image_fit
+        image = fitted(load_image(like), width, height, fit)
+        repaint = None if mask is None else load_mask(mask, width, height, fit)
         return _Original(image, self._encode(image), repaint)
 
     def _table(self, settings: Settings, original: _Original | None, strength: float | None) -> tuple[Table, bool]:
@@ -286,7 +286,7 @@ class Generator:
                 raise OptionError("strength says how much of a picture may change: give that picture as like=")
             return table, True
         inpainting = original.repaint is not None
-        strength = (1.0 if inpainting else STRENGTH) if strength is None else strength
+        strength = default_strength(inpainting) if strength is None else strength
         step = first_step(strength, settings.steps)
         return (table.starting_at(step) if step else table), inpainting and strength == 1
 

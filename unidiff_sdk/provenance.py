@@ -44,7 +44,7 @@ class Recipe:
     Attributes:
         arguments: of `Catalog.generate`: `catalog.generate(**recipe.arguments)` draws this picture alone.
         bundle: fingerprint of the bundle that drew it.
-        like, mask: SHA-256 of the pixels of the pictures that must be given as well, if it was made from some.
+        like, mask: SHA-256 of the pictures that must be given as well, as `Hit.sha256` is, if it was made from some.
         replaced: whether a safety hook put this picture in the place of the drawn one, so that it cannot be repeated.
     """
 

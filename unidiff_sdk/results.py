@@ -107,7 +107,7 @@ class Generated:
             empty.
         seed: of this picture alone: generating with n=1 and this seed draws it again.
         bundle: fingerprint of the bundle that drew it.
-        like, mask: SHA-256 of the pixels of the pictures that it was made from, if it was; strength: how far from it.
+        like, mask: SHA-256 of the pictures that it was made from, as `Hit.sha256` is; strength: how far from the first.
         replaced: whether a safety hook put this picture in the place of the one that was drawn.
     """
 
@@ -237,9 +237,7 @@ def _generated_figure(picture: Generated) -> str:
     buffer = io.BytesIO()
     picture.image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    caption = (
-        f"<b>{picture.score:.3f}</b> {html.escape(picture.prompt)}<br>seed {picture.seed}"
-    )
+    caption = f"<b>{picture.score:.3f}</b> {html.escape(picture.prompt)}<br>seed {picture.seed}"
     return _figure(f"data:image/png;base64,{data}", caption)
 
 

@@ -51,10 +51,11 @@ class Demands:
     safety: Safety | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("best_of", self.n), ("budget", self.first)):
+        for name, least in (("n", 1), ("best_of", self.n), ("budget", self.first)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise OptionError(f"{name} is {value!r}; give a whole number of at least {least}, as many as are drawn")
+            optional = name != "n" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise OptionError(f"{name} is {value!r}; give a whole number of at least {least}")
         for name in ("min_score", "max_similarity"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and -1 <= value <= 1):
@@ -153,17 +154,13 @@ def _keep(
 
 def _checked(shown: Any) -> Image.Image | None:
     if shown is not None and not isinstance(shown, Image.Image):
-        raise OptionError(
-            f"safety returned {shown!r:.60}; it must return the picture, another one, or None to drop it"
-        )
+        raise OptionError(f"safety returned {shown!r:.60}; it must return the picture, another one, or None to drop it")
     return None if shown is None else shown.convert("RGB") if shown.mode != "RGB" else shown
 
 
 def _shortage(selection: Selection, demands: Demands) -> str:
     values = {**vars(demands), "best_refused": selection.best_refused}
-    reasons = [
-        f"{times} {_REASONS[reason].format(**values)}" for reason, times in selection.refused.items() if times
-    ]
+    reasons = [f"{times} {_REASONS[reason].format(**values)}" for reason, times in selection.refused.items() if times]
     return (
         f"{len(selection.kept)} of {demands.n} pictures of {selection.prompt!r:.80}: of {selection.drawn} drawn, "
         f"{', '.join(reasons)}; raise budget=, or ask for less"
