@@ -96,6 +96,13 @@ def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
+def open_when_all_have_come(counted: Counted, engine: Engine, requests: int) -> None:
+    ends = time.monotonic() + 20
+    while len(engine._requests) < requests and time.monotonic() < ends:
+        time.sleep(0.005)
+    counted.gate.set()
+
+
 def idle(engine: Engine) -> bool:
     """Whether the working thread has ended, as it does when nothing is left."""
     ends = time.monotonic() + 5
@@ -142,10 +149,8 @@ def test_sixteen_threads_share_calls_and_get_what_one_gets() -> None:
     counted = Counted()
     engine = Engine(counted, positions=2 * 8 * 24)
     counted.gate.clear()
-    opener = threading.Thread(target=lambda: (counted.started.wait(20), time.sleep(0.1), counted.gate.set()))
-    opener.start()
-    results = in_threads([lambda s=seed: engine.denoise([job(s, steps=3 + s % 5)]) for seed in range(16)])
-    opener.join()
+    calls: list[Callable[[], Any]] = [lambda s=seed: engine.denoise([job(s, steps=3 + s % 5)]) for seed in range(16)]
+    *results, _ = in_threads([*calls, lambda: open_when_all_have_come(counted, engine, 16)])
     for latents, expected in zip(results, wanted, strict=True):
         np.testing.assert_array_equal(latents[0], expected)
     total = sum(2 * (3 + seed % 5) for seed in range(16))
@@ -166,11 +171,10 @@ def test_a_request_for_one_does_not_wait_for_anothers_hundred() -> None:
 
     def one() -> None:
         assert counted.started.wait(20)
-        threading.Timer(0.1, counted.gate.set).start()
         engine.denoise([job(99, guidance=1, steps=6)])
         order.append("one")
 
-    in_threads([many, one])
+    in_threads([many, one, lambda: open_when_all_have_come(counted, engine, 2)])
     assert order == ["one", "many"]
 
 
@@ -261,7 +265,7 @@ def test_one_request_too_many_is_refused_at_once() -> None:
     refused = threading.Event()
 
     def third() -> None:
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 20
         while len(engine._requests) < 2 and time.monotonic() < ends:
             time.sleep(0.005)
         try:
