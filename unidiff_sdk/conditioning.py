@@ -37,8 +37,8 @@ class Conditioner:
 
         Args:
             prompt: any text.
-            long_prompts: what happens past `bundle.prompt_tokens` tokens: "truncate" leaves the rest out, with a warning;
-                "chunk" encodes it in windows of that many and puts their states one after the other.
+            long_prompts: what happens past `bundle.prompt_tokens` tokens: "truncate" leaves the rest out, with a
+                warning; "chunk" encodes it in windows of that many and puts their states one after the other.
 
         Raises:
             OptionError: the prompt is too long even for that.

@@ -133,8 +133,8 @@ class Generator:
             strength: above 0 to 1, with `like`: how far it is taken back to noise, and so how much may change. It
                 takes that share of the steps. Default 0.7; with a mask 1, which forgets what was there.
             mask: with `like`: a picture, bright where it is repainted; everything else stays pixel for pixel.
-            long_prompts: "truncate" leaves out what exceeds `bundle.prompt_tokens` tokens, with a warning; "chunk" encodes
-                it in windows.
+            long_prompts: "truncate" leaves out what exceeds `bundle.prompt_tokens` tokens, with a warning; "chunk"
+                encodes it in windows.
             latents: standard normal noise to start from, float32[pictures, channels, height, width] of the latent size,
                 instead of that of `seed`.
             callback: called with (steps done, steps in all) after each step; what it raises ends the generation.
