@@ -173,7 +173,7 @@ def test_generate(shop: Path, toy: Path) -> None:
 
 
 def test_generate_from_an_item_within_a_mask(shop: Path) -> None:
-    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)[0]["id"]
+    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)["hits"][0]["id"]
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
     mask.save(shop / "mask.png")
