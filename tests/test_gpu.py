@@ -109,10 +109,10 @@ def test_profile_covers_what_the_generator_asks_for(toy: Bundle, monkeypatch: py
 
     monkeypatch.setattr(toy, "session", session)
     generator = Generator(toy)
-    for size in (None, 8, 24, (16, 8)):
-        assert len(generator.generate(["a coat", "boots"], n=9, steps=1, size=size)) == 18
+    for width, height in ((None, None), (8, 8), (24, 24), (16, 8)):
+        assert len(generator.generate(["a coat", "boots"], n=9, steps=1, width=width, height=height)) == 18
     with pytest.raises(OptionError, match="ask for another size, or open the bundle with device='cuda'"):
-        generator.generate("a coat", steps=1, size=32)
+        generator.generate("a coat", steps=1, width=32, height=32)
     assert {"unet", "vae_decoder", "text_encoder"} == set(asked)
 
 

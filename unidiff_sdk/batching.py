@@ -16,7 +16,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BusyError, GenerationError
+from .errors import BusyError, GenerationError, UniDiffError
 from .samplers import Row, Table, advance
 
 __all__ = ["MAX_REQUESTS", "Engine", "Job", "Kept", "Step", "rescaled"]
@@ -141,7 +141,7 @@ class Engine:
 
         Raises:
             BusyError: too many requests are under way.
-            GenerationError: a call failed.
+            GenerationError: a call failed; an error of this package's own comes as it is.
         """
         request = _Request(jobs, self._lock, waits=on_step is not None)
         self._submit(request)
@@ -149,6 +149,8 @@ class Engine:
             while True:
                 with self._lock:
                     request.news.wait_for(lambda: request.held or request.over)
+                    if isinstance(request.error, UniDiffError):  # says already what was wrong
+                        raise request.error
                     if request.error is not None:
                         raise GenerationError(f"a call of the UNet failed ({request.error})") from request.error
                 if on_step is not None:
