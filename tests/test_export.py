@@ -84,12 +84,23 @@ def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint:
 
 def test_every_graph_agrees_with_pytorch(bundle: Bundle) -> None:
     parity = dict(bundle.manifest["parity"])
-    image = parity.pop("image")
+    image, search = parity.pop("image"), parity.pop("search")
     assert parity.keys() == INTERFACE.keys()
     for figures in parity.values():
         assert figures["max_abs_error"] <= figures["tolerance"] == 1e-4
         assert figures["cosine"] > 0.999999
-    assert image["psnr_db"] >= image["tolerance_db"] == 40
+    assert image["psnr_db"] >= image["tolerance_db"] == 45
+    assert image["agreement"] == pytest.approx(image["reference_agreement"], abs=1e-3)
+    assert (search["pairs"], search["recall_at_1"]) == (2, search["reference_recall_at_1"])
+
+
+def test_what_the_export_took_stands_in_the_manifest(bundle: Bundle, export: Export) -> None:
+    assert bundle.manifest["export"] == {
+        "seconds": round(export.seconds, 1),
+        "peak_mib": export.peak_bytes >> 20,
+    }
+    for name, graph in bundle.manifest["graphs"].items():
+        assert graph["bytes"] == sum(file.stat().st_size for file in (bundle.path / name).glob("model.onnx*"))
 
 
 def test_graphs_have_the_interface_that_peers_expect(bundle: Bundle) -> None:
@@ -190,7 +201,7 @@ def test_fp16_bundle_is_half_the_size_and_draws_the_same(
 
 
 def test_unknown_options_are_refused(random_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="precision is 'fp8'; use one of fp32, fp16"):
+    with pytest.raises(OptionError, match="precision is 'fp8'; use one of fp32, fp16, int8"):
         export_bundle(random_checkpoint, tmp_path / "out", precision="fp8")
     with pytest.raises(OptionError, match="target is 'tpu'; use one of cpu"):
         export_bundle(random_checkpoint, tmp_path / "out", target="tpu")

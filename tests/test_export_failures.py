@@ -18,10 +18,23 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from PIL import Image
 
-from unidiff_export import Export, GraphReport, export_bundle, exporter, verification
+import unidiff_sdk.encoder
+from unidiff_export import Export, GraphReport, export_bundle, exporter
+from unidiff_export.calibration import Drawing, Samples
 from unidiff_export.cli import main
 from unidiff_export.lowering import GraphSpec, graph_specs, lower
-from unidiff_export.verification import GraphParity, ImageParity, compare_graph, compare_images, psnr_db
+from unidiff_export.verification import (
+    TOLERANCES,
+    GraphParity,
+    ImageParity,
+    Reference,
+    SearchParity,
+    ToleranceError,
+    compare_graph,
+    compare_images,
+    compare_search,
+    psnr_db,
+)
 from unidiff_sdk import generator
 from unidiff_sdk.errors import CheckpointError, ExportError
 from unidiff_sdk.training.checkpoint import load_checkpoint
@@ -40,7 +53,7 @@ class Session:
 
 
 def test_graph_that_agrees_carries_its_figures() -> None:
-    parity = compare_graph(Session(np.tanh), SPEC, 1e-4)
+    parity = compare_graph(Session(np.tanh), SPEC, TOLERANCES["fp32"])
     assert parity.max_abs_error < 1e-6
     assert parity.cosine == pytest.approx(1)
 
@@ -48,7 +61,7 @@ def test_graph_that_agrees_carries_its_figures() -> None:
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (lambda x: np.tanh(x) + 0.01, r"half differs from PyTorch by up to 0.01 \(allowed: 1e-04\); try"),
+        (lambda x: np.tanh(x) + 0.01, r"half differs from PyTorch by up to 0.01 \(allowed: 1e-04\); install"),
         (
             lambda x: x * np.float32(np.nan),
             "half's y is not finite, where PyTorch's is: a number overflowed; try --fp32",
@@ -58,28 +71,69 @@ def test_graph_that_agrees_carries_its_figures() -> None:
 )
 def test_graph_that_disagrees_is_refused_with_the_figure(result: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):
-        compare_graph(Session(result), SPEC, 1e-4)
+        compare_graph(Session(result), SPEC, TOLERANCES["fp32"])
 
 
 def test_checkpoint_with_nan_weights_is_told_from_a_bad_export() -> None:
     spec = dataclasses.replace(SPEC, example=lambda batch, scale: (torch.full((batch, scale), torch.nan),))
     with pytest.raises(ExportError, match="not finite in PyTorch already: the checkpoint is broken"):
-        compare_graph(Session(np.tanh), spec, 1e-4)
+        compare_graph(Session(np.tanh), spec, TOLERANCES["fp32"])
+
+
+def reference(**changed: Any) -> Reference:
+    """A drawing of two grey pictures, each the only right answer to its caption."""
+    unit = np.eye(2, 4, dtype=np.float32)
+    pictures = (np.full((8, 8, 3), 130, np.uint8),) * 2
+    noise = np.zeros((2, 4, 4, 4), np.float32)
+    drawing = Drawing(("a", "b"), noise, torch.zeros(2, 4, 4, 4), pictures, ())
+    searched = Samples(("a", "b"), pictures)
+    given = Reference(drawing, "dpm++2m", 4, 2.0, searched, (unit, unit), agreement=1.0, inputs={})
+    return dataclasses.replace(given, **changed)
+
+
+def runtime(monkeypatch: pytest.MonkeyPatch, level: int, images: Any = None) -> None:
+    """A runtime that draws pictures of one level, and embeds whatever it is given as `images`."""
+    drawn = [Image.new("RGB", (8, 8), (level,) * 3)] * 2
+    unit = np.eye(2, 4, dtype=np.float32)
+    found = unit if images is None else images
+    encoder = SimpleNamespace(encode_texts=lambda texts: unit, encode_images=lambda pictures: found)
+    monkeypatch.setattr(generator, "Generator", lambda bundle: SimpleNamespace(generate=lambda *_, **__: drawn))
+    monkeypatch.setattr(unidiff_sdk.encoder, "Encoder", lambda bundle: encoder)
 
 
 @pytest.mark.parametrize(
-    ("level", "message"), [(0, "is black"), (120, r"only \d+\.\d dB PSNR .* \(at least 40 dB asked\)")]
+    ("level", "agreement", "message"),
+    [
+        (0, 1.0, "is black"),
+        (120, 1.0, r"only \d+\.\d dB PSNR .* \(at least 45 dB asked\); install the package versions"),
+        (130, 1.03, r"agree with their prompts by 1.000 on average, PyTorch's by 1.030 \(within 2% asked\)"),
+    ],
 )
 def test_wrong_pictures_are_refused(
-    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, level: int, message: str
+    monkeypatch: pytest.MonkeyPatch, level: int, agreement: float, message: str
 ) -> None:
-    ours = [Image.new("RGB", (8, 8), (level,) * 3)] * 2
-    monkeypatch.setattr(generator, "Generator", lambda bundle: SimpleNamespace(generate=lambda *_, **__: ours))
-    monkeypatch.setattr(verification, "diffusers_images", lambda *_, **__: [np.full((8, 8, 3), 130, np.uint8)] * 2)
-    sampler = {"name": "dpm++2m", "steps": 4, "guidance_scale": 2.0}
-    bundle: Any = SimpleNamespace(manifest={"sampler": sampler, "latent": {"channels": 4, "size": 4}})
+    runtime(monkeypatch, level)
+    bundle: Any = None
     with pytest.raises(ExportError, match=message):
-        compare_images(bundle, load_checkpoint(random_checkpoint), 40.0)
+        compare_images(bundle, reference(agreement=agreement), TOLERANCES["fp32"])
+
+
+def test_equal_pictures_carry_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime(monkeypatch, 130)
+    bundle: Any = None
+    image = compare_images(bundle, reference(), TOLERANCES["int8"])
+    assert image == ImageParity(100.0, 25.0, 1.0, 1.0, pictures=2, steps=4)
+    assert compare_search(bundle, reference(), TOLERANCES["int8"]) == SearchParity(1.0, 1.0, pairs=2)
+
+
+def test_search_that_finds_less_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime(monkeypatch, 130, images=np.eye(2, 4, dtype=np.float32)[::-1])
+    bundle: Any = None
+    with pytest.raises(
+        ToleranceError, match=r"R@1 over 2 pairs is 0.0%, but PyTorch's is 100.0% .*; try|calibrate"
+    ) as e:
+        compare_search(bundle, reference(), TOLERANCES["int8"])
+    assert "image_encoder" in e.value.graphs
 
 
 def test_psnr() -> None:
@@ -156,8 +210,11 @@ def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
 
     def export(checkpoint: str, out: Path, **given: Any) -> Export:
         options.update(given)
-        graph = GraphReport("unet", "fp32", 8, 12_900_000, GraphParity(1.7e-6, 0.9999999, 1e-4))
-        return Export(tmp_path / "shop", (graph,), ImageParity(89.0, 40.0), 31.26, 21_217_000)
+        int8 = {"layers": 83, "multiply_adds": 0.9804, "kept_back": []}
+        graph = GraphReport("unet", "fp32", 8, 12_900_000, GraphParity(1.7e-6, 0.9999999, 1e-4, 0.99), int8)
+        image = ImageParity(89.0, 45.0, 0.911, 0.912, pictures=16, steps=12)
+        search = SearchParity(0.9375, 0.95, pairs=200)
+        return Export(tmp_path / "shop", (graph,), image, search, 31.26, 21_217_000, 885_400_000)
 
     monkeypatch.setattr(exporter, "export_bundle", export)
     yield options
@@ -168,8 +225,10 @@ def test_cli_shows_the_evidence_and_ends_with_the_figures(exported: dict[str, An
     assert result.exit_code == 0, result.output
     assert (exported["precision"], exported["target"], exported["overwrite"]) == ("fp32", "cpu", False)
     assert "1.7e-06" in result.stdout
-    assert "89.0 dB" in result.stdout
-    assert result.stdout.splitlines()[-1] == f"fp32 bundle in 31.3 s, 21.2 MB: {tmp_path / 'shop'}"
+    for figure in ("98.0%", "89.0 dB", "0.911", "0.912", "93.8%", "95.0%", "200 pairs", "worst of 16"):
+        assert figure in result.stdout
+    said = f"fp32 bundle in 31.3 s, 21.2 MB, with at most 885.4 MB of memory: {tmp_path / 'shop'}"
+    assert result.stdout.splitlines()[-1] == said
 
 
 def test_cli_options(exported: dict[str, Any], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 unidiff-export runs/shop -o bundles/shop
 unidiff-export tiny -o bundles/tiny-fp16 --fp16
+unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
 """
 
 
@@ -35,8 +36,15 @@ unidiff-export tiny -o bundles/tiny-fp16 --fp16
     show_default=True,
     help=f"What the graphs run on. {'; '.join(f'{name}: {target.purpose}' for name, target in TARGETS.items())}.",
 )
+@click.option("--int8", "precision", flag_value="int8", help="Compute in 8-bit integers: a quarter, for CPUs.")
+@click.option(
+    "--calibration",
+    metavar="DATA",
+    type=click.Path(path_type=Path),
+    help="Catalogue to learn int8 from and judge search on. Default: captions in CKPT, and what is drawn of them.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is at BUNDLE already.")
-def main(checkpoint: str, out: Path, precision: str, target: str, overwrite: bool) -> None:
+def main(checkpoint: str, out: Path, precision: str, target: str, calibration: Path | None, overwrite: bool) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
     CKPT is a folder that unidiff-train wrote, or "tiny" for the built-in base. Each graph is compared with PyTorch,
@@ -52,34 +60,64 @@ def main(checkpoint: str, out: Path, precision: str, target: str, overwrite: boo
             raise ExportError(f"{error.name} is not installed: pip install 'unidiff-sdk[cpu,export]'") from error
 
         export = export_bundle(
-            checkpoint, out, precision=precision, target=target, overwrite=overwrite, progress=status.update
+            checkpoint,
+            out,
+            precision=precision,
+            target=target,
+            calibration=calibration,
+            overwrite=overwrite,
+            progress=status.update,
         )
-    Console().print(parity_table(export))
+    console = Console()
+    console.print(graph_table(export))
+    console.print(result_table(export))
     # Plain, so that a long path is neither wrapped nor coloured.
-    click.echo(f"{precision} bundle in {export.seconds:.1f} s, {megabytes(export.bytes)}: {export.path}")
+    click.echo(
+        f"{precision} bundle in {export.seconds:.1f} s, {megabytes(export.bytes)}, "
+        f"with at most {megabytes(export.peak_bytes)} of memory: {export.path}"
+    )
 
 
-def parity_table(export: Export) -> Table:
-    """The evidence of an export: a row for each graph and one for whole pictures."""
+def graph_table(export: Export) -> Table:
+    """How near each graph is to its PyTorch module. int8: the share of its multiply-adds that is quantised."""
     from rich.table import Table
 
     table = Table(title="Compared with PyTorch", title_justify="left")
     table.add_column("graph")
-    for column in ("precision", "size", "attention", "max error", "allowed", "cosine"):
+    for column in ("in", "int8", "MB", "attention", "max error", "asked", "cosine"):
         table.add_column(column, justify="right")
     for graph in export.graphs:
+        allowed = graph.parity.tolerance
         table.add_row(
             graph.name,
             graph.precision,
-            megabytes(graph.bytes),
+            f"{graph.int8['multiply_adds']:.1%}" if graph.int8 else "",
+            f"{graph.bytes / 1e6:.1f}",
             str(graph.attention_nodes),
             f"{graph.parity.max_abs_error:.1e}",
-            f"≤ {graph.parity.tolerance:.0e}",
-            f"{graph.parity.cosine:.7f}",
+            "" if allowed is None else f"≤ {allowed:.0e}",
+            f"{graph.parity.cosine:.5f}",
         )
-    table.add_section()
-    image = export.image
-    table.add_row("whole picture", "", "", "", f"{image.psnr_db:.1f} dB", f"≥ {image.tolerance_db:.0f} dB")
+    return table
+
+
+def result_table(export: Export) -> Table:
+    """What comes out at the end, pictures and hits, beside PyTorch's."""
+    from rich.table import Table
+
+    image, search = export.image, export.search
+    table = Table()
+    table.add_column("")
+    for column in ("bundle", "PyTorch", "asked"):
+        table.add_column(column, justify="right")
+    table.add_row(f"PSNR, worst of {image.pictures}", f"{image.psnr_db:.1f} dB", "", f"≥ {image.tolerance_db:.0f} dB")
+    table.add_row("agreement with prompts", f"{image.agreement:.3f}", f"{image.reference_agreement:.3f}", "± 2 %")
+    table.add_row(
+        f"R@1, {search.pairs} pairs",
+        f"{search.recall_at_1:.1%}",
+        f"{search.reference_recall_at_1:.1%}",
+        "− 0.5 points",
+    )
     return table
 
 

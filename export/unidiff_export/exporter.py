@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +19,60 @@ from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 
+from .calibration import Samples, calibrate, draw, effort_for, read_samples
 from .folder import (
     folder_size,
+    graph_files,
     new_folder,
     plain_config,
     write_graph,
     write_pipeline_files,
 )
 from .lowering import GraphSpec, graph_specs, lower
-from .manifest import build_manifest, describe_graph, write_manifest
-from .options import TARGETS, Target, check_options
+from .manifest import build_manifest, describe_graph, sampler_defaults, write_manifest
+from .options import TARGETS, check_options
+from .policy import Int8Policy
 from .precision import overflows_half, store_halves
-from .verification import TOLERANCES, GraphParity, ImageParity, compare_graph, compare_images
+from .quantization import quantise
+from .verification import (
+    TOLERANCES,
+    GraphParity,
+    ImageParity,
+    Reference,
+    SearchParity,
+    ToleranceError,
+    calls_of,
+    compare_graph,
+    compare_images,
+    compare_search,
+    make_reference,
+    reference_scheduler,
+)
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of an exported bundle."""
+    """One graph of an exported bundle. int8: what is quantised of it (see Int8Policy.describe), or None."""
 
     name: str
     precision: str
     attention_nodes: int
     bytes: int
     parity: GraphParity
+    int8: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export made: the bundle's folder, the evidence, the time it took and its size."""
+    """What an export made: the bundle's folder, the evidence, its size, the time and the memory that it took."""
 
     path: Path
     graphs: tuple[GraphReport, ...]
     image: ImageParity
+    search: SearchParity
     seconds: float
     bytes: int
+    peak_bytes: int
 
 
 def export_bundle(
@@ -58,6 +81,7 @@ def export_bundle(
     *,
     precision: str = "fp32",
     target: str = "cpu",
+    calibration: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Export:
@@ -66,15 +90,19 @@ def export_bundle(
     Args:
         checkpoint: a checkpoint folder, its name, or one already loaded.
         out: the bundle's folder; it appears only once everything has been verified.
-        precision: "fp32" or "fp16". fp16 graphs keep float32 inputs and outputs, and a graph whose intermediate
-            results would overflow stays fp32, as its entry in the manifest says.
+        precision: "fp32", "fp16" or "int8". All graphs keep float32 inputs and outputs. An fp16 graph whose
+            intermediate results would overflow stays fp32, and layers that 8 bits do not suffice for are kept back, as
+            the graph's entry in the manifest says.
         target: what the graphs are made for, a name in `TARGETS`.
+        calibration: a catalogue on disk, of whose captions and pictures int8 learns what the layers see, and on which
+            search is judged; by default the captions that the checkpoint records and what is drawn of them.
         overwrite: replace a bundle that is at `out` already.
         progress: called with one line at the start of each stage.
 
     Raises:
         ExportError: the checkpoint cannot be exported, or the result is too far from PyTorch. `out` is untouched.
         CheckpointError: the checkpoint is missing or incomplete.
+        DataError: `calibration` is no catalogue.
         OptionError: an option has an unknown value.
     """
     check_options(precision, target)
@@ -89,43 +117,159 @@ def export_bundle(
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         specs = graph_specs(loaded)
 
-        # 2. Lower and write
-        graphs: dict[str, dict[str, Any]] = {}
+        # 2. What PyTorch draws and finds
+        effort = effort_for(loaded)
+        samples = read_samples(loaded, calibration, effort.pairs)
+        judged, learned = samples.split(effort.calibration if precision == "int8" else 0)
+        say("drawing with diffusers")
+        reference = make_reference(loaded, specs, judged, effort, sampler_defaults(loaded))
+        policy = None
+        if precision == "int8":
+            say("learning what the layers see")
+            policy = _learn(loaded, specs, learned, reference)
+
+        # 3. Lower and write
+        work = _Workshop(folder, loaded, precision, target, policy, say)
         for spec in specs:
-            say(f"lowering {spec.name}")
-            model, used = _lower_in(spec, precision, TARGETS[target])
-            write_graph(model, folder / spec.name, _config(loaded, spec.name))
-            graphs[spec.name] = describe_graph(model, spec, used, target)
+            work.make(spec)
         write_pipeline_files(loaded, folder)
-        manifest = build_manifest(loaded, folder, name=out.name, graphs=graphs, precision=precision, target=target)
-        write_manifest(folder, manifest)
 
-        # 3. Verify
-        bundle = Bundle.open(folder, threads=torch.get_num_threads())
-        parity = {}
-        for spec in specs:
-            say(f"comparing {spec.name} with PyTorch")
-            tolerance = TOLERANCES[graphs[spec.name]["precision"]].max_abs_error
-            parity[spec.name] = compare_graph(bundle.session(spec.name), spec, tolerance)
-        say("comparing pictures with diffusers")
-        image = compare_images(bundle, loaded, TOLERANCES[precision].image_psnr_db)
+        # 4. Verify; for int8, keep back what the evidence forbids
+        parity: dict[str, GraphParity] = {}
+        while True:
+            manifest = build_manifest(
+                loaded, folder, name=out.name, graphs=work.graphs, precision=precision, target=target
+            )
+            write_manifest(folder, manifest)
+            try:
+                image, search = _verify(folder, specs, reference, parity, work.graphs, precision, say)
+                break
+            except ToleranceError as failure:
+                changed = policy.relax(failure.graphs) if policy else []
+                if not changed:
+                    raise
+                for spec in specs:
+                    if spec.name in changed:
+                        parity.pop(spec.name, None)
+                        work.make(spec)
 
-        # 4. Record
+        # 5. Record
+        seconds, peak = time.perf_counter() - start, peak_bytes()
         manifest["parity"] = {name: asdict(figures) for name, figures in parity.items()}
-        manifest["parity"]["image"] = asdict(image)
+        manifest["parity"] |= {"image": asdict(image), "search": asdict(search)}
+        manifest["export"] = {"seconds": round(seconds, 1), "peak_mib": peak >> 20}
         write_manifest(folder, manifest)
 
     reports = tuple(
         GraphReport(
             name=spec.name,
-            precision=graphs[spec.name]["precision"],
-            attention_nodes=graphs[spec.name]["attention_nodes"],
-            bytes=folder_size(out / spec.name),
+            precision=work.graphs[spec.name]["precision"],
+            attention_nodes=work.graphs[spec.name]["attention_nodes"],
+            bytes=work.graphs[spec.name]["bytes"],
             parity=parity[spec.name],
+            int8=work.graphs[spec.name].get("int8"),
         )
         for spec in specs
     )
-    return Export(out, reports, image, time.perf_counter() - start, folder_size(out))
+    return Export(out, reports, image, search, seconds, folder_size(out), peak)
+
+
+def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference) -> Int8Policy:
+    """Draw other captions than those of the evidence, and look at what the layers see."""
+    if not samples.captions:
+        raise ExportError(
+            f"{checkpoint.path} records fewer than 2 captions, and int8 needs some to learn from: give "
+            "--calibration DATA, a folder of your pictures with captions"
+        )
+    scheduler, _ = reference_scheduler(reference.sampler, checkpoint)
+    draw_it = partial(
+        draw, checkpoint, scheduler, seed=1, steps=reference.steps, guidance_scale=reference.guidance_scale
+    )
+    return Int8Policy(specs, calibrate(checkpoint, specs, samples, draw_it))
+
+
+class _Workshop:
+    """Makes the graphs of a bundle in `folder`, and makes one again where the policy has changed.
+
+    Attributes:
+        graphs: the manifest's entries of those that are made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        precision: str,
+        target: str,
+        policy: Int8Policy | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.graphs: dict[str, dict[str, Any]] = {}
+        self._folder, self._checkpoint, self._say = folder, checkpoint, say
+        self._precision, self._target, self._policy = precision, target, policy
+        self._lowered: dict[str, ir.Model] = {}  # for int8, as floats: quantised anew each time
+
+    def make(self, spec: GraphSpec) -> None:
+        """Lower `spec`, write its folder and its entry."""
+        self._say(f"lowering {spec.name}")
+        model, used = self._lower(spec)
+        folder = self._folder / spec.name
+        write_graph(model, folder, _config(self._checkpoint, spec.name))
+        entry = describe_graph(model, spec, used, self._target) | {
+            "bytes": sum(file.stat().st_size for file in graph_files(folder))
+        }
+        if self._policy:
+            entry["int8"] = self._policy.describe(spec.name)
+        self.graphs[spec.name] = entry
+
+    def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str]:
+        """The graph, and the precision it got: fp32 where half precision would overflow, or 8 bits suffice nowhere."""
+        target = TARGETS[self._target]
+        if self._precision == "fp16" and not overflows_half(spec.module, spec.example(1, 1)):
+            return lower(spec, target, half=True), "fp16"
+        used = "fp32"
+        if self._policy:
+            if spec.name not in self._lowered:
+                self._lowered[spec.name] = lower(spec, target)
+            model, ranges = self._lowered[spec.name].clone(), self._policy.ranges(spec.name)
+            quantise(model, ranges)
+            used = "int8" if ranges else "fp32"
+        else:
+            model = lower(spec, target)
+        store_halves(model)
+        return model, used
+
+
+def _verify(
+    folder: Path,
+    specs: Sequence[GraphSpec],
+    reference: Reference,
+    parity: dict[str, GraphParity],
+    graphs: dict[str, dict[str, Any]],
+    precision: str,
+    say: Callable[[str], None],
+) -> tuple[ImageParity, SearchParity]:
+    """Compare the graphs that `parity` lacks with PyTorch, into it; then whole pictures, then search.
+
+    Raises ToleranceError at the first that is too far from PyTorch's.
+    """
+    bundle = Bundle.open(folder, verify=False, threads=torch.get_num_threads())
+    for spec in specs:
+        if spec.name not in parity:
+            say(f"comparing {spec.name} with PyTorch")
+            used = graphs[spec.name]["precision"]
+            calls = calls_of(spec, used, reference)
+            parity[spec.name] = compare_graph(bundle.session(spec.name), spec, TOLERANCES[used], calls)
+    say("comparing pictures with diffusers")
+    image = compare_images(bundle, reference, TOLERANCES[precision])
+    say("comparing search with PyTorch")
+    return image, compare_search(bundle, reference, TOLERANCES[precision])
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager
@@ -135,15 +279,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ExportError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
-
-
-def _lower_in(spec: GraphSpec, precision: str, target: Target) -> tuple[ir.Model, str]:
-    """The graph, and the precision it got: fp32 where half precision would overflow."""
-    if precision == "fp16" and not overflows_half(spec.module, spec.example(1, 1)):
-        return lower(spec, target, half=True), "fp16"
-    model = lower(spec, target)
-    store_halves(model)
-    return model, "fp32"
 
 
 def _config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:

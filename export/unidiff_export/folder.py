@@ -73,7 +73,9 @@ def write_graph(model: ir.Model, folder: Path, config: Mapping[str, Any]) -> Pat
     """Save `model` as folder/model.onnx with the config.json that optimum's loader asks for, and check the file."""
     import onnx
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    for old in graph_files(folder):
+        old.unlink()  # not written over: a session may still have it mapped
     file = folder / GRAPH_FILE
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if weights > LARGEST_SINGLE_FILE:
@@ -83,6 +85,11 @@ def write_graph(model: ir.Model, folder: Path, config: Mapping[str, Any]) -> Pat
     onnx.checker.check_model(str(file))
     write_json(folder / "config.json", config)
     return file
+
+
+def graph_files(folder: Path) -> list[Path]:
+    """The graph in `folder`, and its weights where they lie beside it."""
+    return sorted(folder.glob(f"{GRAPH_FILE}*"))
 
 
 def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:

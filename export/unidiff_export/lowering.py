@@ -25,6 +25,7 @@ from unidiff_sdk.pipelinefolder import EXTRA_CONDITIONS
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .options import TARGETS, Target
+from .quantization import name_by_layer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -263,6 +264,7 @@ def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = Fals
     model = program.model
     check_attention(model, spec.attention_layers, target, spec.name)
     check_operators(model, target, spec.name)
+    name_by_layer(model)
     ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
     return model
 

@@ -99,10 +99,13 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "scaling_factor": vae.config.scaling_factor,
             "shift_factor": vae.config.shift_factor or 0.0,
         },
-        "sampler": DEFAULT_SAMPLER
-        | checkpoint.meta.get("sampler", {})
-        | {"prediction_type": checkpoint.scheduler.config.prediction_type},
+        "sampler": sampler_defaults(checkpoint) | {"prediction_type": checkpoint.scheduler.config.prediction_type},
     }
+
+
+def sampler_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """name, steps and guidance_scale: those that the checkpoint was made for."""
+    return DEFAULT_SAMPLER | checkpoint.meta.get("sampler", {})
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from unidiff_sdk.errors import OptionError
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 
 STANDARD, CONTRIB = "", "com.microsoft"  # the operator domains of ONNX itself and of ONNX Runtime
 

@@ -1,4 +1,4 @@
-"""The evidence that a bundle carries: its graphs and its pictures beside PyTorch's."""
+"""The evidence that a bundle carries: its graphs, its pictures and its search beside PyTorch's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unidiff_sdk.errors import ExportError, GenerationError
+from unidiff_sdk.training.data import normalise_caption, tokenise
+from unidiff_sdk.training.evaluate import retrieval
 
-from .lowering import GraphSpec, quiet
+from .calibration import Drawing, Effort, Inputs, Samples, draw, inputs_of
+from .folder import clip_tokenizer
+from .lowering import GraphSpec
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -21,49 +26,171 @@ if TYPE_CHECKING:
     from unidiff_sdk.bundle import Bundle
     from unidiff_sdk.training.checkpoint import Checkpoint
 
-PROMPTS = ("a red dress", "blue striped boots")
 # Of equal pictures the ratio is infinite, which JSON cannot say.
 MOST_PSNR_DB = 100.0
 # A picture whose brightest level is below this, of 255, is black.
 BLACK = 8
+# Mean text-image agreement may change by so much, relative; R@1 may fall by so much.
+AGREEMENT_TOLERANCE, RECALL_TOLERANCE = 0.02, 0.005
+# An untrained model agrees with nothing: below this cosine the change is taken relative to it.
+LEAST_AGREEMENT = 0.1
+GENERATION = ("unet", "vae_decoder", "text_encoder")
+SEARCH = ("text_encoder", "clip_text_encoder", "image_encoder")
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a bundle of one precision may be from PyTorch."""
+    """How far a bundle of one precision may be from PyTorch, and what to try where it is further.
 
-    max_abs_error: float
+    max_abs_error is None where single values may be far off while the whole is right.
+    """
+
+    max_abs_error: float | None
+    cosine: float
     image_psnr_db: float
+    advice: str
 
 
-TOLERANCES = {"fp32": Tolerance(1e-4, 40.0), "fp16": Tolerance(5e-2, 35.0)}
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 0.99999, 45.0, "install the package versions of constraints.txt"),
+    "fp16": Tolerance(5e-2, 0.999, 35.0, "half precision is too coarse for this model: try --fp32"),
+    "int8": Tolerance(
+        None,
+        0.98,
+        25.0,
+        "8 bits are too coarse for what this model computes: calibrate on more of your own products "
+        "(--calibration DATA), or try --fp16 or --fp32",
+    ),
+}
+
+
+class ToleranceError(ExportError):
+    """A result is too far from PyTorch's. `graphs`: those that it came through."""
+
+    def __init__(self, message: str, graphs: Sequence[str]) -> None:
+        super().__init__(message)
+        self.graphs = tuple(graphs)
 
 
 @dataclass(frozen=True)
 class GraphParity:
-    """One graph against its PyTorch module: over all outputs and shapes tried, the worst figures."""
+    """One graph against its PyTorch module: over all outputs and inputs tried, the worst figures and their limits."""
 
     max_abs_error: float
     cosine: float
-    tolerance: float
+    tolerance: float | None
+    least_cosine: float
 
 
 @dataclass(frozen=True)
 class ImageParity:
-    """Whole pictures of the runtime against those of diffusers' pipeline, from the same latents: the worst one."""
+    """Whole pictures of the runtime against those of diffusers' pipeline, from the same latents.
+
+    psnr_db is the worst picture's. agreement: mean cosine of a picture and its prompt, in the runtime and in PyTorch,
+    each of its own pictures by its own encoders.
+    """
 
     psnr_db: float
     tolerance_db: float
+    agreement: float
+    reference_agreement: float
+    pictures: int
+    steps: int
 
 
-def compare_graph(session: InferenceSession, spec: GraphSpec, tolerance: float) -> GraphParity:
-    """Run `spec`'s module and its graph on the same inputs, at two shapes, neither of them that of the tracing.
+@dataclass(frozen=True)
+class SearchParity:
+    """R@1, the mean of both ways, of the runtime's encoders and of PyTorch's over the same pairs."""
 
-    Raises ExportError where the graph's result has another shape, is not finite, or lies outside `tolerance`.
+    recall_at_1: float
+    reference_recall_at_1: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch draws and finds.
+
+    Attributes:
+        drawing: its pictures, and what they started from.
+        sampler, steps, guidance_scale: how.
+        searched: the pairs that are looked up.
+        embeddings: of their captions and of their pictures, unit rows.
+        agreement: mean cosine of its pictures and their prompts.
+        inputs: what each graph is called with in all this.
+    """
+
+    drawing: Drawing
+    sampler: str
+    steps: int
+    guidance_scale: float
+    searched: Samples
+    embeddings: tuple[NDArray[np.float32], NDArray[np.float32]]
+    agreement: float
+    inputs: dict[str, tuple[Inputs, ...]]
+
+
+def make_reference(
+    checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, effort: Effort, defaults: dict
+) -> Reference:
+    """Draw captions of `samples` with diffusers, and look up its pairs (what was drawn, if it has no pictures)."""
+    scheduler, sampler = reference_scheduler(defaults["name"], checkpoint)
+    steps = min(effort.steps or defaults["steps"], defaults["steps"])
+    prompts = samples.captions[: effort.pictures]
+    guidance = defaults["guidance_scale"]
+    drawing = draw(checkpoint, scheduler, prompts, seed=0, steps=steps, guidance_scale=guidance)
+    pictures = samples.pictures or drawing.pictures
+    searched = Samples(samples.captions if samples.pictures else prompts, pictures)
+    modules = {spec.name: spec.module for spec in specs}
+    if checkpoint.shared:
+        text_encoder, tokenizer = modules["text_encoder"], checkpoint.tokenizer
+    else:
+        text_encoder, tokenizer = modules["clip_text_encoder"], clip_tokenizer(checkpoint)
+
+    def embed(captions: Sequence[str], pictures: Sequence[NDArray[np.uint8]]) -> tuple[NDArray, NDArray]:
+        with torch.no_grad():
+            pixels = checkpoint.image_processor(list(pictures), return_tensors="pt").pixel_values
+            texts, images = text_encoder(tokenise(tokenizer, captions)), modules["image_encoder"](pixels)
+        return _unit(texts[-1] if checkpoint.shared else texts), _unit(images)
+
+    texts, images = embed(prompts, drawing.pictures)
+    embeddings = embed(searched.captions, pictures) if samples.pictures else (texts, images)
+    inputs = inputs_of(checkpoint, drawing, searched.captions, pictures)
+    agreement = float((texts * images).sum(axis=1).mean())
+    return Reference(drawing, sampler, steps, guidance, searched, embeddings, agreement, inputs)
+
+
+def _unit(rows: Tensor) -> NDArray[np.float32]:
+    return torch.nn.functional.normalize(rows, dim=-1).numpy()
+
+
+def calls_of(spec: GraphSpec, precision: str, reference: Reference) -> tuple[Inputs, ...]:
+    """What a graph is compared on: random inputs.
+
+    For int8, which is right only for values that occur, what the graph sees in the reference: the first, a middle and
+    the last of its calls.
+    """
+    if precision != "int8":
+        return random_calls(spec)
+    calls = reference.inputs[spec.name]
+    return tuple(calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1}))
+
+
+def random_calls(spec: GraphSpec) -> tuple[Inputs, ...]:
+    """Random inputs of two shapes, neither of them that of the tracing."""
+    return tuple(spec.example(batch, scale) for batch, scale in ((3, 1), (1, 2)))
+
+
+def compare_graph(
+    session: InferenceSession, spec: GraphSpec, tolerance: Tolerance, calls: Sequence[Inputs] | None = None
+) -> GraphParity:
+    """Run `spec`'s module and its graph on the same inputs, by default random ones.
+
+    Raises ToleranceError where the graph's result lies outside `tolerance`, ExportError where it has another shape or
+    is not finite.
     """
     errors, cosines = [], []
-    for batch, scale in ((3, 1), (1, 2)):
-        inputs = spec.example(batch, scale)
+    for inputs in calls or random_calls(spec):
         with torch.no_grad():
             expected = spec.module(*inputs)
         got = session.run(list(spec.outputs), dict(zip(spec.inputs, (x.numpy() for x in inputs), strict=True)))
@@ -71,11 +198,18 @@ def compare_graph(session: InferenceSession, spec: GraphSpec, tolerance: float) 
         for name, ours, reference in zip(spec.outputs, got, references, strict=True):
             errors.append(max_abs_error(f"{spec.name}'s {name}", ours, reference.numpy()))
             cosines.append(cosine(ours, reference.numpy()))
-    parity = GraphParity(max(errors), min(cosines), tolerance)
-    if parity.max_abs_error > tolerance:
-        raise ExportError(
-            f"{spec.name} differs from PyTorch by up to {parity.max_abs_error:.2g} (allowed: {tolerance:.0e}); "
-            "try --fp32 if this was another precision, else the package versions of constraints.txt"
+    parity = GraphParity(max(errors), min(cosines), tolerance.max_abs_error, tolerance.cosine)
+    if parity.tolerance is not None and parity.max_abs_error > parity.tolerance:
+        raise ToleranceError(
+            f"{spec.name} differs from PyTorch by up to {parity.max_abs_error:.2g} (allowed: {parity.tolerance:.0e}); "
+            + tolerance.advice,
+            [spec.name],
+        )
+    if parity.cosine < parity.least_cosine:
+        raise ToleranceError(
+            f"{spec.name} points elsewhere than PyTorch: their cosine is {parity.cosine:.4f} (at least "
+            f"{parity.least_cosine} asked); {tolerance.advice}",
+            [spec.name],
         )
     return parity
 
@@ -97,35 +231,79 @@ def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), np.finfo(np.float64).tiny))
 
 
-def compare_images(bundle: Bundle, checkpoint: Checkpoint, tolerance_db: float) -> ImageParity:
-    """Generate with our runtime and with diffusers' StableDiffusionPipeline, from the same latents, and compare.
+def compare_images(bundle: Bundle, reference: Reference, tolerance: Tolerance) -> ImageParity:
+    """Draw with our runtime what diffusers drew, from the same latents, and compare.
 
-    Raises ExportError where a picture is black or the ratio of signal to difference is below `tolerance_db`.
+    Raises ToleranceError where a picture is too far from diffusers' or agrees less with its prompt, ExportError where
+    one is black or not finite.
     """
+    from unidiff_sdk.encoder import Encoder
     from unidiff_sdk.generator import Generator
 
-    sampler = bundle.manifest["sampler"]
-    scheduler, name = reference_scheduler(sampler["name"], checkpoint)
-    latent = bundle.manifest["latent"]
-    shape = (len(PROMPTS), latent["channels"], latent["size"], latent["size"])
-    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    settings = {"steps": sampler["steps"], "guidance_scale": sampler["guidance_scale"]}
-
+    drawing = reference.drawing
     try:
-        ours = Generator(bundle).generate(PROMPTS, sampler=name, latents=noise, **settings)
+        ours = Generator(bundle).generate(
+            drawing.prompts,
+            sampler=reference.sampler,
+            latents=drawing.noise,
+            steps=reference.steps,
+            guidance_scale=reference.guidance_scale,
+        )
     except GenerationError as error:
         raise ExportError("the bundle's pictures are not finite: a number overflowed; try --fp32") from error
-    reference = diffusers_images(checkpoint, scheduler, PROMPTS, noise, **settings)
-    for prompt, image in zip(PROMPTS, ours, strict=True):
+    for prompt, image in zip(drawing.prompts, ours, strict=True):
         if np.asarray(image).max() < BLACK:
             raise ExportError(f"the picture of {prompt!r} is black; try --fp32, or look at what the checkpoint draws")
-    parity = ImageParity(min(map(psnr_db, map(np.asarray, ours), reference)), tolerance_db)
-    if parity.psnr_db < tolerance_db:
-        raise ExportError(
+    encoder = Encoder(bundle)
+    agreement = (encoder.encode_texts(drawing.prompts) * encoder.encode_images(ours)).sum(axis=1).mean()
+    parity = ImageParity(
+        psnr_db=min(map(psnr_db, map(np.asarray, ours), drawing.pictures)),
+        tolerance_db=tolerance.image_psnr_db,
+        agreement=float(agreement),
+        reference_agreement=reference.agreement,
+        pictures=len(ours),
+        steps=reference.steps,
+    )
+    if parity.psnr_db < parity.tolerance_db:
+        raise ToleranceError(
             f"pictures are only {parity.psnr_db:.1f} dB PSNR from those of diffusers with the same latents "
-            f"(at least {tolerance_db:.0f} dB asked); try --fp32 if this was another precision"
+            f"(at least {parity.tolerance_db:.0f} dB asked); {tolerance.advice}",
+            GENERATION,
+        )
+    allowed = AGREEMENT_TOLERANCE * max(abs(reference.agreement), LEAST_AGREEMENT)
+    if abs(parity.agreement - reference.agreement) > allowed:
+        raise ToleranceError(
+            f"pictures agree with their prompts by {parity.agreement:.3f} on average, PyTorch's by "
+            f"{reference.agreement:.3f} (within {AGREEMENT_TOLERANCE:.0%} asked); {tolerance.advice}",
+            [*GENERATION, *SEARCH],
         )
     return parity
+
+
+def compare_search(bundle: Bundle, reference: Reference, tolerance: Tolerance) -> SearchParity:
+    """Look up the reference's pairs with the bundle's encoders.
+
+    Raises ToleranceError where R@1 falls by more than 0.5 points, or by more than one query where there are so few.
+    """
+    from unidiff_sdk.encoder import Encoder
+
+    encoder, pairs = Encoder(bundle), reference.searched
+    assert pairs.pictures is not None  # those of a reference always have some
+    ours = encoder.encode_texts(pairs.captions), encoder.encode_images(pairs.pictures)
+    recall, expected = (recall_at_1(*embeddings, pairs.captions) for embeddings in (ours, reference.embeddings))
+    if expected - recall > max(RECALL_TOLERANCE, 0.5 / len(pairs.captions)) + 1e-9:
+        raise ToleranceError(
+            f"R@1 over {len(pairs.captions)} pairs is {recall:.1%}, but PyTorch's is {expected:.1%} (within "
+            f"{RECALL_TOLERANCE:.1%} asked); {tolerance.advice}",
+            SEARCH,
+        )
+    return SearchParity(recall, expected, len(pairs.captions))
+
+
+def recall_at_1(texts: NDArray[np.float32], images: NDArray[np.float32], captions: Sequence[str]) -> float:
+    """The mean of both ways; pairs whose captions say the same are all right answers."""
+    ways = retrieval(images, texts, [(normalise_caption(caption),) for caption in captions])
+    return float(np.mean([way["R@1"] for way in ways.values()]))
 
 
 def reference_scheduler(sampler: str, checkpoint: Checkpoint) -> tuple[SchedulerMixin, str]:
@@ -140,39 +318,6 @@ def reference_scheduler(sampler: str, checkpoint: Checkpoint) -> tuple[Scheduler
         karras = sampler.endswith("karras")
         return diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=karras), sampler
     return diffusers.DDIMScheduler.from_config(config), "ddim"
-
-
-def diffusers_images(
-    checkpoint: Checkpoint,
-    scheduler: SchedulerMixin,
-    prompts: Sequence[str],
-    latents: NDArray[np.float32],
-    *,
-    steps: int,
-    guidance_scale: float,
-) -> list[NDArray[np.uint8]]:
-    """What diffusers' own pipeline draws in float32 PyTorch: uint8[height, width, 3] for each prompt."""
-    with quiet():
-        from diffusers import StableDiffusionPipeline
-
-        pipeline = StableDiffusionPipeline(
-            vae=checkpoint.vae,
-            text_encoder=checkpoint.text_encoder,
-            tokenizer=checkpoint.tokenizer,
-            unet=checkpoint.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        result = pipeline(
-            list(prompts),
-            latents=torch.from_numpy(latents),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-        )
-    return [np.asarray(image) for image in result.images]
 
 
 def psnr_db(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
