@@ -38,21 +38,26 @@ __all__ = [
     "TINY",
     "TRAINING_STATE",
     "Checkpoint",
+    "assemble",
     "load_checkpoint",
+    "load_clip",
     "recover",
     "require_replaceable",
     "save_checkpoint",
+    "share_text_layers",
 ]
 
 TINY = Path(__file__).parents[1] / "models" / "tiny_checkpoint"
 
-PARTS = {
+PIPELINE_PARTS = {
     "model_index.json": "the diffusers pipeline index",
     "unet/config.json": "the UNet",
     "vae/config.json": "the VAE",
     "text_encoder/config.json": "the pipeline's text encoder",
     "tokenizer/tokenizer_config.json": "the tokenizer",
     "scheduler/scheduler_config.json": "the noise scheduler",
+}
+CLIP_PARTS = {
     "clip/config.json": "the CLIP model",
     "clip/preprocessor_config.json": "CLIP's preprocessing",
 }
@@ -78,19 +83,49 @@ class Checkpoint:
     clip: CLIPModel
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
+    clip_tokenizer: CLIPTokenizer
     scheduler: Any
     image_processor: Any
     meta: dict[str, Any] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Any]:
         """All that `save_checkpoint` writes, but for `meta`, by its names."""
-        names = ("unet", "vae", "clip", "text_encoder", "tokenizer", "scheduler", "image_processor")
+        names = ("unet", "vae", "clip", "text_encoder", "tokenizer", "clip_tokenizer", "scheduler", "image_processor")
         return {name: getattr(self, name) for name in names}
 
     @property
     def shared(self) -> bool:
         """Whether the pipeline's text encoder and CLIP's text tower are the same parameters."""
         return _tower(self.text_encoder) is _tower(self.clip.text_model)
+
+    @property
+    def shared_layers(self) -> int:
+        """How many of the text encoder's layers, from the first, are layers of CLIP's text tower."""
+        return sum(a is b for a, b in zip(_layers(self.text_encoder), _layers(self.clip.text_model), strict=False))
+
+    @property
+    def conditioning_layer(self) -> int | None:
+        """Which layer of CLIP's text tower conditions the UNet, from the end: -1 the last (SD 1.x), -2 the one before
+        (SD 2.x). None where the text encoder has layers, or a final norm, of its own."""
+        if self.shared:
+            return -1
+        ours, theirs = _tower(self.text_encoder), _tower(self.clip.text_model)
+        if self.shared_layers < len(_layers(ours)) or ours.final_layer_norm is not theirs.final_layer_norm:
+            return None
+        return self.shared_layers - len(_layers(theirs)) - 1
+
+    def describe_sharing(self) -> str:
+        """One line on what the UNet's text encoder and CLIP's text tower have in common."""
+        ours, theirs = len(_layers(self.text_encoder)), len(_layers(self.clip.text_model))
+        if not self.shared_layers:
+            return "text encoder and CLIP have no layer in common: both are kept, and only pixels couple them"
+        common = f"{self.shared_layers} of the text encoder's {ours} layers are CLIP's ({theirs})"
+        if self.conditioning_layer is None:
+            return f"{common}: both halves teach those, the others are kept apart"
+        which = {-1: "the last", -2: "the last but one"}.get(
+            self.conditioning_layer, f"{-self.conditioning_layer}. last"
+        )
+        return f"{common}: both halves teach them, and {which} conditions the UNet"
 
     @property
     def image_size(self) -> int:
@@ -114,21 +149,40 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Always float32, whatever was stored. Raises CheckpointError where a part is missing, unreadable, or incomplete.
     """
     folder = TINY if str(path) == "tiny" else Path(path)
-    _require_parts(folder, named_tiny=str(path) == "tiny")
+    _require_parts(folder, PIPELINE_PARTS | CLIP_PARTS, named_tiny=str(path) == "tiny")
+    clip, image_processor = load_clip(folder / "clip")
+    return assemble(folder, clip, image_processor, _read_clip_tokenizer(folder / "clip"))
+
+
+def load_clip(folder: Path) -> tuple[CLIPModel, Any]:
+    """A transformers CLIP folder: the model, float32 in eval mode, and its image processor. Raises CheckpointError."""
+    _require_parts(folder, {"config.json": "the model", "preprocessor_config.json": "its preprocessing"})
     with _quiet():
-        clip = _load(CLIPModel, folder / "clip")
-        checkpoint = Checkpoint(
+        return _load(CLIPModel, folder), _read(ImageProcessor, folder)
+
+
+def assemble(
+    folder: Path, clip: CLIPModel, image_processor: Any, clip_tokenizer: CLIPTokenizer | None = None
+) -> Checkpoint:
+    """The Stable Diffusion pipeline in `folder` with this CLIP beside it, sharing the text layers that both have.
+
+    clip_tokenizer: default: the pipeline's. Raises CheckpointError where a part is missing, unreadable, or incomplete.
+    """
+    _require_parts(folder, PIPELINE_PARTS)
+    with _quiet():
+        tokenizer = _read(CLIPTokenizer, folder / "tokenizer")
+        return Checkpoint(
             path=folder,
             unet=_load(UNet2DConditionModel, folder / "unet"),
             vae=_load(AutoencoderKL, folder / "vae"),
             clip=clip,
-            text_encoder=_share(_load(CLIPTextModel, folder / "text_encoder"), clip),
-            tokenizer=_read(CLIPTokenizer, folder / "tokenizer"),
+            text_encoder=share_text_layers(_load(CLIPTextModel, folder / "text_encoder"), clip),
+            tokenizer=tokenizer,
+            clip_tokenizer=clip_tokenizer or tokenizer,
             scheduler=_read(_scheduler_class(folder), folder / "scheduler"),
-            image_processor=_read(ImageProcessor, folder / "clip"),
+            image_processor=image_processor,
             meta=_json(folder / "unidiff.json") if (folder / "unidiff.json").exists() else {},
         )
-    return checkpoint
 
 
 def save_checkpoint(
@@ -139,6 +193,7 @@ def save_checkpoint(
     clip: CLIPModel,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
+    clip_tokenizer: CLIPTokenizer | None = None,
     scheduler: Any,
     image_processor: Any,
     meta: Mapping[str, Any],
@@ -148,10 +203,10 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint folder; an older checkpoint at `path` is replaced only once the new one is complete.
 
-    dtype: what the weights are stored as (torch.float16 halves the size); default: as they are.
-    meta: JSON-serialisable, goes to unidiff.json. keep: how many checkpoints remain; older ones than `path` lie beside
-    it in `path`.history/. also: writes more into the new folder before it appears. Low-rank adapters are merged into
-    the weights that they adapt. Returns `path`.
+    clip_tokenizer: CLIP's own; default: `tokenizer`. dtype: what the weights are stored as (torch.float16 halves the
+    size); default: as they are. meta: JSON-serialisable, goes to unidiff.json. keep: how many checkpoints remain; older
+    ones than `path` lie beside it in `path`.history/. also: writes more into the new folder before it appears. Low-rank
+    adapters are merged into the weights that they adapt. Returns `path`.
     Raises CheckpointError where `path` holds something that is not a checkpoint, or the disk refuses.
     """
     path = Path(path)
@@ -167,8 +222,8 @@ def save_checkpoint(
         # transformers 5 drops this prefix when it saves, and 4.57 then loads random weights; both read it.
         prefixed = {TEXT_PREFIX + name: tensor for name, tensor in merged_state_dict(_tower(text_encoder)).items()}
         _save_transformer(text_encoder, prefixed, temporary / "text_encoder", dtype)
-        for name in ("tokenizer", "clip"):
-            _save_tokenizer(tokenizer, temporary / name)
+        _save_tokenizer(tokenizer, temporary / "tokenizer")
+        _save_tokenizer(clip_tokenizer or tokenizer, temporary / "clip")
         image_processor.save_pretrained(temporary / "clip")
         scheduler.save_pretrained(temporary / "scheduler")
         _write_json(temporary / "model_index.json", _model_index(scheduler))
@@ -194,13 +249,18 @@ def require_replaceable(path: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _require_parts(folder: Path, *, named_tiny: bool) -> None:
+def _require_parts(folder: Path, parts: Mapping[str, str], *, named_tiny: bool = False) -> None:
     if not folder.is_dir():
         hint = "it comes with a source checkout, not with the wheel" if named_tiny else "name an existing folder"
         raise CheckpointError(f"no checkpoint at {folder}: {hint}")
-    missing = [f"{name} ({what})" for name, what in PARTS.items() if not (folder / name).is_file()]
+    missing = [f"{name} ({what})" for name, what in parts.items() if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} is not a complete checkpoint, it lacks {', '.join(missing)}")
+
+
+def _read_clip_tokenizer(folder: Path) -> CLIPTokenizer | None:
+    """CLIP's own tokenizer, where its folder has one."""
+    return _read(CLIPTokenizer, folder) if (folder / "tokenizer_config.json").is_file() else None
 
 
 def _load(model_class: Any, folder: Path) -> Any:
@@ -247,20 +307,48 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _tower(text_model: nn.Module) -> nn.Module:
+def _tower(text_model: nn.Module) -> Any:
     """The transformer itself: up to transformers 4.57, CLIPTextModel wraps it once more as `.text_model`."""
     return getattr(text_model, "text_model", text_model)
 
 
-def _share(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextModel:
-    """The text encoder on the parameters of CLIP's text tower where both hold equal tensors, else as it is."""
-    ours, theirs = _tower(text_encoder).state_dict(), _tower(clip.text_model).state_dict()
-    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+def _layers(text_model: nn.Module) -> nn.ModuleList:
+    layers: nn.ModuleList = _tower(text_model).encoder.layers
+    return layers
+
+
+def share_text_layers(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextModel:
+    """The text encoder on the parameters of CLIP's text tower, as far as both are equal from the input up.
+
+    Found by the longest common prefix: the embeddings, then layer after layer, then the final norm if no layer of the
+    text encoder is left. SD 1.x's is all of CLIP ViT-L/14's tower, SD 2.x's is OpenCLIP ViT-H/14's without its last
+    layer.
+    """
+    ours, theirs = _tower(text_encoder), _tower(clip.text_model)
+    alike = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+    if any(getattr(ours.config, name) != getattr(theirs.config, name) for name in alike):
+        return text_encoder
+    if not _equal(ours.embeddings, theirs.embeddings):
+        return text_encoder
+    ours.embeddings = theirs.embeddings
+    for i, (own, other) in enumerate(zip(_layers(ours), _layers(theirs), strict=False)):
+        if not _equal(own, other):
+            return text_encoder
+        _layers(ours)[i] = other
+    if len(_layers(ours)) > len(_layers(theirs)) or not _equal(ours.final_layer_norm, theirs.final_layer_norm):
+        return text_encoder
+    ours.final_layer_norm = theirs.final_layer_norm
+    if len(_layers(ours)) < len(_layers(theirs)):
         return text_encoder
     if isinstance(clip.text_model, CLIPTextModel):
         return clip.text_model
     text_encoder.text_model = clip.text_model
     return text_encoder
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @contextmanager

@@ -83,7 +83,12 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
     """,
 )
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help='The checkpoint to start from: a folder, or "tiny", the built-in one.')
+@click.option(
+    "--base",
+    required=True,
+    help='Where to start: "tiny", a checkpoint, or a Stable Diffusion as a diffusers folder or hub id.',
+)
+@click.option("--clip", help="Its CLIP, where --base has none: a folder, a hub id, or open_clip:ARCH/TAG-or-file.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the tuned checkpoint.")
 @config_option("--steps", field="steps", help="Optimiser steps.")
 @config_option("--batch-size", field="batch_size", help="Pairs a step.")
@@ -183,9 +188,6 @@ def train(
     base: str,
     out: Path,
     strict: bool,
-    device: str,
-    resume: bool,
-    latents: Path | None,
     val: Path | None,
     prompts: tuple[str, ...],
     tensorboard: Path | None,
@@ -199,6 +201,7 @@ def train(
     what was learned so far is saved, and --resume goes on from there, as if nothing had happened. OUT.log/report.html
     shows how it went: curves, and with --val samples over time, searches, figures before and after.
     """
+    settings = {name: options.pop(name) for name in ("clip", "device", "resume", "latents")}
     config = TrainingConfig(**options)
     rows = count_rows(data)  # a folder that cannot be read is told before PyTorch is imported
     if val:
@@ -231,10 +234,9 @@ def train(
             base,
             out,
             config,
-            device=device,
             strict=strict,
-            resume=resume,
-            latents=latents,
+            **settings,
+            on_start=lambda checkpoint: click.echo(checkpoint.describe_sharing(), err=True),
             on_rows=lambda read: _track(progress, read, rows, "pictures"),
             on_step=on_step,
             on_validate=validator,

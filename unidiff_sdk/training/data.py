@@ -158,6 +158,7 @@ class Batches:
     """The pairs of every step, epoch after epoch in a new order. What a step gets follows from its number alone.
 
     size: pairs a step, m; fewer where the data has fewer. flip: mirror half of the pictures. cache: of latents.
+    clip_ids: see `Batch`.
     """
 
     def __init__(
@@ -171,12 +172,14 @@ class Batches:
         flip: bool,
         seed: int,
         cache: LatentCache | None = None,
+        clip_ids: Tensor | None = None,
     ) -> None:
         self.clip_images = pairs.clip_images
         self.latents = encode_latents(model, pairs.images, cache)
         # A mirrored picture's latents are not the mirrored latents: both are encoded.
         self.mirrored = encode_latents(model, pairs.images.mirrored(), cache) if flip else None
         self.input_ids = input_ids
+        self.clip_ids = clip_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}
         self.groups = torch.tensor([numbers[key] for key in groups])
         self.size = min(size, len(pairs))
@@ -210,4 +213,5 @@ class Batches:
             latents=latents.to(device),
             input_ids=self.input_ids[rows].to(device),
             groups=self.groups[rows].to(device),
+            clip_ids=None if self.clip_ids is None else self.clip_ids[rows].to(device),
         )

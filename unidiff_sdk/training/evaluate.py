@@ -164,7 +164,7 @@ def embed(model: JointModel, checkpoint: Checkpoint, pairs: Pairs) -> tuple[Vect
     ]
     texts = [
         model.text_embeds(model.clip.text_model(ids.to(device)).pooler_output).cpu()
-        for ids in tokenise(checkpoint.tokenizer, pairs.captions).split(EMBED_BATCH)
+        for ids in tokenise(checkpoint.clip_tokenizer, pairs.captions).split(EMBED_BATCH)
     ]
     return torch.cat(images).numpy(), torch.cat(texts).numpy()
 

@@ -34,13 +34,15 @@ class Batch:
     """m pairs, ready for the losses; the first n ≤ m of them also go through the UNet.
 
     clip_pixels: float[m, 3, s, s], normalised for CLIP; latents: float[n, c, h, w], scaled as the UNet sees them;
-    input_ids: int64[m, tokens]; groups: int64[m], equal where two pairs mean the same.
+    input_ids: int64[m, tokens]; groups: int64[m], equal where two pairs mean the same. clip_ids: int64[m, tokens],
+    where CLIP's text tower has another tokenizer than the UNet's text encoder.
     """
 
     clip_pixels: Tensor
     latents: Tensor
     input_ids: Tensor
     groups: Tensor
+    clip_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -124,7 +126,7 @@ class JointModel(nn.Module):
         self.text_encoder = checkpoint.text_encoder
         self.vae = checkpoint.vae.requires_grad_(False)
         self.f = ImageTower(checkpoint.clip)
-        self.shared = checkpoint.shared
+        self.conditioning_layer = checkpoint.conditioning_layer
         self.prediction_type: str = checkpoint.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise CheckpointError(
@@ -171,6 +173,22 @@ class JointModel(nn.Module):
         config = self.vae.config
         mean = self.vae.encode(pixels * 2 - 1).latent_dist.mode()
         return (mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+    def read(self, batch: Batch, states: int, *, pooled: bool) -> tuple[Tensor, Tensor | None]:
+        """τ(y), the UNet's token states, of the first so many captions, and CLIP's pooled state of all.
+
+        Where the UNet's text encoder is a prefix of CLIP's tower, one pass gives both.
+        """
+        layer = self.conditioning_layer
+        if layer is None or not pooled:
+            own = self.text_encoder(batch.input_ids[:states]).last_hidden_state if states else batch.latents[:0]
+            ids = batch.input_ids if batch.clip_ids is None else batch.clip_ids
+            return own, self.clip.text_model(ids).pooler_output if pooled else None
+        answer: Any = self.clip.text_model(batch.input_ids, output_hidden_states=layer != -1)
+        if layer == -1:
+            return answer.last_hidden_state[:states], answer.pooler_output
+        tower = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return tower.final_layer_norm(answer.hidden_states[layer][:states]), answer.pooler_output
 
     def text_embeds(self, pooled: Tensor) -> Tensor:
         """g: the text tower's pooled state, float[n, width], onto the unit sphere, float[n, d]."""
@@ -255,11 +273,10 @@ def forward(
     means: dict[str, Tensor] = {}
     embeddings: dict[str, Tensor] = {}
 
-    # 1. texts: with a shared tower, one pass gives both the UNet's token states and the embedding's pooled state
+    # 1. texts, and pictures as CLIP sees them
     with model.autocast():
-        text: Any = model.text_encoder(batch.input_ids) if model.shared or runs_unet else None
-        if config.trains_encoder:
-            pooled = text.pooler_output if model.shared else model.clip.text_model(batch.input_ids).pooler_output
+        states, pooled = model.read(batch, n if runs_unet else 0, pooled=config.trains_encoder)
+        if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
             embeddings["u"] = model.f(batch.clip_pixels)
     if not runs_unet:
@@ -267,7 +284,7 @@ def forward(
 
     # 2. IS
     with model.autocast():
-        states = _drop_captions(model, text.last_hidden_state[:n], empty_ids, draws.dropped)
+        states = _drop_captions(model, states, empty_ids, draws.dropped)
         denoising = _denoise(model, batch.latents, states, draws)
     if config.lambda_is and not embeddings_only:
         weight = losses.min_snr_weight(denoising.alpha_bar, config.min_snr_gamma, model.prediction_type)

@@ -16,10 +16,10 @@ import transformers
 from unidiff_sdk.datasets.reader import BadRow, Row
 from unidiff_sdk.datasets.synthetic import CATALOGUES
 from unidiff_sdk.errors import TrainingError
+from unidiff_sdk.training.bases import load_base
 from unidiff_sdk.training.callbacks import Moment, StepReport, Validate
 from unidiff_sdk.training.checkpoint import (
     Checkpoint,
-    load_checkpoint,
     recover,
     require_replaceable,
     save_checkpoint,
@@ -56,25 +56,27 @@ def train(
     config: TrainingConfig | None = None,
     *,
     device: str = "auto",
+    clip: str | Path | None = None,
     strict: bool = False,
     resume: bool = False,
     latents: str | Path | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_validate: Validate | None = None,
 ) -> Trained:
     """Fine-tune CLIP and Stable Diffusion of the checkpoint `base` together on the catalogue folder `data`.
 
     Writes the averaged weights to `out` every `config.save_every` steps, at the end, and when interrupted (then raises
-    KeyboardInterrupt on). base: a folder or "tiny". device: "auto", "cpu", "cuda". strict: the first bad row stops the
-    run instead of being passed over. resume: go on with the run that `out` holds, if it holds one; on the CPU, the
+    KeyboardInterrupt on). base, clip: see `load_base`. device: "auto", "cpu", "cuda". strict: the first bad row stops
+    the run instead of being passed over. resume: go on with the run that `out` holds, if it holds one; on the CPU, the
     weights become the same bit for bit as without the interruption.
 
     latents: a folder that keeps the VAE's latents for other runs; default: they are kept in memory alone.
 
-    on_rows: wraps the rows while they are read. on_step: called after each step. on_validate: measures the model
-    before the first step, every `config.validate_every` steps and after the last. In several processes, only the main
-    one calls the last two.
+    on_rows: wraps the rows while they are read. on_start: called with the base once it is loaded. on_step: called after
+    each step. on_validate: measures the model before the first step, every `config.validate_every` steps and after the
+    last. In several processes, only the main one calls the last two.
 
     Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where a loss is not finite or
     `out` holds a run that is not this one; the last good checkpoint then remains.
@@ -92,7 +94,8 @@ def train(
     goes_on = unfinished(out)
     if goes_on and not resume:
         raise TrainingError(f"{out} holds a run that is not finished: go on with it (--resume), or remove it first")
-    checkpoint = load_checkpoint(base)
+    checkpoint = load_base(base, clip)
+    on_start(checkpoint)
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself: name another folder for the result")
     pairs = load_pairs(data, checkpoint, strict=strict, fit=config.fit, progress=on_rows)
@@ -113,7 +116,17 @@ def train(
     empty_ids = tokenise(checkpoint.tokenizer, [""]).to(processes.device)
     size = max(config.batch_size, config.contrastive_batch)
     cache = LatentCache(Path(latents), model) if latents else None
-    batches = Batches(model, pairs, input_ids, groups, size=size, flip=config.flip, seed=config.seed, cache=cache)
+    batches = Batches(
+        model,
+        pairs,
+        input_ids,
+        groups,
+        size=size,
+        flip=config.flip,
+        seed=config.seed,
+        cache=cache,
+        clip_ids=None if checkpoint.shared_layers else tokenise(checkpoint.clip_tokenizer, pairs.captions),
+    )
 
     # 3. what learns, from the base or from where the run was stopped
     learner = Learner(model, config, processes)

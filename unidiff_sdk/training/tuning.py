@@ -41,8 +41,10 @@ def add_adapters(checkpoint: Checkpoint, config: TrainingConfig) -> None:
             rf"vision_model\..*\.({TOWER})|visual_projection": image,
         },
     )
-    if not checkpoint.shared:
-        _inject(checkpoint.text_encoder, {rf".*\.({TOWER})": text})
+    # Layers that are CLIP's have their adapters already.
+    layers = range(checkpoint.shared_layers, checkpoint.text_encoder.config.num_hidden_layers)
+    own = "|".join(map(str, layers))
+    _inject(checkpoint.text_encoder, {rf".*layers\.({own})\..*\.({TOWER})": text if own else 0})
 
 
 def choose_trainable(model: JointModel, config: TrainingConfig) -> None:
@@ -73,14 +75,12 @@ def part_of(name: str) -> Part | None:
 
 def save_adapters(checkpoint: Checkpoint, folder: Path) -> None:
     """Write adapters as peft does, one folder a model: `PeftModel.from_pretrained(base.unet, folder / "unet")`."""
-    from peft import get_peft_model_state_dict
-
-    models = {"unet": checkpoint.unet, "clip": checkpoint.clip}
-    if not checkpoint.shared:
-        models["text_encoder"] = checkpoint.text_encoder
+    models = {"unet": checkpoint.unet, "clip": checkpoint.clip, "text_encoder": checkpoint.text_encoder}
     for name, model in models.items():
         if not hasattr(model, "peft_config"):
             continue
+        from peft import get_peft_model_state_dict
+
         (folder / name).mkdir(parents=True)
         tensors: dict[str, Tensor] = get_peft_model_state_dict(model)
         # A PeftModel holds the model that it adapts one level deeper.
