@@ -35,7 +35,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +75,17 @@ class Seconds(float):
     """What a contestant returns if it measured its own duration, e.g. in another process or by a GPU's events."""
 
 
+# A process counts as its own the memory of the one that it was forked from: so it is forked from one that has little.
+LAUNCHER = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+seconds = time.perf_counter() - started
+print(json.dumps({"seconds": seconds, "peak_kib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}))
+sys.exit(code)
+"""
+
+
 class Process:
     """A fresh process each call: how long it lived, and the most memory that any of them took."""
 
@@ -83,17 +93,14 @@ class Process:
         self.argv, self.env, self.peak_mib = [str(part) for part in argv], {**os.environ, **(env or {})}, 0.0
 
     def __call__(self) -> Seconds:
-        with tempfile.TemporaryFile() as complaint:
-            started = time.perf_counter()
-            child = subprocess.Popen(self.argv, env=self.env, stdout=subprocess.DEVNULL, stderr=complaint)
-            _, status, usage = os.wait4(child.pid, 0)
-            seconds = time.perf_counter() - started
-            child.returncode = os.waitstatus_to_exitcode(status)
-            if child.returncode != 0:
-                complaint.seek(0)
-                sys.exit(f"{' '.join(self.argv)} failed:\n{complaint.read().decode(errors='replace')}")
-        self.peak_mib = max(self.peak_mib, usage.ru_maxrss / 1024)
-        return Seconds(seconds)
+        done = subprocess.run(
+            [sys.executable, "-c", LAUNCHER, *self.argv], env=self.env, capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(self.argv)} failed:\n{done.stderr}")
+        answer = json.loads(done.stdout)
+        self.peak_mib = max(self.peak_mib, answer["peak_kib"] / 1024)
+        return Seconds(answer["seconds"])
 
     def figures(self) -> dict[str, float]:
         """What is known besides the time."""

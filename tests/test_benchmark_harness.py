@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ CHOSEN = {"only": None, "rounds": 3, "threads": 1, "again": False}
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "peaks", lambda threads: {"gemm_gflop_s": 100.0, "copy_gb_s": 10.0})
+    # A benchmark sets its threads for the whole process; other tests are to have their own.
+    monkeypatch.setattr(harness.os, "environ", dict(os.environ))
 
 
 def a_benchmark(out: Path, **chosen: object) -> Benchmark:

@@ -75,17 +75,6 @@ def shop() -> Iterator[Catalog]:
         yield catalog
 
 
-def test_a_colour_word_moves_a_picture_query(shop: Catalog) -> None:
-    handbag = next(p for p in products("fashion-woman", 500, seed=4) if p.attributes["type"] == "handbag")
-    picture = render(handbag)
-    wanted = next(c for c in ("blue", "green", "red") if c != handbag.attributes["colour"])
-
-    def share_of_colour(**query: object) -> float:
-        return float(np.mean([hit.payload["colour"] == wanted for hit in shop.search(image=picture, limit=8, **query)]))
-
-    assert share_of_colour(text=f"{wanted} handbag", weights=(0.7, 0.3)) > share_of_colour()
-
-
 def test_the_nearest_item_of_a_drawn_product_is_told(shop: Catalog) -> None:
     drawn = shop.generate("purple dotted boots", n=3, seed=7)
     assert [p.score for p in drawn] == sorted((p.score for p in drawn), reverse=True)
