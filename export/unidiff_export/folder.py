@@ -133,7 +133,10 @@ def clip_tokenizer(checkpoint: Checkpoint) -> Any:
             f"{folder} has no tokenizer, and that of prompts belongs to another text encoder: put vocab.json and "
             "merges.txt there"
         )
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    # What the tokenizer says of its length may be another model's, or missing: the tower decides.
+    tokenizer.model_max_length = checkpoint.clip.config.text_config.max_position_embeddings
+    return tokenizer
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
