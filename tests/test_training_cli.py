@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.training import gradients  # noqa: E402
 from unidiff_sdk.training.checkpoint import load_checkpoint  # noqa: E402
-from unidiff_sdk.training.cli import evaluate, train  # noqa: E402
+from unidiff_sdk.training.cli import distill, evaluate, train  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 
 FEW = ["--steps", "2", "--batch-size", "4", "--rsc", "0", "--device", "cpu"]
@@ -30,7 +30,7 @@ def one_line(result: Result) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("command", [train, evaluate])
+@pytest.mark.parametrize("command", [train, distill, evaluate])
 def test_help_tells_what_comes_out(command) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0 and "Examples" in result.output
@@ -57,6 +57,23 @@ def test_train_then_evaluate(random_checkpoint: Path, small_catalogue: Path, tmp
     assert result.exit_code == 0, result.output
     assert "text_to_image R@1" in result.stdout
     assert json.loads(figures_file.read_text(encoding="utf-8"))["checkpoint"] == "tuned"
+
+
+def test_distill_stands_beside_training(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+    assert "distill" in call(train, "--help").output and "Usage: unidiff-train distill" in help_of("distill")
+    few = ["--steps", 2, "--batch-size", 4, "--trajectories", 4, "--teacher-steps", 8, "--device", "cpu"]
+    result = call(train, "distill", random_checkpoint, small_catalogue, "-o", tmp_path / "fast", *few)
+    assert result.exit_code == 0, result.output
+    assert "2 steps on 12 captions" in result.output and "distillation" in result.stderr
+    assert load_checkpoint(tmp_path / "fast").meta["sampler"] == {"name": "ddim", "steps": 4, "guidance_scale": 1.0}
+    common = (train, "distill", random_checkpoint, small_catalogue, "-o", tmp_path / "none")
+    assert "give a multiple" in one_line(call(*common, "--teacher-steps", 6))
+    assert "nowhere" in one_line(call(train, "distill", tmp_path / "nowhere", small_catalogue, "-o", tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def help_of(*words: str) -> str:
+    return CliRunner().invoke(train, [*words, "--help"], prog_name="unidiff-train").output
 
 
 def test_missing_folders(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .errors import UniDiffError
 
-__all__ = ["Command", "Group", "Option"]
+__all__ = ["Command", "Group", "MainCommand", "Option"]
 
 
 class Option(click.Option):
@@ -67,6 +68,33 @@ class _Polite(click.Command):
 
 class Command(_Polite):
     """A console script of one command; `epilog` holds its examples, one a line."""
+
+
+class MainCommand(Command):
+    """A console script of one command that has others beside it: `unidiff-train DATA …`, `unidiff-train distill …`.
+
+    The first word chooses; what is no name of another command is the main one's first argument.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.others: dict[str, click.Command] = {}
+
+    def add(self, command: click.Command) -> None:
+        """Put a command beside this one, under its own name."""
+        self.others[str(command.name)] = command
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **kwargs: Any) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        script = prog_name or Path(sys.argv[0]).name
+        if words and words[0] in self.others:
+            return self.others[words[0]].main(words[1:], f"{script} {words[0]}", *rest, **kwargs)
+        return super().main(words, script, *rest, **kwargs)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Other commands"):
+            formatter.write_dl([(name, command.get_short_help_str(80)) for name, command in self.others.items()])
+        super().format_epilog(ctx, formatter)
 
 
 class Group(_Polite, click.Group):

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.images import Fit
 
-__all__ = ["Part", "Precision", "Teacher", "TrainingConfig"]
+__all__ = ["DistillationConfig", "Part", "Precision", "Teacher", "TrainingConfig"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Teacher = Literal["tuned", "ema", "frozen"]
@@ -149,3 +149,45 @@ class TrainingConfig:
     def decodes(self) -> bool:
         """Whether denoising estimates are decoded to pixels."""
         return any((self.lambda_rsc, self.lambda_rsc_generated))
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Every number that decides a distillation. The defaults suit the tiny model and two CPU cores."""
+
+    # what is learned
+    student_steps: int = 4
+    teacher_steps: int = 12  # a multiple of the student's
+    guidance_scale: float | None = None  # of the teacher; None: the checkpoint's own
+    trajectories: int = 2048  # of the teacher, recorded once; each gives a pair for every step of the student
+
+    # how long
+    steps: int = 1500
+    batch_size: int = 32  # pairs a step
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    # how fast: AdamW, linear warm-up, then a cosine down to zero
+    learning_rate: float = 5e-4
+    warmup_steps: int = 50
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        for name in ("student_steps", "trajectories", "steps", "batch_size", "learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"{name} must be above zero, not {getattr(self, name)}")
+        for name in ("seed", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise OptionError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        if self.guidance_scale is not None and not self.guidance_scale >= 1:
+            raise OptionError(f"guidance_scale must be at least 1, which is none, not {self.guidance_scale}")
+        if self.precision not in ("fp32", "bf16"):
+            raise OptionError(f"precision must be fp32 or bf16, not {self.precision!r}")
+        if not self.student_steps < self.teacher_steps or self.teacher_steps % self.student_steps:
+            raise OptionError(
+                f"{self.teacher_steps} steps of the teacher cannot be divided among {self.student_steps} of the "
+                f"student; give a multiple, e.g. {3 * self.student_steps}"
+            )

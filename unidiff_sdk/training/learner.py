@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unidiff_sdk.errors import CheckpointError, TrainingError
-from unidiff_sdk.training.config import Part, TrainingConfig
+from unidiff_sdk.training.config import DistillationConfig, Part, TrainingConfig
 from unidiff_sdk.training.data import Batches
 from unidiff_sdk.training.gradients import backpropagate
 from unidiff_sdk.training.losses import clamp_logit_scale
@@ -169,7 +169,7 @@ class Ema:
                 parameter.data = current[name]
 
 
-def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+def learning_rate_factor(step: int, config: TrainingConfig | DistillationConfig) -> float:
     """Linear from 1/warmup to 1, then half a cosine down to 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
