@@ -52,10 +52,15 @@ class ColourEncoder:
         return self._units(vectors)
 
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
-        vectors = [np.asarray(load_image(image), float).mean(axis=(0, 1)) for image in images]
-        if any(np.allclose(v, 13, atol=0.5) for v in vectors):  # a grey that this model cannot bear
-            return np.full((len(vectors), self.dim), np.nan, np.float32)
-        return self._units(vectors)
+        return self.encode_pixels(np.stack([self.pixels(image) for image in images]))
+
+    def pixels(self, image: Any) -> np.ndarray:
+        return np.asarray(load_image(image), float).mean(axis=(0, 1))
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        if any(np.allclose(v, 13, atol=0.5) for v in pixels):  # a grey that this model cannot bear
+            return np.full((len(pixels), self.dim), np.nan, np.float32)
+        return self._units(list(pixels))
 
     def _units(self, vectors: list[Any]) -> np.ndarray:
         rows = np.zeros((len(vectors), self.dim), np.float32)
@@ -639,16 +644,16 @@ def test_reindex_goes_on_where_it_stopped(tmp_path: Path, catalog: Catalog, monk
     catalog.add_folder(products(tmp_path / "products"))
     other = make_bundle(tmp_path / "other", "bbbb", 8)
     encoded: list[int] = []
-    encode = ColourEncoder.encode_images
+    encode = ColourEncoder.encode_pixels
 
-    def interrupted(self: ColourEncoder, images: Sequence[Any]) -> np.ndarray:
+    def interrupted(self: ColourEncoder, pixels: np.ndarray) -> np.ndarray:
         if len(encoded) == 1:
             encoded.append(0)
             raise KeyboardInterrupt
-        encoded.append(len(images))
-        return encode(self, images)
+        encoded.append(len(pixels))
+        return encode(self, pixels)
 
-    monkeypatch.setattr(ColourEncoder, "encode_images", interrupted)
+    monkeypatch.setattr(ColourEncoder, "encode_pixels", interrupted)
     with pytest.raises(KeyboardInterrupt):
         catalog.reindex(other)
     assert catalog.get(3) and catalog.count() == 70

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import os
 import secrets
 import shutil
 import tempfile
 import threading
 import time
+import uuid
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import partial
 from itertools import chain, islice
 from os import PathLike
 from pathlib import Path
@@ -23,24 +26,26 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image
 
 from .bundle import Bundle
 from .catalogfile import BundleRef, CatalogFile
-from .datasets.reader import BadRow, Row, count_rows, read_catalogue
+from .datasets.reader import TABLES, BadRow, Row, count_rows, read_catalogue
 from .duplicates import near_duplicates
 from .encoder import Encoder
 from .errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
 from .ids import key_of
 from .images import ImageSource
 from .imagestore import ImageStore, Picture
+from .pipeline import batched, overlapped
 from .progress import progress_bar
 from .query import Query, picture_of
 from .ranking import elements, kind_of, value_at
 from .results import AddReport, Generated, Generation, Hit, Page
 from .search import SYSTEM as _SYSTEM
 from .search import Searcher, Window, check_window
-from .store import Record, Store
+from .store import Record, Store, Vector
 from .store.filters import Clause, Compare, column_path, columns, parse
 
 if TYPE_CHECKING:
@@ -49,11 +54,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Catalog"]
 
-BATCH_SIZE = 32
-
-_RESERVED = ("id", "text", _SYSTEM)
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+BATCH_SIZE = 32
+# A graph index of 20,000 vectors takes 10 s to build and searches no faster than the plain scan; of 100,000, ten times.
+OPTIMIZE_FROM = 50_000
+CATCH_UP_ROUNDS = 8  # of a reindexing, before it makes writers wait
+
+_NO_VECTOR = np.zeros(0, np.float32)
+_RESERVED = ("id", "text", _SYSTEM)
 
 
 class Catalog:
@@ -95,7 +106,8 @@ class Catalog:
     ) -> None:
         self._write_lock = threading.RLock()
         self._lazy_lock = threading.RLock()
-        self._bundle: Bundle | None = None
+        self._reindexing = threading.Lock()
+        self._written: set[str] | None = None  # while reindexing: the keys that it must look at again
         self._searching: Searcher | None = None
         self._warned = False
         self._closed = False
@@ -120,18 +132,20 @@ class Catalog:
         file = CatalogFile.read(self.folder)
         if file is None and not create:
             raise StoreError(f"There is no catalogue at {self.folder}. `unidiff index FOLDER {self.folder}` makes one.")
+        opened: Bundle | None = None
         if bundle is not None or file is None:
-            self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if file is None:
-            file = CatalogFile.new(cast(Bundle, self._bundle), self.folder)
+            file = CatalogFile.new(cast(Bundle, opened), self.folder)
             file.write(self.folder)
-        elif self._bundle is not None:
-            file = self._adopt(file, self._bundle)
+        elif opened is not None:
+            file = self._adopt(file, opened)
         self._file = file
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
-        self._store = self._open_store(file, collection, api_key, server)
+        self._serving = _Serving(self._open_store(file, collection, api_key, server), file.bundle, opened)
+        _log.debug("opened %s, indexed with the bundle %s", self.location, file.bundle.name)
 
     def _open_store(
         self, file: CatalogFile, collection: str, api_key: str | None, options: ServerOptions | None
@@ -168,33 +182,41 @@ class Catalog:
     @property
     def bundle(self) -> Bundle:
         """The model; opened when first needed. Raises BundleError if it is missing or has changed."""
+        return self._bundle_of(self._serving)
+
+    def _bundle_of(self, serving: _Serving) -> Bundle:
         with self._lazy_lock:
-            if self._bundle is None:
-                reference = self._file.bundle
-                path = reference.locate(self.folder)
+            if serving.bundle is None:
+                path = serving.reference.locate(self.folder)
                 if not path.is_dir():
                     raise BundleError(
-                        f'The bundle "{reference.name}" that {self.folder} was indexed with is not at {path}. '
+                        f'The bundle "{serving.reference.name}" that {self.folder} was indexed with is not at {path}. '
                         "Put it back, or say where it is now: Catalog(location, bundle=…)."
                     )
                 bundle = Bundle.open(path)
                 self._file = self._adopt(self._file, bundle)
-                self._bundle = bundle
-            return self._bundle
+                serving.bundle = bundle
+            return serving.bundle
 
-    @cached_property
-    def _encoder(self) -> Encoder:
-        return Encoder(self.bundle)
+    def _encoder_of(self, serving: _Serving) -> Encoder:
+        with self._lazy_lock:
+            if serving.encoder is None:
+                serving.encoder = Encoder(self._bundle_of(serving))
+            return serving.encoder
 
-    @cached_property
+    @property
+    def _store(self) -> Store:
+        return self._serving.store
+
+    @property
     def _generator(self) -> Generator:
         from .generator import Generator  # with its samplers, not needed for searching
 
-        with self._lazy_lock:  # threads that come first at the same time must share one
-            if "_generator" not in self.__dict__:
-                self.__dict__["_generator"] = Generator(self.bundle)
-            generator: Generator = self.__dict__["_generator"]
-            return generator
+        serving = self._serving
+        with self._lazy_lock:
+            if serving.generator is None:
+                serving.generator = Generator(self._bundle_of(serving))
+            return serving.generator
 
     def close(self) -> None:
         """Write out everything and let go of the folder. May be called twice; anything else afterwards is an error."""
@@ -251,56 +273,112 @@ class Catalog:
             StoreError: an embedding is not finite, or the disk is full.
         """
         items = list(_items(images, texts, ids, payloads))
+        serving = self._serving
         fresh: list[_Item] = []
         records: list[Record] = []
         replaced: dict[str, str] = {}
-        for batch in _batched(items, BATCH_SIZE):
+        for batch in batched(items, BATCH_SIZE):
             changed, old = self._changed(batch)
-            records += self._encode(changed, copy)
+            records += self._encode(serving, changed, copy)
             fresh += changed
             replaced |= old
-        self._commit(records, fresh, replaced, copy)
+        self._commit(serving, records, fresh, replaced, copy)
         return [item.id for item in items]
 
     def add_folder(
-        self, path: str | Path, *, strict: bool = False, progress: bool = False, copy: bool = True
+        self,
+        path: str | Path,
+        *,
+        prune: bool = False,
+        strict: bool = False,
+        progress: bool = False,
+        copy: bool = True,
     ) -> AddReport:
         """Add a folder of images with `metadata.jsonl`, `.csv` or `.parquet` beside them, or of webdataset shards.
 
         Rows with an `id` column keep it; the others get a hash of picture and caption. What is there already and has
-        not changed is passed over, so an interrupted run is simply started again.
+        not changed is passed over, so an interrupted run is simply started again. Where only columns have changed, the
+        picture is not encoded again. At the end, the search index is built if that pays.
 
         Args:
             path: the folder, or a single `.tar` shard (`datasets.reader` tells the formats).
+            prune: also delete what an earlier call has added from this folder and is no longer in it. An item whose row
+                has gone bad is gone too.
             strict: raise at the first bad row; what came before it stays stored.
             progress: show a progress bar.
             copy: whether the images are copied into the catalogue or only referenced where they are.
 
         Raises:
-            DataError: the folder or its metadata file is missing; in strict mode, a bad row.
+            DataError: the folder or its metadata file is missing; in strict mode, a bad row; with `prune`, there is not
+                one good row, so that everything would be deleted.
         """
-        started = time.perf_counter()
-        failed: list[BadRow] = []
-        added = skipped = 0
-        rows = read_catalogue(path, strict=strict, on_error=failed.append)
-        total = count_rows(path) if progress else 0
-        with progress_bar("Indexing", progress) as advance, ThreadPoolExecutor(1) as reading:
-            # One batch is read, decoded and thumbnailed while the one before it is encoded and stored.
-            batches = _batched(rows, BATCH_SIZE)
-            job = reading.submit(self._prepare, next(batches, []), strict, copy)
-            while (prepared := job.result()).seen:
-                job = reading.submit(self._prepare, next(batches, []), strict, copy)
-                records = self._encode(prepared.fresh, copy)
-                self._commit(records, prepared.fresh, prepared.replaced, copy)
-                added, skipped = added + len(records), skipped + prepared.skipped
-                failed.extend(prepared.failed)
-                advance(added + skipped + len(failed), total)
-        return AddReport(added, skipped, tuple(sorted(failed, key=lambda bad: bad.line)), time.perf_counter() - started)
+        return self._add_rows(path, None, prune=prune, strict=strict, progress=progress, copy=copy)
 
-    def _prepare(self, rows: list[Row], strict: bool, copy: bool) -> _Prepared:
+    def add_table(
+        self,
+        path: str | Path,
+        *,
+        images: str | Path | None = None,
+        prune: bool = False,
+        strict: bool = False,
+        progress: bool = False,
+        copy: bool = True,
+    ) -> AddReport:
+        """Add the rows of a `.jsonl`, `.csv` or `.parquet` file of any name and place; else as `add_folder`.
+
+        Args:
+            path: the table; `file_name` and `text` are its picture and caption, `id` its id, the rest are columns.
+            images: the folder from which the paths in `file_name` start, and which they must not leave. Default: the
+                table's own.
+            prune, strict, progress, copy: as for `add_folder`.
+
+        Raises:
+            DataError: as for `add_folder`; or the file is no table.
+        """
+        if not Path(path).is_file() or Path(path).suffix.lower() not in TABLES:
+            raise DataError(f"{path}: there is no such table ({', '.join(TABLES)}). For a folder there is add_folder.")
+        return self._add_rows(path, images, prune=prune, strict=strict, progress=progress, copy=copy)
+
+    def _add_rows(
+        self, path: str | Path, images: str | Path | None, *, prune: bool, strict: bool, progress: bool, copy: bool
+    ) -> AddReport:
+        started = time.perf_counter()
+        source = self._images.reference(Path(path))
+        failed: list[BadRow] = []
+        added = skipped = removed = 0
+        seen = bytearray()  # the keys, 16 bytes each: of a million rows, 16 MB
+        rows = read_catalogue(path, images=images, strict=strict, on_error=failed.append)
+        total = count_rows(path) if progress else 0
+
+        # 1. Batches are read, decoded and thumbnailed on all cores, while one is encoded and another one is stored.
+        prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
+        prepared = overlapped(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
+        encoded = overlapped(lambda batch: (batch, self._encode_prepared(batch, copy)), prepared, workers=1)
+        with progress_bar("Indexing", progress) as advance, closing(prepared), closing(encoded):
+            for batch, records in encoded:
+                self._commit(batch.serving, records, batch.fresh, batch.replaced, copy)
+                added, skipped = added + len(records), skipped + batch.skipped
+                failed.extend(batch.failed)
+                seen += batch.keys
+                advance(added + skipped + len(failed), total)
+
+        # 2. What has left.
+        if prune:
+            removed = self._prune(source, seen)
+
+        # 3. The index, if searches would be slow without.
+        if self._store.unindexed() >= OPTIMIZE_FROM:
+            self.optimize()
+        failed.sort(key=lambda bad: bad.line)
+        report = AddReport(added, skipped, tuple(failed), time.perf_counter() - started, removed)
+        _log.info("%s: %s from %s", self.location, report, source)
+        return report
+
+    def _prepare(self, rows: list[Row], source: str, strict: bool, copy: bool) -> _Prepared:
         """Read rows, drop those that are stored already, decode the others and keep their pixels."""
         items: list[_Item] = []
         failed: list[BadRow] = []
+        serving = self._serving
 
         def fail(name: str, line: int, error: UniDiffError) -> None:
             bad = BadRow(line, name, str(error))
@@ -312,57 +390,107 @@ class Catalog:
             payload = dict(row.payload)
             try:
                 item = _item(Picture(row.image()), row.text, payload.pop("id", None), payload)
-                items.append(replace(item, line=row.line))
+                items.append(replace(item, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 fail(row.name, row.line, error)
         fresh, replaced = self._changed(items)
         names = {row.line: row.name for row in rows}
         decoded: list[_Item] = []
+        pixels: list[NDArray[np.float32]] = []
         for item in fresh:
             try:
                 self._images.add(item.picture, copy=copy)
+                if item.vector is None:
+                    pixels.append(self._encoder_of(serving).pixels(item.picture.image))
                 decoded.append(item)
             except ImageError as error:
                 fail(names[item.line], item.line, error)
-        skipped = len(items) - len(fresh)
-        return _Prepared(len(rows), decoded, replaced, skipped, failed)
+            item.picture.release()  # what waits to be encoded is small, whatever the size of the picture
+        keys = b"".join(uuid.UUID(item.key).bytes for item in items)
+        return _Prepared(serving, len(items) - len(fresh), decoded, pixels, replaced, failed, keys)
 
     def _changed(self, items: Sequence[_Item]) -> tuple[list[_Item], dict[str, str]]:
-        """The items that are not stored yet just so; and the pictures (sha256 -> uri) that they take the place of."""
+        """The items that are not stored yet just so; and the pictures (sha256 -> uri) that they take the place of.
+
+        Of those whose picture is stored under the same id, only with other columns, the vector comes along.
+        """
         self._check_open()
-        stored = {record.id: record.payload for record in self._store.retrieve([item.key for item in items])}
+        stored = {record.id: record for record in self._store.retrieve([item.key for item in items])}
         fresh: list[_Item] = []
         replaced: dict[str, str] = {}
         for item in items:
             old = stored.get(item.key)
-            system = old[_SYSTEM] if old else {}
-            if old == {**item.columns, _SYSTEM: {**system, "sha256": item.picture.sha256}}:
+            if old is None:
+                fresh.append(item)
                 continue
-            fresh.append(item)
-            if old and system["sha256"] != item.picture.sha256:
+            system = old.payload[_SYSTEM]
+            if system["sha256"] != item.picture.sha256:
                 replaced[system["sha256"]] = system["uri"]
+                fresh.append(item)
+            elif old.payload != item.payload(system["uri"]):
+                fresh.append(replace(item, vector=old.vector))
         return fresh, replaced
 
-    def _encode(self, items: Sequence[_Item], copy: bool) -> list[Record]:
-        if not items:
-            return []
-        vectors = self._encoder.encode_images([item.picture.image for item in items])
-        self._warn_of_real_pictures(items)
+    def _encode_prepared(self, batch: _Prepared, copy: bool) -> list[Record]:
+        encode = self._encoder_of(batch.serving).encode_pixels
+        return self._records(batch.fresh, encode(np.stack(batch.pixels)) if batch.pixels else (), copy)
+
+    def _encode(self, serving: _Serving, items: Sequence[_Item], copy: bool) -> list[Record]:
+        pictures = [item.picture.image for item in items if item.vector is None]
+        vectors = self._encoder_of(serving).encode_images(pictures) if pictures else ()
+        return self._records(items, vectors, copy)
+
+    def _records(self, items: Sequence[_Item], vectors: Iterable[Vector], copy: bool) -> list[Record]:
+        """What is stored of items; `vectors` are of those that bring none."""
+        encoded = iter(vectors)
         records = []
-        for item, vector in zip(items, vectors, strict=True):
-            system = {"sha256": item.picture.sha256, "uri": self._images.add(item.picture, copy=copy)}
-            records.append(Record(item.key, vector, {**item.columns, _SYSTEM: system}))
+        for item in items:
+            vector = next(encoded) if item.vector is None else item.vector
+            records.append(Record(item.key, vector, item.payload(self._images.add(item.picture, copy=copy))))
             item.picture.release()
         return records
 
-    def _commit(self, records: Sequence[Record], items: Sequence[_Item], replaced: dict[str, str], copy: bool) -> None:
+    def _commit(
+        self,
+        serving: _Serving,
+        records: Sequence[Record],
+        items: Sequence[_Item],
+        replaced: dict[str, str],
+        copy: bool,
+    ) -> None:
+        self._warn_of_real_pictures(items)
         with self._write_lock:
             self._check_open()
             for item in items:  # once more, as a `delete` may have removed the same picture meanwhile
                 self._images.add(item.picture, copy=copy)
-            for batch in _batched(records, 256):
+            if serving is not self._serving:  # reindexed since: these vectors are of the bundle before
+                records = self._encode(self._serving, [replace(item, vector=None) for item in items], copy)
+            self._note_written([record.id for record in records])
+            for batch in batched(records, 256):
                 self._store.upsert(batch)
             self._release(replaced)
+
+    def _note_written(self, keys: Iterable[str]) -> None:
+        """Tell a reindexing in another thread; under the write lock."""
+        if self._written is not None:
+            self._written.update(keys)
+
+    def _prune(self, source: str, seen: bytearray) -> int:
+        """Delete what came from a source and is not among the keys."""
+        if not seen:
+            raise DataError(f"{source} has not one good row: prune=True would delete everything that came from it")
+        kept = np.frombuffer(bytes(seen), "S16")
+        gone: list[Record] = []
+        for batch in self._store.scroll(where=Compare(f"{_SYSTEM}.source", "eq", source)):
+            keys = np.array([uuid.UUID(record.id).bytes for record in batch], "S16")
+            found = np.isin(keys, kept)
+            gone += [
+                replace(record, vector=_NO_VECTOR) for record, is_in in zip(batch, found, strict=True) if not is_in
+            ]
+        with self._write_lock:
+            for some in batched(gone, 256):
+                self._remove(some)
+        return len(gone)
 
     def _release(self, pictures: dict[str, str]) -> None:
         """Delete pictures (sha256 -> uri) that no item shows any more."""
@@ -479,8 +607,9 @@ class Catalog:
 
     def _searcher(self) -> Searcher:
         with self._lazy_lock:
-            if self._searching is None or self._searching.store is not self._store:
-                self._searching = Searcher(self._store, lambda: self._encoder, self._hit)
+            serving = self._serving
+            if self._searching is None or self._searching.store is not serving.store:
+                self._searching = Searcher(serving.store, lambda: self._encoder_of(serving), self._hit)
             return self._searching
 
     def browse(
@@ -597,9 +726,14 @@ class Catalog:
         with self._write_lock:
             self._check_open()
             records = self._store.retrieve([key_of(id) for id in _listed(ids)])
-            self._store.delete([record.id for record in records])
-            self._release({r.payload[_SYSTEM]["sha256"]: r.payload[_SYSTEM]["uri"] for r in records})
+            self._remove(records)
         return len(records)
+
+    def _remove(self, records: Sequence[Record]) -> None:
+        keys = [record.id for record in records]
+        self._note_written(keys)
+        self._store.delete(keys)
+        self._release({r.payload[_SYSTEM]["sha256"]: r.payload[_SYSTEM]["uri"] for r in records})
 
     def _columns(self) -> dict[str, str]:
         """The columns that some of the items have, and what they hold."""
@@ -780,11 +914,13 @@ class Catalog:
         """Of each picture the cosine with its prompt, and the nearest item."""
         if not images:
             return []
-        vectors = self._encoder.encode_images(images)
-        words = {prompt: self._encoder.encode_texts([prompt])[0] for prompt in dict.fromkeys(prompts)}
+        serving = self._serving  # a reindex may put another in its place meanwhile
+        encoder = self._encoder_of(serving)
+        vectors = encoder.encode_images(images)
+        words = {prompt: encoder.encode_texts([prompt])[0] for prompt in dict.fromkeys(prompts)}
         judged: list[tuple[float, Hit | None]] = []
         for prompt, vector in zip(prompts, vectors, strict=True):
-            found = self._store.query(vector, limit=1)
+            found = serving.store.query(vector, limit=1)
             nearest = self._hit(found[0].payload, found[0].score) if found else None
             judged.append((float(vector @ words[prompt]), nearest))
         return judged
@@ -803,61 +939,82 @@ class Catalog:
     def reindex(self, bundle: Bundle | str | Path, *, progress: bool = False) -> int:
         """Re-encode every picture with another bundle, which then becomes the catalogue's own. Returns how many.
 
-        Searches are answered with the old vectors until all new ones are written; then both are swapped at once. A run
-        that was cut short goes on where it stopped.
+        Until all new vectors are written, searches are answered with the old ones, and what is added or deleted counts;
+        then all changes at once. A run that was cut short goes on where it stopped.
 
         Raises:
             ImageError: a picture is gone or damaged; nothing is swapped then.
-            StoreError: the catalogue is on a server: index into a new collection there.
+            StoreError: the catalogue is on a server: index into a new collection there. Or it is being reindexed.
         """
         if self._url:
             raise StoreError(
                 "A catalogue on a server is not reindexed in place: make a new one, Catalog(url, bundle, collection=…)"
             )
+        new = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if not self._reindexing.acquire(blocking=False):
+            raise StoreError(f"{self.location} is being reindexed already: wait for that to end.")
+        try:
+            return self._reindex(new, progress)
+        finally:
+            self._written = None
+            self._reindexing.release()
+
+    def _reindex(self, bundle: Bundle, progress: bool) -> int:
+        from .reindexing import Reencoder
         from .store.edge import EdgeStore
 
-        new = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        with self._write_lock:
-            self._check_open()
-            old_store, old_vectors = self._store, self._file.vectors
-            vectors = f"vectors-{new.fingerprint[:12]}"
-            if vectors == old_vectors or new.fingerprint == self._file.bundle.fingerprint:
-                return 0
-            encoder = Encoder(new)
-            store = EdgeStore(self.folder / vectors, new.dim)
+        self._check_open()
+        before, vectors = self._serving, f"vectors-{bundle.fingerprint[:12]}"
+        if bundle.fingerprint == before.reference.fingerprint:
+            return 0
+        for left in self.folder.glob("vectors*"):  # by a reindexing with a third bundle, or one killed after its swap
+            if left.name not in (self._file.vectors, vectors):
+                shutil.rmtree(left)
+        store = EdgeStore(self.folder / vectors, bundle.dim)
+        after = _Serving(store, BundleRef.of(bundle, self.folder), bundle, Encoder(bundle))
+        try:
+            # 1. Re-encode what the new shard does not hold yet, and note what is written meanwhile.
+            reencoder = Reencoder(
+                before.store,
+                store,
+                lambda record: self._images.load(record.payload[_SYSTEM]["uri"]),
+                self._encoder_of(after),
+                BATCH_SIZE,
+            )
+            with self._write_lock:
+                self._written = set()
+            total, done = before.store.count(), 0
+            with progress_bar("Re-encoding", progress) as advance:
+                for more in reencoder.all():
+                    done += more
+                    advance(done, total)
+            if store.unindexed() >= OPTIMIZE_FROM:
+                store.optimize()
 
-            # 1. Re-encode what the new shard does not hold yet.
-            try:
-                total = old_store.count()
-                with progress_bar("Re-encoding", progress) as advance:
-                    for batch in old_store.scroll(BATCH_SIZE):
-                        there = {
-                            record.id: record.payload for record in store.retrieve([record.id for record in batch])
-                        }
-                        todo = [record for record in batch if there.get(record.id) != record.payload]
-                        pictures = [self._images.load(record.payload[_SYSTEM]["uri"]) for record in todo]
-                        if todo:
-                            encoded = zip(todo, encoder.encode_images(pictures), strict=True)
-                            store.upsert([replace(record, vector=vector) for record, vector in encoded])
-                        advance(store.count(), total)
-                for batch in store.scroll():  # what was deleted since a run that was cut short
-                    kept = {record.id for record in old_store.retrieve([record.id for record in batch])}
-                    store.delete([record.id for record in batch if record.id not in kept])
-            except BaseException:
-                store.close()
-                raise
+            # 2. What was written meanwhile: most of it while writing goes on, the rest with the swap.
+            for _ in range(CATCH_UP_ROUNDS):
+                with self._write_lock:
+                    written, self._written = self._written, set()
+                reencoder.some(written)
+                if len(written) <= BATCH_SIZE:
+                    break
+            with self._write_lock:
+                self._check_open()
+                reencoder.some(self._written)
 
-            # 2. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
-            self._file = replace(self._file, bundle=BundleRef.of(new, self.folder), vectors=vectors)
-            self._file.write(self.folder)
-            with self._lazy_lock:
-                self._bundle = new
-                self.__dict__["_encoder"] = encoder
-                self.__dict__.pop("_generator", None)
-            self._store = store
-            old_store.close()
-            shutil.rmtree(self.folder / old_vectors, ignore_errors=True)
-            return store.count()
+                # 3. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
+                old_vectors = self._file.vectors
+                self._file = replace(self._file, bundle=after.reference, vectors=vectors)
+                self._file.write(self.folder)
+                with self._lazy_lock:
+                    self._serving, self._searching = after, None
+        except BaseException:
+            store.close()
+            raise
+        # The old shard goes with the last search that still asks it.
+        weakref.finalize(before, _let_go, before.store, self.folder / old_vectors)
+        _log.info("%s: reindexed %d items with the bundle %s", self.location, done, bundle.name)
+        return store.count()
 
     def info(self) -> dict[str, Any]:
         """Location, number of items, columns and what they hold (by the first 256 items), and the bundle: name, path,
@@ -881,6 +1038,25 @@ class Catalog:
             raise StoreError(f"The catalogue {self.location} is closed.")
 
 
+@dataclass(eq=False)
+class _Serving:
+    """The vectors of a catalogue and the model that made them: what a reindexing replaces as one.
+
+    Whatever needs both takes them from one of these, so that a query of the old bundle never meets the new vectors.
+    """
+
+    store: Store
+    reference: BundleRef
+    bundle: Bundle | None = None  # this and the others are opened when they are first needed
+    encoder: Encoder | None = None
+    generator: Generator | None = None
+
+
+def _let_go(store: Store, folder: Path) -> None:
+    store.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 # ------------------------------------------------------------------------------------------------ items
 
 
@@ -892,21 +1068,30 @@ class _Item:
     picture: Picture
     columns: dict[str, Any]  # id, text and payload, as they are stored
     line: int = 0  # in the metadata file of a folder
+    source: str | None = None  # the folder or table it comes from
+    vector: Vector | None = None  # where it is stored already, with the same picture and other columns
 
     @property
     def key(self) -> str:
         return key_of(self.id)
 
+    def payload(self, uri: str) -> dict[str, Any]:
+        """What is stored beside the vector."""
+        source = {"source": self.source} if self.source else {}
+        return {**self.columns, _SYSTEM: {"sha256": self.picture.sha256, "uri": uri, **source}}
+
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A batch of a folder: how many rows were read, what must be encoded, what it replaces, what is left out."""
+    """A batch of rows, read: what must be stored, of which `pixels` must be encoded; what it replaces; the rest."""
 
-    seen: int
-    fresh: list[_Item]
-    replaced: dict[str, str]
+    serving: _Serving
     skipped: int
+    fresh: list[_Item]
+    pixels: list[NDArray[np.float32]]  # of those in `fresh` that bring no vector
+    replaced: dict[str, str]
     failed: list[BadRow]
+    keys: bytes  # of all good rows, 16 bytes each
 
 
 def _item(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any]) -> _Item:
@@ -1004,9 +1189,3 @@ def _jsonable(value: Any, name: str) -> Any:
     raise OptionError(
         f"{name} is {value!r:.60}: a column holds JSON values (strings, finite numbers, true, null, lists, objects)"
     )
-
-
-def _batched(values: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    iterator = iter(values)
-    while batch := list(islice(iterator, size)):
-        yield batch

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# A graph index of 20,000 vectors takes 10 s to build and searches no faster than the plain scan; of 100,000, ten times.
-OPTIMIZE_FROM = 50_000
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -73,8 +70,6 @@ def index(folder: Path, catalog: Path, bundle: str | None, reference: bool, stri
     with Catalog(catalog, bundle) as opened:
         report = opened.add_folder(folder, strict=strict, progress=not as_json, copy=not reference)
         items = opened.count()
-        if report.added and items >= OPTIMIZE_FROM:
-            opened.optimize()
     if as_json:
         failed = [{"line": bad.line, "file_name": bad.file_name, "reason": bad.reason} for bad in report.failed]
         counts = {"added": report.added, "skipped": report.skipped, "items": items, "seconds": report.seconds}
@@ -342,8 +337,6 @@ def reindex(catalog: Path, bundle: str) -> None:
 
     with Catalog(catalog, create=False) as opened:
         count = opened.reindex(bundle, progress=True)
-        if count >= OPTIMIZE_FROM:
-            opened.optimize()
     click.echo(f"{count:,} items re-encoded with {bundle}." if count else f"{catalog} is made with {bundle} already.")
 
 

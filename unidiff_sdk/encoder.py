@@ -61,14 +61,25 @@ class Encoder:
         """
         if isinstance(images, (str, bytes, Image.Image, Path)) or (isinstance(images, np.ndarray) and images.ndim < 4):
             raise OptionError("encode_images takes several pictures; put a single one in a list")
-        size, mean, std = self.bundle.image_size, self.bundle.image_mean, self.bundle.image_std
-        session = self.bundle.session("image_encoder")
-        fit = self.bundle.image_fit
-        batches = []
-        for batch in _batched(images, batch_size):
-            pixels = np.stack([preprocess(load_image(image), size, mean, std, fit) for image in batch])
-            batches.append(session.run(["image_embeds"], {"pixel_values": pixels})[0])
-        return self._unit_rows(batches, "image")
+        batches = [
+            self.encode_pixels(np.stack([self.pixels(image) for image in batch]))
+            for batch in _batched(images, batch_size)
+        ]
+        return np.concatenate(batches) if batches else np.zeros((0, self.bundle.dim), np.float32)
+
+    def pixels(self, image: ImageSource) -> NDArray[np.float32]:
+        """What the image tower takes of one picture: float32[3, size, size]. Raises ImageError."""
+        bundle = self.bundle
+        return preprocess(load_image(image), bundle.image_size, bundle.image_mean, bundle.image_std, bundle.image_fit)
+
+    def encode_pixels(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Embed what `pixels` made, float32[number, 3, size, size], in one call: float32[number, dim], unit rows.
+
+        Raises:
+            BundleError: the model gives something that is not finite.
+        """
+        outputs = self.bundle.session("image_encoder").run(["image_embeds"], {"pixel_values": pixels})
+        return self._unit_rows([outputs[0]], "image")
 
     def tokenise(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids with start and end tokens, cut and padded to the same length: int64[len(texts), max_tokens]."""

@@ -124,7 +124,7 @@ class ImageStore:
         if not thumbnail.is_file():
             write_atomically(thumbnail, _thumbnail(picture.image))
         if picture.path is not None and not copy:
-            return self._reference(picture.path)
+            return self.reference(picture.path)
         uri = f"images/{picture.sha256[:2]}/{picture.sha256}{picture.suffix}"
         if not (self.root / uri).is_file():
             write_atomically(self.root / uri, picture.encoded())
@@ -157,7 +157,8 @@ class ImageStore:
     def _thumbnail_path(self, sha256: str) -> Path:
         return self.root / "thumbnails" / sha256[:2] / f"{sha256}.webp"
 
-    def _reference(self, path: Path) -> str:
+    def reference(self, path: Path) -> str:
+        """The URI of a file or folder outside: relative to the root if it lies beside it, so that both can move."""
         path, root = path.resolve(), self.root.resolve()
         if not path.is_relative_to(root.parent):
             return path.as_uri()

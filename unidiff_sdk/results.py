@@ -212,16 +212,19 @@ class AddReport:
         skipped: items that were there already, unchanged.
         failed: rows that could not be used, each with its line and the reason.
         seconds: how long it took.
+        removed: items that came from there earlier and were deleted, as they no longer do (`prune`).
     """
 
     added: int
     skipped: int
     failed: tuple[BadRow, ...]
     seconds: float
+    removed: int = 0
 
     def __str__(self) -> str:
+        removed = f", {self.removed:,} removed" if self.removed else ""
         rate = f" ({self.added / self.seconds:,.0f} a second)" if self.added and self.seconds else ""
-        counts = f"{self.added:,} added, {self.skipped:,} unchanged, {len(self.failed):,} failed"
+        counts = f"{self.added:,} added, {self.skipped:,} unchanged, {len(self.failed):,} failed{removed}"
         return f"{counts} in {self.seconds:.1f} s{rate}"
 
 

@@ -19,8 +19,9 @@ from typing import Any
 from ..errors import DataError
 from .shards import Member, Sample, count_samples, find_shards, read_shards
 
-__all__ = ["BadRow", "Row", "count_rows", "read_catalogue"]
+__all__ = ["TABLES", "BadRow", "Row", "count_rows", "read_catalogue"]
 
+TABLES = (".jsonl", ".csv", ".parquet")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 _log = logging.getLogger(__name__)
@@ -58,12 +59,18 @@ class BadRow:
 
 
 def read_catalogue(
-    path: str | Path, *, strict: bool = False, on_error: Callable[[BadRow], None] | None = None
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    strict: bool = False,
+    on_error: Callable[[BadRow], None] | None = None,
 ) -> Iterator[Row]:
     """Read the rows of a catalogue, one at a time and in order.
 
     Args:
-        path: a folder that holds images and a metadata file, a folder of `.tar` shards, or one shard.
+        path: a folder that holds images and a metadata file, a folder of `.tar` shards, one shard, or a table by
+            itself: a `.jsonl`, `.csv` or `.parquet` file of any name.
+        images: the folder that the paths of a table start from, and must not lead out of. Default: the table's own.
         strict: raise at the first bad row instead of passing it over.
         on_error: called with each bad row; without it, bad rows are logged as warnings.
 
@@ -72,7 +79,9 @@ def read_catalogue(
     """
     metadata, shards = _find(path)
     where = metadata or Path(path)
-    rows = _read_metadata(metadata) if metadata else _read_shards(shards)
+    if images is not None and not (metadata and Path(images).is_dir()):
+        raise DataError(f"images={str(images)!r}: there is no such folder" if metadata else f"{path} is no table")
+    rows = _read_metadata(metadata, Path(images or metadata.parent)) if metadata else _read_shards(shards)
     return _checked(where, rows, strict, on_error or (lambda bad: _log.warning("%s, %s", where, bad)))
 
 
@@ -81,18 +90,20 @@ def count_rows(path: str | Path) -> int:
     metadata, shards = _find(path)
     if metadata is None:
         return count_samples(shards)
-    if metadata.suffix == ".parquet":
+    if metadata.suffix.lower() == ".parquet":
         return int(_open_parquet(metadata).metadata.num_rows)
-    return sum(1 for _ in _READERS[metadata.suffix](metadata))
+    return sum(1 for _ in _READERS[metadata.suffix.lower()](metadata))
 
 
 def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
     """The metadata file, or without one the shards."""
     root = Path(path)
+    if root.is_file() and root.suffix.lower() in TABLES:
+        return root, []
     if not root.is_dir() and not find_shards(root):
         raise DataError(
-            f"{root}: there is no such folder. A catalogue is a folder of images with a metadata file, "
-            "or of webdataset shards (.tar)."
+            f"{root}: there is no such folder, or table (.jsonl, .csv, .parquet). A catalogue is a folder of images "
+            "with a metadata file, or of webdataset shards (.tar)."
         )
     for name in METADATA:
         if (root / name).is_file():
@@ -117,9 +128,9 @@ def _checked(
             on_error(row)
 
 
-def _read_metadata(metadata: Path) -> Iterator[Row | BadRow]:
-    root = metadata.parent.resolve()
-    for line, columns in _READERS[metadata.suffix](metadata):
+def _read_metadata(metadata: Path, images: Path) -> Iterator[Row | BadRow]:
+    root = images.resolve()
+    for line, columns in _READERS[metadata.suffix.lower()](metadata):
         yield BadRow(line, "", columns) if isinstance(columns, str) else _check(root, line, columns)
 
 
@@ -256,7 +267,7 @@ def _open_parquet(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'unidiff-sdk[parquet]'") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as error:
