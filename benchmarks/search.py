@@ -247,12 +247,13 @@ def words_to_hits(bench: Benchmark) -> None:
 
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
+    from unidiff_sdk.encoder import Encoder
 
     chosen = products("fashion-woman", 1000, seed=1, split="test")
     texts, again = itertools.cycle(WORDS), itertools.cycle(WORDS)
     with Catalog() as catalog:
         catalog.add([render(p) for p in chosen], payloads=[{"catalogue": p.catalogue} for p in chosen])
-        encoder = catalog._encoder
+        encoder = Encoder(catalog.bundle)
         vectors = np.array([record.vector for batch in catalog._store.scroll() for record in batch])
 
         def by_hand() -> object:

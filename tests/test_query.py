@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from unidiff_sdk import Catalog, OptionError
 from unidiff_sdk.datasets.synthetic import products, render
+from unidiff_sdk.encoder import Encoder
 from unidiff_sdk.query import WEIGHTS, Gap, Query, mix
 
 DIM = 6
@@ -180,7 +181,7 @@ def test_unlike_turns_away(shop: Catalog) -> None:
 def test_like_is_the_mean_of_its_examples(shop: Catalog) -> None:
     examples = list(shop.browse(where={"type": "coat"}, limit=3))
     found = shop.search(like=[examples[0], examples[1].id, examples[2].id], limit=10)
-    vectors = shop.bundle and [shop._encoder.encode_images([hit.load_image()])[0] for hit in examples]
+    vectors = shop.bundle and [Encoder(shop.bundle).encode_images([hit.load_image()])[0] for hit in examples]
     mean = np.mean(vectors, axis=0)
     by_vector = shop.search(vector=mean, limit=13)
     expected = [hit.id for hit in by_vector if hit.id not in {example.id for example in examples}]
@@ -194,8 +195,8 @@ def test_like_is_the_mean_of_its_examples(shop: Catalog) -> None:
 
 def test_one_part_scores_by_the_cosine(shop: Catalog) -> None:
     hit = shop.search("a red dress", limit=1)[0]
-    text = shop._encoder.encode_texts(["a red dress"])[0]
-    image = shop._encoder.encode_images([hit.load_image()])[0]
+    text = Encoder(shop.bundle).encode_texts(["a red dress"])[0]
+    image = Encoder(shop.bundle).encode_images([hit.load_image()])[0]
     assert hit.score == pytest.approx(float(text @ image), abs=1e-5)
     assert shop.search(vector=7 * image, limit=1)[0].score == pytest.approx(1, abs=1e-5)
     assert shop.search(without="a red dress", limit=240)[239].score == pytest.approx(-hit.score, abs=1e-5)
