@@ -1,4 +1,4 @@
-"""Rows on their way in: tables of any place, what has left, what is killed on the way, and what comes while reindexing."""
+"""Rows on their way in: tables of any place, what has left, kills, and what comes while reindexing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
 from toy_bundle import make_toy_bundle
+
 from unidiff_sdk import Catalog, DataError
 from unidiff_sdk.encoder import Encoder
 

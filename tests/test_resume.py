@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -83,7 +84,10 @@ def test_a_killed_run_resumes_bit_for_bit(
 ) -> None:
     out = tmp_path / "run"
     arguments = [small_catalogue, random_checkpoint, out, where, at, json.dumps(SETTINGS)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], capture_output=True, text=True)
+    # Sums are split over threads: bit for bit is meant for as many of them.
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    killed = subprocess.run(command, capture_output=True, text=True, env=threads)
     assert killed.returncode == -9, killed.stderr
     result = train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
     assert result.steps == 5
