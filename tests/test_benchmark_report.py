@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,7 @@ def test_every_bound_has_its_case_and_is_below_one() -> None:
 def test_a_complete_result_of_the_same_code_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "peaks", lambda threads: {})
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # a benchmark sets its threads for the whole process
     script = harness.ROOT / "benchmarks" / "cold_start.py"
     assert not harness.fresh(script)
     bench = Benchmark(str(script), "How long?", out=None, only=None, rounds=1, threads=1, again=False)

@@ -133,6 +133,8 @@ def test_equals_diffusers_whatever_the_schedule(
 ) -> None:
     # there diffusers truncates the timestep, of which the first is the last training step less a rounding error
     assume(not (sampler == "dpm++2m_karras" and beta_schedule == "squaredcos_cap_v2"))
+    # diffusers counts down in floating point and sometimes lands just above 0: one timestep too many, at -1
+    assume(spacing != "trailing" or len(np.arange(total, 0, -total / steps)) == steps)
     config = {
         "prediction_type": prediction,
         "timestep_spacing": spacing,
