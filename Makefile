@@ -42,6 +42,10 @@ tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default 
 bench: $(VENV)/.ready ## everything that is claimed, beside its peers; writes benchmarks/RESULTS.md
 	$(VENV)/bin/python benchmarks/run_all.py $(ARGS)
 
+ablation: $(VENV)/.ready ## what each term of the joint objective earns, hours on two cores; writes benchmarks/QUALITY.md
+	$(VENV)/bin/python benchmarks/ablation.py $(ARGS)
+	$(VENV)/bin/python benchmarks/quality.py
+
 bench-ci: $(VENV)/.ready ## short latency gates against PyTorch in the same run
 	$(VENV)/bin/python benchmarks/ci.py $(ARGS)
 
@@ -76,4 +80,4 @@ $(OPTIMUM_VENV)/.ready: pyproject.toml tests/requirements-optimum.txt
 	@$(@D)/bin/python $(PIP) -r tests/requirements-optimum.txt -e ".[cpu]"
 	@touch $@
 
-.PHONY: help demo test test-all test-optimum pipeline real tiny bench bench-ci lint clean
+.PHONY: help demo test test-all test-optimum pipeline real tiny bench ablation bench-ci lint clean

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,9 +53,9 @@ MIN_SNR_GAMMA = 5.0
 EMA_DECAY = 0.999
 
 
-def training_products() -> list[Product]:
-    """The products that the base is trained on: the train split of all three catalogues."""
-    return [p for name in CATALOGUES for p in products(name, PER_CATALOGUE, SEED, "train")]
+def training_products(catalogues: Sequence[str] = tuple(CATALOGUES)) -> list[Product]:
+    """The products that a base is trained on: the train splits of these catalogues."""
+    return [p for name in catalogues for p in products(name, PER_CATALOGUE, SEED, "train")]
 
 
 def _pixels(product: Product) -> NDArray[np.uint8]:
@@ -277,30 +277,45 @@ def train_unet(
     return average.module
 
 
-@click.command()
-@click.argument("work", type=click.Path(file_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The checkpoint folder to write.")
-def main(work: Path, output: Path) -> None:
-    """Train the tiny base from nothing in WORK, in about two hours on two cores; an interrupted run goes on."""
+def train_base(
+    work: Path,
+    output: Path,
+    *,
+    name: str = "tiny",
+    catalogues: Sequence[str] = tuple(CATALOGUES),
+    vae: AutoencoderKL | None = None,
+    tokenizer: CLIPTokenizer | None = None,
+    clip_stage: Stage = CLIP,
+    unet_stage: Stage = UNET,
+) -> None:
+    """Go through all stages in `work` and write the checkpoint `output`, in half precision.
+
+    catalogues: whose products it sees. vae, tokenizer: trained ones, with the scaling factor of their own latents;
+    default: trained here.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    chosen = training_products()
+    chosen = training_products(catalogues)
     captions = [product.caption for product in chosen]
     pictures = render_all(chosen, work / "pictures.npy")
     texts = Texts.of_products(chosen)
-    tokenizer = tiny.train_tokenizer(texts.words)
+    tokenizer = tokenizer or tiny.train_tokenizer(texts.words)
+    stages = {"clip": clip_stage, "unet": unet_stage}
 
-    vae = train_vae(pictures, work)
-    clip = train_clip(tokenizer, pictures, texts, work)
+    if vae is None:
+        stages["vae"] = VAE
+        vae = train_vae(pictures, work)
+    clip = train_clip(tokenizer, pictures, texts, work, clip_stage)
     latents = encode_latents(vae, pictures, work / "latents.npy")
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    unet = train_unet(clip, tokenizer, texts, latents * vae.config.scaling_factor, work)
+    if "vae" in stages:
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    unet = train_unet(clip, tokenizer, texts, latents * vae.config.scaling_factor, work, unet_stage)
 
     meta = {
-        "name": "tiny",
+        "name": name,
         "synthetic": True,
         "captions": captions[:: max(1, len(captions) // 256)],
         "sampler": {"name": "dpm++2m", "steps": 12, "guidance_scale": 5.0},
-        "recipe": {part: asdict(stage) for part, stage in (("vae", VAE), ("clip", CLIP), ("unet", UNET))},
+        "recipe": {part: asdict(stage) for part, stage in stages.items()},
     }
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict(), strict=False)
@@ -316,6 +331,14 @@ def main(work: Path, output: Path) -> None:
         meta=meta,
         dtype=torch.float16,
     )
+
+
+@click.command()
+@click.argument("work", type=click.Path(file_okay=False, path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The checkpoint folder to write.")
+def main(work: Path, output: Path) -> None:
+    """Train the tiny base from nothing in WORK, in about two hours on two cores; an interrupted run goes on."""
+    train_base(work, output)
     click.echo(f"wrote {output}")
 
 
