@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,8 @@ from unidiff_sdk.training.checkpoint import load_checkpoint
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny, "PER_CATALOGUE", 6)
-    for name, stage in {"train_vae": tiny.VAE, "train_clip": tiny.CLIP, "train_unet": tiny.UNET}.items():
-        short = replace(stage, steps=2, batch=4, warmup=1)
-        monkeypatch.setattr(tiny, name, partial(getattr(tiny, name), stage=short))
+    short = {name: replace(stage, steps=2, batch=4, warmup=1) for name, stage in tiny.RECIPE.items()}
+    monkeypatch.setattr(tiny, "RECIPE", short)
 
 
 def test_the_recipe_ends_in_a_checkpoint_of_the_stated_size(miniature: None, tmp_path: Path) -> None:

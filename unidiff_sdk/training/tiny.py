@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ SEED = 0
 VAE = Stage(steps=5000, batch=8, lr=1.5e-3)
 CLIP = Stage(steps=1700, batch=128, lr=1e-3)
 UNET = Stage(steps=9000, batch=32, lr=1e-3)
+RECIPE = {"vae": VAE, "clip": CLIP, "unet": UNET}
 BRIEF_SHARE = 0.4  # people ask in few words
 CAPTION_DROPOUT = 0.1  # so that the unconditional direction of guidance is trained too
 MIN_SNR_GAMMA = 5.0
@@ -150,7 +151,7 @@ def to_unit(pictures: NDArray[np.uint8]) -> Tensor:
     return torch.tensor(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
 
 
-def train_vae(pictures: NDArray[np.uint8], work: Path, stage: Stage = VAE) -> AutoencoderKL:
+def train_vae(pictures: NDArray[np.uint8], work: Path, stage: Stage) -> AutoencoderKL:
     """Squared error, for PSNR is what it is judged by, and a whisper of KL that keeps the latents near unit scale."""
     torch.manual_seed(SEED)
     vae = tiny.build_vae()
@@ -202,7 +203,7 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 
 
 def train_clip(
-    tokenizer: CLIPTokenizer, pictures: NDArray[np.uint8], texts: Texts, work: Path, stage: Stage = CLIP
+    tokenizer: CLIPTokenizer, pictures: NDArray[np.uint8], texts: Texts, work: Path, stage: Stage
 ) -> CLIPModel:
     """Symmetric InfoNCE on captions and on few words, in which all that suit one another are positives."""
     torch.manual_seed(SEED)
@@ -247,7 +248,7 @@ def encode_texts(clip: CLIPModel, ids: Tensor) -> Tensor:
 
 
 def train_unet(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Texts, latents: Tensor, work: Path, stage: Stage = UNET
+    clip: CLIPModel, tokenizer: CLIPTokenizer, texts: Texts, latents: Tensor, work: Path, stage: Stage
 ) -> nn.Module:
     """The denoising loss on unit-scale latents, min-SNR weighted; the text tower rests. Returns averaged weights."""
     torch.manual_seed(SEED)
@@ -285,13 +286,12 @@ def train_base(
     catalogues: Sequence[str] = tuple(CATALOGUES),
     vae: AutoencoderKL | None = None,
     tokenizer: CLIPTokenizer | None = None,
-    clip_stage: Stage = CLIP,
-    unet_stage: Stage = UNET,
+    stages: Mapping[str, Stage] | None = None,
 ) -> None:
     """Go through all stages in `work` and write the checkpoint `output`, in half precision.
 
-    catalogues: whose products it sees. vae, tokenizer: trained ones, with the scaling factor of their own latents;
-    default: trained here.
+    catalogues: whose products it sees. vae, tokenizer: trained ones, default: trained here. stages: how long each part
+    is trained; default: RECIPE.
     """
     work.mkdir(parents=True, exist_ok=True)
     chosen = training_products(catalogues)
@@ -299,16 +299,14 @@ def train_base(
     pictures = render_all(chosen, work / "pictures.npy")
     texts = Texts.of_products(chosen)
     tokenizer = tokenizer or tiny.train_tokenizer(texts.words)
-    stages = {"clip": clip_stage, "unet": unet_stage}
+    stages = stages or RECIPE
 
+    ours = vae or train_vae(pictures, work, stages["vae"])
+    clip = train_clip(tokenizer, pictures, texts, work, stages["clip"])
+    latents = encode_latents(ours, pictures, work / "latents.npy")
     if vae is None:
-        stages["vae"] = VAE
-        vae = train_vae(pictures, work)
-    clip = train_clip(tokenizer, pictures, texts, work, clip_stage)
-    latents = encode_latents(vae, pictures, work / "latents.npy")
-    if "vae" in stages:
-        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    unet = train_unet(clip, tokenizer, texts, latents * vae.config.scaling_factor, work, unet_stage)
+        ours.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    unet = train_unet(clip, tokenizer, texts, latents * ours.config.scaling_factor, work, stages["unet"])
 
     meta = {
         "name": name,
@@ -322,7 +320,7 @@ def train_base(
     save_checkpoint(
         output,
         unet=unet,
-        vae=vae,
+        vae=ours,
         clip=clip,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
