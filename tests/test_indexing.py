@@ -110,6 +110,60 @@ def test_prune_refuses_to_delete_all(catalog: Catalog, tmp_path: Path) -> None:
     assert catalog.count() == 3
 
 
+@pytest.mark.parametrize("apart", [1, 32, 70])
+def test_an_id_that_comes_twice_is_a_bad_row(catalog: Catalog, tmp_path: Path, apart: int) -> None:
+    """In the same batch, in the next one, which is read at the same time, and in a later one."""
+    folder = products(tmp_path / "products")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    rows[3 + apart]["id"] = 3
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for added in (99, 0):
+        report = catalog.add_folder(folder)
+        assert (report.added, report.skipped) == (added, 99 - added)
+        assert [(bad.line, bad.file_name) for bad in report.failed] == [(4 + apart, f"{3 + apart}.png")]
+        assert "an earlier row has the same id" in report.failed[0].reason
+        assert catalog.get(3).load_image().getpixel((0, 0)) == (6, 249, 90)
+    assert stored_files(catalog) == shown_files(catalog)
+    with pytest.raises(DataError, match=f"line {4 + apart}"):
+        catalog.add_folder(folder, strict=True)
+
+
+def test_a_row_without_an_id_that_comes_twice(catalog: Catalog, tmp_path: Path) -> None:
+    folder = products(tmp_path / "products", 2)
+    row = {"file_name": "images/0.png", "text": "x"}
+    lines = [row | {"price": 1}, row | {"price": 2}, row | {"text": "y"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for _ in range(2):
+        report = catalog.add_folder(folder)
+        assert [bad.line for bad in report.failed] == [2] and catalog.count() == 2
+        assert catalog.count({"price": 1}) == 1
+    assert stored_files(catalog) == shown_files(catalog)
+
+
+def test_threads_that_replace_one_another_leave_no_picture_behind(catalog: Catalog) -> None:
+    def work(thread: int) -> None:
+        for step in range(8):
+            catalog.add(Image.new("RGB", (24, 24), (thread, step, 9)), ids=step % 3)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ids(catalog) == {0, 1, 2}
+    assert stored_files(catalog) == shown_files(catalog)
+
+
+def stored_files(catalog: Catalog) -> set[str]:
+    files = [path for name in ("images", "thumbnails") for path in (catalog.folder / name).rglob("*.*")]
+    return {path.relative_to(catalog.folder).as_posix() for path in files}
+
+
+def shown_files(catalog: Catalog) -> set[str]:
+    hits = catalog.browse(limit=1000)
+    return {hit.uri for hit in hits} | {f"thumbnails/{hit.sha256[:2]}/{hit.sha256}.webp" for hit in hits}
+
+
 @pytest.mark.parametrize("commits", [0, 2])
 def test_a_kill_loses_nothing_acknowledged(tmp_path: Path, bundle: Path, commits: int) -> None:
     folder, location = products(tmp_path / "products"), tmp_path / "killed.catalog"

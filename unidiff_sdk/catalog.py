@@ -45,6 +45,7 @@ from .ranking import elements, kind_of, value_at
 from .results import AddReport, Generated, Generation, Hit, Page
 from .search import SYSTEM as _SYSTEM
 from .search import Searcher, Window, check_window
+from .seen import Seen
 from .store import Record, Store, Vector
 from .store.filters import Clause, Compare, column_path, columns, parse
 
@@ -276,13 +277,11 @@ class Catalog:
         serving = self._serving
         fresh: list[_Item] = []
         records: list[Record] = []
-        replaced: dict[str, str] = {}
         for batch in batched(items, BATCH_SIZE):
-            changed, old = self._changed(batch)
+            changed = self._changed(batch)
             records += self._encode(serving, changed, copy)
             fresh += changed
-            replaced |= old
-        self._commit(serving, records, fresh, replaced, copy)
+        self._commit(serving, records, fresh, copy)
         return [item.id for item in items]
 
     def add_folder(
@@ -296,9 +295,10 @@ class Catalog:
     ) -> AddReport:
         """Add a folder of images with `metadata.jsonl`, `.csv` or `.parquet` beside them, or of webdataset shards.
 
-        Rows with an `id` column keep it; the others get a hash of picture and caption. What is there already and has
-        not changed is passed over, so an interrupted run is simply started again. Where only columns have changed, the
-        picture is not encoded again. At the end, the search index is built if that pays.
+        Rows with an `id` column keep it; the others get a hash of picture and caption. A row with the id of an earlier
+        one is a bad row. What is there already and has not changed is passed over, so an interrupted run is simply
+        started again. Where only columns have changed, the picture is not encoded again. At the end, the search index
+        is built if that pays.
 
         Args:
             path: the folder, or a single `.tar` shard (`datasets.reader` tells the formats).
@@ -346,20 +346,20 @@ class Catalog:
         source = self._images.reference(Path(path))
         failed: list[BadRow] = []
         added = skipped = removed = 0
-        seen = bytearray()  # the keys, 16 bytes each: of a million rows, 16 MB
+        seen = Seen()
         rows = read_catalogue(path, images=images, strict=strict, on_error=failed.append)
         total = count_rows(path) if progress else 0
 
         # 1. Batches are read, decoded and thumbnailed on all cores, while one is encoded and another one is stored.
         prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
         prepared = overlapped(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
-        encoded = overlapped(lambda batch: (batch, self._encode_prepared(batch, copy)), prepared, workers=1)
+        distinct = (_distinct(batch, seen, strict) for batch in prepared)
+        encoded = overlapped(lambda batch: (batch, self._encode_prepared(batch, copy)), distinct, workers=1)
         with progress_bar("Indexing", progress) as advance, closing(prepared), closing(encoded):
             for batch, records in encoded:
-                self._commit(batch.serving, records, batch.fresh, batch.replaced, copy)
-                added, skipped = added + len(records), skipped + batch.skipped
+                self._commit(batch.serving, records, batch.fresh, copy, batch.repeated)
+                added, skipped = added + len(records), skipped + len(batch.unchanged)
                 failed.extend(batch.failed)
-                seen += batch.keys
                 advance(added + skipped + len(failed), total)
 
         # 2. What has left.
@@ -381,59 +381,48 @@ class Catalog:
         serving = self._serving
 
         def fail(name: str, line: int, error: UniDiffError) -> None:
-            bad = BadRow(line, name, str(error))
-            if strict:
-                raise DataError(str(bad)) from error
-            failed.append(bad)
+            failed.append(_bad_row(line, name, str(error), strict))
 
         for row in rows:
             payload = dict(row.payload)
             try:
                 item = _item(Picture(row.image()), row.text, payload.pop("id", None), payload)
-                items.append(replace(item, line=row.line, source=source))
+                items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 fail(row.name, row.line, error)
-        fresh, replaced = self._changed(items)
-        names = {row.line: row.name for row in rows}
-        decoded: list[_Item] = []
-        pixels: list[NDArray[np.float32]] = []
-        for item in fresh:
+        changed = self._changed(items)
+        lines = {item.line for item in changed}
+        fresh: list[_Item] = []
+        for item in changed:
             try:
                 self._images.add(item.picture, copy=copy)
-                if item.vector is None:
-                    pixels.append(self._encoder_of(serving).pixels(item.picture.image))
-                decoded.append(item)
+                encodable = self._encoder_of(serving).pixels(item.picture.image) if item.vector is None else None
+                fresh.append(replace(item, pixels=encodable))
             except ImageError as error:
-                fail(names[item.line], item.line, error)
+                fail(item.name, item.line, error)
             item.picture.release()  # what waits to be encoded is small, whatever the size of the picture
-        keys = b"".join(uuid.UUID(item.key).bytes for item in items)
-        return _Prepared(serving, len(items) - len(fresh), decoded, pixels, replaced, failed, keys)
+        return _Prepared(serving, [item for item in items if item.line not in lines], fresh, [], failed)
 
-    def _changed(self, items: Sequence[_Item]) -> tuple[list[_Item], dict[str, str]]:
-        """The items that are not stored yet just so; and the pictures (sha256 -> uri) that they take the place of.
+    def _changed(self, items: Sequence[_Item]) -> list[_Item]:
+        """The items that are not stored yet just so.
 
         Of those whose picture is stored under the same id, only with other columns, the vector comes along.
         """
         self._check_open()
         stored = {record.id: record for record in self._store.retrieve([item.key for item in items])}
         fresh: list[_Item] = []
-        replaced: dict[str, str] = {}
         for item in items:
             old = stored.get(item.key)
-            if old is None:
+            if old is None or old.payload[_SYSTEM]["sha256"] != item.picture.sha256:
                 fresh.append(item)
-                continue
-            system = old.payload[_SYSTEM]
-            if system["sha256"] != item.picture.sha256:
-                replaced[system["sha256"]] = system["uri"]
-                fresh.append(item)
-            elif old.payload != item.payload(system["uri"]):
+            elif old.payload != item.payload(old.payload[_SYSTEM]["uri"]):
                 fresh.append(replace(item, vector=old.vector))
-        return fresh, replaced
+        return fresh
 
     def _encode_prepared(self, batch: _Prepared, copy: bool) -> list[Record]:
         encode = self._encoder_of(batch.serving).encode_pixels
-        return self._records(batch.fresh, encode(np.stack(batch.pixels)) if batch.pixels else (), copy)
+        pixels = [item.pixels for item in batch.fresh if item.pixels is not None]
+        return self._records(batch.fresh, encode(np.stack(pixels)) if pixels else (), copy)
 
     def _encode(self, serving: _Serving, items: Sequence[_Item], copy: bool) -> list[Record]:
         pictures = [item.picture.image for item in items if item.vector is None]
@@ -455,9 +444,10 @@ class Catalog:
         serving: _Serving,
         records: Sequence[Record],
         items: Sequence[_Item],
-        replaced: dict[str, str],
         copy: bool,
+        repeated: Sequence[_Item] = (),
     ) -> None:
+        """Store records of items, and let go of the pictures that they take the place of, and of `repeated` ones."""
         self._warn_of_real_pictures(items)
         with self._write_lock:
             self._check_open()
@@ -466,27 +456,27 @@ class Catalog:
             if serving is not self._serving:  # reindexed since: these vectors are of the bundle before
                 records = self._encode(self._serving, [replace(item, vector=None) for item in items], copy)
             self._note_written([record.id for record in records])
+            left = {item.picture.sha256: self._images.add(item.picture, copy=copy) for item in repeated}
             for batch in batched(records, 256):
+                # Looked up here and not when the rows were read: another thread may have written since.
+                left |= _pictures_of(self._store.retrieve([record.id for record in batch]))
                 self._store.upsert(batch)
-            self._release(replaced)
+            shown = {item.picture.sha256 for item in items}
+            self._release({sha256: uri for sha256, uri in left.items() if sha256 not in shown})
 
     def _note_written(self, keys: Iterable[str]) -> None:
         """Tell a reindexing in another thread; under the write lock."""
         if self._written is not None:
             self._written.update(keys)
 
-    def _prune(self, source: str, seen: bytearray) -> int:
+    def _prune(self, source: str, seen: Seen) -> int:
         """Delete what came from a source and is not among the keys."""
         if not seen:
             raise DataError(f"{source} has not one good row: prune=True would delete everything that came from it")
-        kept = np.frombuffer(bytes(seen), "S16")
         gone: list[Record] = []
         for batch in self._store.scroll(where=Compare(f"{_SYSTEM}.source", "eq", source)):
-            keys = np.array([uuid.UUID(record.id).bytes for record in batch], "S16")
-            found = np.isin(keys, kept)
-            gone += [
-                replace(record, vector=_NO_VECTOR) for record, is_in in zip(batch, found, strict=True) if not is_in
-            ]
+            kept = seen.has(uuid.UUID(record.id).bytes for record in batch)
+            gone += [replace(record, vector=_NO_VECTOR) for record, is_in in zip(batch, kept, strict=True) if not is_in]
         with self._write_lock:
             for some in batched(gone, 256):
                 self._remove(some)
@@ -733,7 +723,7 @@ class Catalog:
         keys = [record.id for record in records]
         self._note_written(keys)
         self._store.delete(keys)
-        self._release({r.payload[_SYSTEM]["sha256"]: r.payload[_SYSTEM]["uri"] for r in records})
+        self._release(_pictures_of(records))
 
     def _columns(self) -> dict[str, str]:
         """The columns that some of the items have, and what they hold."""
@@ -1067,9 +1057,11 @@ class _Item:
     id: str | int
     picture: Picture
     columns: dict[str, Any]  # id, text and payload, as they are stored
-    line: int = 0  # in the metadata file of a folder
+    name: str = ""  # of the image file, and the line in the metadata file of a folder
+    line: int = 0
     source: str | None = None  # the folder or table it comes from
     vector: Vector | None = None  # where it is stored already, with the same picture and other columns
+    pixels: NDArray[np.float32] | None = None  # for the encoder, of what is read from a folder and has no vector yet
 
     @property
     def key(self) -> str:
@@ -1083,15 +1075,41 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A batch of rows, read: what must be stored, of which `pixels` must be encoded; what it replaces; the rest."""
+    """A batch of rows, read and sorted out."""
 
     serving: _Serving
-    skipped: int
-    fresh: list[_Item]
-    pixels: list[NDArray[np.float32]]  # of those in `fresh` that bring no vector
-    replaced: dict[str, str]
+    unchanged: list[_Item]
+    fresh: list[_Item]  # what must be stored
+    repeated: list[_Item]  # what an earlier row has the id of
     failed: list[BadRow]
-    keys: bytes  # of all good rows, 16 bytes each
+
+
+def _distinct(batch: _Prepared, seen: Seen, strict: bool) -> _Prepared:
+    """A batch without the rows whose id came by before: two pictures for one id would take turns at every run."""
+    items = sorted(batch.unchanged + batch.fresh, key=lambda item: item.line)
+    known = seen.add(uuid.UUID(item.key).bytes for item in items)
+    repeated = [item for item, is_known in zip(items, known, strict=True) if is_known]
+    reason = "an earlier row has the same id, or without an id the same picture and caption"
+    lines = {item.line for item in repeated}
+    return _Prepared(
+        batch.serving,
+        [item for item in batch.unchanged if item.line not in lines],
+        [item for item in batch.fresh if item.line not in lines],
+        repeated,
+        batch.failed + [_bad_row(item.line, item.name, reason, strict) for item in repeated],
+    )
+
+
+def _bad_row(line: int, name: str, reason: str, strict: bool) -> BadRow:
+    bad = BadRow(line, name, reason)
+    if strict:
+        raise DataError(str(bad))
+    return bad
+
+
+def _pictures_of(records: Iterable[Record]) -> dict[str, str]:
+    """The pictures that records show: sha256 -> uri."""
+    return {record.payload[_SYSTEM]["sha256"]: record.payload[_SYSTEM]["uri"] for record in records}
 
 
 def _item(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any]) -> _Item:

@@ -47,32 +47,52 @@ main.add_command(dataset)
     epilog="""
     unidiff index products shop.catalog
     unidiff index photos shop.catalog --bundle bundles/shop --reference
+    unidiff index products shop.catalog --prune
+    unidiff index spring.csv shop.catalog --images photos
     """,
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.option("--bundle", help="Model for a new catalogue: a bundle's folder, or tiny (the default).")
+@click.option("--images", type=click.Path(path_type=Path), help="Where the paths of a table start; its own folder.")
 @click.option("--reference", is_flag=True, help="Leave the images where they are instead of copying them.")
+@click.option("--prune", is_flag=True, help="Also delete what came from FOLDER earlier and has left it.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad row.")
 @json_option
-def index(folder: Path, catalog: Path, bundle: str | None, reference: bool, strict: bool, as_json: bool) -> None:
+def index(
+    folder: Path,
+    catalog: Path,
+    bundle: str | None,
+    images: Path | None,
+    reference: bool,
+    prune: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
     """Add FOLDER, images with a metadata.jsonl, .csv or .parquet, to CATALOG, which is made if it does not exist.
 
-    FOLDER may hold webdataset shards (.tar) instead, or be one.
+    FOLDER may hold webdataset shards (.tar) instead, or be one; or it is such a table by itself, of any name.
 
     Each row of the metadata names an image (file_name) and its caption (text); other columns can be filtered by. Rows
     that have not changed since the last time are passed over, bad ones are listed at the end.
     """
     from .catalog import Catalog
-    from .datasets.reader import count_rows
+    from .datasets.reader import TABLES, count_rows
 
+    if images is not None and folder.suffix.lower() not in TABLES:
+        raise OptionError(f"--images goes with a table ({', '.join(TABLES)}), and {folder} is none")
     count_rows(folder)  # a folder that cannot be read must not leave an empty catalogue behind
     with Catalog(catalog, bundle) as opened:
-        report = opened.add_folder(folder, strict=strict, progress=not as_json, copy=not reference)
+        options: dict[str, bool] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
+        if folder.suffix.lower() in TABLES:
+            report = opened.add_table(folder, images=images, **options)
+        else:
+            report = opened.add_folder(folder, **options)
         items = opened.count()
     if as_json:
         failed = [{"line": bad.line, "file_name": bad.file_name, "reason": bad.reason} for bad in report.failed]
-        counts = {"added": report.added, "skipped": report.skipped, "items": items, "seconds": report.seconds}
+        counts: dict[str, float] = {"added": report.added, "skipped": report.skipped, "removed": report.removed}
+        counts |= {"items": items, "seconds": report.seconds}
         click.echo(json.dumps(counts | {"failed": failed}))
     else:
         if report.failed:
@@ -312,32 +332,42 @@ def info(catalog: Path, as_json: bool) -> None:
         return
     bundle = facts["bundle"]
     click.echo(f"{facts['location']}: {facts['items']:,} items, made {facts['created']}")
-    click.echo(f"columns {', '.join(f'{name} ({kind})' for name, kind in facts['columns'].items()) or 'none'}")
     click.echo(f"bundle {bundle['name']} at {bundle['path']}: {bundle['dim']} dimensions, {bundle['fingerprint'][:12]}")
+    if facts["columns"]:
+        _table(["column", "holds"], facts["columns"].items())
 
 
 @main.command(short_help="Remove items.", epilog="unidiff delete shop.catalog boots-17 boots-18")
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("ids", nargs=-1, required=True)
-def delete(catalog: Path, ids: Sequence[str]) -> None:
+@json_option
+def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
     """Remove the items IDS and their pictures from CATALOG."""
     from .catalog import Catalog
 
     with Catalog(catalog, create=False) as opened:
         removed = opened.delete([meant for id in ids for meant in _meant(id)])
-        click.echo(f"{removed} removed; {opened.count():,} items are left.")
+        items = opened.count()
+    if as_json:
+        click.echo(json.dumps({"removed": removed, "items": items}))
+    else:
+        click.echo(f"{removed} removed; {items:,} items are left.")
 
 
 @main.command(short_help="Change a catalogue to another bundle.", epilog="unidiff reindex shop.catalog bundles/tuned")
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("bundle")
-def reindex(catalog: Path, bundle: str) -> None:
+@json_option
+def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
     """Re-encode every picture of CATALOG with another BUNDLE, which it then keeps."""
     from .catalog import Catalog
 
     with Catalog(catalog, create=False) as opened:
-        count = opened.reindex(bundle, progress=True)
-    click.echo(f"{count:,} items re-encoded with {bundle}." if count else f"{catalog} is made with {bundle} already.")
+        count = opened.reindex(bundle, progress=not as_json)
+    if as_json:
+        click.echo(json.dumps({"reindexed": count}))
+    else:
+        click.echo(f"{count:,} items re-encoded with {bundle}." if count else f"{catalog} is made with it already.")
 
 
 # ------------------------------------------------------------------------------------------------ output
