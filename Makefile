@@ -1,5 +1,5 @@
-# Environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything, .venv-optimum is a peer with its own
-# pins. Each is brought up to date only when its lists changed. `make` alone lists what there is.
+# Environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything, the others hold peers that need pins
+# of their own. Each is brought up to date only when its lists changed. `make` alone lists what there is.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,6 +10,8 @@ PYTHON ?=
 VENV := .venv
 DEMO_VENV := .venv-demo
 OPTIMUM_VENV := .venv-optimum
+OPENCLIP_VENV := .venv-openclip
+COMPAT_VENV := .venv-compat
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := pyproject.toml constraints.txt
 ARGS ?=
@@ -28,6 +30,12 @@ test-all: $(VENV)/.ready ## the whole test suite
 
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
 	$(OPTIMUM_VENV)/bin/python -m pytest tests/test_optimum.py $(ARGS)
+
+test-openclip: $(OPENCLIP_VENV)/.ready ## converted OpenCLIP models against open_clip itself
+	PYTHONPATH=. $(OPENCLIP_VENV)/bin/python tests/compat/check_open_clip.py
+
+test-compat: $(COMPAT_VENV)/.ready ## our checkpoints in transformers 4.57 and diffusers 0.36
+	$(COMPAT_VENV)/bin/python tests/compat/check_checkpoint.py unidiff_sdk/models/tiny_checkpoint
 
 pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; writes pipeline/index.html
 	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
@@ -55,7 +63,7 @@ lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/mypy
 
 clean: ## remove environments, outputs and caches
-	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) demo pipeline real build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) demo pipeline real build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO_VENV)/.ready: $(LOCK)
 	@python=$$(.ci/find-python $(PYTHON)); \
@@ -80,4 +88,20 @@ $(OPTIMUM_VENV)/.ready: pyproject.toml tests/requirements-optimum.txt
 	@$(@D)/bin/python $(PIP) -r tests/requirements-optimum.txt -e ".[cpu]"
 	@touch $@
 
-.PHONY: help demo test test-all test-optimum pipeline real tiny bench ablation bench-ci lint clean
+# open_clip imports torchvision, whose operators must be of the same build as torch: the registry's pair is for CUDA.
+$(OPENCLIP_VENV)/.ready: tests/compat/requirements-openclip.txt
+	@python=$$(.ci/find-python $(PYTHON)); \
+	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@echo "Installing open_clip with a torch and torchvision that match into $(@D) (once, several GB)…"
+	@$(@D)/bin/python $(PIP) -r $<
+	@touch $@
+
+$(COMPAT_VENV)/.ready: tests/compat/requirements.txt
+	@python=$$(.ci/find-python $(PYTHON)); \
+	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(@D)/bin/python .ci/torch_build.py $<
+	@echo "Installing transformers 4.57 and diffusers 0.36 into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -r $<
+	@touch $@
+
+.PHONY: help demo test test-all test-optimum test-openclip test-compat pipeline real tiny bench ablation bench-ci lint clean

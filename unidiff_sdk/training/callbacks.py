@@ -28,17 +28,24 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Moment:
-    """The model as it would be saved now: averaged weights, eval mode, no gradients. step 0: before the first step."""
+    """The model as it would be saved now: averaged weights, eval mode, no gradients. step 0: before the first step.
+
+    quick: the answer alone is wanted, one of many: there is nothing to draw, and nobody to tell.
+    """
 
     step: int
     model: JointModel
     checkpoint: Checkpoint
     config: TrainingConfig
+    quick: bool = False
 
 
 @dataclass(frozen=True)
 class Validated:
-    """How good the model is on pairs that it does not learn from. score: what is maximised, higher is better."""
+    """How good the model is on pairs that it does not learn from.
+
+    score: what early stopping and WiSE-FT maximise, higher is better. figures: for a UNet's WiSE-FT, "denoising_loss".
+    """
 
     score: float
     figures: Mapping[str, float] = field(default_factory=dict)

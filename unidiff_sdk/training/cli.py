@@ -145,6 +145,17 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 )
 @config_option("--ema", field="ema_decay", theme=SMALL, help="Decay of the averaged weights that are saved.")
 @config_option(
+    "--patience",
+    field="patience",
+    theme=SMALL,
+    help="Stop after so many looks at --val in a row without a better one, and keep the best one's weights; 0: never.",
+)
+@flag(
+    "--wise-ft",
+    theme=SMALL,
+    help="End between the base's weights and the tuned ones, where --val is best; encoder and generator apart.",
+)
+@config_option(
     "--contrastive-batch",
     field="contrastive_batch",
     theme=MEMORY,
@@ -208,8 +219,8 @@ def train(
     rows = count_rows(data)  # a folder that cannot be read is told before PyTorch is imported
     if val:
         count_rows(val)
-    elif prompts:
-        raise OptionError("--prompt is drawn at the looks at --val, which is not given")
+    elif prompts or config.patience or config.wise_ft:
+        raise OptionError("--prompt, --patience and --wise-ft need looks at --val, which is not given")
     with _progress("PyTorch is being imported") as progress, ExitStack() as open_until_the_end:
         from unidiff_sdk.training.report import write_report
         from unidiff_sdk.training.runlog import RunLog
@@ -244,10 +255,16 @@ def train(
             on_validate=validator,
         )
         if log.started:  # by this process, and there were steps to go
-            log.finish(pairs=result.pairs, bad_rows=len(result.bad))
+            log.finish(pairs=result.pairs, bad_rows=len(result.bad), chosen=result.chosen)
             write_report(log.folder, report)
     _tell_bad_rows(data, result.bad)
     click.echo(f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s: {result.path}")
+    if stopping := result.chosen.get("early_stopping"):
+        click.echo(
+            f"Kept: the weights of step {stopping['step']}, the best look, with a score of {stopping['score']:.3f}"
+        )
+    for half, swept in result.chosen.get("wise_ft", {}).items():
+        click.echo(f"Kept of the {half}: {swept['alpha']:.0%} of what was tuned, the rest is the base's")
     if report.is_file():
         click.echo(f"How it went: {report}")
     click.echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")

@@ -72,6 +72,10 @@ class TrainingConfig:
     rsc_warmup_steps: int = 100
     rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, its EMA, or the base's encoder
 
+    # against the dangers of small data; all but the averaging need pairs to validate on
+    patience: int = 0  # looks in a row without a better one that end the run, with the best one's weights; 0: never
+    wise_ft: bool = False  # end between the base's weights and the tuned ones, where the looks are best
+
     # data
     fit: Fit | None = None  # how pictures become squares; None: as the base's were
     flip: bool = False  # mirror half of the pictures; wrong where they bear text, or captions say left and right
@@ -90,7 +94,7 @@ class TrainingConfig:
             *("contrastive_batch", "micro_batch"),
             *("learning_rate_unet", "learning_rate_text", "learning_rate_image"),
             *("lora_unet", "lora_text", "lora_image"),
-            *("seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
+            *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
         )
         for name in positive:

@@ -44,7 +44,7 @@ def write_report(log_folder: Path, file: Path) -> Path:
     log = read_log(log_folder)
     sections = [_curves(log)]
     if log.validations:
-        sections += [_samples(log), *_searches(log), _before_and_after(log)]
+        sections += [_samples(log), *_searches(log), *_chosen(log), _before_and_after(log)]
     return _page(log, [*sections, _to_repeat(log)]).write(file)
 
 
@@ -166,6 +166,34 @@ def _hits(example: dict[str, Any]) -> list[Card]:
     return cards
 
 
+# --- how the weights were chosen -------------------------------------------------------------------------------------
+
+
+def _chosen(log: Log) -> Iterable[Section]:
+    chosen = log.about.get("chosen", {})
+    told, charts = [], []
+    if stopping := chosen.get("early_stopping"):
+        told.append(
+            f"The run stopped after step {stopping['stopped_at']:,}, and its best look was that after step "
+            f"{stopping['step']:,}, with a score of {stopping['score']:.4g}."
+        )
+    for half, title in {"encoder": "Encoder", "generator": "Generator"}.items():
+        if swept := chosen.get("wise_ft", {}).get(half):
+            told.append(f"Of the {half}, {swept['alpha']:.0%} of what was tuned is kept (WiSE-FT).")
+            what = "score" if half == "encoder" else "denoising loss, negated"
+            charts.append(
+                line_chart(
+                    f"{title}: from the base to the tuned", [Line(what, swept["sweep"])], x_label="α", y_label=what
+                )
+            )
+    if told:
+        yield Section(
+            "How the weights were chosen",
+            f"{' '.join(told)} Chosen on the validation pairs, so their figures of the last look flatter a little.",
+            charts=charts,
+        )
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +215,9 @@ def _before_and_after(log: Log) -> Section:
 
 def _to_repeat(log: Log) -> Section:
     settings = json.dumps(log.about["config"], indent=1, ensure_ascii=False)
-    facts = {name: value for name, value in log.about.items() if name not in ("config", "command", "versions")}
+    facts = {
+        name: value for name, value in log.about.items() if name not in ("config", "command", "versions", "chosen")
+    }
     told = "\n".join(f"{name}: {value}" for name, value in facts.items())
     return Section(
         "To repeat it",

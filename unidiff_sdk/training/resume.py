@@ -19,10 +19,11 @@ from unidiff_sdk.errors import CheckpointError, TrainingError
 from unidiff_sdk.training.checkpoint import TRAINING_STATE as STATE
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.learner import Learner
+from unidiff_sdk.training.looks import Looks
 
 __all__ = ["Progress", "read_finished", "restore", "unfinished", "write_state"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Settings that do not decide the weights: another value may be given when a run goes on.
 HARMLESS = ("save_every", "keep", "validate_every")
 
@@ -41,7 +42,12 @@ def unfinished(out: Path) -> bool:
 
 
 def write_state(
-    out: Path, learner: Learner, weights: Mapping[str, Tensor], progress: Progress, identity: Mapping[str, Any]
+    out: Path,
+    learner: Learner,
+    looks: Looks,
+    weights: Mapping[str, Tensor],
+    progress: Progress,
+    identity: Mapping[str, Any],
 ) -> None:
     """Write the state into the checkpoint folder `out`.
 
@@ -52,14 +58,15 @@ def write_state(
         "schema_version": SCHEMA_VERSION,
         "progress": asdict(progress),
         "learner": kept,
+        "looks": looks.save(out / STATE),
         "config": asdict(learner.config),
         "identity": dict(identity),
     }
     (out / STATE / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def restore(out: Path, learner: Learner, identity: Mapping[str, Any]) -> Progress:
-    """Bring the learner to where the run in `out` stopped.
+def restore(out: Path, learner: Learner, looks: Looks, identity: Mapping[str, Any]) -> Progress:
+    """Bring the learner and the looks to where the run in `out` stopped.
 
     Raises TrainingError where that run had other settings, another base or other data; CheckpointError where its state
     cannot be read.
@@ -72,6 +79,7 @@ def restore(out: Path, learner: Learner, identity: Mapping[str, Any]) -> Progres
         )
     _require_same_run(out, content, learner.config, identity)
     learner.restore(out / STATE, content["learner"])
+    looks.restore(out / STATE, content["looks"])
     return Progress(**content["progress"])
 
 
@@ -99,10 +107,11 @@ def _require_same_run(
 ) -> None:
     # Through JSON and back, as the other side went: tuples become lists.
     ours = json.loads(json.dumps({"config": asdict(config), "identity": dict(identity)}))
+    harmless = set(HARMLESS) - ({"validate_every"} if config.patience else set())  # then the looks decide the weights
     for of in ("config", "identity"):
         for name in ours[of].keys() | content[of].keys():
             now, then = ours[of].get(name), content[of].get(name)
-            if name not in HARMLESS and now != then:
+            if name not in harmless and now != then:
                 raise TrainingError(
                     f"the run in {out} has {name} {then!r}, not {now!r}: resume it with what it was started with, or "
                     "name another folder for a new run"

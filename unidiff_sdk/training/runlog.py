@@ -105,7 +105,8 @@ def read_log(folder: Path) -> Log:
     """Read what a run has logged so far. Raises TrainingError if the folder holds no log."""
     if not (folder / RUN).is_file():
         raise TrainingError(f"{folder} holds no log of a run ({RUN} is not there)")
-    validations = list(_lines(folder / VALIDATIONS))
+    # Of several looks after the same step, the last one is at the weights that were chosen in the end.
+    validations = list({line["step"]: line for line in _lines(folder / VALIDATIONS)}.values())
     samples = {}
     for line in validations:
         with Image.open(folder / SAMPLES / f"{line['step']:06d}.webp") as strip:

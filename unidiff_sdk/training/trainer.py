@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from unidiff_sdk.datasets.reader import BadRow, Row
 from unidiff_sdk.datasets.synthetic import CATALOGUES
 from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.training.bases import load_base
-from unidiff_sdk.training.callbacks import Moment, StepReport, Validate
+from unidiff_sdk.training.callbacks import StepReport, Validate
 from unidiff_sdk.training.checkpoint import (
     Checkpoint,
     recover,
@@ -29,6 +29,7 @@ from unidiff_sdk.training.data import Batches, Pairs, group_keys, load_pairs, to
 from unidiff_sdk.training.interrupts import between_steps
 from unidiff_sdk.training.latents import LatentCache
 from unidiff_sdk.training.learner import Learner
+from unidiff_sdk.training.looks import Looks
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.processes import Processes
 from unidiff_sdk.training.resume import Progress, read_finished, restore, unfinished, write_state
@@ -39,7 +40,10 @@ __all__ = ["StepReport", "Trained", "train"]
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of a run: where the checkpoint lies, and what was used of the data."""
+    """The outcome of a run: where the checkpoint lies, and what was used of the data.
+
+    chosen: how its weights were chosen, where it was by looks: "early_stopping", "wise_ft" and their "score".
+    """
 
     path: Path
     steps: int
@@ -47,6 +51,7 @@ class Trained:
     bad: list[BadRow]
     losses: dict[str, float]  # of the last step
     seconds: float
+    chosen: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -76,7 +81,8 @@ def train(
 
     on_rows: wraps the rows while they are read. on_start: called with the base once it is loaded. on_step: called after
     each step. on_validate: measures the model before the first step, every `config.validate_every` steps and after the
-    last. In several processes, only the main one calls the last two.
+    last, and chooses the weights where early stopping or WiSE-FT is on, see `Looks`. In several processes, only the
+    main one calls the last two.
 
     Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where a loss is not finite or
     `out` holds a run that is not this one; the last good checkpoint then remains.
@@ -130,23 +136,24 @@ def train(
 
     # 3. what learns, from the base or from where the run was stopped
     learner = Learner(model, config, processes)
+    looks = Looks(on_validate, learner, checkpoint)
     identity = {"base": learner.fingerprint(), "data": pairs.fingerprint()}
-    progress = restore(out, learner, identity) if goes_on else Progress()
+    progress = restore(out, learner, looks, identity) if goes_on else Progress()
     if resume and not goes_on and out.exists():
         progress = read_finished(out, config, identity)
         return Trained(out, progress.step, len(pairs), pairs.bad, progress.losses, time.perf_counter() - started)
     saved = progress.step
 
-    def save(*, finished: bool = False) -> None:
+    def save(*, finished: bool = False, **more: Any) -> None:
         if not processes.is_main:
             return
-        meta = _meta(checkpoint, pairs, config, progress, identity, name=out.name, data=Path(data).name)
+        meta = _meta(checkpoint, pairs, config, progress, identity, name=out.name, data=Path(data).name) | more
         with learner.ema.applied(model) as current:
 
             def write_more(folder: Path) -> None:
                 save_adapters(checkpoint, folder / ADAPTERS)
                 if not finished:
-                    write_state(folder, learner, current, progress, identity)
+                    write_state(folder, learner, looks, current, progress, identity)
 
             save_checkpoint(
                 out,
@@ -156,26 +163,20 @@ def train(
                 also=write_more,
             )
 
-    def validate() -> None:
-        if on_validate is None or not processes.is_main:
-            return
-        with learner.averaged_for_use():
-            on_validate(Moment(progress.step, model, checkpoint, config))
-
     # 4. the loop
-    if not goes_on:
-        validate()
     try:
         with between_steps() as raise_if_interrupted:
-            for step in range(progress.step, config.steps):
+            looks.look_if_due(progress.step)
+            while progress.step < config.steps and not looks.are_over:
                 tick = time.perf_counter()
-                losses = learner.step(step, batches, empty_ids)
-                progress.step, progress.losses = step + 1, losses
+                losses = learner.step(progress.step, batches, empty_ids)
+                progress.step, progress.losses = progress.step + 1, losses
                 if processes.is_main:
                     seconds = time.perf_counter() - tick
-                    on_step(StepReport(step + 1, config.steps, losses, learner.learning_rate, seconds, batches.size))
-                if progress.step % config.validate_every == 0 or progress.step == config.steps:
-                    validate()
+                    on_step(
+                        StepReport(progress.step, config.steps, losses, learner.learning_rate, seconds, batches.size)
+                    )
+                looks.look_if_due(progress.step)
                 if progress.step % config.save_every == 0 and progress.step < config.steps:
                     save()
                     saved = progress.step
@@ -191,9 +192,11 @@ def train(
         ) from error
 
     # 5. the result
-    save(finished=True)
+    chosen = looks.choose_weights(progress.step)
+    save(finished=True, **({"chosen": chosen} if chosen else {}))
     processes.wait()
-    return Trained(out, progress.step, len(pairs), pairs.bad, progress.losses, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Trained(out, progress.step, len(pairs), pairs.bad, progress.losses, seconds, chosen)
 
 
 def _meta(

@@ -101,7 +101,6 @@ class Validator:
         pairs = self._read(moment)
         attributes = synthetic_attributes(pairs)
         keys = meanings(pairs, attributes)
-        prompts = self.prompts or [pairs.captions[row] for row in differing(keys, SAMPLES)]
 
         # 2. retrieval, and whether embeddings collapse
         u, v = embed(model, checkpoint, pairs)
@@ -110,13 +109,9 @@ class Validator:
         mean_recall = float(np.mean([value for name, value in recalls.items() if "R@" in name]))
         relevant = equal_keys(keys)
 
-        # 3. denoising, and samples
+        # 3. denoising
         assert self._latents is not None
         loss = denoising_loss(model, self._latents, tokenise(checkpoint.tokenizer, pairs.captions[:LOSS_PAIRS]))
-        sampler = SAMPLER | checkpoint.meta.get("sampler", {})
-        table = make_table(sampler["name"], Schedule.from_config(checkpoint.scheduler.config), sampler["steps"])
-        samples = generate(model, checkpoint, prompts, table=table, guidance=sampler["guidance_scale"], seed=0)
-
         figures = {
             "mean_recall": mean_recall,
             **recalls,
@@ -124,14 +119,23 @@ class Validator:
             "image_effective_rank": metrics.effective_rank(u),
             "text_effective_rank": metrics.effective_rank(v),
             "image_mean_cosine": metrics.mean_pairwise_cosine(u),
-            "seconds": time.perf_counter() - started,
         }
+        validated = Validated(mean_recall if moment.config.trains_encoder else -loss, figures)
+        if moment.quick:
+            return validated
+
+        # 4. samples and searches, for those who watch
+        prompts = self.prompts or [pairs.captions[row] for row in differing(keys, SAMPLES)]
+        sampler = SAMPLER | checkpoint.meta.get("sampler", {})
+        table = make_table(sampler["name"], Schedule.from_config(checkpoint.scheduler.config), sampler["steps"])
+        samples = generate(model, checkpoint, prompts, table=table, guidance=sampler["guidance_scale"], seed=0)
         similarity = v @ u.T
         ranks = metrics.first_relevant_rank(similarity, relevant).tolist()
         examples = _examples(pairs, similarity, relevant, ranks)
+        figures["seconds"] = time.perf_counter() - started
         for watcher in self.watchers:
             watcher.on_validation(Validation(moment.step, figures, prompts, samples, ranks, examples))
-        return Validated(mean_recall if moment.config.trains_encoder else -loss, figures)
+        return validated
 
     def _read(self, moment: Moment) -> Pairs:
         if self._pairs is None:
