@@ -85,6 +85,8 @@ class Catalog:
         bundle: a folder that `unidiff-export` wrote, or an open Bundle. Default: the one that the catalogue was made
             with; for a new catalogue "tiny", the built-in model.
         create: whether a missing folder is made; if not, it is an error.
+        quantization: "scalar" lets a new catalogue in a folder be searched through 8-bit vectors, in a quarter of the
+            memory; scores stay exact, as the originals on disk rank the hits.
         images: only with a URL, and needed there: the folder that keeps the pictures.
         collection, api_key, server: only with a URL: the collection's name, the key, and `ServerOptions`: timeouts,
             retries, gRPC; shards, replicas and quantisation of a new collection.
@@ -100,6 +102,7 @@ class Catalog:
         bundle: Bundle | str | Path | None = None,
         *,
         create: bool = True,
+        quantization: str | None = None,
         images: str | Path | None = None,
         collection: str = "catalog",
         api_key: str | None = None,
@@ -118,6 +121,8 @@ class Catalog:
         self._url = self.location if self.location.startswith(("http://", "https://")) else None
         self._temporary: weakref.finalize[..., Any] | None = None
         if self._url:
+            if quantization is not None:
+                raise OptionError("On a server quantisation is the collection's: server=ServerOptions(quantization=…)")
             if images is None:
                 raise OptionError(
                     "A Qdrant server keeps vectors; say where the pictures go: Catalog(url, images='folder')"
@@ -145,11 +150,17 @@ class Catalog:
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
-        self._serving = _Serving(self._open_store(file, collection, api_key, server), file.bundle, opened)
+        store = self._open_store(file, quantization, collection, api_key, server)
+        self._serving = _Serving(store, file.bundle, opened)
         _log.debug("opened %s, indexed with the bundle %s", self.location, file.bundle.name)
 
     def _open_store(
-        self, file: CatalogFile, collection: str, api_key: str | None, options: ServerOptions | None
+        self,
+        file: CatalogFile,
+        quantization: str | None,
+        collection: str,
+        api_key: str | None,
+        options: ServerOptions | None,
     ) -> Store:
         if self._url:
             from .store.connection import ServerOptions, connect
@@ -160,7 +171,7 @@ class Catalog:
             return ServerStore(client, collection, file.bundle.dim, file.bundle.fingerprint, options)
         from .store.edge import EdgeStore
 
-        return EdgeStore(self.folder / file.vectors, file.bundle.dim)
+        return EdgeStore(self.folder / file.vectors, file.bundle.dim, quantization)
 
     def _adopt(self, file: CatalogFile, bundle: Bundle) -> CatalogFile:
         """Check that a bundle is the one that made the vectors, and remember where it is now."""
@@ -960,7 +971,7 @@ class Catalog:
         for left in self.folder.glob("vectors*"):  # by a reindexing with a third bundle, or one killed after its swap
             if left.name not in (self._file.vectors, vectors):
                 shutil.rmtree(left)
-        store = EdgeStore(self.folder / vectors, bundle.dim)
+        store = EdgeStore(self.folder / vectors, bundle.dim, cast(EdgeStore, before.store).quantization)
         after = _Serving(store, BundleRef.of(bundle, self.folder), bundle, Encoder(bundle))
         try:
             # 1. Re-encode what the new shard does not hold yet, and note what is written meanwhile.

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import qdrant_edge as edge
 
-from ..errors import StoreError
+from ..errors import StoreError, UniDiffError
+from . import compression
 from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
 from .generations import Generations
 from .indexes import PayloadIndexes
@@ -45,9 +46,14 @@ class EdgeStore:
     Args:
         path: folder of the store (`generations`).
         dim: length of the vectors.
+        quantization: how a store that is created compresses its vectors for searching (`compression`).
+
+    Raises:
+        StoreError: the folder is in use, or its store was made with another quantization.
+        OptionError: there is no such quantization.
     """
 
-    def __init__(self, path: Path, dim: int) -> None:
+    def __init__(self, path: Path, dim: int, quantization: str | None = None) -> None:
         self.path, self.dim = path, dim
         self._writing = threading.RLock()
         self._optimizing = threading.Lock()
@@ -57,9 +63,11 @@ class EdgeStore:
         self._generations = Generations(path)
         try:
             with _translated(path):
-                self._shard = _open(self._generations.current, dim)
+                self._shard = _open(self._generations.current, dim, quantization)
                 schema = self._shard.info().payload_schema
-        except StoreError:
+                self.quantization = compression.quantization_of(self._generations.current)
+                compression.check_alike(quantization, self.quantization, path)
+        except UniDiffError:
             self._generations.release()
             raise
         names = {value: kind for kind, value in _INDEX_KINDS.items()}
@@ -90,11 +98,12 @@ class EdgeStore:
         check_query(search.vector, self.dim)
         condition = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
+        params = compression.EXACTLY_RANKED if self.quantization else None
         prefetches = None
         if search.words is not None:
             self._indexes.need(CAPTION, "text", self)
             lists = query, edge.TextQuery(CAPTION, search.words)
-            prefetches = [edge.Prefetch(CANDIDATES, query=one, filter=condition) for one in lists]
+            prefetches = [edge.Prefetch(CANDIDATES, query=one, filter=condition, params=params) for one in lists]
             query = edge.Fusion.Rrf(RRF_K + 1, [2 * (1 - search.bm25), 2 * search.bm25])  # the engine ranks from 0
         return edge.QueryRequest(
             query=query,
@@ -102,6 +111,7 @@ class EdgeStore:
             limit=search.limit,
             offset=search.offset,
             filter=condition,
+            params=params,
             score_threshold=search.min_score,
             with_payload=search.with_payload,
             with_vector=search.with_vectors,
@@ -272,11 +282,11 @@ def _found(point: edge.ScoredPoint) -> Found:
     return Found(str(point.id), point.score, point.payload or {}, vector)
 
 
-def _open(path: Path, dim: int) -> edge.EdgeShard:
+def _open(path: Path, dim: int, quantization: str | None) -> edge.EdgeShard:
     if (path / "edge_config.json").is_file():
         return edge.EdgeShard.load(str(path))
     path.mkdir(parents=True, exist_ok=True)
-    vectors = {VECTOR: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Dot)}
+    vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **compression.layout(quantization))}
     return edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
 
 
@@ -327,7 +337,7 @@ def _translated(path: Path) -> Iterator[None]:
     """The engine raises bare Exceptions; say them as StoreErrors."""
     try:
         yield
-    except StoreError:
+    except UniDiffError:
         raise
     except Exception as error:
         raise StoreError(f"The store at {path} failed: {error}") from error

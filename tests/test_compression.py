@@ -1,0 +1,78 @@
+"""A catalogue that is searched through 8-bit vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy_bundle import make_toy_bundle
+
+from unidiff_sdk import Catalog, OptionError, StoreError
+from unidiff_sdk.ids import key_of
+from unidiff_sdk.store import Nearest, Record
+from unidiff_sdk.store.edge import EdgeStore
+from unidiff_sdk.store.filters import parse
+
+MANY, WIDE = 1400, 2048  # just over the size from which the engine compresses and builds a graph: 10,000 KB
+
+
+def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((MANY + 30, WIDE)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors, queries = np.split(vectors, [MANY])
+    store = EdgeStore(tmp_path / "vectors", WIDE, "scalar")
+    for start in range(0, MANY, 350):
+        store.upsert(
+            [
+                Record(key_of(k), vectors[k], {"n": k, "half": k % 2, "text": f"word{k}"})
+                for k in range(start, start + 350)
+            ]
+        )
+    assert not list(tmp_path.rglob("quantized*.data"))
+    store.optimize()
+    assert store.unindexed() == 0
+    (compressed,) = tmp_path.rglob("quantized.data")
+    assert compressed.stat().st_size < vectors.nbytes / 3
+    store.close()
+
+    store = EdgeStore(tmp_path / "vectors", WIDE)
+    assert store.quantization == "scalar"
+    right = 0
+    for query in queries:
+        scores = vectors @ query
+        for where, passing in ((None, np.arange(MANY)), ({"half": 1}, np.arange(1, MANY, 2))):
+            found = store.query(query, limit=10, where=parse(where))
+            rows = [one.payload["n"] for one in found]
+            np.testing.assert_allclose([one.score for one in found], scores[rows], atol=1e-6)
+            right += len(set(rows) & set(passing[np.argsort(-scores[passing])[:10]]))
+    assert right > 0.9 * 2 * 10 * len(queries)
+    (hybrid,) = store.query_batch([Nearest(queries[0], 5, words="word700", bm25=0.9)])
+    assert hybrid[0].payload["n"] == 700
+    store.close()
+
+
+def test_a_catalogue_keeps_its_quantisation(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "a"), quantization="scalar") as catalog:
+        catalog.add([Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")], ids=[1, 2, 3])
+        assert catalog.reindex(make_toy_bundle(tmp_path / "b", seed=1)) == 3
+        assert len(catalog.search(like=1)) == 2
+    configurations = [file.read_text() for file in (tmp_path / "shop").rglob("edge_config.json")]
+    assert configurations and all('"int8"' in text for text in configurations)
+    with Catalog(tmp_path / "shop", quantization="scalar") as catalog:
+        assert catalog.count() == 3
+
+
+def test_it_is_chosen_once_and_by_name(tmp_path: Path) -> None:
+    bundle = make_toy_bundle(tmp_path / "a")
+    with pytest.raises(OptionError, match=r"'int4'.*'scalar'"):
+        Catalog(tmp_path / "new", bundle, quantization="int4")
+    Catalog(tmp_path / "new", bundle, quantization="scalar").close()
+    Catalog(tmp_path / "plain", bundle).close()
+    with pytest.raises(StoreError, match="made with quantization=None"):
+        Catalog(tmp_path / "plain", quantization="scalar")
+    Catalog(tmp_path / "plain").close()
+    with pytest.raises(OptionError, match="ServerOptions"):
+        Catalog("http://localhost:6333", bundle, images=tmp_path / "images", quantization="scalar")
