@@ -57,7 +57,10 @@ FIGURES = {
     "cosine": "higher",
     "disk_mib": "lower",
     "kid": "lower",
+    "longest_search_ms": "lower",
+    "longest_tick_ms": "lower",
     "max_abs_error": "lower",
+    "p50_ms": "lower",
     "p99_ms": "lower",
     "peak_gpu_mib": "lower",
     "peak_mib": "lower",
@@ -316,6 +319,7 @@ class Benchmark:
         flop: float | Mapping[str, float] | None = None,
         moved_bytes: float | Mapping[str, float] | None = None,
         rounds: int | None = None,
+        warm_up: int = WARM_UP,
         budget_s: float | None = None,
         note: str | None = None,
     ) -> None:
@@ -323,12 +327,15 @@ class Benchmark:
 
         Args:
             case: its name, stable: `--only` finds it by that.
-            ours, peers: what is called in turn, by the name that the table shows.
+            ours, peers: what is called in turn, by the name that the table shows. One with a method `figures` is asked
+                afterwards for what it knows besides the time.
             parameters: numbers and words that the plots go by: batch, latent, steps, model, precision, ...
             figures: for each contestant what is known besides its time; the names are those of `FIGURES`.
             items: how many pictures, queries or pairs one call handles: the table shows them per second.
             flop, moved_bytes: floating-point operations (2 per multiply-add) and bytes of one call, for the share of
                 the machine's peak: one number, or one for each contestant.
+            rounds: that count; default: as `--rounds` says.
+            warm_up: rounds before those.
             budget_s: no more rounds than three after so many seconds.
             note: one sentence for the page on what is not alike.
         """
@@ -336,10 +343,10 @@ class Benchmark:
         for name in (unknown for measured in figures.values() for unknown in measured if unknown not in FIGURES):
             raise ValueError(f"{name!r} is not in harness.FIGURES: name it there, with which way is better")
         contestants = {**ours, **peers}
-        samples = measure(contestants, rounds or self.rounds, budget_s=budget_s)
+        samples = measure(contestants, rounds or self.rounds, warm_up, budget_s)
         measured = {}
         for name, act in contestants.items():
-            known = {**(act.figures() if isinstance(act, Process | Worker) else {}), **figures.get(name, {})}
+            known = {**getattr(act, "figures", dict)(), **figures.get(name, {})}
             measured[name] = {"seconds": spread(samples[name]), "ours": name in ours, "figures": known}
             if isinstance(act, Worker):
                 measured[name]["versions"] = act.versions
