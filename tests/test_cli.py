@@ -77,6 +77,7 @@ def test_search(indexed: Path) -> None:
     page = json.loads(result.stdout)
     assert len(page["hits"]) == 3 and {"id", "score", "text", "payload", "uri"} == page["hits"][0].keys()
     assert (page["offset"], page["limit"]) == (1, 3)
+    assert run("search", indexed / "shop.catalog", "red shirt", "--imagine", 2).exit_code == 0
 
 
 def test_search_by_image_and_filter(indexed: Path) -> None:

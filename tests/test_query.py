@@ -89,7 +89,7 @@ def test_only_what_is_not_wanted() -> None:
         ({"vector": [float("nan")] * DIM}, "finite numbers"),
         ({"vector": [[1.0]]}, "one row"),
         ({"vector": "red"}, "sequence of numbers"),
-        ({"text": "x", "weights": {"caption": 1}}, "those are text, image, like, vector, unlike, without"),
+        ({"text": "x", "weights": {"caption": 1}}, "those are text, imagined, image, like, vector, unlike, without"),
         ({"text": "x", "weights": {"text": -1}}, "not negative"),
         ({"text": "x", "weights": {"text": True}}, "a finite number"),
         ({"text": "x", "weights": {"text": 0}}, "text must weigh more than 0"),
@@ -112,6 +112,8 @@ def test_a_digest_tells_queries_apart(tmp_path: Path) -> None:
         {"text": "red", "image": picture},
         {"text": "red", "image": tmp_path / "a.png"},
         {"text": "red", "weights": {"text": 2}},
+        {"text": "red", "imagine": 2},
+        {"text": "red", "imagine": 3},
         {"like": 7},
         {"like": "7"},
         {"vector": [1.0, 2.0]},
@@ -228,7 +230,7 @@ def test_a_batch_is_its_searches(shop: Catalog) -> None:
         )
         assert [other.id for other in page] == [other.id for other in one]
     assert shop.search_batch([]) == []
-    for wrong, says in [("red", "a list"), ([{"texts": "red"}], "'texts': it takes text, image"), ([3], "made of 3")]:
+    for wrong, says in [("red", "a list"), ([{"texts": "red"}], "'texts': it takes text, imagine"), ([3], "made of 3")]:
         with pytest.raises(OptionError, match=says):
             shop.search_batch(wrong)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="'size': it takes limit"):

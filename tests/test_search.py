@@ -55,7 +55,7 @@ def searcher(store: Store) -> Searcher:
     def hit(payload: dict[str, Any], score: float) -> Hit:
         return Hit(payload["id"], score, payload.get("text"), payload, "", payload["_unidiff"]["sha256"], images)
 
-    return Searcher(store, Words, hit)  # type: ignore[arg-type]
+    return Searcher(store, Words, hit, lambda texts, n: [])  # type: ignore[arg-type]
 
 
 def page(store: Store, query: Query, **window: Any) -> Page:

@@ -36,6 +36,7 @@ from .duplicates import near_duplicates
 from .encoder import Encoder
 from .errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
 from .ids import key_of
+from .imagination import draw_queries
 from .images import ImageSource
 from .imagestore import ImageStore, Picture
 from .pipeline import batched, overlapped
@@ -220,11 +221,9 @@ class Catalog:
     def _store(self) -> Store:
         return self._serving.store
 
-    @property
-    def _generator(self) -> Generator:
-        from .generator import Generator  # with its samplers, not needed for searching
+    def _generator_of(self, serving: _Serving) -> Generator:
+        from .generator import Generator  # with its samplers, not needed for most searches
 
-        serving = self._serving
         with self._lazy_lock:
             if serving.generator is None:
                 serving.generator = Generator(self._bundle_of(serving))
@@ -518,6 +517,7 @@ class Catalog:
         self,
         text: str | None = None,
         *,
+        imagine: int = 0,
         image: ImageSource | Hit | Generated | None = None,
         like: str | int | Hit | Sequence[str | int | Hit] | None = None,
         unlike: str | int | Hit | Sequence[str | int | Hit] | None = None,
@@ -542,6 +542,8 @@ class Catalog:
 
         Args:
             text: what to look for, in words.
+            imagine: also draw the text, so many times up to 16, and look for what looks like that: for long queries
+                that tell of much, at the time of that many pictures (`imagination`). The same search draws the same.
             image: what it should look like: a path, bytes, a PIL image, an array, a hit or a generated picture.
             like, unlike: items (ids or hits) to come close to, and to keep away from; they are no hits themselves.
             without: what it should not be, in words.
@@ -568,7 +570,16 @@ class Catalog:
             OptionError, FilterError, ImageError: an argument is not a valid one.
         """
         self._check_open()
-        query = Query.of(text, image=image, like=like, unlike=unlike, without=without, vector=vector, weights=weights)
+        query = Query.of(
+            text,
+            imagine=imagine,
+            image=image,
+            like=like,
+            unlike=unlike,
+            without=without,
+            vector=vector,
+            weights=weights,
+        )
         window = Window.of(
             limit=limit,
             offset=offset,
@@ -590,8 +601,8 @@ class Catalog:
             catalog.search_batch(["red dress", {"text": "in blue", "image": photo}], limit=5)
 
         Args:
-            queries: texts, or dictionaries of what `search` takes to tell what to look for (text, image, like, unlike,
-                without, vector, weights).
+            queries: texts, or dictionaries of what `search` takes to tell what to look for (text, imagine, image, like,
+                unlike, without, vector, weights).
             window: the other arguments of `search`, for all of them alike; not cursor.
 
         Returns:
@@ -610,7 +621,12 @@ class Catalog:
         with self._lazy_lock:
             serving = self._serving
             if self._searching is None or self._searching.store is not serving.store:
-                self._searching = Searcher(serving.store, lambda: self._encoder_of(serving), self._hit)
+                self._searching = Searcher(
+                    serving.store,
+                    lambda: self._encoder_of(serving),
+                    self._hit,
+                    lambda texts, n: draw_queries(self._generator_of(serving), texts, n),
+                )
             return self._searching
 
     def browse(
@@ -842,7 +858,7 @@ class Catalog:
             if not isinstance(each, str) or not each.strip():
                 raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
         seed = secrets.randbelow(2**32) if seed is None else seed
-        generator = self._generator
+        generator = self._generator_of(self._serving)
         settings = generator.settings(
             steps=steps,
             guidance_scale=guidance_scale,

@@ -108,12 +108,14 @@ def index(
     unidiff search shop.catalog "red striped dress"
     unidiff search shop.catalog "but in blue" --image dress.jpg --weights 0.6 0.4
     unidiff search shop.catalog --like D-17 --unlike D-4 --without stripes --diversity 0.3
+    unidiff search shop.catalog "a long slim green coat with navy checks" --imagine 4
     unidiff search shop.catalog "model QX-7719" --hybrid --group-by brand
     unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}, "brand": ["Acme", "Nord"]}'
     """,
 )
 @click.argument("catalog", type=click.Path(path_type=Path))
 @click.argument("text", required=False)
+@click.option("--imagine", default=0, metavar="N", help="Also draw TEXT so many times, and look for such pictures.")
 @click.option("--image", type=click.Path(path_type=Path), help="Look for what looks like this picture.")
 @click.option("--like", multiple=True, metavar="ID", help="Look for what is like this item; may be repeated.")
 @click.option("--unlike", multiple=True, metavar="ID", help="Keep away from this item; may be repeated.")

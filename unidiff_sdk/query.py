@@ -33,6 +33,7 @@ import numpy.typing as npt
 from .encoder import checked_text
 from .errors import OptionError
 from .ids import key_of
+from .imagination import MOST_IMAGINED
 from .imagestore import Picture
 from .results import Generated, Hit
 from .store import Vector
@@ -41,7 +42,7 @@ __all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "mix", "picture_of", "uni
 
 # What a query can be made of, and what each part weighs unless the caller says otherwise. Of "without", half as much
 # turns most of what is not wanted away and still keeps to what is; as much loses sight of it.
-WEIGHTS = {"text": 1.0, "image": 1.0, "like": 1.0, "vector": 1.0, "unlike": 0.5, "without": 0.5}
+WEIGHTS = {"text": 1.0, "imagined": 0.5, "image": 1.0, "like": 1.0, "vector": 1.0, "unlike": 0.5, "without": 0.5}
 UNWANTED = ("unlike", "without")
 OF_TEXTS = ("text", "without")
 
@@ -52,9 +53,13 @@ _LISTS = (list, tuple, set, frozenset)
 
 @dataclass(frozen=True)
 class Query:
-    """One query, checked; `picture` is the image to encode, or a hit whose vector is stored already."""
+    """One query, checked; `picture` is the image to encode, or a hit whose vector is stored already.
+
+    `imagine` is how many pictures of the text are drawn and looked for beside it.
+    """
 
     text: str | None
+    imagine: int
     picture: Picture | Hit | None
     like: tuple[str | int, ...]
     unlike: tuple[str | int, ...]
@@ -67,6 +72,7 @@ class Query:
         cls,
         text: str | None = None,
         *,
+        imagine: int = 0,
         image: Any = None,
         like: Any = None,
         unlike: Any = None,
@@ -77,6 +83,7 @@ class Query:
         """Check what `Catalog.search` was given. Raises OptionError, ImageError."""
         query = cls(
             text=None if text is None else _words("text", text),
+            imagine=_imagined(imagine, text),
             picture=image if image is None or isinstance(image, Hit) else picture_of(image),
             like=_ids(like),
             unlike=_ids(unlike),
@@ -97,6 +104,7 @@ class Query:
         """Which of `WEIGHTS` this query is made of."""
         given = {
             "text": self.text is not None,
+            "imagined": self.imagine > 0,
             "image": self.picture is not None,
             "like": bool(self.like),
             "vector": self.vector is not None,
@@ -114,7 +122,7 @@ class Query:
         """8 bytes that are the same for the same query, on every machine."""
         vector = b"" if self.vector is None else self.vector.tobytes()
         picture = "" if self.picture is None else self.picture.sha256
-        said = (self.text, picture, self.like, self.unlike, self.without, sorted(self.weights.items()))
+        said = (self.text, self.imagine, picture, self.like, self.unlike, self.without, sorted(self.weights.items()))
         return hashlib.sha256(repr(said).encode() + vector).digest()[:8]
 
 
@@ -168,6 +176,14 @@ def _words(name: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise OptionError(f"{name}={text!r:.60}: it must be words to look for")
     return checked_text(text)
+
+
+def _imagined(imagine: Any, text: str | None) -> int:
+    if isinstance(imagine, bool) or not isinstance(imagine, int) or not 0 <= imagine <= MOST_IMAGINED:
+        raise OptionError(f"imagine={imagine!r:.60}: it is how many pictures are drawn, from 0 to {MOST_IMAGINED}")
+    if imagine and text is None:
+        raise OptionError("imagine= draws what a text asks for: give a text")
+    return imagine
 
 
 def _listed(values: Any) -> Sequence[Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from .encoder import Encoder
 from .errors import OptionError
@@ -100,12 +101,17 @@ class Searcher:
         store: what is searched.
         encoder: called when a text or a picture must be encoded; a query by ids or a vector opens no model.
         hit: makes a Hit of a payload and a score.
+        draw: (texts, n) to n pictures of each, those of the first text first.
     """
 
     def __init__(
-        self, store: Store, encoder: Callable[[], Encoder], hit: Callable[[dict[str, Any], float], Hit]
+        self,
+        store: Store,
+        encoder: Callable[[], Encoder],
+        hit: Callable[[dict[str, Any], float], Hit],
+        draw: Callable[[Sequence[str], int], list[Image]],
     ) -> None:
-        self.store, self._encoder, self._hit = store, encoder, hit
+        self.store, self._encoder, self._hit, self._draw = store, encoder, hit, draw
         self._sample: tuple[int, Vector] = (0, np.zeros((0, store.dim), np.float32))
         self._neutral_text: Vector | None = None
         self._lock = threading.Lock()
@@ -152,6 +158,7 @@ class Searcher:
         ]
         texts = list(dict.fromkeys(text for q in todo for text in ((q.text,) if q.text else ()) + q.without))
         of_text = dict(zip(texts, self._encoder().encode_texts(texts), strict=True)) if texts else {}
+        of_imagined = self._imagined(todo)
         of_picture = self._pictures(todo)
         of_item = self._items(todo)
 
@@ -163,6 +170,8 @@ class Searcher:
             parts: dict[str, Vector] = {}
             if query.text is not None:
                 parts["text"] = of_text[query.text]
+                if query.imagine:
+                    parts["imagined"] = of_imagined[query.text, query.imagine]
             if query.picture is not None:
                 parts["image"] = of_picture[query.picture.sha256]
             if query.like:
@@ -181,6 +190,15 @@ class Searcher:
             return mix(parts, weights, self._gap("text" in parts or "without" in parts))
         ((part, vector),) = parts.items()
         return -vector if part in ("unlike", "without") else vector
+
+    def _imagined(self, queries: Sequence[Query]) -> dict[tuple[str, int], Vector]:
+        """The direction of the pictures that are drawn of a text, by the text and their number."""
+        vectors: dict[tuple[str, int], Vector] = {}
+        for n in sorted({query.imagine for query in queries if query.imagine}):
+            texts = list(dict.fromkeys(query.text for query in queries if query.imagine == n and query.text))
+            drawn = self._encoder().encode_images(self._draw(texts, n)).reshape(len(texts), n, -1)
+            vectors.update({(text, n): unit(pictures) for text, pictures in zip(texts, drawn, strict=True)})
+        return vectors
 
     def _pictures(self, queries: Sequence[Query]) -> dict[str, Vector]:
         """The vectors of the queries' pictures, by content hash; those of stored items are not encoded again."""
