@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from PIL import Image
 from toy_bundle import CHANNELS, IMAGE_SIZE, LATENT_SIZE, make_toy_bundle
 
 from unidiff_sdk.bundle import Bundle
-from unidiff_sdk.errors import GenerationError, OptionError
-from unidiff_sdk.generator import Generator, Settings
+from unidiff_sdk.errors import GenerationError, ImageError, OptionError
+from unidiff_sdk.generator import Generator, Preview, Settings
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,33 @@ def test_a_picture_is_the_same_whatever_it_is_drawn_beside(generator: Generator,
     in_threes = pixels(threes.generate("red boots", n=7, seed=3, sampler=sampler))
     assert np.abs(together[:1] - alone).max() <= 1
     assert np.abs(together - in_threes).max() <= 1
+
+
+def test_sixteen_threads_get_what_one_gets(folder: Path) -> None:
+    """On ONNX Runtime's own sessions, with samplers, steps, guidance and numbers of pictures of all kinds at once."""
+    generator = Generator(Bundle.open(folder, threads=1))
+    samplers = ("ddim", "euler", "dpm++2m", "euler_a")
+    calls: list[dict[str, Any]] = [
+        {
+            "n": 1 + k % 3,
+            "seed": k,
+            "steps": 2 + k % 5,
+            "sampler": samplers[k % 4],
+            "guidance_scale": (1, 3, 7.5)[k % 3],
+        }
+        for k in range(16)
+    ]
+    alone = [pixels(generator.generate("red boots", **call)) for call in calls]
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(lambda call: pixels(generator.generate("red boots", **call)), calls))
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1
+    lonely = Generator(generator.bundle, positions=1)
+    exact = [pixels(lonely.generate("red boots", **call)) for call in calls]
+    with ThreadPoolExecutor(16) as threads:
+        again = list(threads.map(lambda call: pixels(lonely.generate("red boots", **call)), calls))
+    for one, other in zip(exact, again, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_large_requests_are_cut_into_calls_that_fit(generator: Generator) -> None:
@@ -140,6 +168,54 @@ def test_progress_and_cancellation_between_steps(generator: Generator) -> None:
     assert unet.rows == [2]
 
 
+@pytest.mark.parametrize("sampler", ["euler", "dpm++2m"])
+def test_previews_end_in_the_picture(generator: Generator, sampler: str) -> None:
+    """Samplers whose last step goes to what it foresees: the last preview is the result."""
+    seen: list[tuple[int, int]] = []
+    shown: list[list[Image.Image]] = []
+
+    def look(preview: Preview) -> None:
+        seen.append((preview.done, preview.total))
+        shown.append(preview.images())
+
+    images = generator.generate("boots", n=2, seed=1, steps=3, sampler=sampler, preview=look)
+    assert seen == [(2, 6), (4, 6), (6, 6)]
+    assert all([image.size for image in pair] == [(IMAGE_SIZE, IMAGE_SIZE)] * 2 for pair in shown)
+    assert np.abs(pixels(shown[-1]) - pixels(images)).max() <= 1
+    assert np.abs(pixels(shown[0]) - pixels(images)).max() > 1
+
+
+def test_a_preview_may_end_it(generator: Generator) -> None:
+    unet, decoder = Watched(generator.bundle, "unet"), Watched(generator.bundle, "vae_decoder")
+
+    def stop(preview: Preview) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate("boots", steps=5, preview=stop)
+    assert unet.rows == [2] and decoder.rows == []
+
+
+def test_what_does_not_fit_is_refused_with_the_figure(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = Watched(generator.bundle, "unet")
+    monkeypatch.setattr("unidiff_sdk.generator.available_memory", lambda: 3 * 2**20)
+    assert len(generator.generate("boots", steps=1)) == 1
+    with pytest.raises(
+        GenerationError,
+        match=r"^a picture of 1024 x 512 pixels would take about 128\.1 GiB of memory, and 3 MiB are left; make it",
+    ):
+        generator.generate("boots", width=1024, height=512)
+    assert unet.rows == [2]
+
+
+def test_masks_that_cannot_be_used(generator: Generator) -> None:
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    with pytest.raises(ImageError, match=r"the mask cannot be used: .*not an image"):
+        generator.generate("boots", like=picture, mask=b"no picture")
+    with pytest.raises(OptionError, match="the mask is dark everywhere"):
+        generator.generate("boots", like=picture, mask=picture)
+
+
 def test_settings_fill_in_the_bundles_defaults(generator: Generator) -> None:
     assert generator.settings() == Settings("ddim", 4, 3.0, IMAGE_SIZE, IMAGE_SIZE)
     assert generator.settings(steps=9, guidance_scale=1, sampler="euler", width=8, height=16) == Settings(
@@ -193,6 +269,12 @@ def test_prompts_must_be_strings(generator: Generator) -> None:
 def test_what_is_cut_off_a_prompt_is_told(generator: Generator) -> None:
     with pytest.warns(UserWarning, match="longer than 12 tokens; the rest is ignored .*: 'boots with laces'"):
         generator.generate("boots with laces")
+
+
+def test_too_many_windows_are_refused(generator: Generator) -> None:
+    assert len(generator.generate("boots with laces and more " * 3, steps=1, long_prompts="chunk")) == 1
+    with pytest.raises(OptionError, match=r"takes \d+ windows of 12 tokens; at most 8 can be chunked: 'boots with"):
+        generator.generate("boots with laces " * 30, long_prompts="chunk")
 
 
 def test_a_result_that_is_not_finite_is_an_error(generator: Generator) -> None:

@@ -14,7 +14,7 @@ from toy_bundle import make_toy_bundle
 from unidiff_sdk import Catalog, OptionError
 from unidiff_sdk.encoder import Encoder
 from unidiff_sdk.generator import Generator
-from unidiff_sdk.imagination import MOST_IMAGINED
+from unidiff_sdk.imagination import MOST_IMAGINED, agreed
 
 pytestmark = pytest.mark.filterwarnings("ignore:The bundle .toy. was trained")
 
@@ -50,14 +50,25 @@ def test_the_drawn_pictures_are_a_part_of_the_mix(shop: Catalog) -> None:
     encoder = Encoder(shop.bundle)
     items = np.array([record.vector for batch in shop._store.scroll() for record in batch])
     ids = [record.payload["id"] for batch in shop._store.scroll() for record in batch]
-    direction = encoder.encode_images(pictures).mean(axis=0)
-    of_text, of_pictures = items @ encoder.encode_texts([TEXT])[0], items @ (direction / np.linalg.norm(direction))
+    drawn, text = encoder.encode_images(pictures), encoder.encode_texts([TEXT])[0]
+    agreement = np.exp(10 * drawn @ text)  # the toy's logit scale
+    direction = (agreement / agreement.sum()) @ drawn
+    of_text, of_pictures = items @ text, items @ (direction / np.linalg.norm(direction))
     neutral = items @ encoder.encode_texts(["a photo", "a picture of something", "a product"]).mean(axis=0)
     of_text, of_pictures = of_text - neutral, of_pictures - items @ items.mean(axis=0)
     for weight in (0.5, 3.0):
         expected = of_text / of_text.std() + weight * of_pictures / of_pictures.std()
         page = shop.search(TEXT, imagine=3, weights={"text": 1, "imagined": weight}, limit=40)
         assert [hit.id for hit in page] == [ids[i] for i in np.argsort(-expected)]
+
+
+def test_pictures_that_agree_count_most() -> None:
+    text, *pictures = np.eye(4, dtype=np.float32)
+    pictures = np.stack([(text + pictures[0]) / 2**0.5, pictures[1], pictures[2]])
+    direction = agreed(pictures, text, 20.0)
+    assert np.linalg.norm(direction) == pytest.approx(1) and direction @ pictures[0] > 0.999
+    np.testing.assert_allclose(agreed(pictures, text, 0.0), pictures.mean(0) / np.linalg.norm(pictures.mean(0)))
+    assert np.isfinite(agreed(pictures, text, 1e4)).all()
 
 
 def test_the_same_search_draws_the_same(shop: Catalog) -> None:

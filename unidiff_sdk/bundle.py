@@ -209,6 +209,11 @@ class Bundle:
         return int(self._of_search("embedding")["dim"])
 
     @property
+    def logit_scale(self) -> float:
+        """What a cosine was multiplied by in contrastive training to become a logit: the inverse temperature."""
+        return float(self._of_search("embedding")["logit_scale"])
+
+    @property
     def max_tokens(self) -> int:
         """The length, in tokens, that texts are padded or cut to for search."""
         return int(self._of_search("embedding")["max_tokens"])

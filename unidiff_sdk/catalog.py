@@ -36,9 +36,9 @@ from .duplicates import near_duplicates
 from .encoder import Encoder
 from .errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
 from .ids import key_of
-from .imagination import draw_queries
 from .images import ImageSource
 from .imagestore import ImageStore, Picture
+from .imagination import draw_queries
 from .pipeline import batched, overlapped
 from .progress import progress_bar
 from .query import Query, picture_of

@@ -33,15 +33,16 @@ import numpy.typing as npt
 from .encoder import checked_text
 from .errors import OptionError
 from .ids import key_of
-from .imagination import MOST_IMAGINED
 from .imagestore import Picture
+from .imagination import MOST_IMAGINED
 from .results import Generated, Hit
 from .store import Vector
 
 __all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "mix", "picture_of", "unit"]
 
 # What a query can be made of, and what each part weighs unless the caller says otherwise. Of "without", half as much
-# turns most of what is not wanted away and still keeps to what is; as much loses sight of it.
+# turns most of what is not wanted away and still keeps to what is; as much loses sight of it. "imagined" is what the
+# text looks like when it is drawn: see `imagination`.
 WEIGHTS = {"text": 1.0, "imagined": 0.5, "image": 1.0, "like": 1.0, "vector": 1.0, "unlike": 0.5, "without": 0.5}
 UNWANTED = ("unlike", "without")
 OF_TEXTS = ("text", "without")

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from .encoder import Encoder
 from .errors import OptionError
 from .ids import key_of
+from .imagination import agreed
 from .paging import Cursor
 from .query import NEUTRAL_TEXTS, Gap, Query, mix, picture_of, unit
 from .ranking import diversify, group_of, value_at
@@ -158,7 +159,7 @@ class Searcher:
         ]
         texts = list(dict.fromkeys(text for q in todo for text in ((q.text,) if q.text else ()) + q.without))
         of_text = dict(zip(texts, self._encoder().encode_texts(texts), strict=True)) if texts else {}
-        of_imagined = self._imagined(todo)
+        of_imagined = self._imagined(todo, of_text)
         of_picture = self._pictures(todo)
         of_item = self._items(todo)
 
@@ -191,13 +192,16 @@ class Searcher:
         ((part, vector),) = parts.items()
         return -vector if part in ("unlike", "without") else vector
 
-    def _imagined(self, queries: Sequence[Query]) -> dict[tuple[str, int], Vector]:
-        """The direction of the pictures that are drawn of a text, by the text and their number."""
+    def _imagined(self, queries: Sequence[Query], of_text: Mapping[str, Vector]) -> dict[tuple[str, int], Vector]:
+        """What the pictures that are drawn of a text look like together, by the text and their number."""
         vectors: dict[tuple[str, int], Vector] = {}
         for n in sorted({query.imagine for query in queries if query.imagine}):
             texts = list(dict.fromkeys(query.text for query in queries if query.imagine == n and query.text))
             drawn = self._encoder().encode_images(self._draw(texts, n)).reshape(len(texts), n, -1)
-            vectors.update({(text, n): unit(pictures) for text, pictures in zip(texts, drawn, strict=True)})
+            scale = self._encoder().bundle.logit_scale
+            vectors.update(
+                {(t, n): agreed(pictures, of_text[t], scale) for t, pictures in zip(texts, drawn, strict=True)}
+            )
         return vectors
 
     def _pictures(self, queries: Sequence[Query]) -> dict[str, Vector]:
