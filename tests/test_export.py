@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
+from company import differences
 from PIL import Image
 
 from unidiff_export import Export, export_bundle
@@ -198,6 +199,8 @@ def test_fp16_bundle_is_half_the_size_and_draws_the_same(
         graph, single = (b.path / b.manifest["graphs"][name]["file"] for b in (opened, bundle))
         assert graph.stat().st_size < 0.75 * single.stat().st_size
         assert opened.manifest["graphs"][name]["inputs"] == bundle.manifest["graphs"][name]["inputs"]
+    shared, own = differences(opened)
+    assert shared <= 2 and own == 0
 
 
 def test_unknown_options_are_refused(random_checkpoint: Path, tmp_path: Path) -> None:

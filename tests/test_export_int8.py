@@ -18,6 +18,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import onnx_ir as ir
 import onnxruntime
 import torch
+from company import differences
 from torch import Tensor, nn
 
 from unidiff_export import Export, export_bundle, exporter
@@ -245,6 +246,14 @@ def test_int8_bundle_runs_and_says_what_it_is(int8: Export, random_checkpoint: P
     assert int8.image.psnr_db >= 25 and int8.search.pairs == 6
     (picture,) = Generator(bundle).generate("a red dress", seed=3, steps=3)
     assert np.asarray(picture).std() > 0
+
+
+@pytest.mark.slow
+def test_int8_pictures_are_bit_equal_in_calls_of_their_own(int8: Export) -> None:
+    """Beside others, codes that lie between two integers may fall the other way, and more follows from it."""
+    shared, own = differences(Bundle.open(int8.path, threads=1))
+    assert own == 0
+    print(f"int8 beside others: {shared}/255")
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""One picture a call, in a process of its own: `picture_worker.py ours|diffusers FOLDER STEPS GUIDANCE THREADS`.
+
+FOLDER is a bundle for ours, a checkpoint for diffusers. 256 x 256 pixels, the same prompt and DDIM for both.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from _worker import serve
+
+PROMPT, SIDE = "a red striped dress", 256
+
+
+def ours(folder: str, steps: int, guidance: float, threads: int) -> Callable[[], object]:
+    from unidiff_sdk import Bundle
+    from unidiff_sdk.generator import Generator
+
+    generator = Generator(Bundle.open(folder, threads=threads, verify=False))
+    settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "sampler": "ddim"}
+    return lambda: generator.generate(PROMPT, width=SIDE, height=SIDE, **settings)
+
+
+def diffusers(folder: str, steps: int, guidance: float, threads: int) -> Callable[[], object]:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    torch.set_num_threads(threads)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    return lambda: pipeline(PROMPT, width=SIDE, height=SIDE, **settings).images
+
+
+if __name__ == "__main__":
+    who, folder, steps, guidance, threads = sys.argv[1:]
+    make = {"ours": ours, "diffusers": diffusers}[who]
+    serve(make(folder, int(steps), float(guidance), int(threads)))
