@@ -59,6 +59,21 @@ def test_train_then_evaluate(random_checkpoint: Path, small_catalogue: Path, tmp
     assert json.loads(figures_file.read_text(encoding="utf-8"))["checkpoint"] == "tuned"
 
 
+def test_small_data_from_the_command_line(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+    """The base draws its prior; leash, early stopping and WiSE-FT; what was chosen is told, and reported."""
+    out, looks = tmp_path / "tuned", ["--val", small_catalogue, "--validate-every", 1, "--prompt", "a red dress"]
+    prior = ["--prior", tmp_path / "prior", "--prior-prompt", "a coat", "--prior-pairs", 3, "--prior-batch", 2]
+    result = call(
+        *(train, small_catalogue, "--base", random_checkpoint, "-o", out, *FEW, *looks, *prior),
+        *("--leash", 0.5, "--patience", 2, "--wise-ft"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "prior_leash" in result.stderr and "Kept of the generator" in result.stdout
+    assert len(list((tmp_path / "prior").glob("*.png"))) == 3
+    assert load_checkpoint(out).meta["chosen"].keys() == {"early_stopping", "wise_ft", "score"}
+    assert "How the weights were chosen" in (tmp_path / "tuned.log" / "report.html").read_text(encoding="utf-8")
+
+
 def test_distill_stands_beside_training(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
     assert "distill" in call(train, "--help").output and "Usage: unidiff-train distill" in help_of("distill")
     few = ["--steps", 2, "--batch-size", 4, "--trajectories", 4, "--teacher-steps", 8, "--device", "cpu"]
@@ -111,6 +126,11 @@ def test_wrong_values(random_checkpoint: Path, small_catalogue: Path, tmp_path: 
     assert "caption_dropout" in one_line(call(*common, "--caption-dropout", 2))
     assert "colour" in one_line(call(*common, "--group", "brand"))
     assert call(*common, "--rsc-teacher", "judge").exit_code == 2
+    assert "--val" in one_line(call(*common, "--patience", 3)) and "--val" in one_line(call(*common, "--wise-ft"))
+    assert "--prior" in one_line(call(*common, "--prior-prompt", "a coat"))
+    assert "at least one pair" in one_line(
+        call(*common, "--prior", tmp_path, "--prior-prompt", "a", "--prior-pairs", 0)
+    )
     assert "both --base and --base-data" in one_line(
         call(evaluate, random_checkpoint, small_catalogue, "--base", "tiny")
     )

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
+from diffusers import StableDiffusionPipeline  # noqa: E402
 from peft import PeftModel  # noqa: E402
 
 from unidiff_sdk.errors import OptionError  # noqa: E402
@@ -112,6 +113,30 @@ def test_adapters_are_kept_as_peft_reads_them(small_catalogue: Path, random_chec
         assert adapted.keys() == ours.keys()
         for key in ours.keys() - {"logit_scale"}:  # the temperature has no adapter, it is tuned itself
             torch.testing.assert_close(adapted[key], ours[key], atol=1e-6, rtol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("ranks", [{"lora_unet": 2, "lora_text": 3}, {"lora_text": 2, "lock_unet": True}], ids=str)
+def test_adapters_are_kept_as_diffusers_reads_them(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, ranks: dict
+) -> None:
+    """Loaded into the base's pipeline they draw what the merged weights draw."""
+    out = train(
+        small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, **ranks), device="cpu"
+    ).path
+    base, tuned = (StableDiffusionPipeline.from_pretrained(path) for path in (random_checkpoint, out))
+    ids = tuned.tokenizer(["a red dress"], padding="max_length", return_tensors="pt").input_ids
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def answer(pipeline: StableDiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            states = pipeline.text_encoder(ids).last_hidden_state
+            return states, pipeline.unet(latents, 500, states).sample
+
+    before = answer(base)
+    base.load_lora_weights(out / ADAPTERS)
+    for old, adapted, merged in zip(before, answer(base), answer(tuned), strict=True):
+        torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-4)
+        assert (old - merged).abs().max() > 1e-3
 
 
 def test_adapters_resume_bit_for_bit(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:

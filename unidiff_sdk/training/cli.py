@@ -16,7 +16,7 @@ import click
 from unidiff_sdk._cli import Command, MainCommand, Option
 from unidiff_sdk.datasets.reader import BadRow, count_rows
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.training.config import DistillationConfig, Precision, Teacher, TrainingConfig
+from unidiff_sdk.training.config import DistillationConfig, Precision, Prior, Teacher, TrainingConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -144,6 +144,32 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
     help="The encoder that the generator learns from: as it is being tuned, its moving average, or the base's.",
 )
 @config_option("--ema", field="ema_decay", theme=SMALL, help="Decay of the averaged weights that are saved.")
+@config_option("--leash", field="lambda_leash", theme=SMALL, help="Weight of: embeddings stay near the base's.")
+@click.option(
+    "--prior",
+    type=click.Path(path_type=Path),
+    cls=Option,
+    theme=SMALL,
+    help="Pairs of the base's own world, a folder as DATA, to be learned from as well.",
+)
+@click.option(
+    "--prior-prompt",
+    "prior_prompts",
+    multiple=True,
+    cls=Option,
+    theme=SMALL,
+    help="Let the base draw this into --prior before it is tuned.",
+)
+@click.option(
+    "--prior-pairs",
+    default=Prior.pairs,
+    show_default=True,
+    cls=Option,
+    theme=SMALL,
+    help="Pairs that --prior holds then.",
+)
+@config_option("--prior-weight", field="lambda_prior", theme=SMALL, help="Weight of its pairs against those of DATA.")
+@config_option("--prior-batch", field="prior_batch", theme=SMALL, help="Of its pairs a step; 0: those of --batch-size.")
 @config_option(
     "--patience",
     field="patience",
@@ -204,6 +230,9 @@ def train(
     val: Path | None,
     prompts: tuple[str, ...],
     tensorboard: Path | None,
+    prior: Path | None,
+    prior_prompts: tuple[str, ...],
+    prior_pairs: int,
     **options: Any,
 ) -> None:
     """Fine-tune CLIP and Stable Diffusion together on DATA, a folder of images with a metadata.jsonl, .csv or .parquet,
@@ -221,6 +250,10 @@ def train(
         count_rows(val)
     elif prompts or config.patience or config.wise_ft:
         raise OptionError("--prompt, --patience and --wise-ft need looks at --val, which is not given")
+    if prior and not prior_prompts:
+        count_rows(prior)
+    elif prior_prompts and not prior:
+        raise OptionError("--prior-prompt is drawn into the folder --prior, which is not given")
     with _progress("PyTorch is being imported") as progress, ExitStack() as open_until_the_end:
         from unidiff_sdk.training.report import write_report
         from unidiff_sdk.training.runlog import RunLog
@@ -249,6 +282,8 @@ def train(
             config,
             strict=strict,
             **settings,
+            prior=Prior(prior, prior_prompts, prior_pairs) if prior else None,
+            on_prior=lambda batches: _track(progress, batches, len(batches), "batches of the prior"),
             on_start=lambda checkpoint: click.echo(checkpoint.describe_sharing(), err=True),
             on_rows=lambda read: _track(progress, read, rows, "pictures"),
             on_step=on_step,

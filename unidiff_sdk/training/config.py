@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Literal, get_args
 
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.images import Fit
 
-__all__ = ["DistillationConfig", "Part", "Precision", "Teacher", "TrainingConfig"]
+__all__ = ["DistillationConfig", "Part", "Precision", "Prior", "Teacher", "TrainingConfig"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Teacher = Literal["tuned", "ema", "frozen"]
@@ -72,7 +73,12 @@ class TrainingConfig:
     rsc_warmup_steps: int = 100
     rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, its EMA, or the base's encoder
 
-    # against the dangers of small data; all but the averaging need pairs to validate on
+    # against the dangers of small data; the last two need pairs to validate on
+    lambda_leash: float = 0.0  # CLIP's embeddings of the pairs stay near the base's
+    lambda_prior: float = (
+        1.0  # what a pair of the base's own world counts against one of the catalogue, if there are any
+    )
+    prior_batch: int = 0  # such pairs a step; 0: as many as batch_size
     patience: int = 0  # looks in a row without a better one that end the run, with the best one's weights; 0: never
     wise_ft: bool = False  # end between the base's weights and the tuned ones, where the looks are best
 
@@ -95,6 +101,7 @@ class TrainingConfig:
             *("learning_rate_unet", "learning_rate_text", "learning_rate_image"),
             *("lora_unet", "lora_text", "lora_image"),
             *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
+            *("lambda_leash", "lambda_prior", "prior_batch"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
         )
         for name in positive:
@@ -145,6 +152,11 @@ class TrainingConfig:
         return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature))
 
     @property
+    def embeds_texts(self) -> bool:
+        """Whether captions go through CLIP for their own sake."""
+        return self.trains_encoder or self.lambda_leash > 0
+
+    @property
     def embeds_generator(self) -> bool:
         """Whether terms between samples need what the UNet makes of them."""
         return any((self.lambda_rsc_generated, self.lambda_rsc_feature))
@@ -153,6 +165,20 @@ class TrainingConfig:
     def decodes(self) -> bool:
         """Whether denoising estimates are decoded to pixels."""
         return any((self.lambda_rsc, self.lambda_rsc_generated))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Pairs of the base's own world: a catalogue folder. prompts: what the base draws into it, in turn, before it is
+    tuned, until the folder holds so many `pairs`."""
+
+    folder: Path
+    prompts: tuple[str, ...] = ()
+    pairs: int = 200
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1:
+            raise OptionError(f"a prior needs at least one pair, not {self.pairs}")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from unidiff_sdk.errors import DataError, ImageError, UniDiffError
 from unidiff_sdk.images import Fit, load_image
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.latents import LatentCache, encode_latents
+from unidiff_sdk.training.leash import embed_pictures, embed_texts
 from unidiff_sdk.training.model import Batch, JointModel
 from unidiff_sdk.training.pictures import Pictures, in_threads, to_square
 from unidiff_sdk.training.randomness import Purpose, generator
@@ -158,7 +159,8 @@ class Batches:
     """The pairs of every step, epoch after epoch in a new order. What a step gets follows from its number alone.
 
     size: pairs a step, m; fewer where the data has fewer. flip: mirror half of the pictures. cache: of latents.
-    clip_ids: see `Batch`.
+    clip_ids: see `Batch`. leash: remember what the model, which is still the base, makes of every pair. scratch: a
+    folder for what does not fit in memory, see `rows`.
     """
 
     def __init__(
@@ -173,11 +175,14 @@ class Batches:
         seed: int,
         cache: LatentCache | None = None,
         clip_ids: Tensor | None = None,
+        leash: bool = False,
+        scratch: Path | None = None,
     ) -> None:
         self.clip_images = pairs.clip_images
-        self.latents = encode_latents(model, pairs.images, cache)
+        self.latents = encode_latents(model, pairs.images, cache, scratch=scratch)
         # A mirrored picture's latents are not the mirrored latents: both are encoded.
-        self.mirrored = encode_latents(model, pairs.images.mirrored(), cache) if flip else None
+        mirrored = pairs.images.mirrored() if flip else None
+        self.mirrored = encode_latents(model, mirrored, cache, scratch=scratch) if mirrored else None
         self.input_ids = input_ids
         self.clip_ids = clip_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}
@@ -185,6 +190,12 @@ class Batches:
         self.size = min(size, len(pairs))
         self.seed = seed
         self.model = model
+        self.base: dict[str, Tensor] = {}
+        if leash:
+            self.base["u"] = embed_pictures(model, pairs.clip_images, scratch)
+            self.base["v"] = embed_texts(model, input_ids if clip_ids is None else clip_ids, scratch)
+            if flip:
+                self.base["u mirrored"] = embed_pictures(model, pairs.clip_images.mirrored(), scratch)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -214,4 +225,11 @@ class Batches:
             input_ids=self.input_ids[rows].to(device),
             groups=self.groups[rows].to(device),
             clip_ids=None if self.clip_ids is None else self.clip_ids[rows].to(device),
+            base={name: embeddings.to(device) for name, embeddings in self._base_of(choice).items()},
         )
+
+    def _base_of(self, choice: Choice) -> dict[str, Tensor]:
+        of = {name: embeddings[choice.rows] for name, embeddings in self.base.items()}
+        if (mirrored := of.pop("u mirrored", None)) is not None:
+            of["u"] = torch.where(choice.mirror[:, None], mirrored, of["u"])
+        return of

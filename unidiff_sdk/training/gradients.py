@@ -17,7 +17,16 @@ from torch import Tensor
 
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data import Batches, Choice
-from unidiff_sdk.training.model import Batch, Draws, Forward, JointModel, contrast, forward, term_weights
+from unidiff_sdk.training.model import (
+    Batch,
+    Draws,
+    Forward,
+    JointModel,
+    contrast,
+    forward,
+    prior_means,
+    term_weights,
+)
 from unidiff_sdk.training.processes import Processes
 from unidiff_sdk.training.randomness import Purpose, generator, seed_of
 
@@ -47,18 +56,17 @@ def backpropagate(
     empty_ids: Tensor,
     teacher: Mapping[str, Tensor] | None,
     processes: Processes,
+    prior: Batches | None = None,
     scale: float = 1.0,
 ) -> dict[str, float]:
     """Leave the gradients of step `step`, counted from 0, in the model's parameters. Returns each term's plain value.
 
-    teacher: weights of RSC's teacher, see `joint_losses`. scale: of the loss that is differentiated, where gradients
-    live in half precision.
+    teacher: weights of RSC's teacher, see `joint_losses`. prior: pairs of the base's own world, a batch of which is
+    learned from beside that of `batches`. scale: of the loss that is differentiated, where gradients live in half
+    precision.
     """
     # 1. the step's pairs and draws, the same in every process, and this one's parts of them
-    choice = batches.choose(step)
-    noise = generator(config.seed, Purpose.NOISE, step)
-    samples = min(config.batch_size, len(choice.rows))
-    draws = Draws.of(noise, samples, batches.latent_shape, len(model.alpha_bar), config)
+    choice, draws = _draw(model, batches, config, step, config.batch_size)
     parts = _parts(batches, choice, draws, config, step, processes)
     weights = {name: scale * weight for name, weight in term_weights(config, step).items()}
 
@@ -80,7 +88,7 @@ def backpropagate(
     if config.trains_encoder:
         with torch.no_grad():
             embedded = [(part, (whole or run(part, embeddings_only=True)).embeddings) for part in parts]
-            leaves = _gather(embedded, len(choice.rows), samples, processes)
+            leaves = _gather(embedded, draws.pairs, draws.samples, processes)
 
     # 3. the terms between samples, and their gradients by the embeddings
     groups = batches.groups[choice.rows].to(processes.device)
@@ -97,9 +105,27 @@ def backpropagate(
         result = whole or run(part)
         _backward(result, part, leaves, weights)
         means |= {name: means.get(name, 0.0) + value.detach() for name, value in result.means.items()}
+
+    # 5. the base's own world, which has only means
+    if prior is not None:
+        choice, draws = _draw(model, prior, config, step, prior.size)
+        for part in _parts(prior, choice, draws, config, step, processes):
+            torch.manual_seed(part.seed)
+            found = prior_means(model, part.load(), config, draws=part.draws, empty_ids=empty_ids)
+            _backward(Forward(found, {}), part, {}, weights)
+            means |= {name: means.get(name, 0.0) + value.detach() for name, value in found.items()}
     processes.sum_gradients(p for p in model.parameters() if p.requires_grad)
     values |= {name: processes.sum(value) for name, value in means.items()}
-    return {name: values[name].item() for name in weights}
+    return {name: values[name].item() for name in weights if name in values}
+
+
+def _draw(model: JointModel, batches: Batches, config: TrainingConfig, step: int, most: int) -> tuple[Choice, Draws]:
+    """The pairs of a step, and what chance decides of the first of them, at most so many, that the UNet sees."""
+    choice = batches.choose(step)
+    random = generator(batches.seed, Purpose.NOISE, step)
+    pairs = len(choice.rows)
+    shape, timesteps = batches.latent_shape, len(model.alpha_bar)
+    return choice, Draws.of(random, min(most, pairs), shape, timesteps, config, pairs=pairs)
 
 
 def _parts(
@@ -111,7 +137,7 @@ def _parts(
     for number, positions in enumerate(mine.split(config.micro_batch or len(mine))):
         samples = positions[positions < draws.samples]
         load = partial(batches.load, Choice(choice.rows[positions], choice.mirror[positions]), len(samples))
-        seed = seed_of(config.seed, Purpose.DROPOUT, step, processes.rank, number)
+        seed = seed_of(batches.seed, Purpose.DROPOUT, step, processes.rank, number)
         parts.append(Part(positions, load, draws.rows(samples), seed))
     return parts
 
@@ -135,7 +161,7 @@ def _backward(result: Forward, part: Part, leaves: Mapping[str, Tensor], weights
     """Through one part: its share of the means, and what the terms between samples ask of its embeddings."""
     tensors, gradients = [], []
     for name, embedding in result.embeddings.items():
-        asked = leaves[name].grad
+        asked = leaves[name].grad if name in leaves else None
         if asked is not None and embedding.requires_grad:
             tensors.append(embedding)
             gradients.append(asked[part.places(name).to(asked.device)])

@@ -20,6 +20,7 @@ from torch import Tensor
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.pictures import Pictures
+from unidiff_sdk.training.rows import empty_rows
 
 __all__ = ["LatentCache", "encode_latents"]
 
@@ -27,26 +28,33 @@ READ_AT_ONCE = 16  # pictures
 
 
 @torch.no_grad()
-def encode_latents(model: JointModel, images: Pictures, cache: LatentCache | None = None) -> Tensor:
-    """n pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them.
+def encode_latents(
+    model: JointModel, images: Pictures, cache: LatentCache | None = None, *, scratch: Path | None = None
+) -> Tensor:
+    """n ≥ 1 pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them.
 
     One picture at a time: PyTorch's results depend on the batch in their last bits, and a picture's latents must be the
-    same whichever others are encoded with it. Raises DataError where the cache cannot be written.
+    same whichever others are encoded with it. scratch: a folder for those that do not fit in memory, see `rows`.
+    Raises DataError where a folder cannot be written.
     """
     device = model.alpha_bar.device
 
     def encode(picture: Tensor) -> Tensor:
         return model.encode(picture.to(device).float() / 255).cpu()
 
-    rows = []
-    for picture in (picture for chunk in images.split(READ_AT_ONCE) for picture in chunk.split(1)):
+    rows: Tensor | None = None
+    pictures = (picture for chunk in images.split(READ_AT_ONCE) for picture in chunk.split(1))
+    for number, picture in enumerate(pictures):
         latents = cache.read(picture) if cache else None
         if latents is None:
             latents = encode(picture)
             if cache:
                 cache.write(picture, latents)
-        rows.append(latents)
-    return torch.cat(rows)
+        if rows is None:
+            rows = empty_rows(len(images), tuple(latents.shape[1:]), scratch)
+        rows[number] = latents[0]
+    assert rows is not None
+    return rows
 
 
 class LatentCache:

@@ -45,7 +45,7 @@ class Learner:
         freeze = config.lambda_rsc and config.rsc_teacher == "frozen"
         self.frozen_teacher = {name: p.detach().clone() for name, p in of_image.items()} if freeze else None
 
-    def step(self, step: int, batches: Batches, empty_ids: Tensor) -> dict[str, float]:
+    def step(self, step: int, batches: Batches, empty_ids: Tensor, prior: Batches | None = None) -> dict[str, float]:
         """Take step `step`, counted from 0. Returns each term's value; TrainingError where one is not finite."""
         # 1. gradients
         teacher = self.ema.weights if self.config.rsc_teacher == "ema" else self.frozen_teacher
@@ -58,6 +58,7 @@ class Learner:
             empty_ids=empty_ids,
             teacher=teacher,
             processes=self.processes,
+            prior=prior,
             scale=float(self.scaler.scale(torch.ones((), device=self.processes.device))),
         )
         self.scaler.unscale_(self.optimiser)

@@ -23,6 +23,7 @@ __all__ = [
     "generated_positives",
     "gradient_only_through_input",
     "itc",
+    "leash",
     "min_snr_weight",
     "predict_original",
     "rsc_feature",
@@ -66,6 +67,11 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
 def clamp_logit_scale(logit_scale: nn.Parameter) -> None:
     """Keep the learned temperature within CLIP's bounds, 1 ≤ s ≤ 100; to be called after each optimiser step."""
     logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+def leash(u: Tensor, u_base: Tensor) -> Tensor:
+    """1 - cos(u_i, u⁰_i), averaged: how far embeddings have gone from the base's. u, u_base: float[n, d], unit rows."""
+    return (1 - (u * u_base).sum(dim=1)).mean()
 
 
 # --- IS: image synthesis ---------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "contrast",
     "forward",
     "joint_losses",
+    "prior_means",
     "term_weights",
 ]
 
@@ -35,7 +36,8 @@ class Batch:
 
     clip_pixels: float[m, 3, s, s], normalised for CLIP; latents: float[n, c, h, w], scaled as the UNet sees them;
     input_ids: int64[m, tokens]; groups: int64[m], equal where two pairs mean the same. clip_ids: int64[m, tokens],
-    where CLIP's text tower has another tokenizer than the UNet's text encoder.
+    where CLIP's text tower has another tokenizer than the UNet's text encoder. base: what the base's CLIP makes of the
+    same pairs, "u" and "v": float[m, d], where there is a leash to it.
     """
 
     clip_pixels: Tensor
@@ -43,6 +45,7 @@ class Batch:
     input_ids: Tensor
     groups: Tensor
     clip_ids: Tensor | None = None
+    base: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -53,8 +56,8 @@ class Draws:
     """What chance decides about the n samples of a step that go through the UNet. On the CPU.
 
     t: int64[n]; noise: float[n, c, h, w]; dropped: bool[n], whose caption is left out; gated: bool[n], under the gate
-    of RSC; decoded: bool[n], the gated ones whose estimate is decoded. samples, decoded_samples: how many there are in
-    the whole step, of which these may be a part: a term's mean is over them.
+    of RSC; decoded: bool[n], the gated ones whose estimate is decoded. samples, decoded_samples, pairs: how many there
+    are in the whole step, of which these may be a part: a term's mean is over them.
     """
 
     t: Tensor
@@ -64,25 +67,33 @@ class Draws:
     decoded: Tensor
     samples: int
     decoded_samples: int
+    pairs: int
 
     @classmethod
     def of(
-        cls, generator: torch.Generator, samples: int, shape: tuple[int, ...], timesteps: int, config: TrainingConfig
+        cls,
+        generator: torch.Generator,
+        samples: int,
+        shape: tuple[int, ...],
+        timesteps: int,
+        config: TrainingConfig,
+        *,
+        pairs: int,
     ) -> Draws:
-        """shape: (c, h, w) of the latents; timesteps: how many the noise schedule has."""
+        """shape: (c, h, w) of the latents; timesteps: how many the noise schedule has; pairs: of the whole step."""
         t = torch.randint(0, timesteps, (samples,), generator=generator)
         noise = torch.randn((samples, *shape), generator=generator)
         dropped = torch.rand(samples, generator=generator) < config.caption_dropout
         gated = t <= config.rsc_t_max
         decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
-        return cls(t, noise, dropped, gated, decoded, samples, int(decoded.sum()))
+        return cls(t, noise, dropped, gated, decoded, samples, int(decoded.sum()), pairs)
 
     def rows(self, rows: Tensor) -> Draws:
         """Those of some of the samples."""
         t, noise, dropped, gated, decoded = (
             each[rows] for each in (self.t, self.noise, self.dropped, self.gated, self.decoded)
         )
-        return Draws(t, noise, dropped, gated, decoded, self.samples, self.decoded_samples)
+        return Draws(t, noise, dropped, gated, decoded, self.samples, self.decoded_samples, self.pairs)
 
 
 class ImageTower(nn.Module):
@@ -245,16 +256,19 @@ def joint_losses(
 
 
 def term_weights(config: TrainingConfig, step: int) -> dict[str, float]:
-    """λ of each term that is switched on, at this step, counted from 0."""
+    """λ of each term that is switched on, at this step, counted from 0; those of the prior if there is one."""
     ramp = losses.warm_up(step, config.rsc_warmup_steps)
     weights = {
         "itc": config.lambda_itc,
         "is": config.lambda_is,
-        "rsc": config.lambda_rsc * ramp,
-        "rsc_generated": config.lambda_rsc_generated * ramp,
-        "rsc_feature": config.lambda_rsc_feature * ramp,
+        "rsc": config.lambda_rsc,
+        "rsc_generated": config.lambda_rsc_generated,
+        "rsc_feature": config.lambda_rsc_feature,
+        "leash": config.lambda_leash,
+        "prior": config.lambda_prior * config.lambda_is,
+        "prior_leash": config.lambda_prior * config.lambda_leash,
     }
-    return {name: weight for name, weight in weights.items() if getattr(config, f"lambda_{name}")}
+    return {name: weight * (ramp if "rsc" in name else 1.0) for name, weight in weights.items() if weight}
 
 
 def forward(
@@ -275,10 +289,13 @@ def forward(
 
     # 1. texts, and pictures as CLIP sees them
     with model.autocast():
-        states, pooled = model.read(batch, n if runs_unet else 0, pooled=config.trains_encoder)
+        states, pooled = model.read(batch, n if runs_unet else 0, pooled=config.embeds_texts)
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
+        if config.trains_encoder:
             embeddings["u"] = model.f(batch.clip_pixels)
+    if config.lambda_leash and not embeddings_only:
+        means["leash"] = _leash(embeddings, batch, draws)
     if not runs_unet:
         return Forward(means, embeddings)
 
@@ -287,9 +304,7 @@ def forward(
         states = _drop_captions(model, states, empty_ids, draws.dropped)
         denoising = _denoise(model, batch.latents, states, draws)
     if config.lambda_is and not embeddings_only:
-        weight = losses.min_snr_weight(denoising.alpha_bar, config.min_snr_gamma, model.prediction_type)
-        value = losses.synthesis(denoising.output, denoising.target, weight)
-        means["is"] = value * (n / draws.samples)
+        means["is"] = _synthesis(model, denoising, config, draws)
     if config.lambda_rsc_feature:
         embeddings["h"] = denoising.features
 
@@ -310,6 +325,41 @@ def forward(
             with model.autocast():
                 embeddings["generated"] = embeddings["generated"].index_copy(0, passed, model.f(estimates.detach()))
     return Forward(means, embeddings)
+
+
+def prior_means(
+    model: JointModel, batch: Batch, config: TrainingConfig, *, draws: Draws, empty_ids: Tensor
+) -> dict[str, Tensor]:
+    """What pairs of the base's own world teach, see `prior`: IS and the leash, as shares of the step's means."""
+    means: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
+    with model.autocast():
+        samples = len(batch.latents) if config.lambda_is else 0
+        states, pooled = model.read(batch, samples, pooled=config.lambda_leash > 0)
+        if pooled is not None:
+            embeddings["v"] = model.text_embeds(pooled)
+            if config.trains_encoder:
+                embeddings["u"] = model.f(batch.clip_pixels)
+        if samples:
+            denoising = _denoise(model, batch.latents, _drop_captions(model, states, empty_ids, draws.dropped), draws)
+    if samples:
+        means["prior"] = _synthesis(model, denoising, config, draws)
+    if embeddings:
+        means["prior_leash"] = _leash(embeddings, batch, draws)
+    return means
+
+
+def _synthesis(model: JointModel, denoising: Denoising, config: TrainingConfig, draws: Draws) -> Tensor:
+    """IS: this part's share of the step's mean."""
+    weight = losses.min_snr_weight(denoising.alpha_bar, config.min_snr_gamma, model.prediction_type)
+    value = losses.synthesis(denoising.output, denoising.target, weight)
+    return value * (len(denoising.output) / draws.samples)
+
+
+def _leash(embeddings: Mapping[str, Tensor], batch: Batch, draws: Draws) -> Tensor:
+    """The mean over pictures and texts, as far as they are embedded: this part's share."""
+    sides = [losses.leash(embeddings[side], batch.base[side]) for side in ("u", "v") if side in embeddings]
+    return torch.stack(sides).mean() * (len(batch) / draws.pairs)
 
 
 def contrast(

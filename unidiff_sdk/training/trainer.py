@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ import transformers
 
 from unidiff_sdk.datasets.reader import BadRow, Row
 from unidiff_sdk.datasets.synthetic import CATALOGUES
-from unidiff_sdk.errors import TrainingError
+from unidiff_sdk.errors import OptionError, TrainingError
 from unidiff_sdk.training.bases import load_base
 from unidiff_sdk.training.callbacks import StepReport, Validate
 from unidiff_sdk.training.checkpoint import (
@@ -24,14 +24,16 @@ from unidiff_sdk.training.checkpoint import (
     require_replaceable,
     save_checkpoint,
 )
-from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training.config import Prior, TrainingConfig
 from unidiff_sdk.training.data import Batches, Pairs, group_keys, load_pairs, tokenise
 from unidiff_sdk.training.interrupts import between_steps
 from unidiff_sdk.training.latents import LatentCache
 from unidiff_sdk.training.learner import Learner
 from unidiff_sdk.training.looks import Looks
 from unidiff_sdk.training.model import JointModel
+from unidiff_sdk.training.prior import draw_prior
 from unidiff_sdk.training.processes import Processes
+from unidiff_sdk.training.randomness import Purpose, seed_of
 from unidiff_sdk.training.resume import Progress, read_finished, restore, unfinished, write_state
 from unidiff_sdk.training.tuning import ADAPTERS, add_adapters, choose_trainable, save_adapters
 
@@ -65,7 +67,9 @@ def train(
     strict: bool = False,
     resume: bool = False,
     latents: str | Path | None = None,
+    prior: Prior | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    on_prior: Callable[[range], Iterable[int]] = iter,
     on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_validate: Validate | None = None,
@@ -79,15 +83,21 @@ def train(
 
     latents: a folder that keeps the VAE's latents for other runs; default: they are kept in memory alone.
 
-    on_rows: wraps the rows while they are read. on_start: called with the base once it is loaded. on_step: called after
-    each step. on_validate: measures the model before the first step, every `config.validate_every` steps and after the
-    last, and chooses the weights where early stopping or WiSE-FT is on, see `Looks`. In several processes, only the
-    main one calls the last two.
+    prior: pairs of the base's own world, learned from beside the catalogue's.
+
+    on_rows: wraps the rows while they are read. on_prior: wraps the batches that the base draws for the prior.
+    on_start: called with the base once it is loaded. on_step: called after each step. on_validate: measures the model
+    before the first step, every `config.validate_every` steps and after the last, and chooses the weights where early
+    stopping or WiSE-FT is on, see `Looks`. In several processes, only the main one calls the last two.
 
     Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where a loss is not finite or
     `out` holds a run that is not this one; the last good checkpoint then remains.
     """
     config = config or TrainingConfig()
+    if prior and not (config.lambda_prior and (config.lambda_is or config.lambda_leash)):
+        raise OptionError(
+            "a prior teaches by image synthesis and by the leash, and both of them, or itself, have no weight"
+        )
     started = time.perf_counter()
     out = Path(out)
     processes = Processes.join(device)
@@ -118,26 +128,44 @@ def train(
     choose_trainable(model, config)
     if config.checkpoint_activations:
         model.checkpoint_activations()
-    input_ids = tokenise(checkpoint.tokenizer, pairs.captions)
     empty_ids = tokenise(checkpoint.tokenizer, [""]).to(processes.device)
     size = max(config.batch_size, config.contrastive_batch)
     cache = LatentCache(Path(latents), model) if latents else None
-    batches = Batches(
-        model,
-        pairs,
-        input_ids,
-        groups,
-        size=size,
-        flip=config.flip,
-        seed=config.seed,
-        cache=cache,
-        clip_ids=None if checkpoint.shared_layers else tokenise(checkpoint.clip_tokenizer, pairs.captions),
-    )
+
+    def batches_of(pairs: Pairs, groups: Sequence[Any], size: int, seed: int) -> Batches:
+        return Batches(
+            model,
+            pairs,
+            tokenise(checkpoint.tokenizer, pairs.captions),
+            groups,
+            size=size,
+            flip=config.flip,
+            seed=seed,
+            cache=cache,
+            clip_ids=None if checkpoint.shared_layers else tokenise(checkpoint.clip_tokenizer, pairs.captions),
+            leash=config.lambda_leash > 0,
+            scratch=out.parent,
+        )
+
+    batches, prior_batches = batches_of(pairs, groups, size, config.seed), None
+    if prior:
+        if processes.is_main:
+            draw_prior(prior, model, checkpoint, seed=config.seed, on_batches=on_prior)
+        processes.wait()
+        prior_pairs = load_pairs(prior.folder, checkpoint, strict=strict, fit=config.fit)
+        if len(prior_pairs) < processes.world:
+            raise TrainingError(f"{prior.folder} holds too few pairs, {len(prior_pairs)}: every process needs one")
+        seed = seed_of(config.seed, Purpose.PRIOR)
+        prior_batches = batches_of(prior_pairs, prior_pairs.captions, config.prior_batch or config.batch_size, seed)
 
     # 3. what learns, from the base or from where the run was stopped
     learner = Learner(model, config, processes)
     looks = Looks(on_validate, learner, checkpoint)
-    identity = {"base": learner.fingerprint(), "data": pairs.fingerprint()}
+    identity = {
+        "base": learner.fingerprint(),
+        "data": pairs.fingerprint(),
+        "prior": prior_pairs.fingerprint() if prior else None,
+    }
     progress = restore(out, learner, looks, identity) if goes_on else Progress()
     if resume and not goes_on and out.exists():
         progress = read_finished(out, config, identity)
@@ -169,7 +197,7 @@ def train(
             looks.look_if_due(progress.step)
             while progress.step < config.steps and not looks.are_over:
                 tick = time.perf_counter()
-                losses = learner.step(progress.step, batches, empty_ids)
+                losses = learner.step(progress.step, batches, empty_ids, prior_batches)
                 progress.step, progress.losses = progress.step + 1, losses
                 if processes.is_main:
                     seconds = time.perf_counter() - tick
@@ -204,7 +232,7 @@ def _meta(
     pairs: Pairs,
     config: TrainingConfig,
     progress: Progress,
-    identity: Mapping[str, str],
+    identity: Mapping[str, Any],
     *,
     name: str,
     data: str,

@@ -2,7 +2,7 @@
 
 The parts are the UNet, the text side (CLIP's text tower and projection, and the pipeline's text encoder where it is
 another) and the image side (CLIP's image tower and projection). Adapters are merged wherever weights are written, so
-that a tuned checkpoint looks like any other; they are kept beside it in peft's own format.
+that a tuned checkpoint looks like any other; they are kept beside it in the formats of peft and of diffusers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -74,7 +76,12 @@ def part_of(name: str) -> Part | None:
 
 
 def save_adapters(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write adapters as peft does, one folder a model: `PeftModel.from_pretrained(base.unet, folder / "unet")`."""
+    """Write adapters as peft does, one folder a model: `PeftModel.from_pretrained(base.unet, folder / "unet")`; and
+    those that draw also as diffusers does: `StableDiffusionPipeline.load_lora_weights(folder)`."""
+    parts = {"unet": _adapters(checkpoint.unet), "text_encoder": _adapters(checkpoint.text_encoder)}
+    layers = {f"{part}_lora_layers": convert_state_dict_to_diffusers(found) for part, found in parts.items() if found}
+    if layers:
+        StableDiffusionPipeline.save_lora_weights(folder, **layers)
     models = {"unet": checkpoint.unet, "clip": checkpoint.clip, "text_encoder": checkpoint.text_encoder}
     for name, model in models.items():
         if not hasattr(model, "peft_config"):
@@ -87,6 +94,14 @@ def save_adapters(checkpoint: Checkpoint, folder: Path) -> None:
         prefixed = {f"base_model.model.{key}": t.detach().cpu().contiguous() for key, t in tensors.items()}
         save_file(prefixed, folder / name / "adapter_model.safetensors", metadata={"format": "pt"})
         model.peft_config["default"].save_pretrained(folder / name)
+
+
+def _adapters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Under the names of a pipeline of diffusers: in transformers 5, those of the text encoder are shorter."""
+    found = {
+        name.replace(".default.", "."): p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name
+    }
+    return {f"text_model.{name}" if name.startswith("encoder.") else name: tensor for name, tensor in found.items()}
 
 
 def _inject(model: Any, ranks: dict[str, int]) -> None:

@@ -17,6 +17,7 @@ from unidiff_sdk.errors import DataError
 from unidiff_sdk.samplers import Schedule, make_table
 from unidiff_sdk.training import losses, metrics
 from unidiff_sdk.training.callbacks import Moment, StepReport, Validated
+from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.data import Pairs, load_pairs, tokenise
 from unidiff_sdk.training.evaluate import (
     differing,
@@ -31,7 +32,7 @@ from unidiff_sdk.training.latents import encode_latents
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.randomness import Purpose, generator
 
-__all__ = ["Example", "Validation", "Validator", "Watcher", "denoising_loss"]
+__all__ = ["Example", "Validation", "Validator", "Watcher", "denoising_loss", "draw"]
 
 LOSS_PAIRS = 64  # of the validation pairs the first so many are denoised,
 LOSS_TIMESTEPS = 4  # each from so many timesteps
@@ -126,9 +127,7 @@ class Validator:
 
         # 4. samples and searches, for those who watch
         prompts = self.prompts or [pairs.captions[row] for row in differing(keys, SAMPLES)]
-        sampler = SAMPLER | checkpoint.meta.get("sampler", {})
-        table = make_table(sampler["name"], Schedule.from_config(checkpoint.scheduler.config), sampler["steps"])
-        samples = generate(model, checkpoint, prompts, table=table, guidance=sampler["guidance_scale"], seed=0)
+        samples = draw(model, checkpoint, prompts, seed=0)
         similarity = v @ u.T
         ranks = metrics.first_relevant_rank(similarity, relevant).tolist()
         examples = _examples(pairs, similarity, relevant, ranks)
@@ -145,6 +144,13 @@ class Validator:
             self._latents = encode_latents(moment.model, pairs.images.first(LOSS_PAIRS))
             self._pairs = pairs
         return self._pairs
+
+
+def draw(model: JointModel, checkpoint: Checkpoint, prompts: Sequence[str], *, seed: int) -> list[Picture]:
+    """A picture for each prompt, by the checkpoint's own sampler, else by one that suits most."""
+    sampler = SAMPLER | checkpoint.meta.get("sampler", {})
+    table = make_table(sampler["name"], Schedule.from_config(checkpoint.scheduler.config), sampler["steps"])
+    return generate(model, checkpoint, prompts, table=table, guidance=sampler["guidance_scale"], seed=seed)
 
 
 @torch.no_grad()
