@@ -60,7 +60,18 @@ def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
     text = run("--help").stdout
     places = [
         text.index(f"\n  {name} ")
-        for name in ("dataset", "index", "search", "duplicates", "generate", "info", "delete", "reindex")
+        for name in (
+            "dataset",
+            "index",
+            "search",
+            "duplicates",
+            "generate",
+            "info",
+            "delete",
+            "reindex",
+            "export",
+            "restore",
+        )
     ]
     assert places == sorted(places)
     assert '  unidiff search shop.catalog "red striped dress" --where' in text
@@ -216,6 +227,23 @@ def test_reindex(shop: Path) -> None:
     assert "made with it already" in run("reindex", shop / "shop.catalog", other).stdout
     assert json.loads(run("reindex", shop / "shop.catalog", other, "--json").stdout) == {"reindexed": 0}
     assert run("search", shop / "shop.catalog", "red").exit_code == 0
+
+
+def test_export_and_restore(shop: Path, toy: Path) -> None:
+    file, new = shop / "shop.parquet", shop / "new.catalog"
+    result = run("export", shop / "shop.catalog", file)
+    assert result.exit_code == 0, result.output
+    assert "12 items in" in result.stdout and " MB)" in result.stdout
+    assert "holds 12 items" in run("restore", file, new).stdout
+    assert json.loads(run("info", new, "--json").stdout)["items"] == 12
+    shirts = json.loads(run("export", new, file, "--where", '{"price": {"lt": 40}}', "--json").stdout)
+    assert 0 < shirts["items"] < 12 and shirts["bytes"] == file.stat().st_size
+    other = make_toy_bundle(shop / "other", seed=1)
+    refused(run("restore", file, shop / "more", "--bundle", other), "another one", "reencode")
+    again = json.loads(run("restore", file, shop / "more", "--bundle", other, "--reencode", "--json").stdout)
+    assert again == {"items": shirts["items"]}
+    refused(run("restore", file, new), "There is a catalogue at")
+    refused(run("restore", shop / "nowhere.parquet", shop / "none"), "nowhere.parquet")
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bundle import Bundle
-from .catalogfile import BundleRef, CatalogFile
+from .catalogfile import BundleRef, CatalogFile, new_place
 from .datasets.reader import TABLES, BadRow, Row, count_rows, read_catalogue
 from .duplicates import near_duplicates
 from .encoder import Encoder
@@ -51,6 +51,7 @@ from .store import Record, Store, Vector
 from .store.filters import Clause, Compare, column_path, columns, parse
 
 if TYPE_CHECKING:
+    from .archive import Archive, ArchivedItem
     from .generator import Generator, Preview
     from .store.connection import ServerOptions
 
@@ -364,11 +365,9 @@ class Catalog:
         prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
         prepared = overlapped(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
         distinct = (_distinct(batch, seen, strict) for batch in prepared)
-        encoded = overlapped(lambda batch: (batch, self._encode_prepared(batch, copy)), distinct, workers=1)
-        with progress_bar("Indexing", progress) as advance, closing(prepared), closing(encoded):
-            for batch, records in encoded:
-                self._commit(batch.serving, records, batch.fresh, copy, batch.repeated)
-                added, skipped = added + len(records), skipped + len(batch.unchanged)
+        with progress_bar("Indexing", progress) as advance, closing(prepared):
+            for batch in self._stored(distinct, copy):
+                added, skipped = added + len(batch.fresh), skipped + len(batch.unchanged)
                 failed.extend(batch.failed)
                 advance(added + skipped + len(failed), total)
 
@@ -428,6 +427,13 @@ class Catalog:
             elif old.payload != item.payload(old.payload[_SYSTEM]["uri"]):
                 fresh.append(replace(item, vector=old.vector))
         return fresh
+
+    def _stored(self, prepared: Iterable[_Prepared], copy: bool) -> Iterator[_Prepared]:
+        """Encode and store batches, one being encoded while the one before it is stored; yields what is stored."""
+        with closing(overlapped(lambda b: (b, self._encode_prepared(b, copy)), prepared, workers=1)) as encoded:
+            for batch, records in encoded:
+                self._commit(batch.serving, records, batch.fresh, copy, batch.repeated)
+                yield batch
 
     def _encode_prepared(self, batch: _Prepared, copy: bool) -> list[Record]:
         encode = self._encoder_of(batch.serving).encode_pixels
@@ -965,7 +971,8 @@ class Catalog:
         """
         if self._url:
             raise StoreError(
-                "A catalogue on a server is not reindexed in place: make a new one, Catalog(url, bundle, collection=…)"
+                "A catalogue on a server is not reindexed in place: export it, and restore that into a new collection: "
+                "Catalog.restore(path, url, bundle, reencode=True, collection=…)"
             )
         new = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if not self._reindexing.acquire(blocking=False):
@@ -1032,6 +1039,109 @@ class Catalog:
         weakref.finalize(before, _let_go, before.store, self.folder / old_vectors)
         _log.info("%s: reindexed %d items with the bundle %s", self.location, done, bundle.name)
         return store.count()
+
+    def export(self, path: str | Path, *, where: Mapping[str, Any] | None = None, progress: bool = False) -> int:
+        """Write all items into one parquet file, with vectors and pictures (`archive`). Returns how many.
+
+        Others search and write meanwhile; what they write may be in the file or not. Memory does not grow with the
+        catalogue. Needs the extra `parquet`.
+
+        Args:
+            path: the file; an earlier export of that name is replaced when the new one is whole.
+            where: a filter: only what passes it is written.
+            progress: show a progress bar.
+
+        Raises:
+            DataError: pyarrow is missing, or the path is a file of another kind.
+            FilterError: the filter is not a valid one.
+            ImageError: a picture is gone, or a referenced one has changed; nothing is written then.
+            StoreError: the file cannot be written.
+        """
+        from .archive import write_archive
+
+        self._check_open()
+        serving, clause = self._serving, parse(where)
+        reference = serving.reference
+        bundle = {
+            "name": reference.name,
+            "path": reference.portable(self.folder),
+            "fingerprint": reference.fingerprint,
+            "dim": reference.dim,
+        }
+        total = serving.store.count(clause)
+        with progress_bar("Exporting", progress) as advance:
+            return write_archive(
+                Path(path), serving.store, self._images, bundle, clause, lambda done: advance(done, total)
+            )
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | Path,
+        location: str | Path = ":memory:",
+        bundle: Bundle | str | Path | None = None,
+        *,
+        reencode: bool = False,
+        progress: bool = False,
+        **opening: Any,
+    ) -> Catalog:
+        """A new catalogue from a file that `export` wrote, on any back end; open, as by `Catalog(location)`.
+
+        A folder is there whole or not at all. Needs the extra `parquet`.
+
+        Args:
+            path: the file.
+            location: as for `Catalog`; a new or empty folder, or a URL and a collection that is new or empty.
+            bundle: the one that the file was exported with. Default: where that was then.
+            reencode: encode the pictures anew, with `bundle`, which may then be any.
+            progress: show a progress bar.
+            opening: what else `Catalog` takes for a URL: images, collection, api_key, server.
+
+        Raises:
+            DataError: pyarrow is missing, or the file is no export, or damaged.
+            BundleError: the bundle is not where it was: say where it is now.
+            StoreError: the bundle is another one, or the location is not empty.
+        """
+        from .archive import Archive
+
+        archive = Archive.open(path)
+        chosen = archive.bundle_for(bundle, reencode)
+        with new_place(location) as place:
+            catalog = cls(place, chosen, **opening)
+            try:
+                if len(catalog):
+                    raise StoreError(f"{location} is not empty: restore into another collection")
+                catalog._restore(archive, reencode, progress)
+            except BaseException:
+                catalog.close()
+                raise
+            if place == location:
+                return catalog
+            catalog.close()
+        return cls(location, chosen, **opening)
+
+    def _restore(self, archive: Archive, reencode: bool, progress: bool) -> None:
+        serving = self._serving
+
+        def read(batch: list[ArchivedItem]) -> _Prepared:
+            items = []
+            for archived in batch:
+                item = _item(archived.picture(), archived.text, archived.id, archived.payload)
+                self._images.add(item.picture)
+                source = None if archived.source is None else self._images.reference(Path(archived.source))
+                pixels = self._encoder_of(serving).pixels(item.picture.image) if reencode else None
+                items.append(replace(item, source=source, pixels=pixels, vector=None if reencode else archived.vector))
+                item.picture.release()
+            return _Prepared(serving, [], items, [], [])
+
+        done = 0
+        batches = overlapped(read, archive.batches(BATCH_SIZE), workers=os.cpu_count() or 1)
+        with progress_bar("Restoring", progress) as advance, closing(batches):
+            for batch in self._stored(batches, copy=True):
+                done += len(batch.fresh)
+                advance(done, archive.rows)
+        if self._store.unindexed() >= OPTIMIZE_FROM:
+            self.optimize()
 
     def info(self) -> dict[str, Any]:
         """Location, number of items, columns and what they hold (by the first 256 items), and the bundle: name, path,

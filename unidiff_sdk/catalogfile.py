@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +16,7 @@ from .bundle import TINY, Bundle
 from .errors import StoreError
 from .imagestore import write_atomically
 
-__all__ = ["FILE_NAME", "BundleRef", "CatalogFile"]
+__all__ = ["FILE_NAME", "BundleRef", "CatalogFile", "new_place"]
 
 FILE_NAME = "catalog.json"
 FORMAT = "unidiff-catalog"
@@ -46,12 +49,49 @@ class BundleRef:
             where = Path(os.path.relpath(path, folder)).as_posix()
         return cls(bundle.name, where, absolute, bundle.fingerprint, bundle.dim)
 
+    def portable(self, folder: Path) -> str:
+        """What `Bundle.open` takes, from anywhere on this machine."""
+        return TINY_NAME if self.path == TINY_NAME else str(self.locate(folder))
+
     def locate(self, folder: Path) -> Path:
         """Where the bundle is, for a catalogue that is now at `folder`."""
         if self.path == TINY_NAME:
             return TINY
         beside = Path(os.path.normpath(folder.resolve() / self.path))
         return beside if beside.is_dir() else Path(self.absolute)
+
+
+@contextmanager
+def new_place(location: str | Path) -> Iterator[str | Path]:
+    """Where to build a catalogue that is to be there whole or not at all: beside its folder, which it then becomes.
+
+    A URL and ":memory:" are built where they are.
+
+    Raises:
+        StoreError: the folder is not empty, or is just being built.
+    """
+    if str(location) == ":memory:" or str(location).startswith(("http://", "https://")):
+        yield location
+        return
+    folder = Path(location)
+    if CatalogFile.read(folder) is not None:
+        raise StoreError(f"There is a catalogue at {folder} already: restore into a new folder.")
+    building = folder.parent / f".{folder.name}.restoring"
+    try:
+        building.mkdir(parents=True)
+    except FileExistsError:
+        raise StoreError(
+            f"{building} is there: {folder} is being restored by another process, or was by one that was killed. "
+            "If so, delete it."
+        ) from None
+    except OSError as error:
+        raise StoreError(f"{building} cannot be written: {error.strerror}.") from error
+    try:
+        yield building
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)

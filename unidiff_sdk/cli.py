@@ -372,6 +372,54 @@ def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
         click.echo(f"{count:,} items re-encoded with {bundle}." if count else f"{catalog} is made with it already.")
 
 
+@main.command(
+    short_help="Write a catalogue into one parquet file.",
+    epilog="""
+    unidiff export shop.catalog shop.parquet
+    unidiff export shop.catalog drawn.parquet --where '{"generated": true}'
+    """,
+)
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--where", help="Only what passes this filter, as JSON.")
+@json_option
+def export(catalog: Path, file: Path, where: str | None, as_json: bool) -> None:
+    """Write all items of CATALOG with vectors and pictures into FILE, from which `unidiff restore` makes it again."""
+    from .catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        count = opened.export(file, where=_parse_json(where), progress=not as_json)
+    size = file.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"items": count, "bytes": size}))
+    else:
+        click.echo(f"{count:,} items in {file} ({size / 1e6:,.1f} MB)")
+
+
+@main.command(
+    short_help="Make a catalogue from such a file.",
+    epilog="""
+    unidiff restore shop.parquet shop.catalog
+    unidiff restore shop.parquet tuned.catalog --bundle bundles/tuned --reencode
+    """,
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("catalog", type=click.Path(path_type=Path))
+@click.option("--bundle", help="Where the bundle of the export is, if it has moved; or another one, with --reencode.")
+@click.option("--reencode", is_flag=True, help="Encode the pictures anew.")
+@json_option
+def restore(file: Path, catalog: Path, bundle: str | None, reencode: bool, as_json: bool) -> None:
+    """Make a new CATALOG of FILE, which `unidiff export` wrote."""
+    from .catalog import Catalog
+
+    with Catalog.restore(file, catalog, bundle, reencode=reencode, progress=not as_json) as opened:
+        items = opened.count()
+    if as_json:
+        click.echo(json.dumps({"items": items}))
+    else:
+        click.echo(f"{catalog} holds {items:,} items.")
+
+
 # ------------------------------------------------------------------------------------------------ output
 
 

@@ -13,6 +13,8 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -23,7 +25,7 @@ from PIL import Image
 from .errors import ImageError, StoreError
 from .images import ImageSource, load_image
 
-__all__ = ["THUMBNAIL_SIZE", "ImageStore", "Picture", "write_atomically"]
+__all__ = ["THUMBNAIL_SIZE", "ImageStore", "Picture", "whole_file", "write_atomically"]
 
 THUMBNAIL_SIZE = 128
 
@@ -173,14 +175,19 @@ def _thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises StoreError, as when the disk is full."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path` to write to, which takes its place when the block ends well and else is gone.
+
+    Raises:
+        StoreError: it cannot be written, as when the disk is full.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        os.close(handle)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+            yield Path(temporary)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -188,3 +195,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Raises StoreError, as when the disk is full."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..parquet import open_parquet
 from .shards import Member, Sample, count_samples, find_shards, read_shards
 
 __all__ = ["TABLES", "BadRow", "Row", "count_rows", "read_catalogue"]
@@ -91,7 +92,7 @@ def count_rows(path: str | Path) -> int:
     if metadata is None:
         return count_samples(shards)
     if metadata.suffix.lower() == ".parquet":
-        return int(_open_parquet(metadata).metadata.num_rows)
+        return int(open_parquet(metadata).metadata.num_rows)
     return sum(1 for _ in _READERS[metadata.suffix.lower()](metadata))
 
 
@@ -257,21 +258,10 @@ def _narrowest(cell: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _read_parquet(path: Path) -> _Rows:
     line = 0
-    for batch in _open_parquet(path).iter_batches(batch_size=1024):
+    for batch in open_parquet(path).iter_batches(batch_size=1024):
         for columns in batch.to_pylist():
             line += 1
             yield line, columns
-
-
-def _open_parquet(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow: pip install 'unidiff-sdk[parquet]'") from error
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,71 @@
+"""The methods of a catalogue for asyncio: each runs in a thread, and the event loop goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+__all__ = ["cancellable", "in_thread", "twin"]
+
+Self = TypeVar("Self")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Not the event loop's own few threads: an application needs those, and reindexing may take hours. A thread is started
+# only when all others are busy; calls beyond these wait for their turn.
+_THREADS = 64
+_pool = ThreadPoolExecutor(_THREADS, "unidiff")
+
+
+async def in_thread(call: Callable[[], R]) -> R:
+    """What a call returns, made in a thread with the caller's context variables.
+
+    A task that is cancelled waits no longer; the call itself, once begun, goes on to its end.
+    """
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(_pool, lambda: context.run(call))
+
+
+def twin(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]:
+    """The same method for `await`, with the same arguments, result and errors."""
+
+    @wraps(method)
+    async def awaited(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return await in_thread(partial(method, self, *args, **kwargs))
+
+    awaited.__name__ = f"a{method.__name__}"
+    awaited.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{awaited.__name__}"
+    awaited.__doc__ = (
+        f"`{method.__name__}`, for `await`: same arguments, same result; the event loop goes on meanwhile."
+    )
+    return awaited
+
+
+def cancellable(
+    method: Callable[Concatenate[Self, P], R],
+) -> Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]:
+    """As `twin`, of a method that takes a `callback=` between its steps: cancelling the task ends the work, too."""
+
+    @wraps(method)
+    async def awaited(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        given: Callable[..., None] | None = kwargs.pop("callback", None)  # type: ignore[assignment]
+        stopped = threading.Event()
+
+        def callback(*progress: Any) -> None:
+            if stopped.is_set():
+                raise asyncio.CancelledError
+            if given is not None:
+                given(*progress)
+
+        kwargs["callback"] = callback
+        try:
+            return await in_thread(partial(method, self, *args, **kwargs))
+        finally:
+            stopped.set()
+
+    return awaited
