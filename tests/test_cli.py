@@ -140,6 +140,22 @@ def test_pictures_in_the_terminal(indexed: Path) -> None:
     assert "▀" not in run("search", indexed / "shop.catalog", "red shirt").stdout
 
 
+def test_captions_do_not_command_the_terminal(tmp_path: Path, toy: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        columns = {"catalogue": "fashion-man", "note": "\x1b]0;title\x07"}
+        catalog.add(
+            Image.new("RGB", (20, 20)), "[bold]red\x1b[2J\n\u202e größe 💡 " + "dress " * 20_000, "\x1b[5m", columns
+        )
+    for pictures in ("--pictures", "--no-pictures"):
+        shown = run("search", tmp_path / "shop.catalog", "red", pictures).stdout
+        for command in ("\x1b[2J", "\x1b]0;", "\x1b[5m", "\u202e", "\x07"):
+            assert command not in shown
+        assert len(shown) < 8_000
+        assert "[bold]red" in shown and "größe" in shown and "💡" in shown
+
+
 def test_duplicates(shop: Path) -> None:
     pictures = sorted((shop / "products").rglob("*.png"))
     twins = shop / "twins"

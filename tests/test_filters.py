@@ -324,6 +324,9 @@ def test_paths(key: str, path: str) -> None:
         ({"a..b": 1}, "not a column"),
         ({'a"b': 1}, "not a column"),
         ({"n": {"in": list(range(1025))}}, "at most 1,024"),
+        ({"brand": ["a", "\ud83d"]}, "not valid Unicode"),
+        ({"text": {"contains": "red \ud83d"}}, "not valid Unicode"),
+        ({"\ud83d": 1}, "not valid Unicode"),
     ],
 )
 def test_refusals(where: Any, says: str) -> None:

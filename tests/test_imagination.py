@@ -53,9 +53,9 @@ def test_the_drawn_pictures_are_a_part_of_the_mix(shop: Catalog) -> None:
     drawn, text = encoder.encode_images(pictures), encoder.encode_texts([TEXT])[0]
     agreement = np.exp(10 * drawn @ text)  # the toy's logit scale
     direction = (agreement / agreement.sum()) @ drawn
-    of_text, of_pictures = items @ text, items @ (direction / np.linalg.norm(direction))
-    neutral = items @ encoder.encode_texts(["a photo", "a picture of something", "a product"]).mean(axis=0)
-    of_text, of_pictures = of_text - neutral, of_pictures - items @ items.mean(axis=0)
+    of_pictures = items @ (direction / np.linalg.norm(direction))
+    neutral = encoder.encode_texts(["a photo", "a picture of something", "a product"]).mean(axis=0)
+    of_text = items @ (text - (text @ neutral) / (neutral @ neutral) * neutral)
     for weight in (0.5, 3.0):
         expected = of_text / of_text.std() + weight * of_pictures / of_pictures.std()
         page = shop.search(TEXT, imagine=3, weights={"text": 1, "imagined": weight}, limit=40)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from .errors import GenerationError
+
 __all__ = ["cancellable", "in_thread", "twin"]
 
 Self = TypeVar("Self")
@@ -40,9 +42,7 @@ def twin(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self
 
     awaited.__name__ = f"a{method.__name__}"
     awaited.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{awaited.__name__}"
-    awaited.__doc__ = (
-        f"`{method.__name__}`, for `await`: same arguments, same result; the event loop goes on meanwhile."
-    )
+    awaited.__doc__ = f"`{method.__name__}`, for `await`: the same arguments, result and errors."
     return awaited
 
 
@@ -51,20 +51,22 @@ def cancellable(
 ) -> Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]:
     """As `twin`, of a method that takes a `callback=` between its steps: cancelling the task ends the work, too."""
 
-    @wraps(method)
+    plain = twin(method)
+
+    @wraps(plain)
     async def awaited(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         given: Callable[..., None] | None = kwargs.pop("callback", None)  # type: ignore[assignment]
         stopped = threading.Event()
 
         def callback(*progress: Any) -> None:
             if stopped.is_set():
-                raise asyncio.CancelledError
+                raise GenerationError("the task that waited for these pictures was cancelled")
             if given is not None:
                 given(*progress)
 
         kwargs["callback"] = callback
         try:
-            return await in_thread(partial(method, self, *args, **kwargs))
+            return await plain(self, *args, **kwargs)
         finally:
             stopped.set()
 

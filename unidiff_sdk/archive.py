@@ -39,7 +39,7 @@ __all__ = ["Archive", "ArchivedItem", "write_archive"]
 KEY, FORMAT, SCHEMA_VERSION = b"unidiff", "unidiff-export", 1
 ROW_GROUP = 32 << 20  # bytes of pictures that are held in memory, here and by readers
 BATCH_SIZE = 64
-_OWN = ("id", "text", SYSTEM)  # of a stored payload, what has a column of its own here
+_OWN = {"id", "text", SYSTEM}  # of a stored payload, what has a column of its own here
 
 
 @dataclass(frozen=True)
@@ -258,8 +258,8 @@ class Archive:
 
 def _item(row: dict[str, Any]) -> ArchivedItem:
     payload = json.loads(row["payload"])
-    if not isinstance(payload, dict):
-        raise ValueError(f"the payload of {row['id']!r} is no object")
+    if not isinstance(payload, dict) or payload.keys() & _OWN:
+        raise ValueError(f"the payload of {row['id']!r} is no object of other columns")
     return ArchivedItem(
         id=int(row["id"]) if row["id_is_int"] else row["id"],
         text=row["text"],

@@ -29,6 +29,7 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image
 
+from .aio import cancellable, in_thread, twin
 from .bundle import Bundle
 from .catalogfile import BundleRef, CatalogFile, new_place
 from .datasets.reader import TABLES, BadRow, Row, count_rows, read_catalogue
@@ -49,6 +50,7 @@ from .search import Searcher, Window, check_window
 from .seen import Seen
 from .store import Record, Store, Vector
 from .store.filters import Clause, Compare, column_path, columns, parse
+from .texts import checked_text
 
 if TYPE_CHECKING:
     from .archive import Archive, ArchivedItem
@@ -79,7 +81,7 @@ class Catalog:
             pictures = catalog.generate("purple dotted boots", n=4, seed=7)
 
     Everything is in the one folder `location`, which may be moved; `bundle` is remembered. Safe to use from several
-    threads; one process at a time may hold a folder.
+    threads; one process at a time may hold a folder. For asyncio every method has a twin: `await catalog.asearch(…)`.
 
     Args:
         location: a folder, made if it does not exist; ":memory:", which is gone at `close`; or the http(s) URL of a
@@ -601,7 +603,7 @@ class Catalog:
             self._explain_nothing(window.where)
         return page
 
-    def search_batch(self, queries: Sequence[str | Mapping[str, Any]], **window: Any) -> list[Page]:
+    def search_batch(self, /, queries: Sequence[str | Mapping[str, Any]], **window: Any) -> list[Page]:
         """Several searches at once, encoded together: faster than one by one.
 
             catalog.search_batch(["red dress", {"text": "in blue", "image": photo}], limit=5)
@@ -1160,6 +1162,36 @@ class Catalog:
             },
         }
 
+    # -------------------------------------------------------------------------------------------- asyncio
+
+    @classmethod
+    async def aopen(cls, *args: Any, **kwargs: Any) -> Catalog:
+        """`Catalog(…)`, for `await`: `async with await Catalog.aopen("shop.catalog") as catalog`."""
+        return await in_thread(partial(cls, *args, **kwargs))
+
+    asearch = twin(search)
+    asearch_batch = twin(search_batch)
+    abrowse = twin(browse)
+    afacets = twin(facets)
+    aduplicates = twin(duplicates)
+    aget = twin(get)
+    acount = twin(count)
+    aadd = twin(add)
+    aadd_folder = twin(add_folder)
+    aadd_table = twin(add_table)
+    adelete = twin(delete)
+    agenerate = cancellable(generate)
+    aoptimize = twin(optimize)
+    areindex = twin(reindex)
+    aexport = twin(export)
+    aclose = twin(close)
+
+    async def __aenter__(self) -> Catalog:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
+
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"The catalogue {self.location} is closed.")
@@ -1255,6 +1287,7 @@ def _item(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any
             raise OptionError(f'"{name}" cannot be a column of a payload: captions go into texts=, ids into ids=')
     if text is not None and (not isinstance(text, str) or not text.strip()):
         raise OptionError(f"the caption {text!r} is empty; leave texts= out where there are no captions")
+    checked_text(text or "")
     if id is None:
         import hashlib
 
@@ -1327,7 +1360,9 @@ def _listed(ids: str | int | Sequence[str | int]) -> Sequence[str | int]:
 
 def _jsonable(value: Any, name: str) -> Any:
     """A payload as JSON holds it: numpy scalars and arrays unwrapped, dates as ISO 8601."""
-    if value is None or isinstance(value, (str, bool)):
+    if isinstance(value, str):
+        return checked_text(value)
+    if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (np.generic, np.ndarray)):
         return _jsonable(value.tolist(), name)
@@ -1336,7 +1371,7 @@ def _jsonable(value: Any, name: str) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {key: _jsonable(item, f"{name}.{key}") for key, item in value.items()}
+        return {checked_text(key): _jsonable(item, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(item, name) for item in value]
     if hasattr(value, "isoformat"):

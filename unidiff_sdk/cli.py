@@ -14,6 +14,7 @@ import click
 from ._cli import Group
 from .datasets.cli import dataset
 from .errors import DataError, FilterError, GenerationError, OptionError, StoreError
+from .terminal import brief, drawn, printable, protocol
 
 if TYPE_CHECKING:
     from .catalog import Catalog
@@ -442,20 +443,18 @@ def _known(catalog: Catalog, id: str) -> str | int:
 
 def _show_hits(hits: Sequence[Hit], offset: int, pictures: bool | None) -> None:
     """A table; or, with pictures, one hit below the other."""
-    from .terminal import drawn, protocol
-
     if not hits:
         return
     how = protocol(os.environ)
     if not (sys.stdout.isatty() and how if pictures is None else pictures):
         rows = (
-            [n, f"{hit.score:.3f}", hit.id, hit.text or "", _columns(hit)] for n, hit in enumerate(hits, offset + 1)
+            [n, f"{hit.score:.3f}", hit.id, brief(hit.text), _columns(hit)] for n, hit in enumerate(hits, offset + 1)
         )
         _table(["", "score", "id", "caption", "columns"], rows)
         return
     for n, hit in enumerate(hits, offset + 1):
         click.echo(drawn(hit.thumbnail(), how if sys.stdout.isatty() else ""), color=True)
-        click.echo(f"{n}. {hit.score:.3f}  {hit.id}  {hit.text or ''}")
+        click.echo(f"{n}. {hit.score:.3f}  {brief(hit.id)}  {brief(hit.text)}")
         click.echo(f"   {_columns(hit)}\n")
 
 
@@ -467,17 +466,16 @@ def _table(header: list[str], rows: Iterable[Sequence[object]]) -> None:
 
     table = Table(*header, box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     Console().print(table)
 
 
 def _columns(hit: Hit) -> str:
-    text = ", ".join(f"{name}: {value}" for name, value in hit.payload.items())
-    return text if len(text) <= 120 else text[:119] + "…"
+    return brief(", ".join(f"{name}: {value}" for name, value in hit.payload.items()))
 
 
 def _name(hit: Hit | None) -> str:
-    return f"{hit.id}: {hit.text or ''}" if hit else ""
+    return brief(f"{hit.id}: {hit.text or ''}") if hit else ""
 
 
 def _hit_as_dict(hit: Hit) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from PIL import Image
 from .bundle import Bundle
 from .errors import BundleError, OptionError
 from .images import ImageSource, load_image, preprocess
+from .texts import checked_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Encoder", "checked_text", "load_tokenizer", "token_ids"]
+__all__ = ["Encoder", "load_tokenizer", "token_ids"]
 
 T = TypeVar("T")
 
@@ -153,17 +154,6 @@ def _checked_texts(texts: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise OptionError(f"texts must be strings, but one is {type(text).__name__} ({text!r})")
     return [checked_text(text) for text in texts]
-
-
-def checked_text(text: str) -> str:
-    """Refuse what Python takes for a string and no tokenizer can read: half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise OptionError(
-            f"{text!r:.60} is not valid Unicode: {text[error.start]!r} at {error.start} is half a character"
-        ) from None
-    return text
 
 
 def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -11,6 +11,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
 from .imagestore import THUMBNAIL_SIZE, ImageStore
+from .terminal import brief
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -88,7 +89,7 @@ class Page(Sequence[Hit]):
 
     def __repr__(self) -> str:
         lines = [
-            f"  {self.offset + n:>3}. {hit.score:.3f}  {hit.id!r}  {hit.text or ''}" for n, hit in enumerate(self, 1)
+            f"  {self.offset + n:>3}. {hit.score:.3f}  {hit.id!r}  {brief(hit.text)}" for n, hit in enumerate(self, 1)
         ]
         return "\n".join([f"Page of {len(self)} hits in {self.took_ms:.1f} ms", *lines])
 
@@ -233,7 +234,7 @@ class AddReport:
 
 def _hit_figure(hit: Hit) -> str:
     data = base64.b64encode(hit._images.thumbnail(hit.sha256, hit.uri)).decode()
-    return _figure(f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(hit.text or str(hit.id))}")
+    return _figure(f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(brief(hit.text or hit.id))}")
 
 
 def _generated_figure(picture: Generated) -> str:

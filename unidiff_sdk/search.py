@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = ["MAX_LIMIT", "Searcher", "Window", "check_window"]
 
 MAX_LIMIT = 10_000
 SAMPLE = 512  # items by which a mix is balanced: a spread estimated from so many is right to 3 %
+CAPTIONS = 32  # of those, whose captions tell what captions have in common
 SYSTEM = "_unidiff"  # the key, in a stored payload, of what is the catalogue's own: sha256 and uri
 
 
@@ -95,6 +97,16 @@ def check_window(limit: int, offset: int) -> None:
         raise OptionError(f"offset={offset}: it must not be negative")
 
 
+@dataclass
+class _Sample:
+    """Of a catalogue of `count` items some vectors and captions; and the gap, once a text has asked for it."""
+
+    count: int
+    vectors: Vector
+    captions: list[str]
+    gap: Gap | None = None
+
+
 class Searcher:
     """Searches one store by one encoder. Safe to use from several threads.
 
@@ -113,8 +125,7 @@ class Searcher:
         draw: Callable[[Sequence[str], int], list[Image]],
     ) -> None:
         self.store, self._encoder, self._hit, self._draw = store, encoder, hit, draw
-        self._sample: tuple[int, Vector] = (0, np.zeros((0, store.dim), np.float32))
-        self._neutral_text: Vector | None = None
+        self._sample: _Sample | None = None
         self._lock = threading.Lock()
 
     def search(self, queries: Sequence[Query], window: Window) -> list[Page]:
@@ -233,18 +244,21 @@ class Searcher:
         return vector
 
     def _gap(self, with_text: bool) -> Gap:
-        """A sample of the catalogue, taken anew when it has doubled or halved; ids are hashes, so the first are any."""
+        """What a mix is balanced by; taken anew when the catalogue has doubled or halved."""
         count = self.store.count()
         with self._lock:
-            size, sample = self._sample
-            if not size / 2 < count < 2 * size:
-                records = next(self.store.scroll(SAMPLE), [])
-                sample = np.array([record.vector for record in records], np.float32).reshape(-1, self.store.dim)
-                self._sample = (count, sample)
-            if with_text and self._neutral_text is None:
-                self._neutral_text = self._encoder().encode_texts(list(NEUTRAL_TEXTS)).mean(axis=0)
-            neutral = self._neutral_text
-        return Gap(sample, np.zeros(self.store.dim, np.float32) if neutral is None else neutral)
+            if self._sample is None or not self._sample.count / 2 < count < 2 * self._sample.count:
+                records = next(self.store.scroll(SAMPLE), [])  # ids are hashes, so the first are any
+                vectors = np.array([record.vector for record in records], np.float32).reshape(-1, self.store.dim)
+                captions = (record.payload.get("text") for record in records)
+                self._sample = _Sample(count, vectors, list(islice(filter(None, captions), CAPTIONS)))
+            sample = self._sample
+            if with_text and sample.gap is None:
+                texts = self._encoder().encode_texts([*NEUTRAL_TEXTS, *sample.captions])
+                neutral, told = texts[: len(NEUTRAL_TEXTS)], texts[len(NEUTRAL_TEXTS) :]
+                sample.gap = Gap(sample.vectors, told.sum(axis=0) / max(len(told), 1), neutral.mean(axis=0))
+            zero = np.zeros(self.store.dim, np.float32)
+            return sample.gap or Gap(sample.vectors, zero, zero)
 
     # -------------------------------------------------------------------------------------------- the ranking
 

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: by its own protocol where it has one, else as coloured half blocks."""
+"""Pictures in a terminal: by its own protocol where it has one, else as coloured half blocks. And words, tamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["drawn", "protocol"]
+__all__ = ["brief", "drawn", "printable", "protocol"]
 
 ROWS = 7  # lines of text that a picture takes up
 _KITTY_CHUNK = 4096  # the most that one escape sequence of kitty's protocol may carry
@@ -45,6 +45,17 @@ def drawn(image: Image.Image, how: str, rows: int = ROWS) -> str:
     heads = [f"a=T,f=100,r={rows},", *[""] * (len(chunks) - 1)]
     more = [1] * (len(chunks) - 1) + [0]
     return "".join(f"\x1b_G{head}m={m};{chunk}\x1b\\" for head, m, chunk in zip(heads, more, chunks, strict=True))
+
+
+def printable(value: object) -> str:
+    """Without what a terminal would obey: a catalogue's words come from anywhere."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(value))
+
+
+def brief(value: object, length: int = 120) -> str:
+    """What fits into a line of a list, printable; nothing for None."""
+    text = "" if value is None else printable(value)
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _half_blocks(image: Image.Image, rows: int) -> str:

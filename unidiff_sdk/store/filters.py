@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from typing import Any, TypeAlias
 
-from ..errors import FilterError
+from ..errors import FilterError, OptionError
+from ..texts import checked_text
 
 __all__ = [
     "OPERATORS",
@@ -207,7 +208,9 @@ def _choice(path: str, key: str, values: Any) -> Clause:
 
 
 def _scalar(key: str, value: Any) -> str | bool | int | float | datetime:
-    if isinstance(value, str) or _is_number(value):
+    if isinstance(value, str):
+        return _text(value)
+    if _is_number(value):
         return value  # type: ignore[no-any-return]
     if isinstance(value, date):
         return _moment(value)
@@ -250,7 +253,7 @@ def _words(key: str, value: Any) -> str:
         raise FilterError(
             f'"contains" on "{key}" is {len(value):,} characters long; at most {MAX_WORDS:,} are allowed.'
         )
-    return value
+    return _text(value)
 
 
 def _circle(key: str, value: Any) -> Circle:
@@ -285,6 +288,13 @@ def _numbers(key: str, operator: str, value: Any, names: tuple[str, ...]) -> lis
     raise FilterError(f'"{operator}" on "{key}" needs the numbers {{{example}}}, not {_show(value)}.')
 
 
+def _text(value: str) -> str:
+    try:
+        return checked_text(value)
+    except OptionError as error:
+        raise FilterError(str(error)) from None
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, int):
         return -(2**63) <= value < 2**63  # what a payload can hold
@@ -293,7 +303,7 @@ def _is_number(value: Any) -> bool:
 
 def column_path(key: str) -> str:
     """The JSON path of a column: segments that Qdrant's grammar does not take bare are put into quotes."""
-    segments = _SEGMENT.findall(key)
+    segments = _SEGMENT.findall(_text(key))
     if ".".join(segments) != key:
         raise FilterError(f"{_show(key)} is not a column: a dot reaches into an object, quotes come in pairs.")
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
