@@ -185,6 +185,28 @@ def test_a_colour_word_moves_the_ranking_of_a_picture_towards_it(shop: Catalog) 
     assert np.mean(kept) > 0.35  # of ten types
 
 
+@pytest.mark.parametrize(("weights", "at_least"), [((0.7, 0.3), 0.8), ((0.5, 0.5), 0.6)])
+def test_words_beside_a_picture_change_what_they_name(
+    shop: Catalog, weights: tuple[float, float], at_least: float
+) -> None:
+    """A picture that is not in the shop, and words for its type in another colour: the first hit is both, and words
+    alone would not tell which of those hits looks like the picture."""
+    stock = {(hit.payload["type"], hit.payload["colour"]) for hit in shop.browse(limit=240)}
+    rng = np.random.default_rng(0)
+    queries: list[dict[str, Any]] = []
+    wanted = []
+    for product in products("fashion-woman", 80, seed=9, split="test"):
+        kind, colour = product.attributes["type"], product.attributes["colour"]
+        others = sorted(c for t, c in stock if t == kind and c != colour)
+        wanted.append((kind, others[rng.integers(len(others))]))
+        queries.append({"text": "a {1} {0}".format(*wanted[-1]), "image": render(product), "weights": weights})
+    pages = shop.search_batch(queries, limit=1)
+    right = [
+        (page[0].payload["type"], page[0].payload["colour"]) == pair for page, pair in zip(pages, wanted, strict=True)
+    ]
+    assert np.mean(right) >= at_least
+
+
 def test_without_turns_away(shop: Catalog) -> None:
     before, after, kept = [], [], []
     for kind in ("dress", "skirt", "coat"):

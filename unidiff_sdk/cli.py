@@ -464,7 +464,9 @@ def _table(header: list[str], rows: Iterable[Sequence[object]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*header, box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in header:
+        table.add_column(name, overflow="fold")  # an id that is cut short could not be typed again
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))
     Console().print(table)
