@@ -15,11 +15,11 @@ sign. The c_k are scaled so that those of the wanted parts add up to 1, so a sco
 query of one part has nothing to balance: its score is the plain cosine.
 
 Measured with the built-in model, "a green handbag" beside the picture of a red one: how often the first hit is right in
-type and colour, over four synthetic catalogues of 300 to 500 products, 150 to 300 pictures that are in none of them, and
-any other colour. With weights of 0.7 and 0.3: 0.90 (plain sums 0.93), with equal ones 0.68 (0.62), and with "green" alone
-beside it 0.60 (0.53). That model has hardly a gap. With one put in, a vector that all pictures share and one that all
-texts share, 0.6 of the squared length of each, the formula keeps 0.91, 0.68 and 0.59, and plain sums fall to 0.82, 0.57
-and 0.48.
+type and colour, over four synthetic catalogues of 300 to 500 products, with 150 to 300 pictures that are in none of
+them. With weights of 0.7 and 0.3: 0.90 (plain sums: 0.93), with equal ones 0.68 (0.62), and with "green" alone beside
+it 0.60 (0.53). That model has hardly a gap. With one put in, a vector that all pictures share and one that all texts
+share, 0.6 of the squared length of each, the formula keeps 0.91, 0.68 and 0.59, and plain sums fall to 0.82, 0.57 and
+0.48.
 """
 
 from __future__ import annotations
