@@ -776,9 +776,26 @@ def test_the_server_path(tmp_path: Path, bundle: Path, monkeypatch: pytest.Monke
         hit = catalog.search("red", where={"price": {"lt": 15}})[0]
         assert hit.id == "red" and hit.load_image().size == (40, 30)
         assert catalog.count() == 3
-        with pytest.raises(StoreError, match="on a server"):
-            catalog.reindex(make_bundle(tmp_path / "other", "bbbb"))
     with pytest.raises(StoreError, match="another bundle"):
         Catalog("http://qdrant:6333", make_bundle(tmp_path / "other", "bbbb"), images=tmp_path / "more")
     with pytest.raises(OptionError, match="images="):
         Catalog("http://qdrant:6333", bundle)
+
+
+def test_reindexing_on_a_server(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qdrant_client
+
+    local = qdrant_client.QdrantClient(":memory:")
+    monkeypatch.setattr(local, "close", lambda: None)
+    monkeypatch.setattr(qdrant_client, "QdrantClient", lambda **_: local)
+    other = make_bundle(tmp_path / "other", "bbbb", 8)
+    with Catalog("http://qdrant:6333", bundle, images=tmp_path / "pictures", collection="shop") as catalog:
+        fill(catalog)
+        with Catalog("http://qdrant:6333", bundle, images=tmp_path / "pictures", collection="shop") as elsewhere:
+            assert catalog.reindex(other) == 4
+            assert catalog.search("red")[0].id == "red" and catalog.info()["bundle"]["dim"] == 8
+            catalog.delete("red")
+            assert elsewhere.search("red")[0].id == "red"  # with the bundle and the collection that it was opened with
+    with Catalog("http://qdrant:6333", images=tmp_path / "pictures", collection="shop") as catalog:
+        assert catalog.info()["bundle"]["fingerprint"] == "bbbb" and catalog.count() == 3
+    assert {found.name for found in local.get_collections().collections} == {"shop", "shop-bbbb"}

@@ -166,6 +166,12 @@ def test_upsert_replaces(store: Store) -> None:
     np.testing.assert_allclose(stored.vector, record(2).vector, atol=1e-7)
 
 
+def test_nothing_to_do_is_done(store: Store) -> None:
+    store.upsert([])
+    store.delete([])
+    assert store.retrieve([]) == [] and store.query_batch([]) == [] and store.count() == 0
+
+
 def test_delete(store: Store) -> None:
     store.upsert([record(n) for n in range(4)])
     store.delete([record(1).id, record(3).id, record(77).id])

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import UniDiffError as UniDiffError
+    from .results import AddReport as AddReport
     from .results import Generated as Generated
     from .results import Generation as Generation
     from .results import Hit as Hit
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. They are imported when first asked for, so that `import unidiff_sdk` costs nothing.
 _HOME = {
+    "AddReport": "results",
     "Bundle": "bundle",
     "BundleError": "errors",
     "BusyError": "errors",

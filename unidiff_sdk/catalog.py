@@ -50,6 +50,7 @@ from .search import Searcher, Window, check_window
 from .seen import Seen
 from .store import Record, Store, Vector
 from .store.filters import Clause, Compare, column_path, columns, parse
+from .store.location import VECTORS, Location
 from .texts import checked_text
 
 if TYPE_CHECKING:
@@ -154,28 +155,10 @@ class Catalog:
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
-        store = self._open_store(file, quantization, collection, api_key, server)
+        self._where = Location(self.folder, quantization, self._url, collection, api_key, server)
+        store = self._where.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
         self._serving = _Serving(store, file.bundle, opened)
         _log.debug("opened %s, indexed with the bundle %s", self.location, file.bundle.name)
-
-    def _open_store(
-        self,
-        file: CatalogFile,
-        quantization: str | None,
-        collection: str,
-        api_key: str | None,
-        options: ServerOptions | None,
-    ) -> Store:
-        if self._url:
-            from .store.connection import ServerOptions, connect
-            from .store.server import ServerStore
-
-            options = options or ServerOptions()
-            client = connect(self._url, options, api_key)
-            return ServerStore(client, collection, file.bundle.dim, file.bundle.fingerprint, options)
-        from .store.edge import EdgeStore
-
-        return EdgeStore(self.folder / file.vectors, file.bundle.dim, quantization)
 
     def _adopt(self, file: CatalogFile, bundle: Bundle) -> CatalogFile:
         """Check that a bundle is the one that made the vectors, and remember where it is now."""
@@ -967,15 +950,13 @@ class Catalog:
         Until all new vectors are written, searches are answered with the old ones, and what is added or deleted counts;
         then all changes at once. A run that was cut short goes on where it stopped.
 
+        On a server the new vectors go into a collection of their own, and the old one stays: other processes search it
+        until they open the catalogue again. None of them should write meanwhile.
+
         Raises:
             ImageError: a picture is gone or damaged; nothing is swapped then.
-            StoreError: the catalogue is on a server: index into a new collection there. Or it is being reindexed.
+            StoreError: the catalogue is being reindexed already.
         """
-        if self._url:
-            raise StoreError(
-                "A catalogue on a server is not reindexed in place: export it, and restore that into a new collection: "
-                "Catalog.restore(path, url, bundle, reencode=True, collection=…)"
-            )
         new = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if not self._reindexing.acquire(blocking=False):
             raise StoreError(f"{self.location} is being reindexed already: wait for that to end.")
@@ -987,16 +968,18 @@ class Catalog:
 
     def _reindex(self, bundle: Bundle, progress: bool) -> int:
         from .reindexing import Reencoder
-        from .store.edge import EdgeStore
 
         self._check_open()
-        before, vectors = self._serving, f"vectors-{bundle.fingerprint[:12]}"
+        before, vectors = self._serving, f"{VECTORS}-{bundle.fingerprint[:12]}"
         if bundle.fingerprint == before.reference.fingerprint:
             return 0
-        for left in self.folder.glob("vectors*"):  # by a reindexing with a third bundle, or one killed after its swap
+        for left in self.folder.glob(
+            f"{VECTORS}*"
+        ):  # by a reindexing with a third bundle, or one killed after its swap
             if left.name not in (self._file.vectors, vectors):
                 shutil.rmtree(left)
-        store = EdgeStore(self.folder / vectors, bundle.dim, cast(EdgeStore, before.store).quantization)
+        where = replace(self._where, quantization=getattr(before.store, "quantization", None))
+        store = where.open(vectors, bundle.dim, bundle.fingerprint)
         after = _Serving(store, BundleRef.of(bundle, self.folder), bundle, Encoder(bundle))
         try:
             # 1. Re-encode what the new shard does not hold yet, and note what is written meanwhile.
@@ -1097,7 +1080,7 @@ class Catalog:
             bundle: the one that the file was exported with. Default: where that was then.
             reencode: encode the pictures anew, with `bundle`, which may then be any.
             progress: show a progress bar.
-            opening: what else `Catalog` takes for a URL: images, collection, api_key, server.
+            opening: what else `Catalog` takes: quantization; for a URL images, collection, api_key, server.
 
         Raises:
             DataError: pyarrow is missing, or the file is no export, or damaged.

@@ -15,6 +15,7 @@ from typing import Any
 from .bundle import TINY, Bundle
 from .errors import StoreError
 from .imagestore import write_atomically
+from .store.location import VECTORS
 
 __all__ = ["FILE_NAME", "BundleRef", "CatalogFile", "new_place"]
 
@@ -96,7 +97,7 @@ def new_place(location: str | Path) -> Iterator[str | Path]:
 
 @dataclass(frozen=True)
 class CatalogFile:
-    """The content of `catalog.json`; `vectors` names the folder of the current shard."""
+    """The content of `catalog.json`; `vectors` names the current store (`store.location`)."""
 
     bundle: BundleRef
     vectors: str
@@ -104,7 +105,7 @@ class CatalogFile:
 
     @classmethod
     def new(cls, bundle: Bundle, folder: Path) -> CatalogFile:
-        return cls(BundleRef.of(bundle, folder), "vectors", datetime.now(UTC).isoformat(timespec="seconds"))
+        return cls(BundleRef.of(bundle, folder), VECTORS, datetime.now(UTC).isoformat(timespec="seconds"))
 
     @classmethod
     def read(cls, folder: Path) -> CatalogFile | None:

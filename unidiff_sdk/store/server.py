@@ -83,6 +83,8 @@ class ServerStore:
 
     def upsert(self, records: Sequence[Record]) -> None:
         check_records(records, self.dim)
+        if not records:
+            return  # which a server refuses
         points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
         with self._engine():
             self.client.upsert(self.collection, points, wait=True)
@@ -169,6 +171,8 @@ class ServerStore:
                 return
 
     def delete(self, ids: Sequence[str]) -> None:
+        if not ids:
+            return
         with self._engine():
             self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
 
