@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from toy_bundle import make_toy_bundle
 
-from unidiff_sdk import Catalog, ImageError, OptionError, StoreError
+from unidiff_sdk import Catalog, FilterError, ImageError, OptionError, StoreError
 from unidiff_sdk.encoder import Encoder
 
 pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
@@ -156,6 +156,52 @@ def test_endless_and_strange_captions(catalog: Catalog, tmp_path: Path) -> None:
     page = catalog.search("x")
     assert len(repr(page)) < 2_000 and "\x1b" not in repr(page)
     assert len(page._repr_html_()) < 10_000 and "<b>&amp;" not in page._repr_html_()
+
+
+def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, bundle: Path) -> None:
+    def nested(depth: int) -> Any:
+        value: Any = "bottom"
+        for level in range(depth):
+            value = {"a": value} if level % 2 else [value]
+        return value
+
+    with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
+        catalog.add(halves(), ids="deep", payloads={"column": nested(31)})
+        for depth in (32, 3000):
+            with pytest.raises(OptionError, match="nested more than 32 deep"):
+                catalog.add(halves(), payloads={"column": nested(depth)})
+        endless: list[Any] = []
+        endless.append(endless)
+        with pytest.raises(OptionError, match="nested more than 32 deep"):
+            catalog.add(halves(), payloads={"column": endless})
+    with Catalog(tmp_path / "shop.catalog") as catalog:
+        hit = catalog.get("deep")
+        assert hit and hit.payload == {"column": nested(31)} and catalog.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda c: c.search("x", limit="3"), "limit='3': it must be a whole number"),
+        (lambda c: c.search("x", limit=2.5), "limit=2.5"),
+        (lambda c: c.search("x", limit=True), "limit=True"),
+        (lambda c: c.search("x", offset=None), "offset=None"),
+        (lambda c: c.browse(limit="3"), "limit='3'"),
+        (lambda c: c.browse(order_by=3), 'No item has a column "3"|only a column of numbers'),
+        (lambda c: c.browse(order_by="-"), "is not a column"),
+        (lambda c: c.facets(3), "3 is not a column"),
+        (lambda c: c.facets("x", limit=None), "limit=None"),
+        (lambda c: c.search_batch(None), "a list of queries"),
+        (lambda c: c.get(None), "None is not an id"),
+        (lambda c: c.delete(1.5), "1.5 is not an id"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:No item has a column")
+def test_arguments_of_the_wrong_kind(catalog: Catalog, call: Callable[[Catalog], Any], says: str) -> None:
+    catalog.add(halves(), ids="kept", payloads={"x": "y"})
+    with pytest.raises((OptionError, FilterError), match=says):
+        call(catalog)
+    assert catalog.count() == 1
 
 
 def test_half_a_character_is_refused(catalog: Catalog, tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_delete(catalog: Catalog) -> None:
     assert red
     assert catalog.delete(["red", "nobody"]) == 1
     assert red.load_image().size == (40, 30)  # the twin shows it still
-    assert catalog.delete("twin") == 1
+    assert catalog.delete(catalog.search("red", where={"id": "twin"})) == 1
     with pytest.raises(ImageError):
         red.load_image()
     assert catalog.count() == len(RGB) - 1

@@ -42,14 +42,14 @@ from .imagestore import ImageStore, Picture
 from .imagination import draw_queries
 from .pipeline import batched, overlapped
 from .progress import progress_bar
-from .query import Query, picture_of
+from .query import Query, ids_of, picture_of
 from .ranking import elements, kind_of, value_at
 from .results import AddReport, Generated, Generation, Hit, Page
 from .search import SYSTEM as _SYSTEM
 from .search import Searcher, Window, check_window
 from .seen import Seen
 from .store import Record, Store, Vector
-from .store.filters import Clause, Compare, column_path, columns, parse
+from .store.filters import MAX_DEPTH, Clause, Compare, column_path, columns, parse
 from .store.location import VECTORS, Location
 from .texts import checked_text
 
@@ -600,7 +600,7 @@ class Catalog:
             A page for each query; `took_ms` is of all together.
         """
         self._check_open()
-        if isinstance(queries, (str, Mapping)):
+        if isinstance(queries, (str, Mapping)) or not isinstance(queries, Iterable):
             raise OptionError("search_batch takes a list of queries; for one there is search")
         checked = [_called(Query.of, {"text": q} if isinstance(q, str) else q, "a query") for q in queries]
         if "cursor" in window:
@@ -647,7 +647,7 @@ class Catalog:
         if order_by is None:
             found = islice(chain.from_iterable(self._store.scroll(where=clause)), offset, offset + limit)
         else:
-            column = order_by.removeprefix("-")
+            column = str(order_by).removeprefix("-")
             kind = {"number": "float", "date": "datetime"}.get(self._kind_of(column))
             if kind is None:
                 raise OptionError(f"order_by={order_by!r}: only a column of numbers or of dates has an order")
@@ -729,11 +729,16 @@ class Catalog:
             self._explain_nothing(clause)
         return count
 
-    def delete(self, ids: str | int | Sequence[str | int]) -> int:
-        """Remove items and their pictures (never a file that was only referenced). Returns how many there were."""
+    def delete(self, ids: str | int | Hit | Sequence[str | int | Hit]) -> int:
+        """Remove items and their pictures (never a file that was only referenced). Returns how many there were.
+
+        Args:
+            ids: of one item or several; hits will do.
+        """
+        keys = [key_of(id) for id in ids_of(ids)]
         with self._write_lock:
             self._check_open()
-            records = self._store.retrieve([key_of(id) for id in _listed(ids)])
+            records = self._store.retrieve(keys)
             self._remove(records)
         return len(records)
 
@@ -1337,26 +1342,24 @@ def _called(make: Callable[..., _T], arguments: Any, name: str) -> _T:
     return make(**arguments)
 
 
-def _listed(ids: str | int | Sequence[str | int]) -> Sequence[str | int]:
-    return [ids] if isinstance(ids, (str, int)) else ids
-
-
-def _jsonable(value: Any, name: str) -> Any:
+def _jsonable(value: Any, name: str, depth: int = 0) -> Any:
     """A payload as JSON holds it: numpy scalars and arrays unwrapped, dates as ISO 8601."""
+    if depth > MAX_DEPTH:
+        raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         return checked_text(value)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (np.generic, np.ndarray)):
-        return _jsonable(value.tolist(), name)
+        return _jsonable(value.tolist(), name, depth)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {checked_text(key): _jsonable(item, f"{name}.{key}") for key, item in value.items()}
+        return {checked_text(key): _jsonable(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item, name) for item in value]
+        return [_jsonable(item, name, depth + 1) for item in value]
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise OptionError(

@@ -41,7 +41,7 @@ from .results import Generated, Hit
 from .store import Vector
 from .texts import checked_text
 
-__all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "mix", "picture_of", "unit"]
+__all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "ids_of", "mix", "picture_of", "unit"]
 
 # What a query can be made of, and what each part weighs unless the caller says otherwise. Of "without", half as much
 # turns most of what is not wanted away and still keeps to what is; as much loses sight of it. "imagined" is what the
@@ -89,8 +89,8 @@ class Query:
             text=None if text is None else _words("text", text),
             imagine=_imagined(imagine, text),
             picture=image if image is None or isinstance(image, Hit) else picture_of(image),
-            like=_ids(like),
-            unlike=_ids(unlike),
+            like=ids_of(like),
+            unlike=ids_of(unlike),
             without=tuple(_words("without", one) for one in _listed(without)),
             vector=None if vector is None else _raw(vector),
             weights=_weights(weights),
@@ -205,7 +205,8 @@ def _listed(values: Any) -> Sequence[Any]:
     return [values]
 
 
-def _ids(examples: Any) -> tuple[str | int, ...]:
+def ids_of(examples: Any) -> tuple[str | int, ...]:
+    """The ids of what names items: one id or hit, several of them, or None for none. Raises OptionError."""
     ids = []
     for example in _listed(examples):
         id = example.id if isinstance(example, Hit) else example

@@ -91,6 +91,9 @@ class Window:
 
 def check_window(limit: int, offset: int) -> None:
     """Raises OptionError for what is no page."""
+    for name, value in {"limit": limit, "offset": offset}.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise OptionError(f"{name}={value!r:.60}: it must be a whole number")
     if not 1 <= limit <= MAX_LIMIT:
         raise OptionError(f"limit={limit}: it must be from 1 to {MAX_LIMIT:,}")
     if offset < 0:

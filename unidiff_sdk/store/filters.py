@@ -37,6 +37,7 @@ from ..errors import FilterError, OptionError
 from ..texts import checked_text
 
 __all__ = [
+    "MAX_DEPTH",
     "OPERATORS",
     "AllOf",
     "AnyOf",
@@ -303,6 +304,8 @@ def _is_number(value: Any) -> bool:
 
 def column_path(key: str) -> str:
     """The JSON path of a column: segments that Qdrant's grammar does not take bare are put into quotes."""
+    if not isinstance(key, str) or not key:
+        raise FilterError(f"{_show(key)} is not a column: it must be the name of one.")
     segments = _SEGMENT.findall(_text(key))
     if ".".join(segments) != key:
         raise FilterError(f"{_show(key)} is not a column: a dot reaches into an object, quotes come in pairs.")
