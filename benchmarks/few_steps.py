@@ -89,7 +89,8 @@ def student(work: Path, teacher: Any, seed: int) -> Path:
         return bundle
     if not checkpoint.is_dir():
         click.echo(f"Distilling {name} (once, some minutes)…", err=True)
-        distill("tiny", captions(work), checkpoint, DistillationConfig(seed=seed, precision="bf16"))
+        config = DistillationConfig(trajectories=1024, steps=800, precision="bf16", seed=seed)
+        distill("tiny", captions(work), checkpoint, config)
     return export_bundle(str(checkpoint), bundle).path
 
 

@@ -258,7 +258,8 @@ class _Batch:
         self.jobs = jobs
         self.x, self.x0 = np.stack([job.x for job in jobs]), np.stack([job.x0 for job in jobs])
         # the rows with a prompt, one for each job, then those without
-        self.guided = [i for i, job in enumerate(jobs) if job.without is not None]
+        guided = [i for i, job in enumerate(jobs) if job.without is not None]
+        self.guided: list[int] | slice = slice(None) if len(guided) == len(jobs) else guided  # a slice copies nothing
         self.guidance_scale = _column(job.guidance_scale for job in jobs)[self.guided]
         self.guidance_rescale = _column(job.guidance_rescale for job in jobs)[self.guided]
         without = [job.without for job in jobs if job.without is not None]
@@ -291,11 +292,11 @@ class _Batch:
         if not self.guided:
             return output
         prompted, without = output[: len(self.jobs)], output[len(self.jobs) :]
-        if len(self.guided) < len(self.jobs):
-            guided = prompted.copy()
-            guided[self.guided] = self._guided(prompted[self.guided], without)
-            return guided
-        return self._guided(prompted, without)
+        if isinstance(self.guided, slice):
+            return self._guided(prompted, without)
+        guided = prompted.copy()
+        guided[self.guided] = self._guided(prompted[self.guided], without)
+        return guided
 
     def _guided(self, prompted: Float32, without: Float32) -> Float32:
         guided: Float32 = without + self.guidance_scale * (prompted - without)

@@ -30,6 +30,7 @@ class Conditioner:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(self._tokens)
         self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
 
     def states(self, prompt: str, long_prompts: str = "truncate") -> Float32:
@@ -43,7 +44,7 @@ class Conditioner:
         Raises:
             OptionError: the prompt is too long even for that.
         """
-        windows = self._tokens(prompt)
+        windows = self._windows(prompt)
         if len(windows) > 1 and long_prompts == "truncate":
             kept = self._bundle.prompt_tokens
             warnings.warn(

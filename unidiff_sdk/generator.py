@@ -6,7 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ MAX_GUIDANCE_SCALE = 50.0
 MAX_SEED = 2**63 - 1  # what a payload holds
 # Latent positions in one UNet call: 8 guided pictures of 64 px, or one of 512 px. Larger calls are no faster on a CPU.
 _POSITIONS_A_CALL = 4096
+_CACHED_TABLES = 32
+# Bytes that any process finds: whether there is more is asked of the system, which takes a fifth of a millisecond.
+_SURELY_THERE = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Generator:
         self.bundle = bundle
         self._positions = positions
         self._conditioner = Conditioner(bundle)
+        self._make_table = lru_cache(maxsize=_CACHED_TABLES)(
+            lambda sampler, steps: make_table(sampler, self._schedule, steps)
+        )
         self._engine = Engine(self._predict, positions=positions, max_requests=max_requests)
         # Decoding at full size is what takes memory, so one thread decodes at a time.
         self._vae_lock = threading.Lock()
@@ -211,7 +217,7 @@ class Generator:
         default = self.bundle.manifest["sampler"]
         sampler = default["name"] if sampler is None else sampler
         steps = _integer("steps", default["steps"] if steps is None else steps, at_least=1)
-        make_table(sampler, self._schedule, steps)  # knows the valid names and numbers of steps
+        self._make_table(sampler, steps)  # knows the valid names and numbers of steps
         guidance_scale = default["guidance_scale"] if guidance_scale is None else guidance_scale
         return Settings(
             sampler,
@@ -239,13 +245,13 @@ class Generator:
         return side
 
     def _check_memory(self, settings: Settings) -> None:
-        available = available_memory() if self.bundle.device == "cpu" else None
-        if available is None:
+        if self.bundle.device != "cpu":
             return
         _, height, width = self._latent_shape(settings)
         rows = 1 if settings.guidance_scale == 1 else 2
-        needed = picture_memory(self._unet_config, self.bundle.config("vae_decoder/config.json"), width, height, rows)
-        if needed > available:
+        needed = picture_memory(self._unet_config, self._decoder_config, width, height, rows)
+        available = available_memory() if needed > _SURELY_THERE else None
+        if available is not None and needed > available:
             raise GenerationError(
                 f"a picture of {settings.width} x {settings.height} pixels would take about {readable_size(needed)} of "
                 f"memory, and {readable_size(available)} are left; make it smaller"
@@ -280,7 +286,7 @@ class Generator:
 
     def _table(self, settings: Settings, original: _Original | None, strength: float | None) -> tuple[Table, bool]:
         """The steps to take, and whether they start from noise alone."""
-        table = make_table(settings.sampler, self._schedule, settings.steps)
+        table = self._make_table(settings.sampler, settings.steps)
         if original is None:
             if strength is not None:
                 raise OptionError("strength says how much of a picture may change: give that picture as like=")
@@ -356,6 +362,10 @@ class Generator:
     @cached_property
     def _unet_config(self) -> dict[str, Any]:
         return self.bundle.config("unet/config.json")
+
+    @cached_property
+    def _decoder_config(self) -> dict[str, Any]:
+        return self.bundle.config("vae_decoder/config.json")
 
     @property
     def _latent(self) -> dict[str, Any]:
