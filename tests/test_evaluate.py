@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,36 @@ def test_all_figures_on_synthetic_data(random_checkpoint: Path, synthetic: Path,
     assert figures["forgetting"]["drop"] == pytest.approx(0.0)
     assert evaluation.sheet is not None and evaluation.sheet.size == (6 * 32, 32)
     assert "retrieval" in stages and "judging" in stages
+
+
+def test_a_checkpoint_is_drawn_by_its_own_sampler(
+    random_checkpoint: Path, synthetic: Path, judge: None, tmp_path: Path
+) -> None:
+    few = Path(shutil.copytree(random_checkpoint, tmp_path / "few"))
+    meta = json.loads((few / "unidiff.json").read_text())
+    sampler = {"name": "ddim", "steps": 2, "guidance_scale": 1.0}
+    (few / "unidiff.json").write_text(json.dumps(meta | {"sampler": sampler}))
+    own = evaluate(few, synthetic, prompts=2, per_prompt=1).figures["generation"]
+    assert (own["sampler"], own["steps"], own["guidance"]) == ("ddim", 2, 1.0)
+    said = evaluate(few, synthetic, prompts=2, per_prompt=1, sampler="euler", steps=3, guidance=2.0)
+    assert (said.figures["generation"]["sampler"], said.figures["generation"]["steps"]) == ("euler", 3)
+    none = evaluate(random_checkpoint, synthetic, prompts=2, per_prompt=1, guidance=1.0).figures["generation"]
+    assert (none["sampler"], none["steps"]) == ("dpm++2m", 20)
+
+
+def test_no_guidance_is_half_the_work(random_checkpoint: Path) -> None:
+    loaded = load_checkpoint(random_checkpoint)
+    model = JointModel(loaded).eval()
+    calls: list[int] = []
+    model.unet.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    table = make_table("ddim", Schedule.from_config(loaded.scheduler.config), 2)
+    drawn = {
+        scale: generate(model, loaded, ["boots", "coat"], table=table, guidance=scale, seed=0)
+        for scale in (1.0, 1 + 1e-6)
+    }
+    assert calls == [2, 2, 2, 2, 2, 2]
+    apart = np.abs(np.array(drawn[1.0], int) - np.array(drawn[1 + 1e-6], int))
+    assert apart.max() <= 1
 
 
 def test_retrieval_alone_needs_no_judge(random_checkpoint: Path, small_catalogue: Path) -> None:
