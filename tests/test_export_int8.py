@@ -250,10 +250,9 @@ def test_int8_bundle_runs_and_says_what_it_is(int8: Export, random_checkpoint: P
 
 @pytest.mark.slow
 def test_int8_pictures_are_bit_equal_in_calls_of_their_own(int8: Export) -> None:
-    """Beside others, codes that lie between two integers may fall the other way, and more follows from it."""
-    shared, own = differences(Bundle.open(int8.path, threads=1))
+    """No more is promised: beside others, what lies between two codes may fall the other way, and more follow from it."""
+    _, own = differences(Bundle.open(int8.path, threads=1))
     assert own == 0
-    print(f"int8 beside others: {shared}/255")
 
 
 @pytest.mark.slow

@@ -121,8 +121,9 @@ class Generator:
         """Draw `n` pictures of each prompt: RGB images, those of the first prompt first.
 
         The k-th picture of a prompt is that of the seed `seed + k`, whatever it is drawn beside. ONNX Runtime's sums
-        depend on how many rows a call has: in fp32 on a CPU no pixel differs by more than 1/255 from drawing it alone;
-        with `positions=1` none differs at all, at any precision.
+        depend on how many rows a call has: on a CPU no pixel differs from drawing it alone by more than 1/255 in fp32
+        and 2/255 in fp16. In int8 a sum may fall to the next code, and no bound is promised. With `positions=1` none
+        differs at all, at any precision.
 
         Args:
             prompts: what to draw.
