@@ -250,7 +250,7 @@ def test_int8_bundle_runs_and_says_what_it_is(int8: Export, random_checkpoint: P
 
 @pytest.mark.slow
 def test_int8_pictures_are_bit_equal_in_calls_of_their_own(int8: Export) -> None:
-    """No more is promised: beside others, what lies between two codes may fall the other way, and more follow from it."""
+    """No more is promised: beside others, what lies between two codes may fall the other way."""
     _, own = differences(Bundle.open(int8.path, threads=1))
     assert own == 0
 
