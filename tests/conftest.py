@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from unidiff_sdk import Catalog
 
 CAPTIONS = (
     "a red striped dress with short sleeves",
@@ -15,6 +20,23 @@ CAPTIONS = (
     "a plain teal mug",
 )
 IMAGE_SIZE, MAX_TOKENS, WIDTH = 32, 16, 32
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of graphs of one or two nodes."""
+    from toy_bundle import make_toy_bundle
+
+    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, toy: Path) -> Iterator[Catalog]:
+    """An empty catalogue of that bundle, in a folder."""
+    from unidiff_sdk import Catalog
+
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        yield catalog
 
 
 @pytest.fixture(scope="session")

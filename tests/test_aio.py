@@ -23,18 +23,13 @@ pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
 PATIENCE = 30  # seconds until a blocked event loop is taken for one
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
-
-
 def shade(n: int) -> Image.Image:
     return Image.new("RGB", (24, 24), (9 * n, 255 - 9 * n, 90))
 
 
-def test_every_twin_is_its_method(bundle: Path) -> None:
+def test_every_twin_is_its_method(toy: Path) -> None:
     async def use() -> None:
-        async with await Catalog.aopen(":memory:", bundle) as catalog:
+        async with await Catalog.aopen(":memory:", toy) as catalog:
             columns = [{"n": n, "kind": "even" if n % 2 == 0 else "odd"} for n in range(9)]
             assert await catalog.aadd([shade(n) for n in range(9)], ids=list(range(9)), payloads=columns) == [*range(9)]
             assert await catalog.acount({"kind": "odd"}) == 4
@@ -82,7 +77,7 @@ ENCODING: dict[str, Callable[[Catalog, Path], Awaitable[Any]]] = {
 
 
 @pytest.mark.parametrize("name", ENCODING)
-def test_the_loop_goes_on_meanwhile(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_loop_goes_on_meanwhile(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The encoder goes on only when the loop has ticked ten times since it was asked: blocked, it would never."""
     (tmp_path / "products").mkdir()
     shade(8).save(tmp_path / "products" / "8.png")
@@ -103,7 +98,7 @@ def test_the_loop_goes_on_meanwhile(tmp_path: Path, bundle: Path, monkeypatch: p
         ticked.set()
 
     async def use() -> None:
-        async with Catalog(bundle=bundle) as catalog:
+        async with Catalog(bundle=toy) as catalog:
             await catalog.aadd([shade(n) for n in range(3)])
             monkeypatch.setattr(Encoder, "encode_pixels", waits)
             await asyncio.gather(ENCODING[name](catalog, tmp_path / "products"), tick())
@@ -112,9 +107,9 @@ def test_the_loop_goes_on_meanwhile(tmp_path: Path, bundle: Path, monkeypatch: p
     assert asked.is_set() and ticked.is_set()
 
 
-def test_calls_at_the_same_time(bundle: Path) -> None:
+def test_calls_at_the_same_time(toy: Path) -> None:
     async def use() -> list[Any]:
-        async with Catalog(bundle=bundle) as catalog:
+        async with Catalog(bundle=toy) as catalog:
             await asyncio.gather(*(catalog.aadd(shade(n), ids=n, payloads={"n": n}) for n in range(24)))
             pages = await asyncio.gather(*(catalog.asearch(image=shade(n), where={"n": n}) for n in range(24)))
             return [hit.id for page in pages for hit in page]
@@ -122,7 +117,7 @@ def test_calls_at_the_same_time(bundle: Path) -> None:
     assert asyncio.run(use()) == list(range(24))
 
 
-def test_a_cancelled_generation_stops_drawing(bundle: Path) -> None:
+def test_a_cancelled_generation_stops_drawing(toy: Path) -> None:
     began, steps = threading.Event(), list[int]()
 
     def callback(done: int, total: int) -> None:
@@ -132,7 +127,7 @@ def test_a_cancelled_generation_stops_drawing(bundle: Path) -> None:
             assert cancelled.wait(PATIENCE)
 
     async def use() -> None:
-        async with Catalog(bundle=bundle) as catalog:
+        async with Catalog(bundle=toy) as catalog:
             task = asyncio.ensure_future(catalog.agenerate("red boots", steps=50, seed=0, callback=callback))
             while len(steps) < 2:
                 await asyncio.sleep(0.001)

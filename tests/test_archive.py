@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,6 @@ from unidiff_sdk import BundleError, Catalog, DataError, Hit, ImageError, StoreE
 from unidiff_sdk.encoder import Encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect", 'ignore:The bundle "toy" was trained')
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
-
-
-@pytest.fixture
-def catalog(tmp_path: Path, bundle: Path) -> Iterator[Catalog]:
-    with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
-        yield catalog
 
 
 def shade(n: int) -> Image.Image:

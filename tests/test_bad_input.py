@@ -6,31 +6,19 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, FilterError, ImageError, OptionError, StoreError
 from unidiff_sdk.encoder import Encoder
 
 pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
-
-
-@pytest.fixture
-def catalog(tmp_path: Path, bundle: Path) -> Iterator[Catalog]:
-    with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
-        yield catalog
 
 
 def halves(mode: str = "RGB") -> Image.Image:
@@ -158,14 +146,14 @@ def test_endless_and_strange_captions(catalog: Catalog, tmp_path: Path) -> None:
     assert len(page._repr_html_()) < 10_000 and "<b>&amp;" not in page._repr_html_()
 
 
-def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, bundle: Path) -> None:
+def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) -> None:
     def nested(depth: int) -> Any:
         value: Any = "bottom"
         for level in range(depth):
             value = {"a": value} if level % 2 else [value]
         return value
 
-    with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
         catalog.add(halves(), ids="deep", payloads={"column": nested(31)})
         for depth in (32, 3000):
             with pytest.raises(OptionError, match="nested more than 32 deep"):

@@ -34,11 +34,6 @@ def refused(result: Result, *says: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
-
-
-@pytest.fixture(scope="session")
 def indexed(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
     """A folder with `products` and `shop.catalog`; copied for tests that change it."""
     root = tmp_path_factory.mktemp("shop")
