@@ -44,7 +44,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], dict[s
     return calls
 
 
-def test_the_drawn_pictures_are_a_part_of_the_mix(shop: Catalog) -> None:
+def test_drawn_pictures_are_added_to_what_was_asked(shop: Catalog) -> None:
     """z-scored similarities added up, each part over all items, rank as the search does."""
     pictures = Generator(shop.bundle).generate(TEXT, n=3, seed=0, steps=4)
     encoder = Encoder(shop.bundle)
@@ -54,12 +54,22 @@ def test_the_drawn_pictures_are_a_part_of_the_mix(shop: Catalog) -> None:
     agreement = np.exp(10 * drawn @ text)  # the toy's logit scale
     direction = (agreement / agreement.sum()) @ drawn
     of_pictures = items @ (direction / np.linalg.norm(direction))
-    neutral = encoder.encode_texts(["a photo", "a picture of something", "a product"]).mean(axis=0)
-    of_text = items @ (text - (text @ neutral) / (neutral @ neutral) * neutral)
+    of_text = items @ text
     for weight in (0.5, 3.0):
         expected = of_text / of_text.std() + weight * of_pictures / of_pictures.std()
         page = shop.search(TEXT, imagine=3, weights={"text": 1, "imagined": weight}, limit=40)
         assert [hit.id for hit in page] == [ids[i] for i in np.argsort(-expected)]
+    double = shop.search(TEXT, imagine=3, weights={"text": 2, "imagined": 6}, limit=40)
+    assert [hit.id for hit in double] == [hit.id for hit in page]  # only ratios count
+    alone = shop.search(TEXT, imagine=3, weights={"text": 1, "imagined": 0}, limit=40)
+    assert [hit.id for hit in alone] == [hit.id for hit in shop.search(TEXT, limit=40)]
+
+
+def test_pictures_are_added_to_a_mix(shop: Catalog) -> None:
+    options: dict[str, Any] = {"image": Image.new("RGB", (16, 16), "red"), "without": "coat", "limit": 40}
+    plain = [hit.id for hit in shop.search(TEXT, **options)]
+    assert [hit.id for hit in shop.search(TEXT, imagine=2, weights={"imagined": 1e-6}, **options)] == plain
+    assert [hit.id for hit in shop.search(TEXT, imagine=2, weights={"imagined": 5}, **options)] != plain
 
 
 def test_pictures_that_agree_count_most() -> None:

@@ -41,7 +41,7 @@ from .results import Generated, Hit
 from .store import Vector
 from .texts import checked_text
 
-__all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "ids_of", "mix", "picture_of", "unit"]
+__all__ = ["NEUTRAL_TEXTS", "WEIGHTS", "Gap", "Query", "beside", "ids_of", "mix", "picture_of", "unit"]
 
 # What a query can be made of, and what each part weighs unless the caller says otherwise. Of "without", half as much
 # turns most of what is not wanted away and still keeps to what is; as much loses sight of it. "imagined" is what the
@@ -154,12 +154,33 @@ class Gap:
 def mix(parts: Mapping[str, Vector], weights: Mapping[str, float], gap: Gap) -> Vector:
     """The query vector of several parts (unit vectors, by their names in `WEIGHTS`), by the formula above."""
     meant = {part: gap.meant(vector) if part in OF_TEXTS else vector for part, vector in parts.items()}
-    spreads = {part: _spread(vector, gap.sample) for part, vector in meant.items()}
+    return _balanced(meant, weights, gap.sample)
+
+
+def beside(asked: Vector, imagined: Vector, weights: Mapping[str, float], parts: Iterable[str], gap: Gap) -> Vector:
+    """The query vector of a query and of what it looks like when it is drawn, each measured by its own spread.
+
+    Nothing is taken from the query: it ranks as it would without pictures, and they are added to that.
+
+    Args:
+        asked: the query vector without pictures, float32[dim].
+        imagined: the direction of the pictures, float32[dim].
+        weights: of the parts and of "imagined".
+        parts: what `asked` is made of; the weights of those that are wanted are its own.
+        gap: with the sample of items.
+    """
+    own = sum(weights[part] for part in parts if part not in UNWANTED)
+    both = {"text": own, "imagined": weights["imagined"]}
+    return _balanced({"text": asked, "imagined": imagined}, both, gap.sample)
+
+
+def _balanced(vectors: Mapping[str, Vector], weights: Mapping[str, float], sample: Vector) -> Vector:
+    spreads = {part: _spread(vector, sample) for part, vector in vectors.items()}
     if not all(spreads.values()):  # fewer than two different items: nothing to measure by
         spreads = dict.fromkeys(spreads, 1.0)
     signed = {p: (-1 if p in UNWANTED else 1) * weights[p] / spread for p, spread in spreads.items()}
     scale = sum(c for c in signed.values() if c > 0) or sum(abs(c) for c in signed.values())
-    return cast(Vector, sum(c / scale * meant[part] for part, c in signed.items())).astype(np.float32)
+    return cast(Vector, sum(c / scale * vectors[part] for part, c in signed.items())).astype(np.float32)
 
 
 def _spread(vector: Vector, sample: Vector) -> float:

@@ -19,7 +19,7 @@ from .errors import OptionError
 from .ids import key_of
 from .imagination import agreed
 from .paging import Cursor
-from .query import NEUTRAL_TEXTS, Gap, Query, mix, picture_of, unit
+from .query import NEUTRAL_TEXTS, Gap, Query, beside, mix, picture_of, unit
 from .ranking import diversify, group_of, value_at
 from .results import Hit, Page
 from .store import Found, Nearest, Store, Vector
@@ -201,10 +201,13 @@ class Searcher:
         return vectors
 
     def _mixed(self, parts: dict[str, Vector], weights: Mapping[str, float]) -> Vector:
-        if len(parts) > 1:
-            return mix(parts, weights, self._gap("text" in parts or "without" in parts))
-        ((part, vector),) = parts.items()
-        return -vector if part in ("unlike", "without") else vector
+        asked = {part: vector for part, vector in parts.items() if part != "imagined"}
+        if len(asked) > 1:
+            vector = mix(asked, weights, self._gap("text" in asked or "without" in asked))
+        else:
+            ((part, vector),) = asked.items()
+            vector = -vector if part in ("unlike", "without") else vector
+        return beside(vector, parts["imagined"], weights, asked, self._gap(False)) if "imagined" in parts else vector
 
     def _imagined(self, queries: Sequence[Query], of_text: Mapping[str, Vector]) -> dict[tuple[str, int], Vector]:
         """What the pictures that are drawn of a text look like together, by the text and their number."""
