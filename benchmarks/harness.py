@@ -62,6 +62,7 @@ FIGURES = {
     "max_abs_error": "lower",
     "overhead": "lower",
     "p50_ms": "lower",
+    "ms_per_gated_sample": "lower",
     "p99_ms": "lower",
     "peak_gpu_mib": "lower",
     "peak_mib": "lower",

@@ -199,6 +199,34 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint(random_checkpoint: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
+) -> None:
+    out = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(report) -> None:
+        if report.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot save .*untouched"):
+            train(
+                small_catalogue,
+                random_checkpoint,
+                out,
+                TrainingConfig(**SETTINGS),
+                device="cpu",
+                on_step=fill_the_disk,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(out).meta["step"] == 2
+    train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
+    assert equal(weights(out), uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_what_a_killed_save_left_is_put_back_or_cleared(random_checkpoint: Path, tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     pid = int(dead.stdout)

@@ -1,0 +1,251 @@
+"""A joint training step beside the two plain ones that it replaces; what caching latents gains; what RSC costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+from harness import Benchmark, options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unidiff_sdk.training.checkpoint import Checkpoint
+    from unidiff_sdk.training.model import JointModel
+
+BUDGET_S = 60  # a row
+GATED = 16  # estimates of a step that RSC decodes
+OURS, PLAIN = "UniDiff, ITC + IS", "transformers' CLIP step + diffusers' train_text_to_image step"
+Step = Callable[[], object]
+
+
+@click.command()
+@options
+def main(**chosen: Any) -> None:
+    """Time whole optimiser steps on the same pairs."""
+    bench = Benchmark(__file__, "What does a joint training step cost?", **chosen)
+    import torch
+
+    torch.set_num_threads(bench.threads)
+    for name, make, batch in (("tiny", _tiny, 64), ("mid-size", _mid_size, 4)):
+        joint, cached, not_cached = f"{name}, latents cached", f"{name}, ours", f"{name}, latents encoded in every step"
+        consistency = f"{name}, RSC"
+        parameters = {"model": name, "batch": batch}
+        if bench.wants(joint):
+            bench.row(
+                joint,
+                ours={OURS: _ours(make(), batch)},
+                peers={PLAIN: _plain(make(), batch, encode=False)},
+                parameters=parameters,
+                items=batch,
+                budget_s=BUDGET_S,
+                note="All parameters learn, but for the VAE's and, in diffusers' step as in its script, the text "
+                "encoder's; only ours averages its weights. fp32, AdamW, gradients clipped.",
+            )
+        if bench.wants(not_cached):
+            bench.row(
+                not_cached,
+                ours={OURS: _ours(make(), batch, encode=True)},
+                peers={PLAIN: _plain(make(), batch, encode=True)},
+                parameters=parameters,
+                items=batch,
+                budget_s=BUDGET_S,
+            )
+        if bench.wants(cached):
+            bench.row(
+                cached,
+                ours={"latents cached": _ours(make(), batch)},
+                peers={"encoded in every step": _ours(make(), batch, encode=True)},
+                parameters=parameters,
+                items=batch,
+                budget_s=BUDGET_S,
+            )
+        if bench.wants(consistency):
+            variants = {"pixel": {"lambda_rsc": 0.1}, "feature": {"lambda_rsc_feature": 0.05}}
+            gate = {"rsc_t_max": 999, "rsc_samples": GATED, "rsc_warmup_steps": 0}
+            bench.row(
+                consistency,
+                ours={f"ITC + IS + RSC {of}": _ours(make(), batch, **gate, **on) for of, on in variants.items()},
+                peers={"ITC + IS": _ours(make(), batch)},
+                parameters=parameters | {"gated": min(GATED, batch)},
+                items=batch,
+                budget_s=BUDGET_S,
+                note=f"RSC pixel decodes {min(GATED, batch)} estimates in every step here, all under the gate.",
+            )
+            _tell_per_sample(bench, consistency, min(GATED, batch))
+    bench.finish()
+
+
+def _tell_per_sample(bench: Benchmark, case: str, gated: int) -> None:
+    """What a gated sample of RSC costs, from the row's own medians."""
+    measured = bench.rows[case]["measured"]
+    plain = measured["ITC + IS"]["seconds"]["median"]
+    for name, of in measured.items():
+        if "RSC" in name:
+            of["figures"]["ms_per_gated_sample"] = round(1000 * (of["seconds"]["median"] - plain) / gated, 3)
+    bench.write()
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+
+def _tiny() -> Checkpoint:
+    from unidiff_sdk.training.checkpoint import load_checkpoint
+
+    return load_checkpoint("tiny")
+
+
+def _mid_size() -> Checkpoint:
+    """Random weights: a UNet of 79 M parameters for 256 px, SD's VAE at half its width, a CLIP of 29 M at 224 px."""
+    from dataclasses import replace
+
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPConfig, CLIPModel
+
+    from unidiff_sdk.training.checkpoint import ImageProcessor
+
+    torch.manual_seed(0)
+    tiny = _tiny()
+    width, words = 384, tiny.clip.config.text_config
+    tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 8, "num_attention_heads": 6}
+    text = {name: getattr(words, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"max_position_embeddings": words.max_position_embeddings}
+    vision = {"image_size": 224, "patch_size": 16}
+    clip = CLIPModel(CLIPConfig(projection_dim=256, text_config=tower | text, vision_config=tower | vision))
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(96, 192, 384, 384),
+        cross_attention_dim=width,
+        attention_head_dim=6,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(64, 128, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        sample_size=256,
+    )
+    processor = ImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    return replace(tiny, unet=unet, vae=vae.eval(), clip=clip, text_encoder=clip.text_model, image_processor=processor)
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def _pictures(n: int, size: int) -> Tensor:
+    import torch
+
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def _token_ids(n: int, checkpoint: Checkpoint) -> Tensor:
+    from unidiff_sdk.datasets.synthetic import products
+    from unidiff_sdk.training.data import tokenise
+
+    return tokenise(checkpoint.tokenizer, [str(product.row()["text"]) for product in products("fashion-woman", n)])
+
+
+class _Pairs:
+    """One and the same batch in every step, decoded in memory; its latents too, unless each step is to encode them."""
+
+    def __init__(self, model: JointModel, checkpoint: Checkpoint, batch: int, *, encode: bool) -> None:
+        import torch
+
+        self.model, self.size, self.seed, self.encode = model, batch, 0, encode
+        self.pictures = _pictures(batch, checkpoint.image_size)
+        self.clip_pixels = model.to_clip(_pictures(batch, model.clip_size))
+        self.input_ids = _token_ids(batch, checkpoint)
+        self.groups = torch.arange(batch)
+        self.latents = torch.cat([model.encode(picture) for picture in self.pictures.split(1)])
+        self.latent_shape = tuple(self.latents.shape[1:])
+
+    def choose(self, step: int) -> Any:
+        import torch
+
+        from unidiff_sdk.training.data import Choice
+
+        return Choice(torch.arange(self.size), torch.zeros(self.size, dtype=torch.bool))
+
+    def load(self, choice: Any, samples: int) -> Any:
+        from unidiff_sdk.training.model import Batch
+
+        rows = choice.rows
+        latents = self.model.encode(self.pictures[rows]) if self.encode else self.latents[rows]
+        return Batch(self.clip_pixels[rows], latents[:samples], self.input_ids[rows], self.groups[rows])
+
+
+def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **settings: Any) -> Step:
+    """The product's own step: losses, gradients, clipping, AdamW, averaged weights."""
+    import torch
+
+    from unidiff_sdk.training.config import TrainingConfig
+    from unidiff_sdk.training.data import tokenise
+    from unidiff_sdk.training.learner import Learner
+    from unidiff_sdk.training.model import JointModel
+    from unidiff_sdk.training.processes import Processes
+    from unidiff_sdk.training.tuning import choose_trainable
+
+    config = TrainingConfig(**{"batch_size": batch, "lambda_rsc": 0.0, "learning_rate": 1e-5, **settings})
+    model = JointModel(checkpoint).train()
+    model.vae.eval()
+    choose_trainable(model, config)
+    pairs = _Pairs(model, checkpoint, batch, encode=encode)
+    learner = Learner(model, config, Processes(0, 1, torch.device("cpu")))
+    empty = tokenise(checkpoint.tokenizer, [""])
+    return lambda: learner.step(200, pairs, empty)  # type: ignore[arg-type]
+
+
+def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
+    """CLIP fine-tuned by its own loss, and the UNet as diffusers' script does it, each with an optimiser of its own."""
+    from copy import deepcopy
+
+    import torch
+    import torch.nn.functional as F
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    from unidiff_sdk.training.model import JointModel
+
+    pairs = _Pairs(JointModel(checkpoint), checkpoint, batch, encode=False)
+    clip, unet, vae = checkpoint.clip.train(), checkpoint.unet.train(), checkpoint.vae.eval()
+    text_encoder = deepcopy(checkpoint.text_encoder).requires_grad_(False)
+    scheduler = DDPMScheduler.from_config(checkpoint.scheduler.config)
+    optimisers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (clip, unet)]
+
+    def update(model: torch.nn.Module, optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        # 1. CLIP
+        ids = pairs.input_ids
+        update(clip, optimisers[0], clip(input_ids=ids, pixel_values=pairs.clip_pixels, return_loss=True).loss)
+
+        # 2. examples/text_to_image/train_text_to_image.py, with --snr_gamma 5
+        with torch.no_grad():
+            latents = pairs.latents
+            if encode:
+                latents = vae.encode(pairs.pictures * 2 - 1).latent_dist.sample() * vae.config.scaling_factor
+            states = text_encoder(ids).last_hidden_state
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
+        answer = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
+        target = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timesteps)
+        snr = compute_snr(scheduler, timesteps)
+        weight = torch.minimum(snr, 5.0 * torch.ones_like(snr))
+        weight = weight / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
+        loss = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3)) * weight
+        update(unet, optimisers[1], loss.mean())
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
