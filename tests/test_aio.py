@@ -29,7 +29,7 @@ def shade(n: int) -> Image.Image:
 
 def test_every_twin_is_its_method(toy: Path) -> None:
     async def use() -> None:
-        async with await Catalog.aopen(":memory:", toy) as catalog:
+        async with Catalog.aopen(":memory:", toy) as catalog:
             columns = [{"n": n, "kind": "even" if n % 2 == 0 else "odd"} for n in range(9)]
             assert await catalog.aadd([shade(n) for n in range(9)], ids=list(range(9)), payloads=columns) == [*range(9)]
             assert await catalog.acount({"kind": "odd"}) == 4
@@ -51,6 +51,12 @@ def test_every_twin_is_its_method(toy: Path) -> None:
                 await catalog.asearch("red", limit=0)
         with pytest.raises(StoreError, match="is closed"):
             await catalog.acount()
+        catalog = await Catalog.aopen(":memory:", toy)
+        assert await catalog.acount() == 0
+        await catalog.aclose()
+        with pytest.raises(StoreError, match="no catalogue"):
+            async with Catalog.aopen("nowhere", create=False):
+                pytest.fail("it is not there")
 
     asyncio.run(use())
 

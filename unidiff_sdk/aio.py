@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from .errors import GenerationError
 
-__all__ = ["cancellable", "in_thread", "twin"]
+__all__ = ["Opening", "cancellable", "in_thread", "twin"]
 
 Self = TypeVar("Self")
 P = ParamSpec("P")
@@ -31,6 +31,30 @@ async def in_thread(call: Callable[[], R]) -> R:
     """
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(_pool, lambda: context.run(call))
+
+
+class _Closes(Protocol):
+    async def aclose(self) -> None: ...
+
+
+C = TypeVar("C", bound=_Closes)
+
+
+class Opening(Generic[C]):
+    """Something that is opened in a thread: by `await`, or by `async with`, which also closes it."""
+
+    def __init__(self, open: Callable[[], C]) -> None:
+        self._open = open
+
+    def __await__(self) -> Generator[Any, None, C]:
+        return in_thread(self._open).__await__()
+
+    async def __aenter__(self) -> C:
+        self._opened = await self
+        return self._opened
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._opened.aclose()
 
 
 def twin(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from numpy.typing import NDArray
 from PIL import Image
 
-from .aio import cancellable, in_thread, twin
+from .aio import Opening, cancellable, twin
 from .bundle import Bundle
 from .catalogfile import BundleRef, CatalogFile, new_place
 from .datasets.reader import TABLES, BadRow, Row, count_rows, read_catalogue
@@ -82,7 +82,8 @@ class Catalog:
             pictures = catalog.generate("purple dotted boots", n=4, seed=7)
 
     Everything is in the one folder `location`, which may be moved; `bundle` is remembered. Safe to use from several
-    threads; one process at a time may hold a folder. For asyncio every method has a twin: `await catalog.asearch(…)`.
+    threads; one process at a time may hold a folder. For asyncio the methods have twins that leave the event loop alone:
+    `async with Catalog.aopen("shop.catalog") as catalog: await catalog.asearch("boots")`.
 
     Args:
         location: a folder, made if it does not exist; ":memory:", which is gone at `close`; or the http(s) URL of a
@@ -1153,9 +1154,9 @@ class Catalog:
     # -------------------------------------------------------------------------------------------- asyncio
 
     @classmethod
-    async def aopen(cls, *args: Any, **kwargs: Any) -> Catalog:
-        """`Catalog(…)`, for `await`: `async with await Catalog.aopen("shop.catalog") as catalog`."""
-        return await in_thread(partial(cls, *args, **kwargs))
+    def aopen(cls, *args: Any, **kwargs: Any) -> Opening[Catalog]:
+        """`Catalog(…)` in a thread, for `await` or for `async with Catalog.aopen("shop.catalog") as catalog`."""
+        return Opening(partial(cls, *args, **kwargs))
 
     asearch = twin(search)
     asearch_batch = twin(search_batch)
