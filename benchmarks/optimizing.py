@@ -147,7 +147,7 @@ def main(items: int, **chosen: Any) -> None:
                 ours={"UniDiff": contestants["UniDiff"]},
                 peers={"Edge, in this process": contestants["Edge, in this process"]},
                 parameters={"items": items},
-                rounds=min(bench.rounds, 3),
+                rounds=min(bench.rounds, 2),
                 warm_up=0,
                 note="The median is of the whole build, which goes on beside a thread that searches all the time.",
             )

@@ -111,7 +111,7 @@ def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vector
                     figures=figures,
                     parameters={"items": len(vectors), "kind": case},
                     rounds=len(asked),
-                    budget_s=40,
+                    budget_s=20,
                 )
             finally:
                 for worker in workers.values():
