@@ -126,10 +126,10 @@ def flat(vectors: Vectors) -> Engine:
     return Engine(build)
 
 
-def truth(vectors: Vectors, asked: Vectors, bucket: int | None) -> NDArray[np.float32]:
+def truth(vectors: Vectors, asked: Vectors, bucket: int | None, rank: int = TOP) -> NDArray[np.float32]:
     """The score of the TOP-th best row for each query: what scores as much is rightly found (equals count)."""
     allowed = vectors if bucket is None else vectors[bucket::PASSING]
-    tenths = [np.partition(allowed @ query, -TOP)[-TOP] for query in asked]
+    tenths = [np.partition(allowed @ query, -rank)[-rank] for query in asked]
     return np.array(tenths, np.float32)
 
 

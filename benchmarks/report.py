@@ -7,6 +7,7 @@ under results/ is of another machine, and gets that machine's section.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from unidiff_sdk.charts import Line, line_chart
 PAGE, PLOTS = "RESULTS.md", "plots"
 AXES = {"batch": "batch", "latent": "side of the latents", "resolution": "side of the picture, px", "items": "items"}
 QUALITY = ("recall@10", "recall@1", "psnr_db", "attributes_right", "clip_score", "cosine", "kid", "cmmd")
+EFFORT = re.compile(r", ef \d+$")  # contestants that differ in this alone are one line of a plot
 
 Row = Mapping[str, Any]
 Result = Mapping[str, Any]
@@ -242,7 +244,8 @@ def _lines(rows: Sequence[Row], point: Any) -> list[Line]:
     points: dict[str, list[tuple[float, float]]] = {}
     ours: set[str] = set()
     for row in rows:
-        for name, measured in row["measured"].items():
+        for contestant, measured in row["measured"].items():
+            name = EFFORT.sub("", contestant)
             points.setdefault(name, []).append(point(row, measured))
             if measured["ours"]:
                 ours.add(name)

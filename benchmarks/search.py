@@ -65,10 +65,14 @@ def drawn(count: int) -> Any:
 
 
 def turned(count: int) -> Any:
-    """The embeddings, turned into DIM dimensions by a random orthogonal map: float32[count, DIM]."""
+    """The embeddings, turned into DIM dimensions: float32[count, DIM]."""
+    return turn(drawn(count))
+
+
+def turn(vectors: Any) -> Any:
+    """Vectors after a random orthogonal map into DIM dimensions, always the same one."""
     import numpy as np
 
-    vectors = drawn(count)
     map, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((DIM, vectors.shape[1])))
     return vectors @ map.T.astype(np.float32)
 
