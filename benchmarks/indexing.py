@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from unidiff_sdk import Bundle
 
 HERE = Path(__file__).parent
-PICTURES, SIZE = 128, (640, 480)
+PICTURES, SIZE = 64, (640, 480)
 SMALL, FACTOR = 2000, 10  # pictures of 64 px, for the memory: so many, and so many times as many
 INDEX = """
 import sys

@@ -1,7 +1,7 @@
 """Search among 100,000 vectors: how fast, how right, how long to build, `Catalog` on Qdrant Edge beside other engines.
 
 Two kinds of vectors: isotropic noise of 512 numbers, the hardest there is, and the built-in model's embeddings of drawn
-products (`gallery.py`). Those have 128 numbers: they are searched as they are, and turned into 512 dimensions, which
+products (`gallery.py`). Those have 128 numbers, for so wide is that model: they are turned into 512 dimensions, which
 leaves all their distances as they were. The queries are embeddings of products that are not stored. Recall goes by
 distance: a hit counts if no more than nine items are truly closer, so that equals count. One query at a time: first
 one after another (recall, p50, p99), then in turn with the other engines (median, ratio).
@@ -79,7 +79,6 @@ def turn(vectors: Any) -> Any:
 
 KINDS: dict[str, Callable[[int], Any]] = {
     "embeddings, 512 numbers": turned,
-    "embeddings, 128 numbers": drawn,
     "isotropic, 512 numbers": isotropic,
 }
 

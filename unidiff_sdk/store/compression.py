@@ -16,10 +16,10 @@ import qdrant_edge as edge
 from ..errors import OptionError, StoreError
 from .protocol import VECTOR
 
-__all__ = ["EXACTLY_RANKED", "check_alike", "layout", "quantization_of"]
+__all__ = ["RANKED_BY_ORIGINALS", "check_alike", "layout", "quantization_of"]
 
 # Twice as many candidates as hits, ranked by the originals.
-EXACTLY_RANKED = edge.SearchParams(quantization=edge.QuantizationSearchParams(rescore=True, oversampling=2.0))
+RANKED_BY_ORIGINALS = edge.QuantizationSearchParams(rescore=True, oversampling=2.0)
 
 
 def layout(quantization: str | None) -> dict[str, Any]:

@@ -25,6 +25,10 @@ _TEXT_INDEX = models.TextIndexParams(
 )
 
 
+# The payload index of a filter comes after the graph, which therefore has no links for it: see `edge.FULL_SCAN_KB`.
+_PARAMS = models.SearchParams(acorn=models.AcornSearchParams(enable=True))
+
+
 class ServerStore:
     """A store in a collection, created if the server has none of that name.
 
@@ -107,7 +111,7 @@ class ServerStore:
             self._indexes.need(CAPTION, "text", self)
             lists = {VECTOR: query, CAPTION: models.TextQuery(text=search.words)}
             prefetch = [
-                models.Prefetch(query=one, using=using, limit=CANDIDATES, filter=condition)
+                models.Prefetch(query=one, using=using, limit=CANDIDATES, filter=condition, params=_PARAMS)
                 for using, one in lists.items()
             ]
             weights = [2 * (1 - search.bm25), 2 * search.bm25]
@@ -119,6 +123,7 @@ class ServerStore:
             limit=search.limit,
             offset=search.offset,
             filter=condition,
+            params=_PARAMS,
             score_threshold=search.min_score,
             with_payload=search.with_payload,
             with_vector=search.with_vectors,

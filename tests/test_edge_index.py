@@ -1,4 +1,4 @@
-"""A catalogue that is searched through 8-bit vectors."""
+"""What Edge's index finds: among 8-bit vectors, and where few items pass a filter."""
 
 from __future__ import annotations
 
@@ -51,6 +51,26 @@ def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
     assert right > 0.9 * 2 * 10 * len(queries)
     (hybrid,) = store.query_batch([Nearest(queries[0], 5, words="word700", bm25=0.9)])
     assert hybrid[0].payload["n"] == 700
+    store.close()
+
+
+@pytest.mark.slow
+def test_few_that_pass_a_filter_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the graph too, which was built before the filter was known; here it is taken however few pass."""
+    monkeypatch.setattr("unidiff_sdk.store.edge.FULL_SCAN_KB", 1)
+    many, wide, rng = 21_000, 128, np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 1, wide)) + 0.5 * rng.standard_normal((300, many // 300, wide))
+    vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32).reshape(many, wide)
+    store = EdgeStore(tmp_path / "vectors", wide)
+    for start in range(0, many, 1000):
+        store.upsert([Record(key_of(k), vectors[k], {"n": k, "tenth": k % 10}) for k in range(start, start + 1000)])
+    store.optimize()
+    assert store.unindexed() == 0
+    passing, right = np.arange(3, many, 10), 0
+    for query in vectors[::700]:
+        found = [one.payload["n"] for one in store.query(query, limit=10, where=parse({"tenth": 3}))]
+        right += len(set(found) & set(passing[np.argsort(-(vectors @ query)[passing])[:10]]))
+    assert right >= 0.95 * 10 * 30
     store.close()
 
 
