@@ -82,7 +82,7 @@ class Catalog:
             pictures = catalog.generate("purple dotted boots", n=4, seed=7)
 
     Everything is in the one folder `location`, which may be moved; `bundle` is remembered. Safe to use from several
-    threads; one process at a time may hold a folder. For asyncio the methods have twins that leave the event loop alone:
+    threads; one process at a time may hold a folder. For asyncio the methods have twins that leave the loop alone:
     `async with Catalog.aopen("shop.catalog") as catalog: await catalog.asearch("boots")`.
 
     Args:
