@@ -12,7 +12,7 @@ from toy_bundle import make_toy_bundle
 
 from unidiff_sdk.bundle import TINY
 
-HEAVY = ("torch", "transformers", "diffusers", "onnx", "pyarrow", "qdrant_client", "pydantic")
+HEAVY = ("torch", "transformers", "diffusers", "onnx", "pyarrow", "qdrant_client", "pydantic", "asyncio", "ssl")
 
 SCRIPT = """
 import json, sys

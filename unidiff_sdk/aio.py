@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Generator
@@ -29,6 +28,8 @@ async def in_thread(call: Callable[[], R]) -> R:
 
     A task that is cancelled waits no longer; the call itself, once begun, goes on to its end.
     """
+    import asyncio  # 20 ms at the start of all who do not await
+
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(_pool, lambda: context.run(call))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .connection import ServerOptions
 from .protocol import Store
+
+if TYPE_CHECKING:
+    from .connection import ServerOptions
 
 __all__ = ["VECTORS", "Location"]
 
@@ -42,7 +45,7 @@ class Location:
             from .edge import EdgeStore
 
             return EdgeStore(self.folder / name, dim, self.quantization)
-        from .connection import connect
+        from .connection import ServerOptions, connect
         from .server import ServerStore
 
         options = self.options or ServerOptions()
