@@ -24,7 +24,7 @@ TEACHER, UNTAUGHT, DIFFUSERS = "guided, 25 steps", "not distilled, 4 steps ungui
 @click.command()
 @options
 @click.option(
-    "--work", type=click.Path(path_type=Path), default=ROOT / ".bench", help="Where students are kept for another time."
+    "--work", type=click.Path(path_type=Path), default=ROOT / ".cache" / "few-steps", help="Where students are kept."
 )
 def main(work: Path, **chosen: Any) -> None:
     """Distil, export, draw and judge."""

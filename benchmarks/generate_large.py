@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from harness import Benchmark, Worker, options
+from harness import ROOT, Benchmark, Worker, options
 
 GUIDED, FEW = 25, 4
 WORKER = Path(__file__).with_name("picture_worker.py")
@@ -21,12 +21,20 @@ DIFFUSERS = "diffusers, eager fp32"
 
 @click.command()
 @options
-@click.option("--checkpoint", type=click.Path(path_type=Path), required=True, help="What `sd15.py` has written.")
-@click.option("--int8", type=click.Path(path_type=Path), required=True, help="Its bundle in 8-bit integers.")
-@click.option("--fp32", type=click.Path(path_type=Path), required=True, help="Its bundle in single precision.")
-def main(checkpoint: Path, int8: Path, fp32: Path, **chosen: Any) -> None:
+@click.option(
+    "--kept",
+    type=click.Path(path_type=Path),
+    default=ROOT / ".cache" / "sd15",
+    help="Folder of a checkpoint of random weights, and of its bundles int8 and fp32.",
+)
+def main(kept: Path, **chosen: Any) -> None:
     """Draw the same number of steps with each; then four steps without guidance beside diffusers' 25 with it."""
-    bench = Benchmark(__file__, "How long does a picture take as large a model as SD 1.5?", depends=[WORKER], **chosen)
+    question = "How long does a picture of a model as large as Stable Diffusion 1.5 take?"
+    bench = Benchmark(__file__, question, depends=[WORKER], **chosen)
+    checkpoint, int8, fp32 = (kept / name for name in ("checkpoint", "int8", "fp32"))
+    if missing := [str(folder) for folder in (checkpoint, int8, fp32) if not folder.is_dir()]:
+        click.echo(f"Nothing is measured: {', '.join(missing)} must be there (unidiff-export takes 20 GB)", err=True)
+        return
 
     def worker(who: str, folder: Path, steps: int, guidance: float) -> Worker:
         arguments = [WORKER, who, folder, str(steps), str(guidance), str(bench.threads)]

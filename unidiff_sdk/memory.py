@@ -16,10 +16,11 @@ _DECODER_TENSORS = 6
 
 
 def picture_memory(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int, height: int, rows: int) -> int:
-    """Bytes that the graphs hold while they draw one picture, beyond their weights; good to about a half.
+    """Bytes that the graphs hold while they draw one picture, beyond their weights.
 
     A UNet call holds its feature maps and, where its attention comes first, one square of that level's positions for
-    each head. The decoder holds feature maps at full size, and the square of its middle.
+    each head. The decoder holds feature maps at full size, and the square of its middle twice, before softmax and
+    after. Of the built-in model, at 192 to 512 pixels, it is 1.05 to 1.3 of what a process grows by.
 
     Args:
         unet, vae: their diffusers configurations.
@@ -37,7 +38,7 @@ def picture_memory(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int, 
     vae_channels: list[int] = list(vae["block_out_channels"])
     enlargement = 4 ** (len(vae_channels) - 1)
     widest = vae_channels[min(1, len(vae_channels) - 1)]  # what the last upsampling brings to full size
-    of_decoder = max(_DECODER_TENSORS * widest * enlargement * positions, positions**2)
+    of_decoder = _DECODER_TENSORS * widest * enlargement * positions + 2 * positions**2
     return int(_FLOAT * max(of_unet, of_decoder))
 
 
