@@ -21,6 +21,9 @@ LOSSES = {
     "rsc": "RSC: the generator learns from the encoder",
     "rsc_generated": "RSC: the encoder learns from the generator",
     "rsc_feature": "RSC: both learn from each other's features",
+    "leash": "Leash: how far embeddings are from the base's",
+    "prior": "Image synthesis of the base's own world",
+    "prior_leash": "Leash on the base's own world",
 }
 # What stands in the table and the curves: name, key of the figure, whether more is better.
 FIGURES = (
@@ -60,11 +63,14 @@ def _page(log: Log, sections: Sequence[Section]) -> Page:
         tiles.append((f"{first['denoising_loss']:.3f} → {last['denoising_loss']:.3f}", "denoising loss"))
     seconds = sum(step["seconds"] for step in steps)
     tiles.append((f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "in the steps"))
+    measured = (
+        " The samples, the searches and the figures are of the averaged weights, those that are saved, on pairs that "
+        "were not trained on."
+    )
     note = "" if log.validations else "There were no pairs to validate on (--val DATA), so this shows the losses alone."
     return Page(
         title=f"{about['name']}, tuned from {about['base']}",
-        text="CLIP and Stable Diffusion, fine-tuned together. The samples, the searches and the figures are of the "
-        "averaged weights, those that are saved, on pairs that were not trained on.",
+        text=f"CLIP and Stable Diffusion, fine-tuned together.{measured if log.validations else ''}",
         figures=tiles,
         sections=sections,
         note=note,
@@ -90,12 +96,15 @@ def _curves(log: Log) -> Section:
         charts.append(line_chart("Denoising loss, validation", loss, x_label="step", y_label="mean squared error"))
         ranks = [Line(f"{kind}s", _figure(log, f"{kind}_effective_rank")) for kind in ("image", "text")]
         charts.append(line_chart("Effective rank of embeddings", ranks, x_label="step", y_label="dimensions"))
+    measured = (
+        " What is measured on the validation pairs always uses the same pairs, noise and timesteps, so its changes are "
+        "the model's alone."
+    )
     rate = [Line("learning rate", [(step["step"], step["learning_rate"]) for step in log.steps])]
     charts.append(line_chart("Learning rate", rate, x_label="step"))
     return Section(
         "Curves",
-        "Each loss without its weight, step by step and smoothed. What is measured on the validation pairs always uses "
-        "the same pairs, noise and timesteps, so its changes are the model's alone.",
+        f"Each loss without its weight, step by step and smoothed.{measured if log.validations else ''}",
         charts=charts,
     )
 
@@ -180,12 +189,10 @@ def _chosen(log: Log) -> Iterable[Section]:
     for half, title in {"encoder": "Encoder", "generator": "Generator"}.items():
         if swept := chosen.get("wise_ft", {}).get(half):
             told.append(f"Of the {half}, {swept['alpha']:.0%} of what was tuned is kept (WiSE-FT).")
-            what = "score" if half == "encoder" else "denoising loss, negated"
-            charts.append(
-                line_chart(
-                    f"{title}: from the base to the tuned", [Line(what, swept["sweep"])], x_label="α", y_label=what
-                )
-            )
+            # The generator's score is its denoising loss, negated.
+            what, sign = ("score", 1) if half == "encoder" else ("denoising loss", -1)
+            lines = [Line(what, [(alpha, sign * score) for alpha, score in swept["sweep"]])]
+            charts.append(line_chart(f"{title}: from the base to the tuned", lines, x_label="α", y_label=what))
     if told:
         yield Section(
             "How the weights were chosen",
@@ -218,7 +225,7 @@ def _to_repeat(log: Log) -> Section:
     facts = {
         name: value for name, value in log.about.items() if name not in ("config", "command", "versions", "chosen")
     }
-    told = "\n".join(f"{name}: {value}" for name, value in facts.items())
+    told = "\n".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
     return Section(
         "To repeat it",
         "The command, what it found, and every setting. On the CPU, the same command gives the same weights.",
