@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 BUDGET_S = 60  # a row
 GATED = 16  # estimates of a step that RSC decodes
 OURS, PLAIN = "UniDiff, ITC + IS", "transformers' CLIP step + diffusers' train_text_to_image step"
+PIXEL, FEATURE = f"{OURS} + RSC pixel", f"{OURS} + RSC feature"
 Step = Callable[[], object]
+Contestants = Callable[[], tuple[dict[str, Step], dict[str, Step]]]
 
 
 @click.command()
@@ -29,61 +31,79 @@ def main(**chosen: Any) -> None:
 
     torch.set_num_threads(bench.threads)
     for name, make, batch in (("tiny", _tiny, 64), ("mid-size", _mid_size, 4)):
-        joint, cached, not_cached = f"{name}, latents cached", f"{name}, ours", f"{name}, latents encoded in every step"
-        consistency = f"{name}, RSC"
-        parameters = {"model": name, "batch": batch}
-        if bench.wants(joint):
+        gated = min(GATED, batch)
+        parameters = {"model": name, "batch": batch, "gated": gated}
+        for case, contestants, note in _cases(make, batch, gated):
+            case = f"{name}, {case}"
+            if not bench.wants(case):
+                continue
+            ours, peers = contestants()
+            flop = {who: _flop(step) for who, step in (ours | peers).items()}
             bench.row(
-                joint,
-                ours={OURS: _ours(make(), batch)},
-                peers={PLAIN: _plain(make(), batch, encode=False)},
+                case,
+                ours=ours,
+                peers=peers,
                 parameters=parameters,
                 items=batch,
+                flop=flop,
                 budget_s=BUDGET_S,
-                note="All parameters learn, but for the VAE's and, in diffusers' step as in its script, the text "
-                "encoder's; only ours averages its weights. fp32, AdamW, gradients clipped.",
+                note=note,
             )
-        if bench.wants(not_cached):
-            bench.row(
-                not_cached,
-                ours={OURS: _ours(make(), batch, encode=True)},
-                peers={PLAIN: _plain(make(), batch, encode=True)},
-                parameters=parameters,
-                items=batch,
-                budget_s=BUDGET_S,
-            )
-        if bench.wants(cached):
-            bench.row(
-                cached,
-                ours={"latents cached": _ours(make(), batch)},
-                peers={"encoded in every step": _ours(make(), batch, encode=True)},
-                parameters=parameters,
-                items=batch,
-                budget_s=BUDGET_S,
-            )
-        if bench.wants(consistency):
-            variants = {"pixel": {"lambda_rsc": 0.1}, "feature": {"lambda_rsc_feature": 0.05}}
-            gate = {"rsc_t_max": 999, "rsc_samples": GATED, "rsc_warmup_steps": 0}
-            bench.row(
-                consistency,
-                ours={f"ITC + IS + RSC {of}": _ours(make(), batch, **gate, **on) for of, on in variants.items()},
-                peers={"ITC + IS": _ours(make(), batch)},
-                parameters=parameters | {"gated": min(GATED, batch)},
-                items=batch,
-                budget_s=BUDGET_S,
-                note=f"RSC pixel decodes {min(GATED, batch)} estimates in every step here, all under the gate.",
-            )
-            _tell_per_sample(bench, consistency, min(GATED, batch))
+            if PIXEL in ours:
+                _tell_per_sample(bench, case, gated)
     bench.finish()
 
 
+def _cases(make: Callable[[], Checkpoint], batch: int, gated: int) -> Iterator[tuple[str, Contestants, str | None]]:
+    """Each row's name, how to set its contestants up (ours, peers), and what is not alike between them."""
+    unlike = (
+        "All parameters learn, but for the VAE's and, in diffusers' step as in its script, the text encoder's; only "
+        "ours averages its weights. fp32, AdamW, gradients clipped."
+    )
+    for told, encode in (("latents cached", False), ("latents encoded in every step", True)):
+        yield (
+            told,
+            lambda encode=encode: (
+                {OURS: _ours(make(), batch, encode=encode)},
+                {PLAIN: _plain(make(), batch, encode=encode)},
+            ),
+            unlike,
+        )
+    yield (
+        "what caching gains",
+        lambda: (
+            {f"{OURS}, latents cached": _ours(make(), batch)},
+            {f"{OURS}, encoded in every step": _ours(make(), batch, encode=True)},
+        ),
+        None,
+    )
+    gate = {"rsc_t_max": 999, "rsc_samples": gated, "rsc_warmup_steps": 0}
+    yield (
+        "what RSC costs",
+        lambda: (
+            {
+                PIXEL: _ours(make(), batch, lambda_rsc=0.1, **gate),
+                FEATURE: _ours(make(), batch, lambda_rsc_feature=0.05, **gate),
+            },
+            {OURS: _ours(make(), batch)},
+        ),
+        f"RSC pixel decodes {gated} estimates in every step here, all under the gate.",
+    )
+
+
+def _flop(step: Step) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
 def _tell_per_sample(bench: Benchmark, case: str, gated: int) -> None:
-    """What a gated sample of RSC costs, from the row's own medians."""
+    """What an estimate that RSC decodes costs, from the row's own medians."""
     measured = bench.rows[case]["measured"]
-    plain = measured["ITC + IS"]["seconds"]["median"]
-    for name, of in measured.items():
-        if "RSC" in name:
-            of["figures"]["ms_per_gated_sample"] = round(1000 * (of["seconds"]["median"] - plain) / gated, 3)
+    more = measured[PIXEL]["seconds"]["median"] - measured[OURS]["seconds"]["median"]
+    measured[PIXEL]["figures"]["ms_per_gated_sample"] = round(1000 * more / gated, 3)
     bench.write()
 
 

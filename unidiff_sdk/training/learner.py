@@ -83,13 +83,8 @@ class Learner:
     @contextmanager
     def averaged_for_use(self) -> Iterator[None]:
         """The model as it would be saved now, in eval mode and without gradients, for as long as the block lasts."""
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.ema.applied(self.model):
-                yield
-        finally:
-            self.model.train()
-            self.model.vae.eval()
+        with self.model.at_rest(), self.ema.applied(self.model):
+            yield
 
     def fingerprint(self) -> str:
         """sha256 over the first values of every tensor: tells one base from another, quickly."""

@@ -7,10 +7,8 @@ embeddings do not change, so no second model is kept: two rows a pair are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from unidiff_sdk.training.model import JointModel
@@ -25,7 +23,7 @@ AT_ONCE = 64
 def embed_pictures(model: JointModel, clip_images: Pictures, scratch: Path | None) -> Tensor:
     """float[n, d] on the CPU, unit rows: f of n pictures. scratch: see `rows`."""
     device = model.alpha_bar.device
-    with _as_base(model):
+    with model.at_rest():
         found = (model.f(model.to_clip(chunk.to(device).float() / 255)) for chunk in clip_images.split(AT_ONCE))
         return _collect(found, len(clip_images), scratch)
 
@@ -33,21 +31,9 @@ def embed_pictures(model: JointModel, clip_images: Pictures, scratch: Path | Non
 def embed_texts(model: JointModel, clip_ids: Tensor, scratch: Path | None) -> Tensor:
     """float[n, d] on the CPU, unit rows: g of n captions. clip_ids: int64[n, tokens]."""
     device = model.alpha_bar.device
-    with _as_base(model):
+    with model.at_rest():
         pooled = (model.clip.text_model(ids.to(device)).pooler_output for ids in clip_ids.split(AT_ONCE))
         return _collect((model.text_embeds(state) for state in pooled), len(clip_ids), scratch)
-
-
-@contextmanager
-def _as_base(model: JointModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-        model.vae.eval()
 
 
 def _collect(chunks: Iterator[Tensor], n: int, scratch: Path | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidiff_sdk.errors import CheckpointError, OptionError
+from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.training.callbacks import Moment, Validate, Validated
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.learner import Learner
@@ -28,14 +28,11 @@ class Looks:
     weights (early stopping, Prechelt 1998). With WiSE-FT, it ends somewhere on the line from the base's weights to
     those, see `wiseft`. In several processes, the main one looks and the others do as it says.
 
-    Made while the learner holds the base's weights. Raises OptionError where the configuration needs looks and
-    `on_validate` is None.
+    Made while the learner holds the base's weights.
     """
 
     def __init__(self, on_validate: Validate | None, learner: Learner, checkpoint: Checkpoint) -> None:
         config = learner.config
-        if on_validate is None and (config.patience or config.wise_ft):
-            raise OptionError("early stopping and WiSE-FT choose by pairs that are not trained on: name some (--val)")
         self.on_validate = on_validate
         self.learner = learner
         self.checkpoint = checkpoint

@@ -154,6 +154,18 @@ class JointModel(nn.Module):
         half = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.alpha_bar.device.type, half, enabled=self.precision != "fp32")
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """In eval mode and without gradients, for as long as the block lasts. The VAE always stays in eval mode."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+            self.vae.eval()
+
     def checkpoint_activations(self) -> None:
         """Keep few activations on the way forward and compute the others again on the way back.
 

@@ -39,14 +39,13 @@ def draw_prior(
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     if not prior.prompts or len(lines) >= prior.pairs:
         return
-    training = model.training
-    model.eval()
     try:
         prior.folder.mkdir(parents=True, exist_ok=True)
         for start in on_batches(range(len(lines), prior.pairs, AT_ONCE)):
             numbers = range(start, min(start + AT_ONCE, prior.pairs))
             prompts = [prior.prompts[number % len(prior.prompts)] for number in numbers]
-            pictures = draw(model, checkpoint, prompts, seed=seed_of(seed, Purpose.PRIOR, start))
+            with model.at_rest():
+                pictures = draw(model, checkpoint, prompts, seed=seed_of(seed, Purpose.PRIOR, start))
             for number, prompt, picture in zip(numbers, prompts, pictures, strict=True):
                 name = f"prior-{number:06d}.png"
                 Image.fromarray(picture).save(prior.folder / name)
@@ -56,5 +55,3 @@ def draw_prior(
             part.replace(file)
     except OSError as error:
         raise DataError(f"the prior's pictures cannot be kept in {prior.folder}: {error}") from error
-    finally:
-        model.train(training)

@@ -81,9 +81,8 @@ def train(
     the run instead of being passed over. resume: go on with the run that `out` holds, if it holds one; on the CPU, the
     weights become the same bit for bit as without the interruption.
 
-    latents: a folder that keeps the VAE's latents for other runs; default: they are kept in memory alone.
-
-    prior: pairs of the base's own world, learned from beside the catalogue's.
+    latents: a folder that keeps the VAE's latents for other runs. prior: pairs of the base's own world, learned from
+    beside the catalogue's.
 
     on_rows: wraps the rows while they are read. on_prior: wraps the batches that the base draws for the prior.
     on_start: called with the base once it is loaded. on_step: called after each step. on_validate: measures the model
@@ -98,6 +97,8 @@ def train(
         raise OptionError(
             "a prior teaches by image synthesis and by the leash, and both of them, or itself, have no weight"
         )
+    if on_validate is None and (config.patience or config.wise_ft):
+        raise OptionError("early stopping and WiSE-FT choose by pairs that are not trained on: name some (--val)")
     started = time.perf_counter()
     out = Path(out)
     processes = Processes.join(device)
