@@ -2,7 +2,8 @@
 
 Every student is distilled anew, from seed to bundle (`unidiff-train distill`), on captions of the three synthetic
 catalogues' training splits; then all draw the same captions of combinations that neither training nor distillation
-showed, from the same seeds. What is right in the pictures is read off by the frozen judge.
+showed, from the same seeds. What is right in the pictures is read off by the frozen judge. Of the UNet's work four
+unguided steps are 4/50; of all that a picture takes, by multiply-adds, 0.104, because both decode it.
 """
 
 from __future__ import annotations

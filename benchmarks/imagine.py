@@ -13,7 +13,7 @@ from typing import Any
 import click
 from harness import Benchmark, options
 
-ITEMS, QUERIES = 500, 100
+ITEMS, QUERIES = 500, 60
 PICTURES = (1, 4)
 
 
