@@ -17,6 +17,7 @@ from toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, Generation, ImageError, OptionError
 from unidiff_sdk.contact_sheet import contact_sheet
+from unidiff_sdk.encoder import Encoder
 from unidiff_sdk.provenance import read_recipe, save
 
 DIGITAL_SOURCE = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
@@ -102,6 +103,29 @@ def test_searches_can_leave_out_what_was_drawn(catalog: Catalog) -> None:
         assert len(none) == 0 and none.drawn == 3 and none.refused["max_similarity"] == 3
     finally:
         catalog.delete(ids)
+
+
+def test_safety_drops_and_replaces(catalog: Catalog, tmp_path: Path) -> None:
+    """What is dropped is drawn anew; what is put in its place is judged, marked, and told in its file."""
+    shown: list[Image.Image] = []
+    grey = Image.new("RGB", (16, 16), "grey")
+
+    def safety(image: Image.Image) -> Image.Image | None:
+        shown.append(image)
+        return {1: None, 2: grey}.get(len(shown), image)
+
+    generation = catalog.generate("red boots", n=2, seed=11, steps=2, safety=safety)
+    assert len(generation) == 2 and generation.drawn == len(shown) == 3 and generation.refused["safety"] == 1
+    (replaced,) = [picture for picture in generation if picture.replaced]
+    (kept,) = [picture for picture in generation if not picture.replaced]
+    assert (replaced.seed, kept.seed) == (12, 13)  # that of the seed 11 was dropped
+    np.testing.assert_array_equal(np.asarray(replaced.image), np.asarray(grey))
+    encoder = Encoder(catalog.bundle)
+    assert replaced.score == pytest.approx(
+        float(encoder.encode_images([grey])[0] @ encoder.encode_texts(["red boots"])[0])
+    )
+    replaced.save(tmp_path / "replaced.png")
+    assert read_recipe(tmp_path / "replaced.png").replaced
 
 
 def test_several_prompts_in_one_call(catalog: Catalog) -> None:
