@@ -163,6 +163,20 @@ def test_layers_on_one_tensor_share_its_codes(lowered: ir.Model, ranges: dict[st
     assert sum(node.op_type == "Conv" for node in model.graph) == 2
 
 
+def test_results_keep_their_names(tmp_path: Path) -> None:
+    """Also where the last node is one that quantising replaces: a projection of CLIP is."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    module = nn.Linear(4, 8)
+    spec = GraphSpec("projection", nn.Sequential(module), 0, {"input": {0: "batch"}}, ("embeds",), lambda b, s: (x[:b],))
+    model = lower(spec)
+    assert quantisable(model)["0"].op_type == "Gemm"
+    quantise(model, {"0": LayerRanges(Range.of(float(x.min()), float(x.max())), Range(-9, 9))})
+    ours = session(model, tmp_path / "int8.onnx").run(["embeds"], {"input": x.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, module(x).numpy(), atol=0.05)
+
+
 def test_layer_errors_agree_with_quantising_it_alone(
     lowered: ir.Model, block: GraphSpec, calls: Any, ranges: dict[str, LayerRanges], tmp_path: Path
 ) -> None:

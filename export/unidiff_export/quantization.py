@@ -153,11 +153,13 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
     if bias and bias[0] is not None:
         nodes.append(_node("Add", [nodes[-1].outputs[0], bias[0]], f"{result.name}.sum"))
     product.name = gemm.name
-    product.outputs[0].type = nodes[-1].outputs[0].type = result.type
-    nodes[-1].outputs[0].shape = result.shape
+    last = nodes[-1].outputs[0]
+    product.outputs[0].type = last.type = result.type
+    last.shape = result.shape
     graph.insert_before(gemm, nodes)
-    ir.convenience.replace_all_uses_with(result, nodes[-1].outputs[0], replace_graph_outputs=True)
+    ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
     graph.remove(gemm, safe=True)
+    last.name = result.name  # which may be that of one of the graph's results
     if not weight.uses():
         graph.initializers.pop(str(weight.name))
 
