@@ -163,12 +163,24 @@ def test_layers_on_one_tensor_share_its_codes(lowered: ir.Model, ranges: dict[st
     assert sum(node.op_type == "Conv" for node in model.graph) == 2
 
 
+def test_a_convolution_that_gives_the_result_stays_float(calls: Any, ranges: dict[str, LayerRanges]) -> None:
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
+    spec = GraphSpec("last", module, 0, {"input": {0: "batch"}}, ("y",), lambda b, s: (calls[0][0][:b],))
+    model = lower(spec)
+    assert quantise(model, {"0": ranges["first"], "1": ranges["second"]}) == ["0"]
+    (y,) = model.graph.outputs
+    weight = y.producer().inputs[1]
+    assert y.producer().op_type == "Conv" and weight.is_initializer() and weight.dtype == ir.DataType.FLOAT
+
+
 def test_results_keep_their_names(tmp_path: Path) -> None:
     """Also where the last node is one that quantising replaces: a projection of CLIP is."""
     torch.manual_seed(0)
     x = torch.randn(5, 4)
     module = nn.Linear(4, 8)
-    spec = GraphSpec("projection", nn.Sequential(module), 0, {"input": {0: "batch"}}, ("embeds",), lambda b, s: (x[:b],))
+    spec = GraphSpec(
+        "projection", nn.Sequential(module), 0, {"input": {0: "batch"}}, ("embeds",), lambda b, s: (x[:b],)
+    )
     model = lower(spec)
     assert quantisable(model)["0"].op_type == "Gemm"
     quantise(model, {"0": LayerRanges(Range.of(float(x.min()), float(x.max())), Range(-9, 9))})
@@ -216,14 +228,14 @@ def test_policy_keeps_back_the_most_sensitive_first(
     wide["key"] = LayerRanges(Range(-1e4, 1e4), ranges["key"].output)  # so coarse that nothing is left of it
     policy = Int8Policy([block], Calibration({"block": wide}, {"block": calls}))
     assert policy.kept_back("block") == [] and policy.ranges("block").keys() == ranges.keys()
-    assert policy.describe("block")["multiply_adds"] == 1
+    assert policy.describe("block", list(ranges))["multiply_adds"] == 1
     kept = []
     while policy.relax(["block", "unknown"]):
         kept.append(policy.kept_back("block"))
     assert [len(names) for names in kept] == [1, 2, 4, 5]
     assert kept[0] == ["key"]
     assert all(before == after[: len(before)] for before, after in pairwise(kept))
-    assert policy.describe("block") == {"layers": 0, "multiply_adds": 0, "kept_back": kept[-1]}
+    assert policy.describe("block", []) == {"layers": 0, "multiply_adds": 0, "kept_back": kept[-1]}
 
 
 def test_samples_are_split_without_overlap(random_checkpoint: Path, small_catalogue: Path) -> None:

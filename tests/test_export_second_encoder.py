@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,8 @@ def test_both_encoders_are_in_the_bundle(bundle: Bundle) -> None:
     assert list(graphs["text_encoder"]["outputs"]) == ["last_hidden_state"]
     assert list(graphs["clip_text_encoder"]["outputs"]) == ["text_embeds"]
     assert (graphs["text_encoder"]["attention_nodes"], graphs["clip_text_encoder"]["attention_nodes"]) == (2, 3)
-    assert bundle.manifest["embedding"]["shared_text_encoder"] is False
+    embedding = bundle.manifest["embedding"]
+    assert (embedding["shared_text_encoder"], embedding["conditioning_layer"]) == (False, -2)
     assert bundle.manifest["parity"]["image"]["psnr_db"] >= 40
     assert (bundle.path / "clip_tokenizer" / "vocab.json").is_file()
     for name in ("text_encoder", "clip_text_encoder"):
@@ -128,9 +129,27 @@ def test_pictures_equal_diffusers(bundle: Bundle, checkpoint: Path) -> None:
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
 
-def test_a_clip_without_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_clip_is_refused(checkpoint: Path) -> None:
     from unidiff_export.folder import clip_tokenizer
+    from unidiff_sdk.training.checkpoint import load_checkpoint
 
-    checkpoint: Any = SimpleNamespace(path=tmp_path)
-    with pytest.raises(ExportError, match=r"clip has no tokenizer.*put vocab.json and merges.txt there"):
-        clip_tokenizer(checkpoint)
+    loaded = load_checkpoint(checkpoint)
+    words = loaded.clip.config.text_config.vocab_size
+    loaded.clip.config.text_config.vocab_size = words - 1
+    with pytest.raises(ExportError, match=rf"clip knows {words - 1} tokens, .* tokenizer has {words}: put vocab.json"):
+        clip_tokenizer(loaded)
+
+
+def test_a_pipeline_and_a_clip_from_different_folders(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """As they are published: Stable Diffusion has no CLIP beside it."""
+    from unidiff_export import exporter
+
+    pipeline = shutil.copytree(checkpoint, tmp_path / "pipeline", ignore=shutil.ignore_patterns("clip", "unidiff.json"))
+    loaded = exporter.load_base(pipeline, checkpoint / "clip")
+    specs = {spec.name: spec.module for spec in exporter.graph_specs(loaded)}
+    assert list(specs) == list(bundle.manifest["graphs"])
+    ids = np.random.default_rng(0).integers(0, 500, (2, TOKENS))
+    with torch.no_grad():
+        states = specs["text_encoder"](torch.from_numpy(ids)).numpy()
+    ours = bundle.session("text_encoder").run(None, {"input_ids": ids})[0]
+    np.testing.assert_allclose(ours, states, atol=1e-5)

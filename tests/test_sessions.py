@@ -48,6 +48,12 @@ def test_a_session_runs_on_the_device_asked_for(graph: Path) -> None:
     assert [value.name for value in session.get_inputs()] == ["sample", "timestep", "encoder_hidden_states"]
 
 
+def test_integer_products_do_not_saturate_where_there_is_no_vnni(graph: Path) -> None:
+    """ONNX Runtime does it by this entry, and looks at the processor itself; here it can only be seen to be told."""
+    options = create_session(graph, threads=1).get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
 def test_both_packages_are_found_before_either_is_imported(tmp_path: Path) -> None:
     said = run_with(site_packages(tmp_path, "onnxruntime", "onnxruntime_gpu", code="raise SystemError"))
     assert said == (

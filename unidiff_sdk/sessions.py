@@ -86,6 +86,9 @@ def create_session(
     options.intra_op_num_threads = threads or 0  # 0: one a core
     # Idle threads of one graph must not compete with the next graph's: text encoder, UNet, decoder take turns.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without VNNI, sums of uint8 times int8 saturate at 16 bits. ONNX Runtime looks whether the processor has it, and
+    # by this entry multiplies uint8 by uint8 where it has not: slower, but right.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = onnxruntime.InferenceSession(
             str(file), options, providers=[(name, told.get(name, {})) for name in providers if name in available]

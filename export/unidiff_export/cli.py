@@ -21,11 +21,13 @@ EXAMPLES = """
 unidiff-export runs/shop -o bundles/shop
 unidiff-export tiny -o bundles/tiny-fp16 --fp16
 unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
+unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
 """
 
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
+@click.option("--clip", help="Its CLIP, where CKPT has none: a folder, a hub id, or open_clip:ARCH/TAG-or-file.")
 @click.option("-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="Compute in single precision (default).")
 @click.option("--fp16", "precision", flag_value="fp16", help="Compute in half precision: half the size, for GPUs.")
@@ -44,12 +46,20 @@ unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
     help="Catalogue to learn int8 from and judge search on. Default: captions in CKPT, and what is drawn of them.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is at BUNDLE already.")
-def main(checkpoint: str, out: Path, precision: str, target: str, calibration: Path | None, overwrite: bool) -> None:
+def main(
+    checkpoint: str,
+    clip: str | None,
+    out: Path,
+    precision: str,
+    target: str,
+    calibration: Path | None,
+    overwrite: bool,
+) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
-    CKPT is a folder that unidiff-train wrote, or "tiny" for the built-in base. Each graph is compared with PyTorch,
-    and whole pictures with those of the diffusers pipeline; the bundle appears only if all of them agree, and carries
-    the figures in its manifest.json.
+    CKPT is a folder that unidiff-train wrote, "tiny" for the built-in base, or a Stable Diffusion of diffusers. Each
+    graph is compared with PyTorch, and whole pictures with those of the diffusers pipeline; the bundle appears only if
+    all of them agree, and carries the figures in its manifest.json.
     """
     from rich.console import Console
 
@@ -62,6 +72,7 @@ def main(checkpoint: str, out: Path, precision: str, target: str, calibration: P
         export = export_bundle(
             checkpoint,
             out,
+            clip=clip,
             precision=precision,
             target=target,
             calibration=calibration,

@@ -17,7 +17,8 @@ import torch
 
 from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.errors import ExportError
-from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.training.bases import load_base
+from unidiff_sdk.training.checkpoint import Checkpoint
 
 from .calibration import Samples, calibrate, draw, effort_for, read_samples
 from .folder import (
@@ -79,6 +80,7 @@ def export_bundle(
     checkpoint: str | Path | Checkpoint,
     out: str | Path,
     *,
+    clip: str | Path | None = None,
     precision: str = "fp32",
     target: str = "cpu",
     calibration: str | Path | None = None,
@@ -88,8 +90,10 @@ def export_bundle(
     """Export a checkpoint as an ONNX bundle in the new folder `out`, verified against PyTorch.
 
     Args:
-        checkpoint: a checkpoint folder, its name, or one already loaded.
+        checkpoint: a checkpoint folder, its name, one already loaded, or a diffusers Stable Diffusion (folder or hub
+            id).
         out: the bundle's folder; it appears only once everything has been verified.
+        clip: for a Stable Diffusion that has no CLIP beside it, or instead of its own: see `load_base`.
         precision: "fp32", "fp16" or "int8". All graphs keep float32 inputs and outputs. An fp16 graph whose
             intermediate results would overflow stays fp32, and layers that 8 bits do not suffice for are kept back, as
             the graph's entry in the manifest says.
@@ -114,7 +118,7 @@ def export_bundle(
 
         # 1. Load
         say("loading the checkpoint")
-        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_base(checkpoint, clip)
         specs = graph_specs(loaded)
 
         # 2. What PyTorch draws and finds
@@ -212,32 +216,34 @@ class _Workshop:
     def make(self, spec: GraphSpec) -> None:
         """Lower `spec`, write its folder and its entry."""
         self._say(f"lowering {spec.name}")
-        model, used = self._lower(spec)
+        model, used, quantised = self._lower(spec)
         folder = self._folder / spec.name
         write_graph(model, folder, _config(self._checkpoint, spec.name))
         entry = describe_graph(model, spec, used, self._target) | {
             "bytes": sum(file.stat().st_size for file in graph_files(folder))
         }
         if self._policy:
-            entry["int8"] = self._policy.describe(spec.name)
+            entry["int8"] = self._policy.describe(spec.name, quantised)
         self.graphs[spec.name] = entry
 
-    def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str]:
-        """The graph, and the precision it got: fp32 where half precision would overflow, or 8 bits suffice nowhere."""
+    def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
+        """The graph, the precision it got, and the layers that are quantised.
+
+        The precision is fp32 where half precision would overflow, or 8 bits suffice nowhere.
+        """
         target = TARGETS[self._target]
         if self._precision == "fp16" and not overflows_half(spec.module, spec.example(1, 1)):
-            return lower(spec, target, half=True), "fp16"
-        used = "fp32"
+            return lower(spec, target, half=True), "fp16", []
+        quantised: list[str] = []
         if self._policy:
             if spec.name not in self._lowered:
                 self._lowered[spec.name] = lower(spec, target)
-            model, ranges = self._lowered[spec.name].clone(), self._policy.ranges(spec.name)
-            quantise(model, ranges)
-            used = "int8" if ranges else "fp32"
+            model = self._lowered[spec.name].clone()
+            quantised = quantise(model, self._policy.ranges(spec.name))
         else:
             model = lower(spec, target)
         store_halves(model)
-        return model, used
+        return model, "int8" if quantised else "fp32", quantised
 
 
 def _verify(

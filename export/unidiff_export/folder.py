@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,19 +124,15 @@ def pipeline_index(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def clip_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer in `clip/`: that of search, where prompts have another."""
-    from transformers import CLIPTokenizer
-
-    folder = checkpoint.path / "clip"
-    # transformers 5 makes an empty tokenizer of a folder that has none.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    """CLIP's own tokenizer: that of search, where prompts have another text encoder."""
+    tokenizer, config = deepcopy(checkpoint.clip_tokenizer), checkpoint.clip.config.text_config
+    if len(tokenizer) != config.vocab_size:
         raise ExportError(
-            f"{folder} has no tokenizer, and that of prompts belongs to another text encoder: put vocab.json and "
-            "merges.txt there"
+            f"{checkpoint.path}: clip knows {config.vocab_size} tokens, but its tokenizer has {len(tokenizer)}: put "
+            "vocab.json and merges.txt of the right one into clip/"
         )
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     # What the tokenizer says of its length may be another model's, or missing: the tower decides.
-    tokenizer.model_max_length = checkpoint.clip.config.text_config.max_position_embeddings
+    tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
 
 

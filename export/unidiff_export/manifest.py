@@ -82,6 +82,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "embedding": {
             "dim": clip.config.projection_dim,
             "shared_text_encoder": checkpoint.shared,
+            "conditioning_layer": checkpoint.conditioning_layer,
             "max_tokens": clip.config.text_config.max_position_embeddings,
             "logit_scale": clip.logit_scale.exp().item(),
         },

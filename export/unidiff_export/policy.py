@@ -54,10 +54,12 @@ class Int8Policy:
                 changed.append(graph)
         return changed
 
-    def describe(self, graph: str) -> dict[str, Any]:
-        """For the manifest: how many layers are quantised, their share of all multiply-adds, and which are not."""
+    def describe(self, graph: str, quantised: Sequence[str]) -> dict[str, Any]:
+        """For the manifest: how many layers were quantised, their share of all multiply-adds, and which are held back.
+
+        quantised: those of `ranges` that the graph let quantise.
+        """
         layers, total = self._work[graph]
-        quantised = self.ranges(graph)
         return {
             "layers": len(quantised),
             "multiply_adds": round(sum(layers[name] for name in quantised) / total, 4),

@@ -90,15 +90,22 @@ def quantisable(model: ir.Model) -> dict[str, ir.Node]:
     }
 
 
-def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> None:
-    """Quantise those layers of `model` that `ranges` names, in place.
+def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> list[str]:
+    """Quantise those layers of `model` that `ranges` names, in place, and return their names.
 
     Layers that read the same tensor share one pair of QuantizeLinear and DequantizeLinear, over what all of them saw.
+    A convolution that gives one of the graph's results stays float: as an integer kernel it would give them in 256
+    steps.
     """
     for name, node in quantisable(model).items():
         if name in ranges and node.op_type == "Gemm":
             _split_gemm(model.graph, node)
-    layers = [(node, _input(node), ranges[name]) for name, node in quantisable(model).items() if name in ranges]
+    chosen = {
+        name: node
+        for name, node in quantisable(model).items()
+        if name in ranges and not (node.op_type == "Conv" and node.outputs[0].is_graph_output())
+    }
+    layers = [(node, _input(node), ranges[name]) for name, node in chosen.items()]
     spans: dict[ir.Value, Range] = {}
     for node, source, seen in layers:
         spans[source] = spans.get(source, Range(0, 0)) | seen.input
@@ -112,6 +119,7 @@ def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> None:
             user.replace_input_with(index, coded[tensor].decoded)
     for node, source, _ in layers:
         _quantise_layer(model.graph, node, coded[source])
+    return list(chosen)
 
 
 class _Codes:
