@@ -131,7 +131,7 @@ def test_weights_are_within_half_a_step(seed: int, axis: int) -> None:
 
 
 def test_every_layer_is_found_by_its_module(lowered: ir.Model) -> None:
-    found = {name: node.op_type for name, node in quantisable(lowered).items()}
+    found = {name: node.op_type for name, node in quantisable(lowered)}
     assert found == {"first": "Conv", "second": "Conv", "query": "MatMul", "key": "MatMul", "embed": "Gemm"}
 
 
@@ -182,7 +182,7 @@ def test_results_keep_their_names(tmp_path: Path) -> None:
         "projection", nn.Sequential(module), 0, {"input": {0: "batch"}}, ("embeds",), lambda b, s: (x[:b],)
     )
     model = lower(spec)
-    assert quantisable(model)["0"].op_type == "Gemm"
+    assert dict(quantisable(model))["0"].op_type == "Gemm"
     quantise(model, {"0": LayerRanges(Range.of(float(x.min()), float(x.max())), Range(-9, 9))})
     ours = session(model, tmp_path / "int8.onnx").run(["embeds"], {"input": x.numpy()})[0]
     with torch.no_grad():

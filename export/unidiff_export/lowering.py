@@ -1,7 +1,7 @@
 """PyTorch modules to ONNX graphs: ask the exporter for the operators that the target runs best.
 
 Opset 23 has `Attention` and `GroupNormalization`, and `torch.onnx.export(dynamo=True)` emits them for
-`scaled_dot_product_attention` and `GroupNorm`, so the graph needs no pattern matching afterwards.
+`scaled_dot_product_attention` and `GroupNorm`, so attention needs no pattern matching afterwards.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from unidiff_sdk.pipelinefolder import EXTRA_CONDITIONS
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .options import TARGETS, Target
+from .passes import rewrite_for_cpu
 from .quantization import name_by_layer
 
 if TYPE_CHECKING:
@@ -265,6 +266,8 @@ def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = Fals
     check_attention(model, spec.attention_layers, target, spec.name)
     check_operators(model, target, spec.name)
     name_by_layer(model)
+    if target.rewritten:
+        rewrite_for_cpu(model)
     ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
     return model
 

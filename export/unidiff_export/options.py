@@ -25,6 +25,7 @@ class Target:
         attention: (domain, operator) of the one node that each attention layer has.
         precisions: those that make sense on it.
         devices: the devices of `Bundle.open` that run it.
+        rewritten: whether its graphs are rewritten for ONNX Runtime's CPU kernels, see `passes`.
     """
 
     purpose: str
@@ -33,6 +34,7 @@ class Target:
     attention: tuple[str, str]
     precisions: tuple[str, ...]
     devices: tuple[str, ...]
+    rewritten: bool = False
 
 
 TARGETS = {
@@ -43,6 +45,7 @@ TARGETS = {
         attention=(STANDARD, "Attention"),
         precisions=PRECISIONS,
         devices=("cpu", "cuda"),
+        rewritten=True,
     ),
     "portable": Target(
         purpose="standard operators only, for any runtime that knows opset 23",

@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .passes import constant, replace
+
 # Where torch's exporter notes the modules that a node came from, outermost first, then the operation.
 SCOPES = "pkg.torch.onnx.name_scopes"
 INT8_MAX, UINT8_MAX = 127, 255
@@ -81,13 +83,16 @@ def layer_of(node: ir.Node) -> str:
     return (node.name or "").rpartition("/")[0]
 
 
-def quantisable(model: ir.Model) -> dict[str, ir.Node]:
-    """The nodes that multiply by a constant matrix or kernel, by the PyTorch layer that they came from."""
-    return {
-        layer_of(node): node
+def quantisable(model: ir.Model) -> list[tuple[str, ir.Node]]:
+    """The nodes that multiply by a constant matrix or kernel, with the PyTorch layer that they came from.
+
+    A layer has several where its weights were cut.
+    """
+    return [
+        (layer_of(node), node)
         for node in model.graph
         if node.op_type in OPERATORS and layer_of(node) and _weight(node) is not None
-    }
+    ]
 
 
 def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> list[str]:
@@ -97,15 +102,15 @@ def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> list[str]:
     A convolution that gives one of the graph's results stays float: as an integer kernel it would give them in 256
     steps.
     """
-    for name, node in quantisable(model).items():
+    for name, node in quantisable(model):
         if name in ranges and node.op_type == "Gemm":
             _split_gemm(model.graph, node)
-    chosen = {
-        name: node
-        for name, node in quantisable(model).items()
+    chosen = [
+        (name, node)
+        for name, node in quantisable(model)
         if name in ranges and not (node.op_type == "Conv" and node.outputs[0].is_graph_output())
-    }
-    layers = [(node, _input(node), ranges[name]) for name, node in chosen.items()]
+    ]
+    layers = [(node, _input(node), ranges[name]) for name, node in chosen]
     spans: dict[ir.Value, Range] = {}
     for node, source, seen in layers:
         spans[source] = spans.get(source, Range(0, 0)) | seen.input
@@ -119,7 +124,7 @@ def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> list[str]:
             user.replace_input_with(index, coded[tensor].decoded)
     for node, source, _ in layers:
         _quantise_layer(model.graph, node, coded[source])
-    return list(chosen)
+    return list(dict.fromkeys(name for name, _ in chosen))
 
 
 class _Codes:
@@ -127,8 +132,8 @@ class _Codes:
 
     def __init__(self, graph: ir.Graph, source: ir.Value, span: Range) -> None:
         self.span = span
-        self.scale = _constant(graph, f"{source.name}.scale", span.scale)
-        self.zero_point = _constant(graph, f"{source.name}.zero_point", span.zero_point)
+        self.scale = constant(graph, f"{source.name}.scale", span.scale)
+        self.zero_point = constant(graph, f"{source.name}.zero_point", span.zero_point)
         encode = _node("QuantizeLinear", [source, self.scale, self.zero_point], f"{source.name}.codes")
         decode = _node("DequantizeLinear", [encode.outputs[0], self.scale, self.zero_point], f"{source.name}.decoded")
         encode.outputs[0].type, encode.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), source.shape
@@ -152,22 +157,17 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
     if gemm.attributes.get_int("transB", 0):
         matrix = matrix.T
     result = gemm.outputs[0]
-    front = _constant(graph, "front_axis", np.array([0], np.int64))
+    front = constant(graph, "front_axis", np.array([0], np.int64))
     raised = _node("Unsqueeze", [x, front], f"{result.name}.raised")
     raised.outputs[0].type = x.type
-    weights = _constant(graph, f"{weight.name}.matrix", matrix)
+    weights = constant(graph, f"{weight.name}.matrix", matrix)
     product = _node("MatMul", [raised.outputs[0], weights], f"{result.name}.product")
     nodes = [raised, product, _node("Squeeze", [product.outputs[0], front], f"{result.name}.lowered")]
     if bias and bias[0] is not None:
         nodes.append(_node("Add", [nodes[-1].outputs[0], bias[0]], f"{result.name}.sum"))
     product.name = gemm.name
-    last = nodes[-1].outputs[0]
-    product.outputs[0].type = last.type = result.type
-    last.shape = result.shape
-    graph.insert_before(gemm, nodes)
-    ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
-    graph.remove(gemm, safe=True)
-    last.name = result.name  # which may be that of one of the graph's results
+    product.outputs[0].type = result.type
+    replace(graph, gemm, nodes, nodes[-1].outputs[0])
     if not weight.uses():
         graph.initializers.pop(str(weight.name))
 
@@ -177,7 +177,7 @@ def _quantise_layer(graph: ir.Graph, node: ir.Node, source: _Codes) -> None:
     assert weight is not None and weight.const_value is not None
     axis = CHANNEL_AXIS[node.op_type]
     codes, scales = quantise_weights(weight.const_value.numpy(), axis)
-    scale = _constant(graph, f"{weight.name}.scale", scales)
+    scale = constant(graph, f"{weight.name}.scale", scales)
     node.replace_input_with(0, source.decoded)
     node.replace_input_with(1, _decoded(graph, node, f"{weight.name}.int8", codes, scale, axis, weight))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -185,7 +185,7 @@ def _quantise_layer(graph: ir.Graph, node: ir.Node, source: _Codes) -> None:
         bias_scales = scales * source.span.scale
         limits = np.iinfo(np.int32)
         bias_codes = np.rint(bias.const_value.numpy().astype(np.float64) / bias_scales).clip(limits.min, limits.max)
-        bias_scale = _constant(graph, f"{bias.name}.scale", bias_scales)
+        bias_scale = constant(graph, f"{bias.name}.scale", bias_scales)
         decoded = _decoded(graph, node, f"{bias.name}.int32", bias_codes.astype(np.int32), bias_scale, 0, bias)
         node.replace_input_with(2, decoded)
     for replaced in (weight, bias):
@@ -197,7 +197,7 @@ def _decoded(
     graph: ir.Graph, before: ir.Node, name: str, codes: NDArray, scale: ir.Value, axis: int, like: ir.Value
 ) -> ir.Value:
     """A constant stored as `codes`, and the DequantizeLinear that gives it back as floats."""
-    stored = _constant(graph, name, codes)
+    stored = constant(graph, name, codes)
     node = _node("DequantizeLinear", [stored, scale], f"{name}.decoded", {"axis": axis})
     node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
     graph.insert_before(before, node)
@@ -214,17 +214,6 @@ def _weight(node: ir.Node) -> ir.Value | None:
     """The constant that a layer multiplies by, if it is one."""
     weight = node.inputs[1]
     return weight if weight is not None and weight.const_value is not None and weight.is_initializer() else None
-
-
-def _constant(graph: ir.Graph, name: str, value: NDArray | np.generic) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = ir.tensor(np.ascontiguousarray(value).reshape(np.shape(value)), name=name)
-    constant = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(np.shape(value)), const_value=tensor
-    )
-    graph.initializers.add(constant)
-    return constant
 
 
 def _node(op_type: str, inputs: list[ir.Value], output: str, attributes: Mapping[str, int] | None = None) -> ir.Node:

@@ -1,0 +1,138 @@
+"""Graphs of the shape of Stable Diffusion 1.5 and CLIP, beside all that runs them on a CPU.
+
+It makes a checkpoint of random weights (`sd15.py`) and exports it by unidiff-export, once, into .cache/sd15: some
+minutes and 14 GB of memory. What int8 keeps back is what the exporter's policy kept back.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from harness import ROOT, Benchmark, Worker, options, peer_python
+
+HERE = Path(__file__).parent
+# graph, batch, side of the latents. The encoders have one size only.
+CASES = (
+    ("unet", 2, 32),
+    ("unet", 2, 64),
+    ("vae_decoder", 1, 32),
+    ("image_encoder", 4, 0),
+    ("text_encoder", 4, 0),
+)
+PEERS = {
+    "diffusers, eager fp32": (None, "eager"),
+    "torch.compile bf16": (None, "compiled"),
+    "optimum-onnx fp32": ("optimum", "optimum"),
+    "OpenVINO fp32": ("openvino", "openvino-f32"),
+    "OpenVINO bf16": ("openvino", "openvino-bf16"),
+}
+TOLD_OPERATORS = 6
+
+
+@click.command()
+@options
+@click.option("--kept", type=click.Path(path_type=Path), default=ROOT / ".cache" / "sd15", help="For the models.")
+def main(kept: Path, **chosen: Any) -> None:
+    """Time one call of every graph, in fp32 and int8."""
+    depends = [HERE / "sd15.py", HERE / "unet_peer.py"]
+    question = "How long does one call of each graph of Stable Diffusion 1.5 take?"
+    bench = Benchmark(__file__, question, depends=depends, **chosen)
+    from unet_peer import inputs
+
+    from unidiff_sdk import Bundle
+
+    checkpoint = kept / "checkpoint"
+    if not checkpoint.is_dir():
+        subprocess.run([sys.executable, HERE / "sd15.py", checkpoint], check=True)
+    for precision in ("fp32", "int8"):
+        if not (kept / precision).is_dir():
+            export = "from unidiff_export.cli import main; main()"
+            arguments = [checkpoint, "-o", kept / precision, f"--{precision}"]
+            subprocess.run([sys.executable, "-c", export, *arguments], check=True)
+    for graph, batch, side in CASES:
+        case = f"{graph}, batch {batch}" + (f", {side}x{side} latents" if side else "")
+        if not bench.wants(case):
+            continue
+        feed = inputs(graph, batch, side)
+        told = [
+            f"{precision}: {profile(kept / precision / graph / 'model.onnx', feed, bench.threads)}"
+            for precision in ("fp32", "int8")
+        ]
+        sessions = {
+            f"UniDiff {precision}": Bundle.open(kept / precision, verify=False, threads=bench.threads).session(graph)
+            for precision in ("fp32", "int8")
+        }
+        workers = {
+            name: Worker(
+                [
+                    peer_python(environment) if environment else sys.executable,
+                    HERE / "unet_peer.py",
+                    engine,
+                    f"{graph} {batch} {side}",
+                    checkpoint,
+                    kept,
+                    str(bench.threads),
+                ]
+            )
+            for name, (environment, engine) in PEERS.items()
+            if (graph, engine) != ("image_encoder", "optimum")  # its pipelines have none
+        }
+        try:
+            bench.row(
+                case,
+                ours={name: (lambda s=session: s.run(None, feed)) for name, session in sessions.items()},  # noqa: B023
+                peers=workers,
+                parameters={"graph": graph, "batch": batch, "latent": side},
+                items=batch,
+                flop=2 * multiply_adds(graph, checkpoint, feed),
+                budget_s=200,
+                note=f"Random weights. Where the time goes, by ONNX Runtime's profile, {'; '.join(told)}.",
+            )
+        finally:
+            for worker in workers.values():
+                worker.close()
+    bench.finish()
+
+
+def multiply_adds(graph: str, checkpoint: Path, feed: dict[str, Any]) -> int:
+    """Those of one call, by the shapes alone."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from unet_peer import module
+
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module(graph, checkpoint).to("meta")(*(torch.from_numpy(array).to("meta") for array in feed.values()))
+    return counter.get_total_flops() // 2
+
+
+def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
+    """The operators that take the most of a call, and their shares of it in per cent."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.enable_profiling = threads, True
+    settings.profile_file_prefix = str(file.parent / "profile")
+    session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+    for _ in range(2):
+        session.run(None, feed)
+    written = Path(session.end_profiling())
+    spent: dict[str, float] = {}
+    events = json.loads(written.read_text(encoding="utf-8"))
+    written.unlink()
+    # The first run warms up.
+    runs = [event["ts"] for event in events if event["name"] == "model_run"]
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= max(runs):
+            operator = event["args"]["op_name"]
+            spent[operator] = spent.get(operator, 0) + event["dur"]
+    most = sorted(spent, key=lambda name: -spent[name])[:TOLD_OPERATORS]
+    return ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in most)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The peers of `unet.py`, each in a process of its own: `python unet_peer.py ENGINE MODULE CHECKPOINT KEPT THREADS`.
+
+MODULE is a graph's name and its sizes: `unet 2 64`. What an engine exports or converts is kept in the folder KEPT.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _worker
+from _worker import serve
+
+_worker.PACKAGES = ("torch", "diffusers", "transformers", "optimum-onnx", "onnxruntime", "openvino")
+PIXELS, TOKENS = 224, 77
+
+
+def inputs(graph: str, batch: int, side: int, width: int = 768) -> dict[str, Any]:
+    """Random inputs of one call, as NumPy arrays in the order of the module's arguments.
+
+    side: of the latents; the encoders have one size only.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    if graph == "unet":
+        return {
+            "sample": draw(batch, 4, side, side),
+            "timestep": np.full(batch, 500, np.float32),
+            "encoder_hidden_states": draw(batch, TOKENS, width),
+        }
+    if graph == "vae_decoder":
+        return {"latent_sample": draw(batch, 4, side, side)}
+    if graph == "image_encoder":
+        return {"pixel_values": draw(batch, 3, PIXELS, PIXELS)}
+    return {"input_ids": rng.integers(1000, 40000, (batch, TOKENS), dtype=np.int64)}
+
+
+def module(graph: str, checkpoint: Path, dtype: str = "float32") -> Any:
+    """The PyTorch module behind a graph: tensors in, one tensor out."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    kind: Any
+    kind, folder, call = {
+        "unet": (UNet2DConditionModel, "unet", lambda m, z, t, states: m(z, t, states, return_dict=False)[0]),
+        "vae_decoder": (AutoencoderKL, "vae", lambda m, z: m.decode(z, return_dict=False)[0]),
+        "image_encoder": (CLIPVisionModelWithProjection, "clip", lambda m, x: m(x, return_dict=False)[0]),
+        "text_encoder": (CLIPTextModelWithProjection, "clip", lambda m, ids: m(ids, return_dict=False)[0]),
+    }[graph]
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = kind.from_pretrained(checkpoint / folder, torch_dtype=getattr(torch, dtype))
+
+        def forward(self, *args: Any) -> Any:
+            return call(self.model, *args)
+
+    return Call().eval()
+
+
+def eager(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
+    """diffusers or transformers as they come, in float32."""
+    import torch
+
+    act, tensors = module(graph, checkpoint), [torch.from_numpy(array) for array in feed.values()]
+
+    def run() -> object:
+        with torch.inference_mode():
+            return act(*tensors)
+
+    return run
+
+
+def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
+    """The same through torch.compile in bfloat16, channels last."""
+    import torch
+
+    act = module(graph, checkpoint, "bfloat16").to(memory_format=torch.channels_last)
+    tensors = [torch.from_numpy(array) for array in feed.values()]
+    tensors = [tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in tensors]
+    act = torch.compile(act)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return act(*tensors)
+
+    run()  # compiles
+    return run
+
+
+def optimum(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
+    """What optimum-onnx exports of the pipeline, in ONNX Runtime."""
+    import onnxruntime
+
+    file = kept / "optimum" / graph / "model.onnx"
+    if not file.is_file():
+        from optimum.exporters.onnx import main_export
+
+        main_export(str(checkpoint), kept / "optimum", task="text-to-image", do_validation=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    wanted = {value.name: value.type for value in session.get_inputs()}
+    if wanted.get("timestep") == "tensor(int64)":
+        feed["timestep"] = feed["timestep"].astype("int64")
+    if graph == "unet":
+        feed["timestep"] = feed["timestep"][:1]
+    return lambda: session.run(None, feed)
+
+
+def openvino(
+    graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int, precision: str
+) -> Callable[[], object]:
+    """What OpenVINO converts from the PyTorch module, inferred in "f32" or "bf16"."""
+    import openvino as ov
+
+    file = kept / "openvino" / f"{graph}.xml"
+    if not file.is_file():
+        import torch
+
+        example = tuple(torch.from_numpy(array) for array in feed.values())
+        with torch.no_grad():
+            ov.save_model(ov.convert_model(module(graph, checkpoint), example_input=example), file, False)
+    core = ov.Core()
+    model = core.read_model(file)
+    model.reshape({port.get_any_name(): list(a.shape) for port, a in zip(model.inputs, feed.values(), strict=True)})
+    told = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = core.compile_model(model, "CPU", told).create_infer_request()
+    arrays = list(feed.values())
+    return lambda: request.infer(arrays)
+
+
+ENGINES: dict[str, Callable[..., Callable[[], object]]] = {
+    "eager": eager,
+    "compiled": compiled,
+    "optimum": optimum,
+    "openvino-f32": lambda *args: openvino(*args, precision="f32"),
+    "openvino-bf16": lambda *args: openvino(*args, precision="bf16"),
+}
+
+if __name__ == "__main__":
+    engine, described, from_folder, kept_in, threads = sys.argv[1:]
+    name, how_many, side = described.split()
+    if engine in ("eager", "compiled"):
+        import torch
+
+        torch.set_num_threads(int(threads))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    given = inputs(name, int(how_many), int(side))
+    serve(ENGINES[engine](name, given, Path(from_folder), Path(kept_in), int(threads)))
