@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -116,15 +117,13 @@ def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.enable_profiling = threads, True
-    settings.profile_file_prefix = str(file.parent / "profile")
-    session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
-    for _ in range(2):
-        session.run(None, feed)
-    written = Path(session.end_profiling())
+    with tempfile.TemporaryDirectory() as folder:
+        settings.profile_file_prefix = str(Path(folder, "profile"))
+        session = onnxruntime.InferenceSession(str(file), settings, providers=["CPUExecutionProvider"])
+        for _ in range(2):  # the first warms up
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     spent: dict[str, float] = {}
-    events = json.loads(written.read_text(encoding="utf-8"))
-    written.unlink()
-    # The first run warms up.
     runs = [event["ts"] for event in events if event["name"] == "model_run"]
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= max(runs):

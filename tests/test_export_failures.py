@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,6 +198,64 @@ def test_trouble_on_the_way_leaves_nothing(
     with pytest.raises(raised, match=message):
         export_bundle(random_checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """The system refuses to write on past `size` bytes of a file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_refuses_in_the_middle_of_a_graph_leaves_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
+    with files_no_larger_than(50_000), pytest.raises(ExportError, match=r"cannot write .*out: .*; nothing was left"):
+        export_bundle(random_checkpoint, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
+    code = "from unidiff_export.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, random_checkpoint, "-o", tmp_path / "out"], stderr=subprocess.PIPE, text=True
+    )
+    ends = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert list(tmp_path.glob(".out.partial-*"))
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in said and len(said.strip().splitlines()) <= 1
+
+
+def test_a_missing_part_is_named_in_one_line(random_checkpoint: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(random_checkpoint, tmp_path / "broken")
+    (broken / "vae" / "config.json").unlink()
+    result = CliRunner().invoke(main, [str(broken), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {broken} is not a complete checkpoint, it lacks vae/config.json (the VAE)")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_overflows_half_precision_stays_single(random_checkpoint: Path, tmp_path: Path) -> None:
+    """As the VAE of Stable Diffusion XL does: values of a million in the middle, an ordinary picture at the end."""
+    checkpoint = load_checkpoint(random_checkpoint)
+    with torch.no_grad():
+        for tensor in checkpoint.vae.decoder.conv_in.parameters():
+            tensor.mul_(1e6)
+    made = {}
+    for spec in graph_specs(checkpoint):
+        if spec.name.startswith("vae"):
+            work = exporter._Workshop(tmp_path, checkpoint, "fp16", "cpu", None, lambda line: None)
+            work.make(spec)
+            made[spec.name] = work.graphs[spec.name]["precision"]
+    assert made == {"vae_decoder": "fp32", "vae_encoder": "fp16"}
 
 
 def test_missing_checkpoint_is_one_line_and_no_bundle(tmp_path: Path) -> None:

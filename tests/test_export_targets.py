@@ -16,11 +16,15 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+from click.testing import CliRunner
 
+from unidiff_export.cli import main
 from unidiff_export.lowering import GraphSpec, check_operators, graph_specs, lower
 from unidiff_export.options import PRECISIONS, TARGETS, check_options
 from unidiff_export.verification import TOLERANCES, compare_graph
-from unidiff_sdk.errors import ExportError, OptionError
+from unidiff_sdk.bundle import Bundle
+from unidiff_sdk.errors import ExportError, OptionError, ProviderError
+from unidiff_sdk.generator import Generator
 from unidiff_sdk.sessions import DEVICES
 from unidiff_sdk.training.checkpoint import load_checkpoint
 
@@ -131,6 +135,23 @@ def test_portable_refuses_what_only_onnx_runtime_has(lowered: Lowered) -> None:
         check_operators(lowered("cuda", "unet"), TARGETS["portable"], "unet")
     with pytest.raises(ExportError, match="image_encoder came out as opset 23, not 20"):
         check_operators(lowered("cpu", "image_encoder"), TARGETS["tensorrt"], "image_encoder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "cuda", "tensorrt"])
+def test_the_whole_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_path: Path) -> None:
+    """By the command line, to the picture on the CPU; on a GPU that is not there, the line that mends it."""
+    result = CliRunner().invoke(main, [str(random_checkpoint), "-o", str(tmp_path / "out"), "--target", target])
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(tmp_path / "out", threads=1)
+    assert bundle.manifest["target"] == target
+    for name in bundle.manifest["graphs"]:
+        model = onnx.load(bundle.path / name / "model.onnx")
+        assert {node.domain for node in model.graph.node} <= set(TARGETS[target].domains)
+    assert len(Generator(bundle).generate("a red dress", steps=2)) == 1
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(ProviderError, match=r"device 'cuda' cannot be used .*pip install 'unidiff-sdk\[gpu\]'"):
+            Bundle.open(tmp_path / "out", device="cuda").session("unet")
 
 
 def test_the_table_of_targets_is_consistent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -225,6 +226,8 @@ class _Workshop:
         if self._policy:
             entry["int8"] = self._policy.describe(spec.name, quantised)
         self.graphs[spec.name] = entry
+        del model
+        gc.collect()  # graphs are full of cycles, and each holds a copy of its weights
 
     def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
         """The graph, the precision it got, and the layers that are quantised.
@@ -259,14 +262,19 @@ def _verify(
 
     Raises ToleranceError at the first that is too far from PyTorch's.
     """
-    bundle = Bundle.open(folder, verify=False, threads=torch.get_num_threads())
+
+    def opened() -> Bundle:
+        return Bundle.open(folder, verify=False, threads=torch.get_num_threads())
+
     for spec in specs:
         if spec.name not in parity:
             say(f"comparing {spec.name} with PyTorch")
             used = graphs[spec.name]["precision"]
             calls = calls_of(spec, used, reference)
-            parity[spec.name] = compare_graph(bundle.session(spec.name), spec, TOLERANCES[used], calls)
+            # Each in a bundle of its own, so that one graph's memory is free before the next takes its.
+            parity[spec.name] = compare_graph(opened().session(spec.name), spec, TOLERANCES[used], calls)
     say("comparing pictures with diffusers")
+    bundle = opened()
     image = compare_images(bundle, reference, TOLERANCES[precision])
     say("comparing search with PyTorch")
     return image, compare_search(bundle, reference, TOLERANCES[precision])

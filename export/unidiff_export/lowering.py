@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 # Shape with start and end, and Expand, are the same in every opset since; the exporter converts them to the target's.
 SYMBOLIC_OPSET = 18
 
+# Latents of more than so many pixels a side are neither traced nor compared graph by graph: the graphs take any size,
+# Stable Diffusion's own costs minutes and many gigabytes, and whole pictures are compared at it anyway.
+LARGEST_EXAMPLE = 32
+
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
@@ -153,8 +157,8 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text, vision = checkpoint.text_encoder.config, clip.config.vision_config
     _check_conditions(unet, vae, text)
-    latent = unet.config.sample_size
-    pixels = checkpoint.image_size
+    latent = min(unet.config.sample_size, LARGEST_EXAMPLE)
+    pixels = latent * checkpoint.latent_factor
 
     def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
         def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
