@@ -135,11 +135,13 @@ def test_every_layer_is_found_by_its_module(lowered: ir.Model) -> None:
     assert found == {"first": "Conv", "second": "Conv", "query": "MatMul", "key": "MatMul", "embed": "Gemm"}
 
 
+@pytest.mark.parametrize("contrib", [False, True])
 def test_quantised_graph_is_near_and_stored_in_bytes(
-    lowered: ir.Model, block: GraphSpec, calls: Any, ranges: dict[str, LayerRanges], tmp_path: Path
+    lowered: ir.Model, block: GraphSpec, calls: Any, ranges: dict[str, LayerRanges], tmp_path: Path, contrib: bool
 ) -> None:
     model = lowered.clone()
-    quantise(model, ranges)
+    quantise(model, ranges, contrib=contrib)
+    assert [node.op_type for node in model.graph if node.domain] == ["MatMulIntegerToFloat"] * (2 if contrib else 0)
     floats = {name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.FLOAT}
     assert not any(name.endswith(("weight", "matrix")) for name in floats)
     graph = session(model, tmp_path / "int8.onnx", tmp_path / "optimised.onnx")
@@ -154,6 +156,7 @@ def test_quantised_graph_is_near_and_stored_in_bytes(
     assert kernels.count("QLinearConv") == 2
     assert kernels.count("MatMulIntegerToFloat") == 3
     assert not {"Conv", "MatMul", "Gemm"} & set(kernels)
+    assert kernels.count("Add") == (1 if contrib else 3)  # the block's own; else two biases
 
 
 def test_layers_on_one_tensor_share_its_codes(lowered: ir.Model, ranges: dict[str, LayerRanges]) -> None:

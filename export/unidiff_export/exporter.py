@@ -32,7 +32,7 @@ from .folder import (
 )
 from .lowering import GraphSpec, graph_specs, lower
 from .manifest import build_manifest, describe_graph, sampler_defaults, write_manifest
-from .options import TARGETS, check_options
+from .options import CONTRIB, TARGETS, check_options
 from .policy import Int8Policy
 from .precision import overflows_half, store_halves
 from .quantization import quantise
@@ -242,7 +242,7 @@ class _Workshop:
             if spec.name not in self._lowered:
                 self._lowered[spec.name] = lower(spec, target)
             model = self._lowered[spec.name].clone()
-            quantised = quantise(model, self._policy.ranges(spec.name))
+            quantised = quantise(model, self._policy.ranges(spec.name), contrib=CONTRIB in target.domains)
         else:
             model = lower(spec, target)
         store_halves(model)

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from .options import CONTRIB
 from .passes import constant, replace
 
 # Where torch's exporter notes the modules that a node came from, outermost first, then the operation.
@@ -95,12 +96,12 @@ def quantisable(model: ir.Model) -> list[tuple[str, ir.Node]]:
     ]
 
 
-def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> list[str]:
+def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: bool = False) -> list[str]:
     """Quantise those layers of `model` that `ranges` names, in place, and return their names.
 
     Layers that read the same tensor share one pair of QuantizeLinear and DequantizeLinear, over what all of them saw.
     A convolution that gives one of the graph's results stays float: as an integer kernel it would give them in 256
-    steps.
+    steps. contrib: a matrix product with a bias may be ONNX Runtime's own operator, which adds it while it writes.
     """
     for name, node in quantisable(model):
         if name in ranges and node.op_type == "Gemm":
@@ -123,7 +124,11 @@ def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges]) -> list[str]:
         for user, index in users:
             user.replace_input_with(index, coded[tensor].decoded)
     for node, source, _ in layers:
-        _quantise_layer(model.graph, node, coded[source])
+        add = _bias_of(node) if contrib else None
+        if add is None:
+            _quantise_layer(model.graph, node, coded[source])
+        else:
+            _quantise_product(model, node, add, coded[source])
     return list(dict.fromkeys(name for name, _ in chosen))
 
 
@@ -138,7 +143,7 @@ class _Codes:
         decode = _node("DequantizeLinear", [encode.outputs[0], self.scale, self.zero_point], f"{source.name}.decoded")
         encode.outputs[0].type, encode.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), source.shape
         decode.outputs[0].type, decode.outputs[0].shape = source.type, source.shape
-        self.decoded = decode.outputs[0]
+        self.encoded, self.decoded = encode.outputs[0], decode.outputs[0]
         producer = source.producer()
         if producer is None:
             graph.insert_before(graph[0], [encode, decode])
@@ -162,9 +167,10 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
     raised.outputs[0].type = x.type
     weights = constant(graph, f"{weight.name}.matrix", matrix)
     product = _node("MatMul", [raised.outputs[0], weights], f"{result.name}.product")
-    nodes = [raised, product, _node("Squeeze", [product.outputs[0], front], f"{result.name}.lowered")]
+    nodes = [raised, product]
     if bias and bias[0] is not None:
-        nodes.append(_node("Add", [nodes[-1].outputs[0], bias[0]], f"{result.name}.sum"))
+        nodes.append(_node("Add", [product.outputs[0], bias[0]], f"{result.name}.sum"))
+    nodes.append(_node("Squeeze", [nodes[-1].outputs[0], front], f"{result.name}.lowered"))
     product.name = gemm.name
     product.outputs[0].type = result.type
     replace(graph, gemm, nodes, nodes[-1].outputs[0])
@@ -191,6 +197,34 @@ def _quantise_layer(graph: ir.Graph, node: ir.Node, source: _Codes) -> None:
     for replaced in (weight, bias):
         if replaced is not None and not replaced.uses() and replaced.name in graph.initializers:
             graph.initializers.pop(str(replaced.name))
+
+
+def _bias_of(product: ir.Node) -> ir.Node | None:
+    """The Add of a constant vector that alone takes the result of a matrix product, if there is one."""
+    users = list(product.outputs[0].uses())
+    if product.op_type != "MatMul" or len(users) != 1 or users[0].node.op_type != "Add":
+        return None
+    bias = users[0].node.inputs[1 - users[0].idx]
+    vector = bias is not None and bias.is_initializer() and bias.const_value is not None and len(bias.const_value.shape)
+    return users[0].node if vector == 1 else None
+
+
+def _quantise_product(model: ir.Model, product: ir.Node, add: ir.Node, source: _Codes) -> None:
+    """MatMul and Add as MatMulIntegerToFloat, what ONNX Runtime itself makes of the MatMul alone."""
+    graph, weight = model.graph, _weight(product)
+    assert weight is not None and weight.const_value is not None
+    codes, scales = quantise_weights(weight.const_value.numpy(), CHANNEL_AXIS["MatMul"])
+    bias = next(value for value in add.inputs if value is not product.outputs[0])
+    stored = constant(graph, f"{weight.name}.int8", codes)
+    scale = constant(graph, f"{weight.name}.scale", scales)
+    inputs = [source.encoded, stored, source.scale, scale, source.zero_point, None, bias]
+    fused = ir.Node(CONTRIB, "MatMulIntegerToFloat", inputs, name=product.name)
+    fused.outputs[0].name = f"{add.outputs[0].name}.fused"
+    model.opset_imports[CONTRIB] = 1
+    replace(graph, add, [fused], fused.outputs[0])
+    graph.remove(product, safe=True)
+    if not weight.uses():
+        graph.initializers.pop(str(weight.name))
 
 
 def _decoded(
