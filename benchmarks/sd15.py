@@ -1,6 +1,8 @@
-"""A checkpoint of the shape of Stable Diffusion 1.5 with CLIP ViT-L/14, of random weights: `python sd15.py FOLDER`.
+"""Models of public shapes with random weights: `python sd15.py KEPT MODEL [GRAPH]`.
 
-What its graphs cost in time, memory and bytes hangs on their shape alone. Its pictures mean nothing.
+MODEL is "sd15" (Stable Diffusion 1.5 with CLIP ViT-L/14) or "vit-b-32" (that CLIP alone). What a graph costs in time,
+memory and bytes hangs on its shape; its results mean nothing, so there is nothing of quality to verify, and the graphs
+of the benchmarks are made here, by the exporter's own lowering and quantisation, beside its verification.
 """
 
 from __future__ import annotations
@@ -12,15 +14,49 @@ from typing import Any
 
 import click
 
-# The words of the captions, which int8 is calibrated with; the vocabulary is filled up to CLIP's size.
+VOCABULARY = 49408
+# Recorded in the checkpoint, so that unidiff-export can calibrate int8 with them.
 CAPTIONS = ("a red striped dress", "purple dotted boots", "a blue plaid shirt", "a plain teal mug")
-TOKENS, VOCABULARY = 77, 49408
+
+# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5: unet/config.json, vae/config.json
+UNET = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+}
+VAE = {
+    "sample_size": 512,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+# (hidden size, layers) of the text and of the vision tower, pixels of a patch, width of the embedding
+CLIPS = {"sd15": ((768, 12), (1024, 24), 14, 768), "vit-b-32": ((512, 12), (768, 12), 32, 512)}
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-def main(folder: Path) -> None:
-    """Write the checkpoint to FOLDER, in half precision: 2.8 GB."""
+@click.argument("kept", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Choice(list(CLIPS)))
+@click.argument("graph", required=False)
+def main(kept: Path, model: str, graph: str | None) -> None:
+    """Write the checkpoint KEPT/MODEL, and GRAPH of it in fp32 and int8, where they are not there yet."""
+    if not (kept / model).is_dir():
+        write_checkpoint(kept / model, model)
+    if graph and not graph_file(kept, model, graph, "int8").is_file():
+        write_graphs(kept, model, graph)
+
+
+def graph_file(kept: Path, model: str, graph: str, precision: str) -> Path:
+    """Where a graph is kept."""
+    return kept / f"{model}-{precision}" / graph / "model.onnx"
+
+
+def write_checkpoint(folder: Path, model: str) -> None:
+    """The whole of it; of a CLIP alone, its folder."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel
@@ -28,7 +64,10 @@ def main(folder: Path) -> None:
     from unidiff_sdk.training.checkpoint import ImageProcessor, save_checkpoint
 
     torch.manual_seed(0)
-    clip = CLIPModel(clip_config(text=(768, 12), vision=(1024, 24), patch=14, width=768))
+    clip = CLIPModel(clip_config(*CLIPS[model]))
+    if model != "sd15":
+        clip.save_pretrained(folder / "clip")
+        return
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     save_checkpoint(
@@ -52,26 +91,8 @@ def main(folder: Path) -> None:
     )
 
 
-# https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5: unet/config.json, vae/config.json
-UNET = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-}
-VAE = {
-    "sample_size": 512,
-    "latent_channels": 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
-
-
-def clip_config(*, text: tuple[int, int], vision: tuple[int, int], patch: int, width: int) -> Any:
-    """A CLIPConfig: (hidden size, layers) of its towers, 64 channels a head, pictures of 224 pixels."""
+def clip_config(text: tuple[int, int], vision: tuple[int, int], patch: int, width: int) -> Any:
+    """A CLIPConfig of these towers, 64 channels a head, for pictures of 224 pixels and 77 tokens."""
     from transformers import CLIPConfig
 
     def tower(size: int, layers: int) -> dict[str, int]:
@@ -86,7 +107,7 @@ def clip_config(*, text: tuple[int, int], vision: tuple[int, int], patch: int, w
     words = {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
     return CLIPConfig(
         projection_dim=width,
-        text_config=tower(*text) | words | {"vocab_size": VOCABULARY, "max_position_embeddings": TOKENS},
+        text_config=tower(*text) | words | {"vocab_size": VOCABULARY, "max_position_embeddings": 77},
         vision_config=tower(*vision) | {"image_size": 224, "patch_size": patch},
     )
 
@@ -103,7 +124,59 @@ def tokenizer() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(entries)}), "utf-8")
         Path(folder, "merges.txt").write_text("#version: 0.2\n", "utf-8")
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def write_graphs(kept: Path, model: str, graph: str) -> None:
+    """Lower a graph as unidiff-export does, and quantise every layer that it would, over what one random call spans."""
+    import torch
+    from unet_peer import inputs
+
+    from unidiff_export.calibration import observing
+    from unidiff_export.folder import write_graph
+    from unidiff_export.lowering import lower
+    from unidiff_export.quantization import LayerRanges, Range, quantise
+
+    folders = [graph_file(kept, model, graph, precision).parent for precision in ("fp32", "int8")]
+    for folder in folders:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    spec = graph_spec(kept / model, model, graph)
+    lowered = lower(spec)
+    write_graph(lowered.clone(), folders[0], {})
+    ranges: dict[str, LayerRanges] = {}
+
+    def observe(name: str, layer: Any, x: Any, y: Any) -> None:
+        ranges[name] = LayerRanges(*(Range.of(z.min().item(), z.max().item()) for z in (x, y)))
+
+    with observing(spec, observe), torch.no_grad():
+        spec.module(*map(torch.from_numpy, inputs(graph, 1, 32).values()))
+    quantise(lowered, ranges, contrib=True)
+    write_graph(lowered, folders[1], {})
+
+
+def graph_spec(folder: Path, model: str, graph: str) -> Any:
+    """The exporter's own; of a CLIP alone, its towers."""
+    import torch
+    from transformers import CLIPModel
+    from unet_peer import inputs
+
+    from unidiff_export.attention import attention_layers
+    from unidiff_export.lowering import GraphSpec, ImageEncoder, TextEmbedder, graph_specs
+    from unidiff_sdk.training.checkpoint import load_checkpoint
+
+    if model == "sd15":
+        return next(spec for spec in graph_specs(load_checkpoint(folder)) if spec.name == graph)
+    clip = CLIPModel.from_pretrained(folder / "clip").eval()
+    tower = ImageEncoder(clip) if graph == "image_encoder" else TextEmbedder(clip)
+    given, axes, result = {
+        "image_encoder": ("pixel_values", {0: "batch"}, "image_embeds"),
+        "text_encoder": ("input_ids", {0: "batch", 1: "tokens"}, "text_embeds"),
+    }[graph]
+
+    def example(batch: int, scale: int) -> tuple[Any, ...]:
+        return tuple(map(torch.from_numpy, inputs(graph, batch, 0).values()))
+
+    return GraphSpec(graph, tower.eval(), attention_layers(tower), {given: axes}, (result,), example)
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def test_quantised_graph_is_near_and_stored_in_bytes(
     assert kernels.count("MatMulIntegerToFloat") == 3
     assert not {"Conv", "MatMul", "Gemm"} & set(kernels)
     assert kernels.count("Add") == (1 if contrib else 3)  # the block's own; else two biases
+    assert kernels.count("DequantizeLinear") == 1  # of the second convolution, before the block's Add
 
 
 def test_layers_on_one_tensor_share_its_codes(lowered: ir.Model, ranges: dict[str, LayerRanges]) -> None:

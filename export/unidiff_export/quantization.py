@@ -129,6 +129,9 @@ def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: boo
             _quantise_layer(model.graph, node, coded[source])
         else:
             _quantise_product(model, node, add, coded[source])
+    for codes in coded.values():
+        if not codes.decoded.uses():  # ONNX Runtime would compute it all the same
+            model.graph.remove(codes.decode, safe=True)
     return list(dict.fromkeys(name for name, _ in chosen))
 
 
@@ -143,7 +146,7 @@ class _Codes:
         decode = _node("DequantizeLinear", [encode.outputs[0], self.scale, self.zero_point], f"{source.name}.decoded")
         encode.outputs[0].type, encode.outputs[0].shape = ir.TensorType(ir.DataType.UINT8), source.shape
         decode.outputs[0].type, decode.outputs[0].shape = source.type, source.shape
-        self.encoded, self.decoded = encode.outputs[0], decode.outputs[0]
+        self.encoded, self.decode, self.decoded = encode.outputs[0], decode, decode.outputs[0]
         producer = source.producer()
         if producer is None:
             graph.insert_before(graph[0], [encode, decode])
