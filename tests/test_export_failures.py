@@ -237,6 +237,9 @@ def test_a_missing_part_is_named_in_one_line(random_checkpoint: Path, tmp_path: 
     broken = shutil.copytree(random_checkpoint, tmp_path / "broken")
     (broken / "vae" / "config.json").unlink()
     result = CliRunner().invoke(main, [str(broken), "-o", str(tmp_path / "out")])
+    shutil.rmtree(broken / "clip")
+    no_clip = CliRunner().invoke(main, [str(broken), "-o", str(tmp_path / "out")])
+    assert no_clip.stderr.startswith(f"Error: {broken} has no CLIP beside it: name one with --clip")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {broken} is not a complete checkpoint, it lacks vae/config.json (the VAE)")
     assert len(result.stderr.strip().splitlines()) == 1

@@ -19,7 +19,7 @@ import torch
 from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.training.bases import load_base
-from unidiff_sdk.training.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 
 from .calibration import Samples, calibrate, draw, effort_for, read_samples
 from .folder import (
@@ -119,7 +119,7 @@ def export_bundle(
 
         # 1. Load
         say("loading the checkpoint")
-        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_base(checkpoint, clip)
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else _load(checkpoint, clip)
         specs = graph_specs(loaded)
 
         # 2. What PyTorch draws and finds
@@ -177,6 +177,11 @@ def export_bundle(
         for spec in specs
     )
     return Export(out, reports, image, search, seconds, folder_size(out), peak)
+
+
+def _load(path: str | Path, clip: str | Path | None) -> Checkpoint:
+    """A checkpoint; or a Stable Diffusion, which says what it lacks if `clip` does not name its CLIP."""
+    return load_base(path, clip) if clip or Path(path).is_dir() else load_checkpoint(path)
 
 
 def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference) -> Int8Policy:
