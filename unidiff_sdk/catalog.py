@@ -846,15 +846,18 @@ class Catalog:
             BusyError: too many generations are under way.
         """
         from .editing import default_strength
+        from .generator import whole_number
         from .selection import Demands, select
 
         started = time.perf_counter()
         self._check_open()
+        if not isinstance(prompt, Iterable):
+            raise OptionError(f"prompt={prompt!r:.60}: it must be words that say what to draw, or a list of such")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for each in prompts:
             if not isinstance(each, str) or not each.strip():
                 raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
-        seed = secrets.randbelow(2**32) if seed is None else seed
+        seed = secrets.randbelow(2**32) if seed is None else whole_number("seed", seed, at_least=0)
         generator = self._generator_of(self._serving)
         settings = generator.settings(
             steps=steps,
@@ -962,7 +965,10 @@ class Catalog:
         Raises:
             ImageError: a picture is gone or damaged; nothing is swapped then.
             StoreError: the catalogue is being reindexed already.
+            OptionError: no bundle is named.
         """
+        if bundle is None:  # which would open the built-in bundle
+            raise OptionError("reindex() needs the bundle to encode with: a folder, a Bundle, or \"tiny\".")
         new = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if not self._reindexing.acquire(blocking=False):
             raise StoreError(f"{self.location} is being reindexed already: wait for that to end.")
@@ -979,9 +985,8 @@ class Catalog:
         before, vectors = self._serving, f"{VECTORS}-{bundle.fingerprint[:12]}"
         if bundle.fingerprint == before.reference.fingerprint:
             return 0
-        for left in self.folder.glob(
-            f"{VECTORS}*"
-        ):  # by a reindexing with a third bundle, or one killed after its swap
+        # Left by a reindexing with a third bundle, or by one that was killed after its swap.
+        for left in self.folder.glob(f"{VECTORS}*"):
             if left.name not in (self._file.vectors, vectors):
                 shutil.rmtree(left)
         where = replace(self._where, quantization=getattr(before.store, "quantization", None))

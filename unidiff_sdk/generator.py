@@ -217,7 +217,7 @@ class Generator:
         """
         default = self.bundle.manifest["sampler"]
         sampler = default["name"] if sampler is None else sampler
-        steps = _integer("steps", default["steps"] if steps is None else steps, at_least=1)
+        steps = whole_number("steps", default["steps"] if steps is None else steps, at_least=1)
         self._make_table(sampler, steps)  # knows the valid names and numbers of steps
         guidance_scale = default["guidance_scale"] if guidance_scale is None else guidance_scale
         return Settings(
@@ -383,14 +383,15 @@ def _checked_request(prompts: Any, n: Any, seed: Any) -> tuple[list[str], int, i
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
         raise OptionError(f"prompts must be a string or a list of strings, not {prompts!r}")
-    n = _integer("n", n, at_least=1)
-    seed = _integer("seed", seed, at_least=0)
+    n = whole_number("n", n, at_least=1)
+    seed = whole_number("seed", seed, at_least=0)
     if seed + n - 1 > MAX_SEED:
         raise OptionError(f"seed is {seed}, and {n} pictures count on from it; give less than 2**63")
     return list(prompts), n, seed
 
 
-def _integer(name: str, value: Any, *, at_least: int) -> int:
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
+    """`value` as an int. Raises OptionError where it is none, or too small."""
     try:
         number = operator.index(value)
     except TypeError:
