@@ -968,7 +968,7 @@ class Catalog:
             OptionError: no bundle is named.
         """
         if bundle is None:  # which would open the built-in bundle
-            raise OptionError("reindex() needs the bundle to encode with: a folder, a Bundle, or \"tiny\".")
+            raise OptionError('reindex() needs the bundle to encode with: a folder, a Bundle, or "tiny"')
         new = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         if not self._reindexing.acquire(blocking=False):
             raise StoreError(f"{self.location} is being reindexed already: wait for that to end.")
