@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 PICTURES, SIZE = 64, (640, 480)
-SMALL, FACTOR = 2000, 10  # pictures of 64 px, for the memory: so many, and so many times as many
+SMALL, FACTOR = 1000, 8  # pictures of 64 px, for the memory: so many, and so many times as many
 INDEX = """
 import sys
 from unidiff_sdk import Catalog
