@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -290,14 +291,14 @@ def test_int8_pictures_are_bit_equal_in_calls_of_their_own(int8: Export) -> None
 def test_what_the_evidence_forbids_is_kept_back(
     random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gate that the quantised UNet fails until four of its layers are float again."""
+    """A gate that the quantised UNet fails twice. How many layers it first comes with is up to the gates before it."""
     compare = exporter.compare_images
     tried: list[int] = []
 
     def strict(bundle: Bundle, *rest: Any) -> Any:
         kept = bundle.manifest["graphs"]["unet"]["int8"]["kept_back"]
         tried.append(len(kept))
-        if len(kept) < 4:
+        if len(tried) < 3:
             raise ToleranceError("too far", ["unet"])
         return compare(bundle, *rest)
 
@@ -306,7 +307,7 @@ def test_what_the_evidence_forbids_is_kept_back(
     real = exporter.lower
     monkeypatch.setattr(exporter, "lower", lambda spec, *a, **k: lowerings.append(spec.name) or real(spec, *a, **k))
     export = export_bundle(random_checkpoint, tmp_path / "out", precision="int8", calibration=small_catalogue)
-    assert tried[:4] == [0, 1, 2, 4]
+    assert len(tried) >= 3 and all(more == max(1, 2 * fewer) for fewer, more in itertools.pairwise(tried))
     assert len(lowerings) == len(set(lowerings)) == 5  # none is lowered again
     opened = Bundle.open(export.path, threads=1)
     kept = opened.manifest["graphs"]["unet"]["int8"]["kept_back"]
