@@ -114,7 +114,7 @@ def optimum(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thre
     if wanted.get("timestep") == "tensor(int64)":
         feed["timestep"] = feed["timestep"].astype("int64")
     if graph == "unet":
-        feed["timestep"] = feed["timestep"][:1]
+        feed["timestep"] = feed["timestep"][:1].reshape(())  # its graph takes one for all, without an axis
     return lambda: session.run(None, feed)
 
 

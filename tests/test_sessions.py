@@ -12,7 +12,7 @@ from toy_bundle import make_toy_bundle
 
 from unidiff_sdk import sessions
 from unidiff_sdk.errors import OptionError, ProviderError
-from unidiff_sdk.sessions import create_session
+from unidiff_sdk.sessions import create_session, saturates
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def site_packages(folder: Path, *distributions: str, code: str = "") -> Path:
 def run_with(folder: Path) -> str:
     """What create_session says in a fresh process that finds ONNX Runtime in `folder`."""
     code = (
-        "import sys; from pathlib import Path; from unidiff_sdk.sessions import create_session\n"
+        "import sys; from pathlib import Path; from unidiff_sdk.sessions import create_session, saturates\n"
         "from unidiff_sdk.errors import ProviderError\n"
         f"sys.path.insert(0, {str(folder)!r})\n"
         "try: create_session(Path('x.onnx'))\n"
@@ -48,10 +48,34 @@ def test_a_session_runs_on_the_device_asked_for(graph: Path) -> None:
     assert [value.name for value in session.get_inputs()] == ["sample", "timestep", "encoder_hidden_states"]
 
 
-def test_integer_products_do_not_saturate_where_there_is_no_vnni(graph: Path) -> None:
-    """ONNX Runtime does it by this entry, and looks at the processor itself; here it can only be seen to be told."""
+@pytest.mark.parametrize("vnni", [False, True])
+def test_integer_products_do_not_saturate_where_there_is_no_vnni(
+    graph: Path, vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "saturates", lambda: not vnni)
     options = create_session(graph, threads=1).get_session_options()
-    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    if vnni:
+        with pytest.raises(RuntimeError, match="x64quantprecision"):  # nothing was said of it
+            options.get_session_config_entry("session.x64quantprecision")
+    else:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor: 0\nflags\t\t: fpu sse2 avx2 avx512f\n", True),
+        ("flags : fpu avx512f avx512_vnni\n", False),
+        ("flags : fpu avx2 avx_vnni\n", False),
+        ("Features : fp asimd asimddp\n", False),  # an ARM processor
+        (None, False),  # no such file
+    ],
+)
+def test_processors_that_saturate(cpuinfo: str | None, expected: bool, tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    assert saturates(file) == expected
 
 
 def test_both_packages_are_found_before_either_is_imported(tmp_path: Path) -> None:
