@@ -272,7 +272,7 @@ def test_int8_bundle_runs_and_says_what_it_is(int8: Export, random_checkpoint: P
     for name, graph in bundle.manifest["graphs"].items():
         # What an untrained model draws and finds hangs on little, so a check may have kept some layers back.
         assert graph["precision"] == "int8" and graph["int8"]["layers"] > len(graph["int8"]["kept_back"])
-        assert graph["int8"]["multiply_adds"] > 0.7 or graph["int8"]["kept_back"]
+        assert graph["int8"]["multiply_adds"] > 0.7
         weights = sum(p.numel() for p in specs[name].module.parameters())
         assert graph["bytes"] < 4 * weights or name.startswith("vae")  # which is half encoder, half decoder
     assert int8.image.psnr_db >= 25 and int8.search.pairs == 6
