@@ -200,6 +200,7 @@ class EdgeStore:
 
                 # 3. What was written meanwhile: most of it while writing goes on, the rest with the swap.
                 with _translated(self.path):
+                    compression.warm(copy)
                     fresh = edge.EdgeShard.load(str(copy))
                     while len(self._written) > _CATCH_UP:
                         with self._writing:
@@ -292,6 +293,7 @@ def _found(point: edge.ScoredPoint) -> Found:
 
 def _open(path: Path, dim: int, quantization: str | None) -> edge.EdgeShard:
     if (path / "edge_config.json").is_file():
+        compression.warm(path)
         return edge.EdgeShard.load(str(path))
     path.mkdir(parents=True, exist_ok=True)
     vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **compression.layout(quantization))}
