@@ -104,11 +104,8 @@ def open_when_all_have_come(counted: Counted, engine: Engine, requests: int) -> 
 
 
 def idle(engine: Engine) -> bool:
-    """Whether the working thread has ended, as it does when nothing is left."""
-    ends = time.monotonic() + 5
-    while engine._working and time.monotonic() < ends:
-        time.sleep(0.005)
-    return not engine._working and not engine._requests
+    """Whether nothing is left and nobody leads."""
+    return not engine._led and not engine._requests
 
 
 jobs = st.builds(
@@ -238,6 +235,39 @@ def test_cancelling_one_leaves_the_others_untouched() -> None:
     np.testing.assert_array_equal(results[1][0], expected)
     assert idle(engine)
     assert sum(counted.rows) == 2 * (12 + 2)  # nothing was done for the one that had left
+
+
+def test_an_interrupt_in_a_shared_call_leaves_the_others_untouched() -> None:
+    """Ctrl-C comes to the thread that happens to run the calls; whoever shares them goes on."""
+    expected = [alone(job(seed, "euler_a", steps=6)) for seed in (7, 8)]
+    together = 0
+
+    def interrupted(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+        nonlocal together
+        together += len(sample) == 2 * 3
+        if threading.current_thread() is leader and together == 2:
+            raise KeyboardInterrupt
+        return counted(sample, timestep, states)
+
+    counted = Counted()
+    counted.gate.clear()
+    engine = Engine(interrupted, positions=1000)
+    results: list[Any] = []
+
+    def lead() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            engine.denoise([job(6, steps=12)])
+        results.append("interrupted")
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    assert counted.started.wait(20)
+    calls = [lambda seed=seed: engine.denoise([job(seed, "euler_a", steps=6)])[0] for seed in (7, 8)]
+    *others, _ = in_threads([*calls, lambda: open_when_all_have_come(counted, engine, 3)])
+    leader.join(20)
+    assert results == ["interrupted"]
+    np.testing.assert_array_equal(others, expected)
+    assert idle(engine)
 
 
 def test_a_slow_callback_holds_up_nobody_else() -> None:

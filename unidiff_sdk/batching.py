@@ -106,7 +106,10 @@ class Step:
 
 
 class Engine:
-    """Runs the denoising of any number of threads in one, which lives only while there is work.
+    """Runs the denoising of any number of threads in one of them at a time, and starts none.
+
+    Whoever comes first leads: it runs the calls, with whatever jobs others bring, until its own request is over, and
+    then another one that waits goes on. A thread of its own would cost a lone request two switches between threads.
 
     Requests are taken in the order of their arrival. Of each, one picture after the other gets a place in a call, in
     turn, until the call is full: a request for one picture never waits for another's hundred. Sizes that cannot share a
@@ -124,9 +127,10 @@ class Engine:
         self._positions = positions
         self._max_requests = max_requests
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)  # what the working thread waits on
+        self._changed = threading.Condition(self._lock)  # what the thread that leads waits on
         self._requests: list[_Request] = []
-        self._working = False
+        self._batch: _Batch | None = None
+        self._led = False
         self._calls = 0
         self._last_call: dict[tuple[int, ...], int] = {}
         self._call_seconds = 0.0
@@ -147,8 +151,8 @@ class Engine:
         self._submit(request)
         try:
             while True:
+                self._lead_or_wait(request)
                 with self._lock:
-                    request.news.wait_for(lambda: request.held or request.over)
                     if isinstance(request.error, UniDiffError):  # says already what was wrong
                         raise request.error
                     if request.error is not None:
@@ -165,6 +169,7 @@ class Engine:
                 if request in self._requests:  # the callback raised, or the thread was interrupted
                     self._requests.remove(request)
                     self._changed.notify()
+                    self._call_leader()
 
     def _submit(self, request: _Request) -> None:
         with self._lock:
@@ -173,40 +178,53 @@ class Engine:
                     f"{len(self._requests)} requests are being drawn, as many as are taken at once; try again later"
                 )
             self._requests.append(request)
-            if self._working:
-                self._changed.notify()
+            self._changed.notify()
+
+    def _lead_or_wait(self, request: _Request) -> None:
+        """Until the request waits for its callback or is over: run the calls, or let another thread run them."""
+        with self._lock:
+            request.news.wait_for(lambda: request.stopped or not self._led)
+            if request.stopped:
                 return
-            self._working = True
-            # no daemon: the interpreter must not end in the middle of a call, and this ends with the last request
-            threading.Thread(target=self._work, name="unidiff-denoise").start()
+            self._led = True
+        try:
+            while not request.stopped:
+                self._call()
+        finally:
+            with self._lock:
+                self._led = False
+                self._call_leader()
 
-    # In the working thread
+    def _call_leader(self) -> None:
+        """Wake one of those that wait, if nobody leads. (One whose callback runs leads when it comes back.)"""
+        waiting = next((request for request in self._requests if not request.stopped), None)
+        if not self._led and waiting is not None:
+            waiting.news.notify()
 
-    def _work(self) -> None:
-        batch: _Batch | None = None
-        while jobs := self._next_jobs():
-            try:
-                if batch is None or batch.jobs != jobs:
-                    batch = _Batch(jobs)
-                started = time.perf_counter()
-                batch.step(self._predict)
-                self._call_seconds = time.perf_counter() - started
-            except BaseException as error:  # whatever it is, those who wait for it must hear of it
-                batch = None
-                self._fail(jobs, error)
-            else:
-                self._tell(jobs)
+    # In the thread that leads
+
+    def _call(self) -> None:
+        jobs = self._next_jobs()
+        try:
+            if self._batch is None or self._batch.jobs != jobs:
+                self._batch = _Batch(jobs)
+            started = time.perf_counter()
+            self._batch.step(self._predict)
+            self._call_seconds = time.perf_counter() - started
+            self._tell(jobs)
+        except Exception as error:  # whatever it is, those who wait for it must hear of it
+            self._batch = None
+            self._fail(jobs, error)
+        except BaseException:  # this thread alone is interrupted: the others' jobs go on from where they stand
+            self._batch = None
+            self._tell(jobs)
+            raise
 
     def _next_jobs(self) -> list[Job]:
-        """The jobs of the next call; none when nothing is left to do, and then this thread is no longer the worker."""
+        """The jobs of the next call."""
         with self._lock:
             grace = _CALLBACK_GRACE * self._call_seconds
             self._changed.wait_for(lambda: not any(r.held for r in self._requests), grace)
-            self._changed.wait_for(lambda: not self._requests or any(not r.held for r in self._requests))
-            if not self._requests:
-                self._working = False
-                self._last_call.clear()
-                return []
             queues = [request.unfinished for request in self._requests if not request.held]
             kinds = dict.fromkeys(job.kind for queue in queues for job in queue)  # in the order of their arrival
             kind = min(kinds, key=lambda kind: self._last_call.get(kind, -1))
@@ -235,12 +253,15 @@ class Engine:
         if over:
             request.over = True
             self._requests.remove(request)
-        if over or request.held:
+            if not self._requests:
+                self._batch = None
+                self._last_call.clear()
+        if request.stopped:
             request.news.notify()
 
 
 class _Request:
-    """The jobs of one call of `Engine.denoise`, and what that thread and the working one tell each other."""
+    """The jobs of one call of `Engine.denoise`, and what that thread and the one that leads tell each other."""
 
     def __init__(self, jobs: Sequence[Job], lock: threading.Lock, *, waits: bool) -> None:
         self.unfinished = list(jobs)
@@ -250,43 +271,51 @@ class _Request:
         self.error: BaseException | None = None
         self.news = threading.Condition(lock)  # what the thread that asked waits on
 
+    @property
+    def stopped(self) -> bool:
+        """No call takes it: it waits for its callback, or it is over."""
+        return self.held or self.over
+
 
 class _Batch:
     """The jobs of one call, side by side for as long as the same ones go on together."""
 
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = jobs
+        # the rows of all jobs for each step that they can go together, read once
+        steps = min(len(job.table) - job.step for job in jobs)
+        rows = np.stack([job.table.rows[job.step : job.step + steps] for job in jobs], axis=2)[..., None, None, None]
+        self._rows = (Row(*row) for row in rows)
         self.x, self.x0 = np.stack([job.x for job in jobs]), np.stack([job.x0 for job in jobs])
         # the rows with a prompt, one for each job, then those without
         guided = [i for i, job in enumerate(jobs) if job.without is not None]
         self.guided: list[int] | slice = slice(None) if len(guided) == len(jobs) else guided  # a slice copies nothing
         self.guidance_scale = _column(job.guidance_scale for job in jobs)[self.guided]
         self.guidance_rescale = _column(job.guidance_rescale for job in jobs)[self.guided]
+        self._rescales = bool(self.guidance_rescale.any())
         without = [job.without for job in jobs if job.without is not None]
         self.states = np.stack([job.states for job in jobs] + without)
+        self._noisy = any(job.table.needs_noise for job in jobs)
 
     def step(self, predict: Predict) -> None:
         """One call of the UNet, and with it each job one row further."""
         # 1. Predict
-        rows = np.stack([job.table.rows[job.step] for job in self.jobs])
-        row = Row(*rows.T[:, :, None, None, None])
-        scaled = self.x * row.input_scale
-        timestep = rows[:, Row._fields.index("timestep")]
+        row = next(self._rows)
+        scaled, timestep = self.x * row.input_scale, row.timestep.ravel()
         if self.guided:
             scaled = np.concatenate([scaled, scaled[self.guided]])
             timestep = np.concatenate([timestep, timestep[self.guided]])
-        output = self._guide(predict(scaled, np.ascontiguousarray(timestep), self.states))
+        output = self._guide(predict(scaled, timestep, self.states))
 
         # 2. Step
-        self.x, self.x0 = advance(row, self.x, output, self.x0, self._noise(row))
+        self.x, self.x0 = advance(row, self.x, output, self.x0, self._noise(row) if self._noisy else None)
 
         # 3. Hand out
         for job, x, x0 in zip(self.jobs, self.x, self.x0, strict=True):
-            job.step += 1
             if job.kept is not None:
-                clean, noise = job.table.levels[job.step]
+                clean, noise = job.table.levels[job.step + 1]
                 x[:] = np.where(job.kept.repaint, x, clean * job.kept.clean + noise * job.kept.noise)
-            job.x, job.x0 = x, x0
+            job.x, job.x0, job.step = x, x0, job.step + 1
 
     def _guide(self, output: Float32) -> Float32:
         if not self.guided:
@@ -300,7 +329,7 @@ class _Batch:
 
     def _guided(self, prompted: Float32, without: Float32) -> Float32:
         guided: Float32 = without + self.guidance_scale * (prompted - without)
-        return rescaled(guided, prompted, self.guidance_rescale) if self.guidance_rescale.any() else guided
+        return rescaled(guided, prompted, self.guidance_rescale) if self._rescales else guided
 
     def _noise(self, row: Row) -> Float32 | None:
         wanted = np.ravel(row.next_from_noise).nonzero()[0]

@@ -1,8 +1,9 @@
 """How Qdrant Edge keeps vectors: as they are, or in 8-bit integers as well.
 
-Of the integers a search goes through these, and the float32 originals rank what it finds. The integers are kept in
-memory, a quarter of the originals, which stay on disk and are read for the best candidates only. So scores are exact cosines as without quantisation; what may be missed is an item whose rounded score left it out
-of the candidates. Compression comes with `optimize`; until then the originals are scanned.
+Of the latter a search goes through the integers, and the float32 originals rank what it finds. The integers are kept in
+memory, a quarter of the originals, which stay on disk and are read for the best candidates only. So scores are exact
+cosines as without quantisation; what may be missed is an item whose rounded score left it out of the candidates.
+Compression comes with `optimize`; until then the originals are scanned.
 """
 
 from __future__ import annotations
