@@ -8,6 +8,9 @@ of the benchmarks are made here, by the exporter's own lowering and quantisation
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,22 @@ def main(kept: Path, model: str, graph: str | None) -> None:
 def graph_file(kept: Path, model: str, graph: str, precision: str) -> Path:
     """Where a graph is kept."""
     return kept / f"{model}-{precision}" / graph / "model.onnx"
+
+
+def pipeline(kept: Path, precision: str) -> Path:
+    """A folder of the graphs that draw, made where they are not there yet, with what a diffusers pipeline has around.
+
+    It has no manifest, because nothing was verified: `Bundle` opens it as it opens what another exporter wrote.
+    """
+    folder, checkpoint = kept / f"sd15-{precision}", kept / "sd15"
+    for graph, part in {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}.items():
+        # In a process of its own, which gives its memory back.
+        subprocess.run([sys.executable, __file__, kept, "sd15", graph], check=True)
+        shutil.copy(checkpoint / part / "config.json", folder / graph)
+    for name in ("scheduler", "tokenizer"):
+        shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
+    shutil.copy(checkpoint / "model_index.json", folder)
+    return folder
 
 
 def write_checkpoint(folder: Path, model: str) -> None:
