@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
 import secrets
 import shutil
@@ -20,13 +19,11 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from numpy.typing import NDArray
 from PIL import Image
 
 from .aio import Opening, cancellable, twin
@@ -40,6 +37,7 @@ from .ids import key_of
 from .images import ImageSource
 from .imagestore import ImageStore, Picture
 from .imagination import draw_queries
+from .items import RESERVED, Item, item_of, items_of, pictures_of
 from .pipeline import batched, overlapped
 from .progress import progress_bar
 from .query import Query, ids_of, picture_of
@@ -49,9 +47,8 @@ from .search import SYSTEM as _SYSTEM
 from .search import Searcher, Window, check_window
 from .seen import Seen
 from .store import Record, Store, Vector
-from .store.filters import MAX_DEPTH, Clause, Compare, column_path, columns, parse
+from .store.filters import Clause, Compare, column_path, columns, parse
 from .store.location import VECTORS, Location
-from .texts import checked_text
 
 if TYPE_CHECKING:
     from .archive import Archive, ArchivedItem
@@ -70,7 +67,6 @@ OPTIMIZE_FROM = 50_000
 CATCH_UP_ROUNDS = 8  # of a reindexing, before it makes writers wait
 
 _NO_VECTOR = np.zeros(0, np.float32)
-_RESERVED = ("id", "text", _SYSTEM)
 
 
 class Catalog:
@@ -270,9 +266,9 @@ class Catalog:
             ImageError: a picture cannot be read.
             StoreError: an embedding is not finite, or the disk is full.
         """
-        items = list(_items(images, texts, ids, payloads))
+        items = list(items_of(images, texts, ids, payloads))
         serving = self._serving
-        fresh: list[_Item] = []
+        fresh: list[Item] = []
         records: list[Record] = []
         for batch in batched(items, BATCH_SIZE):
             changed = self._changed(batch)
@@ -371,7 +367,7 @@ class Catalog:
 
     def _prepare(self, rows: list[Row], source: str, strict: bool, copy: bool) -> _Prepared:
         """Read rows, drop those that are stored already, decode the others and keep their pixels."""
-        items: list[_Item] = []
+        items: list[Item] = []
         failed: list[BadRow] = []
         serving = self._serving
 
@@ -381,13 +377,13 @@ class Catalog:
         for row in rows:
             payload = dict(row.payload)
             try:
-                item = _item(Picture(row.image()), row.text, payload.pop("id", None), payload)
+                item = item_of(Picture(row.image()), row.text, payload.pop("id", None), payload)
                 items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 fail(row.name, row.line, error)
         changed = self._changed(items)
         lines = {item.line for item in changed}
-        fresh: list[_Item] = []
+        fresh: list[Item] = []
         for item in changed:
             try:
                 self._images.add(item.picture, copy=copy)
@@ -398,14 +394,14 @@ class Catalog:
             item.picture.release()  # what waits to be encoded is small, whatever the size of the picture
         return _Prepared(serving, [item for item in items if item.line not in lines], fresh, [], failed)
 
-    def _changed(self, items: Sequence[_Item]) -> list[_Item]:
+    def _changed(self, items: Sequence[Item]) -> list[Item]:
         """The items that are not stored yet just so.
 
         Of those whose picture is stored under the same id, only with other columns, the vector comes along.
         """
         self._check_open()
         stored = {record.id: record for record in self._store.retrieve([item.key for item in items])}
-        fresh: list[_Item] = []
+        fresh: list[Item] = []
         for item in items:
             old = stored.get(item.key)
             if old is None or old.payload[_SYSTEM]["sha256"] != item.picture.sha256:
@@ -426,12 +422,12 @@ class Catalog:
         pixels = [item.pixels for item in batch.fresh if item.pixels is not None]
         return self._records(batch.fresh, encode(np.stack(pixels)) if pixels else (), copy)
 
-    def _encode(self, serving: _Serving, items: Sequence[_Item], copy: bool) -> list[Record]:
+    def _encode(self, serving: _Serving, items: Sequence[Item], copy: bool) -> list[Record]:
         pictures = [item.picture.image for item in items if item.vector is None]
         vectors = self._encoder_of(serving).encode_images(pictures) if pictures else ()
         return self._records(items, vectors, copy)
 
-    def _records(self, items: Sequence[_Item], vectors: Iterable[Vector], copy: bool) -> list[Record]:
+    def _records(self, items: Sequence[Item], vectors: Iterable[Vector], copy: bool) -> list[Record]:
         """What is stored of items; `vectors` are of those that bring none."""
         encoded = iter(vectors)
         records = []
@@ -445,9 +441,9 @@ class Catalog:
         self,
         serving: _Serving,
         records: Sequence[Record],
-        items: Sequence[_Item],
+        items: Sequence[Item],
         copy: bool,
-        repeated: Sequence[_Item] = (),
+        repeated: Sequence[Item] = (),
     ) -> None:
         """Store records of items, and let go of the pictures that they take the place of, and of `repeated` ones."""
         self._warn_of_real_pictures(items)
@@ -461,7 +457,7 @@ class Catalog:
             left = {item.picture.sha256: self._images.add(item.picture, copy=copy) for item in repeated}
             for batch in batched(records, 256):
                 # Looked up here and not when the rows were read: another thread may have written since.
-                left |= _pictures_of(self._store.retrieve([record.id for record in batch]))
+                left |= pictures_of(self._store.retrieve([record.id for record in batch]))
                 self._store.upsert(batch)
             shown = {item.picture.sha256 for item in items}
             self._release({sha256: uri for sha256, uri in left.items() if sha256 not in shown})
@@ -490,7 +486,7 @@ class Catalog:
             if not self._store.count(Compare(f"{_SYSTEM}.sha256", "eq", sha256)):
                 self._images.remove(sha256, uri)
 
-    def _warn_of_real_pictures(self, items: Sequence[_Item]) -> None:
+    def _warn_of_real_pictures(self, items: Sequence[Item]) -> None:
         if self._warned or not self.bundle.synthetic:
             return
         from .datasets.synthetic import CATALOGUES
@@ -747,7 +743,7 @@ class Catalog:
         keys = [record.id for record in records]
         self._note_written(keys)
         self._store.delete(keys)
-        self._release(_pictures_of(records))
+        self._release(pictures_of(records))
 
     def _columns(self) -> dict[str, str]:
         """The columns that some of the items have, and what they hold."""
@@ -777,7 +773,7 @@ class Catalog:
                 warnings.warn(f'No item has a column "{column}". There are: {known}.', stacklevel=3)
 
     def _hit(self, payload: dict[str, Any], score: float) -> Hit:
-        columns = {name: value for name, value in payload.items() if name not in _RESERVED}
+        columns = {name: value for name, value in payload.items() if name not in RESERVED}
         system = payload[_SYSTEM]
         return Hit(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], self._images)
 
@@ -1122,7 +1118,7 @@ class Catalog:
         def read(batch: list[ArchivedItem]) -> _Prepared:
             items = []
             for archived in batch:
-                item = _item(archived.picture(), archived.text, archived.id, archived.payload)
+                item = item_of(archived.picture(), archived.text, archived.id, archived.payload)
                 self._images.add(item.picture)
                 source = None if archived.source is None else self._images.reference(Path(archived.source))
                 pixels = self._encoder_of(serving).pixels(item.picture.image) if reencode else None
@@ -1210,40 +1206,14 @@ def _let_go(store: Store, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------ items
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One row on its way in, checked."""
-
-    id: str | int
-    picture: Picture
-    columns: dict[str, Any]  # id, text and payload, as they are stored
-    name: str = ""  # of the image file, and the line in the metadata file of a folder
-    line: int = 0
-    source: str | None = None  # the folder or table it comes from
-    vector: Vector | None = None  # where it is stored already, with the same picture and other columns
-    pixels: NDArray[np.float32] | None = None  # for the encoder, of what is read from a folder and has no vector yet
-
-    @property
-    def key(self) -> str:
-        return key_of(self.id)
-
-    def payload(self, uri: str) -> dict[str, Any]:
-        """What is stored beside the vector."""
-        source = {"source": self.source} if self.source else {}
-        return {**self.columns, _SYSTEM: {"sha256": self.picture.sha256, "uri": uri, **source}}
-
-
 @dataclass(frozen=True)
 class _Prepared:
     """A batch of rows, read and sorted out."""
 
     serving: _Serving
-    unchanged: list[_Item]
-    fresh: list[_Item]  # what must be stored
-    repeated: list[_Item]  # what an earlier row has the id of
+    unchanged: list[Item]
+    fresh: list[Item]  # what must be stored
+    repeated: list[Item]  # what an earlier row has the id of
     failed: list[BadRow]
 
 
@@ -1270,60 +1240,6 @@ def _bad_row(line: int, name: str, reason: str, strict: bool) -> BadRow:
     return bad
 
 
-def _pictures_of(records: Iterable[Record]) -> dict[str, str]:
-    """The pictures that records show: sha256 -> uri."""
-    return {record.payload[_SYSTEM]["sha256"]: record.payload[_SYSTEM]["uri"] for record in records}
-
-
-def _item(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any]) -> _Item:
-    for name in _RESERVED:
-        if name in payload:
-            raise OptionError(f'"{name}" cannot be a column of a payload: captions go into texts=, ids into ids=')
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise OptionError(f"the caption {text!r} is empty; leave texts= out where there are no captions")
-    checked_text(text or "")
-    if id is None:
-        import hashlib
-
-        id = hashlib.sha256(f"{picture.sha256}\0{text or ''}".encode()).hexdigest()[:32]
-    key_of(id)
-    columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | _jsonable(payload, "payload")
-    return _Item(id, picture, columns)
-
-
-def _items(images: Any, texts: Any, ids: Any, payloads: Any) -> Iterator[_Item]:
-    """One item for each picture; every argument may be one value or a sequence."""
-    sources = [images] if _is_single(images) else list(images)
-    columns: dict[str, list[Any]] = {}
-    for name, values in {"texts": texts, "ids": ids, "payloads": payloads}.items():
-        single = values is None or isinstance(values, (str, int, Mapping)) or not isinstance(values, Iterable)
-        columns[name] = [values] * (len(sources) if values is None else 1) if single else list(values)
-        if len(columns[name]) != len(sources):
-            raise OptionError(f"{len(sources)} images but {len(columns[name])} {name}: give one for each image")
-    ids = [id.item() if isinstance(id, np.generic) else id for id in columns.pop("ids")]
-    for key, times in Counter(key_of(id) for id in ids if id is not None).items():
-        if times > 1:
-            raise OptionError(f"the id {next(id for id in ids if key_of(id) == key)!r} is given {times} times")
-    for source, text, payload, id in zip(sources, *columns.values(), ids, strict=True):
-        picture, payload = picture_of(source), {} if payload is None else payload
-        if not isinstance(payload, Mapping):
-            raise OptionError(f"a payload is a dictionary of columns, not {payload!r}")
-        if isinstance(source, Generated):
-            text, payload = text or source.prompt, {**source.payload, **payload}
-        elif isinstance(source, Hit):
-            text, payload, id = text or source.text, {**source.payload, **payload}, source.id if id is None else id
-        yield _item(picture, text, id, payload)
-        picture.release()  # a long list of files is hashed here and read again, a batch at a time
-
-
-def _is_single(images: Any) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim < 4
-    return isinstance(
-        images, (str, PathLike, bytes, bytearray, memoryview, Image.Image, Hit, Generated)
-    ) or not isinstance(images, Iterable)
-
-
 def _readable(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]:
     """A picture that a generation starts from, and its SHA-256; an error says which argument cannot be read."""
     if source is None:
@@ -1346,28 +1262,3 @@ def _called(make: Callable[..., _T], arguments: Any, name: str) -> _T:
         )
         raise OptionError(f"{name} cannot be made of {wrong}: it takes {', '.join(valid)}")
     return make(**arguments)
-
-
-def _jsonable(value: Any, name: str, depth: int = 0) -> Any:
-    """A payload as JSON holds it: numpy scalars and arrays unwrapped, dates as ISO 8601."""
-    if depth > MAX_DEPTH:
-        raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, str):
-        return checked_text(value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, (np.generic, np.ndarray)):
-        return _jsonable(value.tolist(), name, depth)
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {checked_text(key): _jsonable(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item, name, depth + 1) for item in value]
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise OptionError(
-        f"{name} is {value!r:.60}: a column holds JSON values (strings, finite numbers, true, null, lists, objects)"
-    )
