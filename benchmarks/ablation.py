@@ -6,7 +6,8 @@ the validation pairs of one catalogue, with one seed; the best is frozen and run
 pairs of all. Retrieval is measured on captions and pictures that no arm was tuned on, generation by the frozen judge.
 
 Resumable: each run leaves a file in WORK, RESULT is written anew from all files after each, and what RESULT holds is
-not run again. `quality.py` makes the page of it.
+not run again. Several processes may share WORK when each has `--domain`s of its own.
+`quality.py` makes the page of it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SYNTHETIC = ("ecommerce-product", "fashion-man", "fashion-woman")
 DOMAINS = (*SYNTHETIC, REAL)
 SEEDS = (0, 1, 2)
 PAIRS, GALLERY, PROMPTS, PER_PROMPT = 200, 300, 60, 2
-BASE_STEPS = {"clip": 900, "unet": 3000}  # of the bases made here
+BASE_STEPS = {"clip": 900, "unet": 1500}  # of the bases made here
 FORGETTING = 200  # products of each catalogue that the base knows
 COMMON = {"steps": 250, "batch_size": 32, "rsc_samples": 8, "save_every": 10_000}
 
@@ -149,7 +150,7 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
     from unidiff_sdk.training.trainer import train
 
     base, data = base_of(run.domain, work), data_of(run.domain, work)
-    tuned, checkpoint, seconds = base, work / "checkpoint", 0.0
+    tuned, checkpoint, seconds = base, work / f"checkpoint.{os.getpid()}", 0.0
     if run.arm != "base":
         shutil.rmtree(checkpoint, ignore_errors=True)
         trained = train(data["train"], base, checkpoint, TrainingConfig(**options(run, work)), latents=work / "latents")
@@ -312,7 +313,7 @@ def collect(work: Path, result: Path) -> None:
     """All runs so far in one file, with the machine and what was declared."""
     runs = [json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))]
     declaration = {"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "seeds": SEEDS, "common": COMMON}
-    sizes = {"pairs": PAIRS, "gallery": GALLERY, "prompts": PROMPTS, "per_prompt": PER_PROMPT}
+    sizes = {"pairs": PAIRS, "gallery": GALLERY, "prompts": PROMPTS, "per_prompt": PER_PROMPT, "base_steps": BASE_STEPS}
     complete = len(runs) == sum(map(len, SETTINGS.values())) + len(DOMAINS) * (1 + len(SEEDS) * (len(ARMS) - 1))
     result.parent.mkdir(parents=True, exist_ok=True)
     for sheet in sorted((work / "sheets").glob("*.webp")):

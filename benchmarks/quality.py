@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import numpy as np
-from ablation import RESULT, Run
+from ablation import REAL, RESULT, Run
 
 from unidiff_sdk.charts import Line, line_chart
 from unidiff_sdk.training.metrics import paired_bootstrap
@@ -75,6 +75,12 @@ def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
     yield "both ways. Figures are means over seeds, with the lowest and highest seed behind. The synthetic catalogues"
     yield "are rendered drawings. KID and CMMD are unbiased estimates, so below zero is as good as zero."
     yield ""
+    steps = declared["base_steps"]
+    yield "A base that lacks one synthetic catalogue is trained on the other two: CLIP for"
+    yield f"{steps['clip']} steps, the UNet for {steps['unet']}; {REAL} is tuned from the built-in base."
+    yield ""
+    yield from chosen(content)
+    yield ""
     yield f"{content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
     if not content["complete"]:
         yield ""
@@ -88,6 +94,24 @@ def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
             yield from table(domain, arms, runs)
             yield from ["", *differences(domain, arms, runs)]
             yield from ["", *sheets(domain, arms, runs, folder, page)]
+
+
+def chosen(content: Result) -> Iterator[str]:
+    """What the search tried, and what it found of each arm."""
+    common, runs = content["declared"]["common"], tested(content)
+    yield "| arm | tried | chosen | seconds a run |"
+    yield "|---|---|---|---|"
+    for arm, settings in content["declared"]["settings"].items():
+        ran = [one for (_, name), some in runs.items() if name == arm for one in some if "options" in one]
+        if ran:
+            tried = "; ".join(_told(setting) for setting in settings)
+            took = np.median([one["figures"]["seconds"] for one in ran])
+            options = {name: value for name, value in ran[0]["options"].items() if name not in {*common, "seed"}}
+            yield f"| {arm} | {tried} | {_told(options)} | {took:.0f} |"
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" if not isinstance(value, bool) else name for name, value in settings.items())
 
 
 def table(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
