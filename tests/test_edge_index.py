@@ -11,7 +11,7 @@ from toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, OptionError, StoreError
 from unidiff_sdk.ids import key_of
-from unidiff_sdk.store import Nearest, Record
+from unidiff_sdk.store import Nearest, Record, compression
 from unidiff_sdk.store.edge import EdgeStore
 from unidiff_sdk.store.filters import parse
 
@@ -96,3 +96,25 @@ def test_it_is_chosen_once_and_by_name(tmp_path: Path) -> None:
     Catalog(tmp_path / "plain").close()
     with pytest.raises(OptionError, match="ServerOptions"):
         Catalog("http://localhost:6333", bundle, images=tmp_path / "images", quantization="scalar")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "room", "is_read"), [(None, 10**9, True), (None, 10**5, False), ("scalar", 10**9, False)]
+)
+def test_what_a_search_reads_is_brought_into_memory_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, room: int, is_read: bool
+) -> None:
+    """All of it, by reading it; but not what is to stay on disk, nor more than there is room for."""
+    vectors = np.eye(256, dtype=np.float32)
+    store = EdgeStore(tmp_path / "vectors", 256, quantization)
+    store.upsert([Record(key_of(k), vector, {"n": k}) for k, vector in enumerate(vectors)])
+    store.close()
+    monkeypatch.setattr(compression, "available_memory", lambda: room)
+    before = bytes_read()
+    compression.warm(tmp_path / "vectors" / "0")
+    assert (bytes_read() - before > vectors.nbytes) == is_read
+
+
+def bytes_read() -> int:
+    """By this process's system calls so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
