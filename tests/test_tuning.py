@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from unidiff_sdk.errors import OptionError  # noqa: E402
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
@@ -19,7 +21,7 @@ from unidiff_sdk.training.merging import merged_state_dict  # noqa: E402
 from unidiff_sdk.training.model import JointModel  # noqa: E402
 from unidiff_sdk.training.processes import Processes  # noqa: E402
 from unidiff_sdk.training.trainer import train  # noqa: E402
-from unidiff_sdk.training.tuning import ADAPTERS, add_adapters, choose_trainable, part_of  # noqa: E402
+from unidiff_sdk.training.tuning import ADAPTERS, KOHYA, add_adapters, choose_trainable, part_of  # noqa: E402
 
 FEW = {"steps": 2, "batch_size": 6, "warmup_steps": 0, "learning_rate": 1e-2, "lambda_rsc": 0.0}
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -116,7 +118,7 @@ def test_adapters_are_kept_as_peft_reads_them(small_catalogue: Path, random_chec
 
 
 @pytest.mark.parametrize("ranks", [{"lora_unet": 2, "lora_text": 3}, {"lora_text": 2, "lock_unet": True}], ids=str)
-def test_adapters_are_kept_as_diffusers_reads_them(
+def test_adapters_are_kept_as_diffusers_and_kohya_read_them(
     small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, ranks: dict
 ) -> None:
     """Loaded into the base's pipeline they draw what the merged weights draw."""
@@ -133,10 +135,14 @@ def test_adapters_are_kept_as_diffusers_reads_them(
             return states, pipeline.unet(latents, 500, states).sample
 
     before = answer(base)
-    base.load_lora_weights(out / ADAPTERS)
-    for old, adapted, merged in zip(before, answer(base), answer(tuned), strict=True):
-        torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-4)
-        assert (old - merged).abs().max() > 1e-3
+    for file in (None, KOHYA):
+        base.load_lora_weights(out / ADAPTERS, weight_name=file)
+        for old, adapted, merged in zip(before, answer(base), answer(tuned), strict=True):
+            torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-4)
+            assert (old - merged).abs().max() > 1e-3
+        base.unload_lora_weights()
+    names = load_file(out / ADAPTERS / KOHYA)
+    assert all(re.fullmatch(r"lora_(unet|te)_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", name) for name in names)
 
 
 def test_adapters_resume_bit_for_bit(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The parts are the UNet, the text side (CLIP's text tower and projection, and the pipeline's text encoder where it is
 another) and the image side (CLIP's image tower and projection). Adapters are merged wherever weights are written, so
-that a tuned checkpoint looks like any other; they are kept beside it in the formats of peft and of diffusers.
+that a tuned checkpoint looks like any other; they are kept beside it in the formats of peft, diffusers and kohya.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,9 +22,10 @@ from unidiff_sdk.training.config import Part, TrainingConfig
 from unidiff_sdk.training.model import JointModel
 from unidiff_sdk.training.randomness import Purpose, seed_of
 
-__all__ = ["ADAPTERS", "add_adapters", "choose_trainable", "part_of", "save_adapters"]
+__all__ = ["ADAPTERS", "KOHYA", "add_adapters", "choose_trainable", "part_of", "save_adapters"]
 
 ADAPTERS = "adapters"  # in the checkpoint's folder
+KOHYA = "kohya.safetensors"  # in that
 ATTENTION = r"to_q|to_k|to_v|to_out\.0"  # of the UNet, which diffusers' own LoRA training adapts too
 TOWER = r"q_proj|k_proj|v_proj|out_proj|fc1|fc2"  # attention and MLP
 
@@ -76,12 +77,20 @@ def part_of(name: str) -> Part | None:
 
 
 def save_adapters(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write adapters as peft does, one folder a model: `PeftModel.from_pretrained(base.unet, folder / "unet")`; and
-    those that draw also as diffusers does: `StableDiffusionPipeline.load_lora_weights(folder)`."""
+    """Write adapters as peft does, one folder a model: `PeftModel.from_pretrained(base.unet, folder / "unet")`.
+
+    Those that draw also as diffusers does, for `StableDiffusionPipeline.load_lora_weights(folder)`, and in one file as
+    kohya's scripts do, for the programs that read these: the same tensors, each with its alpha.
+    """
     parts = {"unet": _adapters(checkpoint.unet), "text_encoder": _adapters(checkpoint.text_encoder)}
     layers = {f"{part}_lora_layers": convert_state_dict_to_diffusers(found) for part, found in parts.items() if found}
     if layers:
         StableDiffusionPipeline.save_lora_weights(folder, **layers)
+        named = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+        kohya: dict[str, Tensor] = convert_state_dict_to_kohya(named)
+        # diffusers numbers the text encoder as models with two have it; those with one call it "te".
+        one_encoder = {name.replace("lora_te1_", "lora_te_"): tensor.contiguous() for name, tensor in kohya.items()}
+        save_file(one_encoder, folder / KOHYA)
     models = {"unet": checkpoint.unet, "clip": checkpoint.clip, "text_encoder": checkpoint.text_encoder}
     for name, model in models.items():
         if not hasattr(model, "peft_config"):
