@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import numpy as np
-from ablation import REAL, RESULT, Run
+from ablation import REAL, RESULT, Run, score
 
 from unidiff_sdk.charts import Line, line_chart
 from unidiff_sdk.training.metrics import paired_bootstrap
@@ -72,7 +72,8 @@ def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
     yield f"{declared['gallery']}, {declared['prompts']} prompts of {declared['per_prompt']} pictures, all from the"
     yield "same noise. Three settings an arm were tried on the validation pairs of one catalogue, and the best was run"
     yield "once on the test pairs of each. The judge is frozen and was trained on other renderings; R@1 is the mean of"
-    yield "both ways. Figures are means over seeds, with the lowest and highest seed behind. The synthetic catalogues"
+    yield "both ways. The score is the mean of R@1 and of all attributes right, or the one that an arm's half has; ties go to"
+    yield "the first. Figures are means over seeds, with the lowest and highest seed behind. The synthetic catalogues"
     yield "are rendered drawings. KID and CMMD are unbiased estimates, so below zero is as good as zero."
     yield ""
     steps = declared["base_steps"]
@@ -97,14 +98,23 @@ def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
 
 
 def chosen(content: Result) -> Iterator[str]:
-    """What the search tried, and what it found of each arm."""
+    """What the search tried, the score of each on the validation pairs, and what it chose."""
     common, runs = content["declared"]["common"], tested(content)
-    yield "| arm | tried | chosen | seconds a run |"
+    scores = {
+        (one["run"]["arm"], one["run"]["setting"]): score(one["run"]["arm"], one["figures"])
+        for one in content["runs"]
+        if one["run"]["phase"] == "development"
+    }
+    yield "| arm | tried: score | chosen | seconds a run |"
     yield "|---|---|---|---|"
     for arm, settings in content["declared"]["settings"].items():
         ran = [one for (_, name), some in runs.items() if name == arm for one in some if "options" in one]
         if ran:
-            tried = "; ".join(_told(setting) for setting in settings)
+            tried = "; ".join(
+                f"{_told(setting)}: {scores[arm, number]:.3f}"
+                for number, setting in enumerate(settings)
+                if (arm, number) in scores
+            )
             took = np.median([one["figures"]["seconds"] for one in ran])
             options = {name: value for name, value in ran[0]["options"].items() if name not in {*common, "seed"}}
             yield f"| {arm} | {tried} | {_told(options)} | {took:.0f} |"
