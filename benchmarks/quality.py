@@ -73,8 +73,8 @@ def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
     yield "same noise. Three settings an arm were tried on the validation pairs of one catalogue, and the best was run"
     yield "once on the test pairs of each. The judge is frozen and was trained on other renderings; R@1 is the mean of"
     yield "both ways. The score is the mean of R@1 and of all attributes right, or the one that an arm's half has; ties"
-    yield "go to the first. Figures are means over seeds, with the lowest and highest seed behind. The synthetic catalogues"
-    yield "are rendered drawings. KID and CMMD are unbiased estimates, so below zero is as good as zero."
+    yield "go to the first. Figures are means over seeds, with the lowest and highest seed behind. The synthetic"
+    yield "catalogues are rendered drawings. KID and CMMD are unbiased estimates, so below zero is as good as zero."
     yield ""
     steps = declared["base_steps"]
     yield "A base that lacks one synthetic catalogue is trained on the other two: CLIP for"
