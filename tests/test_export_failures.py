@@ -218,7 +218,9 @@ def test_a_disk_that_refuses_in_the_middle_of_a_graph_leaves_nothing(random_chec
 
 
 def test_an_interrupted_export_leaves_nothing(random_checkpoint: Path, tmp_path: Path) -> None:
-    code = "from unidiff_export.cli import main; main()"
+    # A shell starts what runs in its background with Ctrl-C ignored, this test too.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = heard + "from unidiff_export.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, random_checkpoint, "-o", tmp_path / "out"], stderr=subprocess.PIPE, text=True
     )
