@@ -6,7 +6,7 @@ the validation pairs of one catalogue, with one seed; the best is frozen and run
 pairs of all. Retrieval is measured on captions and pictures that no arm was tuned on, generation by the frozen judge.
 
 Resumable: each run leaves a file in WORK, RESULT is written anew from all files after each, and what RESULT holds is
-not run again. Several processes may share WORK when each has `--domain`s of its own.
+not run again. Once the search is over, several processes may share WORK, each with `--domain`s and a RESULT of its own.
 `quality.py` makes the page of it.
 """
 

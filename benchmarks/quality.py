@@ -105,23 +105,18 @@ def chosen(content: Result) -> Iterator[str]:
         for one in content["runs"]
         if one["run"]["phase"] == "development"
     }
-    yield "| arm | tried: score | chosen | seconds a run |"
-    yield "|---|---|---|---|"
+    yield "| arm | tried: score | chosen |"
+    yield "|---|---|---|"
     for arm, settings in content["declared"]["settings"].items():
         ran = [one for (_, name), some in runs.items() if name == arm for one in some if "options" in one]
         if ran:
-            tried = "; ".join(
-                f"{_told(setting)}: {scores[arm, number]:.3f}"
-                for number, setting in enumerate(settings)
-                if (arm, number) in scores
-            )
-            took = np.median([one["figures"]["seconds"] for one in ran])
+            tried = "; ".join(f"{_told(setting)}: {scores[arm, i]:.3f}" for i, setting in enumerate(settings))
             options = {name: value for name, value in ran[0]["options"].items() if name not in {*common, "seed"}}
-            yield f"| {arm} | {tried} | {_told(options)} | {took:.0f} |"
+            yield f"| {arm} | {tried} | {_told(options)} |"
 
 
 def _told(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g}" if not isinstance(value, bool) else name for name, value in settings.items())
+    return ", ".join(f"{name} {value:.3g}" if not isinstance(value, bool) else name for name, value in settings.items())
 
 
 def table(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:

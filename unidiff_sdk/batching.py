@@ -167,7 +167,7 @@ class Engine:
         finally:
             with self._lock:
                 if request in self._requests:  # the callback raised, or the thread was interrupted
-                    self._requests.remove(request)
+                    self._remove(request)
                     self._changed.notify()
                     self._call_leader()
 
@@ -178,7 +178,6 @@ class Engine:
                     f"{len(self._requests)} requests are being drawn, as many as are taken at once; try again later"
                 )
             self._requests.append(request)
-            self._changed.notify()
 
     def _lead_or_wait(self, request: _Request) -> None:
         """Until the request waits for its callback or is over: run the calls, or let another thread run them."""
@@ -252,12 +251,15 @@ class Engine:
     def _notify(self, request: _Request, *, over: bool) -> None:
         if over:
             request.over = True
-            self._requests.remove(request)
-            if not self._requests:
-                self._batch = None
-                self._last_call.clear()
+            self._remove(request)
         if request.stopped:
             request.news.notify()
+
+    def _remove(self, request: _Request) -> None:
+        self._requests.remove(request)
+        if not self._requests:
+            self._batch = None
+            self._last_call.clear()
 
 
 class _Request:
