@@ -11,7 +11,7 @@ from toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, OptionError, StoreError
 from unidiff_sdk.ids import key_of
-from unidiff_sdk.store import Nearest, Record, compression
+from unidiff_sdk.store import Nearest, Record, storage
 from unidiff_sdk.store.edge import EdgeStore
 from unidiff_sdk.store.filters import parse
 
@@ -109,9 +109,9 @@ def test_what_a_search_reads_is_brought_into_memory_first(
     store = EdgeStore(tmp_path / "vectors", 256, quantization)
     store.upsert([Record(key_of(k), vector, {"n": k}) for k, vector in enumerate(vectors)])
     store.close()
-    monkeypatch.setattr(compression, "available_memory", lambda: room)
+    monkeypatch.setattr(storage, "available_memory", lambda: room)
     before = bytes_read()
-    compression.warm(tmp_path / "vectors" / "0")
+    storage.warm(tmp_path / "vectors" / "0")
     assert (bytes_read() - before > vectors.nbytes) == is_read
 
 

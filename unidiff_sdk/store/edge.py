@@ -14,7 +14,7 @@ import numpy as np
 import qdrant_edge as edge
 
 from ..errors import StoreError, UniDiffError
-from . import compression
+from . import storage
 from .filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
 from .generations import Generations
 from .indexes import PayloadIndexes
@@ -53,7 +53,7 @@ class EdgeStore:
     Args:
         path: folder of the store (`generations`).
         dim: length of the vectors.
-        quantization: how a store that is created compresses its vectors for searching (`compression`).
+        quantization: how a store that is created compresses its vectors for searching (`storage`).
 
     Raises:
         StoreError: the folder is in use, or its store was made with another quantization.
@@ -72,12 +72,12 @@ class EdgeStore:
             with _translated(path):
                 self._shard = _open(self._generations.current, dim, quantization)
                 schema = self._shard.info().payload_schema
-                self.quantization = compression.quantization_of(self._generations.current)
-                compression.check_alike(quantization, self.quantization, path)
+                self.quantization = storage.quantization_of(self._generations.current)
+                storage.check_alike(quantization, self.quantization, path)
         except UniDiffError:
             self._generations.release()
             raise
-        by_originals = compression.RANKED_BY_ORIGINALS if self.quantization else None
+        by_originals = storage.RANKED_BY_ORIGINALS if self.quantization else None
         self._params = edge.SearchParams(acorn=edge.AcornSearchParams(enable=True), quantization=by_originals)
         names = {value: kind for kind, value in _INDEX_KINDS.items()}
         existing = {key: names[index.data_type] for key, index in schema.items() if index.data_type in names}
@@ -200,7 +200,7 @@ class EdgeStore:
 
                 # 3. What was written meanwhile: most of it while writing goes on, the rest with the swap.
                 with _translated(self.path):
-                    compression.warm(copy)
+                    storage.warm(copy)
                     fresh = edge.EdgeShard.load(str(copy))
                     while len(self._written) > _CATCH_UP:
                         with self._writing:
@@ -293,10 +293,10 @@ def _found(point: edge.ScoredPoint) -> Found:
 
 def _open(path: Path, dim: int, quantization: str | None) -> edge.EdgeShard:
     if (path / "edge_config.json").is_file():
-        compression.warm(path)
+        storage.warm(path)
         return edge.EdgeShard.load(str(path))
     path.mkdir(parents=True, exist_ok=True)
-    vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **compression.layout(quantization))}
+    vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **storage.layout(quantization))}
     graph = edge.HnswIndexConfig(LINKS, AT_BUILD, FULL_SCAN_KB)
     return edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors, hnsw_config=graph))
 
