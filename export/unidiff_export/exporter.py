@@ -147,7 +147,10 @@ def export_bundle(
             )
             write_manifest(folder, manifest)
             try:
-                image, search = _verify(folder, specs, reference, parity, work.graphs, precision, say)
+                _compare_graphs(folder, specs, reference, parity, work.graphs, say)
+                if policy is None and loaded is not checkpoint:
+                    _free_weights(loaded)  # no graph is made anew, and the runtime is about to hold all of them
+                image, search = _compare_whole(folder, reference, precision, say)
                 break
             except ToleranceError as failure:
                 changed = policy.relax(failure.graphs) if policy else []
@@ -254,35 +257,43 @@ class _Workshop:
         return model, "int8" if quantised else "fp32", quantised
 
 
-def _verify(
+def _compare_graphs(
     folder: Path,
     specs: Sequence[GraphSpec],
     reference: Reference,
     parity: dict[str, GraphParity],
     graphs: dict[str, dict[str, Any]],
-    precision: str,
     say: Callable[[str], None],
-) -> tuple[ImageParity, SearchParity]:
-    """Compare the graphs that `parity` lacks with PyTorch, into it; then whole pictures, then search.
-
-    Raises ToleranceError at the first that is too far from PyTorch's.
-    """
-
-    def opened() -> Bundle:
-        return Bundle.open(folder, verify=False, threads=torch.get_num_threads())
-
+) -> None:
+    """Compare the graphs that `parity` lacks with PyTorch, into it. Raises ToleranceError at the first too far off."""
     for spec in specs:
         if spec.name not in parity:
             say(f"comparing {spec.name} with PyTorch")
             used = graphs[spec.name]["precision"]
             calls = calls_of(spec, used, reference)
             # Each in a bundle of its own, so that one graph's memory is free before the next takes its.
-            parity[spec.name] = compare_graph(opened().session(spec.name), spec, TOLERANCES[used], calls)
+            parity[spec.name] = compare_graph(_opened(folder).session(spec.name), spec, TOLERANCES[used], calls)
+
+
+def _compare_whole(
+    folder: Path, reference: Reference, precision: str, say: Callable[[str], None]
+) -> tuple[ImageParity, SearchParity]:
+    """Compare whole pictures, then search. Raises ToleranceError at the first that is too far from PyTorch's."""
     say("comparing pictures with diffusers")
-    bundle = opened()
+    bundle = _opened(folder)
     image = compare_images(bundle, reference, TOLERANCES[precision])
     say("comparing search with PyTorch")
     return image, compare_search(bundle, reference, TOLERANCES[precision])
+
+
+def _opened(folder: Path) -> Bundle:
+    return Bundle.open(folder, verify=False, threads=torch.get_num_threads())
+
+
+def _free_weights(checkpoint: Checkpoint) -> None:
+    """Give back the memory of all weights; configurations and tokenizers stay."""
+    for part in (checkpoint.unet, checkpoint.vae, checkpoint.clip, checkpoint.text_encoder):
+        part.to("meta")
 
 
 def peak_bytes() -> int:

@@ -39,7 +39,7 @@ SYMBOLIC_OPSET = 18
 
 # Latents of more than so many pixels a side are neither traced nor compared graph by graph: the graphs take any size,
 # Stable Diffusion's own costs minutes and many gigabytes, and whole pictures are compared at it anyway.
-LARGEST_EXAMPLE = 32
+LARGEST_EXAMPLE = 16
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 

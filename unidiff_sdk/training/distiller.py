@@ -111,7 +111,7 @@ def distill(
 
     # 3. the student: the same UNet, which the teacher needs no more
     unet = model.unet.train()
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, config))
     ema = Ema(unet, config.ema_decay)
     done, loss = 0, math.nan
