@@ -51,6 +51,9 @@ class ColourEncoder:
         vectors = [np.mean([RGB.get(word, (1, 1, 1)) for word in text.split()], axis=0) for text in texts]
         return self._units(vectors)
 
+    def encode_text(self, text: str) -> np.ndarray:
+        return self.encode_texts([text])[0]
+
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
         return self.encode_pixels(np.stack([self.pixels(image) for image in images]))
 

@@ -33,6 +33,21 @@ def test_texts_become_unit_rows_whatever_the_batch(encoder: Encoder) -> None:
     np.testing.assert_allclose(encoder.encode_texts(texts[5:6])[0], rows[5], atol=1e-6)
 
 
+def test_a_text_alone_is_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    encode = encoder.encode_texts
+    monkeypatch.setattr(encoder, "encode_texts", lambda texts: calls.append(list(texts)) or encode(texts))
+    first, again, other = (encoder.encode_text(text) for text in ("a red dress", "a red dress", "boots"))
+    assert calls == [["a red dress"], ["boots"]]
+    np.testing.assert_array_equal(first, encode(["a red dress"])[0])
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = 0  # it would spoil what others are given
+    with pytest.raises(OptionError, match="strings"):
+        encoder.encode_text(7)  # type: ignore[arg-type]
+
+
 def test_images_become_unit_rows_whatever_the_batch_and_source(encoder: Encoder, tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 30), (200, 30, 90))
     image.save(tmp_path / "picture.png")

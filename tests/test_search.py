@@ -28,8 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 class Words:
     """A stand-in for the encoder: a text is the vector that its characters seed."""
 
+    def encode_text(self, text: str) -> np.ndarray:
+        return direction(sum(map(ord, text)))
+
     def encode_texts(self, texts: list[str]) -> np.ndarray:
-        return np.array([direction(sum(map(ord, text))) for text in texts])
+        return np.array([self.encode_text(text) for text in texts])
 
 
 def direction(seed: int) -> np.ndarray:

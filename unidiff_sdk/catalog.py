@@ -930,12 +930,11 @@ class Catalog:
         serving = self._serving  # a reindex may put another in its place meanwhile
         encoder = self._encoder_of(serving)
         vectors = encoder.encode_images(images)
-        words = {prompt: encoder.encode_texts([prompt])[0] for prompt in dict.fromkeys(prompts)}
         judged: list[tuple[float, Hit | None]] = []
         for prompt, vector in zip(prompts, vectors, strict=True):
             found = serving.store.query(vector, limit=1)
             nearest = self._hit(found[0].payload, found[0].score) if found else None
-            judged.append((float(vector @ words[prompt]), nearest))
+            judged.append((float(vector @ encoder.encode_text(prompt)), nearest))
         return judged
 
     # -------------------------------------------------------------------------------------------- upkeep

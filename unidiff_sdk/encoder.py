@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +25,8 @@ __all__ = ["Encoder", "load_tokenizer", "token_ids"]
 
 T = TypeVar("T")
 
+_CACHED_TEXTS = 1024
+
 
 class Encoder:
     """The two CLIP towers of a bundle. May be shared between threads."""
@@ -35,6 +37,21 @@ class Encoder:
         separate = bundle.has_graph("clip_text_encoder")
         self._text_graph = "clip_text_encoder" if separate else "text_encoder"
         self._tokenizer_folder = "clip_tokenizer" if separate else "tokenizer"
+        self._remembered = lru_cache(maxsize=_CACHED_TEXTS)(self._encode_alone)
+
+    def encode_text(self, text: str) -> NDArray[np.float32]:
+        """Embed one text as `encode_texts` does, and remember it: float32[dim], not to be written to.
+
+        What many ask for is then encoded once. It never comes out of a batch, in which its last digits would depend on
+        the other texts.
+        """
+        (text,) = _checked_texts([text])
+        return self._remembered(text)
+
+    def _encode_alone(self, text: str) -> NDArray[np.float32]:
+        vector: NDArray[np.float32] = self.encode_texts([text])[0]
+        vector.flags.writeable = False  # shared by all who ask for the same text
+        return vector
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
         """Embed texts: float32[len(texts), dim], rows of length 1. What exceeds `bundle.max_tokens` is cut off.

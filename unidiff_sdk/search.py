@@ -167,12 +167,16 @@ class Searcher:
     # -------------------------------------------------------------------------------------------- the query vector
 
     def _vectors(self, queries: Sequence[Query], cursors: Sequence[Cursor | None]) -> list[Vector]:
-        """A vector for each query: all texts are encoded in one go, all pictures in another."""
+        """A vector for each query: all texts are encoded in one go (a lone one is remembered), all pictures too."""
         todo = [
             query for query, cursor in zip(queries, cursors, strict=True) if cursor is None or cursor.vector is None
         ]
         texts = list(dict.fromkeys(text for q in todo for text in ((q.text,) if q.text else ()) + q.without))
-        of_text = dict(zip(texts, self._encoder().encode_texts(texts), strict=True)) if texts else {}
+        of_text = {}
+        if texts:
+            encoder = self._encoder()
+            rows = encoder.encode_texts(texts) if len(texts) > 1 else [encoder.encode_text(texts[0])]
+            of_text = dict(zip(texts, rows, strict=True))
         of_imagined = self._imagined(todo, of_text)
         of_picture = self._pictures(todo)
         of_item = self._items(todo)
