@@ -255,12 +255,12 @@ def test_a_kill_while_restoring_leaves_no_catalogue(catalog: Catalog, tmp_path: 
     catalog.add([shade(n) for n in range(100)])
     catalog.export(tmp_path / "shop.parquet")
     script = (
-        "import os, sys; from unidiff_sdk import Catalog\n"
-        "commit, calls = Catalog._commit, []\n"
+        "import os, sys; from unidiff_sdk import Catalog; from unidiff_sdk.writing import Writer\n"
+        "commit, calls = Writer._commit, []\n"
         "def dying(self, *rest):\n"
         "    commit(self, *rest); calls.append(1)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), 9)\n"
-        "Catalog._commit = dying\n"
+        "Writer._commit = dying\n"
         "Catalog.restore(*sys.argv[1:])"
     )
     argv = [sys.executable, "-c", script, str(tmp_path / "shop.parquet"), str(tmp_path / "new.catalog")]

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import unidiff_sdk.catalog
+import unidiff_sdk.serving
 from unidiff_sdk import BundleError, Catalog, DataError, FilterError, Hit, ImageError, OptionError, Page, StoreError
 from unidiff_sdk.generator import Settings
 from unidiff_sdk.images import load_image
@@ -91,8 +92,9 @@ class ColourGenerator:
 
 @pytest.fixture(autouse=True)
 def colour_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unidiff_sdk.catalog, "Bundle", ColourBundle)
-    monkeypatch.setattr(unidiff_sdk.catalog, "Encoder", ColourEncoder)
+    for module in (unidiff_sdk.catalog, unidiff_sdk.serving):
+        monkeypatch.setattr(module, "Bundle", ColourBundle)
+    monkeypatch.setattr(unidiff_sdk.serving, "Encoder", ColourEncoder)
     monkeypatch.setattr("unidiff_sdk.generator.Generator", ColourGenerator)
 
 
@@ -353,13 +355,13 @@ def test_a_file_that_changes_under_way_is_refused(
     catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture("red").save(tmp_path / "a.png")
-    changed = catalog._changed
+    changed = catalog._writer._changed
 
     def slow(items: Any) -> Any:
         picture("blue").save(tmp_path / "a.png")
         return changed(items)
 
-    monkeypatch.setattr(catalog, "_changed", slow)
+    monkeypatch.setattr(catalog._writer, "_changed", slow)
     with pytest.raises(ImageError, match="changed while"):
         catalog.add(tmp_path / "a.png")
     assert catalog.count() == 0

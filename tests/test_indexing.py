@@ -21,12 +21,13 @@ from unidiff_sdk.encoder import Encoder
 KILLED = """
 import os, signal, sys
 from unidiff_sdk import Catalog
+from unidiff_sdk.writing import Writer
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 location, bundle, products, commits = sys.argv[1:]
-commit, left = Catalog._commit, [int(commits)]
+commit, left = Writer._commit, [int(commits)]
 
 def commit_some(self, *arguments, **options):
     if not left[0]:
@@ -34,7 +35,7 @@ def commit_some(self, *arguments, **options):
     left[0] -= 1
     commit(self, *arguments, **options)
 
-Catalog._commit = commit_some
+Writer._commit = commit_some
 with Catalog(location, bundle) as catalog:
     catalog.add_folder(products)
 """

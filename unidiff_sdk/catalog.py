@@ -10,35 +10,32 @@ import shutil
 import tempfile
 import threading
 import time
-import uuid
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from .aio import Opening, cancellable, twin
 from .bundle import Bundle
 from .catalogfile import BundleRef, CatalogFile, new_place
-from .datasets.reader import TABLES, BadRow, Row, count_rows, read_catalogue
+from .datasets.reader import TABLES, BadRow, count_rows, read_catalogue
 from .duplicates import near_duplicates
-from .encoder import Encoder
-from .errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
+from .errors import DataError, ImageError, OptionError, StoreError
 from .ids import key_of
 from .images import ImageSource
-from .imagestore import ImageStore, Picture
+from .imagestore import ImageStore
 from .imagination import draw_queries
-from .items import RESERVED, Item, item_of, items_of, pictures_of
-from .pipeline import batched, overlapped
+from .items import RESERVED, item_of, items_of
+from .pipeline import overlapped
 from .progress import progress_bar
 from .query import Query, ids_of, picture_of
 from .ranking import elements, kind_of, value_at
@@ -46,13 +43,15 @@ from .results import AddReport, Generated, Generation, Hit, Page
 from .search import SYSTEM as _SYSTEM
 from .search import Searcher, Window, check_window
 from .seen import Seen
-from .store import Record, Store, Vector
+from .serving import Serving
+from .store import Record, Store
 from .store.filters import Clause, Compare, column_path, columns, parse
 from .store.location import VECTORS, Location
+from .writing import BATCH_SIZE, Prepared, Writer
 
 if TYPE_CHECKING:
     from .archive import Archive, ArchivedItem
-    from .generator import Generator, Preview
+    from .generator import Preview
     from .store.connection import ServerOptions
 
 __all__ = ["Catalog"]
@@ -61,12 +60,9 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-BATCH_SIZE = 32
 # A graph index of 20,000 vectors takes 10 s to build and searches no faster than the plain scan; of 100,000, ten times.
 OPTIMIZE_FROM = 50_000
 CATCH_UP_ROUNDS = 8  # of a reindexing, before it makes writers wait
-
-_NO_VECTOR = np.zeros(0, np.float32)
 
 
 class Catalog:
@@ -110,13 +106,9 @@ class Catalog:
         api_key: str | None = None,
         server: ServerOptions | None = None,
     ) -> None:
-        self._write_lock = threading.RLock()
         self._lazy_lock = threading.RLock()
         self._reindexing = threading.Lock()
-        self._written: set[str] | None = None  # while reindexing: the keys that it must look at again
         self._searching: Searcher | None = None
-        self._warned = False
-        self._closed = False
 
         # 1. Where: vectors in a folder or on a server, pixels and catalog.json in a folder.
         self.location = str(location)
@@ -147,76 +139,36 @@ class Catalog:
             file = CatalogFile.new(cast(Bundle, opened), self.folder)
             file.write(self.folder)
         elif opened is not None:
-            file = self._adopt(file, opened)
+            file = file.adopt(opened, self.folder)
         self._file = file
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
         self._where = Location(self.folder, quantization, self._url, collection, api_key, server)
         store = self._where.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
-        self._serving = _Serving(store, file.bundle, opened)
+        self._writer = Writer(Serving(store, self.folder, file.bundle, opened), self._images, self.location)
         _log.debug("opened %s, indexed with the bundle %s", self.location, file.bundle.name)
-
-    def _adopt(self, file: CatalogFile, bundle: Bundle) -> CatalogFile:
-        """Check that a bundle is the one that made the vectors, and remember where it is now."""
-        made_with = file.bundle
-        if bundle.fingerprint != made_with.fingerprint:
-            sizes = f" and of {made_with.dim} dimensions, not {bundle.dim}" if bundle.dim != made_with.dim else ""
-            raise StoreError(
-                f'{self.folder} was indexed with the bundle "{made_with.name}" (fingerprint '
-                f"{made_with.fingerprint[:12]}), and {bundle.path} is another one (fingerprint "
-                f"{bundle.fingerprint[:12]}){sizes}: their vectors do not compare. To re-encode the catalogue, open it "
-                f"without bundle= and call catalog.reindex({str(bundle.path)!r})."
-            )
-        found = replace(file, bundle=BundleRef.of(bundle, self.folder))
-        if found != file:
-            found.write(self.folder)
-        return found
 
     # -------------------------------------------------------------------------------------------- life
 
     @property
     def bundle(self) -> Bundle:
         """The model; opened when first needed. Raises BundleError if it is missing or has changed."""
-        return self._bundle_of(self._serving)
+        return self._serving.bundle
 
-    def _bundle_of(self, serving: _Serving) -> Bundle:
-        with self._lazy_lock:
-            if serving.bundle is None:
-                path = serving.reference.locate(self.folder)
-                if not path.is_dir():
-                    raise BundleError(
-                        f'The bundle "{serving.reference.name}" that {self.folder} was indexed with is not at {path}. '
-                        "Put it back, or say where it is now: Catalog(location, bundle=…)."
-                    )
-                bundle = Bundle.open(path)
-                self._file = self._adopt(self._file, bundle)
-                serving.bundle = bundle
-            return serving.bundle
-
-    def _encoder_of(self, serving: _Serving) -> Encoder:
-        with self._lazy_lock:
-            if serving.encoder is None:
-                serving.encoder = Encoder(self._bundle_of(serving))
-            return serving.encoder
+    @property
+    def _serving(self) -> Serving:
+        return self._writer.serving
 
     @property
     def _store(self) -> Store:
         return self._serving.store
 
-    def _generator_of(self, serving: _Serving) -> Generator:
-        from .generator import Generator  # with its samplers, not needed for most searches
-
-        with self._lazy_lock:
-            if serving.generator is None:
-                serving.generator = Generator(self._bundle_of(serving))
-            return serving.generator
-
     def close(self) -> None:
         """Write out everything and let go of the folder. May be called twice; anything else afterwards is an error."""
-        with self._write_lock:
-            if not self._closed:
-                self._closed = True
+        with self._writer.lock:
+            if not self._writer.closed:
+                self._writer.closed = True
                 self._store.close()
                 if self._temporary:
                     self._temporary()
@@ -267,14 +219,7 @@ class Catalog:
             StoreError: an embedding is not finite, or the disk is full.
         """
         items = list(items_of(images, texts, ids, payloads))
-        serving = self._serving
-        fresh: list[Item] = []
-        records: list[Record] = []
-        for batch in batched(items, BATCH_SIZE):
-            changed = self._changed(batch)
-            records += self._encode(serving, changed, copy)
-            fresh += changed
-        self._commit(serving, records, fresh, copy)
+        self._writer.add(items, copy=copy)
         return [item.id for item in items]
 
     def add_folder(
@@ -343,19 +288,19 @@ class Catalog:
         rows = read_catalogue(path, images=images, strict=strict, on_error=failed.append)
         total = count_rows(path) if progress else 0
 
-        # 1. Batches are read, decoded and thumbnailed on all cores, while one is encoded and another one is stored.
-        prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
-        prepared = overlapped(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
-        distinct = (_distinct(batch, seen, strict) for batch in prepared)
-        with progress_bar("Indexing", progress) as advance, closing(prepared):
-            for batch in self._stored(distinct, copy):
+        # 1. What is there.
+        with (
+            progress_bar("Indexing", progress) as advance,
+            closing(self._writer.add_rows(rows, source, seen, strict=strict, copy=copy)) as stored,
+        ):
+            for batch in stored:
                 added, skipped = added + len(batch.fresh), skipped + len(batch.unchanged)
                 failed.extend(batch.failed)
                 advance(added + skipped + len(failed), total)
 
         # 2. What has left.
         if prune:
-            removed = self._prune(source, seen)
+            removed = self._writer.prune(source, seen)
 
         # 3. The index, if searches would be slow without.
         if self._store.unindexed() >= OPTIMIZE_FROM:
@@ -364,140 +309,6 @@ class Catalog:
         report = AddReport(added, skipped, tuple(failed), time.perf_counter() - started, removed)
         _log.info("%s: %s from %s", self.location, report, source)
         return report
-
-    def _prepare(self, rows: list[Row], source: str, strict: bool, copy: bool) -> _Prepared:
-        """Read rows, drop those that are stored already, decode the others and keep their pixels."""
-        items: list[Item] = []
-        failed: list[BadRow] = []
-        serving = self._serving
-
-        def fail(name: str, line: int, error: UniDiffError) -> None:
-            failed.append(_bad_row(line, name, str(error), strict))
-
-        for row in rows:
-            payload = dict(row.payload)
-            try:
-                item = item_of(Picture(row.image()), row.text, payload.pop("id", None), payload)
-                items.append(replace(item, name=row.name, line=row.line, source=source))
-            except (DataError, ImageError, OptionError) as error:
-                fail(row.name, row.line, error)
-        changed = self._changed(items)
-        lines = {item.line for item in changed}
-        fresh: list[Item] = []
-        for item in changed:
-            try:
-                self._images.add(item.picture, copy=copy)
-                encodable = self._encoder_of(serving).pixels(item.picture.image) if item.vector is None else None
-                fresh.append(replace(item, pixels=encodable))
-            except ImageError as error:
-                fail(item.name, item.line, error)
-            item.picture.release()  # what waits to be encoded is small, whatever the size of the picture
-        return _Prepared(serving, [item for item in items if item.line not in lines], fresh, [], failed)
-
-    def _changed(self, items: Sequence[Item]) -> list[Item]:
-        """The items that are not stored yet just so.
-
-        Of those whose picture is stored under the same id, only with other columns, the vector comes along.
-        """
-        self._check_open()
-        stored = {record.id: record for record in self._store.retrieve([item.key for item in items])}
-        fresh: list[Item] = []
-        for item in items:
-            old = stored.get(item.key)
-            if old is None or old.payload[_SYSTEM]["sha256"] != item.picture.sha256:
-                fresh.append(item)
-            elif old.payload != item.payload(old.payload[_SYSTEM]["uri"]):
-                fresh.append(replace(item, vector=old.vector))
-        return fresh
-
-    def _stored(self, prepared: Iterable[_Prepared], copy: bool) -> Iterator[_Prepared]:
-        """Encode and store batches, one being encoded while the one before it is stored; yields what is stored."""
-        with closing(overlapped(lambda b: (b, self._encode_prepared(b, copy)), prepared, workers=1)) as encoded:
-            for batch, records in encoded:
-                self._commit(batch.serving, records, batch.fresh, copy, batch.repeated)
-                yield batch
-
-    def _encode_prepared(self, batch: _Prepared, copy: bool) -> list[Record]:
-        encode = self._encoder_of(batch.serving).encode_pixels
-        pixels = [item.pixels for item in batch.fresh if item.pixels is not None]
-        return self._records(batch.fresh, encode(np.stack(pixels)) if pixels else (), copy)
-
-    def _encode(self, serving: _Serving, items: Sequence[Item], copy: bool) -> list[Record]:
-        pictures = [item.picture.image for item in items if item.vector is None]
-        vectors = self._encoder_of(serving).encode_images(pictures) if pictures else ()
-        return self._records(items, vectors, copy)
-
-    def _records(self, items: Sequence[Item], vectors: Iterable[Vector], copy: bool) -> list[Record]:
-        """What is stored of items; `vectors` are of those that bring none."""
-        encoded = iter(vectors)
-        records = []
-        for item in items:
-            vector = next(encoded) if item.vector is None else item.vector
-            records.append(Record(item.key, vector, item.payload(self._images.add(item.picture, copy=copy))))
-            item.picture.release()
-        return records
-
-    def _commit(
-        self,
-        serving: _Serving,
-        records: Sequence[Record],
-        items: Sequence[Item],
-        copy: bool,
-        repeated: Sequence[Item] = (),
-    ) -> None:
-        """Store records of items, and let go of the pictures that they take the place of, and of `repeated` ones."""
-        self._warn_of_real_pictures(items)
-        with self._write_lock:
-            self._check_open()
-            for item in items:  # once more, as a `delete` may have removed the same picture meanwhile
-                self._images.add(item.picture, copy=copy)
-            if serving is not self._serving:  # reindexed since: these vectors are of the bundle before
-                records = self._encode(self._serving, [replace(item, vector=None) for item in items], copy)
-            self._note_written([record.id for record in records])
-            left = {item.picture.sha256: self._images.add(item.picture, copy=copy) for item in repeated}
-            for batch in batched(records, 256):
-                # Looked up here and not when the rows were read: another thread may have written since.
-                left |= pictures_of(self._store.retrieve([record.id for record in batch]))
-                self._store.upsert(batch)
-            shown = {item.picture.sha256 for item in items}
-            self._release({sha256: uri for sha256, uri in left.items() if sha256 not in shown})
-
-    def _note_written(self, keys: Iterable[str]) -> None:
-        """Tell a reindexing in another thread; under the write lock."""
-        if self._written is not None:
-            self._written.update(keys)
-
-    def _prune(self, source: str, seen: Seen) -> int:
-        """Delete what came from a source and is not among the keys."""
-        if not seen:
-            raise DataError(f"{source} has not one good row: prune=True would delete everything that came from it")
-        gone: list[Record] = []
-        for batch in self._store.scroll(where=Compare(f"{_SYSTEM}.source", "eq", source)):
-            kept = seen.has(uuid.UUID(record.id).bytes for record in batch)
-            gone += [replace(record, vector=_NO_VECTOR) for record, is_in in zip(batch, kept, strict=True) if not is_in]
-        with self._write_lock:
-            for some in batched(gone, 256):
-                self._remove(some)
-        return len(gone)
-
-    def _release(self, pictures: dict[str, str]) -> None:
-        """Delete pictures (sha256 -> uri) that no item shows any more."""
-        for sha256, uri in pictures.items():
-            if not self._store.count(Compare(f"{_SYSTEM}.sha256", "eq", sha256)):
-                self._images.remove(sha256, uri)
-
-    def _warn_of_real_pictures(self, items: Sequence[Item]) -> None:
-        if self._warned or not self.bundle.synthetic:
-            return
-        from .datasets.synthetic import CATALOGUES
-
-        if any(item.columns.get("catalogue") not in CATALOGUES and not item.columns.get("generated") for item in items):
-            self._warned = True
-            warnings.warn(
-                f'The bundle "{self.bundle.name}" was trained on drawn, synthetic products only: on other pictures '
-                "its results mean little. Fine-tune on your own data (unidiff-train, unidiff-export), use that bundle.",
-                stacklevel=4,
-            )
 
     # -------------------------------------------------------------------------------------------- searching
 
@@ -611,9 +422,9 @@ class Catalog:
             if self._searching is None or self._searching.store is not serving.store:
                 self._searching = Searcher(
                     serving.store,
-                    lambda: self._encoder_of(serving),
+                    lambda: serving.encoder,
                     self._hit,
-                    lambda texts, n: draw_queries(self._generator_of(serving), texts, n),
+                    lambda texts, n: draw_queries(serving.generator, texts, n),
                 )
             return self._searching
 
@@ -733,17 +544,11 @@ class Catalog:
             ids: of one item or several; hits will do.
         """
         keys = [key_of(id) for id in ids_of(ids)]
-        with self._write_lock:
+        with self._writer.lock:
             self._check_open()
             records = self._store.retrieve(keys)
-            self._remove(records)
+            self._writer.remove(records)
         return len(records)
-
-    def _remove(self, records: Sequence[Record]) -> None:
-        keys = [record.id for record in records]
-        self._note_written(keys)
-        self._store.delete(keys)
-        self._release(pictures_of(records))
 
     def _columns(self) -> dict[str, str]:
         """The columns that some of the items have, and what they hold."""
@@ -854,7 +659,7 @@ class Catalog:
             if not isinstance(each, str) or not each.strip():
                 raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
         seed = secrets.randbelow(2**32) if seed is None else whole_number("seed", seed, at_least=0)
-        generator = self._generator_of(self._serving)
+        generator = self._serving.generator
         settings = generator.settings(
             steps=steps,
             guidance_scale=guidance_scale,
@@ -928,7 +733,7 @@ class Catalog:
         if not images:
             return []
         serving = self._serving  # a reindex may put another in its place meanwhile
-        encoder = self._encoder_of(serving)
+        encoder = serving.encoder
         vectors = encoder.encode_images(images)
         judged: list[tuple[float, Hit | None]] = []
         for prompt, vector in zip(prompts, vectors, strict=True):
@@ -970,7 +775,7 @@ class Catalog:
         try:
             return self._reindex(new, progress)
         finally:
-            self._written = None
+            self._writer.written = None
             self._reindexing.release()
 
     def _reindex(self, bundle: Bundle, progress: bool) -> int:
@@ -986,18 +791,18 @@ class Catalog:
                 shutil.rmtree(left)
         where = replace(self._where, quantization=getattr(before.store, "quantization", None))
         store = where.open(vectors, bundle.dim, bundle.fingerprint)
-        after = _Serving(store, BundleRef.of(bundle, self.folder), bundle, Encoder(bundle))
+        after = Serving(store, self.folder, BundleRef.of(bundle, self.folder), bundle)
         try:
             # 1. Re-encode what the new shard does not hold yet, and note what is written meanwhile.
             reencoder = Reencoder(
                 before.store,
                 store,
                 lambda record: self._images.load(record.payload[_SYSTEM]["uri"]),
-                self._encoder_of(after),
+                after.encoder,
                 BATCH_SIZE,
             )
-            with self._write_lock:
-                self._written = set()
+            with self._writer.lock:
+                self._writer.written = set()
             total, done = before.store.count(), 0
             with progress_bar("Re-encoding", progress) as advance:
                 for more in reencoder.all():
@@ -1008,21 +813,21 @@ class Catalog:
 
             # 2. What was written meanwhile: most of it while writing goes on, the rest with the swap.
             for _ in range(CATCH_UP_ROUNDS):
-                with self._write_lock:
-                    written, self._written = self._written, set()
+                with self._writer.lock:
+                    written, self._writer.written = self._writer.written, set()
                 reencoder.some(written)
                 if len(written) <= BATCH_SIZE:
                     break
-            with self._write_lock:
+            with self._writer.lock:
                 self._check_open()
-                reencoder.some(self._written)
+                reencoder.some(self._writer.written)
 
                 # 3. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
                 old_vectors = self._file.vectors
                 self._file = replace(self._file, bundle=after.reference, vectors=vectors)
                 self._file.write(self.folder)
                 with self._lazy_lock:
-                    self._serving, self._searching = after, None
+                    self._writer.serving, self._searching = after, None
         except BaseException:
             store.close()
             raise
@@ -1114,21 +919,21 @@ class Catalog:
     def _restore(self, archive: Archive, reencode: bool, progress: bool) -> None:
         serving = self._serving
 
-        def read(batch: list[ArchivedItem]) -> _Prepared:
+        def read(batch: list[ArchivedItem]) -> Prepared:
             items = []
             for archived in batch:
                 item = item_of(archived.picture(), archived.text, archived.id, archived.payload)
                 self._images.add(item.picture)
                 source = None if archived.source is None else self._images.reference(Path(archived.source))
-                pixels = self._encoder_of(serving).pixels(item.picture.image) if reencode else None
+                pixels = serving.encoder.pixels(item.picture.image) if reencode else None
                 items.append(replace(item, source=source, pixels=pixels, vector=None if reencode else archived.vector))
                 item.picture.release()
-            return _Prepared(serving, [], items, [], [])
+            return Prepared(serving, [], items, [], [])
 
         done = 0
         batches = overlapped(read, archive.batches(BATCH_SIZE), workers=os.cpu_count() or 1)
         with progress_bar("Restoring", progress) as advance, closing(batches):
-            for batch in self._stored(batches, copy=True):
+            for batch in self._writer.store(batches, copy=True):
                 done += len(batch.fresh)
                 advance(done, archive.rows)
         if self._store.unindexed() >= OPTIMIZE_FROM:
@@ -1182,61 +987,12 @@ class Catalog:
         await self.aclose()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise StoreError(f"The catalogue {self.location} is closed.")
-
-
-@dataclass(eq=False)
-class _Serving:
-    """The vectors of a catalogue and the model that made them: what a reindexing replaces as one.
-
-    Whatever needs both takes them from one of these, so that a query of the old bundle never meets the new vectors.
-    """
-
-    store: Store
-    reference: BundleRef
-    bundle: Bundle | None = None  # this and the others are opened when they are first needed
-    encoder: Encoder | None = None
-    generator: Generator | None = None
+        self._writer.check_open()
 
 
 def _let_go(store: Store, folder: Path) -> None:
     store.close()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch of rows, read and sorted out."""
-
-    serving: _Serving
-    unchanged: list[Item]
-    fresh: list[Item]  # what must be stored
-    repeated: list[Item]  # what an earlier row has the id of
-    failed: list[BadRow]
-
-
-def _distinct(batch: _Prepared, seen: Seen, strict: bool) -> _Prepared:
-    """A batch without the rows whose id came by before: two pictures for one id would take turns at every run."""
-    items = sorted(batch.unchanged + batch.fresh, key=lambda item: item.line)
-    known = seen.add(uuid.UUID(item.key).bytes for item in items)
-    repeated = [item for item, is_known in zip(items, known, strict=True) if is_known]
-    reason = "an earlier row has the same id, or without an id the same picture and caption"
-    lines = {item.line for item in repeated}
-    return _Prepared(
-        batch.serving,
-        [item for item in batch.unchanged if item.line not in lines],
-        [item for item in batch.fresh if item.line not in lines],
-        repeated,
-        batch.failed + [_bad_row(item.line, item.name, reason, strict) for item in repeated],
-    )
-
-
-def _bad_row(line: int, name: str, reason: str, strict: bool) -> BadRow:
-    bad = BadRow(line, name, reason)
-    if strict:
-        raise DataError(str(bad))
-    return bad
 
 
 def _readable(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]:

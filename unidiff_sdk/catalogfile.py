@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,18 @@ class BundleRef:
         if path.is_relative_to(folder.parent) and where != TINY_NAME:
             where = Path(os.path.relpath(path, folder)).as_posix()
         return cls(bundle.name, where, absolute, bundle.fingerprint, bundle.dim)
+
+    def check(self, bundle: Bundle, folder: Path) -> None:
+        """Raise StoreError if the vectors of the catalogue in `folder` were made by another bundle than this one."""
+        if bundle.fingerprint == self.fingerprint:
+            return
+        sizes = f" and of {self.dim} dimensions, not {bundle.dim}" if bundle.dim != self.dim else ""
+        raise StoreError(
+            f'{folder} was indexed with the bundle "{self.name}" (fingerprint {self.fingerprint[:12]}), and '
+            f"{bundle.path} is another one (fingerprint {bundle.fingerprint[:12]}){sizes}: their vectors do not "
+            "compare. To re-encode the catalogue, open it without bundle= and call "
+            f"catalog.reindex({str(bundle.path)!r})."
+        )
 
     def portable(self, folder: Path) -> str:
         """What `Bundle.open` takes, from anywhere on this machine."""
@@ -128,6 +140,14 @@ class CatalogFile:
             f"{path} has schema version {version!r} and this version of unidiff-sdk reads {SCHEMA_VERSION}. "
             "Upgrade unidiff-sdk, or index into a new folder."
         )
+
+    def adopt(self, bundle: Bundle, folder: Path) -> CatalogFile:
+        """Remember where the bundle is now. Raises StoreError if it is another one."""
+        self.bundle.check(bundle, folder)
+        found = replace(self, bundle=BundleRef.of(bundle, folder))
+        if found != self:
+            found.write(folder)
+        return found
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
