@@ -177,6 +177,27 @@ def test_a_request_for_one_does_not_wait_for_anothers_hundred() -> None:
     assert served[:8] == [False, *[True] * 6, False] and not any(served[8:])
 
 
+def test_nor_does_it_where_a_call_holds_one_picture() -> None:
+    late = job(99, guidance=1, steps=2)
+    counted, served = Counted(), []
+
+    def watched(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+        served.append(np.array_equal(states[0], late.states))
+        return counted(sample, timestep, states)
+
+    engine = Engine(watched, positions=1)
+    counted.gate.clear()
+    in_threads(
+        [
+            lambda: engine.denoise([job(seed, guidance=1, steps=2) for seed in range(20)]),
+            lambda: (counted.started.wait(20), engine.denoise([late])),
+            lambda: open_when_all_have_come(counted, engine, 2),
+        ]
+    )
+    # the picture that was under way when it came is finished first, and no other
+    assert served[:5] == [False, False, True, True, False] and not any(served[5:])
+
+
 def test_sizes_that_cannot_share_a_call_take_turns() -> None:
     shapes: list[tuple[int, ...]] = []
 

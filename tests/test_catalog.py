@@ -706,6 +706,8 @@ def test_memory_leaves_nothing(bundle: Path) -> None:
         assert folder.is_dir()
     assert not folder.exists()
     forgotten = Catalog(bundle=bundle)
+    fill(forgotten)
+    forgotten.search("red")
     folder = forgotten.folder
     del forgotten
     assert not folder.exists()

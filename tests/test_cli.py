@@ -125,6 +125,8 @@ def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
     for id, left in (("7", {"8", -9}), ("8", {7, -9}), ("-9", {7, "8"})):
         hits = json.loads(run("search", tmp_path / "shop.catalog", f"--like={id}", "--json").stdout)["hits"]
         assert {hit["id"] for hit in hits} == left
+        drawn = ("generate", tmp_path / "shop.catalog", "a shirt", "--steps", 2, f"--like={id}", "-o", tmp_path / id)
+        assert len(json.loads(run(*drawn, "--json").stdout)[0]["like"]) == 64
     refused(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
 from company import differences
+from diffusers import PNDMScheduler
 from PIL import Image
 
 from unidiff_export import Export, export_bundle
+from unidiff_export.verification import reference_scheduler
 from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.encoder import Encoder
 from unidiff_sdk.errors import ExportError, OptionError
+from unidiff_sdk.samplers import Schedule, make_table
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 
 INTERFACE = {
@@ -44,6 +48,29 @@ def export(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def bundle(export: Export) -> Bundle:
     return Bundle.open(export.path, threads=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
+def test_the_reference_takes_the_steps_that_the_bundle_will(
+    checkpoint: Checkpoint, sampler: str, tmp_path: Path
+) -> None:
+    # As Stable Diffusion 1.5 was published: nothing is said of timestep_spacing, whose default hangs on the scheduler.
+    published = PNDMScheduler.from_config(
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        }
+    )
+    published.save_pretrained(tmp_path)
+    ours = Schedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    scheduler, _ = reference_scheduler(sampler, replace(checkpoint, scheduler=published))
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == [row.timestep for row in make_table(sampler, ours, 5)]
 
 
 def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:

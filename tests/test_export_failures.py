@@ -248,7 +248,10 @@ def test_a_missing_part_is_named_in_one_line(random_checkpoint: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_overflows_half_precision_stays_single(random_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("enlarged", "expected"), [(1.0, "fp16"), (1e6, "fp32")])
+def test_what_overflows_half_precision_stays_single(
+    random_checkpoint: Path, tmp_path: Path, enlarged: float, expected: str
+) -> None:
     """As the VAE of Stable Diffusion XL does: values of a million in the middle, an ordinary picture at the end."""
     checkpoint = load_checkpoint(random_checkpoint)
     with torch.no_grad():
@@ -257,10 +260,12 @@ def test_what_overflows_half_precision_stays_single(random_checkpoint: Path, tmp
     made = {}
     for spec in graph_specs(checkpoint):
         if spec.name.startswith("vae"):
-            work = exporter._Workshop(tmp_path, checkpoint, "fp16", "cpu", None, lambda line: None)
+            (example,) = spec.example(1, 1)
+            seen: Any = SimpleNamespace(inputs={spec.name: ((enlarged * example,),)})
+            work = exporter._Workshop(tmp_path, checkpoint, "fp16", "cpu", None, seen, lambda line: None)
             work.make(spec)
             made[spec.name] = work.graphs[spec.name]["precision"]
-    assert made == {"vae_decoder": "fp32", "vae_encoder": "fp16"}
+    assert made == {"vae_decoder": "fp32", "vae_encoder": expected}
 
 
 def test_missing_checkpoint_is_one_line_and_no_bundle(tmp_path: Path) -> None:

@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("onnxscript", reason="needs the export extra")
 
+import onnx
+import onnx_ir as ir
+
+from unidiff_export import folder
 from unidiff_export.folder import hash_files, new_folder, without_origin, write_json
 from unidiff_sdk.errors import ExportError
+from unidiff_sdk.sessions import create_session
 
 
 def write_bundle(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_text(content)
+
+
+def test_large_weights_lie_beside_their_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 32), dtype=np.float32)
+    product = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, size])
+        for name, size in (("x", 64), ("y", 32))
+    )
+    graph = onnx.helper.make_graph([product], "product", [x], [y], [onnx.numpy_helper.from_array(weight, "weight")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    given = np.random.default_rng(1).standard_normal((2, 64), dtype=np.float32)
+    for name, largest in (("alone", 1 << 30), ("beside", 0)):
+        monkeypatch.setattr(folder, "LARGEST_SINGLE_FILE", largest)
+        folder.write_graph(ir.from_proto(model), tmp_path / name, {})
+        (got,) = create_session(tmp_path / name / "model.onnx").run(None, {"x": given})
+        np.testing.assert_allclose(got, given @ weight, atol=1e-5)
+    assert not (tmp_path / "alone" / "model.onnx_data").exists()
+    assert (tmp_path / "beside" / "model.onnx_data").stat().st_size >= weight.nbytes
+    assert (tmp_path / "beside" / "model.onnx").stat().st_size < weight.nbytes
 
 
 def test_folder_appears_with_all_its_files(tmp_path: Path) -> None:
@@ -31,6 +57,19 @@ def test_interrupted_writing_leaves_nothing(tmp_path: Path, interruption: type[B
         write_bundle(folder, "half written")
         raise interruption
     assert not list(tmp_path.iterdir())
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    with (
+        pytest.raises(ExportError, match="exists already"),
+        new_folder(out, overwrite=False) as folder,
+    ):
+        write_bundle(folder, "new")
+        out.mkdir()
+        write_bundle(out, "of another export")
+    assert (out / "manifest.json").read_text() == "of another export"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_overwriting_replaces_the_whole_bundle(tmp_path: Path) -> None:

@@ -321,7 +321,8 @@ def test_what_the_evidence_forbids_is_kept_back(
 
 def test_int8_without_captions_says_what_to_give(random_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(random_checkpoint)
-    checkpoint.meta["captions"] = ["the only one"]
-    with pytest.raises(ExportError, match=r"records fewer than 2 captions.*--calibration DATA"):
-        export_bundle(checkpoint, tmp_path / "out", precision="int8")
+    for captions in (["the only one"], []):
+        checkpoint.meta["captions"] = captions
+        with pytest.raises(ExportError, match=r"records fewer than 2 captions.*--calibration DATA"):
+            export_bundle(checkpoint, tmp_path / "out", precision="int8")
     assert not list(tmp_path.iterdir())

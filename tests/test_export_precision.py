@@ -66,6 +66,16 @@ def test_overflow_is_seen_in_the_middle_of_a_module(scale: float, expected: bool
     assert overflows_half(Swelling(), (torch.ones(4),)) is expected
 
 
+def test_overflow_is_seen_within_attention() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, torch.ones_like(x))
+
+    x = torch.ones(1, 2, 8, 64)
+    assert overflows_half(Attention(), (100 * x,))  # 100 * 100 * 64 / 8
+    assert not overflows_half(Attention(), (10 * x,))
+
+
 def test_masked_attention_is_no_overflow() -> None:
     def attend(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)

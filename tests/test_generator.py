@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,25 @@ class Watched:
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_a_graph_that_fails_is_an_error_of_ours(generator: Generator) -> None:
+    def fail(*call: object) -> None:
+        raise RuntimeError("Failed to allocate memory")
+
+    generator.bundle._sessions["vae_decoder"] = SimpleNamespace(run=fail)
+    with pytest.raises(GenerationError, match=r"a call of the vae_decoder failed \(Failed to allocate"):
+        generator.generate("boots", steps=1)
+
+
+def test_no_negative_prompt_is_an_empty_one(generator: Generator) -> None:
+    same = [generator.generate("boots", guidance_scale=4, steps=2, negative_prompt=none) for none in (None, "")]
+    np.testing.assert_array_equal(pixels(same[0]), pixels(same[1]))
+    for wrong, message in ((7, "negative_prompt=7: it must be words"), ("\ud83d", "not valid Unicode")):
+        with pytest.raises(OptionError, match=message):
+            generator.generate("boots", negative_prompt=wrong)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="not valid Unicode"):
+        generator.generate("\ud83d")
 
 
 def test_pictures_of_the_first_prompt_come_first(generator: Generator) -> None:
@@ -277,7 +297,13 @@ def test_too_many_windows_are_refused(generator: Generator) -> None:
         generator.generate("boots with laces " * 30, long_prompts="chunk")
 
 
-def test_a_result_that_is_not_finite_is_an_error(generator: Generator) -> None:
-    Watched(generator.bundle, "vae_decoder", spoil=True)
+@pytest.mark.parametrize("graph", ["unet", "vae_decoder"])
+def test_a_result_that_is_not_finite_is_an_error(generator: Generator, graph: str) -> None:
+    Watched(generator.bundle, graph, spoil=True)
+    if graph == "unet":  # an 8-bit decoder makes a picture of codes, whatever they were made of
+        decode = generator.bundle.session("vae_decoder").run
+        generator.bundle._sessions["vae_decoder"] = SimpleNamespace(
+            run=lambda names, inputs: decode(names, {name: np.nan_to_num(x) for name, x in inputs.items()})
+        )
     with pytest.raises(GenerationError, match=r"fp32 bundle .* not finite; lower guidance_scale"):
         generator.generate("boots")

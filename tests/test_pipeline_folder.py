@@ -93,6 +93,13 @@ def test_it_generates_what_our_bundle_generates(toy: Bundle, folder: Path) -> No
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def test_it_varies_a_picture(toy: Bundle, folder: Path) -> None:
+    settings: dict[str, Any] = {"seed": 5, "steps": 4, "sampler": "ddim", "guidance_scale": 3.0, "strength": 0.6}
+    settings["like"] = np.full((16, 16, 3), 90, np.uint8)
+    (ours,), (theirs,) = (Generator(bundle).generate("a coat", **settings) for bundle in (toy, Bundle.open(folder)))
+    np.testing.assert_array_equal(np.asarray(theirs), np.asarray(ours))
+
+
 def test_requests_at_different_steps_may_share_a_call(toy: Bundle, folder: Path) -> None:
     rng = np.random.default_rng(0)
     inputs = {

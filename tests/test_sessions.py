@@ -138,7 +138,10 @@ class FakeOnnxRuntime:
     def preload_dlls(self) -> None:
         pass
 
-    def InferenceSession(self, file: str, options: Any, providers: list[tuple[str, dict[str, str]]]) -> Any:
+    def InferenceSession(
+        self, file: str, options: Any, providers: list[tuple[str, dict[str, str]]], enable_fallback: int
+    ) -> Any:
+        assert not enable_fallback
         self.told = dict(providers)
         if self.error:
             raise RuntimeError(self.error)
@@ -166,6 +169,12 @@ def test_a_device_that_is_listed_but_does_not_load(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ProviderError, match=f"device '{device}' cannot be used .* did not load"):
         create_session(graph, device=device)
+
+
+def test_what_a_provider_says_of_its_failure_is_told(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, error="CUDA failure 100: no CUDA-capable device is detected")
+    with pytest.raises(ProviderError, match=r"device 'cuda' cannot be used .*no CUDA-capable device"):
+        create_session(graph, device="cuda")
 
 
 def test_tensorrt_without_its_library(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.errors import CheckpointError, DataError, TrainingError  # noqa: E402
 from unidiff_sdk.training import gradients  # noqa: E402
-from unidiff_sdk.training.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+from unidiff_sdk.training.data import recorded  # noqa: E402
 from unidiff_sdk.training.learner import Ema, learning_rate_factor  # noqa: E402
 from unidiff_sdk.training.trainer import StepReport, train  # noqa: E402
 
@@ -25,6 +26,27 @@ def tensors(path: Path, part: str) -> dict:
 
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_says_what_an_export_goes_by(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = load_checkpoint(random_checkpoint)
+    sampler = {"name": "euler", "steps": 7, "guidance_scale": 3.0}
+    captions = [json.loads(line)["text"] for line in (small_catalogue / "metadata.jsonl").read_text().splitlines()]
+    for name, teacher in (("plain", {}), ("fast", {"teacher": {"name": "another", "guidance_scale": 3.0}})):
+        save_checkpoint(tmp_path / name, **base.parts(), meta={"name": name, "sampler": sampler} | teacher)
+        out = tmp_path / f"{name} tuned"
+        tuned = load_checkpoint(train(small_catalogue, tmp_path / name, out, TrainingConfig(**FEW), device="cpu").path)
+        assert tuned.meta["captions"] == list(dict.fromkeys(captions))
+        assert tuned.meta.get("sampler") == (None if teacher else sampler)
+
+
+def test_recorded_captions_come_from_all_over() -> None:
+    captions = [f"caption {n}" for n in range(1000)]
+    some = recorded(captions + captions)
+    assert len(some) == 250 and some == captions[::4]
+    assert recorded(captions[:256]) == captions[:256] and recorded([]) == []
 
 
 def test_a_run_tunes_everything_but_the_vae(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:

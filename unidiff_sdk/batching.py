@@ -112,8 +112,8 @@ class Engine:
     then another one that waits goes on. A thread of its own would cost a lone request two switches between threads.
 
     Requests are taken in the order of their arrival. Of each, one picture after the other gets a place in a call, in
-    turn, until the call is full: a request for one picture never waits for another's hundred. Sizes that cannot share a
-    call take turns.
+    turn, until the call is full; and who has got a picture goes behind the others for the next. So a request for one
+    picture never waits for another's hundred. Sizes that cannot share a call take turns.
 
     Args:
         predict: the UNet: (sample [rows, channels, height, width], timestep [rows], states [rows, tokens, width]) to
@@ -236,7 +236,11 @@ class Engine:
         with self._lock:
             for request in list(self._requests):
                 if any(id(job) in taken for job in request.unfinished):
-                    request.unfinished = [job for job in request.unfinished if not job.finished]
+                    left = [job for job in request.unfinished if not job.finished]
+                    if left and len(left) < len(request.unfinished):  # a picture is done: the next is another's turn
+                        self._requests.remove(request)
+                        self._requests.append(request)
+                    request.unfinished = left
                     request.held = request.waits
                     self._notify(request, over=not request.unfinished)
 

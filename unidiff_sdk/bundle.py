@@ -232,7 +232,7 @@ class Bundle:
     @property
     def image_fit(self) -> Fit:
         """How the model's pictures were made square in training: "crop" where the manifest does not say."""
-        fit: Fit = self.manifest["image"].get("fit", "crop")
+        fit: Fit = self.manifest.get("image", {}).get("fit", "crop")
         return fit
 
     @property

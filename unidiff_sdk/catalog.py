@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import threading
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from PIL import Image
 
 from .aio import Opening, cancellable, twin
 from .bundle import Bundle
-from .catalogfile import BundleRef, CatalogFile, new_place
+from .catalogfile import CHANGING, BundleRef, CatalogFile, new_place
 from .datasets.reader import TABLES, BadRow, count_rows, read_catalogue
 from .duplicates import near_duplicates
 from .errors import DataError, ImageError, OptionError, StoreError
@@ -47,6 +46,7 @@ from .serving import Serving
 from .store import Record, Store
 from .store.filters import Clause, Compare, column_path, columns, parse
 from .store.location import VECTORS, Location
+from .warning import warn
 from .writing import BATCH_SIZE, Prepared, Writer
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ class Catalog:
 
     @property
     def bundle(self) -> Bundle:
-        """The model; opened when first needed. Raises BundleError if it is missing or has changed."""
+        """The model; opened when first needed. Raises BundleError if it is missing or damaged, StoreError if in its
+        place lies another one."""
         return self._serving.bundle
 
     @property
@@ -423,7 +424,7 @@ class Catalog:
                 self._searching = Searcher(
                     serving.store,
                     lambda: serving.encoder,
-                    self._hit,
+                    partial(_hit, self._images),  # not a method: a cycle would keep a catalogue that was let go of
                     lambda texts, n: draw_queries(serving.generator, texts, n),
                 )
             return self._searching
@@ -448,19 +449,19 @@ class Catalog:
             OptionError, FilterError: an argument is not a valid one.
         """
         started = time.perf_counter()
-        self._check_open()
+        serving = self._writer.serving_now()
         check_window(limit, offset)
         clause = parse(where)
         found: Iterable[Record]
         if order_by is None:
-            found = islice(chain.from_iterable(self._store.scroll(where=clause)), offset, offset + limit)
+            found = islice(chain.from_iterable(serving.store.scroll(where=clause)), offset, offset + limit)
         else:
             column = str(order_by).removeprefix("-")
             kind = {"number": "float", "date": "datetime"}.get(self._kind_of(column))
             if kind is None:
                 raise OptionError(f"order_by={order_by!r}: only a column of numbers or of dates has an order")
             found = iter(
-                self._store.ordered(
+                serving.store.ordered(
                     column_path(column),
                     kind,
                     descending=order_by.startswith("-"),
@@ -490,15 +491,15 @@ class Catalog:
         Raises:
             OptionError, FilterError: an argument is not a valid one.
         """
-        self._check_open()
+        serving = self._writer.serving_now()
         check_window(limit, 0)
         clause, kind = parse(where), self._kind_of(column)
         if kind in ("string", "date", "boolean"):
             engine_kind = "bool" if kind == "boolean" else "keyword"
-            counts = self._store.facet(column_path(column), engine_kind, limit=limit, where=clause)
+            counts = serving.store.facet(column_path(column), engine_kind, limit=limit, where=clause)
             return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
         counter: Counter[Any] = Counter()
-        for record in chain.from_iterable(self._store.scroll(1024, clause)):
+        for record in chain.from_iterable(serving.store.scroll(1024, clause)):
             counter.update({v for v in elements(value_at(record.payload, column)) if isinstance(v, (str, int, float))})
         return dict(counter.most_common(limit))
 
@@ -518,21 +519,21 @@ class Catalog:
         Raises:
             OptionError, FilterError: an argument is not a valid one.
         """
-        self._check_open()
-        groups = near_duplicates(self._store, threshold, parse(where))
+        serving = self._writer.serving_now()
+        groups = near_duplicates(serving.store, threshold, parse(where))
         return [tuple(self._hit(found.payload, found.score) for found in group) for group in groups]
 
     def get(self, id: str | int) -> Hit | None:
         """The item with this id, or None."""
-        self._check_open()
-        records = self._store.retrieve([key_of(id)])
+        serving = self._writer.serving_now()
+        records = serving.store.retrieve([key_of(id)])
         return self._hit(records[0].payload, 1.0) if records else None
 
     def count(self, where: Mapping[str, Any] | None = None) -> int:
         """How many items there are, or how many pass a filter."""
-        self._check_open()
+        serving = self._writer.serving_now()
         clause = parse(where)
-        count = self._store.count(clause)
+        count = serving.store.count(clause)
         if not count:
             self._explain_nothing(clause)
         return count
@@ -575,12 +576,10 @@ class Catalog:
         for column in columns(where):
             if not self._store.count(Compare(column, "exists", True)):
                 known = ", ".join(self._columns())
-                warnings.warn(f'No item has a column "{column}". There are: {known}.', stacklevel=3)
+                warn(f'No item has a column "{column}". There are: {known}.')
 
     def _hit(self, payload: dict[str, Any], score: float) -> Hit:
-        columns = {name: value for name, value in payload.items() if name not in RESERVED}
-        system = payload[_SYSTEM]
-        return Hit(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], self._images)
+        return _hit(self._images, payload, score)
 
     # -------------------------------------------------------------------------------------------- generating
 
@@ -588,7 +587,7 @@ class Catalog:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         n: int = 1,
         seed: int | None = None,
         steps: int | None = None,
@@ -647,7 +646,7 @@ class Catalog:
             BusyError: too many generations are under way.
         """
         from .editing import default_strength
-        from .generator import whole_number
+        from .generator import checked_prompt, whole_number
         from .selection import Demands, select
 
         started = time.perf_counter()
@@ -658,8 +657,10 @@ class Catalog:
         for each in prompts:
             if not isinstance(each, str) or not each.strip():
                 raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
+        negative_prompt = checked_prompt("negative_prompt", negative_prompt)
         seed = secrets.randbelow(2**32) if seed is None else whole_number("seed", seed, at_least=0)
-        generator = self._serving.generator
+        serving = self._serving  # a reindex may put another in its place meanwhile
+        generator = serving.generator
         settings = generator.settings(
             steps=steps,
             guidance_scale=guidance_scale,
@@ -715,7 +716,7 @@ class Catalog:
                 guidance_rescale=settings.guidance_rescale,
                 sampler=settings.sampler,
                 long_prompts=long_prompts,
-                bundle=self.bundle.fingerprint,
+                bundle=serving.bundle.fingerprint,
                 like=original_sha256,
                 strength=strength,
                 mask=repaint_sha256,
@@ -775,7 +776,8 @@ class Catalog:
         try:
             return self._reindex(new, progress)
         finally:
-            self._writer.written = None
+            with self._writer.lock:
+                self._writer.written = None
             self._reindexing.release()
 
     def _reindex(self, bundle: Bundle, progress: bool) -> int:
@@ -825,13 +827,14 @@ class Catalog:
                 # 3. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
                 old_vectors = self._file.vectors
                 self._file = replace(self._file, bundle=after.reference, vectors=vectors)
-                self._file.write(self.folder)
+                with CHANGING:
+                    self._file.write(self.folder)
                 with self._lazy_lock:
                     self._writer.serving, self._searching = after, None
         except BaseException:
             store.close()
             raise
-        # The old shard goes with the last search that still asks it.
+        # The old shard goes with the last that still asks it: whoever does holds its Serving.
         weakref.finalize(before, _let_go, before.store, self.folder / old_vectors)
         _log.info("%s: reindexed %d items with the bundle %s", self.location, done, bundle.name)
         return store.count()
@@ -988,6 +991,12 @@ class Catalog:
 
     def _check_open(self) -> None:
         self._writer.check_open()
+
+
+def _hit(images: ImageStore, payload: dict[str, Any], score: float) -> Hit:
+    columns = {name: value for name, value in payload.items() if name not in RESERVED}
+    system = payload[_SYSTEM]
+    return Hit(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], images)
 
 
 def _let_go(store: Store, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,13 +18,16 @@ from .errors import StoreError
 from .imagestore import write_atomically
 from .store.location import VECTORS
 
-__all__ = ["FILE_NAME", "BundleRef", "CatalogFile", "new_place"]
+__all__ = ["CHANGING", "FILE_NAME", "BundleRef", "CatalogFile", "new_place"]
 
 FILE_NAME = "catalog.json"
 FORMAT = "unidiff-catalog"
 SCHEMA_VERSION = 1
 
 TINY_NAME = "tiny"
+
+CHANGING = threading.Lock()
+"""Held from reading a `catalog.json` to writing it. No other lock is taken under it."""
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def generate(
                 width=width,
                 height=height,
                 long_prompts=long_prompts,
-                like=like if like is None or Path(like).is_file() else opened.get(like) or like,
+                like=like if like is None or Path(like).is_file() else opened.get(_known(opened, like)) or like,
                 strength=strength,
                 mask=mask,
                 best_of=best_of,

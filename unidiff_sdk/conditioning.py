@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import weakref
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .encoder import load_tokenizer
 from .errors import OptionError
+from .warning import warn
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,8 +31,9 @@ class Conditioner:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(self._tokens)
-        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
+        me = weakref.proxy(self)  # a cycle would keep the sessions until the collector comes by
+        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(lambda prompt: me._tokens(prompt))
+        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(lambda windows: me._encode(windows))
 
     def states(self, prompt: str, long_prompts: str = "truncate") -> Float32:
         """Token states of a prompt: float32[tokens, width], not to be written to.
@@ -47,10 +49,9 @@ class Conditioner:
         windows = self._windows(prompt)
         if len(windows) > 1 and long_prompts == "truncate":
             kept = self._bundle.prompt_tokens
-            warnings.warn(
+            warn(
                 f"the prompt is longer than {kept} tokens; the rest is ignored (long_prompts='chunk' would keep it): "
-                f"{prompt!r:.200}",
-                stacklevel=2,
+                f"{prompt!r:.200}"
             )
             windows = windows[:1]
         if len(windows) > _MOST_CHUNKS:
@@ -58,7 +59,8 @@ class Conditioner:
                 f"the prompt takes {len(windows)} windows of {self._bundle.prompt_tokens} tokens; "
                 f"at most {_MOST_CHUNKS} can be chunked: {prompt!r:.80}"
             )
-        return self._encoded(windows)
+        states: Float32 = self._encoded(windows)
+        return states
 
     def pair(self, prompt: str, negative_prompt: str, long_prompts: str) -> tuple[Float32, Float32]:
         """The states of both, of one length: the shorter one is filled up with those of the empty prompt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,10 +18,11 @@ from .batching import MAX_REQUESTS, Engine, Job, Kept, Step
 from .bundle import Bundle
 from .conditioning import LONG_PROMPTS, Conditioner
 from .editing import default_strength, first_step, fitted, latent_mask, load_mask, put_back, to_samples
-from .errors import GenerationError, OptionError
+from .errors import GenerationError, OptionError, UniDiffError
 from .images import ImageSource, load_image
 from .memory import available_memory, picture_memory, readable_size
 from .samplers import Schedule, Table, make_table
+from .texts import checked_text
 
 __all__ = ["MAX_SEED", "Generator", "Preview", "Settings"]
 
@@ -90,10 +92,11 @@ class Generator:
         self.bundle = bundle
         self._positions = positions
         self._conditioner = Conditioner(bundle)
+        me = weakref.proxy(self)  # a cycle would keep the sessions until the collector comes by
         self._make_table = lru_cache(maxsize=_CACHED_TABLES)(
-            lambda sampler, steps: make_table(sampler, self._schedule, steps)
+            lambda sampler, steps: make_table(sampler, me._schedule, steps)
         )
-        self._engine = Engine(self._predict, positions=positions, max_requests=max_requests)
+        self._engine = Engine(lambda *inputs: me._predict(*inputs), positions=positions, max_requests=max_requests)
         # Decoding at full size is what takes memory, so one thread decodes at a time.
         self._vae_lock = threading.Lock()
 
@@ -101,7 +104,7 @@ class Generator:
         self,
         prompts: str | Sequence[str],
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         n: int = 1,
         seed: int = 0,
         steps: int | None = None,
@@ -163,13 +166,17 @@ class Generator:
             height=height,
         )
         prompts, n, seed = _checked_request(prompts, n, seed)
+        negative_prompt = checked_prompt("negative_prompt", negative_prompt)
         if negative_prompt and settings.guidance_scale == 1:
             raise OptionError("negative_prompt has no effect at guidance_scale 1; raise the scale, or leave it out")
         if long_prompts not in LONG_PROMPTS:
             raise OptionError(f"long_prompts is {long_prompts!r}; use one of {', '.join(LONG_PROMPTS)}")
         if not prompts:
             return []
-        self._check_memory(settings)
+        # What is wrong with the graphs is said here, in the thread that asked; and their weights take memory first.
+        for graph in ("unet", "vae_decoder"):
+            self.bundle.session(graph)
+        self._check_memory(settings, len(prompts) * n)
 
         # 2. From what it starts
         original = self._original(like, mask, settings)
@@ -184,7 +191,6 @@ class Generator:
             self._job(conditions[i // n], settings, table, original, pure_noise, noise[i], stream)
             for i, stream in enumerate(streams)
         ]
-        self.bundle.session("unet")  # what is wrong with it is said here, in the thread that asked
 
         def on_step(step: Step) -> None:
             if callback is not None:
@@ -245,17 +251,18 @@ class Generator:
             )
         return side
 
-    def _check_memory(self, settings: Settings) -> None:
+    def _check_memory(self, settings: Settings, pictures: int) -> None:
         if self.bundle.device != "cpu":
             return
         _, height, width = self._latent_shape(settings)
         rows = 1 if settings.guidance_scale == 1 else 2
-        needed = picture_memory(self._unet_config, self._decoder_config, width, height, rows)
+        together = min(pictures, max(1, self._positions // (rows * height * width)))
+        needed = together * picture_memory(self._unet_config, self._decoder_config, width, height, rows)
         available = available_memory() if needed > _SURELY_THERE else None
         if available is not None and needed > available:
             raise GenerationError(
-                f"a picture of {settings.width} x {settings.height} pixels would take about {readable_size(needed)} of "
-                f"memory, and {readable_size(available)} are left; make it smaller"
+                f"{_counted(together)} of {settings.width} x {settings.height} pixels would take about "
+                f"{readable_size(needed)} of memory, and {readable_size(available)} are left; make it smaller"
             )
 
     def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
@@ -325,34 +332,45 @@ class Generator:
 
     def _predict(self, sample: Float32, timestep: Float32, states: Float32) -> Float32:
         inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
-        output: Float32 = self.bundle.session("unet").run(["out_sample"], inputs)[0]
-        return output
+        return self._run("unet", "out_sample", inputs)
+
+    def _run(self, graph: str, output: str, inputs: dict[str, Float32]) -> Float32:
+        """A call of a graph. Raises GenerationError where ONNX Runtime has not the memory, or fails otherwise."""
+        try:
+            result: Float32 = self.bundle.session(graph).run([output], inputs)[0]
+        except UniDiffError:
+            raise
+        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+            raise GenerationError(f"a call of the {graph} failed ({error})") from error
+        return result
 
     def _encode(self, image: Image.Image) -> Float32:
         """The latents of a picture: float32[channels, height, width]."""
         with self._vae_lock:
-            encoder = self.bundle.session("vae_encoder")
-            encoded: Float32 = encoder.run(["latent_sample"], {"sample": to_samples(image)})[0][0]
+            encoded = self._run("vae_encoder", "latent_sample", {"sample": to_samples(image)})[0]
         shift, scale = np.float32(self._latent["shift_factor"]), np.float32(self._latent["scaling_factor"])
         latents: Float32 = (encoded - shift) * scale
         return latents
 
     def _decode(self, latents: Float32) -> list[Image.Image]:
+        self._check_finite(latents)  # an 8-bit decoder would make a picture of anything
         scaled = latents / np.float32(self._latent["scaling_factor"]) + np.float32(self._latent["shift_factor"])
         size = max(1, self._positions // (2 * latents.shape[2] * latents.shape[3]))
         images: list[Image.Image] = []
         for start in range(0, len(scaled), size):
             with self._vae_lock:
-                decoder = self.bundle.session("vae_decoder")
-                decoded: Float32 = decoder.run(["sample"], {"latent_sample": scaled[start : start + size]})[0]
-            if not np.isfinite(decoded).all():
-                raise GenerationError(
-                    f"the {self.bundle.precision} bundle {self.bundle.path} drew something that is not finite; "
-                    "lower guidance_scale, or export it at a higher precision"
-                )
+                decoded = self._run("vae_decoder", "sample", {"latent_sample": scaled[start : start + size]})
+            self._check_finite(decoded)
             pixels = np.rint((decoded * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
             images += [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
         return images
+
+    def _check_finite(self, drawn: Float32) -> None:
+        if not np.isfinite(drawn).all():
+            raise GenerationError(
+                f"the {self.bundle.precision} bundle {self.bundle.path} drew something that is not finite; "
+                "lower guidance_scale, or export it at a higher precision"
+            )
 
     # Parts that load when they are first used
 
@@ -383,11 +401,25 @@ def _checked_request(prompts: Any, n: Any, seed: Any) -> tuple[list[str], int, i
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
         raise OptionError(f"prompts must be a string or a list of strings, not {prompts!r}")
+    prompts = list(map(checked_text, prompts))
     n = whole_number("n", n, at_least=1)
     seed = whole_number("seed", seed, at_least=0)
     if seed + n - 1 > MAX_SEED:
         raise OptionError(f"seed is {seed}, and {n} pictures count on from it; give less than 2**63")
-    return list(prompts), n, seed
+    return prompts, n, seed
+
+
+def checked_prompt(name: str, prompt: Any) -> str:
+    """A text, or None for none, as diffusers has it. Raises OptionError for anything else."""
+    if prompt is None:
+        return ""
+    if not isinstance(prompt, str):
+        raise OptionError(f"{name}={prompt!r:.60}: it must be words")
+    return checked_text(prompt)
+
+
+def _counted(pictures: int) -> str:
+    return "a picture" if pictures == 1 else f"{pictures} pictures at once"
 
 
 def whole_number(name: str, value: Any, *, at_least: int) -> int:

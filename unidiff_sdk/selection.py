@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from PIL import Image
 
 from .errors import OptionError
 from .results import Hit
+from .warning import warn
 
 __all__ = ["Candidate", "Demands", "Safety", "Selection", "select"]
 
@@ -119,7 +119,7 @@ def select(prompts: Sequence[str], draw: Draw, judge: Judge, demands: Demands) -
     for selection in selections:
         selection.kept = sorted(selection.kept, key=lambda candidate: -candidate.score)[: demands.n]
         if len(selection.kept) < demands.n:
-            warnings.warn(_shortage(selection, demands), stacklevel=4)
+            warn(_shortage(selection, demands))
     return selections
 
 

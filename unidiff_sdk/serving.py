@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .bundle import Bundle
-from .catalogfile import BundleRef, CatalogFile
+from .catalogfile import CHANGING, BundleRef, CatalogFile
 from .encoder import Encoder
 from .errors import BundleError
 from .store import Store
@@ -54,9 +54,10 @@ class Serving:
             )
         bundle = Bundle.open(path)
         self.reference.check(bundle, self._folder)
-        file = CatalogFile.read(self._folder)
-        if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # reindexed since, it has another
-            file.adopt(bundle, self._folder)
+        with CHANGING:
+            file = CatalogFile.read(self._folder)
+            if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # reindexed since, it has another
+                file.adopt(bundle, self._folder)
         return bundle
 
     @property

@@ -91,13 +91,18 @@ def create_session(
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = onnxruntime.InferenceSession(
-            str(file), options, providers=[(name, told.get(name, {})) for name in providers if name in available]
+            str(file),
+            options,
+            providers=[(name, told.get(name, {})) for name in providers if name in available],
+            enable_fallback=0,  # or it goes on without the device after a failure, then or in any later call
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         if capture and "graph capture" in str(error).lower():
             raise ProviderError(
                 f"{file}: not every node of this graph runs on the GPU, so it cannot be captured; leave out capture"
             ) from error
+        if device != "cpu" and isinstance(error, (RuntimeError, ValueError)):  # of a provider, not of the file
+            raise ProviderError(f"{_cannot_use(device)}: {error}") from error
         raise BundleError(f"{file}: ONNX Runtime cannot load this graph ({error})") from error
     if session.get_providers()[0] != wanted:
         # listed as available, yet its libraries could not be loaded: ONNX Runtime then falls back without an error

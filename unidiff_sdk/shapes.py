@@ -29,18 +29,19 @@ def shape_profile(graph: str, inputs: Mapping[str, Mapping[str, Any]], manifest:
     Args:
         graph: the name.
         inputs: from its entry in the manifest: for each input a "shape", whose dynamic axes are named.
-        manifest: for the model's sizes: "latent", "embedding" and "prompt".
+        manifest: for the model's sizes, "latent", "embedding" and "prompt", and for its "sampler".
     """
     latent = manifest["latent"]
     side = latent["size"] * (latent["scale_factor"] if graph == "vae_encoder" else 1)
     sides = (int(side * SMALLEST_SIDE), side, int(side * LARGEST_SIDE))
     texts = manifest["embedding"] if graph == "clip_text_encoder" else manifest.get("prompt") or manifest["embedding"]
     together = max(1, POSITIONS // (2 * latent["size"] ** 2))  # guided pictures in one call
+    rows = 1 if manifest.get("sampler", {}).get("guidance_scale") == 1 else 2  # of a picture
     batch = {
         "text_encoder": TEXTS,
         "clip_text_encoder": TEXTS,
         "image_encoder": PICTURES,
-        "unet": (1, 2, 2 * together),
+        "unet": (1, rows, 2 * together),
     }.get(graph, (1, 1, together))
     axes = {"batch": batch, "steps": batch, "height": sides, "width": sides, "tokens": (texts["max_tokens"],) * 3}
     return {

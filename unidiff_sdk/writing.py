@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from .seen import Seen
 from .serving import Serving
 from .store import Record, Vector
 from .store.filters import Compare
+from .warning import warn
 
 __all__ = ["BATCH_SIZE", "Prepared", "Writer"]
 
@@ -70,10 +70,14 @@ class Writer:
         if self.closed:
             raise StoreError(f"The catalogue {self._location} is closed.")
 
+    def serving_now(self) -> Serving:
+        """To be held for as long as its store is asked: a reindexing closes that with the last that holds it."""
+        self.check_open()
+        return self.serving
+
     def add(self, items: Sequence[Item], *, copy: bool) -> None:
         """Store items, all of them or none."""
-        self.check_open()
-        serving = self.serving
+        serving = self.serving_now()
         fresh: list[Item] = []
         records: list[Record] = []
         for batch in batched(items, BATCH_SIZE):
@@ -92,7 +96,7 @@ class Writer:
         Args:
             rows: what `read_catalogue` gives.
             source: where they come from.
-            seen: gets the keys of all rows.
+            seen: gets the keys of all good rows.
             strict: raise DataError at the first bad row.
             copy: whether the images are copied into the catalogue.
         """
@@ -120,7 +124,8 @@ class Writer:
         if not seen:
             raise DataError(f"{source} has not one good row: prune=True would delete everything that came from it")
         gone: list[Record] = []
-        for batch in self.serving.store.scroll(where=Compare(f"{SYSTEM}.source", "eq", source)):
+        serving = self.serving_now()
+        for batch in serving.store.scroll(where=Compare(f"{SYSTEM}.source", "eq", source)):
             kept = seen.has(uuid.UUID(record.id).bytes for record in batch)
             gone += [replace(record, vector=_NO_VECTOR) for record, is_in in zip(batch, kept, strict=True) if not is_in]
         with self.lock:
@@ -164,8 +169,8 @@ class Writer:
 
         Of those whose picture is stored under the same id, only with other columns, the vector comes along.
         """
-        self.check_open()
-        stored = {record.id: record for record in self.serving.store.retrieve([item.key for item in items])}
+        serving = self.serving_now()
+        stored = {record.id: record for record in serving.store.retrieve([item.key for item in items])}
         fresh: list[Item] = []
         for item in items:
             old = stored.get(item.key)
@@ -198,7 +203,7 @@ class Writer:
     def _commit(
         self,
         serving: Serving,
-        records: Sequence[Record],
+        records: list[Record],
         items: Sequence[Item],
         copy: bool,
         repeated: Sequence[Item] = (),
@@ -206,12 +211,13 @@ class Writer:
         """Store records of items, and let go of the pictures that they take the place of, and of `repeated` ones."""
         self._warn_of_real_pictures(items)
         with self.lock:
-            self.check_open()
-            now = self.serving
+            now = self.serving_now()
             for item in items:  # once more, as a `delete` may have removed the same picture meanwhile
                 self._images.add(item.picture, copy=copy)
             if serving is not now:  # reindexed since: these vectors are of the bundle before
-                records = self._encode(now, [replace(item, vector=None) for item in items], copy)
+                records = []
+                for some in batched(items, BATCH_SIZE):
+                    records += self._encode(now, [replace(item, vector=None) for item in some], copy)
             self._note_written([record.id for record in records])
             left = {item.picture.sha256: self._images.add(item.picture, copy=copy) for item in repeated}
             for batch in batched(records, _COMMITTED):
@@ -241,10 +247,9 @@ class Writer:
 
         if any(item.columns.get("catalogue") not in CATALOGUES and not item.columns.get("generated") for item in items):
             self._warned = True
-            warnings.warn(
+            warn(
                 f'The bundle "{bundle.name}" was trained on drawn, synthetic products only: on other pictures '
-                "its results mean little. Fine-tune on your own data (unidiff-train, unidiff-export), use that bundle.",
-                stacklevel=5,
+                "its results mean little. Fine-tune on your own data (unidiff-train, unidiff-export), use that bundle."
             )
 
 

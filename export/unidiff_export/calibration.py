@@ -80,13 +80,15 @@ class Samples:
         return judged, Samples(self.captions[:first], pictures and pictures[:first])
 
 
-def read_samples(checkpoint: Checkpoint, data: str | Path | None, limit: int) -> Samples:
-    """The pairs of the catalogue `data`; without it, the captions that the checkpoint records (PROMPTS if none).
+def read_samples(
+    checkpoint: Checkpoint, data: str | Path | None, limit: int, *, default: tuple[str, ...] = PROMPTS
+) -> Samples:
+    """The pairs of the catalogue `data`; without it, the captions that the checkpoint records (`default` if none).
 
     Raises DataError where `data` is no catalogue.
     """
     if data is None:
-        return Samples(_distinct(tuple(checkpoint.meta.get("captions", ())) or PROMPTS))
+        return Samples(_distinct(tuple(checkpoint.meta.get("captions", ())) or default))
     pairs = load_pairs(data, checkpoint, limit=limit)
     captions = _distinct(pairs.captions)
     rows = torch.tensor([pairs.captions.index(caption) for caption in captions])

@@ -21,7 +21,7 @@ from unidiff_sdk.errors import ExportError
 from unidiff_sdk.training.bases import load_base
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 
-from .calibration import Samples, calibrate, draw, effort_for, read_samples
+from .calibration import PROMPTS, Samples, calibrate, draw, effort_for, read_samples
 from .folder import (
     folder_size,
     graph_files,
@@ -49,6 +49,7 @@ from .verification import (
     compare_search,
     make_reference,
     reference_scheduler,
+    seen_calls,
 )
 
 
@@ -124,8 +125,13 @@ def export_bundle(
 
         # 2. What PyTorch draws and finds
         effort = effort_for(loaded)
-        samples = read_samples(loaded, calibration, effort.pairs)
+        samples = read_samples(loaded, calibration, effort.pairs, default=() if precision == "int8" else PROMPTS)
         judged, learned = samples.split(effort.calibration if precision == "int8" else 0)
+        if precision == "int8" and not learned.captions:
+            raise ExportError(
+                f"{loaded.path} records fewer than 2 captions, and int8 needs some to learn from: give "
+                "--calibration DATA, a folder of your pictures with captions"
+            )
         say("drawing with diffusers")
         reference = make_reference(loaded, specs, judged, effort, sampler_defaults(loaded))
         policy = None
@@ -134,7 +140,7 @@ def export_bundle(
             policy = _learn(loaded, specs, learned, reference)
 
         # 3. Lower and write
-        work = _Workshop(folder, loaded, precision, target, policy, say)
+        work = _Workshop(folder, loaded, precision, target, policy, reference, say)
         for spec in specs:
             work.make(spec)
         write_pipeline_files(loaded, folder)
@@ -189,11 +195,6 @@ def _load(path: str | Path, clip: str | Path | None) -> Checkpoint:
 
 def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference) -> Int8Policy:
     """Draw other captions than those of the evidence, and look at what the layers see."""
-    if not samples.captions:
-        raise ExportError(
-            f"{checkpoint.path} records fewer than 2 captions, and int8 needs some to learn from: give "
-            "--calibration DATA, a folder of your pictures with captions"
-        )
     scheduler, _ = reference_scheduler(reference.sampler, checkpoint)
     draw_it = partial(
         draw, checkpoint, scheduler, seed=1, steps=reference.steps, guidance_scale=reference.guidance_scale
@@ -215,11 +216,12 @@ class _Workshop:
         precision: str,
         target: str,
         policy: Int8Policy | None,
+        reference: Reference,
         say: Callable[[str], None],
     ) -> None:
         self.graphs: dict[str, dict[str, Any]] = {}
         self._folder, self._checkpoint, self._say = folder, checkpoint, say
-        self._precision, self._target, self._policy = precision, target, policy
+        self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
         self._lowered: dict[str, ir.Model] = {}  # for int8, as floats: quantised anew each time
 
     def make(self, spec: GraphSpec) -> None:
@@ -243,8 +245,10 @@ class _Workshop:
         The precision is fp32 where half precision would overflow, or 8 bits suffice nowhere.
         """
         target = TARGETS[self._target]
-        if self._precision == "fp16" and not overflows_half(spec.module, spec.example(1, 1)):
-            return lower(spec, target, half=True), "fp16", []
+        if self._precision == "fp16":
+            calls = [spec.example(1, 1), *seen_calls(spec, self._reference)]
+            if not any(overflows_half(spec.module, inputs) for inputs in calls):
+                return lower(spec, target, half=True), "fp16", []
         quantised: list[str] = []
         if self._policy:
             if spec.name not in self._lowered:

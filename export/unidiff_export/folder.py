@@ -40,6 +40,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
+        _check_replaceable(out, overwrite=overwrite)  # once more: an export takes minutes
         _swap(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

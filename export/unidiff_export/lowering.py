@@ -157,7 +157,8 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text, vision = checkpoint.text_encoder.config, clip.config.vision_config
     _check_conditions(unet, vae, text)
-    latent = min(unet.config.sample_size, LARGEST_EXAMPLE)
+    smallest = 2 ** len(unet.config.block_out_channels)  # two pixels a side in the middle: one would be a constant
+    latent = min(unet.config.sample_size, max(LARGEST_EXAMPLE, smallest))
     pixels = latent * checkpoint.latent_factor
 
     def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:

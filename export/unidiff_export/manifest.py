@@ -63,7 +63,8 @@ def build_manifest(
         "precision": precision,
         "target": target,
         "opset": TARGETS[target].opset,
-        "devices": TARGETS[target].devices,
+        # Without kernels for 8 bits, a GPU would hand most layers to the CPU, or compute in float32.
+        "devices": ("cpu",) if precision == "int8" else TARGETS[target].devices,
         "graphs": {
             graph: {**entry, "profile": shape_profile(graph, entry["inputs"], facts)} for graph, entry in graphs.items()
         },

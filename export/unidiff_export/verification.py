@@ -167,11 +167,13 @@ def _unit(rows: Tensor) -> NDArray[np.float32]:
 def calls_of(spec: GraphSpec, precision: str, reference: Reference) -> tuple[Inputs, ...]:
     """What a graph is compared on: random inputs.
 
-    For int8, which is right only for values that occur, what the graph sees in the reference: the first, a middle and
-    the last of its calls.
+    For int8, which is right only for values that occur, what the graph sees in the reference.
     """
-    if precision != "int8":
-        return random_calls(spec)
+    return seen_calls(spec, reference) if precision == "int8" else random_calls(spec)
+
+
+def seen_calls(spec: GraphSpec, reference: Reference) -> tuple[Inputs, ...]:
+    """The first, a middle and the last of what a graph is called with in the reference."""
     calls = reference.inputs[spec.name]
     return tuple(calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1}))
 
@@ -250,7 +252,7 @@ def compare_images(bundle: Bundle, reference: Reference, tolerance: Tolerance) -
             guidance_scale=reference.guidance_scale,
         )
     except GenerationError as error:
-        raise ExportError("the bundle's pictures are not finite: a number overflowed; try --fp32") from error
+        raise ExportError(f"the bundle cannot draw: {error} (where a number overflowed, try --fp32)") from error
     for prompt, image in zip(drawing.prompts, ours, strict=True):
         if np.asarray(image).max() < BLACK:
             raise ExportError(f"the picture of {prompt!r} is black; try --fp32, or look at what the checkpoint draws")
@@ -310,7 +312,9 @@ def reference_scheduler(sampler: str, checkpoint: Checkpoint) -> tuple[Scheduler
     """diffusers' scheduler for our sampler of that name, and the name; DDIM for those that draw fresh noise."""
     import diffusers
 
-    config = checkpoint.scheduler.config
+    # The bundle says all of it, also what the checkpoint's file leaves to its own scheduler's defaults; from_config of
+    # another scheduler would drop that.
+    config = {key: value for key, value in checkpoint.scheduler.config.items() if key != "_use_default_values"}
     if sampler in ("euler", "euler_karras"):
         karras = sampler.endswith("karras")
         return diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=karras), sampler

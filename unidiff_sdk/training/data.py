@@ -26,6 +26,7 @@ from unidiff_sdk.training.randomness import Purpose, generator
 
 __all__ = ["Batches", "Choice", "Pairs", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
 
+RECORDED_CAPTIONS = 256
 MEMORY = 2 << 30  # bytes of decoded pictures: some 80,000 at 64 px, 2,000 at 512 px with CLIP's 224
 
 
@@ -50,6 +51,12 @@ class Pairs:
     def fingerprint(self) -> str:
         """`sha256`"""
         return self.sha256
+
+
+def recorded(captions: Sequence[str]) -> list[str]:
+    """Which captions a checkpoint records, for an export to calibrate and to judge by: up to 256, from all over."""
+    distinct = list(dict.fromkeys(captions))
+    return distinct[:: max(1, -(-len(distinct) // RECORDED_CAPTIONS))]
 
 
 def load_pairs(

@@ -21,7 +21,7 @@ from unidiff_sdk.samplers import Schedule, Table, advance
 from unidiff_sdk.training.callbacks import StepReport
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint, require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import DistillationConfig
-from unidiff_sdk.training.data import tokenise
+from unidiff_sdk.training.data import recorded, tokenise
 from unidiff_sdk.training.distillation import STUDENT_SAMPLER, distillation, guided, rows_of, tables
 from unidiff_sdk.training.interrupts import between_steps
 from unidiff_sdk.training.learner import Ema, learning_rate_factor
@@ -118,7 +118,7 @@ def distill(
 
     def save() -> None:
         used = {"name": Path(data).name, "captions": len(captions), "bad_rows": len(bad)}
-        meta = _meta(teacher, config, guidance_scale, name=out.name, data=used, step=done, loss=loss)
+        meta = _meta(teacher, config, guidance_scale, name=out.name, data=used, captions=captions, step=done, loss=loss)
         with ema.applied(unet):
             save_checkpoint(out, **teacher.parts() | {"scheduler": scheduler}, meta=meta)
 
@@ -261,6 +261,7 @@ def _meta(
     *,
     name: str,
     data: Mapping[str, Any],
+    captions: Sequence[str],
     step: int,
     loss: float,
 ) -> dict[str, Any]:
@@ -276,4 +277,5 @@ def _meta(
         "config": asdict(config),
         "losses": {"distillation": loss},
         "data": dict(data),
+        "captions": recorded(captions),
     }

@@ -30,6 +30,7 @@ from unidiff_sdk.datasets.synthetic import CATALOGUES, Product, brief_caption, p
 from unidiff_sdk.training import losses
 from unidiff_sdk.training import tiny_models as tiny
 from unidiff_sdk.training.checkpoint import save_checkpoint
+from unidiff_sdk.training.data import recorded
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,6 @@ def train_base(
     """
     work.mkdir(parents=True, exist_ok=True)
     chosen = training_products(catalogues)
-    captions = [product.caption for product in chosen]
     pictures = render_all(chosen, work / "pictures.npy")
     texts = Texts.of_products(chosen)
     tokenizer = tokenizer or tiny.train_tokenizer(texts.words)
@@ -311,7 +311,7 @@ def train_base(
     meta = {
         "name": name,
         "synthetic": True,
-        "captions": captions[:: max(1, len(captions) // 256)],
+        "captions": recorded([product.caption for product in chosen]),
         "sampler": {"name": "dpm++2m", "steps": 12, "guidance_scale": 5.0},
         "recipe": {part: asdict(stage) for part, stage in stages.items()},
     }

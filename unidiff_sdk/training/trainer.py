@@ -25,7 +25,7 @@ from unidiff_sdk.training.checkpoint import (
     save_checkpoint,
 )
 from unidiff_sdk.training.config import Prior, TrainingConfig
-from unidiff_sdk.training.data import Batches, Pairs, group_keys, load_pairs, tokenise
+from unidiff_sdk.training.data import Batches, Pairs, group_keys, load_pairs, recorded, tokenise
 from unidiff_sdk.training.interrupts import between_steps
 from unidiff_sdk.training.latents import LatentCache
 from unidiff_sdk.training.learner import Learner
@@ -239,13 +239,16 @@ def _meta(
     data: str,
 ) -> dict[str, Any]:
     drawn = all(payload.get("catalogue") in CATALOGUES for payload in pairs.payloads)
-    return {
+    # A distilled base no longer draws in its few steps once it is tuned by another loss.
+    sampler = {} if "teacher" in base.meta else {k: v for k, v in base.meta.items() if k == "sampler"}
+    return sampler | {
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": base.meta.get("name", base.path.name),
         # True where the model has seen nothing but the synthetic catalogues: searching photographs then warns.
         "synthetic": bool(base.meta.get("synthetic")) and drawn,
         "fit": config.fit or base.fit,
+        "captions": recorded(pairs.captions),
         "step": progress.step,
         "config": asdict(config),
         "losses": progress.losses,
