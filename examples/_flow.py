@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from _page import Row, Section, drawn_card, hit_card
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +24,8 @@ from rich.table import Table
 from unidiff_sdk import Catalog
 
 console = Console()
+
+MARK = ".example"
 
 # What is shown of an evaluation: name, path in its JSON, whether more is better.
 FIGURES = (
@@ -45,6 +49,15 @@ class Tuned:
     checkpoint: Path
     bundle: Path
     seconds: dict[str, float]  # of each command
+
+
+def emptied(out: Path) -> None:
+    """Make way for a new run in `out`, which is removed only if such a run has made it."""
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise click.UsageError(f"{out} is a folder of something else: choose another --out, or empty it yourself")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / MARK).write_text("The folder of an example's run: the next run removes it.\n", encoding="utf-8")
 
 
 def train_and_export(data: Path, out: Path, *options: str) -> Tuned:

@@ -6,11 +6,10 @@ pipeline/index.html.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
-from _flow import before_and_after, compared, console, evaluate, run, show_table, train_and_export
+from _flow import before_and_after, compared, console, emptied, evaluate, run, show_table, train_and_export
 from _page import Page, Section
 
 CATALOGUE = "fashion-woman"
@@ -26,7 +25,7 @@ PROMPTS = ("purple dotted boots", "a green checked skirt with yellow", "a short 
 def main(steps: int, prompts: int, out: Path) -> None:
     """Catalogue, fine-tuning, evaluation, export, search and generation in one go."""
     # 1. A small catalogue, in three parts that share no product.
-    shutil.rmtree(out, ignore_errors=True)
+    emptied(out)
     for split, n in SIZES.items():
         run("unidiff", "dataset", CATALOGUE, out / split, "--split", split, "--n", str(n))
     test = out / "test"

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
-from _flow import before_and_after, catalogues, compared, console, evaluate, show_table, train_and_export
+from _flow import before_and_after, catalogues, compared, console, emptied, evaluate, show_table, train_and_export
 from _page import Page, Section
 from PIL import Image
 
@@ -43,7 +42,7 @@ PROMPTS = ("A flower.", "A penguin.", "An orange.", "The letter B.")
 def main(stamps: Path | None, steps: int, out: Path) -> None:
     """Fine-tune on real pictures and compare before with after."""
     # 1. An ordinary catalogue folder, in two parts.
-    shutil.rmtree(out, ignore_errors=True)
+    emptied(out)
     counts = convert(stamps or downloaded(), out)
     console.print(f"{counts['train']} pictures to train on, {counts['test']} held out")
 

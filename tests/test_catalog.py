@@ -22,6 +22,7 @@ from PIL import Image
 import unidiff_sdk.catalog
 import unidiff_sdk.serving
 from unidiff_sdk import BundleError, Catalog, DataError, FilterError, Hit, ImageError, OptionError, Page, StoreError
+from unidiff_sdk.catalogfile import CatalogFile
 from unidiff_sdk.generator import Settings
 from unidiff_sdk.images import load_image
 
@@ -357,9 +358,9 @@ def test_a_file_that_changes_under_way_is_refused(
     picture("red").save(tmp_path / "a.png")
     changed = catalog._writer._changed
 
-    def slow(items: Any) -> Any:
+    def slow(items: Any, copy: bool) -> Any:
         picture("blue").save(tmp_path / "a.png")
-        return changed(items)
+        return changed(items, copy)
 
     monkeypatch.setattr(catalog._writer, "_changed", slow)
     with pytest.raises(ImageError, match="changed while"):
@@ -643,6 +644,27 @@ def test_reindex(tmp_path: Path, catalog: Catalog) -> None:
         assert catalog.search("red")[0].id == "red"
         assert catalog.info()["bundle"]["dim"] == 8
         assert sorted(path.name for path in catalog.folder.glob("vectors*")) == ["vectors-bbbb"]
+
+
+def test_a_swap_that_cannot_be_written_loses_nothing(
+    tmp_path: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(catalog)
+    other = make_bundle(tmp_path / "other", "bbbb", 8)
+
+    def full(*arguments: Any) -> None:
+        raise StoreError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CatalogFile, "write", full)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="the disk is full"):
+                catalog.reindex(other)
+    assert catalog.search("red")[0].id == "red"
+    catalog.close()
+    with Catalog(tmp_path / "shop.catalog") as again:
+        assert again.count() == 4 and again.info()["bundle"]["dim"] != 8
+        assert again.reindex(other) == 4
 
 
 def test_reindex_goes_on_where_it_stopped(tmp_path: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,13 @@ def test_search_by_items_in_pages(indexed: Path) -> None:
     assert json.loads(run(*search, "red", "--min-score", 2, "--json").stdout)["hits"] == []
 
 
+def test_a_url_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("index", tmp_path, "http://localhost:6333")
+    assert result.exit_code == 2 and "is a URL, and commands work on folders" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
     from unidiff_sdk import Catalog
 
@@ -128,6 +135,10 @@ def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
         drawn = ("generate", tmp_path / "shop.catalog", "a shirt", "--steps", 2, f"--like={id}", "-o", tmp_path / id)
         assert len(json.loads(run(*drawn, "--json").stdout)[0]["like"]) == 64
     refused(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
+    assert json.loads(run("delete", tmp_path / "shop.catalog", "007", "7", "--json").stdout) == {
+        "removed": 1,
+        "items": 2,
+    }
 
 
 def test_pictures_in_the_terminal(indexed: Path) -> None:

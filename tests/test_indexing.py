@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +102,41 @@ def test_prune_deletes_what_has_left_and_nothing_else(catalog: Catalog, tmp_path
     report = catalog.add_folder(folder, prune=True)
     assert (report.added, report.removed) == (0, 24)
     assert ids(catalog) == {k for k in range(70) if k % 3} | {"mine"}
+
+
+def test_pictures_that_were_moved_are_found_again(catalog: Catalog, tmp_path: Path) -> None:
+    folder = products(tmp_path / "products", 5)
+    catalog.add_folder(folder, copy=False)
+    for k in range(5):
+        (folder / "images" / f"{k}.png").rename(folder / f"{k}.png")
+    table = folder / "metadata.jsonl"
+    table.write_text(table.read_text().replace("images/", ""))
+    for copy in (False, True, False):  # moved, then copied, then referenced again
+        report = catalog.add_folder(folder, copy=copy)
+        assert (report.added, report.skipped) == (5, 0)
+        assert catalog.get(3).load_image().getpixel((0, 0)) == (6, 249, 90)
+        assert catalog.get(3).uri.startswith("images/") is copy
+        report = catalog.add_folder(folder, copy=copy)
+        assert (report.added, report.skipped) == (0, 5)
+
+
+def test_prune_leaves_what_a_damaged_shard_hides(catalog: Catalog, tmp_path: Path) -> None:
+    folder = products(tmp_path / "products", 6)
+    shard = tmp_path / "shop.tar"
+    with tarfile.open(shard, "w") as tar:
+        for k in range(6):
+            caption = f"item {k}".encode()
+            header = tarfile.TarInfo(f"{k}.txt")
+            header.size = len(caption)
+            tar.addfile(header, io.BytesIO(caption))
+            tar.add(folder / "images" / f"{k}.png", f"{k}.png")
+    assert catalog.add_folder(shard).added == 6
+    data = shard.read_bytes()
+    half = data.index(b"3.txt")
+    shard.write_bytes(data[:half] + b"\xff" * 512 + data[half + 512 :])
+    with pytest.raises(DataError, match=r"damaged, and what follows is lost .*so nothing was pruned"):
+        catalog.add_folder(shard, prune=True)
+    assert catalog.count() == 6
 
 
 def test_prune_refuses_to_delete_all(catalog: Catalog, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from unidiff_sdk import Catalog, OptionError
 from unidiff_sdk.datasets.synthetic import products, render
@@ -328,7 +329,7 @@ def test_columns_of_every_kind() -> None:
         assert len(catalog.browse()) == 4 and len(catalog.browse(offset=3)) == 1
         assert [hit.score for hit in catalog.browse(limit=1)] == [1.0]
         for column in ("tags", "at", "sale"):
-            with pytest.raises(OptionError, match="only a column of numbers or of dates"):
+            with pytest.raises(OptionError, match="only a column of single numbers or dates"):
                 catalog.browse(order_by=column)
         with pytest.warns(UserWarning, match='No item has a column "prize"'):
             assert len(catalog.search("red", where={"prize": {"lt": 80}})) == 0
@@ -345,6 +346,34 @@ def test_columns_of_every_kind() -> None:
             "size": "object",
             "tags": "string",
         }
+
+
+@pytest.mark.parametrize(
+    ("day", "kind"),
+    [
+        ("2026-03-01", "date"),
+        ("2026-03-01T12:30", "date"),
+        ("2026-03-01 12:30:00.5+05:30", "date"),
+        ("2026-03-01T12:30:00Z", "date"),
+        ("2026-03-01T12:30Z", "string"),
+        ("20260301", "string"),
+        ("2026-03-01T", "string"),
+    ],
+)
+def test_what_is_called_a_date_is_found_as_one(day: str, kind: str) -> None:
+    with Catalog() as catalog:
+        catalog.add(Image.new("RGB", (16, 16)), payloads=[{"day": day, "catalogue": "fashion-man"}])
+        assert catalog.info()["columns"]["day"] == kind
+        assert catalog.count({"day": {"gte": "2026-01-01"}}) == (kind == "date")
+        assert catalog.facets("day") == {day: 1}
+
+
+def test_a_column_of_lists_has_no_order() -> None:
+    with Catalog() as catalog:
+        pictures = [Image.new("RGB", (16, 16), (9, n, n)) for n in range(3)]
+        catalog.add(pictures, payloads=[{"n": n, "catalogue": "fashion-man"} for n in (3, [1, 5], 2)])
+        with pytest.raises(OptionError, match="only a column of single numbers or dates"):
+            catalog.browse(order_by="n")
 
 
 def test_duplicates() -> None:

@@ -152,9 +152,10 @@ def test_cursors_of_other_searches_are_refused(store: Store) -> None:
     ]:
         with pytest.raises(OptionError, match="belongs to another search"):
             page(store, query, limit=3, cursor=cursor, **window)
-    for text in ("", "x", cursor[:-8], cursor + "AAAA", "💡", cursor[::-1], 7):
+    assert ids(page(store, ASKED, limit=3, cursor="")) == ids(page(store, ASKED, limit=3))  # as `?cursor=` has it
+    for text in ("x", cursor[:-8], cursor + "AAAA", "💡", cursor[::-1], 7):
         with pytest.raises(OptionError, match=r"not one that a page gave out|damaged"):
-            page(store, ASKED, limit=3, cursor=text or " ")
+            page(store, ASKED, limit=3, cursor=text)
 
 
 def test_a_cursor_survives_its_string() -> None:
@@ -190,6 +191,18 @@ def test_one_hit_a_group(store: Store) -> None:
     assert ids(page(store, Query.of(vector=query), group_by="brand", limit=3)) == expected[:3]
     assert ids(page(store, Query.of(vector=query), group_by="brand", limit=3, offset=2)) == expected[2:5]
     assert len(page(store, Query.of(vector=query), group_by="nothing", limit=650)) == 644
+
+
+def test_groups_that_come_before_a_cursor_hide_none_behind_it(store: Store) -> None:
+    near = [unit(direction(1) + 0.001 * n * direction(2)) for n in range(400)]
+    store.upsert([item(n, vector=near[n], brand=f"brand {n // 20}") for n in range(100, 400)])
+    query = Query.of(vector=direction(1))
+    first = page(store, query, group_by="brand", limit=4)
+    assert [hit.payload["brand"] for hit in first] == [f"brand {k}" for k in range(5, 9)]
+    store.upsert([item(n, vector=near[n], brand=f"brand {n // 20}") for n in range(100)])
+    second = page(store, query, group_by="brand", limit=4, cursor=first.cursor)
+    assert [hit.payload["brand"] for hit in second] == [f"brand {k}" for k in range(9, 13)]
+    assert second.cursor
 
 
 def unit(vector: np.ndarray) -> np.ndarray:

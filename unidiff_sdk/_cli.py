@@ -34,9 +34,6 @@ class _Polite(click.Command):
             except UniDiffError as error:
                 click.echo(f"Error: {' '.join(str(error).split())}", err=True)
                 sys.exit(1)
-            except BrokenPipeError:  # `unidiff search … | head` is no failure
-                sys.stderr.close()
-                sys.exit(0)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -64,6 +61,18 @@ class _Polite(click.Command):
             with formatter.section("Examples"):
                 for line in self.epilog.strip().splitlines():
                     formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
+
+
+class CatalogFolder(click.Path):
+    """The folder of a catalogue; a URL, of which a path would make a folder of that name, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).startswith(("http://", "https://")):
+            self.fail(f"{value} is a URL, and commands work on folders; in Python, Catalog(url, images=…) opens it")
+        return super().convert(value, param, ctx)
 
 
 class Command(_Polite):

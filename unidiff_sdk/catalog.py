@@ -249,7 +249,7 @@ class Catalog:
 
         Raises:
             DataError: the folder or its metadata file is missing; in strict mode, a bad row; with `prune`, there is not
-                one good row, so that everything would be deleted.
+                one good row, so that everything would be deleted, or a damaged shard hides what follows.
         """
         return self._add_rows(path, None, prune=prune, strict=strict, progress=progress, copy=copy)
 
@@ -300,6 +300,8 @@ class Catalog:
                 advance(added + skipped + len(failed), total)
 
         # 2. What has left.
+        if prune and (lost := next((bad for bad in failed if bad.hides_others), None)):
+            raise DataError(f"{source}: {lost.reason}, so nothing was pruned; what could be read is stored")
         if prune:
             removed = self._writer.prune(source, seen)
 
@@ -458,8 +460,8 @@ class Catalog:
         else:
             column = str(order_by).removeprefix("-")
             kind = {"number": "float", "date": "datetime"}.get(self._kind_of(column))
-            if kind is None:
-                raise OptionError(f"order_by={order_by!r}: only a column of numbers or of dates has an order")
+            if kind is None or self._holds_lists(column):
+                raise OptionError(f"order_by={order_by!r}: only a column of single numbers or dates has an order")
             found = iter(
                 serving.store.ordered(
                     column_path(column),
@@ -480,8 +482,9 @@ class Catalog:
     ) -> dict[str | bool | int | float, int]:
         """How many items have each value of a column, the commonest first: `{"Nord": 17, "Acme": 4}`.
 
-        An item whose column holds a list counts once for each of its values. Columns of numbers are counted one by one,
-        which takes a second or so for 100,000 items; other values than strings, booleans and numbers are not counted.
+        An item whose column holds a list counts once for each of its values. Numbers, dates and captions are counted
+        one by one, which takes a second or so for 100,000 items; other values than strings, booleans and numbers are
+        not counted.
 
         Args:
             column: its name.
@@ -494,7 +497,8 @@ class Catalog:
         serving = self._writer.serving_now()
         check_window(limit, 0)
         clause, kind = parse(where), self._kind_of(column)
-        if kind in ("string", "date", "boolean"):
+        # The engine keeps one index for a column, and dates and words need theirs for other things.
+        if kind in ("string", "boolean") and column != "text":
             engine_kind = "bool" if kind == "boolean" else "keyword"
             counts = serving.store.facet(column_path(column), engine_kind, limit=limit, where=clause)
             return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
@@ -569,13 +573,19 @@ class Catalog:
             self._explain_nothing(has_it)
         return kind
 
+    def _holds_lists(self, column: str) -> bool:
+        """Whether a column of the first items that have it is one of lists."""
+        has_it = Compare(column_path(column), "exists", True)
+        first = next(self._store.scroll(16, has_it), [])
+        return any(isinstance(value_at(record.payload, column), list) for record in first)
+
     def _explain_nothing(self, where: Clause | None) -> None:
         """Say so if a filter let nothing through because it asks for a column that no item has."""
         if where is None or not self._store.count():
             return
         for column in columns(where):
             if not self._store.count(Compare(column, "exists", True)):
-                known = ", ".join(self._columns())
+                known = ", ".join(f'"{name}"' if "." in name else name for name in self._columns())
                 warn(f'No item has a column "{column}". There are: {known}.')
 
     def _hit(self, payload: dict[str, Any], score: float) -> Hit:
@@ -826,9 +836,10 @@ class Catalog:
 
                 # 3. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
                 old_vectors = self._file.vectors
-                self._file = replace(self._file, bundle=after.reference, vectors=vectors)
+                file = replace(self._file, bundle=after.reference, vectors=vectors)
                 with CHANGING:
-                    self._file.write(self.folder)
+                    file.write(self.folder)
+                self._file = file
                 with self._lazy_lock:
                     self._writer.serving, self._searching = after, None
         except BaseException:

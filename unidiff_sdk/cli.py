@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._cli import Group
+from ._cli import CatalogFolder, Group
 from .datasets.cli import dataset
 from .errors import DataError, FilterError, GenerationError, OptionError, StoreError
 from .terminal import brief, drawn, printable, protocol
@@ -53,7 +53,7 @@ main.add_command(dataset)
     """,
 )
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.option("--bundle", help="Model for a new catalogue: a bundle's folder, or tiny (the default).")
 @click.option("--images", type=click.Path(path_type=Path), help="Where the paths of a table start; its own folder.")
 @click.option("--reference", is_flag=True, help="Leave the images where they are instead of copying them.")
@@ -114,7 +114,7 @@ def index(
     unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}, "brand": ["Acme", "Nord"]}'
     """,
 )
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.argument("text", required=False)
 @click.option("--imagine", default=0, metavar="N", help="Also draw TEXT so many times, and look for such pictures.")
 @click.option("--image", type=click.Path(path_type=Path), help="Look for what looks like this picture.")
@@ -176,7 +176,7 @@ def search(
     unidiff duplicates shop.catalog --threshold 0.999 --json
     """,
 )
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.option("--threshold", default=0.95, show_default=True, help="The cosine from which two pictures are the same.")
 @click.option("--where", help="Compare only what passes this filter, as JSON.")
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="How many groups to show.")
@@ -322,7 +322,7 @@ def generate(
 
 
 @main.command(short_help="Tell what a catalogue holds.", epilog="unidiff info shop.catalog --json")
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @json_option
 def info(catalog: Path, as_json: bool) -> None:
     """Tell what CATALOG holds and which bundle it was made with."""
@@ -341,7 +341,7 @@ def info(catalog: Path, as_json: bool) -> None:
 
 
 @main.command(short_help="Remove items.", epilog="unidiff delete shop.catalog boots-17 boots-18")
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.argument("ids", nargs=-1, required=True)
 @json_option
 def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
@@ -349,7 +349,7 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
     from .catalog import Catalog
 
     with Catalog(catalog, create=False) as opened:
-        removed = opened.delete([meant for id in ids for meant in _meant(id)])
+        removed = opened.delete([_known(opened, id) for id in ids])
         items = opened.count()
     if as_json:
         click.echo(json.dumps({"removed": removed, "items": items}))
@@ -358,7 +358,7 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
 
 
 @main.command(short_help="Change a catalogue to another bundle.", epilog="unidiff reindex shop.catalog bundles/tuned")
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.argument("bundle")
 @json_option
 def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
@@ -380,7 +380,7 @@ def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
     unidiff export shop.catalog drawn.parquet --where '{"generated": true}'
     """,
 )
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--where", help="Only what passes this filter, as JSON.")
 @json_option
@@ -405,7 +405,7 @@ def export(catalog: Path, file: Path, where: str | None, as_json: bool) -> None:
     """,
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.argument("catalog", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
 @click.option("--bundle", help="Where the bundle of the export is, if it has moved; or another one, with --reencode.")
 @click.option("--reencode", is_flag=True, help="Encode the pictures anew.")
 @json_option
@@ -433,7 +433,8 @@ def _parse_json(where: str | None) -> Any:
 
 def _meant(id: str) -> list[str | int]:
     """On the command line 7 may mean the id 7 or the id "7"."""
-    return [id, int(id)] if id.removeprefix("-").isdecimal() and len(id) < 19 else [id]
+    number = id.removeprefix("-")
+    return [id, int(id)] if number.isdecimal() and len(id) < 19 and id == str(int(id)) else [id]
 
 
 def _known(catalog: Catalog, id: str) -> str | int:

@@ -7,6 +7,7 @@ step, the known part with the noise of that step, as diffusers does for UNets wi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def first_step(strength: Any, steps: int) -> int:
         raise OptionError(f"strength is {strength!r}; give a number above 0, which changes nothing, up to 1")
     taken = int(steps * strength)
     if taken == 0:
-        raise OptionError(f"strength is {strength!r}, which leaves no step of {steps}; give at least {1 / steps:.3g}")
+        least = math.ceil(1000 / steps) / 1000
+        raise OptionError(f"strength is {strength!r}, which leaves no step of {steps}; give at least {least:g}")
     return steps - taken
 
 

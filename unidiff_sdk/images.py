@@ -26,8 +26,9 @@ MAX_PIXELS = 64_000_000
 MAX_PROPORTION = 200
 """How many times as long as wide a picture may be. Its shorter edge is what is brought to the encoder's size."""
 
-# Left out on purpose: formats that run an interpreter (EPS), or that no product catalogue holds.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO")
+# Left out on purpose: formats that run an interpreter (EPS), that are decoded on opening, whatever their size (ICO), or
+# that no product catalogue holds.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
 def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

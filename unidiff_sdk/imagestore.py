@@ -28,6 +28,7 @@ from .images import ImageSource, load_image
 __all__ = ["THUMBNAIL_SIZE", "ImageStore", "Picture", "whole_file", "write_atomically"]
 
 THUMBNAIL_SIZE = 128
+_COPIES = "images/"
 
 
 class Picture:
@@ -123,14 +124,20 @@ class ImageStore:
             copy: whether a file is copied, or only referenced where it is; what is no file is always copied.
         """
         thumbnail = self._thumbnail_path(picture.sha256)
-        if not thumbnail.is_file():
+        if not _is_there(thumbnail):
             write_atomically(thumbnail, _thumbnail(picture.image))
         if picture.path is not None and not copy:
             return self.reference(picture.path)
-        uri = f"images/{picture.sha256[:2]}/{picture.sha256}{picture.suffix}"
-        if not (self.root / uri).is_file():
+        uri = f"{_COPIES}{picture.sha256[:2]}/{picture.sha256}{picture.suffix}"
+        if not _is_there(self.root / uri):
             write_atomically(self.root / uri, picture.encoded())
         return uri
+
+    def kept_at(self, picture: Picture, uri: str, *, copy: bool) -> str:
+        """What `add` would return for a picture that it once returned `uri` for; "" if it would copy it anew."""
+        if picture.path is not None and not copy:
+            return self.reference(picture.path)
+        return uri if uri.startswith(_COPIES) else ""
 
     def load(self, uri: str) -> Image.Image:
         """The original, RGB. Raises ImageError if it is gone or damaged."""
@@ -146,14 +153,14 @@ class ImageStore:
     def thumbnail(self, sha256: str, uri: str) -> bytes:
         """The thumbnail as a WebP file; made anew from the original if it was lost."""
         path = self._thumbnail_path(sha256)
-        if not path.is_file():
+        if not _is_there(path):
             write_atomically(path, _thumbnail(self.load(uri)))
         return path.read_bytes()
 
     def remove(self, sha256: str, uri: str) -> None:
         """Delete a picture's thumbnail and, if it was copied, the copy. A referenced file is never touched."""
         self._thumbnail_path(sha256).unlink(missing_ok=True)
-        if uri.startswith("images/"):
+        if uri.startswith(_COPIES):
             self.path(uri).unlink(missing_ok=True)
 
     def _thumbnail_path(self, sha256: str) -> Path:
@@ -165,6 +172,14 @@ class ImageStore:
         if not path.is_relative_to(root.parent):
             return path.as_uri()
         return quote(Path(os.path.relpath(path, root)).as_posix())
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a file is there and holds something: after a power cut, one that was just written may be empty."""
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def _thumbnail(image: Image.Image) -> bytes:
@@ -197,7 +212,13 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises StoreError, as when the disk is full."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
+    """Write a file so that it is there whole or not at all. Raises StoreError, as when the disk is full.
+
+    durably: also after a power cut, which takes the disk's time: for what all else hangs on.
+    """
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        if durably:
+            file.flush()
+            os.fsync(file.fileno())

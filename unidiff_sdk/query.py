@@ -221,6 +221,8 @@ def _imagined(imagine: Any, text: str | None) -> int:
 def _listed(values: Any) -> Sequence[Any]:
     if values is None:
         return []
+    if isinstance(values, (set, frozenset)):
+        return sorted(values, key=repr)  # in one order in every process: a cursor hangs on it
     if isinstance(values, _LISTS) or (isinstance(values, Sequence) and not isinstance(values, (str, bytes))):
         return list(values)
     return [values]

@@ -87,4 +87,5 @@ def kind_of(value: Any) -> str:
             return "object"
 
 
-_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)")
+# What the engine reads as a moment: without seconds, it takes no time zone.
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?(Z|[+-]\d\d:?\d\d)?)?)?$")

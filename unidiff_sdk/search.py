@@ -62,7 +62,7 @@ class Window:
     ) -> Window:
         """Raises OptionError, FilterError."""
         check_window(limit, offset)
-        if cursor is not None and offset:
+        if cursor and offset:
             raise OptionError("offset= and cursor= exclude each other: a cursor knows where to go on")
         if min_score is not None and (isinstance(min_score, bool) or not _finite(min_score)):
             raise OptionError(f"min_score={min_score!r}: it must be a finite number")
@@ -81,7 +81,7 @@ class Window:
             raise OptionError(
                 f"offset + limit = {offset + limit:,}: a hybrid search ranks the first {CANDIDATES} of either list"
             )
-        return cls(limit, offset, cursor, parse(where), min_score, diversity, group_by, float(share))
+        return cls(limit, offset, cursor or None, parse(where), min_score, diversity, group_by, float(share))
 
     def digest(self, query: Query) -> bytes:
         """8 bytes for the query and all that decides on the order of its hits."""
@@ -307,6 +307,7 @@ class Searcher:
         """The best item of each group, best first."""
         assert window.group_by is not None
         path = column_path(window.group_by)
+        start = cursor.shown if cursor and cursor.score is None else window.offset
         wanted = window.offset + (cursor.shown if cursor else 0) + search.limit
         best: dict[str, Found] = {}
         size = CANDIDATES if search.words is not None else min(4 * wanted, MAX_LIMIT)
@@ -317,7 +318,8 @@ class Searcher:
             for one in found:
                 best.setdefault(group_of(one.payload, window.group_by) or one.id, one)
             full = len(found) == size and search.words is None
-            if len(best) >= wanted or not full:
+            groups = [one for one in best.values() if not (cursor and cursor.covers(one))]
+            if len(groups) >= start + search.limit or not full:
                 break
             # More of the same groups are of no use: leave those out that a filter can name, or else look deeper.
             where = _without(search.where, path, [value_at(one.payload, window.group_by) for one in best.values()])
@@ -325,10 +327,7 @@ class Searcher:
                 if size == MAX_LIMIT:
                     break
                 size = min(2 * size, MAX_LIMIT)
-        ranked = sorted(best.values(), key=lambda one: -one.score)
-        groups = [one for one in ranked if not (cursor and cursor.covers(one))]
-        start = cursor.shown if cursor and cursor.score is None else window.offset
-        return groups[start : start + search.limit]
+        return sorted(groups, key=lambda one: -one.score)[start : start + search.limit]
 
     def _diverse(self, search: Nearest, window: Window, cursor: Cursor | None) -> list[Found]:
         """The best candidates, picked for variety. Their number hangs on `limit` alone, so that pages fit together."""

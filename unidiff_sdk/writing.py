@@ -81,7 +81,7 @@ class Writer:
         fresh: list[Item] = []
         records: list[Record] = []
         for batch in batched(items, BATCH_SIZE):
-            changed = self._changed(batch)
+            changed = self._changed(batch, copy)
             records += self._encode(serving, changed, copy)
             fresh += changed
         self._commit(serving, records, fresh, copy)
@@ -151,7 +151,7 @@ class Writer:
                 items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 fail(row.name, row.line, error)
-        changed = self._changed(items)
+        changed = self._changed(items, copy)
         lines = {item.line for item in changed}
         fresh: list[Item] = []
         for item in changed:
@@ -164,10 +164,11 @@ class Writer:
             item.picture.release()  # what waits to be encoded is small, whatever the size of the picture
         return Prepared(serving, [item for item in items if item.line not in lines], fresh, [], failed)
 
-    def _changed(self, items: Sequence[Item]) -> list[Item]:
+    def _changed(self, items: Sequence[Item], copy: bool) -> list[Item]:
         """The items that are not stored yet just so.
 
-        Of those whose picture is stored under the same id, only with other columns, the vector comes along.
+        Of those whose picture is stored under the same id, only with other columns or kept elsewhere, the vector comes
+        along.
         """
         serving = self.serving_now()
         stored = {record.id: record for record in serving.store.retrieve([item.key for item in items])}
@@ -176,7 +177,7 @@ class Writer:
             old = stored.get(item.key)
             if old is None or old.payload[SYSTEM]["sha256"] != item.picture.sha256:
                 fresh.append(item)
-            elif old.payload != item.payload(old.payload[SYSTEM]["uri"]):
+            elif old.payload != item.payload(self._images.kept_at(item.picture, old.payload[SYSTEM]["uri"], copy=copy)):
                 fresh.append(replace(item, vector=old.vector))
         return fresh
 

@@ -54,6 +54,7 @@ class BadRow:
     line: int
     file_name: str
     reason: str
+    hides_others: bool = False  # it stands for all that would have followed
 
     def __str__(self) -> str:
         return f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}"
@@ -161,7 +162,7 @@ def _read_shards(shards: list[Path]) -> Iterator[Row | BadRow]:
 def _check_sample(number: int, sample: Sample) -> Row | BadRow:
     text, payload = _text_and_payload(sample.columns)
     if sample.image is None:
-        return BadRow(number, sample.name, sample.problem)
+        return BadRow(number, sample.name, sample.problem, sample.hides_others)
     if text is None:
         return BadRow(number, sample.name, "it has no caption (.txt, or text in its .json)")
     return Row(sample.image, text, payload, number)

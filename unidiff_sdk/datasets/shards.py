@@ -53,6 +53,7 @@ class Sample:
     image: Member | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
+    hides_others: bool = False  # it stands for all that would have followed
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -95,7 +96,8 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
     for name, members in groupby(_members(tar, damage), key=lambda member: _split(member.name)[0]):
         yield _sample(shard, tar, f"{shard.name}/{name}", list(members))
     if damage:
-        yield Sample(shard.name, problem=f"the shard is damaged, and what follows is lost ({damage[0]})")
+        problem = f"the shard is damaged, and what follows is lost ({damage[0]})"
+        yield Sample(shard.name, problem=problem, hides_others=True)
 
 
 def _members(tar: tarfile.TarFile, damage: list[str]) -> Iterator[tarfile.TarInfo]:

@@ -189,12 +189,13 @@ class EdgeStore:
             # 1. A copy, of a moment in which nothing is being written. It is what a crash would leave: the write-ahead
             # log makes it whole when it is opened. (Flushing first would stop every thread for longer.)
             copy = self._generations.following()
-            with self._write([]), _translated(self.path):
-                # The engine prepares the log's next piece under this name and renames it when it is made.
-                shutil.copytree(self._generations.current, copy, ignore=shutil.ignore_patterns("tmp-open-*"))
-                self._written = set()
             fresh = None
             try:
+                with self._write([]), _translated(self.path):
+                    # The engine prepares the log's next piece under this name and renames it when it is made.
+                    shutil.copytree(self._generations.current, copy, ignore=shutil.ignore_patterns("tmp-open-*"))
+                    self._written = set()
+
                 # 2. The index, without this process's global lock.
                 optimize_apart(copy)
 

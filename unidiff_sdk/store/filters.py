@@ -12,8 +12,8 @@ own filter, for Qdrant Edge or for qdrant-client. What a filter means:
 - A column that holds a list satisfies a comparison if one of its elements does.
 - Numbers compare as 64-bit floats, so 3 equals 3.0; true is not 1 and "3" is not 3.
 - `gt`, `gte`, `lt` and `lte` take a number, or a moment: an ISO 8601 string, a date (its midnight) or a datetime.
-  Moments without a time zone are UTC, here and in the columns. `eq`, `ne` and `in` compare strings letter by letter,
-  but dates and datetimes as moments.
+  Moments without a time zone are UTC, here and in the columns; there, one with a zone needs its seconds, too. `eq`,
+  `ne` and `in` compare strings letter by letter, but dates and datetimes as moments.
 - `contains` asks for every one of its words, in any order: whole words of letters and digits, upper or lower case.
 - `near` is a circle, its radius in metres; `box` lies between degrees west, east, south and north (with west > east it
   spans the antimeridian); what lies on the very border may count or not. The column holds {"lat": …, "lon": …}, or a
@@ -198,6 +198,8 @@ def _comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
 def _choice(path: str, key: str, values: Any) -> Clause:
     if not isinstance(values, _LISTS) or not values:
         raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_show(values)}.')
+    if isinstance(values, (set, frozenset)):
+        values = sorted(values, key=repr)  # in one order in every process: a cursor hangs on it
     scalars = [_scalar(key, value) for value in values]
     strings = tuple(value for value in scalars if isinstance(value, str))
     if len(strings) > MAX_CHOICES:

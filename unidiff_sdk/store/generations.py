@@ -59,7 +59,7 @@ class Generations:
 
     def switch(self, folder: Path) -> None:
         """Make a complete shard the one that counts."""
-        write_atomically(self.root / CURRENT, folder.name.encode())
+        write_atomically(self.root / CURRENT, folder.name.encode(), durably=True)
 
     def remove(self, folder: Path) -> None:
         """Delete a shard that does not count (any more)."""

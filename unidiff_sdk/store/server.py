@@ -56,17 +56,22 @@ class ServerStore:
         self._closed = False
         with self._engine():
             if not client.collection_exists(collection):
-                client.create_collection(
-                    collection,
-                    vectors_config={
-                        VECTOR: models.VectorParams(
-                            size=dim, distance=models.Distance.DOT, on_disk=options.on_disk or None
-                        )
-                    },
-                    metadata={"unidiff": {"fingerprint": fingerprint}},
-                    **options.layout(),
-                )
+                self._create(options, fingerprint)
         self._indexes = PayloadIndexes(self._check(fingerprint))
+
+    def _create(self, options: ServerOptions, fingerprint: str) -> None:
+        vectors = models.VectorParams(size=self.dim, distance=models.Distance.DOT, on_disk=options.on_disk or None)
+        try:
+            self.client.create_collection(
+                self.collection,
+                vectors_config={VECTOR: vectors},
+                metadata={"unidiff": {"fingerprint": fingerprint}},
+                **options.layout(),
+            )
+        except Exception:
+            # Another process was first, or a request that seemed to fail had done it and was repeated.
+            if not self.client.collection_exists(self.collection):
+                raise
 
     def _check(self, fingerprint: str) -> dict[str, str]:
         """Refuse a collection that is not of this bundle; return its payload indexes, column -> kind."""
