@@ -274,7 +274,7 @@ def base_of(domain: str, work: Path) -> str | Path:
 
 
 def data_of(domain: str, work: Path) -> dict[str, Path]:
-    """Folders of a domain: "train", "val" and "test"; of the synthetic ones the last holds unseen combinations too."""
+    """Folders of a domain: "train", "val" and "test", which share no product."""
     folder = work / "data" / domain
     splits = {"train": ("train", PAIRS), "val": ("val", GALLERY), "test": ("test", GALLERY)}
     if domain == REAL:

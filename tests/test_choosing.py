@@ -48,6 +48,21 @@ class Script:
         return Validated(self.scores[moment.step])
 
 
+def test_a_run_that_tunes_the_unet_alone_is_judged_by_it(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    scores: list[float] = []
+    look = Validator(small_catalogue)
+
+    def watched(moment: Moment) -> Validated:
+        scores.append((validated := look(moment)).score)
+        return validated
+
+    config = TrainingConfig(**FEW | {"steps": 2}, lock_text=True, lock_image=True)  # ITC has a weight, and no part
+    train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=watched)
+    assert all(score < 0 for score in scores) and len(set(scores)) == len(scores)
+
+
 # --- early stopping --------------------------------------------------------------------------------------------------
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
-from unidiff_sdk.errors import CheckpointError, DataError, TrainingError  # noqa: E402
+from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError  # noqa: E402
 from unidiff_sdk.training import gradients  # noqa: E402
 from unidiff_sdk.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data import recorded  # noqa: E402
+from unidiff_sdk.training.data import group_keys, recorded  # noqa: E402
 from unidiff_sdk.training.learner import Ema, learning_rate_factor  # noqa: E402
 from unidiff_sdk.training.trainer import StepReport, train  # noqa: E402
 
@@ -119,6 +121,51 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
         kept = load_checkpoint(out)
         assert kept.meta["step"] == 2
         assert all(tensor.isfinite().all() for tensor in kept.unet.state_dict().values())
+
+
+def test_an_interruption_within_a_step_saves_nothing_torn(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Ema.update
+
+    def impatient(ema: Ema, model: torch.nn.Module) -> None:
+        if ema.updates == 2:  # the weights have been stepped, their average has not
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        update(ema, model)
+
+    monkeypatch.setattr(Ema, "update", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, save_every=1))
+    assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
+    monkeypatch.undo()
+    config = TrainingConfig(**FEW, save_every=1)
+    train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, resume=True)
+    train(small_catalogue, random_checkpoint, tmp_path / "straight", config)
+    assert equal(tensors(tmp_path / "tuned", "unet"), tensors(tmp_path / "straight", "unet"))
+
+
+def test_a_pipeline_of_others_is_not_replaced(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "downloaded").mkdir()
+    (tmp_path / "downloaded" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
+        train(small_catalogue, random_checkpoint, tmp_path / "downloaded", TrainingConfig(**FEW))
+    assert (tmp_path / "downloaded" / "model_index.json").read_text() == "{}"
+
+
+def test_a_contrast_of_one_is_refused() -> None:
+    with pytest.raises(OptionError, match="at least two pairs in a batch"):
+        TrainingConfig(batch_size=1)
+    TrainingConfig(batch_size=1, contrastive_batch=2)
+    TrainingConfig(batch_size=1, lambda_itc=0.0)
+
+
+def test_rows_without_the_group_go_by_their_captions() -> None:
+    payloads = [{"sku": "7"}, {"sku": 7}, {}, {"sku": None}, {"other": 1}, {"sku": "None"}]
+    pairs = SimpleNamespace(captions=["a", "b", "A red hat", "a red hat.", "boots", "c"], payloads=payloads)
+    keys = group_keys(pairs, ("sku",))
+    assert keys[0] == keys[1] and keys[2] == keys[3]
+    assert len({keys[0], keys[2], keys[4], keys[5]}) == 4
 
 
 def test_interruption_saves_what_was_learned(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:

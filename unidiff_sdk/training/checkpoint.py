@@ -242,7 +242,7 @@ def save_checkpoint(
 
 def require_replaceable(path: Path) -> None:
     """Refuse to save where something else than a checkpoint stands. To be asked before the work whose result it is."""
-    if path.exists() and not ((path / "model_index.json").is_file() or _is_empty_folder(path)):
+    if path.exists() and not ((path / "unidiff.json").is_file() or _is_empty_folder(path)):
         raise CheckpointError(f"{path} exists and is not a checkpoint: name a new folder, or remove it first")
 
 

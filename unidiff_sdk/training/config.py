@@ -123,6 +123,11 @@ class TrainingConfig:
                 f"contrastive_batch holds the pairs of batch_size, so it must be 0 or at least {self.batch_size}, "
                 f"not {self.contrastive_batch}"
             )
+        if self.lambda_itc and max(self.batch_size, self.contrastive_batch) < 2:
+            raise OptionError(
+                "a contrast needs at least two pairs in a batch: give a batch_size (in micro-batches of 1, if memory "
+                "is short) or a contrastive_batch, or switch it off (lambda_itc 0)"
+            )
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("every λ is zero: there is nothing to train")
 

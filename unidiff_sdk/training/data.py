@@ -141,17 +141,23 @@ def normalise_caption(caption: str) -> str:
 
 
 def group_keys(pairs: Pairs, columns: Sequence[str] = ()) -> list[tuple[Any, ...]]:
-    """What each pair means: its values in `columns`, or without columns its normalised caption.
+    """What each pair means: its values in `columns`; without columns, or where it lacks one, its normalised caption.
 
     Raises DataError where a column is nowhere in the data.
     """
+    by_caption: list[tuple[Any, ...]] = [(normalise_caption(caption),) for caption in pairs.captions]
     if not columns:
-        return [(normalise_caption(caption),) for caption in pairs.captions]
+        return by_caption
     present = {column for payload in pairs.payloads for column in payload}
     for column in columns:
         if column not in present:
             raise DataError(f"no row has the column {column!r}; the columns are {', '.join(sorted(present)) or 'none'}")
-    return [tuple(str(payload.get(column)) for column in columns) for payload in pairs.payloads]
+    return [
+        ("columns", *(str(payload[column]) for column in columns))
+        if all(payload.get(column) is not None for column in columns)
+        else ("caption", *caption)
+        for payload, caption in zip(pairs.payloads, by_caption, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["between_steps"]
+__all__ = ["WithinStep", "between_steps"]
+
+
+class WithinStep(KeyboardInterrupt):
+    """An interruption that did not wait for the end of a step: what the model holds is no state of a run."""
+
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster's notice before it kills
 
 
 @contextmanager
 def between_steps() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises KeyboardInterrupt if a signal has come; a second signal does not wait for it."""
+    """Gives a function that raises KeyboardInterrupt if a signal has come; a second one raises WithinStep at once."""
     if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
         yield lambda: None
         return
@@ -23,7 +28,7 @@ def between_steps() -> Iterator[Callable[[], None]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if came:
-            raise KeyboardInterrupt
+            raise WithinStep
         came.append(number)
 
     def check() -> None:

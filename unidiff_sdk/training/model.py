@@ -176,7 +176,9 @@ class JointModel(nn.Module):
         for model in (self.clip, self.text_encoder):
             # transformers 6 knows only the second name, 4 and early 5 only the first.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            next(getattr(model, name) for name in names if hasattr(model, name))()
+            enable = next(getattr(model, name) for name in names if hasattr(model, name))
+            # Reentrant, as transformers 4 has it, adapters above frozen embeddings would learn nothing.
+            enable({"use_reentrant": False})
 
     def to_clip(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], float[n, 3, h, w], as CLIP takes them; differentiable."""

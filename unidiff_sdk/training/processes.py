@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from unidiff_sdk.errors import TrainingError
 
 __all__ = ["Processes", "pick_device"]
+
+LONGEST_WAIT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Processes:
         from accelerate import PartialState
 
         on_cpu = pick_device(device).type == "cpu"
-        state = PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
+        # The others wait while the main process draws a prior, looks, or sweeps.
+        state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT, **({"backend": "gloo"} if on_cpu else {}))
         return cls(state.process_index, state.num_processes, state.device)
 
     @property

@@ -26,7 +26,7 @@ from unidiff_sdk.training.checkpoint import (
 )
 from unidiff_sdk.training.config import Prior, TrainingConfig
 from unidiff_sdk.training.data import Batches, Pairs, group_keys, load_pairs, recorded, tokenise
-from unidiff_sdk.training.interrupts import between_steps
+from unidiff_sdk.training.interrupts import WithinStep, between_steps
 from unidiff_sdk.training.latents import LatentCache
 from unidiff_sdk.training.learner import Learner
 from unidiff_sdk.training.looks import Looks
@@ -116,6 +116,11 @@ def train(
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself: name another folder for the result")
     pairs = load_pairs(data, checkpoint, strict=strict, fit=config.fit, progress=on_rows)
+    smallest = min(config.batch_size, (config.prior_batch or config.batch_size) if prior else config.batch_size)
+    if smallest < processes.world:
+        raise OptionError(
+            f"a batch of {smallest} cannot be shared among {processes.world} processes: give at least one pair each"
+        )
     if len(pairs) < max(2, processes.world):
         raise TrainingError(
             f"{data} holds too few usable pairs, {len(pairs)}: a contrast needs at least two, and every process one"
@@ -210,6 +215,8 @@ def train(
                     save()
                     saved = progress.step
                 raise_if_interrupted()
+    except WithinStep:  # what was saved before is what a run can go on from
+        raise
     except KeyboardInterrupt:
         if progress.step:
             save()

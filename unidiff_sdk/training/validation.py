@@ -18,6 +18,7 @@ from unidiff_sdk.samplers import Schedule, make_table
 from unidiff_sdk.training import losses, metrics
 from unidiff_sdk.training.callbacks import Moment, StepReport, Validated
 from unidiff_sdk.training.checkpoint import Checkpoint
+from unidiff_sdk.training.config import Part
 from unidiff_sdk.training.data import Pairs, load_pairs, tokenise
 from unidiff_sdk.training.evaluate import (
     differing,
@@ -121,7 +122,8 @@ class Validator:
             "text_effective_rank": metrics.effective_rank(v),
             "image_mean_cosine": metrics.mean_pairwise_cosine(u),
         }
-        validated = Validated(mean_recall if moment.config.trains_encoder else -loss, figures)
+        retrieves = moment.config.trains_encoder and not moment.config.locked >= {Part.IMAGE, Part.TEXT}
+        validated = Validated(mean_recall if retrieves else -loss, figures)
         if moment.quick:
             return validated
 
