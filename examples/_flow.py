@@ -53,8 +53,8 @@ class Tuned:
 
 def emptied(out: Path) -> None:
     """Make way for a new run in `out`, which is removed only if such a run has made it."""
-    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise click.UsageError(f"{out} is a folder of something else: choose another --out, or empty it yourself")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
+        raise click.UsageError(f"{out} holds something else: choose another --out, or empty it yourself")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARK).write_text("The folder of an example's run: the next run removes it.\n", encoding="utf-8")

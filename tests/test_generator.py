@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from PIL import Image
 from toy_bundle import CHANNELS, IMAGE_SIZE, LATENT_SIZE, make_toy_bundle
 
 from unidiff_sdk.bundle import Bundle
+from unidiff_sdk.encoder import Encoder
 from unidiff_sdk.errors import GenerationError, ImageError, OptionError
 from unidiff_sdk.generator import Generator, Preview, Settings
 
@@ -60,6 +63,20 @@ def test_no_negative_prompt_is_an_empty_one(generator: Generator) -> None:
             generator.generate("boots", negative_prompt=wrong)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="not valid Unicode"):
         generator.generate("\ud83d")
+
+
+def test_what_is_let_go_of_leaves_at_once(folder: Path) -> None:
+    bundle = Bundle.open(folder, threads=1)
+    generator, encoder = Generator(bundle), Encoder(bundle)
+    generator.generate("boots", steps=1)
+    encoder.encode_text("boots")
+    left = [weakref.ref(each) for each in (bundle, generator, encoder)]
+    gc.disable()
+    try:
+        del bundle, generator, encoder
+        assert [each() for each in left] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_pictures_of_the_first_prompt_come_first(generator: Generator) -> None:

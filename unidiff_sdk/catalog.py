@@ -144,6 +144,7 @@ class Catalog:
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
+        self._hit = partial(_hit, self._images)  # no method: who keeps it does not keep the catalogue
         self._where = Location(self.folder, quantization, self._url, collection, api_key, server)
         store = self._where.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
         self._writer = Writer(Serving(store, self.folder, file.bundle, opened), self._images, self.location)
@@ -426,7 +427,7 @@ class Catalog:
                 self._searching = Searcher(
                     serving.store,
                     lambda: serving.encoder,
-                    partial(_hit, self._images),  # not a method: a cycle would keep a catalogue that was let go of
+                    self._hit,
                     lambda texts, n: draw_queries(serving.generator, texts, n),
                 )
             return self._searching
@@ -588,9 +589,6 @@ class Catalog:
                 known = ", ".join(f'"{name}"' if "." in name else name for name in self._columns())
                 warn(f'No item has a column "{column}". There are: {known}.')
 
-    def _hit(self, payload: dict[str, Any], score: float) -> Hit:
-        return _hit(self._images, payload, score)
-
     # -------------------------------------------------------------------------------------------- generating
 
     def generate(
@@ -660,7 +658,7 @@ class Catalog:
         from .selection import Demands, select
 
         started = time.perf_counter()
-        self._check_open()
+        serving = self._writer.serving_now()
         if not isinstance(prompt, Iterable):
             raise OptionError(f"prompt={prompt!r:.60}: it must be words that say what to draw, or a list of such")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -669,7 +667,6 @@ class Catalog:
                 raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
         negative_prompt = checked_prompt("negative_prompt", negative_prompt)
         seed = secrets.randbelow(2**32) if seed is None else whole_number("seed", seed, at_least=0)
-        serving = self._serving  # a reindex may put another in its place meanwhile
         generator = serving.generator
         settings = generator.settings(
             steps=steps,
@@ -869,8 +866,7 @@ class Catalog:
         """
         from .archive import write_archive
 
-        self._check_open()
-        serving, clause = self._serving, parse(where)
+        serving, clause = self._writer.serving_now(), parse(where)
         reference = serving.reference
         bundle = {
             "name": reference.name,

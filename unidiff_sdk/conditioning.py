@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from .bundle import Bundle
 from .encoder import load_tokenizer
 from .errors import OptionError
 from .warning import warn
+from .weak import weakly
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,9 +31,8 @@ class Conditioner:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        me = weakref.proxy(self)  # a cycle would keep the sessions until the collector comes by
-        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(lambda prompt: me._tokens(prompt))
-        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(lambda windows: me._encode(windows))
+        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(weakly(self._tokens))
+        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(weakly(self._encode))
 
     def states(self, prompt: str, long_prompts: str = "truncate") -> Float32:
         """Token states of a prompt: float32[tokens, width], not to be written to.
@@ -59,8 +58,7 @@ class Conditioner:
                 f"the prompt takes {len(windows)} windows of {self._bundle.prompt_tokens} tokens; "
                 f"at most {_MOST_CHUNKS} can be chunked: {prompt!r:.80}"
             )
-        states: Float32 = self._encoded(windows)
-        return states
+        return self._encoded(windows)
 
     def pair(self, prompt: str, negative_prompt: str, long_prompts: str) -> tuple[Float32, Float32]:
         """The states of both, of one length: the shorter one is filled up with those of the empty prompt."""

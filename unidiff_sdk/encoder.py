@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -18,6 +17,7 @@ from .bundle import Bundle
 from .errors import BundleError, OptionError
 from .images import ImageSource, load_image, preprocess
 from .texts import checked_text
+from .weak import weakly
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,8 +38,7 @@ class Encoder:
         separate = bundle.has_graph("clip_text_encoder")
         self._text_graph = "clip_text_encoder" if separate else "text_encoder"
         self._tokenizer_folder = "clip_tokenizer" if separate else "tokenizer"
-        me = weakref.proxy(self)  # a cycle would keep the sessions until the collector comes by
-        self._remembered = lru_cache(maxsize=_CACHED_TEXTS)(lambda text: me._encode_alone(text))
+        self._remembered = lru_cache(maxsize=_CACHED_TEXTS)(weakly(self._encode_alone))
 
     def encode_text(self, text: str) -> NDArray[np.float32]:
         """Embed one text as `encode_texts` does, and remember it: float32[dim], not to be written to.
@@ -48,8 +47,7 @@ class Encoder:
         the other texts.
         """
         (text,) = _checked_texts([text])
-        vector: NDArray[np.float32] = self._remembered(text)
-        return vector
+        return self._remembered(text)
 
     def _encode_alone(self, text: str) -> NDArray[np.float32]:
         vector: NDArray[np.float32] = self.encode_texts([text])[0]

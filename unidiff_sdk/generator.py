@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -23,6 +22,7 @@ from .images import ImageSource, load_image
 from .memory import available_memory, picture_memory, readable_size
 from .samplers import Schedule, Table, make_table
 from .texts import checked_text
+from .weak import weakly
 
 __all__ = ["MAX_SEED", "Generator", "Preview", "Settings"]
 
@@ -92,11 +92,8 @@ class Generator:
         self.bundle = bundle
         self._positions = positions
         self._conditioner = Conditioner(bundle)
-        me = weakref.proxy(self)  # a cycle would keep the sessions until the collector comes by
-        self._make_table = lru_cache(maxsize=_CACHED_TABLES)(
-            lambda sampler, steps: make_table(sampler, me._schedule, steps)
-        )
-        self._engine = Engine(lambda *inputs: me._predict(*inputs), positions=positions, max_requests=max_requests)
+        self._table_of = lru_cache(maxsize=_CACHED_TABLES)(weakly(self._make_table))
+        self._engine = Engine(weakly(self._predict), positions=positions, max_requests=max_requests)
         # Decoding at full size is what takes memory, so one thread decodes at a time.
         self._vae_lock = threading.Lock()
 
@@ -224,7 +221,7 @@ class Generator:
         default = self.bundle.manifest["sampler"]
         sampler = default["name"] if sampler is None else sampler
         steps = whole_number("steps", default["steps"] if steps is None else steps, at_least=1)
-        self._make_table(sampler, steps)  # knows the valid names and numbers of steps
+        self._table_of(sampler, steps)  # knows the valid names and numbers of steps
         guidance_scale = default["guidance_scale"] if guidance_scale is None else guidance_scale
         return Settings(
             sampler,
@@ -294,7 +291,7 @@ class Generator:
 
     def _table(self, settings: Settings, original: _Original | None, strength: float | None) -> tuple[Table, bool]:
         """The steps to take, and whether they start from noise alone."""
-        table = self._make_table(settings.sampler, settings.steps)
+        table = self._table_of(settings.sampler, settings.steps)
         if original is None:
             if strength is not None:
                 raise OptionError("strength says how much of a picture may change: give that picture as like=")
@@ -303,6 +300,9 @@ class Generator:
         strength = default_strength(inpainting) if strength is None else strength
         step = first_step(strength, settings.steps)
         return (table.starting_at(step) if step else table), inpainting and strength == 1
+
+    def _make_table(self, sampler: str, steps: int) -> Table:
+        return make_table(sampler, self._schedule, steps)
 
     def _condition(self, prompt: str, negative_prompt: str | None, long_prompts: str) -> tuple[Float32, Float32 | None]:
         """The token states with the prompt and, for guidance, without."""

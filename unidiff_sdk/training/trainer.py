@@ -116,7 +116,7 @@ def train(
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself: name another folder for the result")
     pairs = load_pairs(data, checkpoint, strict=strict, fit=config.fit, progress=on_rows)
-    smallest = min(config.batch_size, (config.prior_batch or config.batch_size) if prior else config.batch_size)
+    smallest = min(config.batch_size, config.prior_batch or config.batch_size)
     if smallest < processes.world:
         raise OptionError(
             f"a batch of {smallest} cannot be shared among {processes.world} processes: give at least one pair each"
@@ -247,8 +247,8 @@ def _meta(
 ) -> dict[str, Any]:
     drawn = all(payload.get("catalogue") in CATALOGUES for payload in pairs.payloads)
     # A distilled base no longer draws in its few steps once it is tuned by another loss.
-    sampler = {} if "teacher" in base.meta else {k: v for k, v in base.meta.items() if k == "sampler"}
-    return sampler | {
+    sampler = None if "teacher" in base.meta else base.meta.get("sampler")
+    return ({"sampler": sampler} if sampler else {}) | {
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": base.meta.get("name", base.path.name),
