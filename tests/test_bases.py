@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.training.bases import load_base  # noqa: E402
-from unidiff_sdk.training.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data import tokenise  # noqa: E402
 from unidiff_sdk.training.model import Batch, JointModel  # noqa: E402
@@ -67,12 +68,41 @@ def test_stable_diffusion_2_is_conditioned_by_the_last_layer_but_one(apart: tupl
     model = JointModel(checkpoint).eval()
     ids = tokenise(checkpoint.tokenizer, ["a red dress", "green boots"])
     batch = Batch(torch.rand(2, 3, 32, 32), torch.randn(2, 4, 16, 16), ids, torch.arange(2))
-    states, pooled = model.read(batch, 2, pooled=True)
-    expected = StableDiffusionPipeline.from_pretrained(apart[0]).text_encoder(ids).last_hidden_state
+    empty = tokenise(checkpoint.tokenizer, [""])
+    states, pooled = model.read(batch, torch.tensor([False, True]), empty, pooled=True)
+    theirs = StableDiffusionPipeline.from_pretrained(apart[0]).text_encoder
+    expected = theirs(torch.cat([ids[:1], empty])).last_hidden_state
     torch.testing.assert_close(states, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pooled, checkpoint.clip.text_model(ids).pooler_output)
     states.sum().backward()
     assert checkpoint.clip.text_model.encoder.layers[0].mlp.fc1.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"addition_embed_type": "text_time"}, r"extra conditions \(addition_embed_type text_time\), as SDXL"),
+        ("unet", {"in_channels": 9}, r"extra conditions \(in_channels 9\)"),
+        ("unet", {"cross_attention_dim": 768}, "states of width 768, but text_encoder/ gives 32"),
+        ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'; epsilon and v_prediction can be trained"),
+    ],
+)
+def test_models_that_cannot_be_tuned_are_told_before_any_picture_is_read(
+    random_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    def opened(path: Path) -> Checkpoint:
+        checkpoint = load_checkpoint(path)
+        getattr(checkpoint, part).register_to_config(**changes)
+        return checkpoint
+
+    monkeypatch.setattr("unidiff_sdk.training.bases.load_checkpoint", opened)
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path / "no data", random_checkpoint, tmp_path / "run", TrainingConfig(steps=1), device="cpu")
 
 
 def test_what_differs_from_some_layer_on_is_kept_apart_from_there(apart: tuple[Path, Path]) -> None:

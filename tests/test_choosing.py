@@ -140,6 +140,26 @@ def test_looks_that_decide_are_part_of_the_run(small_catalogue: Path, random_che
         run()
 
 
+def test_looks_that_decide_are_at_the_same_pairs(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    def run(pairs: str, **more: object) -> None:
+        def look(moment: Moment) -> Validated:
+            return Validated(0.5, measured_on=pairs)
+
+        config = TrainingConfig(**(FEW | {"patience": 9}))
+        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look, **more)
+
+    def interrupt(report) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("these", on_step=interrupt)
+    with pytest.raises(OptionError, match=r"other pairs than those before.*--val"):
+        run("others", resume=True)
+    run("these", resume=True)
+
+
 @pytest.mark.parametrize("setting", [{"patience": 1}, {"wise_ft": True}], ids=str)
 def test_without_looks_nothing_can_be_chosen(
     small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, setting: dict
@@ -201,6 +221,30 @@ def test_each_half_ends_at_its_best_mixture(
         torch.testing.assert_close(
             tensor, expected, atol=1e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_a_sweep_that_is_cut_off_costs_no_step(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    config = TrainingConfig(**(FEW | {"steps": 2, "wise_ft": True}))
+    steps: list[int] = []
+
+    def run(name: str, cut_off: bool = False, **more: object):
+        def look(moment: Moment) -> Validated:
+            if cut_off and moment.quick:
+                raise KeyboardInterrupt
+            return Validated(0.5, {"denoising_loss": 0.5})
+
+        return train(
+            *(small_catalogue, random_checkpoint, tmp_path / name, config),
+            **{"device": "cpu", "on_validate": look, "on_step": lambda report: steps.append(report.step)},
+            **more,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", cut_off=True)
+    steps.clear()
+    resumed = run("parts", resume=True)
+    assert steps == [] and resumed.chosen == run("whole").chosen
+    assert equal(*(weights(load_checkpoint(tmp_path / name)) for name in ("parts", "whole")))
 
 
 def test_of_equal_mixtures_the_nearest_to_the_base_is_kept(

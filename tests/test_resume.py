@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,21 @@ def test_a_run_resumes_only_as_what_it_was(small_catalogue: Path, random_checkpo
     (out / TRAINING_STATE / "state.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"cannot read .*state\.json"):
         again()
+
+
+def test_columns_that_pair_are_part_of_the_run(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    """The same pictures and captions, told apart by other values of the grouping column."""
+    folders = [shutil.copytree(small_catalogue, tmp_path / name) for name in ("then", "now")]
+    for folder, kinds in zip(folders, (4, 3), strict=True):
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
+        lines = (json.dumps(row | {"kind": number % kinds}) for number, row in enumerate(rows))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"group": ("kind",)}
+    interrupt_after(1, folders[0], random_checkpoint, tmp_path / "run", **settings)
+    config = TrainingConfig(**(SETTINGS | settings))
+    with pytest.raises(TrainingError, match="has groups"):
+        train(folders[1], random_checkpoint, tmp_path / "run", config, device="cpu", resume=True)
+    assert train(folders[0], random_checkpoint, tmp_path / "run", config, device="cpu", resume=True).steps
 
 
 def other_base(checkpoint: Path, folder: Path) -> Path:

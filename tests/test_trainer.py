@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +124,49 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
         kept = load_checkpoint(out)
         assert kept.meta["step"] == 2
         assert all(tensor.isfinite().all() for tensor in kept.unet.state_dict().values())
+
+
+def test_a_device_that_is_too_small_says_what_helps(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gradients.forward
+
+    def forward(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    def on_step(report: StepReport) -> None:
+        monkeypatch.setattr(gradients, "forward", forward if report.step == 2 else real)
+
+    config = TrainingConfig(**FEW, save_every=1)
+    with pytest.raises(TrainingError, match="cpu has too little memory for step 3; the checkpoint of step 2 is kept"):
+        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_step=on_step)
+    assert load_checkpoint(tmp_path / "run").meta["step"] == 2
+
+
+MEMORY = """
+import resource, numpy as np
+from unidiff_sdk.training.allocator import kept_memory
+
+def step():  # twelve times 20 MB, as large as activations are
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    rows = [np.full(20 << 20, 1, np.uint8) for _ in range(12)]
+    del rows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+with kept_memory():
+    faults, held = [step() for _ in range(3)], resident()
+print(faults, held - resident())
+assert faults[0] > 100 * max(faults[1:], default=0), faults
+assert held - resident() > 100 << 20
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is managed by another allocator")
+def test_what_a_step_frees_stays_at_hand_until_the_run_is_over() -> None:
+    subprocess.run([sys.executable, "-c", MEMORY], check=True)
 
 
 def test_an_interruption_within_a_step_saves_nothing_torn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from unidiff_sdk.training.cli import distill, evaluate, train  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 
 FEW = ["--steps", "2", "--batch-size", "4", "--rsc", "0", "--device", "cpu"]
+FEW_DISTILLED = ["--steps", 2, "--batch-size", 4, "--trajectories", 4, "--teacher-steps", 8, "--device", "cpu"]
 
 
 def call(command, *arguments: object) -> Result:
@@ -76,8 +78,7 @@ def test_small_data_from_the_command_line(random_checkpoint: Path, small_catalog
 
 def test_distill_stands_beside_training(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
     assert "distill" in call(train, "--help").output and "Usage: unidiff-train distill" in help_of("distill")
-    few = ["--steps", 2, "--batch-size", 4, "--trajectories", 4, "--teacher-steps", 8, "--device", "cpu"]
-    result = call(train, "distill", random_checkpoint, small_catalogue, "-o", tmp_path / "fast", *few)
+    result = call(train, "distill", random_checkpoint, small_catalogue, "-o", tmp_path / "fast", *FEW_DISTILLED)
     assert result.exit_code == 0, result.output
     assert "2 steps on 12 captions" in result.output and "distillation" in result.stderr
     assert load_checkpoint(tmp_path / "fast").meta["sampler"] == {"name": "ddim", "steps": 4, "guidance_scale": 1.0}
@@ -112,8 +113,31 @@ def test_bad_rows(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
     result = call(*arguments)
     assert result.exit_code == 0, result.output
-    assert "2 steps on 2 pairs" in result.stdout
+    assert "2 steps on 2 pairs (2 rows passed over)" in result.stdout
     assert "line 2 (cut.png)" in result.stderr and "line 3" in result.stderr
+    assert result.stderr.index("line 2 (cut.png)") < result.stderr.index("step 1/2"), "told before time is spent"
+    distilled = call(train, "distill", random_checkpoint, tmp_path, "-o", tmp_path / "fast", *FEW_DISTILLED)
+    assert distilled.exit_code == 0 and "line 3 (1.png)" in distilled.stderr
+
+
+def test_all_bad_rows_of_all_data_are_written_down(
+    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path
+) -> None:
+    data, val = (tmp_path / name for name in ("data", "val"))
+    for folder, bad in ((data, 7), (val, 1)):
+        shutil.copytree(small_catalogue, folder)
+        with (folder / "metadata.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(f'\n{{"file_name": "gone-{n}.png", "text": "gone"}}' for n in range(bad))
+    looks = ("--val", val, "--validate-every", 2, "--prompt", "a red dress")
+    result = call(train, data, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW, *looks)
+    assert result.exit_code == 0, result.output
+    told = [line for line in result.stderr.splitlines() if "Passed over" in line]
+    assert len(told) == 5 + 1 and "val" in told[-1] and "(gone-0.png)" in told[-1]
+    file = tmp_path / "out.log" / "bad_rows.jsonl"
+    assert f"and 2 more rows, all in {file}" in result.stderr
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [row["file_name"] for row in rows] == [f"gone-{n}.png" for n in (*range(7), 0)]
+    assert [row["data"] for row in rows] == 7 * ["data"] + ["val"] and "no such image" in rows[0]["reason"]
 
 
 def test_empty_catalogue(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -169,6 +170,17 @@ def test_a_log_reads_back_what_was_told(tmp_path: Path) -> None:
     assert [line["step"] for line in read.validations] == [0, 1] and read.validations[0]["ranks"] == [1, 2]
     assert [picture.size for picture in read.samples[1]] == [(8, 8), (8, 8)]
     assert read.examples[0]["hits"][1]["relevant"] is False and read.about["pairs"] == 12
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 40])
+def test_any_number_of_prompts_can_be_drawn(tmp_path: Path, n: int) -> None:
+    """More than a WebP is wide: forty pictures of 512 px side by side would be."""
+    look, side = a_look(0), 512
+    samples = [np.full((side, side, 3), 6 * number, np.uint8) for number in range(n)]
+    RunLog(tmp_path / "log", ABOUT).on_validation(replace(look, prompts=[f"{k}" for k in range(n)], samples=samples))
+    read = read_log(tmp_path / "log").samples[0]
+    assert [picture.size for picture in read] == n * [(side, side)]
+    assert [round(np.asarray(picture).mean() / 6) for picture in read] == list(range(n))
 
 
 def test_what_was_logged_past_the_resumed_step_goes(tmp_path: Path) -> None:

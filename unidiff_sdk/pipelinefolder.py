@@ -7,7 +7,7 @@ a folder holds no CLIP, so nothing can be searched with it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .errors import BundleError
 
-__all__ = ["DEFAULT_SAMPLER", "EXTRA_CONDITIONS", "PIPELINE", "AdaptedSession", "derive_manifest", "is_pipeline"]
+__all__ = ["DEFAULT_SAMPLER", "PIPELINE", "AdaptedSession", "derive_manifest", "is_pipeline", "refusal"]
 
 PIPELINE = "onnx-pipeline"
 """The "format" in a derived manifest."""
@@ -41,6 +41,29 @@ def is_pipeline(folder: Path) -> bool:
     return all((folder / name).is_file() for name in needed)
 
 
+def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | None) -> str | None:
+    """Why a UNet, by its configuration, is driven by more than latents, a timestep and the text encoder's states.
+
+    latent_channels: of the VAE; width: of the text encoder's states; None where they are not known. Returns None for a
+    UNet that is driven by these.
+    """
+    extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if unet.get(name) is not None]
+    channels, states = unet.get("in_channels"), unet.get("cross_attention_dim")
+    if None not in (channels, latent_channels) and channels != latent_channels:
+        extra.append(f"in_channels {channels}")
+    if extra:
+        return (
+            f"the UNet takes extra conditions ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
+            "do; only text-to-image models of the shape of Stable Diffusion 1 and 2 are supported"
+        )
+    if None not in (states, width) and states != width:
+        return (
+            f"the UNet is conditioned by states of width {states}, but text_encoder/ gives {width}: they belong to "
+            "different models"
+        )
+    return None
+
+
 def derive_manifest(folder: Path) -> dict[str, Any]:
     """What a manifest would say of the folder, but for `files` and `fingerprint`.
 
@@ -49,12 +72,8 @@ def derive_manifest(folder: Path) -> dict[str, Any]:
     """
     text, unet, vae = (_config(folder, f"{name}/config.json") for name in ("text_encoder", "unet", "vae_decoder"))
     scheduler = _config(folder, "scheduler/scheduler_config.json")
-    extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if unet.get(name) is not None]
-    if extra:
-        raise BundleError(
-            f"{folder}: the UNet takes extra conditions ({', '.join(extra)}), as SDXL does; only text-to-image models "
-            "of the shape of Stable Diffusion 1 and 2 can be run"
-        )
+    if refused := refusal(unet, vae.get("latent_channels"), text.get("hidden_size")):
+        raise BundleError(f"{folder}: {refused}")
     try:
         tokens, states = text["max_position_embeddings"], unet["cross_attention_dim"]
         channels, latents = unet["in_channels"], ["batch", unet["in_channels"], "height", "width"]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from unidiff_sdk.errors import ExportError
-from unidiff_sdk.pipelinefolder import EXTRA_CONDITIONS
+from unidiff_sdk.pipelinefolder import refusal
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .options import TARGETS, Target
@@ -156,7 +156,8 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text, vision = checkpoint.text_encoder.config, clip.config.vision_config
-    _check_conditions(unet, vae, text)
+    if refused := refusal(unet.config, vae.config.latent_channels, text.hidden_size):
+        raise ExportError(refused)
     smallest = 2 ** len(unet.config.block_out_channels)  # two pixels a side in the middle: one would be a constant
     latent = min(unet.config.sample_size, max(LARGEST_EXAMPLE, smallest))
     pixels = latent * checkpoint.latent_factor
@@ -210,24 +211,6 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
 def end_of_text(config: CLIPTextConfig) -> int:
     """The token whose state a CLIP text tower pools: by old configurations, which say 2, the one of the highest id."""
     return config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
-
-
-def _check_conditions(unet: UNet2DConditionModel, vae: AutoencoderKL, text: CLIPTextConfig) -> None:
-    """Refuse a UNet that wants more than noisy latents, a timestep and this text encoder's states."""
-    config = unet.config
-    extra = [f"{name} {config[name]}" for name in EXTRA_CONDITIONS if config[name] is not None]
-    if config.in_channels != vae.config.latent_channels:
-        extra.append(f"in_channels {config.in_channels}")
-    if extra:
-        raise ExportError(
-            f"the UNet takes extra conditions ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
-            "do; only text-to-image models of the shape of Stable Diffusion 1 and 2 can be exported"
-        )
-    if config.cross_attention_dim != text.hidden_size:
-        raise ExportError(
-            f"the UNet is conditioned by states of width {config.cross_attention_dim}, but text_encoder/ gives "
-            f"{text.hidden_size}: they belong to different models"
-        )
 
 
 def _spec(

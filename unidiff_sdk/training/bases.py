@@ -9,6 +9,7 @@ from typing import Any
 
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.training.checkpoint import Checkpoint, ImageProcessor, assemble, load_checkpoint, load_clip
+from unidiff_sdk.training.model import require_supported
 from unidiff_sdk.training.openclip import PREFIX, load_open_clip
 
 __all__ = ["load_base"]
@@ -31,7 +32,7 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
     Raises CheckpointError where either is missing, incomplete or of another architecture.
     """
     if clip is None and (str(base) == "tiny" or (Path(base) / "clip").is_dir()):
-        return load_checkpoint(base)
+        return require_supported(load_checkpoint(base))
     folder = _folder(base, ["model_index.json", *PIPELINE_FILES])
     if clip is None:
         raise CheckpointError(f"{base} has no CLIP beside it: name one with --clip{_hint(folder)}")
@@ -44,7 +45,7 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
     words, known = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
     if words != known:
         raise CheckpointError(f"{clip} knows {known:,} tokens, but the tokenizer has {words:,}: it needs another")
-    return checkpoint
+    return require_supported(checkpoint)
 
 
 def _folder(source: str | Path, files: list[str]) -> Path:

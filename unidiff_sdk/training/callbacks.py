@@ -45,10 +45,12 @@ class Validated:
     """How good the model is on pairs that it does not learn from.
 
     score: what early stopping and WiSE-FT maximise, higher is better. figures: for a UNet's WiSE-FT, "denoising_loss".
+    measured_on: a fingerprint of those pairs, where a run that is resumed must not go on with others.
     """
 
     score: float
     figures: Mapping[str, float] = field(default_factory=dict)
+    measured_on: str = ""
 
 
 Validate = Callable[[Moment], Validated]

@@ -123,6 +123,8 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 )
 @part_options(TUNED)
 @config_option("--warmup", field="warmup_steps", theme=TUNED, help="Steps until the peak; a cosine falls from there.")
+@config_option("--weight-decay", field="weight_decay", theme=TUNED, help="AdamW's, of matrices only.")
+@config_option("--gradient-clip", field="gradient_clip", theme=TUNED, help="The largest norm of a step's gradient.")
 @config_option("--itc", field="lambda_itc", theme=LOSSES, help="Weight of image-text contrast. Of any term, 0: off.")
 @config_option("--is", field="lambda_is", theme=LOSSES, help="Weight of image synthesis.")
 @config_option("--min-snr-gamma", field="min_snr_gamma", theme=LOSSES, help="Min-SNR weighting of timesteps; 0: none.")
@@ -134,6 +136,9 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 @config_option("--rsc-feature", field="lambda_rsc_feature", theme=RSC, help="Weight of its form without decoding.")
 @config_option(
     "--rsc-t-max", field="rsc_t_max", theme=RSC, help="The gate: the noisiest timestep whose estimate is used."
+)
+@config_option(
+    "--rsc-samples", field="rsc_samples", theme=RSC, help="At most so many estimates a step are decoded, what it costs."
 )
 @config_option("--rsc-warmup", field="rsc_warmup_steps", theme=RSC, help="Steps until it has its full weight.")
 @config_option(
@@ -268,7 +273,11 @@ def train(
 
             watchers.append(open_until_the_end.enter_context(closing(TensorBoard(tensorboard))))
         display = _StepDisplay(progress, config.steps)
-        validator = Validator(val, watchers, prompts=prompts, strict=strict) if val else None
+
+        def on_bad_rows(folder: Path, rows: list[BadRow]) -> None:
+            _tell_bad_rows(folder, rows, log.on_bad_rows(folder, rows))
+
+        validator = Validator(val, watchers, prompts=prompts, strict=strict, on_bad_rows=on_bad_rows) if val else None
 
         def on_step(report: StepReport) -> None:
             display(report)
@@ -286,14 +295,15 @@ def train(
             on_prior=lambda batches: _track(progress, batches, len(batches), "batches of the prior"),
             on_start=lambda checkpoint: click.echo(checkpoint.describe_sharing(), err=True),
             on_rows=lambda read: _track(progress, read, rows, "pictures"),
+            on_bad_rows=on_bad_rows,
             on_step=on_step,
             on_validate=validator,
         )
         if log.started:  # by this process, and there were steps to go
             log.finish(pairs=result.pairs, bad_rows=len(result.bad), chosen=result.chosen)
             write_report(log.folder, report)
-    _tell_bad_rows(data, result.bad)
-    click.echo(f"{result.steps} steps on {result.pairs:,} pairs in {result.seconds:.0f} s: {result.path}")
+    without = f" ({len(result.bad):,} rows passed over)" if result.bad else ""
+    click.echo(f"{result.steps} steps on {result.pairs:,} pairs{without} in {result.seconds:.0f} s: {result.path}")
     if stopping := result.chosen.get("early_stopping"):
         click.echo(
             f"Kept: the weights of step {stopping['step']}, the best look, with a score of {stopping['score']:.3f}"
@@ -363,10 +373,10 @@ def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, *
             device=device,
             strict=strict,
             on_rows=lambda read: _track(progress, read, rows, "captions"),
+            on_bad_rows=_tell_bad_rows,
             on_trajectories=lambda batches: _track(progress, batches, len(batches), "batches of trajectories"),
             on_step=_StepDisplay(progress, config.steps),
         )
-    _tell_bad_rows(data, result.bad)
     click.echo(f"{result.steps} steps on {result.captions:,} captions in {result.seconds:.0f} s: {result.path}")
     click.echo(f"Next: unidiff-export {result.path} -o BUNDLE")
 
@@ -522,11 +532,13 @@ class _StepDisplay:
             click.echo(f"step {report.step}/{self.steps}  {figures}", err=True)
 
 
-def _tell_bad_rows(data: Path, bad: list[BadRow]) -> None:
+def _tell_bad_rows(data: Path, bad: list[BadRow], file: Path | None = None) -> None:
+    """The first few, and how many more there are; all of them are in `file`."""
     for row in bad[:SHOWN_BAD_ROWS]:
         click.echo(f"Passed over: {data}, {row}", err=True)
     if len(bad) > SHOWN_BAD_ROWS:
-        click.echo(f"… and {len(bad) - SHOWN_BAD_ROWS:,} more rows.", err=True)
+        where = f", all in {file}" if file else ""
+        click.echo(f"… and {len(bad) - SHOWN_BAD_ROWS:,} more rows{where}.", err=True)
 
 
 def _table(figures: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from unidiff_sdk.datasets.reader import BadRow, Row, read_catalogue
 from unidiff_sdk.errors import DataError, TrainingError
 from unidiff_sdk.samplers import Row as Coefficients
 from unidiff_sdk.samplers import Schedule, Table, advance
+from unidiff_sdk.training.allocator import kept_memory
 from unidiff_sdk.training.callbacks import StepReport
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint, require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import DistillationConfig
@@ -68,6 +69,7 @@ def distill(
     device: str = "auto",
     strict: bool = False,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    on_bad_rows: Callable[[Path, list[BadRow]], None] = lambda folder, rows: None,
     on_trajectories: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Distilled:
@@ -77,8 +79,8 @@ def distill(
     as it is. Writes the averaged weights to `out` at the end, and when interrupted (then raises KeyboardInterrupt on);
     what is written says by which sampler it is to be run, and the runtime and diffusers go by that.
 
-    on_rows: wraps the rows while they are read; on_trajectories: the batches of the teacher's trajectories while they
-    are recorded. on_step: called after each step.
+    on_rows: wraps the rows while they are read; on_bad_rows: told of those that are passed over; on_trajectories: wraps
+    the batches of the teacher's trajectories while they are recorded. on_step: called after each step.
 
     Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where the loss is not finite.
     """
@@ -95,6 +97,8 @@ def distill(
     captions = [row.text for row in on_rows(read_catalogue(data, strict=strict, on_error=bad.append))]
     if not captions:
         raise DataError(f"{data} holds no usable caption" + (f"; the first of its bad rows: {bad[0]}" if bad else ""))
+    if bad:
+        on_bad_rows(Path(data), bad)
     model = JointModel(teacher, config.precision).to(pick_device(device)).eval()
     scheduler = few_step_scheduler(teacher)
     student_table, teacher_table = tables(
@@ -125,7 +129,7 @@ def distill(
     # 4. the loop
     pairs = _pairs(trajectories, config)
     try:
-        with between_steps() as raise_if_interrupted:
+        with kept_memory(), between_steps() as raise_if_interrupted:
             for step in range(config.steps):
                 tick = time.perf_counter()
                 walk, segment = next(pairs)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.errors import CheckpointError, OptionError
 from unidiff_sdk.training.callbacks import Moment, Validate, Validated
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.learner import Learner
@@ -19,6 +19,7 @@ from unidiff_sdk.training.wiseft import wise_ft
 __all__ = ["Looks"]
 
 BEST = "best.safetensors"
+KEPT = ("looked", "measured_on", "best_step", "best_score", "since_best")  # of the state, by JSON
 
 
 class Looks:
@@ -37,6 +38,7 @@ class Looks:
         self.learner = learner
         self.checkpoint = checkpoint
         self.looked = -1  # the step of the last look
+        self.measured_on = ""  # fingerprint of the pairs, once there was a look
         self.best_step, self.best_score = -1, 0.0
         self.since_best = 0  # looks
         self.best: dict[str, Tensor] = {}  # averaged weights, on the CPU
@@ -80,7 +82,7 @@ class Looks:
         """Write the best weights into `folder`; returns what JSON can hold of the state."""
         if self.best:
             save_file(self.best, folder / BEST)
-        return {name: getattr(self, name) for name in ("looked", "best_step", "best_score", "since_best")}
+        return {name: getattr(self, name) for name in KEPT}
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Take up what `save` wrote. Raises CheckpointError where it cannot be read."""
@@ -96,7 +98,15 @@ class Looks:
         assert self.on_validate is not None
         learner = self.learner
         with learner.averaged_for_use():
-            return self.on_validate(Moment(step, learner.model, self.checkpoint, learner.config, quick))
+            look = self.on_validate(Moment(step, learner.model, self.checkpoint, learner.config, quick))
+        chooses = learner.config.patience or learner.config.wise_ft
+        if chooses and self.measured_on not in ("", look.measured_on):
+            raise OptionError(
+                "the looks choose the weights, and this one is at other pairs than those before: resume the run with "
+                "the --val that it was started with"
+            )
+        self.measured_on = look.measured_on
+        return look
 
     def _compare(self, step: int, look: Validated) -> None:
         if self.best_step >= 0 and not look.score > self.best_score:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.pipelinefolder import refusal
 from unidiff_sdk.training import losses
 from unidiff_sdk.training.checkpoint import Checkpoint
 from unidiff_sdk.training.config import Precision, TrainingConfig
@@ -26,6 +27,7 @@ __all__ = [
     "forward",
     "joint_losses",
     "prior_means",
+    "require_supported",
     "term_weights",
 ]
 
@@ -138,11 +140,8 @@ class JointModel(nn.Module):
         self.vae = checkpoint.vae.requires_grad_(False)
         self.f = ImageTower(checkpoint.clip)
         self.conditioning_layer = checkpoint.conditioning_layer
+        require_supported(checkpoint)
         self.prediction_type: str = checkpoint.scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise CheckpointError(
-                f"{checkpoint.path} predicts {self.prediction_type!r}; epsilon and v_prediction can be trained"
-            )
         self.register_buffer("alpha_bar", checkpoint.scheduler.alphas_cumprod.clone(), persistent=False)
         processor = checkpoint.image_processor
         for name in ("image_mean", "image_std"):
@@ -199,21 +198,29 @@ class JointModel(nn.Module):
         mean = self.vae.encode(pixels * 2 - 1).latent_dist.mode()
         return (mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
-    def read(self, batch: Batch, states: int, *, pooled: bool) -> tuple[Tensor, Tensor | None]:
-        """τ(y), the UNet's token states, of the first so many captions, and CLIP's pooled state of all.
+    def read(self, batch: Batch, dropped: Tensor, empty_ids: Tensor, *, pooled: bool) -> tuple[Tensor, Tensor | None]:
+        """What the UNet and CLIP are told of the captions.
 
-        Where the UNet's text encoder is a prefix of CLIP's tower, one pass gives both.
+        The first are token states, one for each of `dropped` (bool[n], of the first n captions): τ(y), or τ("") where
+        the caption is left out, as guidance needs a UNet that knows both. The second is CLIP's pooled state of all m
+        captions. Where the UNet's text encoder is a prefix of CLIP's tower, one pass gives both.
+
+        empty_ids: int64[1, tokens], the tokens of "".
         """
-        layer = self.conditioning_layer
+        layer, n = self.conditioning_layer, len(dropped)
+        dropped = dropped.to(batch.input_ids.device)
         if layer is None or not pooled:
-            own = self.text_encoder(batch.input_ids[:states]).last_hidden_state if states else batch.latents[:0]
+            told = torch.where(dropped[:, None], empty_ids, batch.input_ids[:n])
+            own = self.text_encoder(told).last_hidden_state if n else batch.latents[:0]
             ids = batch.input_ids if batch.clip_ids is None else batch.clip_ids
             return own, self.clip.text_model(ids).pooler_output if pooled else None
-        answer: Any = self.clip.text_model(batch.input_ids, output_hidden_states=layer != -1)
-        if layer == -1:
-            return answer.last_hidden_state[:states], answer.pooler_output
-        tower = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return tower.final_layer_norm(answer.hidden_states[layer][:states]), answer.pooler_output
+        ids = torch.cat([batch.input_ids, empty_ids]) if dropped.any() else batch.input_ids
+        answer: Any = self.clip.text_model(ids, output_hidden_states=layer != -1)
+        states = answer.last_hidden_state if layer == -1 else answer.hidden_states[layer]
+        states = torch.where(dropped[:, None, None], states[-1:], states[:n])
+        if layer != -1:
+            states = getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm(states)
+        return states, answer.pooler_output[: len(batch)]
 
     def text_embeds(self, pooled: Tensor) -> Tensor:
         """g: the text tower's pooled state, float[n, width], onto the unit sphere, float[n, d]."""
@@ -222,6 +229,18 @@ class JointModel(nn.Module):
     def image_tower_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of weights named as in this model (an EMA), those of f, named as in f; its own where there are none."""
         return {name: weights.get(f"clip.{name}", own) for name, own in self.f.named_parameters()}
+
+
+def require_supported(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself. Raises CheckpointError where the losses cannot drive its UNet."""
+    scheduler, width = checkpoint.scheduler.config, checkpoint.text_encoder.config.hidden_size
+    if refused := refusal(checkpoint.unet.config, checkpoint.vae.config.latent_channels, width):
+        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    if scheduler.prediction_type not in ("epsilon", "v_prediction"):
+        raise CheckpointError(
+            f"{checkpoint.path} predicts {scheduler.prediction_type!r}; epsilon and v_prediction can be trained"
+        )
+    return checkpoint
 
 
 @dataclass(frozen=True)
@@ -303,7 +322,8 @@ def forward(
 
     # 1. texts, and pictures as CLIP sees them
     with model.autocast():
-        states, pooled = model.read(batch, n if runs_unet else 0, pooled=config.embeds_texts)
+        dropped = draws.dropped if runs_unet else draws.dropped[:0]
+        states, pooled = model.read(batch, dropped, empty_ids, pooled=config.embeds_texts)
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
         if config.trains_encoder:
@@ -315,7 +335,6 @@ def forward(
 
     # 2. IS
     with model.autocast():
-        states = _drop_captions(model, states, empty_ids, draws.dropped)
         denoising = _denoise(model, batch.latents, states, draws)
     if config.lambda_is and not embeddings_only:
         means["is"] = _synthesis(model, denoising, config, draws)
@@ -348,15 +367,15 @@ def prior_means(
     means: dict[str, Tensor] = {}
     embeddings: dict[str, Tensor] = {}
     with model.autocast():
-        samples = len(batch.latents) if config.lambda_is else 0
-        states, pooled = model.read(batch, samples, pooled=config.lambda_leash > 0)
+        dropped = draws.dropped if config.lambda_is else draws.dropped[:0]
+        states, pooled = model.read(batch, dropped, empty_ids, pooled=config.lambda_leash > 0)
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
             if config.trains_encoder:
                 embeddings["u"] = model.f(batch.clip_pixels)
-        if samples:
-            denoising = _denoise(model, batch.latents, _drop_captions(model, states, empty_ids, draws.dropped), draws)
-    if samples:
+        if config.lambda_is:
+            denoising = _denoise(model, batch.latents, states, draws)
+    if config.lambda_is:
         means["prior"] = _synthesis(model, denoising, config, draws)
     if embeddings:
         means["prior_leash"] = _leash(embeddings, batch, draws)
@@ -417,14 +436,6 @@ def _denoising_estimates(model: JointModel, denoising: Denoising, rows: Tensor) 
     with model.autocast():
         z_0 = losses.predict_original(z_t, output, alpha_bar, model.prediction_type)
         return model.to_clip(model.decode(z_0))
-
-
-def _drop_captions(model: JointModel, states: Tensor, empty_ids: Tensor, dropped: Tensor) -> Tensor:
-    """τ(y), or τ("") where `dropped`: guidance needs a UNet that knows both."""
-    if not dropped.any():
-        return states
-    empty = model.text_encoder(empty_ids).last_hidden_state
-    return torch.where(dropped.to(states.device)[:, None, None], empty, states)
 
 
 def _denoise(model: JointModel, z: Tensor, states: Tensor, draws: Draws) -> Denoising:

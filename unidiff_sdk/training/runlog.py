@@ -3,8 +3,9 @@
 run.json            what was asked for, and with what
 steps.jsonl         losses, learning rate and seconds of every step
 validations.jsonl   figures, prompts and ranks of every look at the model
-samples/000100.webp what was drawn for the prompts at that look, side by side
+samples/000100.webp what was drawn for the prompts at that look, eight in a row
 examples.json       searches with validation captions, at the last look
+bad_rows.jsonl      every row that was passed over: its data, line, file and what is wrong with it
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from unidiff_sdk.datasets.reader import BadRow
 from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.training.callbacks import StepReport
 from unidiff_sdk.training.validation import Validation
@@ -27,7 +30,8 @@ from unidiff_sdk.training.validation import Validation
 __all__ = ["Log", "RunLog", "read_log"]
 
 RUN, STEPS, VALIDATIONS, EXAMPLES = "run.json", "steps.jsonl", "validations.jsonl", "examples.json"
-SAMPLES = "samples"
+BAD_ROWS = "bad_rows.jsonl"
+SAMPLES, PER_ROW = "samples", 8  # WebP has no more than 16,383 pixels a side
 
 
 class RunLog:
@@ -40,6 +44,20 @@ class RunLog:
         self.folder = folder
         self.about = dict(about)
         self.started = False
+        self._bad_rows: list[dict[str, Any]] = []
+
+    def on_bad_rows(self, data: Path, rows: Sequence[BadRow]) -> Path:
+        """Write down what was passed over of `data`, beside what was of other data. Returns the file."""
+        self._bad_rows += [
+            {"data": data.name, "line": row.line, "file_name": row.file_name, "reason": row.reason} for row in rows
+        ]
+        file = self.folder / BAD_ROWS
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._bad_rows))
+        except OSError as error:
+            raise TrainingError(f"the log of the run cannot be written to {file}: {error.strerror}") from error
+        return file
 
     def on_step(self, report: StepReport) -> None:
         """Add a line."""
@@ -49,8 +67,7 @@ class RunLog:
     def on_validation(self, validation: Validation) -> None:
         """Add a line, the drawn samples, and the examples of the last look."""
         self._begin(validation.step)
-        strip = Image.fromarray(np.concatenate(validation.samples, axis=1))
-        strip.save(self.folder / SAMPLES / f"{validation.step:06d}.webp", quality=92)
+        _sheet(validation.samples).save(self.folder / SAMPLES / f"{validation.step:06d}.webp", quality=92)
         examples = [
             {
                 "row": example.row,
@@ -109,12 +126,8 @@ def read_log(folder: Path) -> Log:
     validations = list({line["step"]: line for line in _lines(folder / VALIDATIONS)}.values())
     samples = {}
     for line in validations:
-        with Image.open(folder / SAMPLES / f"{line['step']:06d}.webp") as strip:
-            side = strip.width // len(line["prompts"])
-            samples[line["step"]] = [
-                strip.convert("RGB").crop((number * side, 0, (number + 1) * side, strip.height))
-                for number in range(len(line["prompts"]))
-            ]
+        with Image.open(folder / SAMPLES / f"{line['step']:06d}.webp") as sheet:
+            samples[line["step"]] = _cut(sheet.convert("RGB"), len(line["prompts"]))
     examples = json.loads((folder / EXAMPLES).read_text(encoding="utf-8")) if validations else []
     for example in examples:
         example["sought"] = _decoded(example["sought"])
@@ -122,6 +135,23 @@ def read_log(folder: Path) -> Log:
             hit["picture"] = _decoded(hit["picture"])
     about = json.loads((folder / RUN).read_text(encoding="utf-8"))
     return Log(about, list(_lines(folder / STEPS)), validations, samples, examples)
+
+
+def _sheet(pictures: Sequence[NDArray[np.uint8]]) -> Image.Image:
+    """Square pictures of one size, in rows."""
+    side = len(pictures[0])
+    sheet = Image.new("RGB", (side * min(len(pictures), PER_ROW), side * -(-len(pictures) // PER_ROW)), "white")
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, PER_ROW)
+        sheet.paste(Image.fromarray(picture), (side * column, side * row))
+    return sheet
+
+
+def _cut(sheet: Image.Image, n: int) -> list[Image.Image]:
+    """The n pictures of a sheet."""
+    side = sheet.width // min(n, PER_ROW)
+    places = [divmod(number, PER_ROW) for number in range(n)]
+    return [sheet.crop((side * column, side * row, side * (column + 1), side * (row + 1))) for row, column in places]
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 from unidiff_sdk.datasets.reader import BadRow, Row
 from unidiff_sdk.datasets.synthetic import CATALOGUES
 from unidiff_sdk.errors import OptionError, TrainingError
+from unidiff_sdk.training.allocator import kept_memory
 from unidiff_sdk.training.bases import load_base
 from unidiff_sdk.training.callbacks import StepReport, Validate
 from unidiff_sdk.training.checkpoint import (
@@ -69,6 +71,7 @@ def train(
     latents: str | Path | None = None,
     prior: Prior | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    on_bad_rows: Callable[[Path, list[BadRow]], None] = lambda folder, rows: None,
     on_prior: Callable[[range], Iterable[int]] = iter,
     on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
@@ -84,10 +87,12 @@ def train(
     latents: a folder that keeps the VAE's latents for other runs. prior: pairs of the base's own world, learned from
     beside the catalogue's.
 
-    on_rows: wraps the rows while they are read. on_prior: wraps the batches that the base draws for the prior.
+    on_rows: wraps the rows while they are read. on_bad_rows: told of the rows that are passed over, of the catalogue
+    and of the prior, as soon as these are read. on_prior: wraps the batches that the base draws for the prior.
     on_start: called with the base once it is loaded. on_step: called after each step. on_validate: measures the model
     before the first step, every `config.validate_every` steps and after the last, and chooses the weights where early
-    stopping or WiSE-FT is on, see `Looks`. In several processes, only the main one calls the last two.
+    stopping or WiSE-FT is on, see `Looks`. In several processes, only the main one calls these but
+    the first and `on_start`.
 
     Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where a loss is not finite or
     `out` holds a run that is not this one; the last good checkpoint then remains.
@@ -115,7 +120,14 @@ def train(
     on_start(checkpoint)
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself: name another folder for the result")
-    pairs = load_pairs(data, checkpoint, strict=strict, fit=config.fit, progress=on_rows)
+
+    def load(folder: str | Path, **more: Any) -> Pairs:
+        read = load_pairs(folder, checkpoint, strict=strict, fit=config.fit, **more)
+        if read.bad and processes.is_main:
+            on_bad_rows(Path(folder), read.bad)
+        return read
+
+    pairs = load(data, progress=on_rows)
     smallest = min(config.batch_size, config.prior_batch or config.batch_size)
     if smallest < processes.world:
         raise OptionError(
@@ -158,7 +170,7 @@ def train(
         if processes.is_main:
             draw_prior(prior, model, checkpoint, seed=config.seed, on_batches=on_prior)
         processes.wait()
-        prior_pairs = load_pairs(prior.folder, checkpoint, strict=strict, fit=config.fit)
+        prior_pairs = load(prior.folder)
         if len(prior_pairs) < processes.world:
             raise TrainingError(f"{prior.folder} holds too few pairs, {len(prior_pairs)}: every process needs one")
         seed = seed_of(config.seed, Purpose.PRIOR)
@@ -171,6 +183,7 @@ def train(
         "base": learner.fingerprint(),
         "data": pairs.fingerprint(),
         "prior": prior_pairs.fingerprint() if prior else None,
+        "groups": sha256(batches.groups.numpy().tobytes()).hexdigest() if config.group else None,
     }
     progress = restore(out, learner, looks, identity) if goes_on else Progress()
     if resume and not goes_on and out.exists():
@@ -199,7 +212,7 @@ def train(
 
     # 4. the loop
     try:
-        with between_steps() as raise_if_interrupted:
+        with kept_memory(), between_steps() as raise_if_interrupted:
             looks.look_if_due(progress.step)
             while progress.step < config.steps and not looks.are_over:
                 tick = time.perf_counter()
@@ -221,13 +234,20 @@ def train(
         if progress.step:
             save()
         raise
-    except TrainingError as error:
+    except (TrainingError, torch.OutOfMemoryError) as error:
         kept = f"the checkpoint of step {saved} is kept at {out}" if saved else "nothing had been saved yet"
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TrainingError(
+                f"{processes.device} has too little memory for step {progress.step + 1}; {kept}. Give "
+                "--micro-batch or --checkpoint-activations, which leave the gradients as they are, or --precision bf16"
+            ) from error
         raise TrainingError(
             f"{error}, so training stopped; {kept}. Lower the learning rate, or look for broken pictures"
         ) from error
 
     # 5. the result
+    if config.wise_ft and saved < progress.step:
+        save()  # the sweep takes many looks: what is learned must not hang on it
     chosen = looks.choose_weights(progress.step)
     save(finished=True, **({"chosen": chosen} if chosen else {}))
     processes.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unidiff_sdk.datasets.reader import BadRow
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.samplers import Schedule, make_table
 from unidiff_sdk.training import losses, metrics
@@ -81,17 +82,25 @@ class Validator:
     """Looks at the model whenever the trainer asks (`train(on_validate=…)`), and tells the watchers.
 
     data: pairs that are not trained on. prompts: what to draw; default: the first captions of `data` that differ in
-    meaning. The score is the mean of R@1, R@5 and R@10 both ways where the encoder is trained, else the denoising loss,
-    negated.
+    meaning. on_bad_rows: told of the rows of `data` that are passed over, as soon as they are read.
+
+    The score is the mean of R@1, R@5 and R@10 both ways where the encoder is trained, else the denoising loss, negated.
     """
 
     def __init__(
-        self, data: str | Path, watchers: Sequence[Watcher] = (), *, prompts: Sequence[str] = (), strict: bool = False
+        self,
+        data: str | Path,
+        watchers: Sequence[Watcher] = (),
+        *,
+        prompts: Sequence[str] = (),
+        strict: bool = False,
+        on_bad_rows: Callable[[Path, list[BadRow]], None] = lambda folder, rows: None,
     ) -> None:
         self.data = data
         self.watchers = watchers
         self.prompts = list(prompts)
         self.strict = strict
+        self.on_bad_rows = on_bad_rows
         self._pairs: Pairs | None = None
         self._latents: Tensor | None = None
 
@@ -123,7 +132,7 @@ class Validator:
             "image_mean_cosine": metrics.mean_pairwise_cosine(u),
         }
         retrieves = moment.config.trains_encoder and not moment.config.locked >= {Part.IMAGE, Part.TEXT}
-        validated = Validated(mean_recall if retrieves else -loss, figures)
+        validated = Validated(mean_recall if retrieves else -loss, figures, pairs.fingerprint())
         if moment.quick:
             return validated
 
@@ -141,6 +150,8 @@ class Validator:
     def _read(self, moment: Moment) -> Pairs:
         if self._pairs is None:
             pairs = load_pairs(self.data, moment.checkpoint, strict=self.strict, fit=moment.config.fit)
+            if pairs.bad:
+                self.on_bad_rows(Path(self.data), pairs.bad)
             if len(pairs) < 2:
                 raise DataError(f"{self.data} holds a single usable pair: validation needs at least two")
             self._latents = encode_latents(moment.model, pairs.images.first(LOSS_PAIRS))
