@@ -366,6 +366,7 @@ class Benchmark:
             "ratios": ratios,
             "command": self.command(case),
             "code": self.code,
+            "peaks": self.report["peaks"],
             "date": host()["date"],
             "load_1min": host()["load_1min"],
             **({"items": items} if items else {}),

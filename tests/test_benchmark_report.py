@@ -71,6 +71,8 @@ def test_a_row_stands_beside_its_peer_with_its_command(tmp_path: Path) -> None:
         "peer: 0.50",
         '`python benchmarks/x.py --only "batch 2"`',
     ]
+    slower = a_row("batch 2", 0.5, 1.0, peaks={"gemm_gflop_s": 125.0, "copy_gb_s": 10.0})
+    assert "| 80% |" in written(tmp_path, a_result("unet", [slower])), "a row goes by the peak of its own day"
     heads = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(heads) == 1, "every line of the table has as many cells"
     assert "- batch 2: Not quite alike." in text and "Nowhere in what is measured here." in text

@@ -338,18 +338,19 @@ def test_real_pictures_get_a_note(tmp_path: Path, toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "line"),
+    ("raised", "keeps", "code", "line"),
     [
-        (StoreError("two\n lines"), 1, "Error: two lines"),
-        (KeyboardInterrupt(), 130, "Interrupted. What was finished is kept."),
+        (StoreError("two\n lines"), False, 1, "Error: two lines"),
+        (KeyboardInterrupt(), True, 130, "Interrupted. What was finished is kept."),
+        (KeyboardInterrupt(), False, 130, "Interrupted."),
     ],
 )
-def test_the_shared_group(raised: BaseException, code: int, line: str) -> None:
+def test_the_shared_group(raised: BaseException, keeps: bool, code: int, line: str) -> None:
     @click.group(cls=Group)
     def tool() -> None:
         """A tool."""
 
-    @tool.command()
+    @tool.command(keeps=keeps)
     def fail() -> None:
         """Fail."""
         raise raised

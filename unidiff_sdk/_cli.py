@@ -25,7 +25,14 @@ class Option(click.Option):
 
 
 class _Polite(click.Command):
-    """A command that ends a refused run with one line on stderr and exit code 1, and an interrupted one with 130."""
+    """A command that ends a refused run with one line on stderr and exit code 1, and an interrupted one with 130.
+
+    keeps: whether what an interrupted run has finished is there afterwards, which it then says.
+    """
+
+    def __init__(self, *args: Any, keeps: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keeps = keeps
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with _one_line_warnings():
@@ -39,7 +46,7 @@ class _Polite(click.Command):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("Interrupted. What was finished is kept.", err=True)
+            click.echo("Interrupted." + " What was finished is kept." * self.keeps, err=True)
             sys.exit(130)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

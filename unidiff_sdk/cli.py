@@ -44,6 +44,7 @@ main.add_command(dataset)
 
 
 @main.command(
+    keeps=True,
     short_help="Add a folder of images to a catalogue.",
     epilog="""
     unidiff index products shop.catalog

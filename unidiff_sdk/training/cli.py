@@ -76,6 +76,7 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 
 
 @click.command(
+    keeps=True,
     cls=MainCommand,
     context_settings=CONTEXT,
     epilog="""
@@ -321,6 +322,7 @@ def distillation_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 
 
 @click.command(
+    keeps=True,
     cls=Command,
     context_settings=CONTEXT,
     epilog="""
