@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -303,6 +304,8 @@ def train(
         if log.started:  # by this process, and there were steps to go
             log.finish(pairs=result.pairs, bad_rows=len(result.bad), chosen=result.chosen)
             write_report(log.folder, report)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the main one tells it
+        return
     without = f" ({len(result.bad):,} rows passed over)" if result.bad else ""
     click.echo(f"{result.steps} steps on {result.pairs:,} pairs{without} in {result.seconds:.0f} s: {result.path}")
     if stopping := result.chosen.get("early_stopping"):

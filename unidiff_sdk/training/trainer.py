@@ -91,8 +91,8 @@ def train(
     and of the prior, as soon as these are read. on_prior: wraps the batches that the base draws for the prior.
     on_start: called with the base once it is loaded. on_step: called after each step. on_validate: measures the model
     before the first step, every `config.validate_every` steps and after the last, and chooses the weights where early
-    stopping or WiSE-FT is on, see `Looks`. In several processes, only the main one calls these but
-    the first and `on_start`.
+    stopping or WiSE-FT is on, see `Looks`. In several processes, all wrap their rows, and only the main one calls the
+    others.
 
     Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where a loss is not finite or
     `out` holds a run that is not this one; the last good checkpoint then remains.
@@ -117,7 +117,8 @@ def train(
     if goes_on and not resume:
         raise TrainingError(f"{out} holds a run that is not finished: go on with it (--resume), or remove it first")
     checkpoint = load_base(base, clip)
-    on_start(checkpoint)
+    if processes.is_main:
+        on_start(checkpoint)
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself: name another folder for the result")
 
