@@ -150,7 +150,7 @@ def test_the_fingerprint_follows_the_files(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("unet/config.json", {"addition_embed_type": "text_time"}, r"addition_embed_type text_time\), as SDXL does"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, r"addition_embed_type text_time\), as SDXL"),
         ("vae_decoder/config.json", {"scaling_factor": None}, "do not say 'scaling_factor'; export the pipeline again"),
         ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
     ],
