@@ -51,10 +51,12 @@ lowest and highest seed behind. The synthetic catalogues are rendered drawings. 
 below zero is as good as zero. Intervals are of a bootstrap over seeds and over pairs or prompts, not corrected for
 their number. Arms are matched in steps, not in time.
 
-What this does not tell apart: in the joint arms synthesis teaches the text tower too, which SD alone keeps as it is, as
-the usual scripts do. What generation gains may thus come of the tuned text tower rather than of the contrast: an arm
-that tunes UNet and text tower by synthesis alone was not run. The learning rate of SD alone was chosen among scores
-near zero. RSC both has a third term, of pictures that are generated, which was not tried alone.
+In the joint arms synthesis teaches the text tower too, which SD alone keeps as it is, as the usual scripts do. "SD and
+text" tells the two apart: it tunes UNet and text tower by synthesis alone, with the same three settings and seeds, and
+the picture tower as it was. It was declared after the results of the other arms were known, because of them.
+
+What this does not tell apart: the learning rate of SD alone was chosen among scores near zero. RSC both has a third
+term, of pictures that are generated, which was not tried alone.
 
 A base that lacks one synthetic catalogue is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
 {base_steps[unet]}; its VAE and tokenizer are the built-in base's, which have seen all. {real} is tuned from the
