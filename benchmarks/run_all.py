@@ -18,13 +18,15 @@ from harness import ROOT, fresh
 # Seconds that a benchmark may take on two cores: in all less than 90 minutes.
 BUDGETS = {
     "cold_start": 150,
-    "few_steps": 1050,
-    "generate": 600,
-    "graphs": 150,
-    "indexing": 240,
-    "optimizing": 180,
-    "search": 480,
-    "training_step": 900,
+    "few_steps": 720,
+    "generate": 540,
+    "generate_large": 480,
+    "graphs": 240,
+    "imagine": 240,
+    "indexing": 300,
+    "optimizing": 240,
+    "search": 600,
+    "training_step": 840,
     "unet": 1050,
 }
 BUDGET = 300

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +100,34 @@ def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thr
     return run
 
 
+def apart(act: Callable[..., None], *args: Any) -> None:
+    """In a process of its own, which gives its memory back: seven engines hold their weights here at a time."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        process.submit(act, *args).result()
+
+
+def export_by_optimum(checkpoint: Path, folder: Path) -> None:
+    from optimum.exporters.onnx import main_export
+
+    main_export(str(checkpoint), folder, task="text-to-image", do_validation=False)
+
+
+def convert_by_openvino(graph: str, feed: dict[str, Any], checkpoint: Path, file: Path) -> None:
+    import openvino as ov
+    import torch
+
+    example = tuple(torch.from_numpy(array) for array in feed.values())
+    with torch.no_grad():
+        ov.save_model(ov.convert_model(module(graph, checkpoint), example_input=example), file, False)
+
+
 def optimum(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
     """What optimum-onnx exports of the pipeline, in ONNX Runtime."""
     import onnxruntime
 
     file = kept / "optimum" / graph / "model.onnx"
     if not file.is_file():
-        from optimum.exporters.onnx import main_export
-
-        main_export(str(checkpoint), kept / "optimum", task="text-to-image", do_validation=False)
+        apart(export_by_optimum, checkpoint, kept / "optimum")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -126,11 +147,7 @@ def openvino(
 
     file = kept / "openvino" / f"{graph}.xml"
     if not file.is_file():
-        import torch
-
-        example = tuple(torch.from_numpy(array) for array in feed.values())
-        with torch.no_grad():
-            ov.save_model(ov.convert_model(module(graph, checkpoint), example_input=example), file, False)
+        apart(convert_by_openvino, graph, feed, checkpoint, file)
     core = ov.Core()
     model = core.read_model(file)
     model.reshape({port.get_any_name(): list(a.shape) for port, a in zip(model.inputs, feed.values(), strict=True)})
