@@ -37,6 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,7 @@ class Benchmark:
         device: str = "cpu",
         depends: Sequence[Path] = (),
     ) -> None:
+        require_this_code()
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[variable] = str(threads)
         self.script, self.only, self.rounds, self.threads = Path(script).resolve(), only, rounds, threads
@@ -407,6 +409,13 @@ def fresh(script: Path) -> bool:
     code = digest([script.resolve(), *(ROOT / name for name in result.get("depends", ()))])
     alike = all(result.get(key) == here[key] for key in ("cpu", "cores", "versions"))
     return bool(result.get("complete")) and alike and all(row["code"] == code for row in result["rows"])
+
+
+def require_this_code() -> None:
+    """Exit where Python would import the package from elsewhere (PYTHONPATH, another install): rows bear this hash."""
+    found = find_spec("unidiff_sdk")
+    if found is None or not Path(str(found.origin)).is_relative_to(ROOT):
+        sys.exit(f"unidiff_sdk would come from {found and found.origin}, not from {ROOT}: nothing is measured")
 
 
 def digest(files: Sequence[Path]) -> str:

@@ -6,10 +6,14 @@ time running out, goes on after its last row the next time.
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -40,6 +44,21 @@ def scripts() -> list[Path]:
     return [file for file in files if measures.search(file.read_text("utf-8"))]
 
 
+def run(argv: Sequence[str], budget: float) -> int | None:
+    """The exit status of a benchmark; None where its seconds were up.
+
+    However it ends, none of the processes that it started is left to disturb the next.
+    """
+    with subprocess.Popen(argv, cwd=ROOT, start_new_session=True) as process:
+        try:
+            return process.wait(budget)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 @click.command()
 @click.option("--only", help="Those whose name holds this.")
 @click.option("--again", is_flag=True, help="Measure also what is fresh.")
@@ -54,15 +73,11 @@ def main(only: str | None, again: bool) -> None:
             continue
         budget, started = BUDGETS.get(script.stem, BUDGET), time.monotonic()
         click.echo(f"{told}: at most {budget / 60:.0f} minutes", err=True)
-        try:
-            done = subprocess.run(
-                [sys.executable, script, *(["--again"] if again else [])], cwd=ROOT, timeout=budget, check=False
-            )
-        except subprocess.TimeoutExpired:
+        status = run([sys.executable, str(script), *(["--again"] if again else [])], budget)
+        if status is None:
             late.append(f"{script.stem} (time is up; the rows so far are kept)")
-        else:
-            if done.returncode != 0:
-                late.append(f"{script.stem} (failed)")
+        elif status:
+            late.append(f"{script.stem} (failed)")
         click.echo(f"{told}: {time.monotonic() - started:.0f} s", err=True)
     subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py"], check=True)
     if late:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -207,6 +209,32 @@ def test_a_complete_result_of_the_same_code_is_fresh(tmp_path: Path, monkeypatch
     stored["rows"][0]["code"] = "older"
     (tmp_path / "cold_start.json").write_text(json.dumps(stored))
     assert not harness.fresh(script)
+
+
+OVERTIME = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+time.sleep({seconds})
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(60, None), (0, 0)])
+def test_no_process_of_a_benchmark_outlives_it(
+    capfd: pytest.CaptureFixture[str], seconds: float, status: int | None
+) -> None:
+    assert run_all.run([sys.executable, "-c", OVERTIME.format(seconds=seconds)], 3.0) == status
+    child = Path("/proc", capfd.readouterr().out.strip(), "stat")
+    gone_by = time.monotonic() + 10
+    while child.exists() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z":  # nobody may be there to reap it
+        assert time.monotonic() < gone_by, "it still runs"
+        time.sleep(0.05)
+
+
+def test_code_from_elsewhere_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        Benchmark(ci.__file__, "How long?", out=tmp_path / "r.json", only=None, rounds=1, threads=1, again=False)
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_all_benchmarks_are_found_and_fit_into_ninety_minutes() -> None:
