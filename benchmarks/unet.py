@@ -103,6 +103,7 @@ def main(kept: Path, **chosen: Any) -> None:
                 note=f"Random weights. Where the time goes, by ONNX Runtime's profile, {'; '.join(told)}.",
             )
         finally:
+            sessions.clear()  # or they stay beside the next row's peers, for which there is no memory then
             for worker in workers.values():
                 worker.close()
     bench.finish()
