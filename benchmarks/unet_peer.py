@@ -1,4 +1,4 @@
-"""The peers of `unet.py`, each in a process of its own: `python unet_peer.py ENGINE MODULE CHECKPOINT KEPT THREADS`.
+"""What `unet.py` compares, each in a process of its own: `python unet_peer.py ENGINE MODULE CHECKPOINT KEPT THREADS`.
 
 MODULE is a graph's name and its sizes: `unet 2 64`. What an engine exports or converts is kept in the folder KEPT.
 """
@@ -100,6 +100,14 @@ def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thr
     return run
 
 
+def unidiff(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
+    """Ours: the graph in the folder KEPT."""
+    from unidiff_sdk.sessions import create_session
+
+    session = create_session(kept / graph / "model.onnx", threads=threads)
+    return lambda: session.run(None, feed)
+
+
 def apart(act: Callable[..., None], *args: Any) -> None:
     """In a process of its own, which gives its memory back: seven engines hold their weights here at a time."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
@@ -158,6 +166,7 @@ def openvino(
 
 
 ENGINES: dict[str, Callable[..., Callable[[], object]]] = {
+    "unidiff": unidiff,
     "eager": eager,
     "compiled": compiled,
     "optimum": optimum,
