@@ -11,6 +11,7 @@ from pathlib import Path
 PACKAGES = (
     "unidiff-sdk",
     "onnxruntime",
+    "onnxruntime-gpu",
     "qdrant-edge-py",
     "qdrant-client",
     "numpy",

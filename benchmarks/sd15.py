@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from harness import digest
 
 VOCABULARY = 49408
 # Recorded in the checkpoint, so that unidiff-export can calibrate int8 with them.
@@ -40,17 +41,22 @@ VAE = {
 # (hidden size, layers) of the text and of the vision tower, pixels of a patch, width of the embedding
 CLIPS = {"sd15": ((768, 12), (1024, 24), 14, 768), "vit-b-32": ((512, 12), (768, 12), 32, 512)}
 
+DRAWING = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # graphs, and the parts they are of
+
 
 @click.command()
 @click.argument("kept", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Choice(list(CLIPS)))
 @click.argument("graph", required=False)
 def main(kept: Path, model: str, graph: str | None) -> None:
-    """Write the checkpoint KEPT/MODEL, and GRAPH of it in fp32 and int8, where they are not there yet."""
+    """Write the checkpoint KEPT/MODEL, and GRAPH of it in fp32 and int8, where this code has not yet."""
     if not (kept / model).is_dir():
         write_checkpoint(kept / model, model)
-    if graph and not graph_file(kept, model, graph, "int8").is_file():
-        write_graphs(kept, model, graph)
+    if graph:
+        maker, code = graph_file(kept, model, graph, "int8").with_name("made-by"), digest([Path(__file__)])
+        if not maker.is_file() or maker.read_text() != code:
+            write_graphs(kept, model, graph)
+            maker.write_text(code)
 
 
 def graph_file(kept: Path, model: str, graph: str, precision: str) -> Path:
@@ -64,14 +70,20 @@ def pipeline(kept: Path, precision: str) -> Path:
     It has no manifest, because nothing was verified: `Bundle` opens it as it opens what another exporter wrote.
     """
     folder, checkpoint = kept / f"sd15-{precision}", kept / "sd15"
-    for graph, part in {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}.items():
+    for graph in DRAWING:
         # In a process of its own, which gives its memory back.
         subprocess.run([sys.executable, __file__, kept, "sd15", graph], check=True)
+    surround(folder, checkpoint)
+    return folder
+
+
+def surround(folder: Path, checkpoint: Path) -> None:
+    """Put what a pipeline has around its graphs into the folder that has these."""
+    for graph, part in DRAWING.items():
         shutil.copy(checkpoint / part / "config.json", folder / graph)
     for name in ("scheduler", "tokenizer"):
         shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
     shutil.copy(checkpoint / "model_index.json", folder)
-    return folder
 
 
 def write_checkpoint(folder: Path, model: str) -> None:

@@ -121,15 +121,18 @@ def test_a_device_that_this_build_lacks_comes_with_the_line_that_mends_it(graph:
 
 
 class FakeOnnxRuntime:
-    """ONNX Runtime as built for GPUs, up to the session: it notes what the providers are told, and loads `loads`."""
+    """ONNX Runtime as built for GPUs, up to the session: it notes what the providers are told, and loads `loads`.
+
+    With `error`, it raises that instead; with `refused` too, only where CUDA is told that option.
+    """
 
     __version__ = "9.9.9"
 
-    def __init__(self, loads: list[str], error: str = "") -> None:
+    def __init__(self, loads: list[str], error: str = "", refused: str = "") -> None:
         import onnxruntime
 
         self.SessionOptions = onnxruntime.SessionOptions
-        self.loads, self.error = loads, error
+        self.loads, self.error, self.refused = loads, error, refused
         self.told: dict[str, dict[str, str]] = {}
 
     def get_available_providers(self) -> list[str]:
@@ -143,13 +146,13 @@ class FakeOnnxRuntime:
     ) -> Any:
         assert not enable_fallback
         self.told = dict(providers)
-        if self.error:
+        if self.error and (not self.refused or self.refused in self.told["CUDAExecutionProvider"]):
             raise RuntimeError(self.error)
         return SimpleNamespace(get_providers=lambda: self.loads)
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, *loads: str, error: str = "") -> FakeOnnxRuntime:
-    module = FakeOnnxRuntime(list(loads), error)
+def fake(monkeypatch: pytest.MonkeyPatch, *loads: str, error: str = "", refused: str = "") -> FakeOnnxRuntime:
+    module = FakeOnnxRuntime(list(loads), error, refused)
     monkeypatch.setattr(sessions, "_import_onnxruntime", lambda: module)
     return module
 
@@ -227,9 +230,14 @@ def test_graph_capture_is_asked_for_or_refused(graph: Path, monkeypatch: pytest.
     for options in ({"device": "cpu", "profile": PROFILE}, {"device": "cuda"}):
         with pytest.raises(OptionError, match="capture=True is for device='cuda'"):
             create_session(graph, capture=True, **options)
-    fake(monkeypatch, error="This session cannot use the graph capture feature as requested by the user")
-    with pytest.raises(ProviderError, match="not every node of this graph runs on the GPU"):
-        create_session(graph, device="cuda", profile=PROFILE, capture=True)
+
+
+def test_a_graph_that_cannot_be_captured_is_called_as_without(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = "This session cannot use the graph capture feature as requested by the user"
+    module = fake(monkeypatch, "CUDAExecutionProvider", error=error, refused="enable_cuda_graph")
+    session = create_session(graph, device="cuda", profile=PROFILE, capture=True)
+    assert not session.captured
+    assert module.told == {"CUDAExecutionProvider": {}, "CPUExecutionProvider": {}}
 
 
 def test_options_are_checked(graph: Path) -> None:

@@ -106,7 +106,8 @@ class Bundle:
             verify: compare the SHA-256 of every file with the manifest's (about a second for each 1.5 GB).
             device: "cpu", "cuda" or "tensorrt".
             threads: how many threads one call uses on the CPU; by default one for each core.
-            capture: with "cuda", replay calls of the usual shapes from a CUDA graph (see `profile`).
+            capture: with "cuda", replay calls of the usual shapes (see `profile`) from a CUDA graph, for the graphs
+                that run on the GPU alone; `warmup` says which.
 
         Raises:
             BundleError: the folder is not a bundle, is incomplete, was changed after its export, or was exported for

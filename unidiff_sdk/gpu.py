@@ -39,6 +39,9 @@ class BoundSession(_Session):
         shapes: the usual shape of each input.
         device: where the buffers are, in ONNX Runtime's words: "cuda", or "cpu".
         capture: whether the session was made to capture a CUDA graph, which the calls at the usual shapes then replay.
+
+    Attributes:
+        captured: that.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class BoundSession(_Session):
         self._onnxruntime = onnxruntime
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._device = device
-        self._capture = capture
+        self.captured = capture
         self._lock = threading.Lock()
         self._buffers: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
 
@@ -82,7 +85,7 @@ class BoundSession(_Session):
 
     def _options(self, *, capture: bool) -> Any:
         """For a session made to capture: whether this call is the one that does. -1 is ONNX Runtime's "leave it"."""
-        if not self._capture:
+        if not self.captured:
             return None
         options = self._onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", "1" if capture else "-1")

@@ -46,7 +46,7 @@ def create_session(
         profile: the shapes that the graph is used at, for a GPU's buffers and engines.
         half: whether TensorRT may compute in half precision.
         fingerprint: of the bundle, so that its engines are told from those of others.
-        capture: replay calls of the profile's usual shapes from a CUDA graph; for "cuda".
+        capture: for "cuda", replay calls of the profile's usual shapes from a CUDA graph, where all nodes run on it.
 
     Raises:
         OptionError: there is no such device, `threads` is not positive, or `capture` is not for this device.
@@ -98,9 +98,8 @@ def create_session(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
         if capture and "graph capture" in str(error).lower():
-            raise ProviderError(
-                f"{file}: not every node of this graph runs on the GPU, so it cannot be captured; leave out capture"
-            ) from error
+            # Some nodes (the search for a text's last token) have kernels for the CPU only: nothing to replay.
+            return create_session(file, device=device, threads=threads, profile=profile)
         if device != "cpu" and isinstance(error, (RuntimeError, ValueError)):  # of a provider, not of the file
             raise ProviderError(f"{_cannot_use(device)}: {error}") from error
         raise BundleError(f"{file}: ONNX Runtime cannot load this graph ({error})") from error

@@ -30,6 +30,7 @@ class GraphWarmup:
         first_seconds: the first call, at the usual shapes.
         next_seconds: the call after it.
         engines_built: how many TensorRT engines were not in the cache yet.
+        captured: whether calls of the usual shapes are replayed from a CUDA graph.
     """
 
     graph: str
@@ -38,6 +39,7 @@ class GraphWarmup:
     first_seconds: float
     next_seconds: float
     engines_built: int
+    captured: bool
 
 
 def warm_up(bundle: Bundle, say: Callable[[str], None]) -> list[GraphWarmup]:
@@ -66,6 +68,7 @@ def warm_up(bundle: Bundle, say: Callable[[str], None]) -> list[GraphWarmup]:
                 first_seconds=first - loaded,
                 next_seconds=second - first,
                 engines_built=len(_engines() - before),
+                captured=getattr(session, "captured", False),
             )
         )
     return report

@@ -32,8 +32,9 @@ def attention_layers(module: nn.Module) -> int:
 
 
 def count_attention(model: ir.Model, target: Target) -> int:
-    """How many nodes of `model` are the target's attention."""
-    return sum((node.domain, node.op_type) == target.attention for node in model.graph)
+    """How many nodes of `model` are the target's attention, or what `passes.attend_in_blocks` made of it."""
+    meant = {target.attention, (CONTRIB, "MultiHeadAttention")}
+    return sum((node.domain, node.op_type) in meant for node in model.graph)
 
 
 def check_attention(model: ir.Model, layers: int, target: Target, name: str) -> None:

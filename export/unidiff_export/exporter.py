@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from unidiff_sdk.bundle import Bundle
-from unidiff_sdk.errors import ExportError
+from unidiff_sdk.errors import ExportError, ProviderError
 from unidiff_sdk.training.bases import load_base
 from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
 
@@ -27,12 +27,14 @@ from .folder import (
     graph_files,
     new_folder,
     plain_config,
+    rewrite_graph,
     write_graph,
     write_pipeline_files,
 )
 from .lowering import GraphSpec, graph_specs, lower
-from .manifest import build_manifest, describe_graph, sampler_defaults, write_manifest
+from .manifest import build_manifest, describe_graph, model_facts, sampler_defaults, write_manifest
 from .options import CONTRIB, TARGETS, check_options
+from .passes import rewrite_for_cuda
 from .policy import Int8Policy
 from .precision import overflows_half, store_halves
 from .quantization import quantise
@@ -42,6 +44,7 @@ from .verification import (
     ImageParity,
     Reference,
     SearchParity,
+    Tolerance,
     ToleranceError,
     calls_of,
     compare_graph,
@@ -144,19 +147,24 @@ def export_bundle(
         for spec in specs:
             work.make(spec)
         write_pipeline_files(loaded, folder)
+        facts = model_facts(loaded)
+
+        def describe() -> dict[str, Any]:
+            manifest = build_manifest(
+                facts, folder, name=out.name, graphs=work.graphs, precision=precision, target=target
+            )
+            write_manifest(folder, manifest)
+            return manifest
 
         # 4. Verify; for int8, keep back what the evidence forbids
         parity: dict[str, GraphParity] = {}
         while True:
-            manifest = build_manifest(
-                loaded, folder, name=out.name, graphs=work.graphs, precision=precision, target=target
-            )
-            write_manifest(folder, manifest)
+            manifest = describe()
             try:
                 _compare_graphs(folder, specs, reference, parity, work.graphs, say)
                 if policy is None and loaded is not checkpoint:
                     _free_weights(loaded)  # no graph is made anew, and the runtime is about to hold all of them
-                image, search = _compare_whole(folder, reference, precision, say)
+                image, search = _compare_whole(_opened(folder), reference, TOLERANCES[precision], say)
                 break
             except ToleranceError as failure:
                 changed = policy.relax(failure.graphs) if policy else []
@@ -167,10 +175,17 @@ def export_bundle(
                         parity.pop(spec.name, None)
                         work.make(spec)
 
-        # 5. Record
+        # 5. Put the kernels in that only a GPU has
+        on_gpu: dict[str, Any] = {}
+        if TARGETS[target].channels_last:
+            work.put_channels_last()
+            manifest = describe()
+            on_gpu = _compare_on_gpu(folder, reference, say)
+
+        # 6. Record
         seconds, peak = time.perf_counter() - start, peak_bytes()
         manifest["parity"] = {name: asdict(figures) for name, figures in parity.items()}
-        manifest["parity"] |= {"image": asdict(image), "search": asdict(search)}
+        manifest["parity"] |= {"image": asdict(image), "search": asdict(search)} | on_gpu
         manifest["export"] = {"seconds": round(seconds, 1), "peak_mib": peak >> 20}
         write_manifest(folder, manifest)
 
@@ -230,14 +245,19 @@ class _Workshop:
         model, used, quantised = self._lower(spec)
         folder = self._folder / spec.name
         write_graph(model, folder, _config(self._checkpoint, spec.name))
-        entry = describe_graph(model, spec, used, self._target) | {
-            "bytes": sum(file.stat().st_size for file in graph_files(folder))
-        }
+        entry = describe_graph(model, spec, used, self._target) | {"bytes": _graph_bytes(folder)}
         if self._policy:
             entry["int8"] = self._policy.describe(spec.name, quantised)
         self.graphs[spec.name] = entry
         del model
         gc.collect()  # graphs are full of cycles, and each holds a copy of its weights
+
+    def put_channels_last(self) -> None:
+        """Rewrite the graphs that are there for CUDA's kernels, with their entries."""
+        for name, entry in self.graphs.items():
+            folder = self._folder / name
+            if rewrite_graph(folder, rewrite_for_cuda):
+                entry |= {"channels_last": True, "bytes": _graph_bytes(folder)}
 
     def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
         """The graph, the precision it got, and the layers that are quantised.
@@ -261,6 +281,10 @@ class _Workshop:
         return model, "int8" if quantised else "fp32", quantised
 
 
+def _graph_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in graph_files(folder))
+
+
 def _compare_graphs(
     folder: Path,
     specs: Sequence[GraphSpec],
@@ -280,14 +304,30 @@ def _compare_graphs(
 
 
 def _compare_whole(
-    folder: Path, reference: Reference, precision: str, say: Callable[[str], None]
+    bundle: Bundle, reference: Reference, tolerance: Tolerance, say: Callable[[str], None]
 ) -> tuple[ImageParity, SearchParity]:
     """Compare whole pictures, then search. Raises ToleranceError at the first that is too far from PyTorch's."""
     say("comparing pictures with diffusers")
-    bundle = _opened(folder)
-    image = compare_images(bundle, reference, TOLERANCES[precision])
+    image = compare_images(bundle, reference, tolerance)
     say("comparing search with PyTorch")
-    return image, compare_search(bundle, reference, TOLERANCES[precision])
+    return image, compare_search(bundle, reference, tolerance)
+
+
+def _compare_on_gpu(folder: Path, reference: Reference, say: Callable[[str], None]) -> dict[str, Any]:
+    """The same on the GPU that the graphs are for: an entry of the manifest; none where this machine has no such.
+
+    By the tolerance of half precision: a GPU rounds what it convolves and multiplies in float32 to TF32, which has as
+    many digits.
+    """
+    bundle = Bundle.open(folder, verify=False, device="cuda")
+    try:
+        bundle.session("unet")
+    except ProviderError:
+        say("not comparing on a GPU: there is none that ONNX Runtime can use")
+        return {}
+    say("comparing on the GPU")
+    image, search = _compare_whole(bundle, reference, TOLERANCES["fp16"], say)
+    return {"cuda": {"image": asdict(image), "search": asdict(search)}}
 
 
 def _opened(folder: Path) -> Bundle:

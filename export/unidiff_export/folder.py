@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -87,6 +87,20 @@ def write_graph(model: ir.Model, folder: Path, config: Mapping[str, Any]) -> Pat
     onnx.checker.check_model(str(file))
     write_json(folder / "config.json", config)
     return file
+
+
+def rewrite_graph(folder: Path, rewrite: Callable[[ir.Model], bool]) -> bool:
+    """Load the graph in `folder`, and if `rewrite` says that it changed it, write it anew; weights beside it stay."""
+    import onnx
+
+    file = folder / GRAPH_FILE
+    model = ir.load(file)
+    if not rewrite(model):
+        return False
+    file.unlink()  # not written over: a session may still have it mapped
+    ir.save(model, file)
+    onnx.checker.check_model(str(file))
+    return True
 
 
 def graph_files(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -138,7 +138,8 @@ class GraphSpec:
     """One graph of a bundle: the module behind it, and its interface.
 
     `inputs` maps each input's name to its dynamic axes, `outputs` names the results in order, and `example(batch,
-    scale)` draws inputs: `scale` multiplies the height of images and latents.
+    scale)` draws inputs: `scale` multiplies the height of images and latents. `usual` says what dynamic axes most often
+    are.
     """
 
     name: str
@@ -147,6 +148,7 @@ class GraphSpec:
     inputs: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
     example: Callable[[int, int], tuple[Tensor, ...]]
+    usual: Mapping[str, int] = field(default_factory=dict)
 
 
 def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
@@ -159,7 +161,8 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     if refused := refusal(unet.config, vae.config.latent_channels, text.hidden_size):
         raise ExportError(refused)
     smallest = 2 ** len(unet.config.block_out_channels)  # two pixels a side in the middle: one would be a constant
-    latent = min(unet.config.sample_size, max(LARGEST_EXAMPLE, smallest))
+    native = unet.config.sample_size
+    latent = min(native, max(LARGEST_EXAMPLE, smallest))
     pixels = latent * checkpoint.latent_factor
 
     def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
@@ -199,11 +202,15 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
         embeds = TextEmbedder(clip)
         embed_ids = ids_of(clip.config.text_config)
         search = [_spec("clip_text_encoder", embeds, tokens, ("text_embeds",), embed_ids), image_encoder]
+    latent_side, side = ({"height": size, "width": size} for size in (native, native * checkpoint.latent_factor))
+    decoder, encoder = VaeDecoder(vae), VaeEncoder(vae)
     return [
         *texts,
-        _spec("unet", UNet(unet), noisy, ("out_sample",), denoising),
-        _spec("vae_decoder", VaeDecoder(vae), {"latent_sample": IMAGE_AXES}, ("sample",), latents, vae.decoder),
-        _spec("vae_encoder", VaeEncoder(vae), {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder),
+        _spec("unet", UNet(unet), noisy, ("out_sample",), denoising, usual=latent_side),
+        _spec(
+            "vae_decoder", decoder, {"latent_sample": IMAGE_AXES}, ("sample",), latents, vae.decoder, usual=latent_side
+        ),
+        _spec("vae_encoder", encoder, {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder, usual=side),
         *search,
     ]
 
@@ -220,9 +227,10 @@ def _spec(
     outputs: tuple[str, ...],
     example: Callable[[int, int], tuple[Tensor, ...]],
     layers: nn.Module | None = None,
+    usual: Mapping[str, int] | None = None,
 ) -> GraphSpec:
     """A spec whose attention layers are counted in `layers`, the part of `module` that the graph runs."""
-    return GraphSpec(name, module.eval(), attention_layers(layers or module), inputs, outputs, example)
+    return GraphSpec(name, module.eval(), attention_layers(layers or module), inputs, outputs, example, usual or {})
 
 
 def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = False) -> ir.Model:
@@ -255,7 +263,7 @@ def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = Fals
     check_operators(model, target, spec.name)
     name_by_layer(model)
     if target.rewritten:
-        rewrite_for_cpu(model)
+        rewrite_for_cpu(model, spec.usual)
     ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
     return model
 

@@ -41,7 +41,7 @@ def _interface(value: ir.Value) -> dict[str, Any]:
 
 
 def build_manifest(
-    checkpoint: Checkpoint,
+    facts: Mapping[str, Any],
     folder: Path,
     *,
     name: str,
@@ -49,11 +49,15 @@ def build_manifest(
     precision: str,
     target: str,
 ) -> dict[str, Any]:
-    """The manifest of the finished files in `folder`, still without its parity report."""
+    """The manifest of the finished files in `folder`, still without its parity report. `facts`: see `model_facts`."""
     from unidiff_sdk import __version__
 
     files = hash_files(folder)
-    facts = _model_facts(checkpoint)
+    devices = TARGETS[target].devices
+    if precision == "int8":
+        devices = ("cpu",)  # without kernels for 8 bits, a GPU would hand most layers over, or compute in float32
+    if any(entry.get("channels_last") for entry in graphs.values()):
+        devices = ("cuda",)
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -63,20 +67,18 @@ def build_manifest(
         "precision": precision,
         "target": target,
         "opset": TARGETS[target].opset,
-        # Without kernels for 8 bits, a GPU would hand most layers to the CPU, or compute in float32.
-        "devices": ("cpu",) if precision == "int8" else TARGETS[target].devices,
+        "devices": devices,
         "graphs": {
             graph: {**entry, "profile": shape_profile(graph, entry["inputs"], facts)} for graph, entry in graphs.items()
         },
         **facts,
-        "synthetic": bool(checkpoint.meta.get("synthetic", False)),
         "files": files,
         "parity": {},
         "fingerprint": fingerprint_of(files),
     }
 
 
-def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the runtime must know of the models: sizes, scales, normalisation, sampler defaults."""
     clip, vae, unet, processor = checkpoint.clip, checkpoint.vae, checkpoint.unet, checkpoint.image_processor
     return {
@@ -102,6 +104,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
             "shift_factor": vae.config.shift_factor or 0.0,
         },
         "sampler": sampler_defaults(checkpoint) | {"prediction_type": checkpoint.scheduler.config.prediction_type},
+        "synthetic": bool(checkpoint.meta.get("synthetic", False)),
     }
 
 

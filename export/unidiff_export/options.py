@@ -26,6 +26,8 @@ class Target:
         precisions: those that make sense on it.
         devices: the devices of `Bundle.open` that run it.
         rewritten: whether its graphs are rewritten for ONNX Runtime's CPU kernels, see `passes`.
+        channels_last: whether they are, once compared on the CPU, rewritten for kernels that only a GPU has; those that
+            were run on "cuda" alone.
     """
 
     purpose: str
@@ -35,6 +37,7 @@ class Target:
     precisions: tuple[str, ...]
     devices: tuple[str, ...]
     rewritten: bool = False
+    channels_last: bool = False
 
 
 TARGETS = {
@@ -62,6 +65,7 @@ TARGETS = {
         attention=(CONTRIB, "MultiHeadAttention"),
         precisions=("fp32", "fp16"),
         devices=("cuda", "cpu"),
+        channels_last=True,
     ),
     # Its parser has known Attention only lately, and GroupNormalization of opset 21 not at all.
     "tensorrt": Target(

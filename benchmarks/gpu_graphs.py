@@ -1,0 +1,54 @@
+"""The half-precision graphs that `gpu.py` measures: `python gpu_graphs.py KEPT GRAPH FLAVOUR`.
+
+KEPT/sd15 is the checkpoint that `sd15.py KEPT sd15` writes. A flavour is a way to say attention, normalisation and
+convolutions in ONNX; all of them compute the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+FLAVOURS = {
+    "channels last": ("cuda", True),  # as `--target cuda` leaves it
+    "channels first": ("cuda", False),
+    "standard Attention": ("portable", False),
+    "decomposed": ("tensorrt", False),
+}
+
+
+def half_graph(kept: Path, graph: str, flavour: str) -> Path:
+    """Where a graph is kept."""
+    return kept / flavour.replace(" ", "-") / graph / "model.onnx"
+
+
+@click.command()
+@click.argument("kept", type=click.Path(path_type=Path))
+@click.argument("graph")
+@click.argument("flavours", nargs=-1, type=click.Choice(list(FLAVOURS)))
+def main(kept: Path, graph: str, flavours: tuple[str, ...]) -> None:
+    """Lower a graph in each flavour that is not there yet."""
+    missing = [flavour for flavour in flavours if not half_graph(kept, graph, flavour).is_file()]
+    if not missing:
+        return
+    from sd15 import graph_spec
+
+    from unidiff_export.folder import write_graph
+    from unidiff_export.lowering import lower
+    from unidiff_export.options import TARGETS
+    from unidiff_export.passes import rewrite_for_cuda
+
+    spec = graph_spec(kept / "sd15", "sd15", graph)
+    for flavour in missing:
+        file = half_graph(kept, graph, flavour)
+        target, rewritten = FLAVOURS[flavour]
+        model = lower(spec, TARGETS[target], half=True)
+        if rewritten:
+            rewrite_for_cuda(model)
+        file.parent.parent.mkdir(parents=True, exist_ok=True)
+        write_graph(model, file.parent, {})
+
+
+if __name__ == "__main__":
+    main()
