@@ -19,7 +19,7 @@ from unidiff_sdk.charts import Line, line_chart
 
 PAGE, PLOTS = "RESULTS.md", "plots"
 AXES = {"batch": "batch", "latent": "side of the latents", "resolution": "side of the picture, px", "items": "items"}
-QUALITY = ("recall@10", "recall@1", "psnr_db", "attributes_right", "clip_score", "cosine", "kid", "cmmd")
+QUALITY = ("recall@10", "recall@1", "psnr_db", "attributes_right", "clip_score", "kid", "cmmd")
 EFFORT = re.compile(r", ef \d+$")  # contestants that differ in this alone are one line of a plot
 
 Row = Mapping[str, Any]
