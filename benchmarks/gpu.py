@@ -10,6 +10,7 @@ what the first rows are for; `unidiff-export --target cuda` writes the best of t
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -227,19 +228,15 @@ def pipeline(kept: Path) -> Path:
     from gpu_graphs import half_graph
     from sd15 import DRAWING, surround
 
-    folder, without_config = kept / "pipeline", shutil.ignore_patterns("config.json")
+    folder, without_config = kept / "half-pipeline", shutil.ignore_patterns("config.json")
+    shutil.rmtree(folder, ignore_errors=True)  # of other code, perhaps; making it anew costs nothing
     for graph in DRAWING:
         flavour = "channels first" if graph == "text_encoder" else "channels last"
         subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavour], check=True)
-        if not (folder / graph).exists():
-            source = half_graph(kept, graph, flavour).parent
-            shutil.copytree(source, folder / graph, copy_function=link, ignore=without_config)
+        source = half_graph(kept, graph, flavour).parent
+        shutil.copytree(source, folder / graph, copy_function=os.link, ignore=without_config)
     surround(folder, kept / "sd15")
     return folder
-
-
-def link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
 
 
 if __name__ == "__main__":

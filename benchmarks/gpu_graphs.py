@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from harness import digest
 
 FLAVOURS = {
     "channels last": ("cuda", True),  # as `--target cuda` leaves it
@@ -19,8 +20,8 @@ FLAVOURS = {
 
 
 def half_graph(kept: Path, graph: str, flavour: str) -> Path:
-    """Where a graph is kept."""
-    return kept / flavour.replace(" ", "-") / graph / "model.onnx"
+    """Where a graph of this code is kept."""
+    return kept / f"half-{digest([Path(__file__)])}" / flavour.replace(" ", "-") / graph / "model.onnx"
 
 
 @click.command()

@@ -22,6 +22,7 @@ from contribops import CONTRIB_OPS
 from onnx.reference import ReferenceEvaluator
 
 from unidiff_export.cli import main
+from unidiff_export.folder import rewrite_graph, write_graph
 from unidiff_export.lowering import GraphSpec, check_operators, graph_specs, lower
 from unidiff_export.options import PRECISIONS, TARGETS, check_options
 from unidiff_export.passes import rewrite_for_cuda
@@ -153,6 +154,21 @@ def test_numbers_with_channels_last_are_those_of_pytorch(name: str, specs: dict[
         (ours,) = ReferenceEvaluator(ir.to_proto(model), new_ops=CONTRIB_OPS).run(None, feed)
         with torch.no_grad():
             np.testing.assert_allclose(ours, spec.module(*inputs), atol=1e-4)
+
+
+def test_weights_beside_a_graph_stay_when_it_is_rewritten(
+    specs: dict[str, GraphSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unidiff_export.folder.LARGEST_SINGLE_FILE", 0)
+    spec = specs["vae_decoder"]
+    file = write_graph(lower(spec, TARGETS["cuda"]), tmp_path / "graph", {})
+    weights = file.with_name("model.onnx_data")
+    before = weights.read_bytes()
+    assert rewrite_graph(file.parent, rewrite_for_cuda) and weights.read_bytes() == before
+    inputs = spec.example(2, 1)
+    (ours,) = ReferenceEvaluator(onnx.load(file), new_ops=CONTRIB_OPS).run(None, {"latent_sample": inputs[0].numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, spec.module(*inputs), atol=1e-4)
 
 
 @pytest.mark.slow
