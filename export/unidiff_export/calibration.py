@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from unidiff_sdk.errors import ExportError
@@ -264,11 +265,15 @@ def layer_errors(spec: GraphSpec, calls: Iterable[Inputs], ranges: Mapping[str, 
 
 
 def multiply_adds(spec: GraphSpec, inputs: Inputs) -> tuple[dict[str, int], int]:
-    """({layer: its multiply-adds}, those of the whole graph with its attention products) for one call."""
+    """({layer: its multiply-adds}, those of the whole graph with its attention products) for one call.
+
+    By the shapes alone; nothing is computed.
+    """
     # torch counts the fused attention of GPUs only
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
-        spec.module(*inputs)
+    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
+        spec.module(*map(fake.from_tensor, inputs))
     counts = {name: sum(by_operator.values()) // 2 for name, by_operator in counter.get_flop_counts().items()}
     root = type(spec.module).__name__
     layers = {name: counts.get(f"{root}.{name}", 0) for name, module in _layers(spec)}

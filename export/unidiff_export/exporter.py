@@ -158,13 +158,17 @@ def export_bundle(
 
         # 4. Verify; for int8, keep back what the evidence forbids
         parity: dict[str, GraphParity] = {}
+
+        def compare() -> tuple[ImageParity, SearchParity]:
+            bundle = _compare_graphs(folder, specs, reference, parity, work.graphs, say)
+            if policy is None and loaded is not checkpoint:
+                _free_weights(loaded)  # no graph is made anew, and the runtime is about to hold all of them
+            return _compare_whole(bundle, reference, TOLERANCES[precision], say)
+
         while True:
             manifest = describe()
             try:
-                _compare_graphs(folder, specs, reference, parity, work.graphs, say)
-                if policy is None and loaded is not checkpoint:
-                    _free_weights(loaded)  # no graph is made anew, and the runtime is about to hold all of them
-                image, search = _compare_whole(_opened(folder), reference, TOLERANCES[precision], say)
+                image, search = compare()
                 break
             except ToleranceError as failure:
                 changed = policy.relax(failure.graphs) if policy else []
@@ -292,15 +296,21 @@ def _compare_graphs(
     parity: dict[str, GraphParity],
     graphs: dict[str, dict[str, Any]],
     say: Callable[[str], None],
-) -> None:
-    """Compare the graphs that `parity` lacks with PyTorch, into it. Raises ToleranceError at the first too far off."""
-    for spec in specs:
+) -> Bundle:
+    """Compare the graphs that `parity` lacks with PyTorch, into it. Raises ToleranceError at the first too far off.
+
+    Returns the bundle, with the UNet loaded if it was compared: of all graphs it takes longest.
+    """
+    whole = _opened(folder)
+    for spec in sorted(specs, key=lambda spec: spec.name == "unet"):
         if spec.name not in parity:
             say(f"comparing {spec.name} with PyTorch")
             used = graphs[spec.name]["precision"]
             calls = calls_of(spec, used, reference)
-            # Each in a bundle of its own, so that one graph's memory is free before the next takes its.
-            parity[spec.name] = compare_graph(_opened(folder).session(spec.name), spec, TOLERANCES[used], calls)
+            # The others each in a bundle of its own, so that a graph's memory is free before the next takes its.
+            bundle = whole if spec.name == "unet" else _opened(folder)
+            parity[spec.name] = compare_graph(bundle.session(spec.name), spec, TOLERANCES[used], calls)
+    return whole
 
 
 def _compare_whole(

@@ -17,6 +17,8 @@ HALF_MAX = 65504.0
 HEADROOM = 2.0
 # Below this a Cast node takes more bytes than half storage saves.
 SMALLEST_STORED_AS_HALF = 256
+# So many weights mostly tell already that half precision does not hold them all.
+TELLING = 4096
 
 
 def store_halves(model: ir.Model) -> int:
@@ -40,8 +42,11 @@ def store_halves(model: ir.Model) -> int:
 def exact_halves(weights: np.ndarray) -> np.ndarray | None:
     """float32 `weights` as float16 if not one of them changes by it, else None."""
     with np.errstate(over="ignore"):
-        halves = weights.astype(np.float16)
-    return halves if np.array_equal(halves.astype(np.float32), weights) else None
+        for part in (weights.reshape(-1)[:TELLING], weights):
+            halves = part.astype(np.float16)
+            if not np.array_equal(halves.astype(np.float32), part):
+                return None
+    return halves
 
 
 def _cast_from(graph: ir.Graph, value: ir.Value, halves: np.ndarray) -> None:
