@@ -24,13 +24,13 @@ BUDGETS = {
     "cold_start": 150,
     "few_steps": 660,
     "generate": 480,
-    "generate_large": 480,
+    "generate_large": 600,
     "graphs": 240,
     "imagine": 180,
     "indexing": 270,
     "optimizing": 210,
     "search": 600,
-    "training_step": 810,
+    "training_step": 690,
     "unet": 1320,
 }
 BUDGET = 300
