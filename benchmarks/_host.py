@@ -20,6 +20,14 @@ PACKAGES = (
     "torch",
     "diffusers",
 )
+# By the flag of /proc/cpuinfo, the widest first.
+ARITHMETIC = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
 
 
 def host() -> dict[str, object]:
@@ -35,13 +43,19 @@ def host() -> dict[str, object]:
     }
 
 
-def processor() -> str:
-    """The processor's name, from /proc/cpuinfo where there is one."""
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name and the widest arithmetic that it knows, as far as /proc/cpuinfo tells them.
+
+    Virtual machines give processors of several generations one name, and 8 bits hang on the arithmetic above all.
+    """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = told.get("flags", "").split()
+    widest = next((f", {name}" for flag, name in ARITHMETIC.items() if flag in flags), "")
+    return told.get("model name", platform.machine()) + widest
 
 
 def version_of(name: str) -> str | None:

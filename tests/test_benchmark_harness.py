@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import harness
+from _host import processor
 from harness import Benchmark, Process, Seconds, Worker, measure, spread
 
 CHOSEN = {"only": None, "rounds": 3, "threads": 1, "again": False}
@@ -148,3 +150,20 @@ def test_a_worker_that_dies_is_named(tmp_path: Path):
     script.write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match=r"peer\.py ended with 3 instead of answering"):
         Worker([sys.executable, script])
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 fma\n", "AMD EPYC, AVX2"),
+        ("model name\t: AMD EPYC\nflags\t\t: avx2 avx512f avx512_vnni\n", "AMD EPYC, AVX-512 VNNI"),
+        ("model name\t: Old\nflags\t\t: sse2\n", "Old"),
+        ("Features\t: asimd\n", platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_processors_of_one_name_are_told_apart_by_their_arithmetic(told: str | None, name: str, tmp_path: Path):
+    cpuinfo = tmp_path / "cpuinfo"
+    if told is not None:
+        cpuinfo.write_text(f"processor\t: 0\n{told}\n{told}")
+    assert processor(cpuinfo) == name

@@ -27,7 +27,7 @@ from PIL import Image
 
 import unidiff_sdk.encoder
 from unidiff_export import Export, GraphReport, export_bundle, exporter
-from unidiff_export.calibration import Drawing, Samples
+from unidiff_export.calibration import LARGE, Drawing, Samples, effort_for
 from unidiff_export.cli import main
 from unidiff_export.lowering import GraphSpec, graph_specs, lower
 from unidiff_export.verification import (
@@ -41,6 +41,7 @@ from unidiff_export.verification import (
     compare_images,
     compare_search,
     psnr_db,
+    random_calls,
 )
 from unidiff_sdk import generator
 from unidiff_sdk.errors import CheckpointError, ExportError
@@ -87,6 +88,35 @@ def test_checkpoint_with_nan_weights_is_told_from_a_bad_export() -> None:
         compare_graph(Session(np.tanh), spec, TOLERANCES["fp32"])
 
 
+@pytest.mark.parametrize(
+    ("parameters", "precision", "blocks", "side"),
+    [
+        (LARGE + 1, "fp32", 4, 32),
+        (LARGE + 1, "fp16", 4, 64),
+        (LARGE + 1, "int8", 4, 64),
+        (LARGE + 1, "fp32", 7, 64),  # halved, its middle would have half a position
+        (LARGE, "fp32", 4, 64),
+    ],
+)
+def test_only_pictures_of_large_models_in_fp32_are_halved(
+    parameters: int, precision: str, blocks: int, side: int
+) -> None:
+    config = SimpleNamespace(sample_size=64, block_out_channels=(320,) * blocks)
+    checkpoint: Any = SimpleNamespace(unet=SimpleNamespace(config=config, num_parameters=lambda: parameters))
+    assert effort_for(checkpoint, precision).side == side
+
+
+@pytest.mark.parametrize(
+    ("graph", "native", "largest"), [("unet", 64, 64**2), ("unet", 16, 512), ("vae_decoder", 64, 512)]
+)
+def test_unet_is_compared_over_as_many_positions_as_it_was_made_for(graph: str, native: int, largest: int) -> None:
+    usual = {"height": native, "width": native}
+    spec = dataclasses.replace(
+        SPEC, name=graph, usual=usual, example=lambda batch, scale: (torch.zeros(batch, 1, scale * 16, 16),)
+    )
+    assert max(call[0][0].numel() for call in random_calls(spec)) == largest
+
+
 def reference(**changed: Any) -> Reference:
     """A drawing of two grey pictures, each the only right answer to its caption."""
     unit = np.eye(2, 4, dtype=np.float32)
@@ -129,7 +159,7 @@ def test_equal_pictures_carry_their_figures(monkeypatch: pytest.MonkeyPatch) -> 
     runtime(monkeypatch, 130)
     bundle: Any = None
     image = compare_images(bundle, reference(), TOLERANCES["int8"])
-    assert image == ImageParity(100.0, 25.0, 1.0, 1.0, pictures=2, steps=4)
+    assert image == ImageParity(100.0, 25.0, 1.0, 1.0, pictures=2, steps=4, side=8)
     assert compare_search(bundle, reference(), TOLERANCES["int8"]) == SearchParity(1.0, 1.0, pairs=2)
 
 
@@ -287,7 +317,7 @@ def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
         options.update(given)
         int8 = {"layers": 83, "multiply_adds": 0.9804, "kept_back": []}
         graph = GraphReport("unet", "fp32", 8, 12_900_000, GraphParity(1.7e-6, 0.9999999, 1e-4, 0.99), int8)
-        image = ImageParity(89.0, 45.0, 0.911, 0.912, pictures=16, steps=12)
+        image = ImageParity(89.0, 45.0, 0.911, 0.912, pictures=16, steps=12, side=64)
         search = SearchParity(0.9375, 0.95, pairs=200)
         return Export(tmp_path / "shop", (graph,), image, search, 31.26, 21_217_000, 885_400_000)
 
@@ -300,7 +330,7 @@ def test_cli_shows_the_evidence_and_ends_with_the_figures(exported: dict[str, An
     assert result.exit_code == 0, result.output
     assert (exported["precision"], exported["target"], exported["overwrite"]) == ("fp32", "cpu", False)
     assert "1.7e-06" in result.stdout
-    for figure in ("98.0%", "89.0 dB", "0.911", "0.912", "93.8%", "95.0%", "200 pairs", "worst of 16"):
+    for figure in ("98.0%", "89.0 dB", "0.911", "0.912", "93.8%", "95.0%", "200 pairs", "worst of 16 of 64 px"):
         assert figure in result.stdout
     said = f"fp32 bundle in 31.3 s, 21.2 MB, with at most 885.4 MB of memory: {tmp_path / 'shop'}"
     assert result.stdout.splitlines()[-1] == said

@@ -121,7 +121,12 @@ def result_table(export: Export) -> Table:
     table.add_column("")
     for column in ("bundle", "PyTorch", "asked"):
         table.add_column(column, justify="right")
-    table.add_row(f"PSNR, worst of {image.pictures}", f"{image.psnr_db:.1f} dB", "", f"≥ {image.tolerance_db:.0f} dB")
+    table.add_row(
+        f"PSNR, worst of {image.pictures} of {image.side} px",
+        f"{image.psnr_db:.1f} dB",
+        "",
+        f"≥ {image.tolerance_db:.0f} dB",
+    )
     table.add_row("agreement with prompts", f"{image.agreement:.3f}", f"{image.reference_agreement:.3f}", "± 2 %")
     table.add_row(
         f"R@1, {search.pairs} pairs",

@@ -127,7 +127,7 @@ def export_bundle(
         specs = graph_specs(loaded)
 
         # 2. What PyTorch draws and finds
-        effort = effort_for(loaded)
+        effort = effort_for(loaded, precision)
         samples = read_samples(loaded, calibration, effort.pairs, default=() if precision == "int8" else PROMPTS)
         judged, learned = samples.split(effort.calibration if precision == "int8" else 0)
         if precision == "int8" and not learned.captions:
@@ -216,7 +216,13 @@ def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples,
     """Draw other captions than those of the evidence, and look at what the layers see."""
     scheduler, _ = reference_scheduler(reference.sampler, checkpoint)
     draw_it = partial(
-        draw, checkpoint, scheduler, seed=1, steps=reference.steps, guidance_scale=reference.guidance_scale
+        draw,
+        checkpoint,
+        scheduler,
+        side=checkpoint.unet.config.sample_size,
+        seed=1,
+        steps=reference.steps,
+        guidance_scale=reference.guidance_scale,
     )
     return Int8Policy(specs, calibrate(checkpoint, specs, samples, draw_it))
 
