@@ -124,7 +124,10 @@ def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
     """The operators that take the most of a call, and their shares of it in per cent."""
     import onnxruntime
 
+    from unidiff_sdk.sessions import avoid_saturation
+
     settings = onnxruntime.SessionOptions()
+    avoid_saturation(settings)
     settings.intra_op_num_threads, settings.enable_profiling = threads, True
     with tempfile.TemporaryDirectory() as folder:
         settings.profile_file_prefix = str(Path(folder, "profile"))

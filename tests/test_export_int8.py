@@ -38,6 +38,7 @@ from unidiff_export.verification import ToleranceError
 from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generator import Generator
+from unidiff_sdk.sessions import avoid_saturation
 from unidiff_sdk.training.checkpoint import load_checkpoint
 
 FINITE = st.floats(-1e4, 1e4, width=32)
@@ -105,6 +106,7 @@ def session(model: ir.Model, file: Path, optimised: Path | None = None) -> onnxr
     ir.save(model, file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
+    avoid_saturation(options)
     if optimised:
         options.optimized_model_filepath = str(optimised)
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

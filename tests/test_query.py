@@ -309,6 +309,23 @@ def test_facets(shop: Catalog) -> None:
         assert shop.facets("typ") == {}
 
 
+def test_column_with_a_dot_in_its_name_is_quoted_wherever_columns_are_named() -> None:
+    pictures = [render(product) for product in products("fashion-man", 3, seed=1)]
+    rows: list[dict[str, Any]] = [
+        {"size.cm": 31, "size.eu": "M", "size": {"cm": 1, "eu": "nested"}},
+        {"size.cm": 30, "size.eu": "M"},
+        {"size.cm": 32, "size.eu": "L"},
+    ]
+    with Catalog() as catalog:
+        catalog.add(pictures, ids=[0, 1, 2], payloads=[{"catalogue": "fashion-man", **row} for row in rows])
+        assert catalog.facets('"size.eu"') == {"M": 2, "L": 1} and catalog.facets("size.eu") == {"nested": 1}
+        assert catalog.facets('"size.cm"') == {31: 1, 30: 1, 32: 1} and catalog.facets("size.cm") == {1: 1}
+        assert [hit.id for hit in catalog.browse(order_by='"size.cm"')] == [1, 0, 2]
+        hits = catalog.search("shirt", group_by='"size.eu"')
+        assert sorted(hit.payload["size.eu"] for hit in hits) == ["L", "M"]
+        assert {hit.id for hit in catalog.search("shirt", where={'"size.cm"': {"gt": 30}})} == {0, 2}
+
+
 def test_columns_of_every_kind() -> None:
     pictures = [render(product) for product in products("fashion-man", 4, seed=1)]
     rows: list[dict[str, Any]] = [

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from backends import BACKENDS, DIM, edge
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store import Nearest, Record, Store
 from unidiff_sdk.store.filters import parse
+from unidiff_sdk.store.indexes import PayloadIndexes
 
 # Local mode says that payload indexes have no effect on it.
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
@@ -155,6 +157,26 @@ def test_facet(store: Store) -> None:
     assert store.facet("sale", "bool", limit=10) == {True: 1, False: 8}
     assert store.facet("brand", "keyword", limit=1) == {"Nord": 6}
     assert store.count(parse({"brand": {"contains": "nord"}})) == 6
+
+
+def test_an_index_that_two_threads_want_is_made_once() -> None:
+    made: list[str] = []
+
+    class Slow:
+        def create_index(self, column: str, kind: str) -> None:
+            made.append(column)
+            time.sleep(0.05)
+
+        def drop_index(self, column: str) -> None:
+            raise AssertionError
+
+    indexes, store = PayloadIndexes({}), Slow()
+    threads = [threading.Thread(target=indexes.need, args=("brand", "keyword", store)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["brand"]
 
 
 def test_upsert_replaces(store: Store) -> None:

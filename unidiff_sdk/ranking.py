@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from .store import Vector
+from .store.filters import column_names
 
 __all__ = ["diversify", "elements", "group_of", "kind_of", "value_at"]
 
@@ -51,9 +52,9 @@ def _stretched(values: Vector) -> Vector:
 
 
 def value_at(payload: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, None if there is none; a dot reaches into nested objects, as in a filter."""
+    """The value of a column, None if there is none; dots and quotes as in a filter."""
     value: Any = payload
-    for name in [column] if column in payload else column.split("."):
+    for name in column_names(column):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
 

@@ -314,6 +314,11 @@ def column_path(key: str) -> str:
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
 
 
+def column_names(key: str) -> list[str]:
+    """The names that a column is reached by, the outermost first, without quotes."""
+    return [segment.strip('"') for segment in _SEGMENT.findall(key)]
+
+
 def _show(value: Any) -> str:
     return _repr.repr(value)
 

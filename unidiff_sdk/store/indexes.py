@@ -52,8 +52,10 @@ class PayloadIndexes:
 
     def need(self, column: str, kind: str, store: Indexable) -> None:
         """Make sure of an index without which the engine would refuse; it takes the place of one of another kind."""
-        if self._kinds.get(column) != kind:
-            with self._lock:
+        if self._kinds.get(column) == kind:
+            return
+        with self._lock:
+            if self._kinds.get(column) != kind:  # not made by another thread meanwhile
                 store.create_index(column, kind)
                 self._kinds[column] = kind
 
