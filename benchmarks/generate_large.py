@@ -2,7 +2,7 @@
 
 The weights are random (`sd15.py`), which says nothing of quality: int8 keeps no layer back, as it keeps none of the
 built-in model's, and how good four steps are is measured on a trained model (`few_steps.py`). Each contestant has a
-process of its own. Making the graphs takes some ten minutes and 15 GB once.
+process of its own. Making the graphs takes some five minutes once.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_equal_pictures_carry_their_figures(monkeypatch: pytest.MonkeyPatch) -> 
     runtime(monkeypatch, 130)
     bundle: Any = None
     image = compare_images(bundle, reference(), TOLERANCES["int8"])
-    assert image == ImageParity(100.0, 25.0, 1.0, 1.0, pictures=2, steps=4, side=8)
+    assert image == ImageParity(100.0, 25.0, 1.0, 1.0, pictures=2, steps=4, resolution=8)
     assert compare_search(bundle, reference(), TOLERANCES["int8"]) == SearchParity(1.0, 1.0, pairs=2)
 
 
@@ -317,7 +317,7 @@ def exported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
         options.update(given)
         int8 = {"layers": 83, "multiply_adds": 0.9804, "kept_back": []}
         graph = GraphReport("unet", "fp32", 8, 12_900_000, GraphParity(1.7e-6, 0.9999999, 1e-4, 0.99), int8)
-        image = ImageParity(89.0, 45.0, 0.911, 0.912, pictures=16, steps=12, side=64)
+        image = ImageParity(89.0, 45.0, 0.911, 0.912, pictures=16, steps=12, resolution=64)
         search = SearchParity(0.9375, 0.95, pairs=200)
         return Export(tmp_path / "shop", (graph,), image, search, 31.26, 21_217_000, 885_400_000)
 

@@ -122,7 +122,7 @@ def result_table(export: Export) -> Table:
     for column in ("bundle", "PyTorch", "asked"):
         table.add_column(column, justify="right")
     table.add_row(
-        f"PSNR, worst of {image.pictures} of {image.side} px",
+        f"PSNR, worst of {image.pictures} of {image.resolution} px",
         f"{image.psnr_db:.1f} dB",
         "",
         f"≥ {image.tolerance_db:.0f} dB",

@@ -87,7 +87,7 @@ class ImageParity:
     """Whole pictures of the runtime against those of diffusers' pipeline, from the same latents.
 
     psnr_db is the worst picture's. agreement: mean cosine of a picture and its prompt, in the runtime and in PyTorch,
-    each of its own pictures by its own encoders. side: of the pictures, in pixels.
+    each of its own pictures by its own encoders. resolution: pixels along a side.
     """
 
     psnr_db: float
@@ -96,7 +96,7 @@ class ImageParity:
     reference_agreement: float
     pictures: int
     steps: int
-    side: int
+    resolution: int
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def compare_images(bundle: Bundle, reference: Reference, tolerance: Tolerance) -
         reference_agreement=reference.agreement,
         pictures=len(ours),
         steps=reference.steps,
-        side=height,
+        resolution=height,
     )
     if parity.psnr_db < parity.tolerance_db:
         raise ToleranceError(

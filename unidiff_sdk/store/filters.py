@@ -31,6 +31,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from ..errors import FilterError, OptionError
@@ -314,9 +315,10 @@ def column_path(key: str) -> str:
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
 
 
-def column_names(key: str) -> list[str]:
+@lru_cache(maxsize=64)  # asked again for every item that is looked at
+def column_names(key: str) -> tuple[str, ...]:
     """The names that a column is reached by, the outermost first, without quotes."""
-    return [segment.strip('"') for segment in _SEGMENT.findall(key)]
+    return tuple(segment.strip('"') for segment in _SEGMENT.findall(key))
 
 
 def _show(value: Any) -> str:
