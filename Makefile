@@ -29,13 +29,13 @@ test-all: $(VENV)/.ready ## the whole test suite
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
-	$(OPTIMUM_VENV)/bin/python -m pytest tests/test_optimum.py $(ARGS)
+	$(OPTIMUM_VENV)/bin/python -m pytest tests/export/test_optimum.py $(ARGS)
 
 test-openclip: $(OPENCLIP_VENV)/.ready ## converted OpenCLIP models against open_clip itself
 	PYTHONPATH=. $(OPENCLIP_VENV)/bin/python tests/compat/check_open_clip.py
 
 test-compat: $(COMPAT_VENV)/.ready ## our checkpoints in transformers 4.57 and diffusers 0.36
-	$(COMPAT_VENV)/bin/python tests/compat/check_checkpoint.py unidiff_sdk/models/tiny_checkpoint
+	$(COMPAT_VENV)/bin/python tests/compat/check_checkpoint.py unidiff_sdk/training/recipes/tiny_checkpoint
 
 pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; writes pipeline/index.html
 	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
@@ -44,7 +44,7 @@ real: $(VENV)/.ready ## the same on Debian's tuxpaint stamps, real pictures; wri
 	@$(VENV)/bin/python examples/real_pictures.py $(ARGS)
 
 tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default bundle (two hours on two cores)
-	$(VENV)/bin/python -m unidiff_sdk.training.tiny runs/tiny -o unidiff_sdk/models/tiny_checkpoint $(ARGS)
+	$(VENV)/bin/python -m unidiff_sdk.training.recipes.tiny runs/tiny -o unidiff_sdk/training/recipes/tiny_checkpoint $(ARGS)
 	$(VENV)/bin/unidiff-export tiny -o unidiff_sdk/models/tiny --overwrite
 
 bench: $(VENV)/.ready ## everything that is claimed, beside its peers; writes benchmarks/RESULTS.md

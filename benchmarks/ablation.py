@@ -153,7 +153,7 @@ def options(run: Run, work: Path) -> dict[str, Any]:
 def perform(run: Run, work: Path) -> dict[str, Any]:
     """Tune and measure: `figures` by name, `columns` of what each query and each picture got."""
     from unidiff_sdk.training.config import TrainingConfig
-    from unidiff_sdk.training.trainer import train
+    from unidiff_sdk.training.loop.trainer import train
 
     base, data = base_of(run.domain, work), data_of(run.domain, work)
     tuned, checkpoint, seconds = base, work / f"checkpoint.{os.getpid()}", 0.0
@@ -171,12 +171,13 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
 
 def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[str, Any]:
     """Retrieval, generation, collapse and forgetting of a checkpoint, by the measures of `unidiff_sdk.training`."""
-    from unidiff_sdk.samplers import Schedule, make_table
-    from unidiff_sdk.training import evaluate, metrics
-    from unidiff_sdk.training.checkpoint import load_checkpoint
-    from unidiff_sdk.training.data import load_pairs
-    from unidiff_sdk.training.judge import Judge
-    from unidiff_sdk.training.model import JointModel
+    from unidiff_sdk.generation.samplers import make_table
+    from unidiff_sdk.inference.schedule import Schedule
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
+    from unidiff_sdk.training.data.batches import load_pairs
+    from unidiff_sdk.training.evaluation import evaluate, metrics
+    from unidiff_sdk.training.evaluation.judge import Judge
+    from unidiff_sdk.training.objective.joint_model import JointModel
 
     loaded = load_checkpoint(tuned)
     model = JointModel(loaded).eval()
@@ -263,8 +264,8 @@ def base_of(domain: str, work: Path) -> str | Path:
         return "tiny"
     folder = work / "bases" / domain
     if not folder.exists():
-        from unidiff_sdk.training import tiny
-        from unidiff_sdk.training.checkpoint import load_checkpoint
+        from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
+        from unidiff_sdk.training.recipes import tiny
 
         known = load_checkpoint("tiny")
         tiny.train_base(

@@ -99,7 +99,7 @@ def in_process(folder: Path) -> dict[str, Case]:
     import torch
 
     from unidiff_sdk import Bundle, Catalog
-    from unidiff_sdk.training.checkpoint import load_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     torch.set_num_threads(1)
     bundle = Bundle.open("tiny", threads=1)

@@ -78,7 +78,7 @@ def main(items: int, **chosen: Any) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "shop.catalog"
         gallery = Path(temporary) / "gallery.npy"
-        base = Path(__file__).resolve().parent.parent / "unidiff_sdk" / "models" / "tiny_checkpoint"
+        base = Path(__file__).resolve().parent.parent / "unidiff_sdk" / "training" / "recipes" / "tiny_checkpoint"
         facts = {"folder": str(folder), "gallery": str(gallery), "base": str(base), "clip": str(base / "clip")}
         facts |= {"prompt": PROMPT, "steps": str(STEPS), "threads": str(bench.threads)}
         for kind, (peer, code) in PEERS.items():

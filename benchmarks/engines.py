@@ -42,7 +42,7 @@ def catalogue(folder: Path, vectors: Vectors, *, quantization: str | None = None
     The index is not built yet.
     """
     from unidiff_sdk import Catalog
-    from unidiff_sdk.catalogfile import BundleRef, CatalogFile
+    from unidiff_sdk.catalog.catalog_file import BundleRef, CatalogFile
 
     no_bundle = BundleRef("none", "none", "none", 64 * "0", vectors.shape[1])
     CatalogFile(no_bundle, "vectors", datetime.now(UTC).isoformat(timespec="seconds")).write(folder)
@@ -53,8 +53,8 @@ def catalogue(folder: Path, vectors: Vectors, *, quantization: str | None = None
 
 
 def _records(vectors: Vectors, start: int) -> Iterator[object]:
-    from unidiff_sdk.ids import key_of
     from unidiff_sdk.store import Record
+    from unidiff_sdk.store.ids import key_of
 
     for k, vector in enumerate(vectors, start):
         system = {"sha256": f"{k:064x}", "uri": f"images/{k:064x}.png"}

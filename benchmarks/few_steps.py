@@ -34,8 +34,8 @@ def main(work: Path, **chosen: Any) -> None:
 
     from unidiff_sdk import Bundle
     from unidiff_sdk.datasets.synthetic import CATALOGUES, products
-    from unidiff_sdk.generator import Generator
-    from unidiff_sdk.training.judge import Judge, attribute_accuracy
+    from unidiff_sdk.generation.generator import Generator
+    from unidiff_sdk.training.evaluation.judge import Judge, attribute_accuracy
 
     teacher = Bundle.open("tiny", threads=bench.threads)
     asked = [p for name in CATALOGUES for p in products(name, CAPTIONS, seed=5, split="test-unseen")]
@@ -82,7 +82,7 @@ def student(work: Path, teacher: Any, seed: int) -> Path:
     """The bundle of a student of this teacher; made if it is not in `work`."""
     from unidiff_export import export_bundle
     from unidiff_sdk.training.config import DistillationConfig
-    from unidiff_sdk.training.distiller import distill
+    from unidiff_sdk.training.loop.distiller import distill
 
     name = f"few-steps-{teacher.fingerprint[:12]}-seed{seed}"
     bundle, checkpoint = work / f"{name}.bundle", work / name

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from unidiff_sdk.encoder import Encoder
+    from unidiff_sdk.inference.encoder import Encoder
 
 CACHE = ROOT / ".cache" / "gallery"
 PART = 500
@@ -61,7 +61,7 @@ def _draw(number: int, file: Path) -> None:
 @cache
 def _encoder() -> Encoder:
     from unidiff_sdk import Bundle
-    from unidiff_sdk.encoder import Encoder
+    from unidiff_sdk.inference.encoder import Encoder
 
     return Encoder(Bundle.open(threads=1))
 

@@ -48,7 +48,7 @@ def diffusers_pipeline(threads: int) -> Callable[..., object]:
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    from unidiff_sdk.training.checkpoint import load_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     torch.set_num_threads(threads)
     folder = load_checkpoint("tiny").path
@@ -65,7 +65,7 @@ def diffusers_pipeline(threads: int) -> Callable[..., object]:
 
 def alone(bench: Benchmark, bundle: Bundle, peer: Callable[..., object]) -> None:
     """Pictures without ranking, as diffusers draws them."""
-    from unidiff_sdk.generator import Generator
+    from unidiff_sdk.generation.generator import Generator
 
     generator = Generator(bundle)
     for n, steps in SIZES:
@@ -169,7 +169,7 @@ def arrivals(bench: Benchmark, bundle: Bundle, peer: Callable[..., object], requ
     """Poisson streams that are served together, one at a time, and by diffusers behind a lock."""
     import numpy as np
 
-    from unidiff_sdk.generator import Generator
+    from unidiff_sdk.generation.generator import Generator
 
     generator = Generator(bundle)
 

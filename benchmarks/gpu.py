@@ -145,7 +145,7 @@ def measure_graph(
 
 def in_onnxruntime(file: Path, feed: dict[str, Any], capture: bool) -> Callable[[], Any]:
     """One call as `Bundle.open(device="cuda", capture=capture)` makes it."""
-    from unidiff_sdk.sessions import create_session
+    from unidiff_sdk.inference.sessions import create_session
 
     profile = {name: dict.fromkeys(("min", "opt", "max"), array.shape) for name, array in feed.items()}
     session = create_session(file, device="cuda", profile=profile, capture=capture)
@@ -182,7 +182,7 @@ def cosine(a: Any, b: Any) -> float:
 def measure_picture(bench: Benchmark, kept: Path, case: str, compiles: bool) -> None:
     """DDIM for both. Ours with the graphs that `--target cuda` writes, captured and not."""
     from unidiff_sdk import Bundle
-    from unidiff_sdk.generator import Generator
+    from unidiff_sdk.generation.generator import Generator
 
     folder = pipeline(kept)
     settings: dict[str, Any] = {"steps": STEPS, "guidance_scale": GUIDANCE, "sampler": "ddim"}

@@ -35,10 +35,10 @@ def main(kept: Path, graph: str, flavours: tuple[str, ...]) -> None:
         return
     from sd15 import graph_spec
 
-    from unidiff_export.folder import write_graph
-    from unidiff_export.lowering import lower
+    from unidiff_export.bundle_folder import write_graph
+    from unidiff_export.graphs.lowering import lower
+    from unidiff_export.graphs.passes import rewrite_for_cuda
     from unidiff_export.options import TARGETS
-    from unidiff_export.passes import rewrite_for_cuda
 
     spec = graph_spec(kept / "sd15", "sd15", graph)
     for flavour in missing:

@@ -25,7 +25,7 @@ def main(**chosen: Any) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from unidiff_sdk import Bundle
-    from unidiff_sdk.training.checkpoint import load_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     torch.set_num_threads(bench.threads)
     bundle, checkpoint = Bundle.open("tiny", threads=bench.threads), load_checkpoint("tiny")

@@ -16,7 +16,7 @@ PROMPT, SIDE = "a red striped dress", 256
 
 def ours(folder: str, steps: int, guidance: float, threads: int) -> Callable[[], object]:
     from unidiff_sdk import Bundle
-    from unidiff_sdk.generator import Generator
+    from unidiff_sdk.generation.generator import Generator
 
     generator = Generator(Bundle.open(folder, threads=threads, verify=False))
     settings: dict[str, Any] = {"steps": steps, "guidance_scale": guidance, "sampler": "ddim"}

@@ -15,8 +15,8 @@ import click
 import numpy as np
 from ablation import DEVELOPMENT, PER_PROMPT, REAL, RESULT, Run, score
 
-from unidiff_sdk.charts import Line, line_chart
-from unidiff_sdk.training.metrics import paired_bootstrap
+from unidiff_sdk._internal.pages.charts import Line, line_chart
+from unidiff_sdk.training.evaluation.metrics import paired_bootstrap
 
 PAGE = RESULT.parent.parent / "QUALITY.md"
 REFERENCE = "ITC + IS"

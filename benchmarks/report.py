@@ -15,7 +15,7 @@ from typing import Any
 import click
 from harness import FIGURES, RESULTS, ROOT
 
-from unidiff_sdk.charts import Line, line_chart
+from unidiff_sdk._internal.pages.charts import Line, line_chart
 
 PAGE, PLOTS = "RESULTS.md", "plots"
 AXES = {"batch": "batch", "latent": "side of the latents", "resolution": "side of the picture, px", "items": "items"}

@@ -92,7 +92,7 @@ def write_checkpoint(folder: Path, model: str) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel
 
-    from unidiff_sdk.training.checkpoint import ImageProcessor, save_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor, save_checkpoint
 
     torch.manual_seed(0)
     clip = CLIPModel(clip_config(*CLIPS[model]))
@@ -163,10 +163,10 @@ def write_graphs(kept: Path, model: str, graph: str) -> None:
     import torch
     from unet_peer import inputs
 
-    from unidiff_export.calibration import observing
-    from unidiff_export.folder import write_graph
-    from unidiff_export.lowering import lower
-    from unidiff_export.quantization import LayerRanges, Range, quantise
+    from unidiff_export.bundle_folder import write_graph
+    from unidiff_export.graphs.lowering import lower
+    from unidiff_export.quantization.calibration import observing
+    from unidiff_export.quantization.qdq import LayerRanges, Range, quantise
 
     folders = [graph_file(kept, model, graph, precision).parent for precision in ("fp32", "int8")]
     for folder in folders:
@@ -191,9 +191,9 @@ def graph_spec(folder: Path, model: str, graph: str) -> Any:
     from transformers import CLIPModel
     from unet_peer import inputs
 
-    from unidiff_export.attention import attention_layers
-    from unidiff_export.lowering import GraphSpec, ImageEncoder, TextEmbedder, graph_specs
-    from unidiff_sdk.training.checkpoint import load_checkpoint
+    from unidiff_export.graphs.attention import attention_layers
+    from unidiff_export.graphs.lowering import GraphSpec, ImageEncoder, TextEmbedder, graph_specs
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     if model == "sd15":
         return next(spec for spec in graph_specs(load_checkpoint(folder)) if spec.name == graph)

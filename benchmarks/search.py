@@ -144,7 +144,7 @@ def words_to_hits(bench: Benchmark) -> None:
 
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
-    from unidiff_sdk.encoder import Encoder
+    from unidiff_sdk.inference.encoder import Encoder
 
     chosen = products("fashion-woman", 1000, seed=1, split="test")
     # A number makes each text one that was not asked for before: ours remembers those.

@@ -11,8 +11,8 @@ from harness import Benchmark, options
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unidiff_sdk.training.checkpoint import Checkpoint
-    from unidiff_sdk.training.model import JointModel
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+    from unidiff_sdk.training.objective.joint_model import JointModel
 
 BUDGET_S = 60  # a row
 GATED = 16  # estimates of a step that RSC decodes
@@ -29,7 +29,7 @@ def main(**chosen: Any) -> None:
     bench = Benchmark(__file__, "What does a joint training step cost?", **chosen)
     import torch
 
-    from unidiff_sdk.training.allocator import kept_memory
+    from unidiff_sdk.training.runtime.allocator import kept_memory
 
     torch.set_num_threads(bench.threads)
     with kept_memory():  # as in a run of ours, but for the peers as well
@@ -119,7 +119,7 @@ def _tell_per_sample(bench: Benchmark, case: str, gated: int) -> None:
 
 
 def _tiny() -> Checkpoint:
-    from unidiff_sdk.training.checkpoint import load_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     return load_checkpoint("tiny")
 
@@ -132,7 +132,7 @@ def _mid_size() -> Checkpoint:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel
 
-    from unidiff_sdk.training.checkpoint import ImageProcessor
+    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
 
     torch.manual_seed(0)
     tiny = _tiny()
@@ -171,7 +171,7 @@ def _pictures(n: int, size: int) -> Tensor:
 
 def _token_ids(n: int, checkpoint: Checkpoint) -> Tensor:
     from unidiff_sdk.datasets.synthetic import products
-    from unidiff_sdk.training.data import tokenise
+    from unidiff_sdk.training.data.batches import tokenise
 
     return tokenise(checkpoint.tokenizer, [str(product.row()["text"]) for product in products("fashion-woman", n)])
 
@@ -193,12 +193,12 @@ class _Pairs:
     def choose(self, step: int) -> Any:
         import torch
 
-        from unidiff_sdk.training.data import Choice
+        from unidiff_sdk.training.data.batches import Choice
 
         return Choice(torch.arange(self.size), torch.zeros(self.size, dtype=torch.bool))
 
     def load(self, choice: Any, samples: int) -> Any:
-        from unidiff_sdk.training.model import Batch
+        from unidiff_sdk.training.objective.joint_model import Batch
 
         rows = choice.rows
         latents = self.model.encode(self.pictures[rows]) if self.encode else self.latents[rows]
@@ -210,11 +210,11 @@ def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **setting
     import torch
 
     from unidiff_sdk.training.config import TrainingConfig
-    from unidiff_sdk.training.data import tokenise
-    from unidiff_sdk.training.learner import Learner
-    from unidiff_sdk.training.model import JointModel
-    from unidiff_sdk.training.processes import Processes
-    from unidiff_sdk.training.tuning import choose_trainable
+    from unidiff_sdk.training.data.batches import tokenise
+    from unidiff_sdk.training.loop.learner import Learner
+    from unidiff_sdk.training.objective.joint_model import JointModel
+    from unidiff_sdk.training.objective.tuning import choose_trainable
+    from unidiff_sdk.training.runtime.processes import Processes
 
     config = TrainingConfig(**{"batch_size": batch, "lambda_rsc": 0.0, "learning_rate": 1e-5, **settings})
     model = JointModel(checkpoint).train()
@@ -235,7 +235,7 @@ def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
-    from unidiff_sdk.training.model import JointModel
+    from unidiff_sdk.training.objective.joint_model import JointModel
 
     pairs = _Pairs(JointModel(checkpoint), checkpoint, batch, encode=False)
     clip, unet, vae = checkpoint.clip.train(), checkpoint.unet.train(), checkpoint.vae.eval()

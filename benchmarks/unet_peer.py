@@ -102,7 +102,7 @@ def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thr
 
 def unidiff(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
     """Ours: the graph in the folder KEPT."""
-    from unidiff_sdk.sessions import create_session
+    from unidiff_sdk.inference.sessions import create_session
 
     session = create_session(kept / graph / "model.onnx", threads=threads)
     return lambda: session.run(None, feed)

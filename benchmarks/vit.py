@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from harness import ROOT
 
 if TYPE_CHECKING:
-    from unidiff_sdk.training.checkpoint import Checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
 CACHE = ROOT / ".cache" / "vit"
 SIZE, PATCH, DIM = 224, 32, 512
@@ -22,7 +22,7 @@ def vit_checkpoint() -> Checkpoint:
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-    from unidiff_sdk.training.checkpoint import TINY, ImageProcessor, assemble, load_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import TINY, ImageProcessor, assemble, load_checkpoint
 
     tiny = load_checkpoint("tiny").clip
     vision = CLIPVisionConfig(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unidiff_sdk import Generated, Hit
-from unidiff_sdk.webpage import Card, Page, Row, Section
+from unidiff_sdk._internal.pages.html import Card, Page, Row, Section
 
 __all__ = ["Card", "Page", "Row", "Section", "drawn_card", "hit_card"]
 

@@ -22,9 +22,9 @@ from _flow import before_and_after, catalogues, compared, console, emptied, eval
 from _page import Page, Section
 from PIL import Image
 
+from unidiff_sdk._internal.images import load_image
 from unidiff_sdk.datasets.reader import count_rows, read_catalogue
 from unidiff_sdk.errors import ImageError
-from unidiff_sdk.images import load_image
 
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = Path("usr/share/tuxpaint/stamps")

@@ -25,7 +25,7 @@ IMAGE_SIZE, MAX_TOKENS, WIDTH = 32, 16, 32
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of graphs of one or two nodes."""
-    from toy_bundle import make_toy_bundle
+    from support.toy_bundle import make_toy_bundle
 
     return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
 
@@ -47,7 +47,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel
 
-    from unidiff_sdk.training.checkpoint import ImageProcessor, save_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor, save_checkpoint
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS)

@@ -14,8 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bundle import Bundle as Bundle
-    from .catalog import Catalog as Catalog
+    from .catalog.catalog import Catalog as Catalog
+    from .catalog.results import AddReport as AddReport
+    from .catalog.results import Generated as Generated
+    from .catalog.results import Generation as Generation
     from .errors import BundleError as BundleError
     from .errors import BusyError as BusyError
     from .errors import CheckpointError as CheckpointError
@@ -29,35 +31,33 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import UniDiffError as UniDiffError
-    from .results import AddReport as AddReport
-    from .results import Generated as Generated
-    from .results import Generation as Generation
-    from .results import Hit as Hit
-    from .results import Page as Page
-    from .store.connection import ServerOptions as ServerOptions
+    from .inference.bundle import Bundle as Bundle
+    from .retrieval.results import Hit as Hit
+    from .retrieval.results import Page as Page
+    from .store.server.connection import ServerOptions as ServerOptions
 
     __version__: str
 
 # Where each public name lives. They are imported when first asked for, so that `import unidiff_sdk` costs nothing.
 _HOME = {
-    "AddReport": "results",
-    "Bundle": "bundle",
+    "AddReport": "catalog.results",
+    "Bundle": "inference.bundle",
     "BundleError": "errors",
     "BusyError": "errors",
-    "Catalog": "catalog",
+    "Catalog": "catalog.catalog",
     "CheckpointError": "errors",
     "DataError": "errors",
     "ExportError": "errors",
     "FilterError": "errors",
-    "Generated": "results",
-    "Generation": "results",
+    "Generated": "catalog.results",
+    "Generation": "catalog.results",
     "GenerationError": "errors",
-    "Hit": "results",
+    "Hit": "retrieval.results",
     "ImageError": "errors",
     "OptionError": "errors",
-    "Page": "results",
+    "Page": "retrieval.results",
     "ProviderError": "errors",
-    "ServerOptions": "store.connection",
+    "ServerOptions": "store.server.connection",
     "StoreError": "errors",
     "TrainingError": "errors",
     "UniDiffError": "errors",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unidiff_sdk._cli import Command
+from unidiff_sdk.cli.console import Command
 from unidiff_sdk.errors import ExportError
 
 from .options import TARGETS

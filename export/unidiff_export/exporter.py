@@ -16,13 +16,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from unidiff_sdk.bundle import Bundle
 from unidiff_sdk.errors import ExportError, ProviderError
-from unidiff_sdk.training.bases import load_base
-from unidiff_sdk.training.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.training.checkpoints.bases import load_base
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 
-from .calibration import PROMPTS, Samples, calibrate, draw, effort_for, read_samples
-from .folder import (
+from .bundle_folder import (
     folder_size,
     graph_files,
     new_folder,
@@ -31,13 +30,14 @@ from .folder import (
     write_graph,
     write_pipeline_files,
 )
-from .lowering import GraphSpec, graph_specs, lower
+from .graphs.lowering import GraphSpec, graph_specs, lower
+from .graphs.passes import rewrite_for_cuda
+from .graphs.precision import overflows_half, store_halves
 from .manifest import build_manifest, describe_graph, model_facts, sampler_defaults, write_manifest
 from .options import CONTRIB, TARGETS, check_options
-from .passes import rewrite_for_cuda
-from .policy import Int8Policy
-from .precision import overflows_half, store_halves
-from .quantization import quantise
+from .quantization.calibration import PROMPTS, Samples, calibrate, draw, effort_for, read_samples
+from .quantization.policy import Int8Policy
+from .quantization.qdq import quantise
 from .verification import (
     TOLERANCES,
     GraphParity,

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from unidiff_sdk.bundle import FORMAT, MANIFEST, SCHEMA_VERSION, fingerprint_of, manifest_checksum
-from unidiff_sdk.pipelinefolder import DEFAULT_SAMPLER
-from unidiff_sdk.shapes import shape_profile
+from unidiff_sdk.inference.bundle import FORMAT, MANIFEST, SCHEMA_VERSION, fingerprint_of, manifest_checksum
+from unidiff_sdk.inference.diffusers_folder import DEFAULT_SAMPLER
+from unidiff_sdk.inference.shape_profiles import shape_profile
 
-from .attention import count_attention
-from .folder import GRAPH_FILE, hash_files, write_json
-from .lowering import GraphSpec
+from .bundle_folder import GRAPH_FILE, hash_files, write_json
+from .graphs.attention import count_attention
+from .graphs.lowering import GraphSpec
 from .options import TARGETS
 
 if TYPE_CHECKING:
-    from unidiff_sdk.training.checkpoint import Checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
 
 def describe_graph(model: ir.Model, spec: GraphSpec, precision: str, target: str) -> dict[str, Any]:

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk.errors import ExportError, GenerationError
-from unidiff_sdk.training.data import normalise_caption, tokenise
-from unidiff_sdk.training.evaluate import retrieval
+from unidiff_sdk.training.data.batches import normalise_caption, tokenise
+from unidiff_sdk.training.evaluation.evaluate import retrieval
 
-from .calibration import Drawing, Effort, Inputs, Samples, draw, inputs_of
-from .folder import clip_tokenizer
-from .lowering import GraphSpec
+from .bundle_folder import clip_tokenizer
+from .graphs.lowering import GraphSpec
+from .quantization.calibration import Drawing, Effort, Inputs, Samples, draw, inputs_of
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
     from numpy.typing import NDArray
     from onnxruntime import InferenceSession
 
-    from unidiff_sdk.bundle import Bundle
-    from unidiff_sdk.training.checkpoint import Checkpoint
+    from unidiff_sdk.inference.bundle import Bundle
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
 # Of equal pictures the ratio is infinite, which JSON cannot say.
 MOST_PSNR_DB = 100.0
@@ -246,8 +246,8 @@ def compare_images(bundle: Bundle, reference: Reference, tolerance: Tolerance) -
     Raises ToleranceError where a picture is too far from diffusers' or agrees less with its prompt, ExportError where
     one is black or not finite.
     """
-    from unidiff_sdk.encoder import Encoder
-    from unidiff_sdk.generator import Generator
+    from unidiff_sdk.generation.generator import Generator
+    from unidiff_sdk.inference.encoder import Encoder
 
     drawing = reference.drawing
     height, width, _ = drawing.pictures[0].shape
@@ -298,7 +298,7 @@ def compare_search(bundle: Bundle, reference: Reference, tolerance: Tolerance) -
 
     Raises ToleranceError where R@1 falls by more than 0.5 points, or by more than one query where there are so few.
     """
-    from unidiff_sdk.encoder import Encoder
+    from unidiff_sdk.inference.encoder import Encoder
 
     encoder, pairs = Encoder(bundle), reference.searched
     assert pairs.pictures is not None  # those of a reference always have some

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DataError
+from unidiff_sdk.errors import DataError
+
 from .reader import BadRow
 
 __all__ = ["SEED", "Converted", "Pair", "convert", "deepfashion_multimodal", "m5product", "split_of"]

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..parquet import open_parquet
+from unidiff_sdk.errors import DataError
+
+from .parquet import open_parquet
 from .shards import Member, Sample, count_samples, find_shards, read_shards
 
 __all__ = ["TABLES", "BadRow", "Row", "count_rows", "read_catalogue"]

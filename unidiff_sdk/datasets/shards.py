@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from unidiff_sdk.errors import DataError
 
 __all__ = ["Member", "Sample", "count_samples", "find_shards", "read_shards"]
 

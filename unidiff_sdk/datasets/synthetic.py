@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unidiff_sdk.datasets.drawing import BACKGROUNDS, COLOURS, Pose, paint
 from unidiff_sdk.errors import DataError, OptionError
+
+from .drawing import BACKGROUNDS, COLOURS, Pose, paint
 
 SPLITS = ("train", "val", "test", "test-unseen")
 SIZES = (64, 512)

@@ -34,8 +34,8 @@ from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias
 
-from ..errors import FilterError, OptionError
-from ..texts import checked_text
+from unidiff_sdk._internal.text import checked_text
+from unidiff_sdk.errors import FilterError, OptionError
 
 __all__ = [
     "MAX_DEPTH",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .protocol import Store
 
 if TYPE_CHECKING:
-    from .connection import ServerOptions
+    from .server.connection import ServerOptions
 
 __all__ = ["VECTORS", "Location"]
 
@@ -42,11 +42,11 @@ class Location:
             StoreError: it cannot be opened, is in use, or was made with another bundle.
         """
         if self.url is None:
-            from .edge import EdgeStore
+            from .edge.store import EdgeStore
 
             return EdgeStore(self.folder / name, dim, self.quantization)
-        from .connection import ServerOptions, connect
-        from .server import ServerStore
+        from .server.connection import ServerOptions, connect
+        from .server.store import ServerStore
 
         options = self.options or ServerOptions()
         collection = self.collection + name.removeprefix(VECTORS)

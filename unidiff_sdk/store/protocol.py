@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import StoreError
+from unidiff_sdk.errors import StoreError
+
 from .filters import Clause
 
 __all__ = [

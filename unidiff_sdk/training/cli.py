@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
-from unidiff_sdk._cli import Command, MainCommand, Option
+from unidiff_sdk.cli.console import Command, MainCommand, Option
 from unidiff_sdk.datasets.reader import BadRow, count_rows
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.training.config import DistillationConfig, Precision, Prior, Teacher, TrainingConfig
+
+from .config import DistillationConfig, Precision, Prior, Teacher, TrainingConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from unidiff_sdk.training.trainer import StepReport
+    from .loop.trainer import StepReport
 
 __all__ = ["distill", "evaluate", "train"]
 
@@ -262,16 +263,16 @@ def train(
     elif prior_prompts and not prior:
         raise OptionError("--prior-prompt is drawn into the folder --prior, which is not given")
     with _progress("PyTorch is being imported") as progress, ExitStack() as open_until_the_end:
-        from unidiff_sdk.training.report import write_report
-        from unidiff_sdk.training.runlog import RunLog
-        from unidiff_sdk.training.trainer import train as run
-        from unidiff_sdk.training.validation import Validator, Watcher
+        from .evaluation.validation import Validator, Watcher
+        from .loop.trainer import train as run
+        from .reporting.report import write_report
+        from .reporting.run_log import RunLog
 
         log = RunLog(out.with_name(f"{out.name}.log"), _about(data, base, out, val, config))
         report = log.folder / "report.html"
         watchers: list[Watcher] = [log]
         if tensorboard:
-            from unidiff_sdk.training.tensorboard import TensorBoard
+            from .reporting.tensorboard import TensorBoard
 
             watchers.append(open_until_the_end.enter_context(closing(TensorBoard(tensorboard))))
         display = _StepDisplay(progress, config.steps)
@@ -368,7 +369,7 @@ def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, *
     config = DistillationConfig(**options)
     rows = count_rows(data)
     with _progress("PyTorch is being imported") as progress:
-        from unidiff_sdk.training.distiller import distill as run
+        from .loop.distiller import distill as run
 
         result = run(
             checkpoint,
@@ -435,7 +436,7 @@ def evaluate(
     for folder in filter(None, (data, train_data, base_data)):
         count_rows(folder)
     with _progress("PyTorch is being imported") as progress:
-        from unidiff_sdk.training.evaluate import evaluate as run
+        from .evaluation.evaluate import evaluate as run
 
         evaluation = run(
             checkpoint,

@@ -7,8 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Literal, get_args
 
+from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.images import Fit
 
 __all__ = ["DistillationConfig", "Part", "Precision", "Prior", "Teacher", "TrainingConfig"]
 

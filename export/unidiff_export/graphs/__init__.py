@@ -1,0 +1,1 @@
+"""Graphs: from PyTorch modules to the ONNX operators that a target runs fastest."""

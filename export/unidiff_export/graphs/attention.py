@@ -1,0 +1,134 @@
+"""How attention layers are said in ONNX: the causal mask by a flag, and ONNX Runtime's own operator where wanted.
+
+A silent change in an exporter, which would turn a layer of attention into something slower, is caught by counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from diffusers.models.attention_processor import Attention
+from onnx.defs import OpSchema
+from onnxscript import opset20 as op
+from torch import Tensor, nn
+from transformers import AttentionInterface, CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPAttention
+
+from unidiff_export.options import CONTRIB, Target
+from unidiff_sdk.errors import ExportError
+
+CAUSAL_BY_FLAG = "unidiff_causal_by_flag"
+
+
+def attention_layers(module: nn.Module) -> int:
+    """How many attention layers `module` runs in one call."""
+    return sum(isinstance(layer, Attention | CLIPAttention) for layer in module.modules())
+
+
+def count_attention(model: ir.Model, target: Target) -> int:
+    """How many nodes of `model` are the target's attention, or what `passes.attend_in_blocks` made of it."""
+    meant = {target.attention, (CONTRIB, "MultiHeadAttention")}
+    return sum((node.domain, node.op_type) in meant for node in model.graph)
+
+
+def check_attention(model: ir.Model, layers: int, target: Target, name: str) -> None:
+    """Raise ExportError unless each of the module's `layers` has its one attention node in the graph `name`."""
+    found = count_attention(model, target)
+    if found != layers:
+        raise ExportError(
+            f"{name} has {layers} attention layers but {found} {target.attention[1]} nodes, so it would run slowly; "
+            "load the model with scaled-dot-product attention (attn_implementation='sdpa' in transformers, "
+            "AttnProcessor2_0 in diffusers), with the torch version of constraints.txt"
+        )
+
+
+@contextmanager
+def causal_by_flag(module: nn.Module) -> Iterator[None]:
+    """Within the block, CLIP's text towers in `module` ask for causal attention instead of computing its mask."""
+    configs = {id(c): c for m in module.modules() if isinstance(c := getattr(m, "config", None), CLIPTextConfig)}
+    # _attn_implementation is a property over the rest of the config, in both transformers 4.57 and 5.
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation = CAUSAL_BY_FLAG
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+
+def _causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention of CLIP's text tower. `mask` is ignored: without padding, the only one there is says "causal"."""
+    states = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return states.transpose(1, 2), None
+
+
+# transformers makes no mask for an implementation that has registered none.
+AttentionInterface.register(CAUSAL_BY_FLAG, _causal_attention)
+
+# What is used here of the schema, which only ONNX Runtime itself holds:
+# https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+_MULTI_HEAD_ATTENTION = onnxscript.values.Op(
+    onnxscript.values.Opset(CONTRIB, 1),
+    "MultiHeadAttention",
+    OpSchema(
+        "MultiHeadAttention",
+        CONTRIB,
+        1,
+        inputs=[OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
+        outputs=[OpSchema.FormalParameter("output", "T")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        attributes=[
+            OpSchema.Attribute("num_heads", OpSchema.AttrType.INT),
+            OpSchema.Attribute("unidirectional", OpSchema.AttrType.INT),
+            OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
+        ],
+    ),
+)
+
+
+def multi_head_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """PyTorch's scaled_dot_product_attention over [batch, heads, length, width] as com.microsoft::MultiHeadAttention.
+
+    That takes and gives [batch, length, heads * width], which is what the layers around it have: the transpositions
+    here cancel with theirs.
+    """
+    if attn_mask is not None or dropout_p or enable_gqa:
+        raise NotImplementedError("attention with a mask, dropout or grouped queries")
+    heads, width = query.shape[1], query.shape[3]
+
+    def joined(states: Any) -> Any:
+        return op.Reshape(op.Transpose(states, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, heads * width]))
+
+    states = _MULTI_HEAD_ATTENTION(
+        joined(query),
+        joined(key),
+        joined(value),
+        num_heads=heads,
+        unidirectional=int(is_causal),
+        scale=width**-0.5 if scale is None else scale,
+    )
+    return op.Transpose(op.Reshape(states, op.Constant(value_ints=[0, 0, heads, width])), perm=[0, 2, 1, 3])
+
+
+def translations(target: Target) -> dict[Callable, Callable]:
+    """What the exporter is told to emit instead of its own choice."""
+    if target.attention[0] != CONTRIB:
+        return {}
+    return {torch.ops.aten.scaled_dot_product_attention.default: multi_head_attention}

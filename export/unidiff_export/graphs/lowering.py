@@ -1,0 +1,293 @@
+"""PyTorch modules to ONNX graphs: ask the exporter for the operators that the target runs best.
+
+Opset 23 has `Attention` and `GroupNormalization`, and `torch.onnx.export(dynamo=True)` emits them for
+`scaled_dot_product_attention` and `GroupNorm`, so attention needs no pattern matching afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import Tensor, nn
+from transformers import CLIPTextConfig
+
+from unidiff_export.options import TARGETS, Target
+from unidiff_export.quantization.qdq import name_by_layer
+from unidiff_sdk.errors import ExportError
+from unidiff_sdk.inference.diffusers_folder import refusal
+
+from .attention import attention_layers, causal_by_flag, check_attention, translations
+from .passes import rewrite_for_cpu
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTextModel
+
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+
+# Shape with start and end, and Expand, are the same in every opset since; the exporter converts them to the target's.
+SYMBOLIC_OPSET = 18
+
+# Latents of more than so many pixels a side are neither traced nor compared graph by graph: the graphs take any size,
+# Stable Diffusion's own costs minutes and many gigabytes, and whole pictures are compared at it anyway.
+LARGEST_EXAMPLE = 16
+
+IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
+
+
+class TextEncoder(nn.Module):
+    """Token ids to what conditions the UNet and to what search compares: one graph for both."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.tower, self.projection = clip.text_model, clip.text_projection
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.tower(input_ids=input_ids)
+        return states.last_hidden_state.float(), self.projection(states.pooler_output).float()
+
+
+class PromptEncoder(nn.Module):
+    """Token ids to what conditions the UNet, where that is another model than the one of search."""
+
+    def __init__(self, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.tower = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.tower(input_ids=input_ids).last_hidden_state.float()
+
+
+class TextEmbedder(nn.Module):
+    """Token ids to the text's projected embedding (not of unit length, as in transformers)."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.tower, self.projection = clip.text_model, clip.text_projection
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.projection(self.tower(input_ids=input_ids).pooler_output).float()
+
+
+class ImageEncoder(nn.Module):
+    """Normalised pixels to the image's projected embedding (not of unit length, as in transformers)."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.tower, self.projection = clip.vision_model, clip.visual_projection
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        states = self.tower(pixel_values=pixel_values.to(self.projection.weight.dtype))
+        return self.projection(states.pooler_output).float()
+
+
+class UNet(nn.Module):
+    """Noisy latents to the model's output. `timestep` is a float per sample, or one for all of them."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            # Said in ONNX, because torch.export would fix the number of timesteps to the batch, and optimum's
+            # pipelines pass a single one.
+            batch = torch.onnx.ops.symbolic(
+                "Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=[1], version=SYMBOLIC_OPSET
+            )
+            timestep = torch.onnx.ops.symbolic(
+                "Expand", [timestep, batch], dtype=torch.float32, shape=[sample.shape[0]], version=SYMBOLIC_OPSET
+            )
+        dtype = self.unet.dtype
+        return self.unet(sample.to(dtype), timestep, encoder_hidden_states.to(dtype)).sample.float()
+
+
+class VaeDecoder(nn.Module):
+    """Latents, already divided by the scaling factor (diffusers' and optimum's convention), to pixels in [-1, 1]."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.vae.decode(latent_sample.to(self.vae.dtype)).sample.float()
+
+
+class VaeEncoder(nn.Module):
+    """Pixels in [-1, 1] to the mean of their latents, not yet multiplied by the scaling factor."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> Tensor:
+        return self.vae.encode(sample.to(self.vae.dtype)).latent_dist.mode().float()
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph of a bundle: the module behind it, and its interface.
+
+    `inputs` maps each input's name to its dynamic axes, `outputs` names the results in order, and `example(batch,
+    scale)` draws inputs: `scale` multiplies the height of images and latents. `usual` says what dynamic axes most often
+    are.
+    """
+
+    name: str
+    module: nn.Module
+    attention_layers: int
+    inputs: Mapping[str, Mapping[int, str]]
+    outputs: tuple[str, ...]
+    example: Callable[[int, int], tuple[Tensor, ...]]
+    usual: Mapping[str, int] = field(default_factory=dict)
+
+
+def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
+    """The graphs of `checkpoint`: those of generation in its order, then those that only search needs.
+
+    Raises ExportError if the UNet is not one of Stable Diffusion 1 or 2, for text to image.
+    """
+    clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
+    text, vision = checkpoint.text_encoder.config, clip.config.vision_config
+    if refused := refusal(unet.config, vae.config.latent_channels, text.hidden_size):
+        raise ExportError(refused)
+    smallest = 2 ** len(unet.config.block_out_channels)  # two pixels a side in the middle: one would be a constant
+    native = unet.config.sample_size
+    latent = min(native, max(LARGEST_EXAMPLE, smallest))
+    pixels = latent * checkpoint.latent_factor
+
+    def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
+        def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
+            tokens = torch.randint(0, config.vocab_size, (batch, config.max_position_embeddings))
+            tokens[:, -1] = end_of_text(config)  # the pooled state is taken there
+            return (tokens,)
+
+        return ids
+
+    def photographs(batch: int, scale: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
+
+    def denoising(batch: int, scale: int) -> tuple[Tensor, ...]:
+        states = torch.randn(batch, text.max_position_embeddings, unet.config.cross_attention_dim)
+        return torch.randn(batch, unet.config.in_channels, scale * latent, latent), torch.rand(batch) * 999, states
+
+    def latents(batch: int, scale: int) -> tuple[Tensor, ...]:
+        unit = torch.randn(batch, vae.config.latent_channels, scale * latent, latent)
+        return (unit / vae.config.scaling_factor,)
+
+    def pictures(batch: int, scale: int) -> tuple[Tensor, ...]:
+        return (torch.rand(batch, vae.config.in_channels, scale * pixels, pixels) * 2 - 1,)
+
+    tokens = {"input_ids": {0: "batch", 1: "tokens"}}
+    noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+    image_encoder = _spec(
+        "image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), photographs
+    )
+    if checkpoint.shared:
+        outputs = ("last_hidden_state", "text_embeds")
+        texts = [_spec("text_encoder", TextEncoder(clip), tokens, outputs, ids_of(text))]
+        search = [image_encoder]
+    else:
+        prompts = PromptEncoder(checkpoint.text_encoder)
+        texts = [_spec("text_encoder", prompts, tokens, ("last_hidden_state",), ids_of(text))]
+        embeds = TextEmbedder(clip)
+        embed_ids = ids_of(clip.config.text_config)
+        search = [_spec("clip_text_encoder", embeds, tokens, ("text_embeds",), embed_ids), image_encoder]
+    latent_side, side = ({"height": size, "width": size} for size in (native, native * checkpoint.latent_factor))
+    decoder, encoder = VaeDecoder(vae), VaeEncoder(vae)
+    return [
+        *texts,
+        _spec("unet", UNet(unet), noisy, ("out_sample",), denoising, usual=latent_side),
+        _spec(
+            "vae_decoder", decoder, {"latent_sample": IMAGE_AXES}, ("sample",), latents, vae.decoder, usual=latent_side
+        ),
+        _spec("vae_encoder", encoder, {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder, usual=side),
+        *search,
+    ]
+
+
+def end_of_text(config: CLIPTextConfig) -> int:
+    """The token whose state a CLIP text tower pools: by old configurations, which say 2, the one of the highest id."""
+    return config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+
+
+def _spec(
+    name: str,
+    module: nn.Module,
+    inputs: Mapping[str, Mapping[int, str]],
+    outputs: tuple[str, ...],
+    example: Callable[[int, int], tuple[Tensor, ...]],
+    layers: nn.Module | None = None,
+    usual: Mapping[str, int] | None = None,
+) -> GraphSpec:
+    """A spec whose attention layers are counted in `layers`, the part of `module` that the graph runs."""
+    return GraphSpec(name, module.eval(), attention_layers(layers or module), inputs, outputs, example, usual or {})
+
+
+def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = False) -> ir.Model:
+    """Export `spec` as an ONNX graph; with `half`, it computes in half precision between float32 inputs and outputs.
+
+    The half graph comes from a half copy of the module, not from a converted graph: every cast is where PyTorch
+    itself would put it, and nothing has to be recognised. Raises ExportError if the exporter fails, if an attention
+    layer did not become the target's node, or if an operator is none of the target's.
+    """
+    module = deepcopy(spec.module).half() if half else spec.module
+    try:
+        with quiet(), torch.no_grad(), causal_by_flag(module):
+            program = torch.onnx.export(
+                module,
+                spec.example(2, 1),  # a batch of one would be taken for a constant
+                dynamo=True,
+                opset_version=target.opset,
+                custom_translation_table=translations(target),
+                input_names=list(spec.inputs),
+                output_names=list(spec.outputs),
+                dynamic_shapes=dict(spec.inputs),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"{spec.name} cannot be lowered to ONNX: {reason}") from error
+    assert program is not None  # torch types the legacy exporter's None into the same signature
+    model = program.model
+    check_attention(model, spec.attention_layers, target, spec.name)
+    check_operators(model, target, spec.name)
+    name_by_layer(model)
+    if target.rewritten:
+        rewrite_for_cpu(model, spec.usual)
+    ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
+    return model
+
+
+def check_operators(model: ir.Model, target: Target, name: str) -> None:
+    """Raise ExportError if the graph `name` has another opset than the target's, or operators from elsewhere."""
+    opset = model.opset_imports.get("")
+    if opset != target.opset:
+        raise ExportError(f"{name} came out as opset {opset}, not {target.opset}; use the torch of constraints.txt")
+    foreign = {
+        f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain not in target.domains
+    }
+    if foreign:
+        raise ExportError(f"{name} holds {', '.join(sorted(foreign))}, which not every runtime of this target has")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what libraries say to their own developers (deprecations, absent torchvision, axis renames)."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

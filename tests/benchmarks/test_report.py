@@ -1,0 +1,244 @@
+"""The page of the benchmarks from made-up results, the gate's verdict, and what `make bench` passes over."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from click.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import ci
+import harness
+import report
+import run_all
+from harness import Benchmark, Seconds
+
+
+def seconds(median: float) -> dict[str, float]:
+    return {"median": median, "q1": 0.9 * median, "q3": 1.1 * median, "min": median, "max": median, "rounds": 7}
+
+
+def a_row(case: str, ours: float, theirs: float, **more: Any) -> dict[str, Any]:
+    measured = {
+        "UniDiff": {"seconds": seconds(ours), "ours": True, "figures": {"peak_mib": 100.0}, "flop": 50e9},
+        "peer": {"seconds": seconds(theirs), "ours": False, "figures": {"peak_mib": 200.0}},
+    }
+    row = {"case": case, "parameters": {}, "measured": measured, "code": "c", "load_1min": 0.0, "date": "2026-01-02"}
+    row |= {
+        "ratios": {"UniDiff": {"peer": seconds(ours / theirs)}},
+        "command": f'python benchmarks/x.py --only "{case}"',
+    }
+    return row | more
+
+
+def a_result(name: str, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    result = {"benchmark": name, "question": f"How long is {name}?", "device": "cpu", "cpu": "Some CPU", "cores": 2}
+    result |= {"threads": 2, "date": "2026-01-02T03:04:05", "versions": {"numpy": "2"}, "complete": True, "rows": rows}
+    return result | {"peaks": {"gemm_gflop_s": 200.0, "copy_gb_s": 20.0}} | more
+
+
+def written(tmp_path: Path, *results: dict[str, Any]) -> str:
+    folder = tmp_path / "results"
+    for number, result in enumerate(results):
+        file = folder / ("gpu" if result["device"] != "cpu" else "") / f"{number}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result), encoding="utf-8")
+    done = CliRunner().invoke(report.main, ["--results", str(folder), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    return (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_a_row_stands_beside_its_peer_with_its_command(tmp_path: Path) -> None:
+    text = written(tmp_path, a_result("unet", [a_row("batch 2", 0.5, 1.0, items=2, note="Not quite alike.")]))
+    line = next(line for line in text.splitlines() if "**UniDiff**" in line)
+    # 2 items in half a second; 50 GFLOP in half a second are half of 200 GFLOP/s.
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "batch 2",
+        "**UniDiff**",
+        "500 ms",
+        "450 ms to 550 ms",
+        "4",
+        "50%",
+        "100",
+        "peer: 0.50",
+        '`python benchmarks/x.py --only "batch 2"`',
+    ]
+    slower = a_row("batch 2", 0.5, 1.0, peaks={"gemm_gflop_s": 125.0, "copy_gb_s": 10.0})
+    assert "| 80% |" in written(tmp_path, a_result("unet", [slower])), "a row goes by the peak of its own day"
+    heads = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(heads) == 1, "every line of the table has as many cells"
+    assert "- batch 2: Not quite alike." in text and "Nowhere in what is measured here." in text
+
+
+def test_where_a_peer_is_ahead_is_told_plainly(tmp_path: Path) -> None:
+    rows = [a_row("fast", 0.5, 1.0), a_row("slow", 3.0, 1.0), a_row("near", 1.05, 1.0)]
+    rows[0]["measured"]["peer"]["figures"]["recall@10"] = 0.99
+    rows[0]["measured"]["UniDiff"]["figures"]["recall@10"] = 0.9
+    text = written(tmp_path, a_result("search", rows))
+    listed = [line for line in text.splitlines() if line.startswith("- `search`")]
+    assert listed == [
+        "- `search`, fast: peer has the better recall@10, 0.99; the best of ours is 0.9.",
+        "- `search`, slow: peer is faster; UniDiff takes 3.00 times as long.",
+        "- `search`, near: peer is faster; UniDiff takes 1.05 times as long (1 lies within the quartiles).",
+    ]
+
+
+def test_other_machines_have_their_own_section_after_ours(tmp_path: Path) -> None:
+    gpu = a_result("unet", [a_row("batch 2", 0.1, 0.2)], device="Some GPU", peaks={}, complete=False)
+    text = written(tmp_path, gpu, a_result("unet", [a_row("batch 2", 0.5, 1.0)]))
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert heads == ["## Where a peer is ahead", "## Some CPU, 2 cores", "## Some GPU (Some CPU, 2 cores)"]
+    assert text.index("**Not complete") > text.index(heads[2])
+
+
+def test_plots_are_drawn_of_what_varies_and_old_ones_go(tmp_path: Path) -> None:
+    rows = [
+        a_row(f"{model}, batch {batch}", 0.1 * batch, 0.2 * batch, parameters={"model": model, "batch": batch})
+        for model in ("tiny", "sd15")
+        for batch in (1, 2, 4)
+    ]
+    search = []
+    for ef, recall in ((16, 0.8), (64, 0.95), (256, 1.0)):
+        row = a_row(f"ef {ef}", 0.001 * ef, 0.002 * ef, parameters={"ef": ef, "data": "clustered"})
+        row["measured"]["UniDiff"]["figures"]["recall@10"] = recall
+        search.append(row)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "gone.svg").write_text("<svg/>")
+    text = written(tmp_path, a_result("unet", rows), a_result("search", search))
+    plots = {file.name: ElementTree.parse(file).getroot() for file in (tmp_path / "plots").iterdir()}
+    assert set(plots) == {"unet-batch-tiny.svg", "unet-batch-sd15.svg", "search-recall-10-clustered.svg"}
+    assert all(f"(plots/{name})" in text for name in plots)
+    circles = plots["search-recall-10-clustered.svg"].findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == 3
+
+
+def test_efforts_of_one_engine_are_one_line(tmp_path: Path) -> None:
+    row = a_row("embeddings", 0.5, 1.0, parameters={"kind": "embeddings"})
+    for ef in (32, 128, 512):
+        row["measured"][f"FAISS, ef {ef}"] = {"seconds": seconds(0.01 * ef), "ours": False, "figures": {}}
+        row["measured"][f"FAISS, ef {ef}"]["figures"]["recall@10"] = 0.9
+        row["ratios"]["UniDiff"][f"FAISS, ef {ef}"] = seconds(0.5)
+    row["measured"]["UniDiff"]["figures"]["recall@10"] = 1.0
+    written(tmp_path, a_result("search", [row]))
+    (plot,) = (tmp_path / "plots").iterdir()
+    words = [text.text for text in ElementTree.parse(plot).getroot().iter("{http://www.w3.org/2000/svg}text")]
+    assert words.count("FAISS") == 1 and not [word for word in words if "ef" in (word or "")]
+
+
+def test_no_results_make_a_page_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    assert "Nothing has been measured yet." in written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(12.3456, "12.3 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs"), (0, "0 µs")]
+)
+def test_durations_have_three_digits(value: float, told: str) -> None:
+    assert report.duration(value) == told
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "failed", "measured"),
+    [
+        ([0.50], [], 1),
+        ([0.88], [], 1),  # the bound is 0.8, with a tenth of margin 0.88
+        ([0.89, 0.80], [], 2),  # noise: the second measurement acquits
+        ([0.89, 0.89], ["a"], 2),
+        ([math.nan, math.nan], ["a"], 2),
+    ],
+)
+def test_the_gate_fails_what_is_over_twice(ratios: list[float], failed: list[str], measured: int) -> None:
+    answers = iter(ratios)
+    asked: list[str] = []
+
+    def ratio(name: str) -> float:
+        asked.append(name)
+        return next(answers)
+
+    assert ci.over({"a": 0.8}, 0.1, ratio) == failed
+    assert len(asked) == measured
+
+
+def test_the_second_measurement_comes_after_all_first_ones() -> None:
+    asked: list[str] = []
+    ci.over({"a": 0.1, "b": 9.0}, 0.0, lambda name: asked.append(name) or 1.0)
+    assert asked == ["a", "b", "a"]
+
+
+def test_ratios_are_medians_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = iter([9.0, 1.0, 3.0, 8.0]), iter([1.0, 2.0, 4.0, 80.0])  # the first round warms up
+    case = (lambda: Seconds(next(ours)), lambda: Seconds(next(theirs)), 3)
+    assert ci.ratio_of("a", case) == 0.5
+
+
+def test_every_bound_has_its_case_and_is_below_one() -> None:
+    gate = json.loads(ci.BOUNDS.read_text(encoding="utf-8"))
+    assert 0 < gate["margin"] <= 0.2 and all(0 < bound < 1 for bound in gate["bounds"].values())
+    source = Path(ci.__file__).read_text(encoding="utf-8")
+    assert all(f'"{name}"' in source for name in gate["bounds"])
+
+
+# --- make bench ------------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_result_of_the_same_code_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "peaks", lambda threads: {})
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # a benchmark sets its threads for the whole process
+    script = harness.ROOT / "benchmarks" / "cold_start.py"
+    assert not harness.fresh(script)
+    bench = Benchmark(str(script), "How long?", out=None, only=None, rounds=1, threads=1, again=False)
+    bench.row("a", ours={"us": lambda: None}, peers={})
+    assert not harness.fresh(script), "there may be rows to come"
+    bench.finish()
+    assert harness.fresh(script)
+    stored = json.loads((tmp_path / "cold_start.json").read_text())
+    stored["rows"][0]["code"] = "older"
+    (tmp_path / "cold_start.json").write_text(json.dumps(stored))
+    assert not harness.fresh(script)
+
+
+OVERTIME = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+time.sleep({seconds})
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(60, None), (0, 0)])
+def test_no_process_of_a_benchmark_outlives_it(
+    capfd: pytest.CaptureFixture[str], seconds: float, status: int | None
+) -> None:
+    assert run_all.run([sys.executable, "-c", OVERTIME.format(seconds=seconds)], 3.0) == status
+    child = Path("/proc", capfd.readouterr().out.strip(), "stat")
+    gone_by = time.monotonic() + 10
+    while child.exists() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z":  # nobody may be there to reap it
+        assert time.monotonic() < gone_by, "it still runs"
+        time.sleep(0.05)
+
+
+def test_code_from_elsewhere_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    with pytest.raises(SystemExit, match="nothing is measured"):
+        Benchmark(ci.__file__, "How long?", out=tmp_path / "r.json", only=None, rounds=1, threads=1, again=False)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_all_benchmarks_are_found_and_fit_into_ninety_minutes() -> None:
+    names = [script.stem for script in run_all.scripts()]
+    assert {"cold_start", "search", "indexing", "optimizing"} <= set(names) and "million" not in names
+    assert not {"ci", "harness", "report", "run_all"} & set(names)
+    assert sum(run_all.BUDGETS.get(name, run_all.BUDGET) for name in names) <= 90 * 60

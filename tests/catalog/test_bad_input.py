@@ -1,0 +1,243 @@
+"""What catalogues meet in the wild: pictures of every kind and none, endless captions, paths that lead astray."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unidiff_sdk import Catalog, FilterError, ImageError, OptionError, StoreError
+from unidiff_sdk.inference.encoder import Encoder
+
+pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def halves(mode: str = "RGB") -> Image.Image:
+    """Red above, blue below."""
+    image = Image.new("RGB", (32, 64), RED)
+    image.paste(BLUE, (0, 32, 32, 64))
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated() -> bytes:
+    """Stored lying on its side, with a note that it is to be turned a quarter clockwise."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(halves().rotate(90, expand=True), "JPEG", exif=exif, quality=95)
+
+
+def deep() -> bytes:
+    """16 bits a pixel: white above, black below."""
+    grey = np.zeros((64, 32), np.uint16)
+    grey[:32] = 65535
+    return encoded(Image.fromarray(grey), "PNG")
+
+
+def bomb() -> bytes:
+    """A PNG of 120 bytes that says it is 50,000 pixels wide and high."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+GOOD: dict[str, tuple[Callable[[], bytes], tuple[Any, Any]]] = {  # file -> its bytes, the colours above and below
+    "plain.png": (lambda: encoded(halves(), "PNG"), (RED, BLUE)),
+    "print.jpg": (lambda: encoded(halves("CMYK"), "JPEG", quality=95), (RED, BLUE)),
+    "deep.png": (deep, ((255, 255, 255), (0, 0, 0))),
+    "moving.gif": (
+        lambda: encoded(halves(), "GIF", save_all=True, append_images=[Image.new("RGB", (32, 64))]),
+        (RED, BLUE),
+    ),
+    "turned.jpg": (rotated, (RED, BLUE)),
+    "a jpeg.png": (lambda: encoded(halves(), "JPEG", quality=95), (RED, BLUE)),
+    "größe 💡.webp": (lambda: encoded(halves(), "WEBP", lossless=True), (RED, BLUE)),
+}
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # file -> its bytes, what is said of it
+    "bomb.png": (bomb, "too large to decode safely"),
+    "cut.png": (lambda: encoded(halves(), "PNG")[:-40], "damaged or cut short"),
+    "cut.jpg": (lambda: encoded(halves(), "JPEG")[:500], "damaged or cut short"),
+    "empty.png": (bytes, "not an image"),
+    "text.png": (lambda: b"file_name,text\n", "not an image"),
+    "page.jpg": (lambda: b"<html><body>404</body></html>", "not an image"),
+}
+
+
+def write(folder: Path, files: dict[str, bytes], **columns: Any) -> Path:
+    folder.mkdir()
+    rows = []
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+        rows.append({"file_name": name, "text": f"picture {name}", "id": name, **columns})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_every_picture_is_right_or_refused(catalog: Catalog, tmp_path: Path, copy: bool) -> None:
+    files = {name: make() for name, (make, _) in (GOOD | BAD).items()}
+    report = catalog.add_folder(write(tmp_path / "products", files), copy=copy)
+    assert {bad.file_name for bad in report.failed} == BAD.keys()
+    for bad in report.failed:
+        assert BAD[bad.file_name][1] in bad.reason and bad.file_name in bad.reason
+    assert report.added == catalog.count() == len(GOOD)
+    for name, (_, (above, below)) in GOOD.items():
+        hit = catalog.get(name)
+        assert hit
+        for image in (hit.load_image(), hit.thumbnail()):
+            assert image.size == (32, 64)
+            np.testing.assert_allclose(image.getpixel((16, 8)), above, atol=12)
+            np.testing.assert_allclose(image.getpixel((16, 56)), below, atol=12)
+    # What is found by looks is found whatever its file format.
+    looks = {hit.id for hit in catalog.search(image=halves(), limit=len(GOOD) - 1)}
+    assert looks == GOOD.keys() - {"deep.png"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_picture_as_a_query_or_alone(catalog: Catalog, name: str) -> None:
+    make, says = BAD[name]
+    for call in (lambda: catalog.add(make()), lambda: catalog.search(image=make())):
+        with pytest.raises(ImageError, match=says):
+            call()
+    assert catalog.count() == 0 and not list((catalog.folder).rglob("*.part"))
+
+
+def test_endless_and_strange_captions(catalog: Catalog, tmp_path: Path) -> None:
+    captions = {
+        "long": "größe 💡 " + "red linen dress " * 6500,
+        "zero": "a\0b",
+        "right-to-left": "فستان أحمر \u202e",
+        "combining": "Z͑ͫ̓ͪ̂ͫ̽" * 50,
+        "markup": "[bold]<b>&amp;\x1b[31m",
+        "injection": "'; drop table --",
+    }
+    assert len(captions["long"]) > 100_000
+    folder = write(tmp_path / "products", {f"{name}.png": encoded(halves(), "PNG") for name in captions})
+    rows = [{"file_name": f"{name}.png", "text": text, "id": name} for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert catalog.add_folder(folder).failed == ()
+    for name, text in captions.items():
+        assert catalog.get(name).text == text.strip()
+    for name, words in {"long": "linen größe", "right-to-left": "أحمر", "injection": "drop table"}.items():
+        assert [hit.id for hit in catalog.search("x", where={"text": {"contains": words}})] == [name]
+        assert catalog.search(words, hybrid=0.9, limit=1)[0].id == name
+    assert len(catalog.search(captions["long"], limit=3)) == 3
+    page = catalog.search("x")
+    assert len(repr(page)) < 2_000 and "\x1b" not in repr(page)
+    assert len(page._repr_html_()) < 10_000 and "<b>&amp;" not in page._repr_html_()
+
+
+def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) -> None:
+    def nested(depth: int) -> Any:
+        value: Any = "bottom"
+        for level in range(depth):
+            value = {"a": value} if level % 2 else [value]
+        return value
+
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        catalog.add(halves(), ids="deep", payloads={"column": nested(31)})
+        for depth in (32, 3000):
+            with pytest.raises(OptionError, match="nested more than 32 deep"):
+                catalog.add(halves(), payloads={"column": nested(depth)})
+        endless: list[Any] = []
+        endless.append(endless)
+        with pytest.raises(OptionError, match="nested more than 32 deep"):
+            catalog.add(halves(), payloads={"column": endless})
+    with Catalog(tmp_path / "shop.catalog") as catalog:
+        hit = catalog.get("deep")
+        assert hit and hit.payload == {"column": nested(31)} and catalog.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda c: c.search("x", limit="3"), "limit='3': it must be a whole number"),
+        (lambda c: c.search("x", limit=2.5), "limit=2.5"),
+        (lambda c: c.search("x", limit=True), "limit=True"),
+        (lambda c: c.search("x", offset=None), "offset=None"),
+        (lambda c: c.browse(limit="3"), "limit='3'"),
+        (lambda c: c.browse(order_by=3), 'No item has a column "3"|only a column of single numbers'),
+        (lambda c: c.browse(order_by="-"), "is not a column"),
+        (lambda c: c.facets(3), "3 is not a column"),
+        (lambda c: c.facets("x", limit=None), "limit=None"),
+        (lambda c: c.search_batch(None), "a list of queries"),
+        (lambda c: c.get(None), "None is not an id"),
+        (lambda c: c.delete(1.5), "1.5 is not an id"),
+        (lambda c: c.generate(None), "prompt=None"),
+        (lambda c: c.generate("x", seed="a"), "seed is 'a'"),
+        (lambda c: c.reindex(None), "needs the bundle"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:No item has a column")
+def test_arguments_of_the_wrong_kind(catalog: Catalog, call: Callable[[Catalog], Any], says: str) -> None:
+    catalog.add(halves(), ids="kept", payloads={"x": "y"})
+    with pytest.raises((OptionError, FilterError), match=says):
+        call(catalog)
+    assert catalog.count() == 1
+
+
+def test_half_a_character_is_refused(catalog: Catalog, tmp_path: Path) -> None:
+    """JSON can say it, and neither UTF-8 nor the engine can hold it."""
+    half: Any = "half of a pair: \ud83d"
+    for arguments in ({"texts": half}, {"ids": half}, {"payloads": {"a": [half]}}, {"payloads": {half: 1}}):
+        with pytest.raises(OptionError, match="not valid Unicode"):
+            catalog.add(halves(), **arguments)
+    folder = write(tmp_path / "products", {"a.png": encoded(halves(), "PNG"), "b.png": encoded(halves(), "PNG")})
+    rows = [{"file_name": "a.png", "text": half}, {"file_name": "b.png", "text": "b", "note": half}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = catalog.add_folder(folder)
+    assert [bad.line for bad in report.failed] == [1, 2] and catalog.count() == 0
+    for call in (lambda: catalog.search(half), lambda: catalog.get(half), lambda: catalog.delete(half)):
+        with pytest.raises(OptionError, match="not valid Unicode"):
+            call()
+
+
+def test_vectors_that_are_not_finite(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.add(halves(), ids="kept")
+    for value in (np.nan, np.inf):
+        monkeypatch.setattr(
+            Encoder, "encode_pixels", lambda self, pixels, v=value: np.full((len(pixels), 8), v, np.float32)
+        )
+        with pytest.raises(StoreError, match="NaN or infinity"):
+            catalog.add(Image.new("RGB", (9, 9)), ids="lost")
+        with pytest.raises(StoreError, match="finite numbers"):
+            catalog.search(image=Image.new("RGB", (9, 9)))
+        with pytest.raises(OptionError, match="finite numbers"):
+            catalog.search(vector=[value] * 8)
+    assert catalog.count() == 1 and len(catalog.search("x")) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "/etc/hostname", "sub/../../secret.png", "link.png", "a\0b.png", "x" * 5000]
+)
+def test_metadata_does_not_lead_out_of_its_folder(catalog: Catalog, tmp_path: Path, name: str) -> None:
+    halves().save(tmp_path / "secret.png")
+    folder = write(tmp_path / "products", {"in.png": encoded(halves(), "PNG")})
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    rows = [{"file_name": name, "text": "out"}, {"file_name": "in.png", "text": "in", "id": "../../in"}]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = catalog.add_folder(folder)
+    assert [bad.line for bad in report.failed] == [1] and report.added == 1
+    hit = catalog.get("../../in")
+    assert hit and (catalog.folder / hit.uri).resolve().is_relative_to(catalog.folder.resolve())
+    catalog.delete("../../in")
+    assert (tmp_path / "secret.png").is_file() and (folder / "in.png").is_file()

@@ -1,0 +1,359 @@
+"""`unidiff` on the command line, with a toy bundle and the synthetic catalogues."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from support.toy_bundle import make_toy_bundle
+
+from unidiff_sdk.cli.console import Group
+from unidiff_sdk.cli.main import main
+from unidiff_sdk.errors import StoreError
+from unidiff_sdk.generation.provenance import read_recipe
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *says: str) -> None:
+    """One line on stderr, exit code 1, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("Note:")]
+    assert result.exit_code == 1, result.output
+    assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
+    for part in says:
+        assert part in lines[0]
+
+
+@pytest.fixture(scope="session")
+def indexed(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
+    """A folder with `products` and `shop.catalog`; copied for tests that change it."""
+    root = tmp_path_factory.mktemp("shop")
+    result = run("dataset", "fashion-man", root / "products", "--n", 12, "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "12 synthetic products of fashion-man" in result.stdout
+    result = run("index", root / "products", root / "shop.catalog", "--bundle", toy)
+    assert result.exit_code == 0, result.output
+    assert "12 added, 0 unchanged, 0 failed" in result.stdout
+    return root
+
+
+@pytest.fixture
+def shop(indexed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(indexed, tmp_path / "shop"))
+
+
+def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
+    text = run("--help").stdout
+    places = [
+        text.index(f"\n  {name} ")
+        for name in (
+            "dataset",
+            "index",
+            "search",
+            "duplicates",
+            "generate",
+            "info",
+            "delete",
+            "reindex",
+            "export",
+            "restore",
+        )
+    ]
+    assert places == sorted(places)
+    assert '  unidiff search shop.catalog "red striped dress" --where' in text
+    for name, command in main.commands.items():
+        assert command.help and command.epilog, name
+        assert "Examples:" in run(name, "--help").stdout
+
+
+def test_search(indexed: Path) -> None:
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 3)
+    assert result.exit_code == 0, result.output
+    assert "3 hits in" in result.stdout
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 3, "--offset", 1, "--json")
+    page = json.loads(result.stdout)
+    assert len(page["hits"]) == 3 and {"id", "score", "text", "payload", "uri"} == page["hits"][0].keys()
+    assert (page["offset"], page["limit"]) == (1, 3)
+    assert run("search", indexed / "shop.catalog", "red shirt", "--imagine", 2).exit_code == 0
+
+
+def test_search_by_image_and_filter(indexed: Path) -> None:
+    image = next((indexed / "products").rglob("*.png"))
+    arguments: list[Any] = ["search", indexed / "shop.catalog", "--image", image, "--json"]
+    hits = json.loads(run(*arguments).stdout)["hits"]
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
+    price = hits[0]["payload"]["price"]
+    filtered = json.loads(run(*arguments, "--where", json.dumps({"price": {"gt": price}})).stdout)["hits"]
+    assert all(hit["payload"]["price"] > price for hit in filtered)
+    both = run("search", indexed / "shop.catalog", "red", "--image", image, "--weights", "0.7", "0.3")
+    assert both.exit_code == 0
+
+
+def test_search_by_items_in_pages(indexed: Path) -> None:
+    search: list[Any] = ["search", indexed / "shop.catalog"]
+    first = json.loads(run(*search, "red shirt", "--limit", 5, "--json").stdout)
+    ids = [hit["id"] for hit in first["hits"]]
+    second = json.loads(run(*search, "red shirt", "--limit", 5, f"--cursor={first['cursor']}", "--json").stdout)
+    assert second["offset"] == 5 and not set(ids) & {hit["id"] for hit in second["hits"]}
+    table = run(*search, "red shirt", "--limit", 5)
+    assert f"next page: --cursor={first['cursor']}" in table.stdout
+    liked = [hit["id"] for hit in json.loads(run(*search, "--like", ids[0], "--like", ids[1], "--json").stdout)["hits"]]
+    assert len(liked) == 10 and not {ids[0], ids[1]} & set(liked)
+    brands = json.loads(
+        run(*search, "shirt", "--unlike", ids[0], "--without", "red", "--group-by", "brand", "--json").stdout
+    )
+    assert len({hit["payload"]["brand"] for hit in brands["hits"]}) == len(brands["hits"]) > 1
+    assert run(*search, "red", "--hybrid", "--diversity", 0.5).exit_code == 0
+    assert json.loads(run(*search, "red", "--min-score", 2, "--json").stdout)["hits"] == []
+
+
+def test_a_url_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("index", tmp_path, "http://localhost:6333")
+    assert result.exit_code == 2 and "is a URL, and commands work on folders" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        pictures = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
+        catalog.add(pictures, ids=[7, "8", -9], payloads=[{"catalogue": "fashion-man"}] * 3)
+    for id, left in (("7", {"8", -9}), ("8", {7, -9}), ("-9", {7, "8"})):
+        hits = json.loads(run("search", tmp_path / "shop.catalog", f"--like={id}", "--json").stdout)["hits"]
+        assert {hit["id"] for hit in hits} == left
+        drawn = ("generate", tmp_path / "shop.catalog", "a shirt", "--steps", 2, f"--like={id}", "-o", tmp_path / id)
+        assert len(json.loads(run(*drawn, "--json").stdout)[0]["like"]) == 64
+    refused(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
+    assert json.loads(run("delete", tmp_path / "shop.catalog", "007", "7", "--json").stdout) == {
+        "removed": 1,
+        "items": 2,
+    }
+
+
+def test_pictures_in_the_terminal(indexed: Path) -> None:
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 2, "--pictures")
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"\x1b\[38;2;[\d;]+m▀", result.stdout)) == 2 * 14 * 7 and "1. 0." in result.stdout
+    assert "▀" not in run("search", indexed / "shop.catalog", "red shirt").stdout
+
+
+def test_captions_do_not_command_the_terminal(tmp_path: Path, toy: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        columns = {"catalogue": "fashion-man", "note": "\x1b]0;title\x07"}
+        catalog.add(
+            Image.new("RGB", (20, 20)), "[bold]red\x1b[2J\n\u202e größe 💡 " + "dress " * 20_000, "\x1b[5m", columns
+        )
+    for pictures in ("--pictures", "--no-pictures"):
+        shown = run("search", tmp_path / "shop.catalog", "red", pictures).stdout
+        for command in ("\x1b[2J", "\x1b]0;", "\x1b[5m", "\u202e", "\x07"):
+            assert command not in shown
+        assert len(shown) < 8_000
+        assert "[bold]red" in shown and "größe" in shown and "💡" in shown
+
+
+def test_duplicates(shop: Path) -> None:
+    pictures = sorted((shop / "products").rglob("*.png"))
+    twins = shop / "twins"
+    twins.mkdir()
+    shutil.copy(pictures[0], twins / "twin.png")
+    (twins / "metadata.jsonl").write_text('{"file_name": "twin.png", "text": "a twin", "id": "twin"}\n')
+    assert run("index", twins, shop / "shop.catalog").exit_code == 0
+    groups = json.loads(run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--json").stdout)
+    (group,) = [group for group in groups if "twin" in {hit["id"] for hit in group}]
+    assert len(group) >= 2 and group[0]["score"] == pytest.approx(1, abs=1e-4)
+    table = run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--limit", 1)
+    assert "groups of" in table.stdout and "a cosine of 1 or more" in table.stdout
+    refused(run("duplicates", shop / "shop.catalog", "--threshold", "2"), "threshold=2.0")
+
+
+def test_index_again_and_report_bad_rows(shop: Path) -> None:
+    with (shop / "products" / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "nowhere.png", "text": "[bold]x[/bold]"}\n')
+    result = run("index", shop / "products", shop / "shop.catalog")
+    assert result.exit_code == 0, result.output
+    assert "0 added, 12 unchanged, 1 failed" in result.stdout
+    assert "nowhere.png" in result.stdout and "no such image" in result.stdout
+    report = json.loads(run("index", shop / "products", shop / "shop.catalog", "--json").stdout)
+    assert (report["skipped"], report["failed"][0]["line"], report["items"]) == (12, 13, 12)
+    refused(run("index", shop / "products", shop / "shop.catalog", "--strict"), "line 13", "no such image")
+
+
+def test_index_prunes_and_takes_tables(shop: Path) -> None:
+    lines = (shop / "products" / "metadata.jsonl").read_text().splitlines()
+    (shop / "products" / "metadata.jsonl").write_text("\n".join(lines[:9]) + "\n")
+    report = json.loads(run("index", shop / "products", shop / "shop.catalog", "--prune", "--json").stdout)
+    assert (report["skipped"], report["removed"], report["items"]) == (9, 3, 9)
+    (shop / "spring.jsonl").write_text("\n".join(lines[9:]) + "\n")
+    result = run("index", shop / "spring.jsonl", shop / "shop.catalog", "--images", shop / "products")
+    assert result.exit_code == 0 and "3 added" in result.stdout and "12 items" in result.stdout
+    refused(run("index", shop / "products", shop / "shop.catalog", "--images", shop), "--images goes with a table")
+
+
+def test_generate(shop: Path, toy: Path) -> None:
+    arguments = ["generate", shop / "shop.catalog", "red boots", "-n", 2, "--seed", 7, "--steps", 2]
+    result = run(*arguments, "-o", shop / "out", "--add")
+    assert result.exit_code == 0, result.output
+    assert "2 pictures in" in result.stdout and "seed 7, 2 steps of ddim" in result.stdout
+    pictures = sorted((shop / "out").glob("0*.png"))
+    assert len(pictures) == 2 and Image.open(pictures[0]).size == (16, 16)
+    assert read_recipe(pictures[0]).arguments["prompt"] == "red boots"
+    assert Image.open(shop / "out" / "contact-sheet.png").width > 2 * 256
+    recipe = json.loads((shop / "out" / "generation.json").read_text())
+    assert {made["seed"] for made in recipe} == {7, 8}
+    assert recipe[0]["score"] >= recipe[1]["score"] and recipe[0]["nearest"]["text"]
+    assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 14
+    alone = run("generate", "red boots", "--bundle", toy, "-o", shop / "alone", "--steps", 2, "--seed", 7, "--json")
+    assert json.loads(alone.stdout)[0]["nearest"] is None
+
+
+def test_generate_from_an_item_within_a_mask(shop: Path) -> None:
+    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)["hits"][0]["id"]
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    mask.save(shop / "mask.png")
+    arguments = ["generate", shop / "shop.catalog", "red boots", "--steps", 3, "--seed", 1, "--like", first]
+    result = run(*arguments, "--mask", shop / "mask.png", "-o", shop / "inpainted", "--json")
+    made = json.loads(result.stdout)[0]
+    assert made["strength"] == 1.0 and len(made["like"]) == len(made["mask"]) == 64
+    result = run(*arguments, "--strength", "0.7", "--best-of", 3, "-n", 2, "-o", shop / "varied")
+    assert "2 pictures in" in result.stdout and "the best of 3" in result.stdout
+    refused(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "like: nobody")
+    result = run(*arguments, "--min-score", 1, "-o", shop / "none", "--json")
+    refused(result, "none of the 4 pictures that were drawn passed")
+    assert "agree with the prompt by less than min_score=1.0" in result.stderr and not (shop / "none").exists()
+
+
+def test_info_and_delete(shop: Path) -> None:
+    result = run("info", shop / "shop.catalog")
+    assert "12 items" in result.stdout and "bundle toy" in result.stdout
+    assert re.search(r"column +holds", result.stdout) and re.search(r"price +number", result.stdout)
+    first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)["hits"][0]["id"]
+    assert "1 removed; 11 items are left" in run("delete", shop / "shop.catalog", first, "nobody").stdout
+    assert json.loads(run("delete", shop / "shop.catalog", first, "--json").stdout) == {"removed": 0, "items": 11}
+
+
+def test_reindex(shop: Path) -> None:
+    other = make_toy_bundle(shop / "other", seed=1)
+    assert "12 items re-encoded" in run("reindex", shop / "shop.catalog", other).stdout
+    assert "made with it already" in run("reindex", shop / "shop.catalog", other).stdout
+    assert json.loads(run("reindex", shop / "shop.catalog", other, "--json").stdout) == {"reindexed": 0}
+    assert run("search", shop / "shop.catalog", "red").exit_code == 0
+
+
+def test_export_and_restore(shop: Path, toy: Path) -> None:
+    file, new = shop / "shop.parquet", shop / "new.catalog"
+    result = run("export", shop / "shop.catalog", file)
+    assert result.exit_code == 0, result.output
+    assert "12 items in" in result.stdout and " MB)" in result.stdout
+    assert "holds 12 items" in run("restore", file, new).stdout
+    assert json.loads(run("info", new, "--json").stdout)["items"] == 12
+    shirts = json.loads(run("export", new, file, "--where", '{"price": {"lt": 40}}', "--json").stdout)
+    assert 0 < shirts["items"] < 12 and shirts["bytes"] == file.stat().st_size
+    other = make_toy_bundle(shop / "other", seed=1)
+    refused(run("restore", file, shop / "more", "--bundle", other), "another one", "reencode")
+    again = json.loads(run("restore", file, shop / "more", "--bundle", other, "--reencode", "--json").stdout)
+    assert again == {"items": shirts["items"]}
+    refused(run("restore", file, new), "There is a catalogue at")
+    refused(run("restore", shop / "nowhere.parquet", shop / "none"), "nowhere.parquet")
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+def test_refusals(indexed: Path, toy: Path, tmp_path: Path) -> None:
+    catalog = indexed / "shop.catalog"
+    refused(run("search", tmp_path / "none", "x"), "There is no catalogue at", "unidiff index")
+    assert not (tmp_path / "none").exists()
+    refused(run("search", catalog), "say what to look for")
+    refused(run("search", catalog, "x", "--where", "{price"), "--where is not JSON")
+    refused(run("search", catalog, "x", "--where", '{"price": {"below": 3}}'), "Valid operators")
+    refused(run("search", catalog, "x", "--where", "[1]"), "A filter is a dictionary")
+    refused(run("search", catalog, "x", "--limit", 0), "limit=0")
+    refused(run("search", catalog, "--image", tmp_path / "none.png"), "none.png")
+    refused(run("index", tmp_path / "none", tmp_path / "new", "--bundle", toy), "no such folder")
+    assert not (tmp_path / "new").exists()
+    refused(run("index", indexed / "products", tmp_path / "new", "--bundle", tmp_path / "none"), "no such folder")
+    assert not (tmp_path / "new").exists()
+    refused(run("generate", catalog, "red", "--steps", 0, "-o", tmp_path / "out"), "steps")
+    refused(run("generate", catalog, "red", "--sampler", "magic", "-o", tmp_path / "out"), "magic")
+    refused(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
+    refused(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
+    refused(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
+    refused(run("info", toy), "is not a catalogue")
+    assert json.loads(run("info", catalog, "--json").stdout)["items"] == 12
+
+
+def test_an_empty_catalogue_is_told(tmp_path: Path, toy: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    Catalog(tmp_path / "shop.catalog", toy).close()
+    refused(run("search", tmp_path / "shop.catalog", "x"), "is empty", "unidiff index")
+
+
+def test_nothing_usable_is_a_failure(tmp_path: Path, toy: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png"}\n')
+    result = run("index", tmp_path, tmp_path.parent / "shop.catalog", "--bundle", toy)
+    refused(result, "None of the 1 rows")
+
+
+def test_a_changed_bundle_is_told_and_nothing_is_lost(shop: Path, toy: Path) -> None:
+    bundle = Path(shutil.copytree(toy, shop / "bundle"))
+    other = make_toy_bundle(shop / "other", seed=1)
+    index = ("index", shop / "products", shop / "shop.catalog", "--bundle")
+    refused(run(*index, other), "another one", "reindex")
+    graph = bundle / "image_encoder" / "model.onnx"
+    data = bytearray(graph.read_bytes())
+    data[-1] ^= 1
+    graph.write_bytes(bytes(data))
+    refused(run(*index, bundle), "model.onnx", "changed")
+    assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 12
+
+
+def test_in_use(shop: Path) -> None:
+    from unidiff_sdk import Catalog
+
+    with Catalog(shop / "shop.catalog"):
+        refused(run("search", shop / "shop.catalog", "x"), "in use")
+
+
+def test_real_pictures_get_a_note(tmp_path: Path, toy: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "x.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a real photograph"}\n')
+    result = run("index", tmp_path, tmp_path / "shop.catalog", "--bundle", toy)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("Note: ") and "synthetic" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "keeps", "code", "line"),
+    [
+        (StoreError("two\n lines"), False, 1, "Error: two lines"),
+        (KeyboardInterrupt(), True, 130, "Interrupted. What was finished is kept."),
+        (KeyboardInterrupt(), False, 130, "Interrupted."),
+    ],
+)
+def test_the_shared_group(raised: BaseException, keeps: bool, code: int, line: str) -> None:
+    @click.group(cls=Group)
+    def tool() -> None:
+        """A tool."""
+
+    @tool.command(keeps=keeps)
+    def fail() -> None:
+        """Fail."""
+        raise raised
+
+    result = CliRunner().invoke(tool, ["fail"])
+    assert (result.exit_code, result.stderr.strip()) == (code, line)

@@ -1,0 +1,244 @@
+"""A whole export: what stands in the bundle, and that it computes what PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("onnxscript", reason="needs the export extra")
+
+import torch
+from diffusers import PNDMScheduler
+from PIL import Image
+from support.company import differences
+
+from unidiff_export import Export, export_bundle
+from unidiff_export.verification import reference_scheduler
+from unidiff_sdk.errors import ExportError, OptionError
+from unidiff_sdk.generation.samplers import make_table
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
+
+INTERFACE = {
+    "text_encoder": ({"input_ids": "int64"}, ["last_hidden_state", "text_embeds"]),
+    "image_encoder": ({"pixel_values": "float32"}, ["image_embeds"]),
+    "unet": ({"sample": "float32", "timestep": "float32", "encoder_hidden_states": "float32"}, ["out_sample"]),
+    "vae_decoder": ({"latent_sample": "float32"}, ["sample"]),
+    "vae_encoder": ({"sample": "float32"}, ["latent_sample"]),
+}
+TEXTS = ["a red striped dress", "green dotted boots"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(random_checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(random_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def export(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    return export_bundle(random_checkpoint, tmp_path_factory.mktemp("export") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def bundle(export: Export) -> Bundle:
+    return Bundle.open(export.path, threads=1)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
+def test_the_reference_takes_the_steps_that_the_bundle_will(
+    checkpoint: Checkpoint, sampler: str, tmp_path: Path
+) -> None:
+    # As Stable Diffusion 1.5 was published: nothing is said of timestep_spacing, whose default hangs on the scheduler.
+    published = PNDMScheduler.from_config(
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        }
+    )
+    published.save_pretrained(tmp_path)
+    ours = Schedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    scheduler, _ = reference_scheduler(sampler, replace(checkpoint, scheduler=published))
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == [row.timestep for row in make_table(sampler, ours, 5)]
+
+
+def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:
+    manifest = bundle.manifest
+    assert (manifest["name"], manifest["precision"], manifest["target"], manifest["opset"]) == (
+        "bundle",
+        "fp32",
+        "cpu",
+        23,
+    )
+    assert manifest["image"]["fit"] == "crop"
+    assert manifest["embedding"]["dim"] == checkpoint.clip.config.projection_dim
+    assert manifest["embedding"]["logit_scale"] == pytest.approx(checkpoint.clip.logit_scale.exp().item())
+    assert manifest["latent"] == {
+        "channels": 4,
+        "size": 16,
+        "scale_factor": 2,
+        "scaling_factor": checkpoint.vae.config.scaling_factor,
+        "shift_factor": 0.0,
+    }
+    assert manifest["sampler"] == {
+        "name": "dpm++2m",
+        "steps": 20,
+        "guidance_scale": 5.0,
+        "prediction_type": "epsilon",
+    }
+    assert manifest["synthetic"] is True
+    assert manifest["devices"] == ["cpu", "cuda"]
+    assert manifest["graphs"]["unet"]["profile"]["sample"] == {
+        "min": [1, 4, 8, 8],
+        "opt": [2, 4, 16, 16],
+        "max": [16, 4, 24, 24],
+    }
+    assert {
+        name for name, graph in manifest["graphs"].items() if graph["profile"].keys() == graph["inputs"].keys()
+    } == (INTERFACE.keys())
+    assert export.bytes == sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
+
+
+def test_every_graph_agrees_with_pytorch(bundle: Bundle) -> None:
+    parity = dict(bundle.manifest["parity"])
+    image, search = parity.pop("image"), parity.pop("search")
+    assert parity.keys() == INTERFACE.keys()
+    for figures in parity.values():
+        assert figures["max_abs_error"] <= figures["tolerance"] == 1e-4
+        assert figures["cosine"] > 0.999999
+    assert image["psnr_db"] >= image["tolerance_db"] == 45
+    assert image["agreement"] == pytest.approx(image["reference_agreement"], abs=1e-3)
+    assert (search["pairs"], search["recall_at_1"]) == (2, search["reference_recall_at_1"])
+
+
+def test_what_the_export_took_stands_in_the_manifest(bundle: Bundle, export: Export) -> None:
+    assert bundle.manifest["export"] == {
+        "seconds": round(export.seconds, 1),
+        "peak_mib": export.peak_bytes >> 20,
+    }
+    for name, graph in bundle.manifest["graphs"].items():
+        assert graph["bytes"] == sum(file.stat().st_size for file in (bundle.path / name).glob("model.onnx*"))
+
+
+def test_graphs_have_the_interface_that_peers_expect(bundle: Bundle) -> None:
+    for name, (inputs, outputs) in INTERFACE.items():
+        session, described = bundle.session(name), bundle.manifest["graphs"][name]
+        assert [value.name for value in session.get_inputs()] == list(inputs) == list(described["inputs"])
+        assert [value.name for value in session.get_outputs()] == outputs == list(described["outputs"])
+        assert {key: value["dtype"] for key, value in described["inputs"].items()} == inputs
+        for value in session.get_inputs():
+            assert value.shape == described["inputs"][value.name]["shape"]
+
+
+def test_every_attention_layer_is_one_node(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    found = {name: graph["attention_nodes"] for name, graph in bundle.manifest["graphs"].items()}
+    transformers_of_the_unet = sum("attn1" in name for name in checkpoint.unet.attn_processors)
+    assert found == {
+        "text_encoder": checkpoint.clip.config.text_config.num_hidden_layers,
+        "image_encoder": checkpoint.clip.config.vision_config.num_hidden_layers,
+        "unet": 2 * transformers_of_the_unet,
+        "vae_decoder": 1,
+        "vae_encoder": 1,
+    }
+
+
+def test_text_encoder_is_causal(bundle: Bundle) -> None:
+    ids = np.arange(3, 19, dtype=np.int64)[None]
+    changed = ids.copy()
+    changed[0, 8:] += 1
+    before, after = (
+        bundle.session("text_encoder").run(["last_hidden_state"], {"input_ids": x})[0] for x in (ids, changed)
+    )
+    np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-6)
+    assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
+
+
+def test_unet_takes_other_sizes_and_a_single_timestep(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    sample, states = torch.randn(3, 4, 8, 24), torch.randn(3, 5, 32)
+    with torch.no_grad():
+        expected = checkpoint.unet(sample, torch.tensor(37.25), states).sample.numpy()
+    inputs = {"sample": sample.numpy(), "timestep": np.float32([37.25]), "encoder_hidden_states": states.numpy()}
+    np.testing.assert_allclose(bundle.session("unet").run(None, inputs)[0], expected, atol=1e-5)
+
+
+def test_runtime_embeds_like_transformers(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Tokenizer, preprocessing and projection included."""
+    clip, encoder = checkpoint.clip, Encoder(bundle)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    tokens = checkpoint.tokenizer(TEXTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    pixels = checkpoint.image_processor(image, return_tensors="pt")
+    with torch.no_grad():
+        texts = clip.get_text_features(input_ids=tokens["input_ids"])
+        images = clip.get_image_features(pixel_values=pixels["pixel_values"])
+    for ours, theirs in ((encoder.encode_texts(TEXTS), texts), (encoder.encode_images([image]), images)):
+        reference = getattr(theirs, "pooler_output", theirs)
+        np.testing.assert_allclose(ours, torch.nn.functional.normalize(reference, dim=-1).numpy(), atol=1e-5)
+
+
+def test_layout_loads_in_diffusers_and_transformers(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    from diffusers import DDIMScheduler
+    from transformers import CLIPTokenizer
+
+    assert CLIPTokenizer.from_pretrained(bundle.path / "tokenizer")(TEXTS) == checkpoint.tokenizer(TEXTS)
+    assert DDIMScheduler.from_pretrained(bundle.path / "scheduler").config.steps_offset == 1
+    index = json.loads((bundle.path / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    for name in INTERFACE:
+        assert (bundle.path / name / "config.json").is_file()
+    for name in ("tokenizer/vocab.json", "tokenizer/merges.txt", "image_encoder/preprocessor_config.json"):
+        assert (bundle.path / name).is_file()
+
+
+def test_bundle_tells_nothing_of_the_machine_that_made_it(bundle: Bundle, random_checkpoint: Path) -> None:
+    paths = {str(random_checkpoint.parent), str(bundle.path.parent), str(Path.home()), str(Path(__file__).parents[2])}
+    for file in bundle.path.rglob("*"):
+        content = file.read_bytes() if file.is_file() else b""
+        assert not [path for path in paths if path.encode() in content], file
+
+
+def test_checkpoint_is_not_altered(export: Export, checkpoint: Checkpoint, random_checkpoint: Path) -> None:
+    fresh = load_checkpoint(random_checkpoint)
+    for part in ("unet", "vae", "clip"):
+        ours, theirs = getattr(checkpoint, part), getattr(fresh, part)
+        assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.slow
+def test_fp16_bundle_is_half_the_size_and_draws_the_same(
+    random_checkpoint: Path, export: Export, bundle: Bundle, tmp_path: Path
+) -> None:
+    half = export_bundle(random_checkpoint, tmp_path / "half", precision="fp16")
+    assert {graph.precision for graph in half.graphs} == {"fp16"}
+    assert half.image.psnr_db >= 35
+    opened = Bundle.open(half.path, threads=1)
+    for name in INTERFACE:
+        graph, single = (b.path / b.manifest["graphs"][name]["file"] for b in (opened, bundle))
+        assert graph.stat().st_size < 0.75 * single.stat().st_size
+        assert opened.manifest["graphs"][name]["inputs"] == bundle.manifest["graphs"][name]["inputs"]
+    shared, own = differences(opened)
+    assert shared <= 2 and own == 0
+
+
+def test_unknown_options_are_refused(random_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="precision is 'fp8'; use one of fp32, fp16, int8"):
+        export_bundle(random_checkpoint, tmp_path / "out", precision="fp8")
+    with pytest.raises(OptionError, match="target is 'tpu'; use one of cpu"):
+        export_bundle(random_checkpoint, tmp_path / "out", target="tpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folder_is_refused_before_any_work(random_checkpoint: Path, export: Export) -> None:
+    with pytest.raises(ExportError, match=r"exists already.*--overwrite"):
+        export_bundle(random_checkpoint, export.path)

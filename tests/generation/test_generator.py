@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.toy_bundle import CHANNELS, IMAGE_SIZE, LATENT_SIZE, make_toy_bundle
+
+from unidiff_sdk.errors import GenerationError, ImageError, OptionError
+from unidiff_sdk.generation.generator import Generator, Preview, Settings
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.encoder import Encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_toy_bundle(tmp_path_factory.mktemp("bundle") / "toy")
+
+
+@pytest.fixture
+def generator(folder: Path) -> Generator:
+    return Generator(Bundle.open(folder, threads=1))
+
+
+class Watched:
+    """A session that notes how many rows each call has, and may spoil what it gives."""
+
+    def __init__(self, bundle: Bundle, graph: str, spoil: bool = False) -> None:
+        self.session, self.spoil = bundle.session(graph), spoil
+        self.rows: list[int] = []
+        bundle._sessions[graph] = self
+
+    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        self.rows.append(len(next(iter(inputs.values()))))
+        outputs = self.session.run(names, inputs)
+        return [np.full_like(output, np.nan) for output in outputs] if self.spoil else outputs
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_a_graph_that_fails_is_an_error_of_ours(generator: Generator) -> None:
+    def fail(*call: object) -> None:
+        raise RuntimeError("Failed to allocate memory")
+
+    generator.bundle._sessions["vae_decoder"] = SimpleNamespace(run=fail)
+    with pytest.raises(GenerationError, match=r"a call of the vae_decoder failed \(Failed to allocate"):
+        generator.generate("boots", steps=1)
+
+
+def test_no_negative_prompt_is_an_empty_one(generator: Generator) -> None:
+    same = [generator.generate("boots", guidance_scale=4, steps=2, negative_prompt=none) for none in (None, "")]
+    np.testing.assert_array_equal(pixels(same[0]), pixels(same[1]))
+    for wrong, message in ((7, "negative_prompt=7: it must be words"), ("\ud83d", "not valid Unicode")):
+        with pytest.raises(OptionError, match=message):
+            generator.generate("boots", negative_prompt=wrong)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="not valid Unicode"):
+        generator.generate("\ud83d")
+
+
+def test_what_is_let_go_of_leaves_at_once(folder: Path) -> None:
+    bundle = Bundle.open(folder, threads=1)
+    generator, encoder = Generator(bundle), Encoder(bundle)
+    generator.generate("boots", steps=1)
+    encoder.encode_text("boots")
+    left = [weakref.ref(each) for each in (bundle, generator, encoder)]
+    gc.disable()
+    try:
+        del bundle, generator, encoder
+        assert [each() for each in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_pictures_of_the_first_prompt_come_first(generator: Generator) -> None:
+    images = generator.generate(["red boots", "a blue coat"], n=3, seed=5)
+    assert len(images) == 6
+    assert all(image.mode == "RGB" and image.size == (IMAGE_SIZE, IMAGE_SIZE) for image in images)
+    np.testing.assert_array_equal(pixels(images[:3]), pixels(generator.generate("red boots", n=3, seed=5)))
+    np.testing.assert_array_equal(pixels(images[3:]), pixels(generator.generate("a blue coat", n=3, seed=5)))
+
+
+def test_seed_index_and_prompt_decide_the_picture(generator: Generator) -> None:
+    first, second = pixels(generator.generate("red boots", n=2, seed=1))
+    for other in (
+        second,
+        *pixels(generator.generate("red boots", seed=2)),
+        *pixels(generator.generate("coat", seed=1)),
+    ):
+        assert np.abs(first - other).max() > 3
+    largest = generator.generate("red boots", seed=2**63 - 1)
+    assert len(largest) == 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "euler_a", "lcm"])
+def test_a_picture_is_the_same_whatever_it_is_drawn_beside(generator: Generator, sampler: str) -> None:
+    together = pixels(generator.generate(["coat", "red boots"], n=7, seed=3, sampler=sampler))[7:]
+    alone = pixels(generator.generate("red boots", n=1, seed=3, sampler=sampler))
+    threes = Generator(generator.bundle, positions=2 * 3 * LATENT_SIZE**2)
+    in_threes = pixels(threes.generate("red boots", n=7, seed=3, sampler=sampler))
+    assert np.abs(together[:1] - alone).max() <= 1
+    assert np.abs(together - in_threes).max() <= 1
+
+
+def test_sixteen_threads_get_what_one_gets(folder: Path) -> None:
+    """On ONNX Runtime's own sessions, with samplers, steps, guidance and numbers of pictures of all kinds at once."""
+    generator = Generator(Bundle.open(folder, threads=1))
+    samplers = ("ddim", "euler", "dpm++2m", "euler_a")
+    calls: list[dict[str, Any]] = [
+        {
+            "n": 1 + k % 3,
+            "seed": k,
+            "steps": 2 + k % 5,
+            "sampler": samplers[k % 4],
+            "guidance_scale": (1, 3, 7.5)[k % 3],
+        }
+        for k in range(16)
+    ]
+    alone = [pixels(generator.generate("red boots", **call)) for call in calls]
+    with ThreadPoolExecutor(16) as threads:
+        together = list(threads.map(lambda call: pixels(generator.generate("red boots", **call)), calls))
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one - other).max() <= 1
+    lonely = Generator(generator.bundle, positions=1)
+    exact = [pixels(lonely.generate("red boots", **call)) for call in calls]
+    with ThreadPoolExecutor(16) as threads:
+        again = list(threads.map(lambda call: pixels(lonely.generate("red boots", **call)), calls))
+    for one, other in zip(exact, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_large_requests_are_cut_into_calls_that_fit(generator: Generator) -> None:
+    unet, decoder = Watched(generator.bundle, "unet"), Watched(generator.bundle, "vae_decoder")
+    threes = Generator(generator.bundle, positions=2 * 3 * LATENT_SIZE**2)
+    assert len(threes.generate("boots", n=7, steps=2)) == 7
+    assert unet.rows == [6, 6, 6, 6, 2, 2] and decoder.rows == [3, 3, 1]
+    assert len(Generator(generator.bundle, positions=1).generate("boots", n=2, steps=1)) == 2
+    assert unet.rows[6:] == [2, 2]
+
+
+def test_no_guidance_is_half_the_work(generator: Generator) -> None:
+    unet = Watched(generator.bundle, "unet")
+    generator.generate("boots", n=2, steps=3, guidance_scale=1)
+    assert unet.rows == [2, 2, 2]
+    generator.generate("boots", n=2, steps=3, guidance_scale=1.5)
+    assert unet.rows[3:] == [4, 4, 4]
+
+
+def test_guidance_leads_from_the_negative_prompt_to_the_prompt(generator: Generator) -> None:
+    options: dict[str, Any] = {"seed": 4, "sampler": "ddim", "steps": 3}
+    plain = pixels(generator.generate("boots", guidance_scale=1, **options))
+    # without + g * (with - without) is one prompt alone where g is 0 or both prompts are the same
+    np.testing.assert_array_equal(
+        pixels(generator.generate("coat", negative_prompt="boots", guidance_scale=0, **options)), plain
+    )
+    same = pixels(generator.generate("boots", negative_prompt="boots", guidance_scale=7, **options))
+    assert np.abs(same - plain).max() <= 1
+    assert np.abs(pixels(generator.generate("boots", guidance_scale=7, **options)) - plain).max() > 3
+
+
+def test_a_prompt_is_encoded_once(generator: Generator) -> None:
+    encoder = Watched(generator.bundle, "text_encoder")
+    generator.generate(["boots", "coat"], n=3)
+    generator.generate("coat", n=2, seed=9)
+    assert encoder.rows == [1, 1, 1]  # two prompts and the empty negative one
+
+
+def test_start_from_given_latents(generator: Generator) -> None:
+    latents = np.random.default_rng(0).standard_normal((2, CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)
+    before = latents.copy()
+    pair = pixels(generator.generate("boots", n=2, latents=latents))
+    np.testing.assert_array_equal(pixels(generator.generate("boots", latents=latents[1:], seed=8)), pair[1:])
+    np.testing.assert_array_equal(latents, before)
+    with pytest.raises(GenerationError, match=r"shape \[2, 4, 8, 8\]; this call needs \[3, 4, 8, 8\]"):
+        generator.generate("boots", n=3, latents=latents)
+    latents[0, 0, 0, 0] = np.nan
+    with pytest.raises(GenerationError, match="latents hold values that are not finite"):
+        generator.generate("boots", n=2, latents=latents)
+
+
+def test_other_sizes(generator: Generator) -> None:
+    assert generator.generate("boots", width=24, height=8)[0].size == (24, 8)
+    assert generator.generate("boots", width=32, height=32)[0].size == (32, 32)
+
+
+def test_progress_and_cancellation_between_steps(generator: Generator) -> None:
+    generator = Generator(generator.bundle, positions=2 * LATENT_SIZE**2)
+    seen: list[tuple[int, int]] = []
+    generator.generate("boots", n=2, steps=2, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    unet = Watched(generator.bundle, "unet")
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate("boots", n=2, steps=2, callback=stop)
+    assert unet.rows == [2]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm++2m"])
+def test_previews_end_in_the_picture(generator: Generator, sampler: str) -> None:
+    """Samplers whose last step goes to what it foresees: the last preview is the result."""
+    seen: list[tuple[int, int]] = []
+    shown: list[list[Image.Image]] = []
+
+    def look(preview: Preview) -> None:
+        seen.append((preview.done, preview.total))
+        shown.append(preview.images())
+
+    images = generator.generate("boots", n=2, seed=1, steps=3, sampler=sampler, preview=look)
+    assert seen == [(2, 6), (4, 6), (6, 6)]
+    assert all([image.size for image in pair] == [(IMAGE_SIZE, IMAGE_SIZE)] * 2 for pair in shown)
+    assert np.abs(pixels(shown[-1]) - pixels(images)).max() <= 1
+    assert np.abs(pixels(shown[0]) - pixels(images)).max() > 1
+
+
+def test_a_preview_may_end_it(generator: Generator) -> None:
+    unet, decoder = Watched(generator.bundle, "unet"), Watched(generator.bundle, "vae_decoder")
+
+    def stop(preview: Preview) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate("boots", steps=5, preview=stop)
+    assert unet.rows == [2] and decoder.rows == []
+
+
+def test_what_does_not_fit_is_refused_with_the_figure(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = Watched(generator.bundle, "unet")
+    monkeypatch.setattr("unidiff_sdk.generation.generator.available_memory", lambda: 3 * 2**20)
+    assert len(generator.generate("boots", steps=1)) == 1
+    with pytest.raises(
+        GenerationError,
+        match=r"^a picture of 1024 x 512 pixels would take about 128\.1 GiB of memory, and 3 MiB are left; make it",
+    ):
+        generator.generate("boots", width=1024, height=512)
+    assert unet.rows == [2]
+
+
+def test_masks_that_cannot_be_used(generator: Generator) -> None:
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    with pytest.raises(ImageError, match=r"the mask cannot be used: .*not an image"):
+        generator.generate("boots", like=picture, mask=b"no picture")
+    with pytest.raises(OptionError, match="the mask is dark everywhere"):
+        generator.generate("boots", like=picture, mask=picture)
+
+
+def test_settings_fill_in_the_bundles_defaults(generator: Generator) -> None:
+    assert generator.settings() == Settings("ddim", 4, 3.0, IMAGE_SIZE, IMAGE_SIZE)
+    assert generator.settings(steps=9, guidance_scale=1, sampler="euler", width=8, height=16) == Settings(
+        "euler", 9, 1.0, 8, 16
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": 1001}, "takes 1 to 1000"),
+        ({"n": 0}, "n is 0"),
+        ({"n": "2"}, "n is '2'"),
+        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
+        ({"seed": 2**63}, "less than 2"),
+        ({"seed": 2**63 - 1, "n": 2}, "2 pictures count on from it"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; give a number from 0 to 50"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_scale": -1}, "guidance_scale is -1"),
+        ({"guidance_scale": 51}, "guidance_scale is 51"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'"),
+        ({"sampler": "ddpm"}, "'ddpm' is not known; use one of ddim, euler"),
+        ({"width": 10}, "width is 10; give a multiple of 4 pixels, such as 8 or 12"),
+        ({"height": 0}, "height is 0; give a multiple of 4 pixels, such as 4 or 8"),
+        ({"height": -8}, "height is -8; give a multiple of 4 pixels, such as 4 or 8"),
+        ({"width": "64x64"}, "width is '64x64'"),
+        ({"width": 16.0}, "width is 16.0"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; give a number from 0 to 1"),
+        ({"strength": 0.5}, "give that picture as like="),
+        ({"mask": "m.png"}, "give that picture as like="),
+        ({"long_prompts": "drop"}, "long_prompts is 'drop'; use one of truncate, chunk"),
+        ({"negative_prompt": "blurry", "guidance_scale": 1}, "negative_prompt has no effect at guidance_scale 1"),
+    ],
+)
+def test_impossible_options_say_what_is_possible(generator: Generator, options: dict[str, Any], message: str) -> None:
+    unet = Watched(generator.bundle, "unet")
+    with pytest.raises(OptionError, match=message):
+        generator.generate("boots", **options)
+    assert unet.rows == []
+
+
+def test_prompts_must_be_strings(generator: Generator) -> None:
+    for prompts in ([3], [None], 3, None):
+        with pytest.raises(OptionError, match="prompts must be"):
+            generator.generate(prompts)  # type: ignore[arg-type]
+    assert generator.generate([]) == []
+
+
+def test_what_is_cut_off_a_prompt_is_told(generator: Generator) -> None:
+    with pytest.warns(UserWarning, match="longer than 12 tokens; the rest is ignored .*: 'boots with laces'"):
+        generator.generate("boots with laces")
+
+
+def test_too_many_windows_are_refused(generator: Generator) -> None:
+    assert len(generator.generate("boots with laces and more " * 3, steps=1, long_prompts="chunk")) == 1
+    with pytest.raises(OptionError, match=r"takes \d+ windows of 12 tokens; at most 8 can be chunked: 'boots with"):
+        generator.generate("boots with laces " * 30, long_prompts="chunk")
+
+
+@pytest.mark.parametrize("graph", ["unet", "vae_decoder"])
+def test_a_result_that_is_not_finite_is_an_error(generator: Generator, graph: str) -> None:
+    Watched(generator.bundle, graph, spoil=True)
+    if graph == "unet":  # an 8-bit decoder makes a picture of codes, whatever they were made of
+        decode = generator.bundle.session("vae_decoder").run
+        generator.bundle._sessions["vae_decoder"] = SimpleNamespace(
+            run=lambda names, inputs: decode(names, {name: np.nan_to_num(x) for name, x in inputs.items()})
+        )
+    with pytest.raises(GenerationError, match=r"fp32 bundle .* not finite; lower guidance_scale"):
+        generator.generate("boots")

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.toy_bundle import make_toy_bundle, seal
+
+from unidiff_sdk.errors import BundleError, OptionError
+from unidiff_sdk.inference import bundle as bundle_module
+from unidiff_sdk.inference.bundle import Bundle
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    return make_toy_bundle(tmp_path / "toy")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], checksum: bool = False) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if not checksum:
+        manifest.pop("checksum", None)
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_open_tells_what_the_bundle_is(toy: Path) -> None:
+    bundle = Bundle.open(toy)
+    assert (bundle.name, bundle.precision, bundle.dim, bundle.image_size, bundle.max_tokens) == (
+        "toy",
+        "fp32",
+        8,
+        16,
+        12,
+    )
+    assert bundle.synthetic and len(bundle.fingerprint) == 64 and bundle.path == toy
+    assert bundle.image_mean.tolist() == bundle.image_std.tolist() == [0.5, 0.5, 0.5]
+    assert bundle.schedule().num_train_timesteps == 1000
+    assert "'toy', fp32, 8-dimensional, device='cpu'" in repr(bundle)
+    assert bundle.has_graph("unet") and not bundle.has_graph("clip_text_encoder")
+
+
+def test_graphs_load_once_and_only_when_used(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    create = bundle_module.create_session
+
+    def counted(file: Path, **options: Any) -> Any:
+        loaded.append(file.parent.name)
+        return create(file, **options)
+
+    monkeypatch.setattr(bundle_module, "create_session", counted)
+    bundle = Bundle.open(toy, threads=1)
+    assert loaded == []
+    with ThreadPoolExecutor(8) as pool:
+        sessions = list(pool.map(bundle.session, ["unet"] * 8))
+    assert loaded == ["unet"] and len(set(map(id, sessions))) == 1
+    with pytest.raises(BundleError, match="has no graph 'mask'; it holds image_encoder, text_encoder"):
+        bundle.session("mask")
+
+
+def test_a_changed_byte_anywhere_names_the_file(toy: Path) -> None:
+    for file in [file for file in toy.rglob("*") if file.is_file()]:
+        original = file.read_bytes()
+        changed = bytearray(original)
+        changed[len(changed) // 2] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(BundleError, match=file.name):
+            Bundle.open(toy)
+        file.write_bytes(original)
+    Bundle.open(toy)
+
+
+def test_a_changed_entry_of_the_manifest_is_found(toy: Path) -> None:
+    edit(toy, lambda manifest: manifest["sampler"].update(steps=5), checksum=True)
+    with pytest.raises(BundleError, match=r"manifest.json: was changed after the export"):
+        Bundle.open(toy)
+    edit(toy, lambda manifest: None)
+    Bundle.open(toy)
+    edit(toy, lambda manifest: manifest.update(fingerprint="0" * 64))
+    with pytest.raises(BundleError, match="fingerprint does not fit"):
+        Bundle.open(toy)
+
+
+def test_without_verify_only_presence_is_checked(toy: Path) -> None:
+    (toy / "vae_decoder" / "model.onnx").write_bytes(b"no graph")
+    bundle = Bundle.open(toy, verify=False)
+    with pytest.raises(BundleError, match=r"vae_decoder.model.onnx: ONNX Runtime cannot load this graph"):
+        bundle.session("vae_decoder")
+    (toy / "vae_decoder" / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"vae_decoder.model.onnx: is missing"):
+        Bundle.open(toy, verify=False)
+
+
+def test_the_fingerprint_follows_the_weights_not_the_name(tmp_path: Path) -> None:
+    first = Bundle.open(make_toy_bundle(tmp_path / "a"))
+    renamed = Bundle.open(make_toy_bundle(tmp_path / "b", name="other"))
+    trained = Bundle.open(make_toy_bundle(tmp_path / "c", seed=1))
+    assert first.fingerprint == renamed.fingerprint != trained.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", "zip", "this is not a bundle"),
+        ("schema_version", 2, "schema_version is 2, this SDK reads 1; upgrade unidiff-sdk"),
+        ("schema_version", None, "export it again"),
+        ("graphs", None, "graphs must be dict, but is None"),
+        ("graphs", {"unet": {"file": "other.onnx"}}, "graph 'unet' names no file of the bundle"),
+        ("embedding", {"dim": "8"}, "embedding.dim must be int, but is '8'"),
+        ("embedding", {"dim": True}, "embedding.dim must be int, but is True"),
+        ("embedding", {"dim": -8}, "embedding.dim must be positive"),
+        ("embedding", 3, "embedding.dim must be int, but is None"),
+        ("image", {"size": 16, "mean": [0, 0], "std": [1, 1, 1]}, "image.mean must be 3 numbers"),
+        ("image", {"size": 16, "mean": [0] * 3, "std": [1] * 3, "fit": "squash"}, "image.fit must be crop or pad"),
+        ("latent", {}, "latent.channels must be int"),
+        ("sampler", {"name": "ddim", "steps": 4, "guidance_scale": "3"}, "guidance_scale must be int or float"),
+    ],
+)
+def test_a_malformed_manifest_says_which_entry(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    folder = make_toy_bundle(tmp_path / "toy", **{key: value})
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(folder)
+
+
+def test_files_outside_the_folder_are_refused(toy: Path) -> None:
+    for name in ("../secret", "/etc/hostname"):
+        edit(toy, lambda manifest, name=name: manifest["files"].update({name: "0"}))
+        with pytest.raises(BundleError, match="points outside the bundle"):
+            Bundle.open(toy)
+
+
+def test_what_is_not_a_bundle_says_so(tmp_path: Path, toy: Path) -> None:
+    with pytest.raises(BundleError, match="there is no such folder"):
+        Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"has no manifest.json"):
+        Bundle.open(tmp_path)
+    (tmp_path / "unidiff.json").write_text("{}")
+    with pytest.raises(BundleError, match="is a training checkpoint; make a bundle of it: unidiff-export"):
+        Bundle.open(tmp_path)
+    for text in ("{", "[]"):
+        (toy / "manifest.json").write_text(text)
+        with pytest.raises(BundleError, match=r"manifest.json: (cannot be read as JSON|must hold a JSON object)"):
+            Bundle.open(toy)
+
+
+def test_device_is_checked_before_anything_loads(toy: Path) -> None:
+    with pytest.raises(OptionError, match="'gpu' is not known; use one of cpu, cuda, tensorrt"):
+        Bundle.open(toy, device="gpu")
+
+
+def test_a_missing_default_bundle_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "TINY", tmp_path / "tiny")
+    for path in (None, "tiny"):
+        with pytest.raises(BundleError, match="default bundle is missing from this installation"):
+            Bundle.open(path)
+    shutil.copytree(make_toy_bundle(tmp_path / "toy"), tmp_path / "tiny")
+    assert Bundle.open().name == "toy"
+
+
+def test_sealing_again_opens_again(toy: Path) -> None:
+    (toy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "flow"}')
+    seal(toy, json.loads((toy / "manifest.json").read_text()))
+    with pytest.raises(BundleError, match="'flow' is not supported"):
+        Bundle.open(toy).schedule()

@@ -1,0 +1,188 @@
+"""A folder as optimum exports it, here of toy graphs: its manifest is derived, and it generates what ours would.
+
+What optimum really writes is tested against optimum in test_optimum.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.toy_bundle import make_toy_bundle
+
+from unidiff_sdk import Catalog
+from unidiff_sdk.errors import BundleError
+from unidiff_sdk.generation.generator import Generator
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.encoder import Encoder, load_tokenizer, token_ids
+from unidiff_sdk.inference.tokenizer import clip_tokenizer
+
+onnx = pytest.importorskip("onnx", reason="needs the export extra")
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "model_index.json": {"_class_name": "ORTStableDiffusionPipeline"},
+    "text_encoder/config.json": {"max_position_embeddings": 12},
+    "unet/config.json": {
+        "in_channels": 4,
+        "sample_size": 8,
+        "cross_attention_dim": 8,
+        "block_out_channels": [4, 4],
+        "class_embed_type": None,
+    },
+    "vae_decoder/config.json": {"block_out_channels": [4, 4], "scaling_factor": 0.5, "shift_factor": None},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(make_toy_bundle(tmp_path_factory.mktemp("bundle") / "toy"), threads=1)
+
+
+def as_exported_by_optimum(bundle: Bundle, folder: Path) -> Path:
+    """The toy bundle without what optimum does not write, with its single timestep and its VAE encoder's moments."""
+    shutil.copytree(bundle.path, folder)
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "image_encoder")
+    for name, config in CONFIGS.items():
+        (folder / name).write_text(json.dumps(config))
+    unet = onnx.load(folder / "unet" / "model.onnx")
+    timestep = next(value for value in unet.graph.input if value.name == "timestep")
+    timestep.name = "the timestep"
+    timestep.type.tensor_type.ClearField("shape")
+    timestep.type.tensor_type.shape.SetInParent()
+    timestep.type.tensor_type.elem_type = onnx.TensorProto.INT64
+    make = onnx.helper.make_node
+    unet.graph.node.insert(0, make("Cast", ["timestep"], ["float"], to=onnx.TensorProto.FLOAT))
+    unet.graph.node.insert(1, make("Reshape", ["float", "one"], ["each"]))
+    unet.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1], np.int64), "one"))
+    for node in list(unet.graph.node)[2:]:
+        node.input[:] = ["each" if name == "timestep" else name for name in node.input]
+    timestep.name = "timestep"
+    onnx.save(unet, folder / "unet" / "model.onnx")
+    encoder = onnx.load(folder / "vae_encoder" / "model.onnx")
+    (conv,) = encoder.graph.node
+    conv.output[0] = "mean"
+    encoder.graph.node.append(make("Concat", ["mean", "mean"], ["latent_parameters"], axis=1))
+    encoder.graph.output[0].name = "latent_parameters"
+    encoder.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
+    onnx.save(encoder, folder / "vae_encoder" / "model.onnx")
+    text = onnx.load(folder / "text_encoder" / "model.onnx")
+    del text.graph.output[1]
+    onnx.save(text, folder / "text_encoder" / "model.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(toy: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return as_exported_by_optimum(toy, tmp_path_factory.mktemp("optimum") / "shop")
+
+
+def test_it_generates_what_our_bundle_generates(toy: Bundle, folder: Path) -> None:
+    opened = Bundle.open(folder, threads=1)
+    assert (opened.name, opened.precision, opened.prompt_tokens) == ("shop", "fp32", 12)
+    assert opened.manifest["latent"] == toy.manifest["latent"]
+    assert "'shop', fp32, generation only" in repr(opened)
+    settings: dict[str, Any] = {"n": 3, "seed": 5, "steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
+    ours = Generator(toy).generate(["a coat", "boots"], **settings)
+    theirs = Generator(opened).generate(["a coat", "boots"], **settings)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_it_varies_a_picture(toy: Bundle, folder: Path) -> None:
+    settings: dict[str, Any] = {"seed": 5, "steps": 4, "sampler": "ddim", "guidance_scale": 3.0, "strength": 0.6}
+    settings["like"] = np.full((16, 16, 3), 90, np.uint8)
+    (ours,), (theirs,) = (Generator(bundle).generate("a coat", **settings) for bundle in (toy, Bundle.open(folder)))
+    np.testing.assert_array_equal(np.asarray(theirs), np.asarray(ours))
+
+
+def test_requests_at_different_steps_may_share_a_call(toy: Bundle, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    inputs = {
+        "sample": rng.standard_normal((5, 4, 8, 8), dtype=np.float32),
+        "timestep": np.float32([900, 10, 500, 10, 900]),
+        "encoder_hidden_states": rng.standard_normal((5, 12, 8), dtype=np.float32),
+    }
+    ours, theirs = (bundle.session("unet").run(["out_sample"], inputs)[0] for bundle in (toy, Bundle.open(folder)))
+    np.testing.assert_allclose(theirs, ours, atol=1e-6)
+
+
+def test_the_vae_encoder_gives_the_mean(toy: Bundle, folder: Path) -> None:
+    pixels = {"sample": np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)}
+    ours, theirs = (
+        bundle.session("vae_encoder").run(["latent_sample"], pixels)[0] for bundle in (toy, Bundle.open(folder))
+    )
+    np.testing.assert_array_equal(theirs, ours)
+
+
+def test_it_warms_up(folder: Path) -> None:
+    assert [line.graph for line in Bundle.open(folder, threads=1).warmup()] == [
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "vae_encoder",
+    ]
+
+
+def test_it_cannot_search_and_says_so(folder: Path) -> None:
+    encoder = Encoder(Bundle.open(folder))
+    for search in (
+        lambda: encoder.encode_texts(["a coat"]),
+        lambda: encoder.encode_images([np.zeros((8, 8, 3), np.uint8)]),
+        lambda: Catalog(":memory:", bundle=folder),
+    ):
+        with pytest.raises(BundleError, match="without CLIP: it generates, but cannot search, rank or index"):
+            search()
+
+
+def test_the_fingerprint_follows_the_files(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    before = Bundle.open(folder).fingerprint
+    assert Bundle.open(tmp_path / "copy").fingerprint == before
+    (tmp_path / "copy" / "unet" / "model.onnx").write_bytes(b"other")
+    assert Bundle.open(tmp_path / "copy").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("unet/config.json", {"addition_embed_type": "text_time"}, r"addition_embed_type text_time\), as SDXL"),
+        ("vae_decoder/config.json", {"scaling_factor": None}, "do not say 'scaling_factor'; export the pipeline again"),
+        ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
+    ],
+)
+def test_what_cannot_be_derived_is_named(
+    folder: Path, tmp_path: Path, file: str, change: dict[str, Any] | None, message: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    config = {key: value for key, value in (CONFIGS[file] | (change or {})).items() if value is not None}
+    (tmp_path / "copy" / file).write_text("{" if change is None else json.dumps(config))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(tmp_path / "copy")
+
+
+def test_a_graph_without_what_is_needed_says_what_it_gives(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="the graph gives last_hidden_state, but text_embeds is needed"):
+        Bundle.open(folder).session("text_encoder").run(["text_embeds"], {"input_ids": np.zeros((1, 12), np.int64)})
+
+
+TEXTS = ["a red dress", "", "Ünïcode — 日本 & <b>tags</b>", "don't   SHOUT\n", "long " * 30, "🙂 12.5% <|endoftext|> x"]
+
+
+def test_tokenizer_from_vocabulary_and_merges_equals_tokenizer_json(tmp_path: Path) -> None:
+    tiny = Bundle.open("tiny").path / "tokenizer"
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(tiny / name, tmp_path)
+    ours, theirs = load_tokenizer(tmp_path, 20), load_tokenizer(tiny, 20)
+    np.testing.assert_array_equal(token_ids(ours, TEXTS), token_ids(theirs, TEXTS))
+    assert clip_tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt").get_vocab() == theirs.get_vocab()
+
+
+def test_a_damaged_vocabulary_is_named(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(BundleError, match="the tokenizer cannot be read"):
+        load_tokenizer(tmp_path, 20)

@@ -1,0 +1,66 @@
+"""Charts: well-formed SVG in which points lie where their values say, whatever the values are."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from xml.etree import ElementTree
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unidiff_sdk._internal.pages.charts import Line, _Axis, line_chart
+
+SVG = "{http://www.w3.org/2000/svg}"
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+
+
+def drawn(*lines: Line, **options: object) -> ElementTree.Element:
+    return ElementTree.fromstring(line_chart("title", lines, x_label="x", **options))
+
+
+def places(svg: ElementTree.Element) -> list[tuple[float, float]]:
+    points = svg.find(f"{SVG}polyline").get("points").split()
+    return [tuple(map(float, point.split(","))) for point in points]
+
+
+@settings(max_examples=100, deadline=None)
+@given(points=st.lists(st.tuples(numbers, numbers), max_size=8), log=st.booleans())
+def test_any_values_give_well_formed_svg(points: list[tuple[float, float]], log: bool) -> None:
+    svg = drawn(Line("a <b> & c", points), log_x=log, log_y=log)
+    text = "".join(svg.itertext())
+    assert "nan" not in text and "inf" not in text
+
+
+def test_points_lie_in_proportion() -> None:
+    (x0, y0), (x1, y1), (x2, y2) = places(drawn(Line("a", [(0, 0), (5, 10), (10, 40)])))
+    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.2) and math.isclose(y0 - y2, 4 * (y0 - y1), abs_tol=0.5)
+
+
+def test_a_logarithmic_axis_has_equal_decades_and_leaves_out_what_it_cannot_show() -> None:
+    found = places(drawn(Line("a", [(0, 1), (1, 1), (10, 10), (100, 100), (-1, 5)]), log_x=True, log_y=True))
+    assert len(found) == 3
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(found)]
+    assert math.isclose(steps[0][0], steps[1][0], abs_tol=0.2) and steps[0][1] < 0
+
+
+def test_a_few_whole_places_on_a_logarithmic_axis_are_its_ticks() -> None:
+    batches = drawn(Line("a", [(1, 5.0), (4, 9.0), (16, 30.0)]), log_x=True)
+    assert {"1", "4", "16"} <= {text.text for text in batches.iter(f"{SVG}text")}
+
+
+@settings(max_examples=200, deadline=None)
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-6, 1e6), log=st.booleans())
+def test_ticks_are_few_round_and_inside(low: float, span: float, log: bool) -> None:
+    low = abs(low) + 1e-3 if log else low
+    axis = _Axis.over([low, low + span], log, 0, 100)
+    ticks = axis.ticks()
+    assert 1 <= len(ticks) <= 16 and ticks == sorted(set(ticks))
+    assert all(-1e-6 <= axis.at(tick) <= 100 + 1e-6 for tick in ticks)
+
+
+def test_names_are_listed_once_and_not_at_all_for_a_single_line() -> None:
+    points = [(0.0, 1.0), (1.0, 2.0)]
+    both = drawn(Line("raw", points, faint=True), Line("raw", points), Line("other", points, dashed=True))
+    assert ["".join(text.itertext()) for text in both.iter(f"{SVG}text")].count("raw") == 1
+    assert "raw" not in "".join(drawn(Line("raw", points)).find(f"{SVG}text").itertext())

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from unidiff_sdk._internal.parallel import batched, overlapped
+
+
+def test_results_are_in_order_and_few_are_under_way() -> None:
+    taken: list[int] = []
+    ahead: list[int] = []
+
+    def source() -> Iterator[int]:
+        for n in range(40):
+            ahead.append(n - len(taken))
+            yield n
+
+    def work(n: int) -> int:
+        time.sleep(0.002 * (n % 3))
+        return n * n
+
+    for result in overlapped(work, source(), workers=3):
+        taken.append(result)
+    assert taken == [n * n for n in range(40)]
+    assert max(ahead) <= 4
+
+
+def test_work_overlaps() -> None:
+    """Three pieces that wait for one another can only end if they run at the same time."""
+    barrier = threading.Barrier(3, timeout=5)
+    assert len(list(overlapped(lambda _: barrier.wait(), range(3), workers=3))) == 3
+
+
+def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
+    began: list[int] = []
+
+    def work(n: int) -> int:
+        began.append(n)
+        if n == 2:
+            raise ValueError("two")
+        return n
+
+    results = overlapped(work, range(1000), workers=2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ValueError, match="two"):
+        next(results)
+    assert len(began) < 8
+
+
+def test_an_error_of_the_source_comes_after_what_was_before_it() -> None:
+    def source() -> Iterator[int]:
+        yield from range(2)
+        raise ValueError("dry")
+
+    taken = []
+    with pytest.raises(ValueError, match="dry"):
+        for result in overlapped(lambda n: n, source(), workers=1):
+            taken.append(result)
+    assert taken == [0, 1]
+
+
+def test_batches() -> None:
+    assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]

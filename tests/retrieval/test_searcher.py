@@ -1,0 +1,322 @@
+"""Pages of a ranking: cursors, groups, variety, thresholds; over every store, against the plainest computation."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.backends import BACKENDS, DIM
+
+from unidiff_sdk import Hit, OptionError, Page
+from unidiff_sdk.retrieval.cursors import Cursor
+from unidiff_sdk.retrieval.duplicates import near_duplicates
+from unidiff_sdk.retrieval.query import Query
+from unidiff_sdk.retrieval.ranking import diversify
+from unidiff_sdk.retrieval.searcher import Searcher, Window
+from unidiff_sdk.store import Record, Store
+from unidiff_sdk.store.ids import key_of
+from unidiff_sdk.store.images import ImageStore
+
+# Local mode says that payload indexes have no effect on it.
+pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+
+
+class Words:
+    """A stand-in for the encoder: a text is the vector that its characters seed."""
+
+    def encode_text(self, text: str) -> np.ndarray:
+        return direction(sum(map(ord, text)))
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        return np.array([self.encode_text(text) for text in texts])
+
+
+def direction(seed: int) -> np.ndarray:
+    vector = np.random.default_rng(seed).normal(size=DIM).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def item(name: int, vector: np.ndarray | None = None, **payload: Any) -> Record:
+    vector = direction(name) if vector is None else vector
+    return Record(key_of(name), vector, {"id": name, **payload, "_unidiff": {"sha256": str(name), "uri": ""}})
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda make: make.__name__)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    store = request.param(tmp_path)
+    yield store
+    store.close()
+
+
+def searcher(store: Store) -> Searcher:
+    images = ImageStore(Path())
+
+    def hit(payload: dict[str, Any], score: float) -> Hit:
+        return Hit(payload["id"], score, payload.get("text"), payload, "", payload["_unidiff"]["sha256"], images)
+
+    return Searcher(store, Words, hit, lambda texts, n: [])  # type: ignore[arg-type]
+
+
+def page(store: Store, query: Query, **window: Any) -> Page:
+    return searcher(store).search([query], Window.of(**window))[0]
+
+
+def ids(hits: Any) -> list[Any]:
+    return [hit.id for hit in hits]
+
+
+def all_pages(store: Store, query: Query, **window: Any) -> list[Page]:
+    """Every page, from cursor to cursor, each by a new searcher as another process would have it."""
+    pages = [page(store, query, **window)]
+    while pages[-1].cursor:
+        pages.append(page(store, query, **window, cursor=pages[-1].cursor))
+    return pages
+
+
+ASKED = Query.of(vector=direction(10_000))
+
+
+# ------------------------------------------------------------------------------------------------ pages
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"where": {"n": {"lt": 30}}},
+        {"min_score": 0.1},
+        {"group_by": "brand"},
+        {"diversity": 0.5},
+        {"hybrid": True},
+        {"hybrid": 0.3, "group_by": "brand"},
+    ],
+)
+def test_cursors_go_through_the_whole_ranking(store: Store, window: dict[str, Any]) -> None:
+    store.upsert([item(n, n=n, brand=f"brand {n % 23}", text="red" if n % 3 else "blue") for n in range(47)])
+    query = Query.of("red")
+    whole = page(store, query, limit=100, **window)
+    assert whole.cursor is None and len(whole) > 14
+    pages = all_pages(store, query, limit=7, **window)
+    assert [id for part in pages for id in ids(part)] == ids(whole)
+    assert [part.offset for part in pages] == [7 * k for k in range(len(pages))]
+    assert ids(page(store, query, limit=5, offset=6, **window)) == ids(whole)[6:11]
+    # The limit may change on the way.
+    assert ids(page(store, query, limit=11, **window, cursor=pages[0].cursor)) == ids(whole)[7:18]
+
+
+def test_cursors_stay_valid_while_items_come_and_go(store: Store) -> None:
+    """Nothing is shown twice, and nothing that was there all the time is missed, whatever happens between pages."""
+    rng = np.random.default_rng(0)
+    for mixed in (False, True):
+        store.upsert([item(n) for n in range(120)])
+        query = Query.of(vector=direction(1), without="stripes" if mixed else None)
+        alive, shown, cursor, new = set(range(120)), [], None, 1000 + 1000 * mixed
+        while True:
+            part = page(store, query, limit=9, cursor=cursor)
+            shown += ids(part)
+            cursor = part.cursor
+            if cursor is None:
+                break
+            gone = {int(n) for n in rng.choice(sorted(alive), 6, replace=False)}
+            alive -= gone
+            store.delete([key_of(n) for n in gone])
+            store.upsert([item(new + k) for k in range(5)])
+            new += 5
+        assert len(shown) == len(set(shown))
+        assert alive <= set(shown)
+        store.delete([key_of(n) for n in [*range(120), *range(1000, new)]])
+
+
+def test_cursors_among_equal_scores(store: Store) -> None:
+    store.upsert([item(n, vector=direction(0)) for n in range(40)] + [item(50 + n) for n in range(10)])
+    shown = [id for part in all_pages(store, Query.of(vector=direction(0)), limit=7) for id in ids(part)]
+    assert sorted(shown) == sorted([*range(40), *range(50, 60)])
+    shown = [id for part in all_pages(store, Query.of(vector=-direction(0)), limit=7) for id in ids(part)]
+    assert sorted(shown) == sorted([*range(40), *range(50, 60)])
+
+
+def test_cursors_of_other_searches_are_refused(store: Store) -> None:
+    store.upsert([item(n, n=n) for n in range(10)])
+    cursor = page(store, ASKED, limit=3).cursor
+    assert cursor
+    assert len(page(store, ASKED, limit=3, cursor=cursor)) == 3
+    for query, window in [
+        (Query.of(vector=direction(3)), {}),
+        (Query.of("red"), {}),
+        (ASKED, {"where": {"n": {"lt": 5}}}),
+        (ASKED, {"min_score": 0.0}),
+    ]:
+        with pytest.raises(OptionError, match="belongs to another search"):
+            page(store, query, limit=3, cursor=cursor, **window)
+    assert ids(page(store, ASKED, limit=3, cursor="")) == ids(page(store, ASKED, limit=3))  # as `?cursor=` has it
+    for text in ("x", cursor[:-8], cursor + "AAAA", "💡", cursor[::-1], 7):
+        with pytest.raises(OptionError, match=r"not one that a page gave out|damaged"):
+            page(store, ASKED, limit=3, cursor=text)
+
+
+def test_a_cursor_survives_its_string() -> None:
+    ties = frozenset(str(uuid.UUID(int=n)) for n in range(3))
+    for cursor in (
+        Cursor(b"12345678", 5),
+        Cursor(b"12345678", 5, 0.25, ties),
+        Cursor(b"12345678", 70_000, -0.5, ties, direction(0)),
+    ):
+        again = Cursor.read(str(cursor), b"12345678", DIM)
+        assert (again.shown, again.score, again.ties) == (cursor.shown, cursor.score, cursor.ties)
+        assert (again.vector is None) == (cursor.vector is None)
+        if cursor.vector is not None:
+            np.testing.assert_array_equal(again.vector, cursor.vector)
+
+
+# ------------------------------------------------------------------------------------------------ arrangements
+
+
+def test_one_hit_a_group(store: Store) -> None:
+    """One brand fills the first 600 places, some items have none, one has a list."""
+    records = [item(n, vector=unit(direction(1) + 0.01 * direction(n)), brand="Acme") for n in range(600)]
+    records += [item(1000 + n, brand=["Nord", "Vellum", 7, True, None][n % 5]) for n in range(40)]
+    records += [item(2000 + n) for n in range(3)] + [item(3000, brand=["a", "b"])]
+    store.upsert(records)
+    query = direction(1)
+    best: dict[Any, Record] = {}
+    for record in sorted(records, key=lambda r: -float(r.vector @ query)):
+        brand = record.payload.get("brand")
+        best.setdefault((type(brand), str(brand)) if brand is not None else record.id, record)
+    expected = [record.payload["id"] for record in best.values()]
+    assert ids(page(store, Query.of(vector=query), group_by="brand", limit=50)) == expected
+    assert ids(page(store, Query.of(vector=query), group_by="brand", limit=3)) == expected[:3]
+    assert ids(page(store, Query.of(vector=query), group_by="brand", limit=3, offset=2)) == expected[2:5]
+    assert len(page(store, Query.of(vector=query), group_by="nothing", limit=650)) == 644
+
+
+def test_groups_that_come_before_a_cursor_hide_none_behind_it(store: Store) -> None:
+    near = [unit(direction(1) + 0.001 * n * direction(2)) for n in range(400)]
+    store.upsert([item(n, vector=near[n], brand=f"brand {n // 20}") for n in range(100, 400)])
+    query = Query.of(vector=direction(1))
+    first = page(store, query, group_by="brand", limit=4)
+    assert [hit.payload["brand"] for hit in first] == [f"brand {k}" for k in range(5, 9)]
+    store.upsert([item(n, vector=near[n], brand=f"brand {n // 20}") for n in range(100)])
+    second = page(store, query, group_by="brand", limit=4, cursor=first.cursor)
+    assert [hit.payload["brand"] for hit in second] == [f"brand {k}" for k in range(9, 13)]
+    assert second.cursor
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.3, 0.7, 1.0])
+def test_diversity_is_maximal_marginal_relevance(diversity: float) -> None:
+    """Against the definition, evaluated pick by pick."""
+    rng = np.random.default_rng(1)
+    for _ in range(10):
+        vectors = np.array([direction(int(k)) for k in rng.integers(0, 1000, 25)])
+        relevance = (vectors @ direction(5)).astype(np.float32)
+        relative = (relevance - relevance.min()) / np.ptp(relevance)
+        likeness = vectors @ vectors.T
+        likeness = (likeness - likeness.min()) / np.ptp(likeness)
+        picked = [int(np.argmax(relevance))]
+        while len(picked) < 10:
+            gains = {
+                k: (1 - diversity) * relative[k] - diversity * max(likeness[k][p] for p in picked)
+                for k in range(25)
+                if k not in picked
+            }
+            picked.append(max(gains, key=lambda k: gains[k]))
+        assert diversify(relevance, vectors, diversity, 10) == picked
+
+
+def test_diverse_pages(store: Store) -> None:
+    twins = [item(n, vector=unit(direction(1) + 0.01 * direction(n))) for n in range(20)]
+    store.upsert(twins + [item(100 + n) for n in range(60)])
+    query = Query.of(vector=direction(1))
+    assert ids(page(store, query, diversity=0.0)) == ids(page(store, query))
+    assert set(ids(page(store, query))) <= set(range(20))
+    varied = page(store, query, diversity=0.7)
+    assert varied[0].id == page(store, query)[0].id
+    assert sum(id < 20 for id in ids(varied)) < 4
+
+
+def test_min_score(store: Store) -> None:
+    records = [item(n) for n in range(60)]
+    store.upsert(records)
+    expected = {r.payload["id"] for r in records if r.vector @ direction(10_000) >= 0.2}
+    assert set(ids(page(store, ASKED, min_score=0.2, limit=60))) == expected
+    assert len(page(store, ASKED, min_score=1.5)) == 0
+
+
+def test_examples_are_no_hits(store: Store) -> None:
+    store.upsert([item(n) for n in range(30)])
+    found = page(store, Query.of(like=[3, 4], unlike=5, vector=direction(3)), limit=30)
+    assert set(ids(found)) == set(range(30)) - {3, 4, 5}
+
+
+def test_a_batch_is_its_searches(store: Store) -> None:
+    store.upsert([item(n, text="red" if n % 2 else "blue", brand=n % 4) for n in range(40)])
+    queries = [Query.of("red"), Query.of("red", without="stripes"), Query.of(like=3), ASKED]
+    for window in ({}, {"group_by": "brand"}, {"diversity": 0.4}, {"offset": 3}):
+        together = searcher(store).search(queries, Window.of(limit=6, **window))
+        assert [ids(part) for part in together] == [ids(page(store, q, limit=6, **window)) for q in queries]
+
+
+@pytest.mark.parametrize(
+    ("window", "says"),
+    [
+        ({"limit": 0}, "limit=0"),
+        ({"offset": -1}, "offset=-1"),
+        ({"cursor": "x", "offset": 3}, "exclude each other"),
+        ({"min_score": float("nan")}, "min_score"),
+        ({"min_score": True}, "min_score"),
+        ({"diversity": 1.5}, "from 0"),
+        ({"diversity": 0.5, "group_by": "brand"}, "exclude each other"),
+        ({"group_by": ""}, "name of a column"),
+        ({"hybrid": 1.0}, "below 1"),
+        ({"hybrid": "yes"}, "True, False"),
+        ({"hybrid": True, "min_score": 0.2}, "choose one"),
+        ({"hybrid": True, "limit": 501}, "first 500"),
+    ],
+)
+def test_refusals(window: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        Window.of(**window)
+
+
+def test_hybrid_needs_words(store: Store) -> None:
+    with pytest.raises(OptionError, match="give a text"):
+        page(store, ASKED, hybrid=True)
+
+
+# ------------------------------------------------------------------------------------------------ duplicates
+
+
+def test_near_duplicates_are_the_connected_components(store: Store) -> None:
+    rng = np.random.default_rng(0)
+    records = [
+        item(100 * group + k, vector=unit(direction(group) + 0.03 * rng.normal(size=DIM)), even=group % 2 == 0)
+        for group in range(12)
+        for k in range(group)
+    ]
+    store.upsert(records)
+    vectors = np.array([r.vector for r in records])
+    for threshold in (0.9, 0.98, 0.99):
+        links = vectors @ vectors.T >= threshold
+        reach = np.linalg.matrix_power(links.astype(float), len(records)) > 0
+        expected = {frozenset(np.flatnonzero(row)) for row in reach if row.sum() > 1}
+        places = {r.id: place for place, r in enumerate(records)}
+        groups = near_duplicates(store, threshold, None)
+        assert {frozenset(places[found.id] for found in group) for group in groups} == expected
+        assert [len(group) for group in groups] == sorted((len(group) for group in groups), reverse=True)
+        for group in groups:
+            for found in group:
+                others = [vectors[places[o.id]] for o in group if o.id != found.id]
+                assert found.score == pytest.approx(max(vectors[places[found.id]] @ o for o in others), abs=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0, -0.5, 1.01, True, "high", float("nan")])
+def test_a_threshold_is_a_cosine(store: Store, threshold: Any) -> None:
+    with pytest.raises(OptionError, match="cosine above 0"):
+        near_duplicates(store, threshold, None)

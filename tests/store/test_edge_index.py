@@ -1,0 +1,121 @@
+"""What Edge's index finds: among 8-bit vectors, and where few items pass a filter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.toy_bundle import make_toy_bundle
+
+from unidiff_sdk import Catalog, OptionError, StoreError
+from unidiff_sdk.store import Nearest, Record
+from unidiff_sdk.store.edge import quantization as storage
+from unidiff_sdk.store.edge.store import EdgeStore
+from unidiff_sdk.store.filters import parse
+from unidiff_sdk.store.ids import key_of
+
+MANY, WIDE = 1400, 2048  # just over the size from which the engine compresses and builds a graph: 10,000 KB
+
+
+def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((MANY + 30, WIDE)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors, queries = np.split(vectors, [MANY])
+    store = EdgeStore(tmp_path / "vectors", WIDE, "scalar")
+    for start in range(0, MANY, 350):
+        store.upsert(
+            [
+                Record(key_of(k), vectors[k], {"n": k, "half": k % 2, "text": f"word{k}"})
+                for k in range(start, start + 350)
+            ]
+        )
+    assert not list(tmp_path.rglob("quantized*.data"))
+    store.optimize()
+    assert store.unindexed() == 0
+    (compressed,) = tmp_path.rglob("quantized.data")
+    assert compressed.stat().st_size < vectors.nbytes / 3
+    store.close()
+
+    store = EdgeStore(tmp_path / "vectors", WIDE)
+    assert store.quantization == "scalar"
+    right = 0
+    for query in queries:
+        scores = vectors @ query
+        for where, passing in ((None, np.arange(MANY)), ({"half": 1}, np.arange(1, MANY, 2))):
+            found = store.query(query, limit=10, where=parse(where))
+            rows = [one.payload["n"] for one in found]
+            np.testing.assert_allclose([one.score for one in found], scores[rows], atol=1e-6)
+            right += len(set(rows) & set(passing[np.argsort(-scores[passing])[:10]]))
+    assert right > 0.9 * 2 * 10 * len(queries)
+    (hybrid,) = store.query_batch([Nearest(queries[0], 5, words="word700", bm25=0.9)])
+    assert hybrid[0].payload["n"] == 700
+    store.close()
+
+
+@pytest.mark.slow
+def test_few_that_pass_a_filter_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the graph too, which was built before the filter was known; here it is taken however few pass."""
+    monkeypatch.setattr("unidiff_sdk.store.edge.store.FULL_SCAN_KB", 1)
+    many, wide, rng = 21_000, 128, np.random.default_rng(0)
+    vectors = rng.standard_normal((300, 1, wide)) + 0.5 * rng.standard_normal((300, many // 300, wide))
+    vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32).reshape(many, wide)
+    store = EdgeStore(tmp_path / "vectors", wide)
+    for start in range(0, many, 1000):
+        store.upsert([Record(key_of(k), vectors[k], {"n": k, "tenth": k % 10}) for k in range(start, start + 1000)])
+    store.optimize()
+    assert store.unindexed() == 0
+    passing, right = np.arange(3, many, 10), 0
+    for query in vectors[::700]:
+        found = [one.payload["n"] for one in store.query(query, limit=10, where=parse({"tenth": 3}))]
+        right += len(set(found) & set(passing[np.argsort(-(vectors @ query)[passing])[:10]]))
+    assert right >= 0.95 * 10 * 30
+    store.close()
+
+
+def test_a_catalogue_keeps_its_quantisation(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "a"), quantization="scalar") as catalog:
+        catalog.add([Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")], ids=[1, 2, 3])
+        assert catalog.reindex(make_toy_bundle(tmp_path / "b", seed=1)) == 3
+        assert len(catalog.search(like=1)) == 2
+    configurations = [file.read_text() for file in (tmp_path / "shop").rglob("edge_config.json")]
+    assert configurations and all('"int8"' in text for text in configurations)
+    with Catalog(tmp_path / "shop", quantization="scalar") as catalog:
+        assert catalog.count() == 3
+
+
+def test_it_is_chosen_once_and_by_name(tmp_path: Path) -> None:
+    bundle = make_toy_bundle(tmp_path / "a")
+    with pytest.raises(OptionError, match=r"'int4'.*'scalar'"):
+        Catalog(tmp_path / "new", bundle, quantization="int4")
+    Catalog(tmp_path / "new", bundle, quantization="scalar").close()
+    Catalog(tmp_path / "plain", bundle).close()
+    with pytest.raises(StoreError, match="made with quantization=None"):
+        Catalog(tmp_path / "plain", quantization="scalar")
+    Catalog(tmp_path / "plain").close()
+    with pytest.raises(OptionError, match="ServerOptions"):
+        Catalog("http://localhost:6333", bundle, images=tmp_path / "images", quantization="scalar")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "room", "is_read"), [(None, 10**9, True), (None, 10**5, False), ("scalar", 10**9, False)]
+)
+def test_what_a_search_reads_is_brought_into_memory_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, room: int, is_read: bool
+) -> None:
+    """All of it, by reading it; but not what is to stay on disk, nor more than there is room for."""
+    vectors = np.eye(256, dtype=np.float32)
+    store = EdgeStore(tmp_path / "vectors", 256, quantization)
+    store.upsert([Record(key_of(k), vector, {"n": k}) for k, vector in enumerate(vectors)])
+    store.close()
+    monkeypatch.setattr(storage, "available_memory", lambda: room)
+    before = bytes_read()
+    storage.warm(tmp_path / "vectors" / "0")
+    assert (bytes_read() - before > vectors.nbytes) == is_read
+
+
+def bytes_read() -> int:
+    """By this process's system calls so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])

@@ -1,0 +1,324 @@
+"""The contract of a store, over every back end."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.backends import BACKENDS, DIM, edge, record
+
+from unidiff_sdk.errors import StoreError
+from unidiff_sdk.store import Nearest, Record, Store
+from unidiff_sdk.store.filters import parse
+from unidiff_sdk.store.indexes import PayloadIndexes
+
+# Local mode says that payload indexes have no effect on it.
+pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda make: make.__name__)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    store = request.param(tmp_path)
+    yield store
+    store.close()
+
+
+def test_empty(store: Store) -> None:
+    assert store.count() == 0
+    assert store.query(np.ones(DIM, np.float32), limit=5) == []
+    assert store.retrieve([record(0).id]) == []
+    assert list(store.scroll()) == []
+    store.delete([record(0).id])
+
+
+def test_round_trip(store: Store) -> None:
+    payload = {
+        "text": "größe 💡",
+        "n": 3,
+        "x": 2.5,
+        "yes": True,
+        "none": None,
+        "list": [1, "a"],
+        "nested": {"a": {"b": 1}},
+    }
+    original = record(1, **payload)
+    store.upsert([original])
+    (stored,) = store.retrieve([original.id])
+    assert stored.payload == payload
+    np.testing.assert_allclose(stored.vector, original.vector, atol=1e-7)
+
+
+def test_search_is_the_dot_product_in_order(store: Store) -> None:
+    records = [record(n) for n in range(200)]
+    store.upsert(records)
+    query = 3 * record(1000).vector  # not of unit length: a mix of queries never is
+    scores = np.array([r.vector for r in records]) @ query
+    best = np.argsort(-scores)
+    found = store.query(query, limit=10)
+    assert [f.id for f in found] == [records[k].id for k in best[:10]]
+    np.testing.assert_allclose([f.score for f in found], scores[best[:10]], rtol=1e-5)
+    assert [f.id for f in store.query(query, limit=5, offset=5)] == [f.id for f in found[5:]]
+    assert store.query(query, limit=5, offset=500) == []
+
+
+def test_a_batch_answers_like_one_by_one(store: Store) -> None:
+    records = [record(n, even=n % 2 == 0) for n in range(50)]
+    store.upsert(records)
+    searches = [
+        Nearest(record(100).vector, 5),
+        Nearest(record(101).vector, 3, offset=2, where=parse({"even": True})),
+        Nearest(record(102).vector, 50, exclude=(records[3].id, records[4].id)),
+        Nearest(record(103).vector, 50, min_score=0.3),
+    ]
+    plain, filtered, without, close = store.query_batch(searches)
+    assert plain == store.query(searches[0].vector, limit=5)
+    assert filtered == store.query(searches[1].vector, limit=3, offset=2, where=parse({"even": True}))
+    assert {r.id for r in records} - {f.id for f in without} == {records[3].id, records[4].id}
+    scores = np.array([r.vector for r in records]) @ searches[3].vector
+    assert {f.id for f in close} == {r.id for r, score in zip(records, scores, strict=True) if score >= 0.3}
+    (found,) = store.query_batch([Nearest(records[7].vector, 1, with_vectors=True)])[0]
+    assert found.vector is not None and plain[0].vector is None
+    np.testing.assert_allclose(found.vector, records[7].vector, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.9])
+def test_hybrid_is_reciprocal_rank_fusion_of_cosine_and_bm25(store: Store, share: float) -> None:
+    """Against the two formulas themselves: Robertson and Zaragoza's BM25 and Cormack's fusion."""
+    captions = [
+        "a red dress",
+        "blue boots",
+        "Red, red shoes!",
+        "a long red striped summer dress",
+        "green",
+        "dress größe",
+    ]
+    records = [record(n, text=caption) for n, caption in enumerate(captions)]
+    store.upsert([*records, record(50, other="no caption")])
+    query = record(100).vector
+    tokens = [re.findall(r"[^\W_]+", caption.lower()) for caption in captions]
+    average = sum(map(len, tokens)) / len(tokens)
+    bm25 = np.zeros(len(captions))
+    for word in ("red", "größe"):
+        containing = sum(word in document for document in tokens)
+        idf = np.log(1 + (len(tokens) - containing + 0.5) / (containing + 0.5))
+        for n, document in enumerate(tokens):
+            often = document.count(word)
+            bm25[n] += idf * often * 2.2 / (often + 1.2 * (0.25 + 0.75 * len(document) / average))
+    by_words = [n for n in np.argsort(-bm25) if bm25[n] > 0]
+    by_cosine = list(np.argsort(-np.array([r.vector for r in [*records, record(50)]]) @ query))
+    expected = {
+        n: sum(
+            1 / (60 + (ranking.index(n) + 1) / weight)
+            for ranking, weight in ((by_cosine, 2 - 2 * share), (by_words, 2 * share))
+            if n in ranking
+        )
+        for n in by_cosine
+    }
+    ids = [*(r.id for r in records), record(50).id]
+    (found,) = store.query_batch([Nearest(query, 10, words="RED größe", bm25=share)])
+    assert {f.id: pytest.approx(f.score, abs=1e-6) for f in found} == {ids[n]: s for n, s in expected.items()}
+    assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
+    (found,) = store.query_batch([Nearest(query, 10, words="red", where=parse({"text": {"contains": "dress"}}))])
+    assert {f.id for f in found} == {ids[0], ids[3], ids[5]}
+
+
+def test_ordered(store: Store) -> None:
+    records = [record(n, price=n / 2, day=f"2024-05-{10 + n}", even=n % 2 == 0) for n in range(6)]
+    store.upsert([*records, record(9)])
+    for column, kind in (("price", "float"), ("day", "datetime")):
+        down = store.ordered(column, kind, descending=True, limit=10, offset=0)
+        assert [r.id for r in down] == [r.id for r in reversed(records)]
+        up = store.ordered(column, kind, descending=False, limit=2, offset=1, where=parse({"even": True}))
+        assert [r.id for r in up] == [records[2].id, records[4].id]
+        np.testing.assert_allclose(up[0].vector, records[2].vector, atol=1e-7)
+
+
+def test_facet(store: Store) -> None:
+    store.upsert(
+        [record(n, brand="Nord" if n % 3 else "Acme", tags=["a", "b"][: n % 3], sale=n == 1) for n in range(9)]
+    )
+    assert store.count(parse({"brand": {"contains": "nord"}})) == 6  # which makes an index of another kind
+    assert store.facet("brand", "keyword", limit=10) == {"Nord": 6, "Acme": 3}
+    assert store.facet("tags", "keyword", limit=10, where=parse({"brand": "Nord"})) == {"a": 6, "b": 3}
+    assert store.facet("sale", "bool", limit=10) == {True: 1, False: 8}
+    assert store.facet("brand", "keyword", limit=1) == {"Nord": 6}
+    assert store.count(parse({"brand": {"contains": "nord"}})) == 6
+
+
+def test_an_index_that_two_threads_want_is_made_once() -> None:
+    made: list[str] = []
+
+    class Slow:
+        def create_index(self, column: str, kind: str) -> None:
+            made.append(column)
+            time.sleep(0.05)
+
+        def drop_index(self, column: str) -> None:
+            raise AssertionError
+
+    indexes, store = PayloadIndexes({}), Slow()
+    threads = [threading.Thread(target=indexes.need, args=("brand", "keyword", store)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == ["brand"]
+
+
+def test_upsert_replaces(store: Store) -> None:
+    store.upsert([record(1, colour="red", old=1)])
+    store.upsert([Record(record(1).id, record(2).vector, {"colour": "blue"})])
+    assert store.count() == 1
+    (stored,) = store.retrieve([record(1).id])
+    assert stored.payload == {"colour": "blue"}
+    np.testing.assert_allclose(stored.vector, record(2).vector, atol=1e-7)
+
+
+def test_nothing_to_do_is_done(store: Store) -> None:
+    store.upsert([])
+    store.delete([])
+    assert store.retrieve([]) == [] and store.query_batch([]) == [] and store.count() == 0
+
+
+def test_delete(store: Store) -> None:
+    store.upsert([record(n) for n in range(4)])
+    store.delete([record(1).id, record(3).id, record(77).id])
+    assert store.count() == 2
+    assert {r.id for batch in store.scroll() for r in batch} == {record(0).id, record(2).id}
+
+
+def test_count_with_a_filter(store: Store) -> None:
+    store.upsert([record(n, colour="red" if n % 3 else "blue") for n in range(9)])
+    assert store.count(parse({"colour": "blue"})) == 3
+
+
+def test_scroll_in_batches(store: Store) -> None:
+    store.upsert([record(n, n=n) for n in range(25)])
+    batches = list(store.scroll(batch_size=10))
+    assert [len(batch) for batch in batches] == [10, 10, 5]
+    assert len({r.id for batch in batches for r in batch}) == 25
+    ids = [r.id for batch in batches for r in batch]
+    assert ids == sorted(ids)
+    assert sum(map(len, store.scroll(4, parse({"n": {"lt": 7}})))) == 7
+
+
+@pytest.mark.parametrize("vector", [np.full(DIM, np.nan), np.full(DIM, np.inf), np.ones(DIM + 1)])
+def test_unusable_vectors_are_refused_and_lose_nothing(store: Store, vector: np.ndarray) -> None:
+    store.upsert([record(1)])
+    with pytest.raises(StoreError, match=r"NaN or infinity|shape"):
+        store.upsert([record(2), Record(record(3).id, vector.astype(np.float32), {"id": "bad"})])
+    assert store.count() == 1
+
+
+@pytest.mark.parametrize("vector", [np.full(DIM, np.nan), np.full(DIM, np.inf), np.ones(DIM + 1)])
+def test_unusable_queries_are_refused(store: Store, vector: np.ndarray) -> None:
+    store.upsert([record(1)])
+    with pytest.raises(StoreError, match=f"{DIM} finite numbers"):
+        store.query(vector.astype(np.float32), limit=1)
+
+
+def test_optimize_keeps_everything(store: Store) -> None:
+    store.upsert([record(n) for n in range(100)])
+    store.optimize()
+    assert store.count() == 100
+    assert store.query(record(5).vector, limit=1)[0].id == record(5).id
+
+
+def test_closed(store: Store) -> None:
+    store.close()
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        store.count()
+
+
+def test_sixteen_threads(store: Store, request: pytest.FixtureRequest) -> None:
+    if "client" in request.node.name:
+        pytest.skip("qdrant-client's local mode is not made for threads; its HTTP client is")
+    errors: list[BaseException] = []
+
+    def work(thread: int) -> None:
+        try:
+            for step in range(20):
+                mine = record(1000 * thread + step, thread=thread)
+                store.upsert([mine])
+                assert store.query(mine.vector, limit=1, where=parse({"thread": thread}))[0].id == mine.id
+                if step % 2:
+                    store.delete([mine.id])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert store.count() == 160
+
+
+# ------------------------------------------------------------------------------------------------ Qdrant Edge alone
+
+
+def test_edge_reopens(tmp_path: Path) -> None:
+    store = edge(tmp_path)
+    store.upsert([record(1, colour="red")])
+    store.count(parse({"colour": "red"}))
+    store.close()
+    store = edge(tmp_path)
+    assert store.retrieve([record(1).id])[0].payload == {"colour": "red"}
+    store.close()
+
+
+def test_edge_in_use(tmp_path: Path) -> None:
+    store = edge(tmp_path)
+    with pytest.raises(StoreError, match="in use by another"):
+        edge(tmp_path)
+    store.close()
+    edge(tmp_path).close()
+
+
+def test_edge_survives_a_kill(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
+        "from support.backends import edge, record\n"
+        "edge(Path(sys.argv[1])).upsert([record(n) for n in range(50)]); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])], check=False)
+    store = edge(tmp_path)
+    assert store.count() == 50
+    store.close()
+
+
+# ------------------------------------------------------------------------------------------------ qdrant-client alone
+
+
+def test_a_collection_of_another_bundle_is_refused() -> None:
+    from qdrant_client import QdrantClient, models
+
+    from unidiff_sdk.store.server.store import ServerStore
+
+    client = QdrantClient(":memory:")
+    ServerStore(client, "shop", DIM, "aaaa")
+    ServerStore(client, "shop", DIM, "aaaa")
+    with pytest.raises(StoreError, match="another bundle"):
+        ServerStore(client, "shop", DIM, "bbbb")
+    client.create_collection("theirs", vectors_config=models.VectorParams(size=DIM, distance=models.Distance.DOT))
+    with pytest.raises(StoreError, match="not made by UniDiff"):
+        ServerStore(client, "theirs", DIM, "aaaa")
+
+
+def test_an_unreachable_server_is_one_sentence() -> None:
+    from qdrant_client import QdrantClient
+
+    from unidiff_sdk.store.server.store import ServerStore
+
+    client = QdrantClient("http://127.0.0.1:9", check_compatibility=False)
+    with pytest.raises(StoreError, match="Qdrant server"):
+        ServerStore(client, "shop", DIM, "aaaa")

@@ -1,0 +1,187 @@
+"""A bundle of graphs of one or two nodes, made without torch: what the runtime's own tests need, in milliseconds.
+
+Its names, shapes and files are those of a real bundle (16 px, latents 4x8x8, embeddings of 8, 12 tokens); what it draws
+depends on the prompt, the noise and the timestep, which is all that can be asked of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from unidiff_sdk.inference.bundle import FORMAT, SCHEMA_VERSION, file_sha256, fingerprint_of, manifest_checksum
+
+DIM, TOKENS, IMAGE_SIZE, LATENT_SIZE, CHANNELS = 8, 12, 16, 8, 4
+PICTURE, LATENTS = ["batch", 3, "height", "width"], ["batch", CHANNELS, "height", "width"]
+STATES = ["batch", "tokens", DIM]
+INPUTS = {
+    "text_encoder": {"input_ids": {"dtype": "int64", "shape": ["batch", "tokens"]}},
+    "image_encoder": {"pixel_values": {"dtype": "float32", "shape": ["batch", 3, IMAGE_SIZE, IMAGE_SIZE]}},
+    "unet": {
+        "sample": {"dtype": "float32", "shape": LATENTS},
+        "timestep": {"dtype": "float32", "shape": ["batch"]},
+        "encoder_hidden_states": {"dtype": "float32", "shape": STATES},
+    },
+    "vae_decoder": {"latent_sample": {"dtype": "float32", "shape": LATENTS}},
+    "vae_encoder": {"sample": {"dtype": "float32", "shape": PICTURE}},
+}
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def make_toy_bundle(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Write a bundle into `folder`; `changes` replace parts of its manifest before it is sealed."""
+    rng = np.random.default_rng(seed)
+    _write_graphs(folder, rng)
+    _write_tokenizer(folder / "tokenizer")
+    _write_json(folder / "unet" / "config.json", {"block_out_channels": [4, 4]})
+    _write_json(folder / "vae_decoder" / "config.json", {"block_out_channels": [4, 4]})
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "timestep_spacing": "trailing",
+            "prediction_type": "epsilon",
+        },
+    )
+    manifest = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "name": "toy",
+        "precision": "fp32",
+        "target": "cpu",
+        "graphs": {
+            name: {"file": f"{name}/model.onnx", "precision": "fp32", "inputs": inputs}
+            for name, inputs in INPUTS.items()
+        },
+        "embedding": {"dim": DIM, "shared_text_encoder": True, "max_tokens": TOKENS, "logit_scale": 10.0},
+        "image": {"size": IMAGE_SIZE, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+        "latent": {
+            "channels": CHANNELS,
+            "size": LATENT_SIZE,
+            "scale_factor": IMAGE_SIZE // LATENT_SIZE,
+            "scaling_factor": 0.5,
+            "shift_factor": 0.0,
+        },
+        "sampler": {"name": "ddim", "steps": 4, "guidance_scale": 3.0, "prediction_type": "epsilon"},
+        "synthetic": True,
+    }
+    seal(folder, manifest | changes)
+    return folder
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest with the hashes of what lies in `folder` now."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
+    manifest = manifest | {"files": {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}}
+    manifest["fingerprint"] = fingerprint_of(manifest["files"])
+    manifest["checksum"] = manifest_checksum(manifest)
+    _write_json(folder / "manifest.json", manifest)
+
+
+def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
+    onnx = pytest.importorskip("onnx", reason="needs the export extra")
+    helper, floats, ints = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    node, value = helper.make_node, helper.make_tensor_value_info
+
+    def write(name: str, takes: list[Any], gives: list[Any], nodes: list[Any], **weights: np.ndarray) -> None:
+        initializers = [onnx.numpy_helper.from_array(array, key) for key, array in weights.items()]
+        graph = helper.make_graph(nodes, name, takes, gives, initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.checker.check_model(model)
+        (folder / name).mkdir(parents=True)
+        onnx.save(model, folder / name / "model.onnx")
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    def inputs(name: str) -> list[Any]:
+        kinds = {"float32": floats, "int64": ints}
+        return [value(key, kinds[given["dtype"]], given["shape"]) for key, given in INPUTS[name].items()]
+
+    write(
+        "text_encoder",
+        inputs("text_encoder"),
+        [value("last_hidden_state", floats, STATES), value("text_embeds", floats, ["batch", DIM])],
+        [
+            node("Gather", ["table", "input_ids"], ["last_hidden_state"]),
+            node("ReduceMean", ["last_hidden_state"], ["text_embeds"], axes=[1], keepdims=0),
+        ],
+        table=normal(300, DIM),
+    )
+    write(
+        "image_encoder",
+        inputs("image_encoder"),
+        [value("image_embeds", floats, ["batch", DIM])],
+        [
+            node("GlobalAveragePool", ["pixel_values"], ["mean"]),
+            node("Flatten", ["mean"], ["flat"]),
+            node("Gemm", ["flat", "weight", "bias"], ["image_embeds"]),
+        ],
+        weight=normal(3, DIM),
+        bias=normal(DIM),
+    )
+    write(
+        "unet",
+        inputs("unet"),
+        [value("out_sample", floats, LATENTS)],
+        [
+            node("Conv", ["sample", "kernel"], ["mixed"], pads=[1, 1, 1, 1]),
+            node("ReduceMean", ["encoder_hidden_states"], ["meaning"], axes=[1], keepdims=0),
+            node("MatMul", ["meaning", "weight"], ["wanted"]),
+            node("Unsqueeze", ["timestep", "last_axis"], ["time"]),
+            node("Mul", ["time", "per_step"], ["late"]),
+            node("Add", ["wanted", "late"], ["offset"]),
+            node("Unsqueeze", ["offset", "picture_axes"], ["everywhere"]),
+            node("Add", ["mixed", "everywhere"], ["sum"]),
+            node("Tanh", ["sum"], ["out_sample"]),
+        ],
+        kernel=normal(CHANNELS, CHANNELS, 3, 3) / 6,
+        weight=normal(DIM, CHANNELS),
+        per_step=np.array(0.001, np.float32),
+        last_axis=np.array([1], np.int64),
+        picture_axes=np.array([2, 3], np.int64),
+    )
+    write(
+        "vae_decoder",
+        inputs("vae_decoder"),
+        [value("sample", floats, PICTURE)],
+        [
+            node("ConvTranspose", ["latent_sample", "kernel"], ["wide"], strides=[2, 2]),
+            node("Tanh", ["wide"], ["sample"]),
+        ],
+        kernel=normal(CHANNELS, 3, 2, 2) / 4,
+    )
+    write(
+        "vae_encoder",
+        inputs("vae_encoder"),
+        [value("latent_sample", floats, LATENTS)],
+        [node("Conv", ["sample", "kernel"], ["latent_sample"], strides=[2, 2])],
+        kernel=normal(CHANNELS, 3, 2, 2),
+    )
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """CLIP's conventions over single letters: start token, text, end token; padded with "!" as in SD 2."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    tokens = {token: i for i, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters), START, END])}
+    tokenizer = Tokenizer(models.BPE(tokens, [], unk_token=END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing((END, tokens[END]), (START, tokens[START]), False, False)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", {"pad_token": "!", "eos_token": END})
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value, indent=2), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""Checkpoints: what is saved opens again, here and in the libraries' own loaders, or is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from diffusers import StableDiffusionPipeline  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import CLIPModel  # noqa: E402
+
+from unidiff_sdk.errors import CheckpointError  # noqa: E402
+from unidiff_sdk.training.checkpoints import checkpoint as module  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+
+COMPAT = Path(__file__).parents[2] / "compat"
+PARTS = ("unet", "vae", "clip", "text_encoder", "tokenizer", "scheduler", "image_processor", "meta")
+
+
+def parts(checkpoint: Checkpoint) -> dict:
+    return {name: getattr(checkpoint, name) for name in PARTS}
+
+
+@pytest.fixture
+def copy(random_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_checkpoint, tmp_path / "copy"))
+
+
+def test_text_encoder_is_the_tower_of_clip(random_checkpoint: Path) -> None:
+    loaded = load_checkpoint(random_checkpoint)
+    assert loaded.shared
+    with torch.no_grad():
+        loaded.clip.text_model.state_dict()["final_layer_norm.weight"].fill_(7.0)
+    tensors = loaded.text_encoder.state_dict()
+    assert next(t for name, t in tensors.items() if name.endswith("final_layer_norm.weight")).eq(7.0).all()
+    assert (loaded.image_size, loaded.latent_factor) == (32, 2)
+
+
+def test_text_encoder_of_its_own_stays_its_own(copy: Path) -> None:
+    weights = copy / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["text_model.final_layer_norm.weight"] += 1.0
+    save_file(tensors, weights, metadata={"format": "pt"})
+    loaded = load_checkpoint(copy)
+    assert not loaded.shared
+    saved = save_checkpoint(copy, **parts(loaded))
+    assert load_file(saved / "text_encoder" / "model.safetensors").keys() == tensors.keys()
+    assert not load_checkpoint(saved).shared
+
+
+def test_libraries_load_every_tensor(random_checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(random_checkpoint)
+    saved = save_checkpoint(tmp_path / "deep" / "saved", **parts(loaded))
+    pipeline = StableDiffusionPipeline.from_pretrained(saved)
+    clip, info = CLIPModel.from_pretrained(saved / "clip", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ours = {"unet": loaded.unet, "vae": loaded.vae, "text_encoder": loaded.text_encoder, "clip": loaded.clip}
+    theirs = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "clip": clip}
+    for name, model in ours.items():
+        tensors = theirs[name].state_dict()
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in model.state_dict().items()), name
+    assert pipeline("a red dress", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+def test_text_encoder_keys_carry_the_prefix_and_the_tokenizer_its_three_files(random_checkpoint: Path) -> None:
+    keys = load_file(random_checkpoint / "text_encoder" / "model.safetensors")
+    assert all(key.startswith("text_model.") for key in keys)
+    for folder in ("tokenizer", "clip"):
+        present = {file.name for file in (random_checkpoint / folder).iterdir()}
+        assert {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= present
+
+
+def test_half_precision_is_stored_once_and_loaded_as_float(random_checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(random_checkpoint)
+    saved = save_checkpoint(tmp_path / "half", **parts(loaded), dtype=torch.float16)
+    stored = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    again = load_checkpoint(saved)
+    assert again.shared
+    for model in (again.unet, again.vae, again.clip):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert StableDiffusionPipeline.from_pretrained(saved).text_encoder.dtype == torch.float32
+    assert loaded.unet.dtype == torch.float32, "saving leaves the model itself alone"
+
+
+def test_no_path_of_this_machine_is_written(random_checkpoint: Path, tmp_path: Path) -> None:
+    saved = save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)))
+    for file in saved.rglob("*.json"):
+        assert str(random_checkpoint) not in file.read_text(encoding="utf-8"), file
+
+
+def test_meta_comes_back(random_checkpoint: Path) -> None:
+    meta = load_checkpoint(random_checkpoint).meta
+    assert meta["format"] == "unidiff-checkpoint" and meta["name"] == "random" and meta["synthetic"] is True
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "clip/config.json", "tokenizer/tokenizer_config.json"])
+def test_missing_part_is_named(copy: Path, part: str) -> None:
+    (copy / part).unlink()
+    with pytest.raises(CheckpointError, match=part):
+        load_checkpoint(copy)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_missing_tensor_is_refused_not_left_random(copy: Path) -> None:
+    weights = copy / "clip" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["visual_projection.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"visual_projection\.weight"):
+        load_checkpoint(copy)
+
+
+def test_pickled_weights_are_not_opened(copy: Path) -> None:
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only safetensors"):
+        load_checkpoint(copy)
+
+
+def test_truncated_weights(copy: Path) -> None:
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_checkpoint(copy)
+
+
+def test_unreadable_json(copy: Path) -> None:
+    (copy / "unidiff.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"unidiff\.json"):
+        load_checkpoint(copy)
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(random_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        save_checkpoint(tmp_path, **parts(load_checkpoint(random_checkpoint)))
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "precious"
+
+
+def test_full_disk_leaves_the_previous_checkpoint(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_checkpoint(copy)
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_save_transformer", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(copy, **parts(loaded))
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name], "nothing half-written is left beside it"
+
+
+def test_replacing_keeps_only_the_new_one(copy: Path) -> None:
+    saved = save_checkpoint(copy, **(parts(load_checkpoint(copy)) | {"meta": {"run": 2}}))
+    assert json.loads((saved / "unidiff.json").read_text(encoding="utf-8"))["run"] == 2
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float", "half"])
+def test_the_compatibility_check_passes_on_these_versions(random_checkpoint: Path, tmp_path: Path, half: bool) -> None:
+    dtype = torch.float16 if half else None
+    saved = save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)), dtype=dtype)
+    check_compatibility(sys.executable, saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [False, True], ids=["float", "half"])
+def test_older_libraries_load_every_tensor(random_checkpoint: Path, tmp_path: Path, half: bool) -> None:
+    """transformers 4.57 and diffusers 0.36, in an environment of their own that stays for the next time."""
+    environment = COMPAT.parents[1] / ".venv-compat"
+    python = environment / "bin" / "python"
+    if not (environment / ".ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", COMPAT / "requirements.txt"], check=True)
+        (environment / ".ready").touch()
+    dtype = torch.float16 if half else None
+    check_compatibility(
+        python, save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)), dtype=dtype)
+    )
+
+
+def check_compatibility(python: str | Path, checkpoint: Path) -> None:
+    run = subprocess.run([python, COMPAT / "check_checkpoint.py", checkpoint], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,255 @@
+"""Never lost: whatever stops a run, the last checkpoint is whole, and the run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from unidiff_sdk.errors import CheckpointError, TrainingError  # noqa: E402
+from unidiff_sdk.training.checkpoints import checkpoint as saving  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import TRAINING_STATE, load_checkpoint, recover  # noqa: E402
+from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+from unidiff_sdk.training.loop.trainer import train  # noqa: E402
+
+SETTINGS = {
+    "steps": 5,
+    "batch_size": 5,
+    "save_every": 2,
+    "warmup_steps": 1,
+    "learning_rate": 1e-3,
+    "rsc_warmup_steps": 2,
+    "rsc_teacher": "ema",
+    "rsc_t_max": 900,
+    "flip": True,
+}
+
+# A run that is killed as by `kill -9`: before step AT ends, or in the midst of saving, where no handler can run.
+KILLED = """
+import json, os, signal, sys
+from unidiff_sdk.training import checkpoint, learner, trainer
+from unidiff_sdk.training.config import TrainingConfig
+
+data, base, out, where, at, settings = sys.argv[1:]
+calls = []
+
+def kill_at(function):
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == int(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return wrapped
+
+if where == "step":
+    learner.backpropagate = kill_at(learner.backpropagate)
+elif where == "write":
+    checkpoint._write_json = kill_at(checkpoint._write_json)
+else:
+    checkpoint._retire = kill_at(checkpoint._retire)
+trainer.train(data, base, out, TrainingConfig(**json.loads(settings)), device="cpu", resume=True)
+"""
+
+
+def weights(path: Path) -> dict:
+    loaded = load_checkpoint(path)
+    return {f"{part}.{name}": t for part in ("unet", "clip") for name, t in getattr(loaded, part).state_dict().items()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_catalogue: Path, random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu")
+    return weights(out)
+
+
+@pytest.mark.parametrize(
+    ("where", "at"),
+    [("step", 1), ("step", 4), ("step", 5), ("write", 2), ("retire", 1)],
+    ids=["before-any-save", "after-a-save", "last-step", "while-writing", "while-replacing"],
+)
+def test_a_killed_run_resumes_bit_for_bit(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict, where: str, at: int
+) -> None:
+    out = tmp_path / "run"
+    arguments = [small_catalogue, random_checkpoint, out, where, at, json.dumps(SETTINGS)]
+    # Sums are split over threads: bit for bit is meant for as many of them.
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    killed = subprocess.run(command, capture_output=True, text=True, env=threads)
+    assert killed.returncode == -9, killed.stderr
+    result = train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
+    assert result.steps == 5
+    assert equal(weights(out), uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing half-written is left beside it"
+    assert not (out / TRAINING_STATE).exists(), "a finished run needs no state"
+
+
+def test_an_interrupted_run_resumes_bit_for_bit_with_other_numbers_of_saves(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
+) -> None:
+    out = tmp_path / "run"
+    interrupt_after(3, small_catalogue, random_checkpoint, out)
+    assert load_checkpoint(out).meta["step"] == 3
+    config = TrainingConfig(**(SETTINGS | {"save_every": 100}))
+    seen: list[int] = []
+    train(
+        small_catalogue,
+        random_checkpoint,
+        out,
+        config,
+        device="cpu",
+        resume=True,
+        on_step=lambda r: seen.append(r.step),
+    )
+    assert seen == [4, 5]
+    assert equal(weights(out), uninterrupted)
+
+
+def interrupt_after(step: int, data: Path, base: Path, out: Path, **settings: object) -> None:
+    def interrupt(report) -> None:
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(data, base, out, TrainingConfig(**(SETTINGS | settings)), device="cpu", on_step=interrupt)
+
+
+def test_a_run_resumes_only_as_what_it_was(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    interrupt_after(1, small_catalogue, random_checkpoint, out)
+
+    def again(data: Path = small_catalogue, base: Path = random_checkpoint, resume: bool = True, **settings: object):
+        return train(data, base, out, TrainingConfig(**(SETTINGS | settings)), device="cpu", resume=resume)
+
+    with pytest.raises(TrainingError, match=r"not finished.*--resume"):
+        again(resume=False)
+    with pytest.raises(TrainingError, match="has seed 0, not 1"):
+        again(seed=1)
+    with pytest.raises(TrainingError, match="has base"):
+        again(base=other_base(random_checkpoint, tmp_path))
+    (out / TRAINING_STATE / "weights.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        again()
+    (out / TRAINING_STATE / "state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"cannot read .*state\.json"):
+        again()
+
+
+def test_columns_that_pair_are_part_of_the_run(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    """The same pictures and captions, told apart by other values of the grouping column."""
+    folders = [shutil.copytree(small_catalogue, tmp_path / name) for name in ("then", "now")]
+    for folder, kinds in zip(folders, (4, 3), strict=True):
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
+        lines = (json.dumps(row | {"kind": number % kinds}) for number, row in enumerate(rows))
+        (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"group": ("kind",)}
+    interrupt_after(1, folders[0], random_checkpoint, tmp_path / "run", **settings)
+    config = TrainingConfig(**(SETTINGS | settings))
+    with pytest.raises(TrainingError, match="has groups"):
+        train(folders[1], random_checkpoint, tmp_path / "run", config, device="cpu", resume=True)
+    assert train(folders[0], random_checkpoint, tmp_path / "run", config, device="cpu", resume=True).steps
+
+
+def other_base(checkpoint: Path, folder: Path) -> Path:
+    loaded = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        loaded.unet.conv_out.weight += 1.0
+    return saving.save_checkpoint(folder / "other", **loaded.parts(), meta=loaded.meta)
+
+
+def test_a_finished_run_is_not_run_again(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    config = TrainingConfig(**(SETTINGS | {"steps": 2}))
+    first = train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu")
+    steps: list[int] = []
+    second = train(
+        small_catalogue,
+        random_checkpoint,
+        tmp_path / "run",
+        config,
+        device="cpu",
+        resume=True,
+        on_step=lambda report: steps.append(report.step),
+    )
+    assert steps == [] and (second.steps, second.losses) == (2, first.losses)
+    with pytest.raises(TrainingError, match="has steps 2, not 3"):
+        longer = TrainingConfig(**(SETTINGS | {"steps": 3}))
+        train(small_catalogue, random_checkpoint, tmp_path / "run", longer, device="cpu", resume=True)
+
+
+def test_older_checkpoints_rotate(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    config = TrainingConfig(**(SETTINGS | {"save_every": 1, "keep": 3}))
+    train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu")
+    history = tmp_path / "run.history"
+    assert sorted(folder.name for folder in history.iterdir()) == ["step-000003", "step-000004"]
+    assert load_checkpoint(history / "step-000004").meta["step"] == 4
+    assert not (history / "step-000004" / TRAINING_STATE).exists()
+
+
+def test_a_disk_that_refuses_leaves_the_last_checkpoint(random_checkpoint: Path, tmp_path: Path) -> None:
+    """A real refusal by the kernel, in the midst of a file, through whatever layer writes it."""
+    out = saving.save_checkpoint(tmp_path / "out", **load_checkpoint(random_checkpoint).parts(), meta={"step": 1})
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    largest = max(map(len, before.values()))
+    loaded = load_checkpoint(out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot save .*untouched"):
+            saving.save_checkpoint(out, **loaded.parts(), meta={"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
+) -> None:
+    out = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(report) -> None:
+        if report.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot save .*untouched"):
+            train(
+                small_catalogue,
+                random_checkpoint,
+                out,
+                TrainingConfig(**SETTINGS),
+                device="cpu",
+                on_step=fill_the_disk,
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(out).meta["step"] == 2
+    train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
+    assert equal(weights(out), uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_save_left_is_put_back_or_cleared(random_checkpoint: Path, tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    pid = int(dead.stdout)
+    out = tmp_path / "out"
+    aside = saving.save_checkpoint(tmp_path / f".out.{pid}.old", **load_checkpoint(random_checkpoint).parts(), meta={})
+    (tmp_path / f".out.{pid}.tmp").mkdir()
+    (tmp_path / ".out.1.tmp").mkdir()  # of a process that runs: it may be saving at this very moment
+    recover(out)
+    assert not aside.exists() and load_checkpoint(out).shared
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.1.tmp", "out"]

@@ -1,0 +1,268 @@
+"""The training loop: what it leaves behind when it ends, is interrupted, or blows up."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+from unidiff_sdk.training.data.batches import group_keys, recorded  # noqa: E402
+from unidiff_sdk.training.loop import gradients  # noqa: E402
+from unidiff_sdk.training.loop.learner import Ema, learning_rate_factor  # noqa: E402
+from unidiff_sdk.training.loop.trainer import StepReport, train  # noqa: E402
+
+FEW = {"steps": 3, "batch_size": 6, "warmup_steps": 1, "learning_rate": 1e-3}
+
+
+def tensors(path: Path, part: str) -> dict:
+    return getattr(load_checkpoint(path), part).state_dict()
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_checkpoint_says_what_an_export_goes_by(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = load_checkpoint(random_checkpoint)
+    sampler = {"name": "euler", "steps": 7, "guidance_scale": 3.0}
+    captions = [json.loads(line)["text"] for line in (small_catalogue / "metadata.jsonl").read_text().splitlines()]
+    for name, teacher in (("plain", {}), ("fast", {"teacher": {"name": "another", "guidance_scale": 3.0}})):
+        save_checkpoint(tmp_path / name, **base.parts(), meta={"name": name, "sampler": sampler} | teacher)
+        out = tmp_path / f"{name} tuned"
+        tuned = load_checkpoint(train(small_catalogue, tmp_path / name, out, TrainingConfig(**FEW), device="cpu").path)
+        assert tuned.meta["captions"] == list(dict.fromkeys(captions))
+        assert tuned.meta.get("sampler") == (None if teacher else sampler)
+
+
+def test_recorded_captions_come_from_all_over() -> None:
+    captions = [f"caption {n}" for n in range(1000)]
+    some = recorded(captions + captions)
+    assert len(some) == 250 and some == captions[::4]
+    assert recorded(captions[:256]) == captions[:256] and recorded([]) == []
+
+
+def test_a_run_tunes_everything_but_the_vae(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    reports: list[StepReport] = []
+    config = TrainingConfig(**FEW, rsc_warmup_steps=1, rsc_t_max=999, lambda_rsc_feature=0.1)
+    result = train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, device="cpu", on_step=reports.append)
+    assert (result.path, result.steps, result.pairs, result.bad) == (tmp_path / "tuned", 3, 12, [])
+    assert [report.step for report in reports] == [1, 2, 3]
+    assert set(reports[0].losses) == {"itc", "is", "rsc", "rsc_feature"}
+    assert reports[0].learning_rate == 1e-3 > reports[2].learning_rate > 0
+
+    tuned = load_checkpoint(result.path)
+    assert tuned.shared
+    for part in ("unet", "clip"):
+        assert not equal(getattr(tuned, part).state_dict(), tensors(random_checkpoint, part)), part
+    assert equal(tuned.vae.state_dict(), tensors(random_checkpoint, "vae"))
+    assert tuned.meta["config"]["lambda_rsc_feature"] == 0.1 and tuned.meta["step"] == 3
+    assert tuned.meta["base"] == "random" and tuned.meta["data"]["pairs"] == 12
+    assert tuned.meta["synthetic"] is False, "these pictures are not of the synthetic catalogues"
+
+
+def test_eight_pictures_are_enough(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    lines = (small_catalogue / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "few").mkdir()
+    for line in lines:
+        name = json.loads(line)["file_name"]
+        (tmp_path / "few" / name).write_bytes((small_catalogue / name).read_bytes())
+    (tmp_path / "few" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = TrainingConfig(steps=2, warmup_steps=1, fit="pad")
+    result = train(tmp_path / "few", random_checkpoint, tmp_path / "tuned", config, device="cpu")
+    assert result.pairs == 8
+    tuned = load_checkpoint(result.path)
+    assert tuned.fit == "pad" and tuned.meta["fit"] == "pad", "who uses it later must make pictures square alike"
+
+
+def test_the_same_seed_gives_the_same_weights(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        train(small_catalogue, random_checkpoint, tmp_path / name, TrainingConfig(**FEW, seed=seed), device="cpu")
+    a, b, c = (tensors(tmp_path / name, "unet") for name in "abc")
+    assert equal(a, b) and not equal(a, c)
+
+
+def test_clip_alone_leaves_the_unet_as_it_was(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    train(small_catalogue, random_checkpoint, tmp_path / "clip", TrainingConfig(**FEW, lambda_is=0, lambda_rsc=0))
+    assert equal(tensors(tmp_path / "clip", "unet"), tensors(random_checkpoint, "unet"))
+    assert not equal(tensors(tmp_path / "clip", "clip"), tensors(random_checkpoint, "clip"))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    plain, calls = gradients.forward, []
+
+    def poisoned(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        result = plain(*arguments, **options)
+        if len(calls) == at:
+            result.means["is"] *= float("nan")
+        return result
+
+    monkeypatch.setattr(gradients, "forward", poisoned)
+    out = tmp_path / "tuned"
+    with pytest.raises(TrainingError, match=rf"step {at} is not finite \(itc .*, is nan") as caught:
+        train(small_catalogue, random_checkpoint, out, TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0))
+    if at == 1:
+        assert "nothing had been saved" in str(caught.value) and not out.exists()
+    else:
+        assert "step 2 is kept" in str(caught.value)
+        kept = load_checkpoint(out)
+        assert kept.meta["step"] == 2
+        assert all(tensor.isfinite().all() for tensor in kept.unet.state_dict().values())
+
+
+def test_a_device_that_is_too_small_says_what_helps(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gradients.forward
+
+    def forward(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    def on_step(report: StepReport) -> None:
+        monkeypatch.setattr(gradients, "forward", forward if report.step == 2 else real)
+
+    config = TrainingConfig(**FEW, save_every=1)
+    with pytest.raises(TrainingError, match="cpu has too little memory for step 3; the checkpoint of step 2 is kept"):
+        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_step=on_step)
+    assert load_checkpoint(tmp_path / "run").meta["step"] == 2
+
+
+MEMORY = """
+import resource, numpy as np
+from unidiff_sdk.training.allocator import kept_memory
+
+def step():  # twelve times 20 MB, as large as activations are
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    rows = [np.full(20 << 20, 1, np.uint8) for _ in range(12)]
+    del rows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+with kept_memory():
+    faults, held = [step() for _ in range(3)], resident()
+print(faults, held - resident())
+assert faults[0] > 100 * max(faults[1:], default=0), faults
+assert held - resident() > 100 << 20
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is managed by another allocator")
+def test_what_a_step_frees_stays_at_hand_until_the_run_is_over() -> None:
+    subprocess.run([sys.executable, "-c", MEMORY], check=True)
+
+
+def test_an_interruption_within_a_step_saves_nothing_torn(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Ema.update
+
+    def impatient(ema: Ema, model: torch.nn.Module) -> None:
+        if ema.updates == 2:  # the weights have been stepped, their average has not
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        update(ema, model)
+
+    monkeypatch.setattr(Ema, "update", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, save_every=1))
+    assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
+    monkeypatch.undo()
+    config = TrainingConfig(**FEW, save_every=1)
+    train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, resume=True)
+    train(small_catalogue, random_checkpoint, tmp_path / "straight", config)
+    assert equal(tensors(tmp_path / "tuned", "unet"), tensors(tmp_path / "straight", "unet"))
+
+
+def test_a_pipeline_of_others_is_not_replaced(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "downloaded").mkdir()
+    (tmp_path / "downloaded" / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
+        train(small_catalogue, random_checkpoint, tmp_path / "downloaded", TrainingConfig(**FEW))
+    assert (tmp_path / "downloaded" / "model_index.json").read_text() == "{}"
+
+
+def test_a_contrast_of_one_is_refused() -> None:
+    with pytest.raises(OptionError, match="at least two pairs in a batch"):
+        TrainingConfig(batch_size=1)
+    TrainingConfig(batch_size=1, contrastive_batch=2)
+    TrainingConfig(batch_size=1, lambda_itc=0.0)
+
+
+def test_rows_without_the_group_go_by_their_captions() -> None:
+    payloads = [{"sku": "7"}, {"sku": 7}, {}, {"sku": None}, {"other": 1}, {"sku": "None"}]
+    pairs = SimpleNamespace(captions=["a", "b", "A red hat", "a red hat.", "boots", "c"], payloads=payloads)
+    keys = group_keys(pairs, ("sku",))
+    assert keys[0] == keys[1] and keys[2] == keys[3]
+    assert len({keys[0], keys[2], keys[4], keys[5]}) == 4
+
+
+def test_interruption_saves_what_was_learned(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    def interrupt(report: StepReport) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW), on_step=interrupt)
+    assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
+
+
+def test_what_cannot_be_trained_is_refused_before_it_starts(
+    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        train(small_catalogue, random_checkpoint, tmp_path)
+    with pytest.raises(TrainingError, match="base itself"):
+        train(small_catalogue, random_checkpoint, random_checkpoint)
+    with pytest.raises(DataError, match="no such folder"):
+        train(tmp_path / "nowhere", random_checkpoint, tmp_path / "out")
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "0.png").write_bytes((small_catalogue / "0.png").read_bytes())
+    (one / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "alone"}), encoding="utf-8")
+    with pytest.raises(TrainingError, match="too few usable pairs, 1"):
+        train(one, random_checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_averaged_weights_follow_the_closed_form() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    ema = Ema(model, decay=0.5)
+    expected = 0.0
+    for update, value in enumerate((1.0, 2.0, 3.0), start=1):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update(model)
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * value
+    assert ema.weights["weight"].item() == pytest.approx(expected)
+    with ema.applied(model):
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 3.0
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    config = TrainingConfig(steps=100, warmup_steps=10)
+    factors = [learning_rate_factor(step, config) for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0 and factors[55] == pytest.approx(0.5)
+    assert factors[100] == pytest.approx(0.0) and factors[10:] == sorted(factors[10:], reverse=True)

@@ -1,0 +1,213 @@
+"""The losses against formulas written down independently: open_clip's, the papers', closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+import torch.nn.functional as F  # noqa: E402
+from diffusers import DDIMScheduler  # noqa: E402
+from diffusers.training_utils import compute_snr  # noqa: E402
+
+from unidiff_sdk.training.objective import losses  # noqa: E402
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def scheduler(prediction_type: str = "epsilon", zero_snr: bool = False) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_snr,
+    )
+
+
+# --- ITC -------------------------------------------------------------------------------------------------------------
+
+
+def open_clip_loss(image_features: torch.Tensor, text_features: torch.Tensor, scale: float) -> torch.Tensor:
+    """As in open_clip's ClipLoss.forward, on one process."""
+    logits_per_image = scale * image_features @ text_features.T
+    logits_per_text = scale * text_features @ image_features.T
+    labels = torch.arange(len(image_features))
+    return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+
+
+def test_itc_is_open_clips_loss_where_all_pairs_differ() -> None:
+    u, v, scale = unit(7, 5), unit(7, 5, seed=1), torch.tensor(2.3)
+    expected = open_clip_loss(u, v, math.exp(2.3))
+    torch.testing.assert_close(losses.itc(u, v, scale), expected)
+    groups = torch.arange(7) * 3
+    torch.testing.assert_close(losses.itc(u, v, scale, losses.same_meaning(groups, groups)), expected)
+
+
+def test_itc_shares_the_target_among_pairs_that_mean_the_same() -> None:
+    u, v, scale = unit(4, 6), unit(4, 6, seed=1), torch.tensor(1.0)
+    groups = torch.tensor([5, 5, 8, 9])
+    logits = math.e * u @ v.T
+    target = torch.tensor([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2  # torch's own soft targets
+    torch.testing.assert_close(losses.itc(u, v, scale, losses.same_meaning(groups, groups)), expected)
+
+
+def test_equal_pairs_do_not_repel_each_other() -> None:
+    """Two equal pairs in a batch: as positives they are at the optimum, as false negatives they would push."""
+    u = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]), dim=1).requires_grad_()
+    groups = torch.tensor([0, 0, 1])
+    losses.itc(u, u.detach(), torch.tensor(4.6), losses.same_meaning(groups, groups)).backward()
+    assert u.grad is not None and u.grad.abs().max() < 1e-4
+
+
+def test_itc_of_one_repeated_embedding_is_log_n() -> None:
+    same = unit(1, 8).expand(6, 8)
+    torch.testing.assert_close(losses.itc(same, same, torch.tensor(3.0)), torch.tensor(math.log(6.0)))
+
+
+def test_temperature_is_learned_and_clamped() -> None:
+    logit_scale = torch.nn.Parameter(torch.tensor(4.0))
+    losses.itc(unit(4, 8), unit(4, 8, seed=1), logit_scale).backward()
+    assert logit_scale.grad is not None and logit_scale.grad != 0
+    for value, expected in ((9.0, math.log(100)), (-1.0, 0.0), (2.5, 2.5)):
+        with torch.no_grad():
+            logit_scale.fill_(value)
+        losses.clamp_logit_scale(logit_scale)
+        assert logit_scale.item() == pytest.approx(expected)
+
+
+# --- IS --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_noise_target_and_estimate_are_diffusers(prediction_type: str) -> None:
+    reference = scheduler(prediction_type)
+    z, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    t = torch.tensor([0, 17, 400, 700, 999])
+    alpha_bar = reference.alphas_cumprod[t]
+    z_t = losses.add_noise(z, noise, alpha_bar)
+    torch.testing.assert_close(z_t, reference.add_noise(z, noise, t))
+    target = losses.diffusion_target(z, noise, alpha_bar, prediction_type)
+    expected = noise if prediction_type == "epsilon" else reference.get_velocity(z, noise, t)
+    torch.testing.assert_close(target, expected)
+    estimate = losses.predict_original(z_t, target, alpha_bar, prediction_type)
+    torch.testing.assert_close(estimate, z, atol=1e-4, rtol=1e-4)
+    answer = torch.randn(5, 4, 3, 3)
+    reference.set_timesteps(1000)
+    for i in range(5):  # diffusers takes one timestep a call
+        step = reference.step(answer[i : i + 1], int(t[i]), z_t[i : i + 1])
+        ours = losses.predict_original(z_t[i : i + 1], answer[i : i + 1], alpha_bar[i : i + 1], prediction_type)
+        torch.testing.assert_close(ours.clamp(-1, 1), step.pred_original_sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_is_the_closed_form(gamma: float) -> None:
+    reference = scheduler()
+    t = torch.arange(0, 1000, 7)
+    snr = compute_snr(reference, t)
+    alpha_bar = reference.alphas_cumprod[t]
+    clipped = torch.minimum(snr, torch.full_like(snr, gamma))
+    torch.testing.assert_close(losses.min_snr_weight(alpha_bar, gamma, "epsilon"), clipped / snr)
+    torch.testing.assert_close(losses.min_snr_weight(alpha_bar, gamma, "v_prediction"), clipped / (snr + 1))
+    assert losses.min_snr_weight(alpha_bar, 0.0, "epsilon").eq(1).all()
+
+
+def test_min_snr_is_finite_at_zero_terminal_snr() -> None:
+    alpha_bar = scheduler(zero_snr=True).alphas_cumprod[[0, 500, 999]]
+    for prediction_type in ("epsilon", "v_prediction"):
+        assert losses.min_snr_weight(alpha_bar, 5.0, prediction_type).isfinite().all()
+
+
+def test_synthesis_weighs_samples_not_elements() -> None:
+    output, target = torch.zeros(2, 1, 2, 2), torch.stack([torch.ones(1, 2, 2), 2 * torch.ones(1, 2, 2)])
+    assert losses.synthesis(output, target, torch.tensor([1.0, 0.25])) == pytest.approx((1.0 + 0.25 * 4.0) / 2)
+
+
+# --- RSC -------------------------------------------------------------------------------------------------------------
+
+
+def test_rsc_pixel_is_the_closed_form() -> None:
+    u = unit(3, 4)
+    u_hat = torch.stack([u[0], -u[1], F.normalize(torch.linalg.qr(u[[2, 0, 1]].T)[0].T[1], dim=0)])
+    alpha_bar = torch.tensor([0.9, 0.5, 0.2])
+    cosines = torch.tensor([1.0, -1.0, float(u_hat[2] @ u[2])])
+    expected = float((alpha_bar * (1 - cosines)).sum() / 3)
+    assert losses.rsc_pixel(u_hat, u, alpha_bar) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rsc_pixel_leaves_the_real_picture_alone() -> None:
+    u, u_hat = unit(3, 4).requires_grad_(), unit(3, 4, seed=1).requires_grad_()
+    losses.rsc_pixel(u_hat, u, torch.ones(3)).backward()
+    assert u.grad is None and u_hat.grad is not None and u_hat.grad.abs().sum() > 0
+
+
+def test_generated_positives_are_the_image_to_text_half_of_itc() -> None:
+    u, v, scale = unit(5, 6), unit(5, 6, seed=1), torch.tensor(2.0)
+    passed, alpha_bar = torch.tensor([1, 4]), torch.tensor([0.9, 0.3])
+    rows = F.cross_entropy(math.exp(2.0) * u[passed] @ v.T, passed, reduction="none")
+    ours = losses.generated_positives(u[passed], v, scale, torch.eye(5)[passed], alpha_bar)
+    torch.testing.assert_close(ours, (alpha_bar * rows).sum() / 2)
+
+
+def test_nothing_under_the_gate_is_a_finite_zero_with_finite_gradients() -> None:
+    u_hat, v = torch.zeros(0, 4, requires_grad=True), unit(3, 4).requires_grad_()
+    none = torch.zeros(0)
+    total = (
+        losses.rsc_pixel(u_hat, u_hat, none)
+        + losses.generated_positives(u_hat, v, torch.tensor(1.0), torch.zeros(0, 3), none)
+        + losses.rsc_feature(torch.zeros(0, 6, requires_grad=True), u_hat)
+    )
+    total.backward()
+    assert total == 0.0
+    assert v.grad is None or v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_feature_variant_needs_three_pictures(n: int) -> None:
+    assert losses.rsc_feature(torch.randn(n, 6), unit(n, 4)) == 0.0
+
+
+def test_feature_variant_is_zero_for_the_same_structure_and_symmetric() -> None:
+    u = unit(8, 5)
+    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
+    assert losses.rsc_feature(3.0 * u @ rotation, u) == pytest.approx(0.0, abs=1e-5)
+    h = torch.randn(8, 12)
+    assert losses.rsc_feature(h, u) > 0.1
+    torch.testing.assert_close(losses.rsc_feature(h, u), losses.rsc_feature(u, h))
+
+
+def test_feature_variant_is_the_kl_divergence_written_out() -> None:
+    h, u, temperature = torch.randn(4, 6), unit(4, 5), 0.2
+
+    def neighbours(features: torch.Tensor) -> list[torch.Tensor]:
+        centred = features - features.mean(dim=0)
+        rows = []
+        for i in range(4):
+            others = [j for j in range(4) if j != i]
+            cosines = torch.stack([F.cosine_similarity(centred[i], centred[j], dim=0) for j in others])
+            rows.append((cosines / temperature).softmax(dim=0))
+        return rows
+
+    pairs = list(zip(neighbours(h), neighbours(u), strict=True))
+    kl = [(p * (p / q).log()).sum() + (q * (q / p).log()).sum() for q, p in pairs]
+    torch.testing.assert_close(losses.rsc_feature(h, u, temperature), torch.stack(kl).mean() / 2)
+
+
+def test_warm_up() -> None:
+    assert [losses.warm_up(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
+    assert losses.warm_up(0, 0) == 1.0
+
+
+def test_gradient_passes_a_frozen_tower_to_its_input_only() -> None:
+    tower, pixels = torch.nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
+    doubled = {name: 2 * weight for name, weight in tower.named_parameters()}
+    answer = losses.gradient_only_through_input(tower, doubled, pixels)
+    torch.testing.assert_close(answer, 2 * tower(pixels))
+    answer.sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+    assert tower.weight.grad is None and tower.bias.grad is None

@@ -1,0 +1,1 @@
+"""The `unidiff` command line."""

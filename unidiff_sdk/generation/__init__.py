@@ -1,0 +1,1 @@
+"""Generation: from prompts to images, without PyTorch."""

@@ -1,0 +1,91 @@
+"""Starting from a picture instead of from noise: image-to-image and inpainting (SDEdit, Meng et al. 2022).
+
+"SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations" (arXiv:2108.01073): noise is added
+to a picture up to some step of the schedule, and taken away again under the prompt. Inpainting puts back, after each
+step, the known part with the noise of that step, as diffusers does for UNets without mask channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from unidiff_sdk._internal.images import Fit, load_image
+from unidiff_sdk.errors import ImageError, OptionError
+
+__all__ = ["default_strength", "first_step", "fitted", "latent_mask", "load_mask", "put_back", "to_samples"]
+
+Float32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+
+_HALF = 128  # of 255: brighter is repainted
+
+
+def default_strength(masked: bool) -> float:
+    """How far a picture is taken back to noise if nobody says: all the way where only a part is repainted."""
+    return 1.0 if masked else 0.7
+
+
+def first_step(strength: Any, steps: int) -> int:
+    """How many of `steps` are left out at the noisy end, so that `strength`, 0 to 1, of them are taken.
+
+    Raises:
+        OptionError: the strength is out of range, or leaves no step to take.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise OptionError(f"strength is {strength!r}; give a number above 0, which changes nothing, up to 1")
+    taken = int(steps * strength)
+    if taken == 0:
+        least = math.ceil(1000 / steps) / 1000
+        raise OptionError(f"strength is {strength!r}, which leaves no step of {steps}; give at least {least:g}")
+    return steps - taken
+
+
+def fitted(image: Image.Image, width: int, height: int, fit: Fit = "crop", around: str = "white") -> Image.Image:
+    """A picture brought to size without distortion: its middle ("crop"), or all of it on a plain ground ("pad")."""
+    if image.size == (width, height):
+        return image
+    if fit == "pad":
+        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=around)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def to_samples(image: Image.Image) -> Float32:
+    """An RGB image as the VAE encoder takes it: float32[1, 3, height, width] in [-1, 1]."""
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None]
+    samples: Float32 = pixels / np.float32(127.5) - np.float32(1)
+    return samples
+
+
+def load_mask(mask: Any, width: int, height: int, fit: Fit = "crop") -> Bool:
+    """Where to repaint: bool[height, width], from a picture that is bright there.
+
+    Raises:
+        ImageError: it cannot be read as a picture.
+        OptionError: it is dark everywhere.
+    """
+    try:
+        grey = fitted(load_image(mask).convert("L"), width, height, fit, "black")
+    except ImageError as error:
+        raise ImageError(f"the mask cannot be used: {error}") from error
+    repaint: Bool = np.asarray(grey) >= _HALF
+    if not repaint.any():
+        raise OptionError("the mask is dark everywhere, so nothing would be repainted; make it white where to repaint")
+    return repaint
+
+
+def latent_mask(repaint: Bool, scale: int) -> Float32:
+    """The same in latents: float32[1, height / scale, width / scale]; 1 wherever any pixel is repainted."""
+    height, width = repaint.shape
+    blocks = repaint.reshape(height // scale, scale, width // scale, scale)
+    touched: Bool = np.logical_or.reduce(blocks, axis=(1, 3))
+    return touched[None].astype(np.float32)
+
+
+def put_back(image: Image.Image, original: Image.Image, repaint: Bool) -> Image.Image:
+    """`image` where it was repainted, and `original`, pixel for pixel, where not."""
+    return Image.composite(image, original, Image.fromarray(repaint))

@@ -1,0 +1,41 @@
+"""An RGB image to the pixel values that an image encoder takes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from unidiff_sdk._internal.images import Fit
+
+__all__ = ["preprocess"]
+
+
+def preprocess(
+    image: Image.Image, size: int, mean: NDArray[np.float32], std: NDArray[np.float32], fit: Fit = "crop"
+) -> NDArray[np.float32]:
+    """An RGB image as the image encoder takes it: float32[3, size, size], normalised by `mean` and `std` (each [3]).
+
+    "crop" is the same as transformers' `CLIPImageProcessorPil`: shorter edge to `size` (bicubic), centre crop,
+    normalise. "pad" brings the longer edge to `size` instead and centres the picture on white.
+    """
+    square = _cropped(image, size) if fit == "crop" else _padded(image, size)
+    pixels = np.asarray(square, np.float32).transpose(2, 0, 1) / np.float32(255)
+    normalised: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
+    return normalised
+
+
+def _cropped(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    shorter = min(width, height)
+    width, height = int(size * width / shorter), int(size * height / shorter)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def _padded(image: Image.Image, size: int) -> Image.Image:
+    longer = max(image.size)
+    width, height = (max(1, round(size * edge / longer)) for edge in image.size)
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
+    return square

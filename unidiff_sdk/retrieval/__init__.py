@@ -1,0 +1,1 @@
+"""Search: from a checked query to a ranked page of hits."""

@@ -1,0 +1,52 @@
+"""Items that look the same: linked by a similarity above a threshold, grouped by their links."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from unidiff_sdk.errors import OptionError
+from unidiff_sdk.store import Found, Nearest, Record, Store
+from unidiff_sdk.store.filters import Clause
+
+__all__ = ["near_duplicates"]
+
+NEIGHBOURS = 32  # looked at for each item; larger groups are found by the chain of their links
+BATCH_SIZE = 128
+
+
+def near_duplicates(store: Store, threshold: float, where: Clause | None) -> list[list[Found]]:
+    """The connected components of "cosine at least `threshold`", of two members and more, the largest first.
+
+    Each member is scored by its greatest cosine to another. Links are what an (approximate) search among the nearest
+    `NEIGHBOURS` finds.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
+        raise OptionError(f"threshold={threshold!r}: it must be a cosine above 0 and at most 1")
+    parent: dict[str, str] = {}
+    members: dict[str, Found] = {}
+
+    def root(id: str) -> str:
+        while parent.setdefault(id, id) != id:
+            parent[id] = id = parent[parent[id]]  # halve the path on the way
+        return id
+
+    for records in store.scroll(BATCH_SIZE, where):
+        for record, neighbours in zip(records, store.query_batch(_searches(records, threshold, where)), strict=True):
+            others = [found for found in neighbours if found.id != record.id]
+            if not others:
+                continue
+            members[record.id] = Found(record.id, others[0].score, record.payload)
+            for found in others:
+                parent[root(record.id)] = root(found.id)
+
+    groups: dict[str, list[Found]] = {}
+    for id, found in members.items():
+        groups.setdefault(root(id), []).append(found)
+    ranked = [sorted(group, key=lambda found: (-found.score, found.id)) for group in groups.values() if len(group) > 1]
+    return sorted(ranked, key=lambda group: (-len(group), -group[0].score))
+
+
+def _searches(records: list[Record], threshold: float, where: Clause | None) -> list[Nearest]:
+    # Equal pictures have a cosine of 1 but for rounding.
+    base = Nearest(records[0].vector, NEIGHBOURS + 1, where=where, min_score=threshold - 1e-5)
+    return [replace(base, vector=record.vector) for record in records]

@@ -1,0 +1,110 @@
+"""Search results: hits in pages."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+from unidiff_sdk._internal.text import brief
+from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+__all__ = ["Hit", "Page"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One item of a catalogue, as a search found it or as `Catalog.get` returned it.
+
+    Attributes:
+        id: the caller's id, or the content hash if there was none.
+        score: similarity to the query: the cosine for a text or an image; for a mix, about their weighted mean (see
+            `query`); from a hybrid search, fused ranks; 1 where nothing was compared.
+        text: the caption; None if the item has none.
+        payload: every other column.
+        uri: where the original is, relative to the catalogue's image store.
+    """
+
+    id: str | int
+    score: float
+    text: str | None
+    payload: dict[str, Any] = field(repr=False)
+    uri: str = field(repr=False)
+    sha256: str = field(repr=False)
+    _images: ImageStore = field(repr=False, compare=False)
+
+    def load_image(self) -> Image.Image:
+        """The original picture, RGB. Raises ImageError if it is gone."""
+        return self._images.load(self.uri)
+
+    def thumbnail(self) -> Image.Image:
+        """The picture at up to 128 px, RGB."""
+        from unidiff_sdk._internal.images import load_image
+
+        return load_image(self._images.thumbnail(self.sha256, self.uri))
+
+    def _repr_html_(self) -> str:
+        return _gallery([_hit_figure(self)])
+
+
+@dataclass(frozen=True)
+class Page(Sequence[Hit]):
+    """The hits of one search, best first; a sequence.
+
+    Attributes:
+        hits: at most `limit` of them.
+        offset: how many better hits were passed over.
+        limit: how many were asked for.
+        took_ms: time of the whole search, with encoding the query, in milliseconds.
+        cursor: where the next page begins, for `search(…, cursor=)`; None on the last page.
+    """
+
+    hits: tuple[Hit, ...]
+    offset: int
+    limit: int
+    took_ms: float
+    cursor: str | None = None
+
+    @overload
+    def __getitem__(self, index: int) -> Hit: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Hit, ...]: ...
+    def __getitem__(self, index: int | slice) -> Hit | tuple[Hit, ...]:
+        return self.hits[index]
+
+    def __len__(self) -> int:
+        return len(self.hits)
+
+    def __iter__(self) -> Iterator[Hit]:
+        return iter(self.hits)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {self.offset + n:>3}. {hit.score:.3f}  {hit.id!r}  {brief(hit.text)}" for n, hit in enumerate(self, 1)
+        ]
+        return "\n".join([f"Page of {len(self)} hits in {self.took_ms:.1f} ms", *lines])
+
+    def _repr_html_(self) -> str:
+        return _gallery([_hit_figure(hit) for hit in self])
+
+
+def _hit_figure(hit: Hit) -> str:
+    data = base64.b64encode(hit._images.thumbnail(hit.sha256, hit.uri)).decode()
+    return _figure(f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(brief(hit.text or hit.id))}")
+
+
+def _figure(source: str, caption: str) -> str:
+    return (
+        f'<figure style="margin:0;width:{THUMBNAIL_SIZE}px"><img src="{source}" style="width:100%;border-radius:6px">'
+        f'<figcaption style="font:12px sans-serif">{caption}</figcaption></figure>'
+    )
+
+
+def _gallery(figures: list[str]) -> str:
+    return f'<div style="display:flex;flex-wrap:wrap;gap:10px">{"".join(figures) or "no hits"}</div>'

@@ -1,0 +1,1 @@
+"""Qdrant Edge: the Qdrant engine inside this process."""

@@ -1,0 +1,285 @@
+"""A Qdrant server or cluster, through qdrant-client."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from qdrant_client import QdrantClient, models
+
+from unidiff_sdk.errors import StoreError
+from unidiff_sdk.store.filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
+from unidiff_sdk.store.indexes import PayloadIndexes
+from unidiff_sdk.store.protocol import (
+    CANDIDATES,
+    CAPTION,
+    RRF_K,
+    VECTOR,
+    Found,
+    Nearest,
+    Record,
+    Vector,
+    check_query,
+    check_records,
+)
+
+from .connection import ServerOptions
+
+__all__ = ["ServerStore"]
+
+# `scoring` records what BM25 needs beside what `contains` needs.
+_TEXT_INDEX = models.TextIndexParams(
+    type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.WORD, lowercase=True, scoring=True
+)
+
+
+# The payload index of a filter comes after the graph, which therefore has no links for it: see `edge.FULL_SCAN_KB`.
+_PARAMS = models.SearchParams(acorn=models.AcornSearchParams(enable=True))
+
+
+class ServerStore:
+    """A store in a collection, created if the server has none of that name.
+
+    The bundle's fingerprint is kept in the collection's metadata, so that everyone who opens it is warned alike.
+
+    Args:
+        client: a connected client (its local mode, `QdrantClient(":memory:")`, serves tests).
+        collection: name of the collection.
+        dim: length of the vectors.
+        fingerprint: of the bundle that makes the vectors.
+        options: how a new collection is laid out.
+    """
+
+    def __init__(
+        self,
+        client: QdrantClient,
+        collection: str,
+        dim: int,
+        fingerprint: str,
+        options: ServerOptions | None = None,
+    ) -> None:
+        options = options or ServerOptions()
+        self.client, self.collection, self.dim = client, collection, dim
+        self._lock = threading.Lock()
+        self._closed = False
+        with self._engine():
+            if not client.collection_exists(collection):
+                self._create(options, fingerprint)
+        self._indexes = PayloadIndexes(self._check(fingerprint))
+
+    def _create(self, options: ServerOptions, fingerprint: str) -> None:
+        vectors = models.VectorParams(size=self.dim, distance=models.Distance.DOT, on_disk=options.on_disk or None)
+        try:
+            self.client.create_collection(
+                self.collection,
+                vectors_config={VECTOR: vectors},
+                metadata={"unidiff": {"fingerprint": fingerprint}},
+                **options.layout(),
+            )
+        except Exception:
+            # Another process was first, or a request that seemed to fail had done it and was repeated.
+            if not self.client.collection_exists(self.collection):
+                raise
+
+    def _check(self, fingerprint: str) -> dict[str, str]:
+        """Refuse a collection that is not of this bundle; return its payload indexes, column -> kind."""
+        with self._engine():
+            info = self.client.get_collection(self.collection)
+        config, vectors = info.config, info.config.params.vectors
+        params = vectors.get(VECTOR) if isinstance(vectors, dict) else None
+        metadata = (config.metadata or {}).get("unidiff")
+        if params is None or metadata is None:
+            raise StoreError(f'The collection "{self.collection}" was not made by UniDiff: choose another.')
+        if metadata["fingerprint"] != fingerprint or params.size != self.dim:
+            raise StoreError(
+                f'The collection "{self.collection}" was indexed with another bundle (fingerprint '
+                f"{metadata['fingerprint'][:12]}, {params.size} dimensions) than this one ({fingerprint[:12]}, "
+                f"{self.dim} dimensions). Open it with that one, or use a new collection: Catalog(url, collection=…)."
+            )
+        return {key: str(index.data_type.value) for key, index in info.payload_schema.items()}
+
+    def upsert(self, records: Sequence[Record]) -> None:
+        check_records(records, self.dim)
+        if not records:
+            return  # which a server refuses
+        points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
+        with self._engine():
+            self.client.upsert(self.collection, points, wait=True)
+
+    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
+        return self.query_batch([Nearest(vector, limit, offset, where)])[0]
+
+    def query_batch(self, searches: Sequence[Nearest]) -> list[list[Found]]:
+        requests = [self._request(search) for search in searches]
+        with self._engine():
+            responses = self.client.query_batch_points(self.collection, requests)
+        return [[_found(point) for point in response.points] for response in responses]
+
+    def _request(self, search: Nearest) -> models.QueryRequest:
+        check_query(search.vector, self.dim)
+        condition = self._filter(search.where, search.exclude)
+        query: Any = search.vector.tolist()
+        prefetch = None
+        if search.words is not None:
+            self._indexes.need(CAPTION, "text", self)
+            lists = {VECTOR: query, CAPTION: models.TextQuery(text=search.words)}
+            prefetch = [
+                models.Prefetch(query=one, using=using, limit=CANDIDATES, filter=condition, params=_PARAMS)
+                for using, one in lists.items()
+            ]
+            weights = [2 * (1 - search.bm25), 2 * search.bm25]
+            query = models.RrfQuery(rrf=models.Rrf(k=RRF_K + 1, weights=weights))  # the engine ranks from 0
+        return models.QueryRequest(
+            query=query,
+            prefetch=prefetch,
+            using=None if prefetch else VECTOR,
+            limit=search.limit,
+            offset=search.offset,
+            filter=condition,
+            params=_PARAMS,
+            score_threshold=search.min_score,
+            with_payload=search.with_payload,
+            with_vector=search.with_vectors,
+        )
+
+    def ordered(
+        self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
+    ) -> list[Record]:
+        self._indexes.need(column, kind, self)
+        direction = models.Direction.DESC if descending else models.Direction.ASC
+        with self._engine():
+            response = self.client.query_points(
+                self.collection,
+                query=models.OrderByQuery(order_by=models.OrderBy(key=column, direction=direction)),
+                limit=limit,
+                offset=offset,
+                query_filter=self._filter(where),
+                with_payload=True,
+                with_vectors=True,
+            )
+        return [_record(point) for point in response.points]
+
+    def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
+        self._indexes.need(column, kind, self)
+        condition = self._filter(where)
+        with self._engine():
+            response = self.client.facet(self.collection, column, facet_filter=condition, limit=limit, exact=True)
+        return {hit.value: hit.count for hit in response.hits if isinstance(hit.value, str | bool)}
+
+    def retrieve(self, ids: Sequence[str]) -> list[Record]:
+        with self._engine():
+            points = self.client.retrieve(self.collection, list(ids), with_payload=True, with_vectors=True)
+        return [_record(point) for point in points]
+
+    def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
+        offset, condition = None, self._filter(where)
+        while True:
+            with self._engine():
+                points, offset = self.client.scroll(
+                    self.collection,
+                    scroll_filter=condition,
+                    limit=batch_size,
+                    offset=offset,
+                    with_payload=True,
+                    with_vectors=True,
+                )
+            if points:
+                yield [_record(point) for point in points]
+            if offset is None:
+                return
+
+    def delete(self, ids: Sequence[str]) -> None:
+        if not ids:
+            return
+        with self._engine():
+            self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
+
+    def count(self, where: Clause | None = None) -> int:
+        with self._engine():
+            return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
+
+    def unindexed(self) -> int:
+        """0: a server sees to its index itself."""
+        return 0
+
+    def optimize(self) -> None:
+        """Nothing to do: a server builds its index in the background."""
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.client.close()
+
+    @contextlib.contextmanager
+    def _engine(self) -> Iterator[None]:
+        """Say every failure of the client or the server as a StoreError."""
+        if self._closed:
+            raise StoreError(f'The connection to the collection "{self.collection}" is closed.')
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            raise StoreError(f'The Qdrant server failed on the collection "{self.collection}": {reason}') from error
+
+    def _filter(self, where: Clause | None, exclude: Sequence[str] = ()) -> models.Filter | None:
+        if where is None and not exclude:
+            return None
+        must: list[Any] = []
+        if where is not None:
+            self._indexes.serve(index_kinds(where), self)
+            must.append(translate(where, models.Filter, _test))
+        return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=list(exclude))] if exclude else None)
+
+    def create_index(self, column: str, kind: str) -> None:
+        schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
+        with self._engine():
+            self.client.create_payload_index(self.collection, column, schema, wait=True)
+
+    def drop_index(self, column: str) -> None:
+        with self._engine():
+            self.client.delete_payload_index(self.collection, column, wait=True)
+
+
+def _found(point: models.ScoredPoint) -> Found:
+    vector = np.asarray(point.vector[VECTOR], np.float32) if isinstance(point.vector, dict) else None
+    return Found(str(point.id), point.score, point.payload or {}, vector)
+
+
+def _record(point: Any) -> Record:
+    return Record(str(point.id), np.asarray(point.vector[VECTOR], np.float32), point.payload or {})
+
+
+def _test(test: Compare) -> Any:
+    key, op, value = test.key, test.op, test.value
+    if op == "empty":
+        return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+    if op == "null":
+        return models.IsNullCondition(is_null=models.PayloadField(key=key))
+    match value:
+        case bool():
+            return models.FieldCondition(key=key, match=models.MatchValue(value=value))
+        case str():
+            words = op == "contains"
+            match = models.MatchText(text=value) if words else models.MatchValue(value=value)
+            return models.FieldCondition(key=key, match=match)
+        case tuple():
+            return models.FieldCondition(key=key, match=models.MatchAny(any=list(value)))
+        case datetime():
+            return models.FieldCondition(key=key, range=models.DatetimeRange(**dict.fromkeys(bounds(op), value)))
+        case Circle(lat, lon, radius):
+            center = models.GeoPoint(lat=lat, lon=lon)
+            return models.FieldCondition(key=key, geo_radius=models.GeoRadius(center=center, radius=radius))
+        case Box(west, east, south, north):
+            box = models.GeoBoundingBox(
+                top_left=models.GeoPoint(lat=north, lon=west), bottom_right=models.GeoPoint(lat=south, lon=east)
+            )
+            return models.FieldCondition(key=key, geo_bounding_box=box)
+        case _:
+            return models.FieldCondition(key=key, range=models.Range(**dict.fromkeys(bounds(op), float(value))))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, and the base models that fine-tuning starts from."""

@@ -1,0 +1,1 @@
+"""From a catalog on disk to training batches."""

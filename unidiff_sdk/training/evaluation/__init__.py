@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: metrics, the frozen judge, validation during training."""

@@ -1,0 +1,1 @@
+"""Processes, memory, random streams, interrupts and callbacks of a run."""
