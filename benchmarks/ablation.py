@@ -1,8 +1,8 @@
 """`make ablation`: what does each term of the joint objective earn? Declared here before anything is run.
 
-Each arm is tuned on 200 pairs of a catalogue that its base has never seen: for the synthetic ones by a base trained
+Each arm is tuned on 200 pairs of a catalog that its base has never seen: for the synthetic ones by a base trained
 on the other two, for the real one (Debian's tuxpaint stamps) by the built-in base. Three settings an arm are tried on
-the validation pairs of one catalogue, with one seed; the best is frozen and run once, with three seeds, on the test
+the validation pairs of one catalog, with one seed; the best is frozen and run once, with three seeds, on the test
 pairs of all. Retrieval is measured on captions and pictures that no arm was tuned on, generation by the frozen judge.
 
 Resumable: each run leaves a file in WORK, RESULT is written anew from all files after each, and what RESULT holds is
@@ -34,7 +34,7 @@ DOMAINS = (*SYNTHETIC, REAL)
 SEEDS = (0, 1, 2)
 PAIRS, GALLERY, PROMPTS, PER_PROMPT = 200, 300, 60, 2
 BASE_STEPS = {"clip": 900, "unet": 1500}  # of the bases made here
-FORGETTING = 200  # products of each catalogue that the base knows
+FORGETTING = 200  # products of each catalog that the base knows
 COMMON = {"steps": 250, "batch_size": 32, "rsc_samples": 8, "save_every": 10_000}
 
 # What differs from the defaults. Tuning apart, as is done today, is "CLIP alone" for retrieval and "SD alone" (the
@@ -214,8 +214,8 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
         "cmmd": metrics.cmmd(made, real),
         "cmmd_floor": metrics.cmmd(*halves),
         "diversity": metrics.per_prompt_diversity(made, rows),
-        "nearest_training_picture": float(metrics.nearest_neighbour_similarity(made, seen)[0].mean()),
-        "nearest_training_picture_of_real": float(metrics.nearest_neighbour_similarity(real, seen)[0].mean()),
+        "nearest_training_picture": float(metrics.nearest_neighbor_similarity(made, seen)[0].mean()),
+        "nearest_training_picture_of_real": float(metrics.nearest_neighbor_similarity(real, seen)[0].mean()),
     }
     if attributes:
         answers = judge.attributes(pictures)
@@ -255,7 +255,7 @@ def _sheet(pictures: list[Any], file: Path) -> None:
 
 
 def base_of(domain: str, work: Path) -> str | Path:
-    """A base that has never seen the domain: the built-in one, or one trained on the other synthetic catalogues.
+    """A base that has never seen the domain: the built-in one, or one trained on the other synthetic catalogs.
 
     Of the built-in base these take the tokenizer and the VAE, which has seen pictures of all three; CLIP and UNet are
     trained from nothing, for fewer steps.
@@ -272,7 +272,7 @@ def base_of(domain: str, work: Path) -> str | Path:
             folder.with_name(f"{domain}.work"),
             folder,
             name=f"tiny without {domain}",
-            catalogues=[name for name in SYNTHETIC if name != domain],
+            catalogs=[name for name in SYNTHETIC if name != domain],
             vae=known.vae.eval(),
             tokenizer=known.tokenizer,
             stages={name: replace(tiny.RECIPE[name], steps=steps) for name, steps in BASE_STEPS.items()},
@@ -286,12 +286,12 @@ def data_of(domain: str, work: Path) -> dict[str, Path]:
     splits = {"train": ("train", PAIRS), "val": ("val", GALLERY), "test": ("test", GALLERY)}
     if domain == REAL:
         return _real(folder)
-    from unidiff_sdk.datasets.synthetic import write_catalogue
+    from unidiff_sdk.datasets.synthetic import write_catalog
 
     for part, (split, n) in splits.items():
         if not (folder / part / "metadata.jsonl").exists():
             shutil.rmtree(folder / part, ignore_errors=True)
-            write_catalogue(domain, folder / part, n=n, seed=1, split=split)
+            write_catalog(domain, folder / part, n=n, seed=1, split=split)
     return {part: folder / part for part in splits}
 
 

@@ -70,7 +70,7 @@ def processor_time() -> float:
 
 
 def fill(folder: Path) -> None:
-    """A small catalogue of synthetic products."""
+    """A small catalog of synthetic products."""
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
 
@@ -79,7 +79,7 @@ def fill(folder: Path) -> None:
         catalog.add(
             [render(product) for product in chosen],
             texts=[product.caption for product in chosen],
-            payloads=[{"catalogue": product.catalogue} for product in chosen],
+            payloads=[{"catalog": product.catalog} for product in chosen],
         )
 
 

@@ -1,4 +1,4 @@
-"""Process start to the first hit on a catalogue of 1,000 items, and to the first generated picture, with the memory.
+"""Process start to the first hit on a catalog of 1,000 items, and to the first generated picture, with the memory.
 
 Every figure is of fresh processes, files in the page cache, the clock started before the process is. The peers do the
 same with the checkpoint that the built-in bundle was exported from, by the shortest way through their libraries.
@@ -48,7 +48,7 @@ PEERS = {
 
 
 def shop(folder: Path, items: int) -> Path:
-    """A catalogue of synthetic products, made once."""
+    """A catalog of synthetic products, made once."""
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
 
@@ -60,14 +60,14 @@ def shop(folder: Path, items: int) -> Path:
                 [render(product) for product in batch],
                 texts=[product.caption for product in batch],
                 ids=[product.id for product in batch],
-                payloads=[{"price": product.price, "catalogue": product.catalogue} for product in batch],
+                payloads=[{"price": product.price, "catalog": product.catalog} for product in batch],
             )
     return folder
 
 
 @click.command()
 @options
-@click.option("--items", default=ITEMS, show_default=True, help="Size of the catalogue.")
+@click.option("--items", default=ITEMS, show_default=True, help="Size of the catalog.")
 def main(items: int, **chosen: Any) -> None:
     """Time a fresh process to its first hit and to its first generated picture."""
     bench = Benchmark(__file__, "How long from the start of a process to its first answer?", **chosen)

@@ -1,4 +1,4 @@
-"""What searches vectors in this process: a catalogue, qdrant-client's local mode, and a plain matrix product.
+"""What searches vectors in this process: a catalog, qdrant-client's local mode, and a plain matrix product.
 
 Each is built from float32[n, dim] of length 1 and answers a query with the numbers of the TOP rows closest to it; with
 a bucket, only among the rows whose number is that modulo PASSING.
@@ -36,8 +36,8 @@ class Engine:
         self.build_s = round(time.perf_counter() - started, 1)
 
 
-def catalogue(folder: Path, vectors: Vectors, *, quantization: str | None = None) -> Catalog:
-    """A catalogue that holds vectors as `add` would write them, without pictures; its bundle is never opened.
+def filled_catalog(folder: Path, vectors: Vectors, *, quantization: str | None = None) -> Catalog:
+    """A catalog that holds vectors as `add` would write them, without pictures; its bundle is never opened.
 
     The index is not built yet.
     """
@@ -72,11 +72,11 @@ def search_by(catalog: Catalog) -> Search:
 
 
 def unidiff(folder: Path, vectors: Vectors, *, quantization: str | None = None) -> Engine:
-    """A catalogue with its index, as `add_folder` leaves it. What a filter needs, the first filtered query makes."""
+    """A catalog with its index, as `add_folder` leaves it. What a filter needs, the first filtered query makes."""
     catalogs = []
 
     def build() -> Search:
-        catalog = catalogue(folder, vectors, quantization=quantization)
+        catalog = filled_catalog(folder, vectors, quantization=quantization)
         catalogs.append(catalog)
         catalog.optimize()
         return search_by(catalog)

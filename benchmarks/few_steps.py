@@ -1,7 +1,7 @@
 """What four steps without guidance cost in quality, and save in time: the distilled tiny model beside its teacher.
 
 Every student is distilled anew, from seed to bundle (`unidiff-train distill`), on captions of the three synthetic
-catalogues' training splits; then all draw the same captions of combinations that neither training nor distillation
+catalogs' training splits; then all draw the same captions of combinations that neither training nor distillation
 showed, from the same seeds. What is right in the pictures is read off by the frozen judge. Of the UNet's work four
 unguided steps are 4/50; of all that a picture takes, by multiply-adds, 0.104, because both decode it.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import click
 from harness import ROOT, Benchmark, options
 
-CAPTIONS_TO_LEARN, CAPTIONS = 1000, 40  # of each catalogue
+CAPTIONS_TO_LEARN, CAPTIONS = 1000, 40  # of each catalog
 GUIDED_STEPS, STEPS = 25, 4
 SEEDS, DISTILLATIONS = (0, 1, 2), (0,)
 TEACHER, UNTAUGHT, DIFFUSERS = "guided, 25 steps", "not distilled, 4 steps unguided", "diffusers, guided, 25 steps"
@@ -33,12 +33,12 @@ def main(work: Path, **chosen: Any) -> None:
     from generate import diffusers_pipeline
 
     from unidiff_sdk import Bundle
-    from unidiff_sdk.datasets.synthetic import CATALOGUES, products
+    from unidiff_sdk.datasets.synthetic import CATALOGS, products
     from unidiff_sdk.generation.generator import Generator
     from unidiff_sdk.training.evaluation.judge import Judge, attribute_accuracy
 
     teacher = Bundle.open("tiny", threads=bench.threads)
-    asked = [p for name in CATALOGUES for p in products(name, CAPTIONS, seed=5, split="test-unseen")]
+    asked = [p for name in CATALOGS for p in products(name, CAPTIONS, seed=5, split="test-unseen")]
     judge = Judge.load()
 
     def drawing(bundle: Bundle, **settings: Any) -> Callable[..., Any]:
@@ -96,13 +96,13 @@ def student(work: Path, teacher: Any, seed: int) -> Path:
 
 
 def captions(work: Path) -> Path:
-    """A catalogue of all three training splits; its pictures are not looked at."""
-    from unidiff_sdk.datasets.synthetic import CATALOGUES, products, render
+    """A catalog of all three training splits; its pictures are not looked at."""
+    from unidiff_sdk.datasets.synthetic import CATALOGS, products, render
 
     folder = work / "few-steps-captions"
     if not (folder / "metadata.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        chosen = [p for name in CATALOGUES for p in products(name, CAPTIONS_TO_LEARN)]
+        chosen = [p for name in CATALOGS for p in products(name, CAPTIONS_TO_LEARN)]
         render(chosen[0]).save(folder / "any.png")
         lines = [json.dumps({"file_name": "any.png", "text": product.caption}) for product in chosen]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ PART = 500
 
 
 def embeddings(count: int) -> NDArray[np.float32]:
-    """Unit embeddings float32[count, dim] of as many products, the three catalogues in turn; drawn if need be."""
+    """Unit embeddings float32[count, dim] of as many products, the three catalogs in turn; drawn if need be."""
     import numpy as np
 
     from unidiff_sdk import Bundle
@@ -47,9 +47,9 @@ def embeddings(count: int) -> NDArray[np.float32]:
 def _draw(number: int, file: Path) -> None:
     import numpy as np
 
-    from unidiff_sdk.datasets.synthetic import CATALOGUES, products, render
+    from unidiff_sdk.datasets.synthetic import CATALOGS, products, render
 
-    chosen = products(CATALOGUES[number % len(CATALOGUES)], PART, seed=number, split="test")
+    chosen = products(CATALOGS[number % len(CATALOGS)], PART, seed=number, split="test")
     vectors = _encoder().encode_images(render(product) for product in chosen)
     file.parent.mkdir(parents=True, exist_ok=True)
     sibling = file.with_suffix(".part")

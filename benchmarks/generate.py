@@ -116,7 +116,7 @@ class Overhead:
 
 
 def overhead(bench: Benchmark, bundle: Bundle) -> None:
-    """`Catalog.generate`, ranked, on a small catalogue: time outside the graphs' calls."""
+    """`Catalog.generate`, ranked, on a small catalog: time outside the graphs' calls."""
     from unidiff_sdk import Bundle, Catalog
     from unidiff_sdk.datasets.synthetic import products, render
 
@@ -125,7 +125,7 @@ def overhead(bench: Benchmark, bundle: Bundle) -> None:
     sessions = [Clocked(bundle.session(name)) for name in bundle.manifest["graphs"]]
     clocked._sessions.update(zip(bundle.manifest["graphs"], sessions, strict=True))
     with Catalog(bundle=clocked) as catalog:
-        catalog.add([render(p) for p in shop], payloads=[{"catalogue": p.catalogue} for p in shop])
+        catalog.add([render(p) for p in shop], payloads=[{"catalog": p.catalog} for p in shop])
         for n, steps in SIZES:
             case = f"tiny, {n} ranked, {steps} steps: outside the graphs"
             if bench.wants(case):

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --out benchmarks/results/h100/gpu.json
 
 Not part of `make bench`: it needs the `gpu` extra and a GPU. All contestants compute in half precision, and each call
-starts from NumPy arrays and ends with one. Which way of saying attention and normalisation in ONNX runs best there is
+starts from NumPy arrays and ends with one. Which way of saying attention and normalization in ONNX runs best there is
 what the first rows are for; `unidiff-export --target cuda` writes the best of them.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import click
 from harness import ROOT, Benchmark, options
 
-# name: flavour of the graph, whether its calls are replayed from a CUDA graph. The first two are what users get.
+# name: flavor of the graph, whether its calls are replayed from a CUDA graph. The first two are what users get.
 OURS = {
     "channels last": ("channels last", False),
     "channels last, captured": ("channels last", True),
@@ -109,10 +109,10 @@ def measure_graph(
     ours: dict[str, Callable[[], Any]] = {}
     notes = []
     for name in ways:
-        flavour, capture = OURS[name]
-        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavour], check=True)
+        flavor, capture = OURS[name]
+        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavor], check=True)
         try:
-            ours[name] = act = in_onnxruntime(half_graph(kept, graph, flavour), feed, capture)
+            ours[name] = act = in_onnxruntime(half_graph(kept, graph, flavor), feed, capture)
             figures[name] = {"cosine": cosine(act(), expected)}
         except Exception as error:  # a way that does not work there is told, not fatal
             ours.pop(name, None)
@@ -231,9 +231,9 @@ def pipeline(kept: Path) -> Path:
     folder, without_config = kept / "half-pipeline", shutil.ignore_patterns("config.json")
     shutil.rmtree(folder, ignore_errors=True)  # of other code, perhaps; making it anew costs nothing
     for graph in DRAWING:
-        flavour = "channels first" if graph == "text_encoder" else "channels last"
-        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavour], check=True)
-        source = half_graph(kept, graph, flavour).parent
+        flavor = "channels first" if graph == "text_encoder" else "channels last"
+        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavor], check=True)
+        source = half_graph(kept, graph, flavor).parent
         shutil.copytree(source, folder / graph, copy_function=os.link, ignore=without_config)
     surround(folder, kept / "sd15")
     return folder

@@ -1,6 +1,6 @@
 """The half-precision graphs that `gpu.py` measures: `python gpu_graphs.py KEPT GRAPH FLAVOUR`.
 
-KEPT/sd15 is the checkpoint that `sd15.py KEPT sd15` writes. A flavour is a way to say attention, normalisation and
+KEPT/sd15 is the checkpoint that `sd15.py KEPT sd15` writes. A flavor is a way to say attention, normalization and
 convolutions in ONNX; all of them compute the same.
 """
 
@@ -19,18 +19,18 @@ FLAVOURS = {
 }
 
 
-def half_graph(kept: Path, graph: str, flavour: str) -> Path:
+def half_graph(kept: Path, graph: str, flavor: str) -> Path:
     """Where a graph of this code is kept."""
-    return kept / f"half-{digest([Path(__file__)])}" / flavour.replace(" ", "-") / graph / "model.onnx"
+    return kept / f"half-{digest([Path(__file__)])}" / flavor.replace(" ", "-") / graph / "model.onnx"
 
 
 @click.command()
 @click.argument("kept", type=click.Path(path_type=Path))
 @click.argument("graph")
-@click.argument("flavours", nargs=-1, type=click.Choice(list(FLAVOURS)))
-def main(kept: Path, graph: str, flavours: tuple[str, ...]) -> None:
-    """Lower a graph in each flavour that is not there yet."""
-    missing = [flavour for flavour in flavours if not half_graph(kept, graph, flavour).is_file()]
+@click.argument("flavors", nargs=-1, type=click.Choice(list(FLAVOURS)))
+def main(kept: Path, graph: str, flavors: tuple[str, ...]) -> None:
+    """Lower a graph in each flavor that is not there yet."""
+    missing = [flavor for flavor in flavors if not half_graph(kept, graph, flavor).is_file()]
     if not missing:
         return
     from sd15 import graph_spec
@@ -41,9 +41,9 @@ def main(kept: Path, graph: str, flavours: tuple[str, ...]) -> None:
     from unidiff_export.options import TARGETS
 
     spec = graph_spec(kept / "sd15", "sd15", graph)
-    for flavour in missing:
-        file = half_graph(kept, graph, flavour)
-        target, rewritten = FLAVOURS[flavour]
+    for flavor in missing:
+        file = half_graph(kept, graph, flavor)
+        target, rewritten = FLAVOURS[flavor]
         model = lower(spec, TARGETS[target], half=True)
         if rewritten:
             rewrite_for_cuda(model)

@@ -1,6 +1,6 @@
 """What drawing the query gains: R@1 with and without `imagine=`, and the milliseconds that it costs.
 
-Each synthetic catalogue, its products of combinations that training never showed, queried by whole captions (a hit is
+Each synthetic catalog, its products of combinations that training never showed, queried by whole captions (a hit is
 right if all six attributes are) and by the few words that one would type (right if all is right that these tell of).
 """
 
@@ -19,19 +19,19 @@ PICTURES = (1, 4)
 
 @click.command()
 @options
-@click.option("--items", default=ITEMS, show_default=True, help="Size of each catalogue.")
+@click.option("--items", default=ITEMS, show_default=True, help="Size of each catalog.")
 @click.option("--queries", default=QUERIES, show_default=True, help="How many captions, and how many few words.")
 def main(items: int, queries: int, **chosen: Any) -> None:
-    """Search each catalogue by its own products' captions, drawn and not."""
+    """Search each catalog by its own products' captions, drawn and not."""
     bench = Benchmark(__file__, "What does a search gain by drawing its query?", **chosen)
     from unidiff_sdk import Bundle, Catalog
-    from unidiff_sdk.datasets.synthetic import CATALOGUES, Product, brief_caption, products, render
+    from unidiff_sdk.datasets.synthetic import CATALOGS, Product, brief_caption, products, render
 
     def right(wanted: Product, told: frozenset[str], found: Product) -> bool:
         return all(found.attributes[column] == wanted.attributes[column] for column in told)
 
     bundle = Bundle.open("tiny", threads=bench.threads)
-    for name in CATALOGUES:
+    for name in CATALOGS:
         asked = {
             "whole captions": lambda product: (product.caption, frozenset(product.attributes)),
             "few words": lambda product: brief_caption(product, seed=1),
@@ -41,7 +41,7 @@ def main(items: int, queries: int, **chosen: Any) -> None:
         shop = products(name, items, seed=0, split="test-unseen")
         by_id = {product.id: product for product in shop}
         with Catalog(bundle=bundle) as catalog:
-            catalog.add([render(p) for p in shop], ids=list(by_id), payloads=[{"catalogue": name}] * items)
+            catalog.add([render(p) for p in shop], ids=list(by_id), payloads=[{"catalog": name}] * items)
             for kind, words in asked.items():
                 case = f"{name}, {kind}"
                 if not bench.wants(case):
@@ -60,7 +60,7 @@ def main(items: int, queries: int, **chosen: Any) -> None:
                     case,
                     ours={told_as(n): search(catalog, texts, n) for n in hits},
                     peers={},
-                    parameters={"catalogue": name, "words": kind, "items": items},
+                    parameters={"catalog": name, "words": kind, "items": items},
                     figures={told_as(n): {"r@1": sum(column) / len(column)} for n, column in hits.items()},
                     rounds=max(bench.rounds, 15),
                     note="; ".join(

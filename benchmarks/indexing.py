@@ -1,4 +1,4 @@
-"""Pictures a second into a catalogue, and whether its size shows in the memory that this takes.
+"""Pictures a second into a catalog, and whether its size shows in the memory that this takes.
 
 The encoder is shaped as CLIP's ViT-B/32 (`vit.py`), the pictures are JPEG files of 640 x 480. Ours reads them, hashes,
 decodes, encodes, makes thumbnails, copies and stores; the peers decode with PIL, process and encode with transformers
@@ -35,7 +35,7 @@ with Catalog(sys.argv[2]) as catalog:
 @click.command()
 @options
 @click.option("--pictures", default=PICTURES, show_default=True, help="How many are indexed in a round.")
-@click.option("--small", default=SMALL, show_default=True, help="The smaller of the catalogues for the memory.")
+@click.option("--small", default=SMALL, show_default=True, help="The smaller of the catalogs for the memory.")
 def main(pictures: int, small: int, **chosen: Any) -> None:
     """Measure indexing with a ViT-B/32 beside a plain loop, and the memory of two sizes."""
     bench = Benchmark(__file__, "How fast are pictures indexed?", depends=[HERE / "vit.py"], **chosen)
@@ -81,7 +81,7 @@ def rate(bench: Benchmark, case: str, count: int, folder: Path) -> None:
 
 
 def indexes(pictures: Path, bundle: Bundle, folder: Path) -> Callable[[], None]:
-    """A contestant that indexes into a new catalogue."""
+    """A contestant that indexes into a new catalog."""
     from unidiff_sdk import Catalog
 
     def index() -> None:

@@ -1,7 +1,7 @@
-"""8-bit vectors beside float32 ones: a catalogue of 100,000 both ways, and one of 1,000,000 with `quantization`.
+"""8-bit vectors beside float32 ones: a catalog of 100,000 both ways, and one of 1,000,000 with `quantization`.
 
 The 1,000,000 are the 100,000 embeddings of drawn products (`gallery.py`) ten times over, each with noise of its own of
-half the usual distance to the nearest neighbour, turned into 512 dimensions. Each catalogue is opened by a process of
+half the usual distance to the nearest neighbor, turned into 512 dimensions. Each catalog is opened by a process of
 its own, whose resident memory after all queries is told; files that it has mapped and touched count.
 
 Not part of `make bench`: the large one alone takes some fifteen minutes and 10 GB of disk.
@@ -27,10 +27,10 @@ NAMES = {None: "UniDiff, float32", "scalar": "UniDiff, 8-bit"}
 
 @click.command()
 @options
-@click.option("--items", default=100_000, show_default=True, help="The smaller catalogue.")
+@click.option("--items", default=100_000, show_default=True, help="The smaller catalog.")
 @click.option("--times", default=10, show_default=True, help="How many times as large the larger one is.")
 def main(items: int, times: int, **chosen: Any) -> None:
-    """Measure catalogues of 8-bit and of float32 vectors."""
+    """Measure catalogs of 8-bit and of float32 vectors."""
     bench = Benchmark(__file__, "What do 8-bit vectors cost and save?", depends=DEPENDS, **chosen)
     for copies, quantizations in ((1, (None, "scalar")), (times, ("scalar",))):
         case = f"embeddings, {items * copies:,} x 512"
@@ -59,9 +59,9 @@ def vectors(items: int, copies: int) -> tuple[Any, Any]:
 def measure(
     bench: Benchmark, case: str, folder: Path, stored: Any, asked: Any, quantizations: tuple[str | None, ...]
 ) -> None:
-    """Build the catalogues one after another, then ask them and a plain matrix product in turn."""
+    """Build the catalogs one after another, then ask them and a plain matrix product in turn."""
     import numpy as np
-    from engines import assess, catalogue, flat, truth
+    from engines import assess, filled_catalog, flat, truth
 
     tenth = truth(stored, asked, None)
     np.savez(folder / "questions.npz", asked=asked, tenth=tenth)
@@ -71,7 +71,7 @@ def measure(
     for quantization in quantizations:
         name, shop = NAMES[quantization], folder / f"{quantization}.catalog"
         started = time.perf_counter()
-        with catalogue(shop, stored, quantization=quantization) as catalog:
+        with filled_catalog(shop, stored, quantization=quantization) as catalog:
             click.echo(f"{case}: {name}: filled after {time.perf_counter() - started:.0f} s", err=True)
             catalog.optimize()
         disk = sum(file.stat().st_blocks for file in (shop / "vectors").rglob("*") if file.is_file()) / 2048

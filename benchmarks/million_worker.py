@@ -1,4 +1,4 @@
-"""A catalogue of `million.py` in a process of its own: `python million_worker.py CATALOGUE FOLDER`."""
+"""A catalog of `million.py` in a process of its own: `python million_worker.py CATALOG FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What searches and an event loop wait for while the index of 100,000 vectors is being built.
 
-Each round builds the index of a fresh copy of the same catalogue, while one thread searches ten times a second
+Each round builds the index of a fresh copy of the same catalog, while one thread searches ten times a second
 or so (300 different queries, each answer compared with the exact one) and an event loop wakes every 5 ms. A wait is how
 long a search took, or by how much the loop woke late. The peer is the engine's own `optimize`, called in a thread.
 """
@@ -30,7 +30,7 @@ class Building:
     """A contestant: builds the index of a fresh copy, and remembers the waits of all rounds.
 
     Args:
-        filled: the folder of a catalogue whose index is not built.
+        filled: the folder of a catalog whose index is not built.
         opened: opens a copy; gives a search (query -> rows) and the call that builds.
     """
 
@@ -91,7 +91,7 @@ class Building:
 
 
 @contextmanager
-def _catalogue(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
+def _catalog(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
     from engines import search_by
 
     from unidiff_sdk import Catalog
@@ -103,7 +103,7 @@ def _catalogue(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
 
 @contextmanager
 def _engine(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
-    """The engine alone, in a thread of this process, on the catalogue's shard."""
+    """The engine alone, in a thread of this process, on the catalog's shard."""
     import numpy as np
     import qdrant_edge as edge
 
@@ -128,7 +128,7 @@ def main(items: int, **chosen: Any) -> None:
     depends = [HERE / name for name in ("engines.py", "search.py", "gallery.py")]
     bench = Benchmark(__file__, "What waits while a search index is being built?", depends=depends, **chosen)
     import numpy as np
-    from engines import catalogue, truth
+    from engines import catalog, truth
     from search import turned
 
     case = f"build the index of {items:,} x 512, embeddings"
@@ -137,10 +137,10 @@ def main(items: int, **chosen: Any) -> None:
         tenth = truth(vectors, asked, None)
         with tempfile.TemporaryDirectory() as folder:
             filled = Path(folder) / "filled.catalog"
-            catalogue(filled, vectors).close()
+            catalog(filled, vectors).close()
             contestants = {
                 name: Building(filled, opened, vectors, asked, tenth)
-                for name, opened in {"UniDiff": _catalogue, "Edge, in this process": _engine}.items()
+                for name, opened in {"UniDiff": _catalog, "Edge, in this process": _engine}.items()
             }
             bench.row(
                 case,

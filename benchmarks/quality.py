@@ -41,13 +41,13 @@ FLOORS = {
 }
 
 TOLD = """
-Each arm is tuned for {steps} steps of {batch_size} on {pairs} pairs of a catalogue that its base has never seen, and
+Each arm is tuned for {steps} steps of {batch_size} on {pairs} pairs of a catalog that its base has never seen, and
 measured on pairs that no arm was tuned on: a gallery of up to {gallery}, {prompts} prompts of {per_prompt} pictures,
 all from the same noise, in 20 guided steps. Three settings an arm were tried on the validation pairs of {development},
-and the best was run once on the test pairs of each catalogue; RSC was searched at the learning rate of ITC + IS. The
+and the best was run once on the test pairs of each catalog; RSC was searched at the learning rate of ITC + IS. The
 judge is frozen and was trained on other renderings; R@1 is the mean of both ways. The score is the mean of R@1 and of
 all attributes right, or the one that an arm's half has; ties go to the first. Figures are means over seeds, with the
-lowest and highest seed behind. The synthetic catalogues are rendered drawings. KID and CMMD are unbiased estimates, so
+lowest and highest seed behind. The synthetic catalogs are rendered drawings. KID and CMMD are unbiased estimates, so
 below zero is as good as zero. Intervals are of a bootstrap over seeds and over pairs or prompts, not corrected for
 their number. Arms are matched in steps, not in time.
 
@@ -58,7 +58,7 @@ the picture tower as it was. It was declared after the results of the other arms
 What this does not tell apart: the learning rate of SD alone was chosen among scores near zero. RSC both has a third
 term, of pictures that are generated, which was not tried alone.
 
-A base that lacks one synthetic catalogue is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
+A base that lacks one synthetic catalog is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
 {base_steps[unet]}; its VAE and tokenizer are the built-in base's, which have seen all. {real} is tuned from the
 built-in base.
 """

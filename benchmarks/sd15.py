@@ -2,7 +2,7 @@
 
 MODEL is "sd15" (Stable Diffusion 1.5 with CLIP ViT-L/14) or "vit-b-32" (that CLIP alone). What a graph costs in time,
 memory and bytes hangs on its shape; its results mean nothing, so there is nothing of quality to verify, and the graphs
-of the benchmarks are made here, by the exporter's own lowering and quantisation, beside its verification.
+of the benchmarks are made here, by the exporter's own lowering and quantization, beside its verification.
 """
 
 from __future__ import annotations
@@ -159,14 +159,14 @@ def tokenizer() -> Any:
 
 
 def write_graphs(kept: Path, model: str, graph: str) -> None:
-    """Lower a graph as unidiff-export does, and quantise every layer that it would, over what one random call spans."""
+    """Lower a graph as unidiff-export does, and quantize every layer that it would, over what one random call spans."""
     import torch
     from unet_peer import inputs
 
     from unidiff_export.bundle_folder import write_graph
     from unidiff_export.graphs.lowering import lower
     from unidiff_export.quantization.calibration import observing
-    from unidiff_export.quantization.qdq import LayerRanges, Range, quantise
+    from unidiff_export.quantization.qdq import LayerRanges, Range, quantize
 
     folders = [graph_file(kept, model, graph, precision).parent for precision in ("fp32", "int8")]
     for folder in folders:
@@ -181,7 +181,7 @@ def write_graphs(kept: Path, model: str, graph: str) -> None:
 
     with observing(spec, observe), torch.no_grad():
         spec.module(*map(torch.from_numpy, inputs(graph, 1, 32).values()))
-    quantise(lowered, ranges, contrib=True)
+    quantize(lowered, ranges, contrib=True)
     write_graph(lowered, folders[1], {})
 
 

@@ -139,7 +139,7 @@ def _workers(bench: Benchmark, folder: Path, bucket: int | None) -> Iterator[tup
 
 
 def words_to_hits(bench: Benchmark) -> None:
-    """Tokenise, encode and search 1,000 products, beside the same encoder with a plain matrix product."""
+    """Tokenize, encode and search 1,000 products, beside the same encoder with a plain matrix product."""
     import numpy as np
 
     from unidiff_sdk import Catalog
@@ -150,7 +150,7 @@ def words_to_hits(bench: Benchmark) -> None:
     # A number makes each text one that was not asked for before: ours remembers those.
     texts, again = ((f"{words}, {i}" for i, words in enumerate(itertools.cycle(WORDS))) for _ in range(2))
     with Catalog() as catalog:
-        catalog.add([render(p) for p in chosen], payloads=[{"catalogue": p.catalogue} for p in chosen])
+        catalog.add([render(p) for p in chosen], payloads=[{"catalog": p.catalog} for p in chosen])
         encoder = Encoder(catalog.bundle)
         vectors = np.array([record.vector for batch in catalog._store.scroll() for record in batch])
 

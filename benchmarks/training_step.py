@@ -25,7 +25,7 @@ Contestants = Callable[[], tuple[dict[str, Step], dict[str, Step]]]
 @click.command()
 @options
 def main(**chosen: Any) -> None:
-    """Time whole optimiser steps on the same pairs."""
+    """Time whole optimizer steps on the same pairs."""
     bench = Benchmark(__file__, "What does a joint training step cost?", **chosen)
     import torch
 
@@ -171,9 +171,9 @@ def _pictures(n: int, size: int) -> Tensor:
 
 def _token_ids(n: int, checkpoint: Checkpoint) -> Tensor:
     from unidiff_sdk.datasets.synthetic import products
-    from unidiff_sdk.training.data.batches import tokenise
+    from unidiff_sdk.training.data.batches import tokenize
 
-    return tokenise(checkpoint.tokenizer, [str(product.row()["text"]) for product in products("fashion-woman", n)])
+    return tokenize(checkpoint.tokenizer, [str(product.row()["text"]) for product in products("fashion-woman", n)])
 
 
 class _Pairs:
@@ -210,7 +210,7 @@ def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **setting
     import torch
 
     from unidiff_sdk.training.config import TrainingConfig
-    from unidiff_sdk.training.data.batches import tokenise
+    from unidiff_sdk.training.data.batches import tokenize
     from unidiff_sdk.training.loop.learner import Learner
     from unidiff_sdk.training.objective.joint_model import JointModel
     from unidiff_sdk.training.objective.tuning import choose_trainable
@@ -222,12 +222,12 @@ def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **setting
     choose_trainable(model, config)
     pairs = _Pairs(model, checkpoint, batch, encode=encode)
     learner = Learner(model, config, Processes(0, 1, torch.device("cpu")))
-    empty = tokenise(checkpoint.tokenizer, [""])
+    empty = tokenize(checkpoint.tokenizer, [""])
     return lambda: learner.step(200, pairs, empty)  # type: ignore[arg-type]
 
 
 def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
-    """CLIP fine-tuned by its own loss, and the UNet as diffusers' script does it, each with an optimiser of its own."""
+    """CLIP fine-tuned by its own loss, and the UNet as diffusers' script does it, each with an optimizer of its own."""
     from copy import deepcopy
 
     import torch
@@ -241,18 +241,18 @@ def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
     clip, unet, vae = checkpoint.clip.train(), checkpoint.unet.train(), checkpoint.vae.eval()
     text_encoder = deepcopy(checkpoint.text_encoder).requires_grad_(False)
     scheduler = DDPMScheduler.from_config(checkpoint.scheduler.config)
-    optimisers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (clip, unet)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-5) for model in (clip, unet)]
 
-    def update(model: torch.nn.Module, optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def step() -> None:
         # 1. CLIP
         ids = pairs.input_ids
-        update(clip, optimisers[0], clip(input_ids=ids, pixel_values=pairs.clip_pixels, return_loss=True).loss)
+        update(clip, optimizers[0], clip(input_ids=ids, pixel_values=pairs.clip_pixels, return_loss=True).loss)
 
         # 2. examples/text_to_image/train_text_to_image.py, with --snr_gamma 5
         with torch.no_grad():
@@ -270,7 +270,7 @@ def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
         weight = torch.minimum(snr, 5.0 * torch.ones_like(snr))
         weight = weight / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
         loss = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3)) * weight
-        update(unet, optimisers[1], loss.mean())
+        update(unet, optimizers[1], loss.mean())
 
     return step
 

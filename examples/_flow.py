@@ -125,7 +125,7 @@ def compared(folder: Path, tuned: Path, queries: Sequence[str], prompts: Sequenc
     """The same searches and generations on `folder`, with the built-in bundle and with the tuned one."""
     found: dict[str, dict[str, Row]] = {}
     drawn: dict[str, dict[str, Row]] = {}
-    for name, catalog in catalogues(folder, tuned):
+    for name, catalog in catalogs(folder, tuned):
         for query in queries:
             page = catalog.search(query, limit=7)
             code, took = f"{name}.search({query!r}, limit=7)", f"{page.took_ms:.1f} ms"
@@ -149,7 +149,7 @@ def compared(folder: Path, tuned: Path, queries: Sequence[str], prompts: Sequenc
     ]
 
 
-def catalogues(folder: Path, tuned: Path) -> Iterator[tuple[str, Catalog]]:
+def catalogs(folder: Path, tuned: Path) -> Iterator[tuple[str, Catalog]]:
     """The folder indexed with the built-in bundle, then with the tuned one."""
     for name, bundle in (("base", "tiny"), ("tuned", tuned)):
         with Catalog(bundle=bundle) as catalog:

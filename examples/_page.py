@@ -1,4 +1,4 @@
-"""What the examples' pages show of a catalogue: a card for a search hit, a card for a generated picture."""
+"""What the examples' pages show of a catalog: a card for a search hit, a card for a generated picture."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from unidiff_sdk import Catalog, Generation
 from unidiff_sdk import Page as Hits
-from unidiff_sdk.datasets.synthetic import CATALOGUES, products, render, write_catalogue
+from unidiff_sdk.datasets.synthetic import CATALOGS, products, render, write_catalog
 
 N_EACH = 100
 PICTURE = 128  # pixels; the model looks at 64 and draws 64
@@ -62,7 +62,7 @@ def composed(catalog: Catalog) -> Hits:
 
 def filtered(catalog: Catalog) -> Hits:
     return catalog.search(
-        "striped", where={"price": {"lt": 60}, "catalogue": "fashion-man", "colour": ["blue", "teal"]}, limit=7
+        "striped", where={"price": {"lt": 60}, "catalog": "fashion-man", "colour": ["blue", "teal"]}, limit=7
     )
 
 
@@ -98,13 +98,13 @@ def keep(catalog: Catalog) -> Hits:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--n", default=N_EACH, show_default=True, help="Products of each of the three catalogues.")
+@click.option("--n", default=N_EACH, show_default=True, help="Products of each of the three catalogs.")
 def main(n: int) -> None:
     """Index, search and generate in a folder demo/, and write demo/index.html."""
     console.rule("[bold]UniDiff SDK: one model that searches a shop and draws for it")
     out = Path("demo")
     folders = draw_shop(out, n)
-    with timed("open an empty catalogue with the built-in model"):
+    with timed("open an empty catalog with the built-in model"):
         catalog = Catalog(out / "shop.catalog")
     with catalog:
         items = index(catalog, folders)
@@ -119,13 +119,13 @@ def main(n: int) -> None:
 
 
 def draw_shop(out: Path, n: int) -> list[Path]:
-    """Write the three synthetic catalogues afresh, and a picture of a product that is in none of them."""
-    for old in (*(out / name for name in CATALOGUES), out / "shop.catalog"):
+    """Write the three synthetic catalogs afresh, and a picture of a product that is in none of them."""
+    for old in (*(out / name for name in CATALOGS), out / "shop.catalog"):
         shutil.rmtree(old, ignore_errors=True)
     with timed(f"draw {3 * n} products ({PICTURE} px)"):
         folders = [
-            write_catalogue(name, out / name, n=n, split="test", size=PICTURE)
-            for name in track(CATALOGUES, "Drawing  ", console=console)
+            write_catalog(name, out / name, n=n, split="test", size=PICTURE)
+            for name in track(CATALOGS, "Drawing  ", console=console)
         ]
     photo = next(p for p in products("fashion-woman", 500, seed=9, split="test") if is_query(p.attributes))
     render(photo, 2 * PICTURE).save(out / "photo.png")
@@ -190,7 +190,7 @@ def drawings(catalog: Catalog) -> list[Section]:
         ),
         Section(
             "Keep what you like",
-            "A generated picture goes into the catalogue like any other, marked as generated, and is found "
+            "A generated picture goes into the catalog like any other, marked as generated, and is found "
             "like any other.",
             [row(catalog, keep)],
         ),

@@ -1,4 +1,4 @@
-"""`make pipeline`: fine-tune the tiny base on a small catalogue, evaluate before and after, export, search, generate.
+"""`make pipeline`: fine-tune the tiny base on a small catalog, evaluate before and after, export, search, generate.
 
 The long way round, on 200 synthetic products of `fashion-woman`; everything lands in pipeline/, the page to read is
 pipeline/index.html.
@@ -12,22 +12,22 @@ import click
 from _flow import before_and_after, compared, console, emptied, evaluate, run, show_table, train_and_export
 from _page import Page, Section
 
-CATALOGUE = "fashion-woman"
+CATALOG = "fashion-woman"
 SIZES = {"train": 200, "val": 100, "test": 200}
 QUERIES = ("red striped dress", "long blue coat with white dots", "orange handbag without pattern")
 PROMPTS = ("purple dotted boots", "a green checked skirt with yellow", "a short loose pink jumpsuit in one colour")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--steps", default=200, show_default=True, help="Optimiser steps of the fine-tuning.")
+@click.option("--steps", default=200, show_default=True, help="Optimizer steps of the fine-tuning.")
 @click.option("--prompts", default=100, show_default=True, help="Captions to generate for in each evaluation.")
 @click.option("--out", default=Path("pipeline"), show_default=True, type=click.Path(path_type=Path))
 def main(steps: int, prompts: int, out: Path) -> None:
-    """Catalogue, fine-tuning, evaluation, export, search and generation in one go."""
-    # 1. A small catalogue, in three parts that share no product.
+    """Catalog, fine-tuning, evaluation, export, search and generation in one go."""
+    # 1. A small catalog, in three parts that share no product.
     emptied(out)
     for split, n in SIZES.items():
-        run("unidiff", "dataset", CATALOGUE, out / split, "--split", split, "--n", str(n))
+        run("unidiff", "dataset", CATALOG, out / split, "--split", split, "--n", str(n))
     test = out / "test"
     generation = ("--prompts", str(prompts), "--train-data", str(out / "train"))
 
@@ -42,9 +42,9 @@ def main(steps: int, prompts: int, out: Path) -> None:
     sections = compared(test, tuned.bundle, QUERIES, PROMPTS)
     page = Page(
         title="From 200 pictures to a tuned model that runs without PyTorch",
-        text=f"The tiny base was fine-tuned on {SIZES['train']} pairs of {CATALOGUE} for {steps} steps, exported, and "
+        text=f"The tiny base was fine-tuned on {SIZES['train']} pairs of {CATALOG} for {steps} steps, exported, and "
         f"compared with itself before on {SIZES['test']} products that neither had seen.",
-        note="The catalogue is synthetic: rendered drawings with invented brands and prices.",
+        note="The catalog is synthetic: rendered drawings with invented brands and prices.",
         figures=[
             (f"{tuned.seconds['train']:.0f} s", "fine-tuning, with imports"),
             (f"{tuned.seconds['export']:.0f} s", "export and verification"),

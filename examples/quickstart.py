@@ -1,4 +1,4 @@
-"""The shortest useful programme: fill a catalogue, search it, draw a new product. Needs `pip install .[cpu]` only."""
+"""The shortest useful program: fill a catalog, search it, draw a new product. Needs `pip install .[cpu]` only."""
 
 from unidiff_sdk import Catalog
 from unidiff_sdk.datasets.synthetic import products, render
@@ -6,7 +6,7 @@ from unidiff_sdk.datasets.synthetic import products, render
 shop = products("fashion-woman", n=100)  # synthetic; your own folder: catalog.add_folder("products/")
 
 with Catalog() as catalog:
-    rows = [{"price": p.price, "catalogue": p.catalogue} for p in shop]
+    rows = [{"price": p.price, "catalog": p.catalog} for p in shop]
     catalog.add([render(p) for p in shop], texts=[p.caption for p in shop], payloads=rows)
     for hit in catalog.search("red striped dress", limit=3, where={"price": {"lt": 120}}):
         print(f"{hit.score:.3f}  {hit.payload['price']:>7.2f}  {hit.text}")

@@ -1,8 +1,8 @@
 """The whole line on pictures that this project did not draw: the stamps of Debian's tuxpaint-stamps-default.
 
 Some 780 photographs and drawings of animals, food, signs and things, each with a caption in a text file beside it.
-They are fetched with apt-get (or taken from --stamps), turned into an ordinary catalogue folder, and split by a hash
-of the caption, so that no caption stands on both sides. Then: evaluate, train, evaluate, export, and one catalogue
+They are fetched with apt-get (or taken from --stamps), turned into an ordinary catalog folder, and split by a hash
+of the caption, so that no caption stands on both sides. Then: evaluate, train, evaluate, export, and one catalog
 before and after. Needs the environment of `make pipeline`; writes real/, the page to read is real/index.html.
 
 The tiny base has only ever seen drawn clothes and goods. So there are two questions, answered apart: does a shop find
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 
 import click
-from _flow import before_and_after, catalogues, compared, console, emptied, evaluate, show_table, train_and_export
+from _flow import before_and_after, catalogs, compared, console, emptied, evaluate, show_table, train_and_export
 from _page import Page, Section
 from PIL import Image
 
 from unidiff_sdk._internal.images import load_image
-from unidiff_sdk.datasets.reader import count_rows, read_catalogue
+from unidiff_sdk.datasets.reader import count_rows, read_catalog
 from unidiff_sdk.errors import ImageError
 
 PACKAGE = "tuxpaint-stamps-default"
@@ -37,11 +37,11 @@ PROMPTS = ("A flower.", "A penguin.", "An orange.", "The letter B.")
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--stamps", type=click.Path(path_type=Path), help=f"The stamps' folder; default: {PACKAGE} by apt-get.")
-@click.option("--steps", default=600, show_default=True, help="Optimiser steps of the fine-tuning.")
+@click.option("--steps", default=600, show_default=True, help="Optimizer steps of the fine-tuning.")
 @click.option("--out", default=Path("real"), show_default=True, type=click.Path(path_type=Path))
 def main(stamps: Path | None, steps: int, out: Path) -> None:
     """Fine-tune on real pictures and compare before with after."""
-    # 1. An ordinary catalogue folder, in two parts.
+    # 1. An ordinary catalog folder, in two parts.
     emptied(out)
     counts = convert(stamps or downloaded(), out)
     console.print(f"{counts['train']} pictures to train on, {counts['test']} held out")
@@ -60,7 +60,7 @@ def main(stamps: Path | None, steps: int, out: Path) -> None:
     tables = {f"{name}, {count_rows(parts[name])}": before_and_after(before[name], after[name]) for name in parts}
     tables["kind of thing, by a held-out picture"] = right_kinds(out, tuned.bundle)
 
-    # 3. One catalogue with each bundle.
+    # 3. One catalog with each bundle.
     sections = compared(out / "train", tuned.bundle, QUERIES, PROMPTS)
     page = Page(
         title="Real pictures: before and after",
@@ -138,10 +138,10 @@ def square(image: Image.Image) -> Image.Image:
 
 
 def right_kinds(out: Path, bundle: Path) -> list[tuple[str, ...]]:
-    """How often the nearest pictures of the catalogue are of the same category as a held-out picture or caption."""
-    rows = list(read_catalogue(out / "test"))
+    """How often the nearest pictures of the catalog are of the same category as a held-out picture or caption."""
+    rows = list(read_catalog(out / "test"))
     shares: dict[str, list[float]] = {}
-    for _, catalog in catalogues(out / "train", bundle):
+    for _, catalog in catalogs(out / "train", bundle):
         for row in rows:
             asked = row.payload["category"]
             for name, hits in (

@@ -32,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def catalog(tmp_path: Path, toy: Path) -> Iterator[Catalog]:
-    """An empty catalogue of that bundle, in a folder."""
+    """An empty catalog of that bundle, in a folder."""
     from unidiff_sdk import Catalog
 
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
@@ -147,15 +147,15 @@ def train_tokenizer(captions):
 
 
 @pytest.fixture(scope="session")
-def small_catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures of one plain colour each, not all square, with captions that say it; two mean the same."""
+def small_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of one plain color each, not all square, with captions that say it; two mean the same."""
     import json
 
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("catalogue")
-    colours = ("red", "green", "blue", "purple", "yellow", "teal", "black", "white", "orange", "brown", "pink")
-    rows = [{"text": f"a {colour} dress", "colour": colour, "price": 10.0 + i} for i, colour in enumerate(colours)]
+    folder = tmp_path_factory.mktemp("catalog")
+    colors = ("red", "green", "blue", "purple", "yellow", "teal", "black", "white", "orange", "brown", "pink")
+    rows = [{"text": f"a {colour} dress", "colour": colour, "price": 10.0 + i} for i, colour in enumerate(colors)]
     rows.append({"text": "A red  dress.", "colour": "red", "price": 99.0})
     for i, row in enumerate(rows):
         row["file_name"] = f"{i}.png"

@@ -1,4 +1,4 @@
-"""UniDiff SDK: one jointly tuned model that searches a product catalogue and generates new pictures for it.
+"""UniDiff SDK: one jointly tuned model that searches a product catalog and generates new pictures for it.
 
 from unidiff_sdk import Catalog
 

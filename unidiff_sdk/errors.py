@@ -51,7 +51,7 @@ class BusyError(UniDiffError):
 
 
 class DataError(UniDiffError):
-    """A catalogue on disk is missing, malformed, or points outside its own folder."""
+    """A catalog on disk is missing, malformed, or points outside its own folder."""
 
 
 class StoreError(UniDiffError):

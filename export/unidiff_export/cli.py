@@ -43,7 +43,7 @@ unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
     "--calibration",
     metavar="DATA",
     type=click.Path(path_type=Path),
-    help="Catalogue to learn int8 from and judge search on. Default: captions in CKPT, and what is drawn of them.",
+    help="Catalog to learn int8 from and judge search on. Default: captions in CKPT, and what is drawn of them.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the bundle that is at BUNDLE already.")
 def main(
@@ -82,7 +82,7 @@ def main(
     console = Console()
     console.print(graph_table(export))
     console.print(result_table(export))
-    # Plain, so that a long path is neither wrapped nor coloured.
+    # Plain, so that a long path is neither wrapped nor colored.
     click.echo(
         f"{precision} bundle in {export.seconds:.1f} s, {megabytes(export.bytes)}, "
         f"with at most {megabytes(export.peak_bytes)} of memory: {export.path}"
@@ -90,7 +90,7 @@ def main(
 
 
 def graph_table(export: Export) -> Table:
-    """How near each graph is to its PyTorch module. int8: the share of its multiply-adds that is quantised."""
+    """How near each graph is to its PyTorch module. int8: the share of its multiply-adds that is quantized."""
     from rich.table import Table
 
     table = Table(title="Compared with PyTorch", title_justify="left")

@@ -37,7 +37,7 @@ from .manifest import build_manifest, describe_graph, model_facts, sampler_defau
 from .options import CONTRIB, TARGETS, check_options
 from .quantization.calibration import PROMPTS, Samples, calibrate, draw, effort_for, read_samples
 from .quantization.policy import Int8Policy
-from .quantization.qdq import quantise
+from .quantization.qdq import quantize
 from .verification import (
     TOLERANCES,
     GraphParity,
@@ -58,7 +58,7 @@ from .verification import (
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of an exported bundle. int8: what is quantised of it (see Int8Policy.describe), or None."""
+    """One graph of an exported bundle. int8: what is quantized of it (see Int8Policy.describe), or None."""
 
     name: str
     precision: str
@@ -103,7 +103,7 @@ def export_bundle(
             intermediate results would overflow stays fp32, and layers that 8 bits do not suffice for are kept back, as
             the graph's entry in the manifest says.
         target: what the graphs are made for, a name in `TARGETS`.
-        calibration: a catalogue on disk, of whose captions and pictures int8 learns what the layers see, and on which
+        calibration: a catalog on disk, of whose captions and pictures int8 learns what the layers see, and on which
             search is judged; by default the captions that the checkpoint records and what is drawn of them.
         overwrite: replace a bundle that is at `out` already.
         progress: called with one line at the start of each stage.
@@ -111,7 +111,7 @@ def export_bundle(
     Raises:
         ExportError: the checkpoint cannot be exported, or the result is too far from PyTorch. `out` is untouched.
         CheckpointError: the checkpoint is missing or incomplete.
-        DataError: `calibration` is no catalogue.
+        DataError: `calibration` is no catalog.
         OptionError: an option has an unknown value.
     """
     check_options(precision, target)
@@ -247,17 +247,17 @@ class _Workshop:
         self.graphs: dict[str, dict[str, Any]] = {}
         self._folder, self._checkpoint, self._say = folder, checkpoint, say
         self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
-        self._lowered: dict[str, ir.Model] = {}  # for int8, as floats: quantised anew each time
+        self._lowered: dict[str, ir.Model] = {}  # for int8, as floats: quantized anew each time
 
     def make(self, spec: GraphSpec) -> None:
         """Lower `spec`, write its folder and its entry."""
         self._say(f"lowering {spec.name}")
-        model, used, quantised = self._lower(spec)
+        model, used, quantized = self._lower(spec)
         folder = self._folder / spec.name
         write_graph(model, folder, _config(self._checkpoint, spec.name))
         entry = describe_graph(model, spec, used, self._target) | {"bytes": _graph_bytes(folder)}
         if self._policy:
-            entry["int8"] = self._policy.describe(spec.name, quantised)
+            entry["int8"] = self._policy.describe(spec.name, quantized)
         self.graphs[spec.name] = entry
         del model
         gc.collect()  # graphs are full of cycles, and each holds a copy of its weights
@@ -270,7 +270,7 @@ class _Workshop:
                 entry |= {"channels_last": True, "bytes": _graph_bytes(folder)}
 
     def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
-        """The graph, the precision it got, and the layers that are quantised.
+        """The graph, the precision it got, and the layers that are quantized.
 
         The precision is fp32 where half precision would overflow, or 8 bits suffice nowhere.
         """
@@ -279,16 +279,16 @@ class _Workshop:
             calls = [spec.example(1, 1), *seen_calls(spec, self._reference)]
             if not any(overflows_half(spec.module, inputs) for inputs in calls):
                 return lower(spec, target, half=True), "fp16", []
-        quantised: list[str] = []
+        quantized: list[str] = []
         if self._policy:
             if spec.name not in self._lowered:
                 self._lowered[spec.name] = lower(spec, target)
             model = self._lowered[spec.name].clone()
-            quantised = quantise(model, self._policy.ranges(spec.name), contrib=CONTRIB in target.domains)
+            quantized = quantize(model, self._policy.ranges(spec.name), contrib=CONTRIB in target.domains)
         else:
             model = lower(spec, target)
         store_halves(model)
-        return model, "int8" if quantised else "fp32", quantised
+        return model, "int8" if quantized else "fp32", quantized
 
 
 def _graph_bytes(folder: Path) -> int:

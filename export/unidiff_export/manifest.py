@@ -79,7 +79,7 @@ def build_manifest(
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the runtime must know of the models: sizes, scales, normalisation, sampler defaults."""
+    """What the runtime must know of the models: sizes, scales, normalization, sampler defaults."""
     clip, vae, unet, processor = checkpoint.clip, checkpoint.vae, checkpoint.unet, checkpoint.image_processor
     return {
         "embedding": {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk.errors import ExportError, GenerationError
-from unidiff_sdk.training.data.batches import normalise_caption, tokenise
+from unidiff_sdk.training.data.batches import normalize_caption, tokenize
 from unidiff_sdk.training.evaluation.evaluate import retrieval
 
 from .bundle_folder import clip_tokenizer
@@ -151,7 +151,7 @@ def make_reference(
     def embed(captions: Sequence[str], pictures: Sequence[NDArray[np.uint8]]) -> tuple[NDArray, NDArray]:
         with torch.no_grad():
             pixels = checkpoint.image_processor(list(pictures), return_tensors="pt").pixel_values
-            texts, images = text_encoder(tokenise(tokenizer, captions)), modules["image_encoder"](pixels)
+            texts, images = text_encoder(tokenize(tokenizer, captions)), modules["image_encoder"](pixels)
         return _unit(texts[-1] if checkpoint.shared else texts), _unit(images)
 
     texts, images = embed(prompts, drawing.pictures)
@@ -315,7 +315,7 @@ def compare_search(bundle: Bundle, reference: Reference, tolerance: Tolerance) -
 
 def recall_at_1(texts: NDArray[np.float32], images: NDArray[np.float32], captions: Sequence[str]) -> float:
     """The mean of both ways; pairs whose captions say the same are all right answers."""
-    ways = retrieval(images, texts, [(normalise_caption(caption),) for caption in captions])
+    ways = retrieval(images, texts, [(normalize_caption(caption),) for caption in captions])
     return float(np.mean([way["R@1"] for way in ways.values()]))
 
 

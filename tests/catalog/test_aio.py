@@ -1,4 +1,4 @@
-"""The catalogue under asyncio: the same answers, an event loop that goes on, and what cancelling does."""
+"""The catalog under asyncio: the same answers, an event loop that goes on, and what cancelling does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_twin_is_its_method(toy: Path) -> None:
         catalog = await Catalog.aopen(":memory:", toy)
         assert await catalog.acount() == 0
         await catalog.aclose()
-        with pytest.raises(StoreError, match="no catalogue"):
+        with pytest.raises(StoreError, match="no catalog"):
             async with Catalog.aopen("nowhere", create=False):
                 pytest.fail("it is not there")
 

@@ -1,4 +1,4 @@
-"""A catalogue in one parquet file: there and back over the back ends, refusals, and what a kill leaves."""
+"""A catalog in one parquet file: there and back over the back ends, refusals, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_there_and_back(
         assert all(hit.uri.startswith("images/") for hit in restored.browse(limit=100))
         report = restored.add_folder(tmp_path / "products", prune=True)
         assert (report.added, report.skipped, report.removed) == (0, 40, 0)
-        # A second time would mix two catalogues.
+        # A second time would mix two catalogs.
         if place["location"] != ":memory:":
             with pytest.raises(StoreError, match=r"already|not empty"):
                 Catalog.restore(tmp_path / "shop.parquet", **place)
@@ -251,7 +251,7 @@ def test_files_that_are_none(catalog: Catalog, tmp_path: Path) -> None:
         Catalog.restore(tmp_path / "less.parquet")
 
 
-def test_a_kill_while_restoring_leaves_no_catalogue(catalog: Catalog, tmp_path: Path) -> None:
+def test_a_kill_while_restoring_leaves_no_catalog(catalog: Catalog, tmp_path: Path) -> None:
     catalog.add([shade(n) for n in range(100)])
     catalog.export(tmp_path / "shop.parquet")
     script = (

@@ -1,4 +1,4 @@
-"""What catalogues meet in the wild: pictures of every kind and none, endless captions, paths that lead astray."""
+"""What catalogs meet in the wild: pictures of every kind and none, endless captions, paths that lead astray."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def bomb() -> bytes:
     )
 
 
-GOOD: dict[str, tuple[Callable[[], bytes], tuple[Any, Any]]] = {  # file -> its bytes, the colours above and below
+GOOD: dict[str, tuple[Callable[[], bytes], tuple[Any, Any]]] = {  # file -> its bytes, the colors above and below
     "plain.png": (lambda: encoded(halves(), "PNG"), (RED, BLUE)),
     "print.jpg": (lambda: encoded(halves("CMYK"), "JPEG", quality=95), (RED, BLUE)),
     "deep.png": (deep, ((255, 255, 255), (0, 0, 0))),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unidiff_sdk import Bundle, Catalog
-from unidiff_sdk.datasets.synthetic import CATALOGUES, brief_caption, products, render
+from unidiff_sdk.datasets.synthetic import CATALOGS, brief_caption, products, render
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.training.evaluation import metrics
@@ -50,8 +50,8 @@ def test_a_few_words_find_what_they_tell_of(embedded: tuple) -> None:
     assert np.mean(right) >= 0.9
 
 
-def test_pictures_show_the_type_and_the_colour_that_were_asked_for(bundle: Bundle) -> None:
-    asked = [p for name in CATALOGUES for p in products(name, 12, seed=3, split="test-unseen")]
+def test_pictures_show_the_type_and_the_color_that_were_asked_for(bundle: Bundle) -> None:
+    asked = [p for name in CATALOGS for p in products(name, 12, seed=3, split="test-unseen")]
     pictures = Generator(bundle).generate([p.caption for p in asked], seed=0)
     seen = Judge.load().attributes(pictures)
     right = [
@@ -65,7 +65,7 @@ def test_pictures_show_the_type_and_the_colour_that_were_asked_for(bundle: Bundl
 def shop() -> Iterator[Catalog]:
     chosen = products("fashion-woman", 60)
     with Catalog() as catalog, warnings.catch_warnings():
-        warnings.simplefilter("error")  # a synthetic catalogue is what the model knows: no warning
+        warnings.simplefilter("error")  # a synthetic catalog is what the model knows: no warning
         catalog.add(
             [render(p) for p in chosen],
             texts=[p.caption for p in chosen],

@@ -1,4 +1,4 @@
-"""The catalogue, with a stand-in for the model that knows one thing: colours. So what a search must find is plain."""
+"""The catalog, with a stand-in for the model that knows one thing: colors. So what a search must find is plain."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from unidiff_sdk.generation.generator import Settings
 RGB = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (220, 200, 20)}
 
 
-class ColourBundle:
-    """What the catalogue needs of a bundle, read from a little JSON file."""
+class ColorBundle:
+    """What the catalog needs of a bundle, read from a little JSON file."""
 
     synthetic = False
 
@@ -39,14 +39,14 @@ class ColourBundle:
         self.__dict__.update(json.loads((path / "manifest.json").read_text()))
 
     @classmethod
-    def open(cls, path: Any = None) -> ColourBundle:
+    def open(cls, path: Any = None) -> ColorBundle:
         if path is None or not (Path(path) / "manifest.json").is_file():
             raise BundleError(f"{path}: no bundle")
         return cls(Path(path))
 
 
-class ColourEncoder:
-    def __init__(self, bundle: ColourBundle) -> None:
+class ColorEncoder:
+    def __init__(self, bundle: ColorBundle) -> None:
         self.dim = bundle.dim
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -73,15 +73,15 @@ class ColourEncoder:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-class ColourGenerator:
-    def __init__(self, bundle: ColourBundle) -> None:
+class ColorGenerator:
+    def __init__(self, bundle: ColorBundle) -> None:
         pass
 
     def settings(self, **given: Any) -> Settings:
         return Settings(given["sampler"] or "ddim", given["steps"] or 20, given["guidance_scale"] or 4.0, 16, 16)
 
     def generate(self, prompts: Sequence[str], *, n: int, seed: int, callback: Any, **_: Any) -> list[Image.Image]:
-        """The prompt's colour with grey in it, the less the larger the seed's last digit."""
+        """The prompt's color with grey in it, the less the larger the seed's last digit."""
         if callback:
             callback(n, n)
         return [self._picture(prompt, (seed + k) % 10) for prompt in prompts for k in range(n)]
@@ -92,11 +92,11 @@ class ColourGenerator:
 
 
 @pytest.fixture(autouse=True)
-def colour_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def color_model(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (unidiff_sdk.catalog.catalog, unidiff_sdk.catalog.snapshot):
-        monkeypatch.setattr(module, "Bundle", ColourBundle)
-    monkeypatch.setattr(unidiff_sdk.catalog.snapshot, "Encoder", ColourEncoder)
-    monkeypatch.setattr("unidiff_sdk.generation.generator.Generator", ColourGenerator)
+        monkeypatch.setattr(module, "Bundle", ColorBundle)
+    monkeypatch.setattr(unidiff_sdk.catalog.snapshot, "Encoder", ColorEncoder)
+    monkeypatch.setattr("unidiff_sdk.generation.generator.Generator", ColorGenerator)
 
 
 def make_bundle(path: Path, fingerprint: str = "aaaa", dim: int = 4, **more: Any) -> Path:
@@ -142,13 +142,13 @@ def write_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 def products(folder: Path, n: int = 70) -> Path:
     """More than two batches, each picture another shade."""
-    colours = list(RGB)
+    colors = list(RGB)
     return write_folder(
         folder,
         [
             {
                 "file_name": f"{k}.png",
-                "text": f"{colours[k % 4]} dress {k}",
+                "text": f"{colors[k % 4]} dress {k}",
                 "price": k,
                 "id": k,
                 "colour": (k, 2 * k, 99),
@@ -214,7 +214,7 @@ def test_filter(catalog: Catalog) -> None:
     assert len(catalog.search("red", where={"price": 99})) == 0
 
 
-def test_empty_catalogue(catalog: Catalog) -> None:
+def test_empty_catalog(catalog: Catalog) -> None:
     assert list(catalog.search("red")) == []
     assert catalog.count() == len(catalog) == 0
     assert catalog.get("x") is None
@@ -571,7 +571,7 @@ def test_reopening(tmp_path: Path, bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_moving_catalogue_and_bundle_together(tmp_path: Path, inside: bool) -> None:
+def test_moving_catalog_and_bundle_together(tmp_path: Path, inside: bool) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     place = Path("shop.catalog/bundle") if inside else Path("bundle")
     make_bundle(tmp_path / "bundle")
@@ -594,7 +594,7 @@ def test_moving_catalogue_and_bundle_together(tmp_path: Path, inside: bool) -> N
         assert beside and beside.load_image().size == (40, 30)
 
 
-def test_moving_the_catalogue_alone(tmp_path: Path, bundle: Path) -> None:
+def test_moving_the_catalog_alone(tmp_path: Path, bundle: Path) -> None:
     with Catalog(tmp_path / "shop.catalog", bundle) as catalog:
         fill(catalog)
     (tmp_path / "far" / "away").mkdir(parents=True)
@@ -671,16 +671,16 @@ def test_reindex_goes_on_where_it_stopped(tmp_path: Path, catalog: Catalog, monk
     catalog.add_folder(products(tmp_path / "products"))
     other = make_bundle(tmp_path / "other", "bbbb", 8)
     encoded: list[int] = []
-    encode = ColourEncoder.encode_pixels
+    encode = ColorEncoder.encode_pixels
 
-    def interrupted(self: ColourEncoder, pixels: np.ndarray) -> np.ndarray:
+    def interrupted(self: ColorEncoder, pixels: np.ndarray) -> np.ndarray:
         if len(encoded) == 1:
             encoded.append(0)
             raise KeyboardInterrupt
         encoded.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(ColourEncoder, "encode_pixels", interrupted)
+    monkeypatch.setattr(ColorEncoder, "encode_pixels", interrupted)
     with pytest.raises(KeyboardInterrupt):
         catalog.reindex(other)
     assert catalog.get(3) and catalog.count() == 70
@@ -735,14 +735,14 @@ def test_memory_leaves_nothing(bundle: Path) -> None:
     assert not folder.exists()
 
 
-def test_not_a_catalogue(tmp_path: Path, bundle: Path) -> None:
-    with pytest.raises(StoreError, match="no catalogue"):
+def test_not_a_catalog(tmp_path: Path, bundle: Path) -> None:
+    with pytest.raises(StoreError, match="no catalog"):
         Catalog(tmp_path / "nowhere", create=False)
     assert not (tmp_path / "nowhere").exists()
-    with pytest.raises(StoreError, match="is not a catalogue"):
+    with pytest.raises(StoreError, match="is not a catalog"):
         Catalog(bundle, bundle)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="is not a catalogue"):
+    with pytest.raises(StoreError, match="is not a catalog"):
         Catalog(tmp_path / "file", bundle)
     with pytest.raises(BundleError):
         Catalog(tmp_path / "new", tmp_path / "missing")
@@ -757,7 +757,7 @@ def test_damaged_catalog_file(tmp_path: Path, bundle: Path, content: str) -> Non
         Catalog(tmp_path / "shop.catalog")
 
 
-def test_catalogue_of_a_later_version(tmp_path: Path, bundle: Path) -> None:
+def test_catalog_of_a_later_version(tmp_path: Path, bundle: Path) -> None:
     Catalog(tmp_path / "shop.catalog", bundle).close()
     file = tmp_path / "shop.catalog" / "catalog.json"
     file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 2'))
@@ -780,7 +780,7 @@ def test_real_pictures_with_a_synthetic_model_warn_once(tmp_path: Path) -> None:
     with Catalog(bundle=bundle) as catalog:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            catalog.add(picture("red"), payloads={"catalogue": "fashion-man"})
+            catalog.add(picture("red"), payloads={"catalog": "fashion-man"})
             catalog.add(catalog.generate("red", seed=0))
         with pytest.warns(UserWarning, match="synthetic products only"):
             catalog.add(picture("blue"))

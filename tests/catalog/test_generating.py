@@ -95,7 +95,7 @@ def test_what_is_short_is_told() -> None:
         run([(100, 0), (200, 250), (90, 0)], n=2, budget=6, min_score=0.5, max_similarity=0.9)
     assert str(caught[0].message) == (
         "0 of 2 pictures of 'p': of 6 drawn, 4 agree with the prompt by less than min_score=0.5 (the best by 0.392), "
-        "2 are nearer to a catalogue item than max_similarity=0.9; raise budget=, or ask for less"
+        "2 are nearer to a catalog item than max_similarity=0.9; raise budget=, or ask for less"
     )
 
 

@@ -1,4 +1,4 @@
-"""`unidiff` on the command line, with a toy bundle and the synthetic catalogues."""
+"""`unidiff` on the command line, with a toy bundle and the synthetic catalogs."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
 
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
         pictures = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
-        catalog.add(pictures, ids=[7, "8", -9], payloads=[{"catalogue": "fashion-man"}] * 3)
+        catalog.add(pictures, ids=[7, "8", -9], payloads=[{"catalog": "fashion-man"}] * 3)
     for id, left in (("7", {"8", -9}), ("8", {7, -9}), ("-9", {7, "8"})):
         hits = json.loads(run("search", tmp_path / "shop.catalog", f"--like={id}", "--json").stdout)["hits"]
         assert {hit["id"] for hit in hits} == left
@@ -152,7 +152,7 @@ def test_captions_do_not_command_the_terminal(tmp_path: Path, toy: Path) -> None
     from unidiff_sdk import Catalog
 
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
-        columns = {"catalogue": "fashion-man", "note": "\x1b]0;title\x07"}
+        columns = {"catalog": "fashion-man", "note": "\x1b]0;title\x07"}
         catalog.add(
             Image.new("RGB", (20, 20)), "[bold]red\x1b[2J\n\u202e größe 💡 " + "dress " * 20_000, "\x1b[5m", columns
         )
@@ -266,7 +266,7 @@ def test_export_and_restore(shop: Path, toy: Path) -> None:
     refused(run("restore", file, shop / "more", "--bundle", other), "another one", "reencode")
     again = json.loads(run("restore", file, shop / "more", "--bundle", other, "--reencode", "--json").stdout)
     assert again == {"items": shirts["items"]}
-    refused(run("restore", file, new), "There is a catalogue at")
+    refused(run("restore", file, new), "There is a catalog at")
     refused(run("restore", shop / "nowhere.parquet", shop / "none"), "nowhere.parquet")
 
 
@@ -275,7 +275,7 @@ def test_export_and_restore(shop: Path, toy: Path) -> None:
 
 def test_refusals(indexed: Path, toy: Path, tmp_path: Path) -> None:
     catalog = indexed / "shop.catalog"
-    refused(run("search", tmp_path / "none", "x"), "There is no catalogue at", "unidiff index")
+    refused(run("search", tmp_path / "none", "x"), "There is no catalog at", "unidiff index")
     assert not (tmp_path / "none").exists()
     refused(run("search", catalog), "say what to look for")
     refused(run("search", catalog, "x", "--where", "{price"), "--where is not JSON")
@@ -292,11 +292,11 @@ def test_refusals(indexed: Path, toy: Path, tmp_path: Path) -> None:
     refused(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
     refused(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
     refused(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
-    refused(run("info", toy), "is not a catalogue")
+    refused(run("info", toy), "is not a catalog")
     assert json.loads(run("info", catalog, "--json").stdout)["items"] == 12
 
 
-def test_an_empty_catalogue_is_told(tmp_path: Path, toy: Path) -> None:
+def test_an_empty_catalog_is_told(tmp_path: Path, toy: Path) -> None:
     from unidiff_sdk import Catalog
 
     Catalog(tmp_path / "shop.catalog", toy).close()

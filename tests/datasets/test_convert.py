@@ -15,7 +15,7 @@ from PIL import Image
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.datasets import convert as module
 from unidiff_sdk.datasets.convert import SHARES, convert, deepfashion_multimodal, m5product, split_of
-from unidiff_sdk.datasets.reader import BadRow, read_catalogue
+from unidiff_sdk.datasets.reader import BadRow, read_catalog
 from unidiff_sdk.errors import DataError
 
 NAME = "{}-{}-id_{:08d}-{:02d}_{}.jpg"
@@ -65,7 +65,7 @@ def m5(tmp_path: Path) -> Path:
 
 
 def rows(folder: Path) -> dict[str, list[Any]]:
-    return {split: list(read_catalogue(folder / split, strict=True)) for split in SHARES}
+    return {split: list(read_catalog(folder / split, strict=True)) for split in SHARES}
 
 
 def test_deepfashion_becomes_three_folders_that_the_reader_reads(deepfashion: Path, tmp_path: Path) -> None:

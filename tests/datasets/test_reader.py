@@ -1,4 +1,4 @@
-"""Reading catalogue folders, whatever is in them."""
+"""Reading catalog folders, whatever is in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from unidiff_sdk.datasets.reader import BadRow, count_rows, read_catalogue
+from unidiff_sdk.datasets.reader import BadRow, count_rows, read_catalog
 from unidiff_sdk.errors import DataError
 
 ROWS = [
@@ -52,7 +52,7 @@ def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
 def test_formats_say_the_same(folder: Path, write: Any) -> None:
     write(folder, ROWS)
-    first, second = read_catalogue(folder, strict=True)
+    first, second = read_catalog(folder, strict=True)
     assert (first.image(), first.text) == (folder / "a.png", "a red dress")
     assert first.payload == {"price": 10, "brand": "Acme", "sale": True}
     assert second.payload == {"price": 12.5, "sale": False}  # no brand: left out, not null
@@ -68,7 +68,7 @@ def test_csv_columns_keep_one_type(folder: Path) -> None:
         "eco": ["true", "False"],
     }
     write_csv(folder, [{"file_name": "a.png", "text": "12", **{k: v[i] for k, v in cells.items()}} for i in (0, 1)])
-    first, second = read_catalogue(folder)
+    first, second = read_catalog(folder)
     assert first.text == "12"
     assert first.payload == {"size": "38", "sku": "00123", "price": 1.0, "stock": 3, "eco": True}
     assert second.payload == {"size": "M", "sku": "7", "price": 2.5, "stock": 4, "eco": False}
@@ -98,41 +98,41 @@ def test_bad_rows(folder: Path, tmp_path: Path, row: Any, reason: str) -> None:
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     write_jsonl(folder, [ROWS[0], row, ROWS[1]])
     bad: list[BadRow] = []
-    good = list(read_catalogue(folder, on_error=bad.append))
+    good = list(read_catalog(folder, on_error=bad.append))
     assert [r.line for r in good] == [1, 3]
     assert [b.line for b in bad] == [2]
     assert reason in bad[0].reason
     with pytest.raises(DataError, match=f"line 2.*{reason}"):
-        list(read_catalogue(folder, strict=True))
+        list(read_catalog(folder, strict=True))
 
 
 def test_bad_rows_are_logged_otherwise(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_jsonl(folder, [{"file_name": "gone.png", "text": "x"}])
-    assert list(read_catalogue(folder)) == []
+    assert list(read_catalog(folder)) == []
     assert "line 1 (gone.png): there is no such image file" in caplog.text
 
 
 def test_nan_and_null_are_missing(folder: Path) -> None:
     write_jsonl(folder, ['{"file_name": "a.png", "text": "x", "price": NaN, "brand": null, "n": 0}', ""])
-    (row,) = read_catalogue(folder)
+    (row,) = read_catalog(folder)
     assert row.payload == {"n": 0}
 
 
 def test_missing_folder_and_metadata(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        read_catalogue(tmp_path / "nowhere")
+        read_catalog(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"has no metadata\.jsonl.*file_name"):
-        read_catalogue(folder)
+        read_catalog(folder)
 
 
 def test_metadata_that_is_no_text(folder: Path) -> None:
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xff"}')
     with pytest.raises(DataError, match="not UTF-8"):
-        list(read_catalogue(folder))
+        list(read_catalog(folder))
 
 
 def test_damaged_parquet(folder: Path) -> None:
     pytest.importorskip("pyarrow")
     (folder / "metadata.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a readable parquet"):
-        list(read_catalogue(folder))
+        list(read_catalog(folder))

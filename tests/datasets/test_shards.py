@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unidiff_sdk import Catalog
-from unidiff_sdk.datasets.reader import BadRow, count_rows, read_catalogue
+from unidiff_sdk.datasets.reader import BadRow, count_rows, read_catalog
 from unidiff_sdk.datasets.shards import Member, read_shards
 from unidiff_sdk.errors import DataError
 
@@ -47,7 +47,7 @@ GOOD = {
 def test_samples_become_rows(tmp_path: Path) -> None:
     write_shard(tmp_path / "shop-000.tar", GOOD)
     write_shard(tmp_path / "shop-001.tar", {"0003.webp": picture("green", "WEBP"), "0003.txt": "a green mug"})
-    rows = list(read_catalogue(tmp_path, strict=True))
+    rows = list(read_catalog(tmp_path, strict=True))
     assert [(row.text, row.payload, row.line) for row in rows] == [
         ("a red dress", {"price": 10}, 1),
         ("blue boots", {"price": 12.5}, 2),
@@ -55,13 +55,13 @@ def test_samples_become_rows(tmp_path: Path) -> None:
     ]
     assert rows[0].image() == GOOD["0001.png"] and rows[1].name == "sub/0002.JPG"
     assert count_rows(tmp_path) == 3 and count_rows(tmp_path / "shop-000.tar") == 2
-    assert [row.text for row in read_catalogue(tmp_path / "shop-001.tar")] == ["a green mug"]
+    assert [row.text for row in read_catalog(tmp_path / "shop-001.tar")] == ["a green mug"]
 
 
 def test_a_table_goes_before_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "shop.tar", GOOD)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}', encoding="utf-8")
-    assert list(read_catalogue(tmp_path)) == [] and count_rows(tmp_path) == 1
+    assert list(read_catalog(tmp_path)) == [] and count_rows(tmp_path) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_a_table_goes_before_shards(tmp_path: Path) -> None:
 def test_broken_samples(tmp_path: Path, members: dict[str, bytes | str], reason: str) -> None:
     write_shard(tmp_path / "s.tar", {"0.png": picture(), "0.txt": "first", **members, "z.png": picture(), "z.txt": "z"})
     bad: list[BadRow] = []
-    assert [row.text for row in read_catalogue(tmp_path, on_error=bad.append)] == ["first", "z"]
+    assert [row.text for row in read_catalog(tmp_path, on_error=bad.append)] == ["first", "z"]
     assert [(row.line, row.file_name) for row in bad] == [(2, "s.tar/a")] and reason in bad[0].reason
     with pytest.raises(DataError, match=r"line 2 \(s\.tar/a\)"):
-        list(read_catalogue(tmp_path, strict=True))
+        list(read_catalog(tmp_path, strict=True))
 
 
 def test_what_is_no_part_of_a_sample_is_passed_over(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_is_no_part_of_a_sample_is_passed_over(tmp_path: Path) -> None:
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
-    (row,) = read_catalogue(tmp_path, strict=True)
+    (row,) = read_catalog(tmp_path, strict=True)
     assert (row.name, row.text) == ("c.png", "text")
 
 
@@ -110,7 +110,7 @@ def test_a_shard_that_is_cut_short_gives_what_came_before(tmp_path: Path) -> Non
     (tmp_path / "s.tar").write_bytes(whole[: second.offset + 10])
     write_shard(tmp_path / "t.tar", {"0003.png": picture(), "0003.txt": "a green mug"})
     bad: list[BadRow] = []
-    texts = [row.text for row in read_catalogue(tmp_path, on_error=bad.append)]
+    texts = [row.text for row in read_catalog(tmp_path, on_error=bad.append)]
     assert texts == ["a red dress", "a green mug"], "the next shard is read all the same"
     assert any("the shard is damaged" in row.reason for row in bad)
 
@@ -123,7 +123,7 @@ def test_a_shard_with_rubbish_in_the_middle_does_not_end_silently(tmp_path: Path
     content[place.offset - tarfile.BLOCKSIZE : place.offset] = b"\x7f" * tarfile.BLOCKSIZE
     shard.write_bytes(content)
     bad: list[BadRow] = []
-    assert len(list(read_catalogue(tmp_path, on_error=bad.append))) == 1
+    assert len(list(read_catalog(tmp_path, on_error=bad.append))) == 1
     assert "no header at byte" in bad[-1].reason
 
 
@@ -131,19 +131,19 @@ def test_a_shard_with_rubbish_in_the_middle_does_not_end_silently(tmp_path: Path
 def test_what_is_no_shard_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s.tar").write_bytes(content)
     with pytest.raises(DataError, match="not a tar file"):
-        list(read_catalogue(tmp_path))
+        list(read_catalog(tmp_path))
 
 
 def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
     with pytest.raises(DataError, match="decompress"):
-        list(read_catalogue(tmp_path))
+        list(read_catalog(tmp_path))
 
 
 def test_a_shard_that_changed_meanwhile(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", GOOD)
-    row = next(read_catalogue(tmp_path))
+    row = next(read_catalog(tmp_path))
     shard.write_bytes(b"short")
     with pytest.raises(DataError, match=r"0001\.png is no longer in it"):
         row.image()
@@ -170,7 +170,7 @@ def test_a_picture_is_read_from_where_it_lies(tmp_path_factory: Any, names: list
     assert {place.name.removesuffix(".png"): place.read() for place in places if isinstance(place, Member)} == content
 
 
-def test_a_catalogue_takes_a_folder_of_shards(tmp_path: Path) -> None:
+def test_a_catalog_takes_a_folder_of_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "s.tar", GOOD | {"9.png": b"no picture", "9.txt": "broken"})
     with Catalog() as catalog:
         report = catalog.add_folder(tmp_path, copy=False)

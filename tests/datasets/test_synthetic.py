@@ -1,4 +1,4 @@
-"""The synthetic catalogues: deterministic, disjoint, honest about what a picture shows."""
+"""The synthetic catalogs: deterministic, disjoint, honest about what a picture shows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidiff_sdk.datasets.drawing import COLOURS
+from unidiff_sdk.datasets.drawing import COLORS
 from unidiff_sdk.datasets.synthetic import (
     ATTRIBUTES,
-    CATALOGUES,
+    CATALOGS,
     SPLITS,
     brief_caption,
     products,
     render,
-    write_catalogue,
+    write_catalog,
 )
 from unidiff_sdk.errors import DataError, OptionError
 
@@ -33,7 +33,7 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("name", CATALOGUES)
+@pytest.mark.parametrize("name", CATALOGS)
 def test_every_value_of_every_attribute_is_shown(name: str) -> None:
     chosen = products(name, 1500)
     assert len(ATTRIBUTES[name]["type"]) >= 8 and len(ATTRIBUTES[name]["colour"]) == 10
@@ -42,33 +42,33 @@ def test_every_value_of_every_attribute_is_shown(name: str) -> None:
         assert {p.attributes[column] for p in chosen} == set(values)
 
 
-@pytest.mark.parametrize("name", CATALOGUES)
+@pytest.mark.parametrize("name", CATALOGS)
 def test_unseen_combinations_are_never_shown_elsewhere(name: str) -> None:
     def combinations(split: str) -> set[tuple[str, ...]]:
         chosen = products(name, 1500, split=split)
         return {tuple(p.attributes[c] for c in ("type", "colour", "pattern")) for p in chosen}
 
     unseen = combinations("test-unseen")
-    assert 30 <= len(unseen) <= 70  # one in eight of 8 types x 10 colours x 5 patterns
+    assert 30 <= len(unseen) <= 70  # one in eight of 8 types x 10 colors x 5 patterns
     for split in SPLITS[:3]:
         assert not unseen & combinations(split)
 
 
 def test_a_product_depends_on_its_index_alone_and_streams_differ() -> None:
     assert products("fashion-man", 3) == products("fashion-man", 9)[:3]
-    streams = [(name, seed, split) for name in CATALOGUES for seed in (0, 1) for split in SPLITS]
+    streams = [(name, seed, split) for name in CATALOGS for seed in (0, 1) for split in SPLITS]
     pictures = {render(products(name, 1, seed, split)[0]).tobytes() for name, seed, split in streams}
     assert len(pictures) == len(streams)
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
-    first, again = (write_catalogue("fashion-woman", tmp_path / f, n=5, seed=3, split="val") for f in "ab")
+    first, again = (write_catalog("fashion-woman", tmp_path / f, n=5, seed=3, split="val") for f in "ab")
     assert _digest(first) == _digest(again)
-    assert _digest(first) != _digest(write_catalogue("fashion-woman", tmp_path / "c", n=5, seed=4, split="val"))
+    assert _digest(first) != _digest(write_catalog("fashion-woman", tmp_path / "c", n=5, seed=4, split="val"))
 
 
 def test_rows_name_their_pictures_and_carry_the_payload(tmp_path: Path) -> None:
-    folder = write_catalogue("ecommerce-product", tmp_path / "out", n=6, size=96)
+    folder = write_catalog("ecommerce-product", tmp_path / "out", n=6, size=96)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 6
     for row, product in zip(rows, products("ecommerce-product", 6), strict=True):
@@ -91,22 +91,22 @@ def test_captions_vary_and_name_what_they_show() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from(CATALOGUES),
+    name=st.sampled_from(CATALOGS),
     seed=st.integers(0, 10**6),
     size=st.sampled_from([64, 100, 128, 256]),
 )
 def test_the_main_colour_fills_the_product(name: str, seed: int, size: int) -> None:
-    """Whatever the pose and the pattern, the named colour covers more of the picture than the pattern's colour does."""
+    """Whatever the pose and the pattern, the named color covers more of the picture than the pattern's color does."""
     product = products(name, 1, seed)[0]
     pixels = np.asarray(render(product, size), np.float32).reshape(-1, 3)
     assert pixels.shape == (size * size, 3)
 
     def near(colour: str) -> float:
-        return float((np.linalg.norm(pixels - np.asarray(COLOURS[colour], np.float32), axis=1) < 45).mean())
+        return float((np.linalg.norm(pixels - np.asarray(COLORS[colour], np.float32), axis=1) < 45).mean())
 
     second = product.attributes["colour2"]
     assert near(product.attributes["colour"]) > 0.015
-    if second not in ("none", "white"):  # white is the studio's colour too
+    if second not in ("none", "white"):  # white is the studio's color too
         assert near(product.attributes["colour"]) > near(second)
 
 
@@ -128,17 +128,17 @@ def test_a_larger_picture_is_the_same_picture() -> None:
 )
 def test_wrong_arguments_are_told_the_right_ones(tmp_path: Path, arguments: dict, told: str) -> None:
     with pytest.raises(OptionError, match=told):
-        write_catalogue(out=tmp_path / "out", **arguments)
+        write_catalog(out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_catalogue_is_not_overwritten(tmp_path: Path) -> None:
-    write_catalogue("fashion-man", tmp_path, n=1)
-    with pytest.raises(DataError, match="already holds a catalogue"):
-        write_catalogue("fashion-man", tmp_path, n=2)
+def test_an_existing_catalog_is_not_overwritten(tmp_path: Path) -> None:
+    write_catalog("fashion-man", tmp_path, n=1)
+    with pytest.raises(DataError, match="already holds a catalog"):
+        write_catalog("fashion-man", tmp_path, n=2)
 
 
-@given(name=st.sampled_from(CATALOGUES), index=st.integers(0, 50), seed=st.integers(0, 1000))
+@given(name=st.sampled_from(CATALOGS), index=st.integers(0, 50), seed=st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_a_brief_caption_tells_only_of_its_columns(name: str, index: int, seed: int) -> None:
     product = products(name, index + 1)[index]

@@ -33,7 +33,7 @@ from unidiff_export.quantization.calibration import (
     read_samples,
 )
 from unidiff_export.quantization.policy import Int8Policy
-from unidiff_export.quantization.qdq import LayerRanges, Range, quantisable, quantise, quantise_weights
+from unidiff_export.quantization.qdq import LayerRanges, Range, quantizable, quantize, quantize_weights
 from unidiff_export.verification import ToleranceError
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import Generator
@@ -102,13 +102,13 @@ def lowered(block: GraphSpec) -> ir.Model:
     return lower(block)
 
 
-def session(model: ir.Model, file: Path, optimised: Path | None = None) -> onnxruntime.InferenceSession:
+def session(model: ir.Model, file: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
     ir.save(model, file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     avoid_saturation(options)
-    if optimised:
-        options.optimized_model_filepath = str(optimised)
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
@@ -126,7 +126,7 @@ def test_codes_of_a_range(low: float, high: float, inside: float) -> None:
 def test_weights_are_within_half_a_step(seed: int, axis: int) -> None:
     weights = np.random.default_rng(seed).standard_normal((5, 7)).astype(np.float32)
     weights[:, 3] = weights[2] = 0
-    codes, scales = quantise_weights(weights, axis)
+    codes, scales = quantize_weights(weights, axis)
     steps = scales[:, None] if axis == 0 else scales[None]
     assert codes.dtype == np.int8 and codes.min() >= -127
     assert np.all(np.abs(codes * steps - weights) <= steps / 2 * 1.001)
@@ -134,20 +134,20 @@ def test_weights_are_within_half_a_step(seed: int, axis: int) -> None:
 
 
 def test_every_layer_is_found_by_its_module(lowered: ir.Model) -> None:
-    found = {name: node.op_type for name, node in quantisable(lowered)}
+    found = {name: node.op_type for name, node in quantizable(lowered)}
     assert found == {"first": "Conv", "second": "Conv", "query": "MatMul", "key": "MatMul", "embed": "Gemm"}
 
 
 @pytest.mark.parametrize("contrib", [False, True])
-def test_quantised_graph_is_near_and_stored_in_bytes(
+def test_quantized_graph_is_near_and_stored_in_bytes(
     lowered: ir.Model, block: GraphSpec, calls: Any, ranges: dict[str, LayerRanges], tmp_path: Path, contrib: bool
 ) -> None:
     model = lowered.clone()
-    quantise(model, ranges, contrib=contrib)
+    quantize(model, ranges, contrib=contrib)
     assert [node.op_type for node in model.graph if node.domain] == ["MatMulIntegerToFloat"] * (2 if contrib else 0)
     floats = {name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.FLOAT}
     assert not any(name.endswith(("weight", "matrix")) for name in floats)
-    graph = session(model, tmp_path / "int8.onnx", tmp_path / "optimised.onnx")
+    graph = session(model, tmp_path / "int8.onnx", tmp_path / "optimized.onnx")
     for inputs in calls:
         ours = graph.run(None, {"image": inputs[0].numpy(), "time": inputs[1].numpy()})[0]
         with torch.no_grad():
@@ -155,7 +155,7 @@ def test_quantised_graph_is_near_and_stored_in_bytes(
         error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
         assert 0 < error < 0.05
     # ONNX Runtime runs all five as integer kernels
-    kernels = [node.op_type for node in ir.load(tmp_path / "optimised.onnx").graph]
+    kernels = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
     assert kernels.count("QLinearConv") == 2
     assert kernels.count("MatMulIntegerToFloat") == 3
     assert not {"Conv", "MatMul", "Gemm"} & set(kernels)
@@ -165,7 +165,7 @@ def test_quantised_graph_is_near_and_stored_in_bytes(
 
 def test_layers_on_one_tensor_share_its_codes(lowered: ir.Model, ranges: dict[str, LayerRanges]) -> None:
     model = lowered.clone()
-    quantise(model, {name: ranges[name] for name in ("query", "key")})
+    quantize(model, {name: ranges[name] for name in ("query", "key")})
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 1
     assert sum(node.op_type == "Conv" for node in model.graph) == 2
 
@@ -174,14 +174,14 @@ def test_a_convolution_that_gives_the_result_stays_float(calls: Any, ranges: dic
     module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3))
     spec = GraphSpec("last", module, 0, {"input": {0: "batch"}}, ("y",), lambda b, s: (calls[0][0][:b],))
     model = lower(spec)
-    assert quantise(model, {"0": ranges["first"], "1": ranges["second"]}) == ["0"]
+    assert quantize(model, {"0": ranges["first"], "1": ranges["second"]}) == ["0"]
     (y,) = model.graph.outputs
     weight = y.producer().inputs[1]
     assert y.producer().op_type == "Conv" and weight.is_initializer() and weight.dtype == ir.DataType.FLOAT
 
 
 def test_results_keep_their_names(tmp_path: Path) -> None:
-    """Also where the last node is one that quantising replaces: a projection of CLIP is."""
+    """Also where the last node is one that quantizing replaces: a projection of CLIP is."""
     torch.manual_seed(0)
     x = torch.randn(5, 4)
     module = nn.Linear(4, 8)
@@ -189,14 +189,14 @@ def test_results_keep_their_names(tmp_path: Path) -> None:
         "projection", nn.Sequential(module), 0, {"input": {0: "batch"}}, ("embeds",), lambda b, s: (x[:b],)
     )
     model = lower(spec)
-    assert dict(quantisable(model))["0"].op_type == "Gemm"
-    quantise(model, {"0": LayerRanges(Range.of(float(x.min()), float(x.max())), Range(-9, 9))})
+    assert dict(quantizable(model))["0"].op_type == "Gemm"
+    quantize(model, {"0": LayerRanges(Range.of(float(x.min()), float(x.max())), Range(-9, 9))})
     ours = session(model, tmp_path / "int8.onnx").run(["embeds"], {"input": x.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(ours, module(x).numpy(), atol=0.05)
 
 
-def test_layer_errors_agree_with_quantising_it_alone(
+def test_layer_errors_agree_with_quantizing_it_alone(
     lowered: ir.Model, block: GraphSpec, calls: Any, ranges: dict[str, LayerRanges], tmp_path: Path
 ) -> None:
     """Against ONNX Runtime's own arithmetic, on the layer whose output can be read off: the first convolution."""
@@ -204,7 +204,7 @@ def test_layer_errors_agree_with_quantising_it_alone(
     first = GraphSpec("first", module, 0, {"input": {0: "batch"}}, ("y",), lambda b, s: (calls[0][0][:b],))
     model = lower(first)
     span = ranges["first"]
-    quantise(model, {"0": span})
+    quantize(model, {"0": span})
     x = calls[0][0]
     ours = session(model, tmp_path / "first.onnx").run(None, {"input": x.numpy()})[0]
     with torch.no_grad():
@@ -245,15 +245,15 @@ def test_policy_keeps_back_the_most_sensitive_first(
     assert policy.describe("block", []) == {"layers": 0, "multiply_adds": 0, "kept_back": kept[-1]}
 
 
-def test_samples_are_split_without_overlap(random_checkpoint: Path, small_catalogue: Path) -> None:
+def test_samples_are_split_without_overlap(random_checkpoint: Path, small_catalog: Path) -> None:
     checkpoint = load_checkpoint(random_checkpoint)
-    samples = read_samples(checkpoint, small_catalogue, 200)
+    samples = read_samples(checkpoint, small_catalog, 200)
     assert len(samples.captions) == 11  # of twelve, two mean the same
     judged, learned = samples.split(4)
     assert len(learned.captions) == 4 and set(judged.captions) | set(learned.captions) == set(samples.captions)
     assert judged.pictures is not None and len(judged.pictures) == 7
     for caption, picture in zip(samples.captions, samples.pictures or (), strict=True):
-        row = next(r for r in map(json.loads, (small_catalogue / "metadata.jsonl").open()) if r["text"] == caption)
+        row = next(r for r in map(json.loads, (small_catalog / "metadata.jsonl").open()) if r["text"] == caption)
         from PIL import ImageColor
 
         assert tuple(picture[16, 16]) == ImageColor.getrgb(row["colour"])
@@ -261,9 +261,9 @@ def test_samples_are_split_without_overlap(random_checkpoint: Path, small_catalo
 
 
 @pytest.fixture(scope="module")
-def int8(random_checkpoint: Path, small_catalogue: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+def int8(random_checkpoint: Path, small_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     folder = tmp_path_factory.mktemp("int8") / "bundle"
-    return export_bundle(random_checkpoint, folder, precision="int8", calibration=small_catalogue)
+    return export_bundle(random_checkpoint, folder, precision="int8", calibration=small_catalog)
 
 
 @pytest.mark.slow
@@ -291,9 +291,9 @@ def test_int8_pictures_are_bit_equal_in_calls_of_their_own(int8: Export) -> None
 
 @pytest.mark.slow
 def test_what_the_evidence_forbids_is_kept_back(
-    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gate that the quantised UNet fails twice. How many layers it first comes with is up to the gates before it."""
+    """A gate that the quantized UNet fails twice. How many layers it first comes with is up to the gates before it."""
     compare = exporter.compare_images
     tried: list[int] = []
 
@@ -308,7 +308,7 @@ def test_what_the_evidence_forbids_is_kept_back(
     lowerings: list[str] = []
     real = exporter.lower
     monkeypatch.setattr(exporter, "lower", lambda spec, *a, **k: lowerings.append(spec.name) or real(spec, *a, **k))
-    export = export_bundle(random_checkpoint, tmp_path / "out", precision="int8", calibration=small_catalogue)
+    export = export_bundle(random_checkpoint, tmp_path / "out", precision="int8", calibration=small_catalog)
     assert len(tried) >= 3 and all(more == max(1, 2 * fewer) for fewer, more in itertools.pairwise(tried))
     assert len(lowerings) == len(set(lowerings)) == 5  # none is lowered again
     opened = Bundle.open(export.path, threads=1)

@@ -62,7 +62,7 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
 
 def assert_same_pictures(first: list[np.ndarray], second: list[np.ndarray]) -> None:
     for a, b in zip(first, second, strict=True):
-        assert a.std() > 5  # a picture, not a plain colour
+        assert a.std() > 5  # a picture, not a plain color
         assert psnr_db(a, b) >= TRUE_TO_OURS_DB
     assert psnr_db(first[0], second[1]) < 30  # what another prompt and other noise draw
 

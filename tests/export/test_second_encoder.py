@@ -25,7 +25,7 @@ PROMPTS = ["a red striped dress", "green dotted boots"]
 
 @pytest.fixture(scope="module")
 def checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts are conditioned by the last layer but one of a CLIP of width 48, normalised as its last would be.
+    """Prompts are conditioned by the last layer but one of a CLIP of width 48, normalized as its last would be.
 
     As in Stable Diffusion 2: GELU, linear projections in the UNet, heads given per block, v prediction, and a tokenizer
     that pads with "!" where CLIP's own pads with its end token.
@@ -106,7 +106,7 @@ def test_search_uses_clips_own_tower_and_tokenizer(bundle: Bundle, checkpoint: P
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint / "clip")
     ids = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
     encoder = Encoder(bundle)
-    np.testing.assert_array_equal(encoder.tokenise(texts), ids.numpy())
+    np.testing.assert_array_equal(encoder.tokenize(texts), ids.numpy())
     with torch.no_grad():
         expected = CLIPModel.from_pretrained(checkpoint / "clip").get_text_features(input_ids=ids)
     expected = getattr(expected, "pooler_output", expected)

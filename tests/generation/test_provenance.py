@@ -98,7 +98,7 @@ def test_searches_can_leave_out_what_was_drawn(catalog: Catalog) -> None:
         assert json.loads(json.dumps(drawn[0].payload)) == drawn[0].payload
         copied = catalog.generate("red boots", n=2, seed=0)
         assert all(picture.nearest and picture.nearest.score == pytest.approx(1, abs=1e-4) for picture in copied)
-        with pytest.warns(UserWarning, match="nearer to a catalogue item than max_similarity=-1"):
+        with pytest.warns(UserWarning, match="nearer to a catalog item than max_similarity=-1"):
             none = catalog.generate("red boots", n=2, seed=0, max_similarity=-1, budget=3)
         assert len(none) == 0 and none.drawn == 3 and none.refused["max_similarity"] == 3
     finally:

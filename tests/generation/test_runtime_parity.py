@@ -37,7 +37,7 @@ def test_encoder_equals_transformers(bundle: Bundle, random_checkpoint: Path) ->
     encoder = Encoder(bundle)
     tokenizer = CLIPTokenizer.from_pretrained(random_checkpoint / "tokenizer")
     ids = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    np.testing.assert_array_equal(encoder.tokenise(TEXTS), ids.numpy())
+    np.testing.assert_array_equal(encoder.tokenize(TEXTS), ids.numpy())
 
     clip = CLIPModel.from_pretrained(random_checkpoint / "clip").eval()
     processor = CLIPImageProcessorPil.from_pretrained(random_checkpoint / "clip")

@@ -77,7 +77,7 @@ def test_a_bundle_trained_on_padded_pictures_pads(tmp_path: Path) -> None:
 
 
 def test_tokens_are_cut_and_padded_with_the_pad_token(encoder: Encoder) -> None:
-    short, long = encoder.tokenise(["ab", "abcdefghijklmnopqrstuvwxyz"])
+    short, long = encoder.tokenize(["ab", "abcdefghijklmnopqrstuvwxyz"])
     vocabulary = json.loads((encoder.bundle.path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     start, end, pad = (vocabulary[token] for token in ("<|startoftext|>", "<|endoftext|>", "!"))
     assert short.dtype == np.int64 and len(short) == len(long) == TOKENS
@@ -87,7 +87,7 @@ def test_tokens_are_cut_and_padded_with_the_pad_token(encoder: Encoder) -> None:
 
 def test_nothing_in_nothing_out(encoder: Encoder) -> None:
     assert encoder.encode_texts([]).shape == encoder.encode_images([]).shape == (0, DIM)
-    assert encoder.tokenise([]).shape == (0, TOKENS)
+    assert encoder.tokenize([]).shape == (0, TOKENS)
 
 
 @pytest.mark.parametrize("texts", ["a single text", [3], [None], ["fine", b"bytes"]])
@@ -123,7 +123,7 @@ def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
     folder = make_toy_bundle(tmp_path / "toy")
     (folder / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": "[none]"}')
     with pytest.raises(BundleError, match=r"no pad token \('\[none\]'\)"):
-        Encoder(Bundle.open(folder, verify=False)).tokenise(["text"])
+        Encoder(Bundle.open(folder, verify=False)).tokenize(["text"])
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="tokenizer cannot be read"):
-        Encoder(Bundle.open(folder, verify=False)).tokenise(["text"])
+        Encoder(Bundle.open(folder, verify=False)).tokenize(["text"])

@@ -22,7 +22,7 @@ from unidiff_sdk import Catalog
 with Catalog(bundle=sys.argv[1]) as catalog:
     colours = {"red": (220, 30, 30), "blue": (30, 30, 220)}
     pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in colours.values()]
-    catalog.add(pictures, [f"a {name} mug" for name in colours], payloads=[{"catalogue": "ecommerce-product"}] * 2)
+    catalog.add(pictures, [f"a {name} mug" for name in colours], payloads=[{"catalog": "ecommerce-product"}] * 2)
     page = catalog.search("a red mug", image=pictures[0])
     generation = catalog.generate("a red mug", n=2, seed=7, steps=2)
     catalog.add(generation)
@@ -54,5 +54,5 @@ def test_every_public_name_is_there() -> None:
     for name in unidiff_sdk.__all__:
         assert getattr(unidiff_sdk, name) is not None
     assert set(unidiff_sdk.__all__) <= set(dir(unidiff_sdk))
-    with pytest.raises(AttributeError, match="Catalogue"):
-        _ = unidiff_sdk.Catalogue
+    with pytest.raises(AttributeError, match="Catalog"):
+        _ = unidiff_sdk.Catalog

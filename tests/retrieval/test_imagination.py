@@ -24,10 +24,10 @@ TEXT = "red boots"
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
-    colours = np.random.default_rng(0).integers(0, 256, (40, 3))
+    colors = np.random.default_rng(0).integers(0, 256, (40, 3))
     bundle = make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
     with Catalog(":memory:", bundle) as catalog:
-        catalog.add([Image.new("RGB", (16, 16), tuple(map(int, c))) for c in colours], ids=list(range(40)))
+        catalog.add([Image.new("RGB", (16, 16), tuple(map(int, c))) for c in colors], ids=list(range(40)))
         yield catalog
 
 

@@ -83,7 +83,7 @@ def test_words_that_say_nothing_are_not_heard() -> None:
     assert np.corrcoef(items @ query, items @ image)[0, 1] > 0.9999
 
 
-def test_small_catalogues_are_mixed_by_the_weights_alone() -> None:
+def test_small_catalogs_are_mixed_by_the_weights_alone() -> None:
     rng = np.random.default_rng(0)
     text, image = units(rng, 2)
     zero = np.zeros(DIM, np.float32)
@@ -163,7 +163,7 @@ def shop() -> Iterator[Catalog]:
             [render(product) for product in chosen],
             texts=[product.caption for product in chosen],
             ids=[product.id for product in chosen],
-            payloads=[{"catalogue": product.catalogue, **product.attributes} for product in chosen],
+            payloads=[{"catalog": product.catalog, **product.attributes} for product in chosen],
         )
         yield catalog
 
@@ -172,7 +172,7 @@ def share(page: Any, column: str, value: str) -> float:
     return float(np.mean([hit.payload[column] == value for hit in page]))
 
 
-def test_a_colour_word_moves_the_ranking_of_a_picture_towards_it(shop: Catalog) -> None:
+def test_a_color_word_moves_the_ranking_of_a_picture_toward_it(shop: Catalog) -> None:
     gained, kept = [], []
     for hit in shop.browse(where={"pattern": "solid"}, limit=12):
         colour, kind = "blue" if hit.payload["colour"] != "blue" else "red", hit.payload["type"]
@@ -190,7 +190,7 @@ def test_a_colour_word_moves_the_ranking_of_a_picture_towards_it(shop: Catalog) 
 def test_words_beside_a_picture_change_what_they_name(
     shop: Catalog, weights: tuple[float, float], at_least: float
 ) -> None:
-    """A picture that is not in the shop, and words for its type in another colour: the first hit has both."""
+    """A picture that is not in the shop, and words for its type in another color: the first hit has both."""
     stock = {(hit.payload["type"], hit.payload["colour"]) for hit in shop.browse(limit=240)}
     rng = np.random.default_rng(0)
     queries: list[dict[str, Any]] = []
@@ -238,7 +238,7 @@ def test_like_is_the_mean_of_its_examples(shop: Catalog) -> None:
     assert found[0].score == pytest.approx(next(hit.score for hit in by_vector if hit.id == found[0].id), abs=1e-5)
     with pytest.raises(OptionError, match="no item 'nobody'"):
         shop.search(like="nobody")
-    with pytest.raises(OptionError, match="has 3 numbers; this catalogue's have"):
+    with pytest.raises(OptionError, match="has 3 numbers; this catalog's have"):
         shop.search(vector=[1, 2, 3])
 
 
@@ -288,7 +288,7 @@ def test_a_batch_is_its_searches(shop: Catalog) -> None:
 
 def test_hybrid_finds_a_word_that_the_model_does_not_know(shop: Catalog) -> None:
     picture = render(products("fashion-man", 1, seed=9)[0])
-    shop.add(picture, "item qx-7719", "odd", {"catalogue": "fashion-man"})
+    shop.add(picture, "item qx-7719", "odd", {"catalog": "fashion-man"})
     try:
         assert shop.search("QX 7719", hybrid=True, limit=1)[0].id == "odd"
         assert "odd" not in {hit.id for hit in shop.search("QX 7719", limit=10)}
@@ -305,7 +305,7 @@ def test_facets(shop: Catalog) -> None:
     assert list(shop.facets("type", limit=2).values()) == [
         n for _, n in Counter(h.payload["type"] for h in everything).most_common(2)
     ]
-    with pytest.warns(UserWarning, match='No item has a column "typ". There are: catalogue, colour'):
+    with pytest.warns(UserWarning, match='No item has a column "typ". There are: catalog, colour'):
         assert shop.facets("typ") == {}
 
 
@@ -317,7 +317,7 @@ def test_column_with_a_dot_in_its_name_is_quoted_wherever_columns_are_named() ->
         {"size.cm": 32, "size.eu": "L"},
     ]
     with Catalog() as catalog:
-        catalog.add(pictures, ids=[0, 1, 2], payloads=[{"catalogue": "fashion-man", **row} for row in rows])
+        catalog.add(pictures, ids=[0, 1, 2], payloads=[{"catalog": "fashion-man", **row} for row in rows])
         assert catalog.facets('"size.eu"') == {"M": 2, "L": 1} and catalog.facets("size.eu") == {"nested": 1}
         assert catalog.facets('"size.cm"') == {31: 1, 30: 1, 32: 1} and catalog.facets("size.cm") == {1: 1}
         assert [hit.id for hit in catalog.browse(order_by='"size.cm"')] == [1, 0, 2]
@@ -335,7 +335,7 @@ def test_columns_of_every_kind() -> None:
         {},
     ]
     with Catalog() as catalog:
-        catalog.add(pictures, ids=[0, 1, 2, 3], payloads=[{"catalogue": "fashion-man", **row} for row in rows])
+        catalog.add(pictures, ids=[0, 1, 2, 3], payloads=[{"catalog": "fashion-man", **row} for row in rows])
         assert catalog.facets("price") == {20: 2, 9.5: 1}
         assert catalog.facets("tags") == {"new": 2, "sale": 1}
         assert catalog.facets("sale") == {True: 2, False: 1}
@@ -355,7 +355,7 @@ def test_columns_of_every_kind() -> None:
         assert catalog.count({"price": 7}) == 0
         assert catalog.info()["columns"] == {
             "at": "place",
-            "catalogue": "string",
+            "catalog": "string",
             "day": "date",
             "id": "number",
             "price": "number",
@@ -379,7 +379,7 @@ def test_columns_of_every_kind() -> None:
 )
 def test_what_is_called_a_date_is_found_as_one(day: str, kind: str) -> None:
     with Catalog() as catalog:
-        catalog.add(Image.new("RGB", (16, 16)), payloads=[{"day": day, "catalogue": "fashion-man"}])
+        catalog.add(Image.new("RGB", (16, 16)), payloads=[{"day": day, "catalog": "fashion-man"}])
         assert catalog.info()["columns"]["day"] == kind
         assert catalog.count({"day": {"gte": "2026-01-01"}}) == (kind == "date")
         assert catalog.facets("day") == {day: 1}
@@ -388,7 +388,7 @@ def test_what_is_called_a_date_is_found_as_one(day: str, kind: str) -> None:
 def test_a_column_of_lists_has_no_order() -> None:
     with Catalog() as catalog:
         pictures = [Image.new("RGB", (16, 16), (9, n, n)) for n in range(3)]
-        catalog.add(pictures, payloads=[{"n": n, "catalogue": "fashion-man"} for n in (3, [1, 5], 2)])
+        catalog.add(pictures, payloads=[{"n": n, "catalog": "fashion-man"} for n in (3, [1, 5], 2)])
         with pytest.raises(OptionError, match="only a column of single numbers or dates"):
             catalog.browse(order_by="n")
 
@@ -398,7 +398,7 @@ def test_duplicates() -> None:
     pictures = [render(product) for product in chosen]
     pictures += [pictures[0].resize((200, 200)), pictures[0].transpose(0), pictures[3]]
     with Catalog() as catalog:
-        catalog.add(pictures, ids=list("abcdefgh"), payloads=[{"catalogue": "fashion-man"}] * 8)
+        catalog.add(pictures, ids=list("abcdefgh"), payloads=[{"catalog": "fashion-man"}] * 8)
         pair = next(group for group in catalog.duplicates(0.999) if group[0].id in "dh")
         assert {hit.id for hit in pair} == {"d", "h"}
         assert pair[0].score == pytest.approx(1, abs=1e-4)

@@ -75,7 +75,7 @@ def test_few_that_pass_a_filter_are_found(tmp_path: Path, monkeypatch: pytest.Mo
     store.close()
 
 
-def test_a_catalogue_keeps_its_quantisation(tmp_path: Path) -> None:
+def test_a_catalog_keeps_its_quantization(tmp_path: Path) -> None:
     with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "a"), quantization="scalar") as catalog:
         catalog.add([Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")], ids=[1, 2, 3])
         assert catalog.reindex(make_toy_bundle(tmp_path / "b", seed=1)) == 3

@@ -2,7 +2,7 @@
 
 The contract of the store itself runs over qdrant-client's local mode and, where QDRANT_URL names one, over a real
 server (`backends`, `test_store`, `test_filters`). Only a real server could show: that shards, replicas and
-quantisation do what the collection was created with; that searches are right while its optimiser runs; how it behaves
+quantization do what the collection was created with; that searches are right while its optimizer runs; how it behaves
 when a node of a cluster goes away in mid-request; gRPC beyond the choice of the channel; 16 threads on one client;
 throughput.
 """
@@ -225,7 +225,7 @@ def test_a_new_collection_is_laid_out_as_told(shim: Shim) -> None:
 
 
 @pytest.mark.parametrize("quantization", [*connection.QUANTIZATIONS])
-def test_each_quantisation_is_one_that_the_client_knows(quantization: str) -> None:
+def test_each_quantization_is_one_that_the_client_knows(quantization: str) -> None:
     (name,) = ServerOptions(quantization=quantization).layout()["quantization_config"].model_dump()
     assert name == quantization
 
@@ -275,7 +275,7 @@ def test_tls_with_an_authority_of_ones_own(tmp_path: Path, shim: Shim, pauses: l
     secure.shutdown()
 
 
-def test_the_catalogue_takes_the_options(
+def test_the_catalog_takes_the_options(
     tmp_path: Path, shim: Shim, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from support.toy_bundle import make_toy_bundle

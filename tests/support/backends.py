@@ -1,4 +1,4 @@
-"""Every kind of store that a catalogue can have, for the suites that run over all of them."""
+"""Every kind of store that a catalog can have, for the suites that run over all of them."""
 
 from __future__ import annotations
 

@@ -48,25 +48,25 @@ def test_options_default_to_the_settings() -> None:
     assert offered and all(getattr(settings, name) == default for name, default in offered.items())
 
 
-def test_train_then_evaluate(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_train_then_evaluate(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    result = call(train, small_catalogue, "--base", random_checkpoint, "-o", out, *FEW)
+    result = call(train, small_catalog, "--base", random_checkpoint, "-o", out, *FEW)
     assert result.exit_code == 0, result.output
     assert "2 steps on 12 pairs" in result.output and "itc" in result.stderr
     assert load_checkpoint(out).meta["config"]["steps"] == 2
     figures_file = tmp_path / "deep" / "figures.json"
-    result = call(evaluate, out, small_catalogue, "--prompts", 0, "--json", figures_file)
+    result = call(evaluate, out, small_catalog, "--prompts", 0, "--json", figures_file)
     assert result.exit_code == 0, result.output
     assert "text_to_image R@1" in result.stdout
     assert json.loads(figures_file.read_text(encoding="utf-8"))["checkpoint"] == "tuned"
 
 
-def test_small_data_from_the_command_line(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_small_data_from_the_command_line(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     """The base draws its prior; leash, early stopping and WiSE-FT; what was chosen is told, and reported."""
-    out, looks = tmp_path / "tuned", ["--val", small_catalogue, "--validate-every", 1, "--prompt", "a red dress"]
+    out, looks = tmp_path / "tuned", ["--val", small_catalog, "--validate-every", 1, "--prompt", "a red dress"]
     prior = ["--prior", tmp_path / "prior", "--prior-prompt", "a coat", "--prior-pairs", 3, "--prior-batch", 2]
     result = call(
-        *(train, small_catalogue, "--base", random_checkpoint, "-o", out, *FEW, *looks, *prior),
+        *(train, small_catalog, "--base", random_checkpoint, "-o", out, *FEW, *looks, *prior),
         *("--leash", 0.5, "--patience", 2, "--wise-ft"),
     )
     assert result.exit_code == 0, result.output
@@ -76,15 +76,15 @@ def test_small_data_from_the_command_line(random_checkpoint: Path, small_catalog
     assert "How the weights were chosen" in (tmp_path / "tuned.log" / "report.html").read_text(encoding="utf-8")
 
 
-def test_distill_stands_beside_training(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_distill_stands_beside_training(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     assert "distill" in call(train, "--help").output and "Usage: unidiff-train distill" in help_of("distill")
-    result = call(train, "distill", random_checkpoint, small_catalogue, "-o", tmp_path / "fast", *FEW_DISTILLED)
+    result = call(train, "distill", random_checkpoint, small_catalog, "-o", tmp_path / "fast", *FEW_DISTILLED)
     assert result.exit_code == 0, result.output
     assert "2 steps on 12 captions" in result.output and "distillation" in result.stderr
     assert load_checkpoint(tmp_path / "fast").meta["sampler"] == {"name": "ddim", "steps": 4, "guidance_scale": 1.0}
-    common = (train, "distill", random_checkpoint, small_catalogue, "-o", tmp_path / "none")
+    common = (train, "distill", random_checkpoint, small_catalog, "-o", tmp_path / "none")
     assert "give a multiple" in one_line(call(*common, "--teacher-steps", 6))
-    assert "nowhere" in one_line(call(train, "distill", tmp_path / "nowhere", small_catalogue, "-o", tmp_path / "none"))
+    assert "nowhere" in one_line(call(train, "distill", tmp_path / "nowhere", small_catalog, "-o", tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
@@ -92,17 +92,17 @@ def help_of(*words: str) -> str:
     return CliRunner().invoke(train, [*words, "--help"], prog_name="unidiff-train").output
 
 
-def test_missing_folders(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_missing_folders(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     assert "nowhere" in one_line(call(train, nowhere, "--base", random_checkpoint, "-o", tmp_path / "out"))
-    assert "nowhere" in one_line(call(train, small_catalogue, "--base", nowhere, "-o", tmp_path / "out"))
+    assert "nowhere" in one_line(call(train, small_catalog, "--base", nowhere, "-o", tmp_path / "out"))
     assert "nowhere" in one_line(call(evaluate, random_checkpoint, nowhere))
-    assert "nowhere" in one_line(call(evaluate, nowhere, small_catalogue))
+    assert "nowhere" in one_line(call(evaluate, nowhere, small_catalog))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_rows(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
-    good = (small_catalogue / "0.png").read_bytes()
+def test_bad_rows(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+    good = (small_catalog / "0.png").read_bytes()
     for name, content in {"0.png": good, "1.png": good, "cut.png": good[:60]}.items():
         (tmp_path / name).write_bytes(content)
     rows = [("0.png", "red"), ("cut.png", "cut"), ("1.png", ""), ("1.png", "also red")]
@@ -121,11 +121,11 @@ def test_bad_rows(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path
 
 
 def test_all_bad_rows_of_all_data_are_written_down(
-    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path
 ) -> None:
     data, val = (tmp_path / name for name in ("data", "val"))
     for folder, bad in ((data, 7), (val, 1)):
-        shutil.copytree(small_catalogue, folder)
+        shutil.copytree(small_catalog, folder)
         with (folder / "metadata.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(f'\n{{"file_name": "gone-{n}.png", "text": "gone"}}' for n in range(bad))
     looks = ("--val", val, "--validate-every", 2, "--prompt", "a red dress")
@@ -140,13 +140,13 @@ def test_all_bad_rows_of_all_data_are_written_down(
     assert [row["data"] for row in rows] == 7 * ["data"] + ["val"] and "no such image" in rows[0]["reason"]
 
 
-def test_empty_catalogue(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_empty_catalog(random_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("", encoding="utf-8")
     assert "no usable pair" in one_line(call(train, tmp_path, "--base", random_checkpoint, "-o", tmp_path / "out"))
 
 
-def test_wrong_values(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
-    common = (train, small_catalogue, "--base", random_checkpoint, "-o", tmp_path / "out")
+def test_wrong_values(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+    common = (train, small_catalog, "--base", random_checkpoint, "-o", tmp_path / "out")
     assert "caption_dropout" in one_line(call(*common, "--caption-dropout", 2))
     assert "colour" in one_line(call(*common, "--group", "brand"))
     assert call(*common, "--rsc-teacher", "judge").exit_code == 2
@@ -155,14 +155,12 @@ def test_wrong_values(random_checkpoint: Path, small_catalogue: Path, tmp_path: 
     assert "at least one pair" in one_line(
         call(*common, "--prior", tmp_path, "--prior-prompt", "a", "--prior-pairs", 0)
     )
-    assert "both --base and --base-data" in one_line(
-        call(evaluate, random_checkpoint, small_catalogue, "--base", "tiny")
-    )
-    assert "is a folder" in one_line(call(evaluate, random_checkpoint, small_catalogue, "--json", tmp_path))
+    assert "both --base and --base-data" in one_line(call(evaluate, random_checkpoint, small_catalog, "--base", "tiny"))
+    assert "is a folder" in one_line(call(evaluate, random_checkpoint, small_catalog, "--json", tmp_path))
 
 
 def test_nan_and_interruption(
-    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = gradients.forward
 
@@ -171,7 +169,7 @@ def test_nan_and_interruption(
         result.means["is"] *= float("nan")
         return result
 
-    arguments = (train, small_catalogue, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW)
+    arguments = (train, small_catalog, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW)
     monkeypatch.setattr(gradients, "forward", broken)
     assert "is nan" in one_line(call(*arguments))
 

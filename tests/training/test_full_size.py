@@ -110,15 +110,15 @@ def run(script: str, *arguments: Path) -> tuple[list[str], float]:
 
 @pytest.mark.slow
 def test_one_joint_step_at_full_size_stays_within_24_gb(
-    small_catalogue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Load, one step of ITC and IS at 512 pixels, save, and open in diffusers."""
     data = tmp_path / "data"
     data.mkdir()
-    rows = (small_catalogue / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    rows = (small_catalog / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:2]
     for row in rows:
         name = json.loads(row)["file_name"]
-        (data / name).write_bytes((small_catalogue / name).read_bytes())
+        (data / name).write_bytes((small_catalog / name).read_bytes())
     (data / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
     (counts, *_), _ = run(MAKE, tmp_path / "base")

@@ -36,7 +36,7 @@ MAX_PROPORTION = 200
 """How many times as long as wide a picture may be. Its shorter edge is what is brought to the encoder's size."""
 
 # Left out on purpose: formats that run an interpreter (EPS), that are decoded on opening, whatever their size (ICO), or
-# that no product catalogue holds.
+# that no product catalog holds.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 

@@ -19,7 +19,7 @@ def checked_text(text: str) -> str:
 
 
 def printable(value: object) -> str:
-    """Without what a terminal would obey: a catalogue's words come from anywhere."""
+    """Without what a terminal would obey: a catalog's words come from anywhere."""
     return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 

@@ -1,4 +1,4 @@
-"""The methods of a catalogue for asyncio: each runs in a thread, and the event loop goes on meanwhile."""
+"""The methods of a catalog for asyncio: each runs in a thread, and the event loop goes on meanwhile."""
 
 from __future__ import annotations
 

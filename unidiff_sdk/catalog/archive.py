@@ -1,4 +1,4 @@
-"""A whole catalogue in one parquet file, to keep, to move to another back end, or to read with other tools.
+"""A whole catalog in one parquet file, to keep, to move to another back end, or to read with other tools.
 
 One row an item:
 
@@ -8,7 +8,7 @@ One row an item:
     payload    string                   the other columns, the marks of generated pictures too, as a JSON object
     vector     fixed_size_list<float>   the embedding of the bundle that the file names
     image      binary                   the original picture file, byte for byte, also where it was only referenced
-    sha256     string                   of its content, by which the catalogue knows it
+    sha256     string                   of its content, by which the catalog knows it
     source     string                   the folder or table it was indexed from; null if it was added by hand
 
 Thumbnails, payload indexes and the search index are made anew by restoring. The file's metadata hold, under the key

@@ -1,4 +1,4 @@
-"""The façade: a catalogue of pictures that is searched and added to by one model, a bundle."""
+"""The façade: a catalog of pictures that is searched and added to by one model, a bundle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk._internal.parallel import overlapped
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.datasets.reader import TABLES, BadRow, count_rows, read_catalogue
+from unidiff_sdk.datasets.reader import TABLES, BadRow, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.retrieval.duplicates import near_duplicates
@@ -84,17 +84,17 @@ class Catalog:
     Args:
         location: a folder, made if it does not exist; ":memory:", which is gone at `close`; or the http(s) URL of a
             Qdrant server or cluster.
-        bundle: a folder that `unidiff-export` wrote, or an open Bundle. Default: the one that the catalogue was made
-            with; for a new catalogue "tiny", the built-in model.
+        bundle: a folder that `unidiff-export` wrote, or an open Bundle. Default: the one that the catalog was made
+            with; for a new catalog "tiny", the built-in model.
         create: whether a missing folder is made; if not, it is an error.
-        quantization: "scalar" lets a new catalogue in a folder be searched through 8-bit vectors, in a quarter of the
+        quantization: "scalar" lets a new catalog in a folder be searched through 8-bit vectors, in a quarter of the
             memory; scores stay exact, as the originals on disk rank the hits.
         images: only with a URL, and needed there: the folder that keeps the pictures.
         collection, api_key, server: only with a URL: the collection's name, the key, and `ServerOptions`: timeouts,
-            retries, gRPC; shards, replicas and quantisation of a new collection.
+            retries, gRPC; shards, replicas and quantization of a new collection.
 
     Raises:
-        StoreError: the location is no catalogue, is in use, or was made with another bundle.
+        StoreError: the location is no catalog, is in use, or was made with another bundle.
         BundleError: the bundle is missing or damaged.
     """
 
@@ -120,7 +120,7 @@ class Catalog:
         self._temporary: weakref.finalize[..., Any] | None = None
         if self._url:
             if quantization is not None:
-                raise OptionError("On a server quantisation is the collection's: server=ServerOptions(quantization=…)")
+                raise OptionError("On a server quantization is the collection's: server=ServerOptions(quantization=…)")
             if images is None:
                 raise OptionError(
                     "A Qdrant server keeps vectors; say where the pictures go: Catalog(url, images='folder')"
@@ -135,7 +135,7 @@ class Catalog:
         # 2. With which bundle: the given one, the remembered one, or the built-in one.
         file = CatalogFile.read(self.folder)
         if file is None and not create:
-            raise StoreError(f"There is no catalogue at {self.folder}. `unidiff index FOLDER {self.folder}` makes one.")
+            raise StoreError(f"There is no catalog at {self.folder}. `unidiff index FOLDER {self.folder}` makes one.")
         opened: Bundle | None = None
         if bundle is not None or file is None:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -148,7 +148,7 @@ class Catalog:
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
-        self._hit = partial(_hit, self._images)  # no method: who keeps it does not keep the catalogue
+        self._hit = partial(_hit, self._images)  # no method: who keeps it does not keep the catalog
         self._where = Location(self.folder, quantization, self._url, collection, api_key, server)
         store = self._where.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
         self._writer = Writer(Serving(store, self.folder, file.bundle, opened), self._images, self.location)
@@ -192,7 +192,7 @@ class Catalog:
         return self.count()
 
     def __bool__(self) -> bool:
-        return True  # an empty catalogue is still a catalogue
+        return True  # an empty catalog is still a catalog
 
     # -------------------------------------------------------------------------------------------- adding
 
@@ -214,7 +214,7 @@ class Catalog:
             texts: their captions, as many.
             ids: strings or integers, as many. Default: a hash of picture and caption, so that adding twice is harmless.
             payloads: further columns, as many: JSON values under names other than id and text.
-            copy: whether image files are copied into the catalogue or only referenced where they are.
+            copy: whether image files are copied into the catalog or only referenced where they are.
 
         Returns:
             The ids.
@@ -250,7 +250,7 @@ class Catalog:
                 has gone bad is gone too.
             strict: raise at the first bad row; what came before it stays stored.
             progress: show a progress bar.
-            copy: whether the images are copied into the catalogue or only referenced where they are.
+            copy: whether the images are copied into the catalog or only referenced where they are.
 
         Raises:
             DataError: the folder or its metadata file is missing; in strict mode, a bad row; with `prune`, there is not
@@ -291,7 +291,7 @@ class Catalog:
         failed: list[BadRow] = []
         added = skipped = removed = 0
         seen = Seen()
-        rows = read_catalogue(path, images=images, strict=strict, on_error=failed.append)
+        rows = read_catalog(path, images=images, strict=strict, on_error=failed.append)
         total = count_rows(path) if progress else 0
 
         # 1. What is there.
@@ -345,7 +345,7 @@ class Catalog:
             catalog.search("a summer dress", image=photo, unlike=["D-17"], without="stripes", where={"stock": True})
 
         A query of one part scores by the cosine. Several parts are mixed into one vector, each balanced by how far it
-        tells this catalogue's items apart, so that words are heard beside a picture: `query` has the formula.
+        tells this catalog's items apart, so that words are heard beside a picture: `query` has the formula.
 
         Args:
             text: what to look for, in words.
@@ -354,7 +354,7 @@ class Catalog:
             image: what it should look like: a path, bytes, a PIL image, an array, a hit or a generated picture.
             like, unlike: items (ids or hits) to come close to, and to keep away from; they are no hits themselves.
             without: what it should not be, in words.
-            vector: an embedding of this catalogue's bundle: `bundle.dim` numbers of any length.
+            vector: an embedding of this catalog's bundle: `bundle.dim` numbers of any length.
             weights: of text and image, (0.4, 0.6); or by name, {"text": 2, "without": 0.3}. Only ratios count. Default:
                 1 for what is wanted, 0.5 for what is not.
             limit: how many hits at most, 1 to 10,000.
@@ -643,7 +643,7 @@ class Catalog:
             like, strength, mask: start from a picture, keep it to that degree, repaint only the bright part of a mask.
             best_of: draw so many for each prompt and keep the n that the encoder ranks highest.
             min_score: refuse pictures whose cosine with the prompt is less.
-            max_similarity: refuse pictures whose cosine with some catalogue item is more: copies.
+            max_similarity: refuse pictures whose cosine with some catalog item is more: copies.
             budget: refused pictures are drawn anew, until so many are drawn for one prompt; default: four times the
                 first draw. What is then short is told by a warning.
             safety: called with each picture; returns it, another in its place, or None to refuse it.
@@ -651,7 +651,7 @@ class Catalog:
             preview: called with a `generator.Preview` after each step.
 
         Returns:
-            A Generation: prompt after prompt, of each the best first, with its score and its nearest catalogue item.
+            A Generation: prompt after prompt, of each the best first, with its score and its nearest catalog item.
 
         Raises:
             OptionError, ImageError, GenerationError: an argument is not a valid one.
@@ -694,7 +694,7 @@ class Catalog:
             if callback is not None:
                 callback(steps_before + done, steps_seen)
 
-        # 1. Draw, compare each picture with its prompt and with what the catalogue holds, draw again what is refused.
+        # 1. Draw, compare each picture with its prompt and with what the catalog holds, draw again what is refused.
         def draw(prompts: Sequence[str], offset: int, count: int) -> list[Image.Image]:
             nonlocal steps_before
             steps_before = steps_seen
@@ -761,23 +761,23 @@ class Catalog:
         """Build the search index over what was added, in a process of its own; other threads go on meanwhile.
 
         `add_folder` does so by itself where it pays. Doubles the space of the vectors (not of the pictures) until the
-        catalogue is closed or optimised again.
+        catalog is closed or optimized again.
         """
         self._check_open()
         self._store.optimize()
 
     def reindex(self, bundle: Bundle | str | Path, *, progress: bool = False) -> int:
-        """Re-encode every picture with another bundle, which then becomes the catalogue's own. Returns how many.
+        """Re-encode every picture with another bundle, which then becomes the catalog's own. Returns how many.
 
         Until all new vectors are written, searches are answered with the old ones, and what is added or deleted counts;
         then all changes at once. A run that was cut short goes on where it stopped.
 
         On a server the new vectors go into a collection of their own, and the old one stays: other processes search it
-        until they open the catalogue again. None of them should write meanwhile.
+        until they open the catalog again. None of them should write meanwhile.
 
         Raises:
             ImageError: a picture is gone or damaged; nothing is swapped then.
-            StoreError: the catalogue is being reindexed already.
+            StoreError: the catalog is being reindexed already.
             OptionError: no bundle is named.
         """
         if bundle is None:  # which would open the built-in bundle
@@ -836,7 +836,7 @@ class Catalog:
                 self._check_open()
                 reencoder.some(self._writer.written)
 
-                # 3. Swap: the one write of catalog.json decides which shard and bundle the catalogue has.
+                # 3. Swap: the one write of catalog.json decides which shard and bundle the catalog has.
                 old_vectors = self._file.vectors
                 file = replace(self._file, bundle=after.reference, vectors=vectors)
                 with CHANGING:
@@ -856,7 +856,7 @@ class Catalog:
         """Write all items into one parquet file, with vectors and pictures (`archive`). Returns how many.
 
         Others search and write meanwhile; what they write may be in the file or not. Memory does not grow with the
-        catalogue. Needs the extra `parquet`.
+        catalog. Needs the extra `parquet`.
 
         Args:
             path: the file; an earlier export of that name is replaced when the new one is whole.
@@ -896,7 +896,7 @@ class Catalog:
         progress: bool = False,
         **opening: Any,
     ) -> Catalog:
-        """A new catalogue from a file that `export` wrote, on any back end; open, as by `Catalog(location)`.
+        """A new catalog from a file that `export` wrote, on any back end; open, as by `Catalog(location)`.
 
         A folder is there whole or not at all. Needs the extra `parquet`.
 

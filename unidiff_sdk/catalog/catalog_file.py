@@ -1,4 +1,4 @@
-"""`catalog.json`: what a catalogue's folder must remember to be opened again, from anywhere."""
+"""`catalog.json`: what a catalog's folder must remember to be opened again, from anywhere."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ CHANGING = threading.Lock()
 
 @dataclass(frozen=True)
 class BundleRef:
-    """The bundle that made a catalogue's vectors.
+    """The bundle that made a catalog's vectors.
 
     Attributes:
-        path: "tiny" for the built-in one; relative to the catalogue's folder if it lies in or beside it, so that both
+        path: "tiny" for the built-in one; relative to the catalog's folder if it lies in or beside it, so that both
             can move together; else absolute.
-        absolute: where it was, for a catalogue that has moved alone.
+        absolute: where it was, for a catalog that has moved alone.
     """
 
     name: str
@@ -55,14 +55,14 @@ class BundleRef:
         return cls(bundle.name, where, absolute, bundle.fingerprint, bundle.dim)
 
     def check(self, bundle: Bundle, folder: Path) -> None:
-        """Raise StoreError if the vectors of the catalogue in `folder` were made by another bundle than this one."""
+        """Raise StoreError if the vectors of the catalog in `folder` were made by another bundle than this one."""
         if bundle.fingerprint == self.fingerprint:
             return
         sizes = f" and of {self.dim} dimensions, not {bundle.dim}" if bundle.dim != self.dim else ""
         raise StoreError(
             f'{folder} was indexed with the bundle "{self.name}" (fingerprint {self.fingerprint[:12]}), and '
             f"{bundle.path} is another one (fingerprint {bundle.fingerprint[:12]}){sizes}: their vectors do not "
-            "compare. To re-encode the catalogue, open it without bundle= and call "
+            "compare. To re-encode the catalog, open it without bundle= and call "
             f"catalog.reindex({str(bundle.path)!r})."
         )
 
@@ -71,7 +71,7 @@ class BundleRef:
         return TINY_NAME if self.path == TINY_NAME else str(self.locate(folder))
 
     def locate(self, folder: Path) -> Path:
-        """Where the bundle is, for a catalogue that is now at `folder`."""
+        """Where the bundle is, for a catalog that is now at `folder`."""
         if self.path == TINY_NAME:
             return TINY
         beside = Path(os.path.normpath(folder.resolve() / self.path))
@@ -80,7 +80,7 @@ class BundleRef:
 
 @contextmanager
 def new_place(location: str | Path) -> Iterator[str | Path]:
-    """Where to build a catalogue that is to be there whole or not at all: beside its folder, which it then becomes.
+    """Where to build a catalog that is to be there whole or not at all: beside its folder, which it then becomes.
 
     A URL and ":memory:" are built where they are.
 
@@ -92,7 +92,7 @@ def new_place(location: str | Path) -> Iterator[str | Path]:
         return
     folder = Path(location)
     if CatalogFile.read(folder) is not None:
-        raise StoreError(f"There is a catalogue at {folder} already: restore into a new folder.")
+        raise StoreError(f"There is a catalog at {folder} already: restore into a new folder.")
     building = folder.parent / f".{folder.name}.restoring"
     try:
         building.mkdir(parents=True)
@@ -125,13 +125,13 @@ class CatalogFile:
 
     @classmethod
     def read(cls, folder: Path) -> CatalogFile | None:
-        """None if the folder is missing or empty. Raises StoreError if it holds something that is not a catalogue."""
+        """None if the folder is missing or empty. Raises StoreError if it holds something that is not a catalog."""
         path = folder / FILE_NAME
         try:
             if not path.is_file():
                 if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                     raise StoreError(
-                        f"{folder} exists and is not a catalogue: it has no {FILE_NAME}. Choose a new folder."
+                        f"{folder} exists and is not a catalog: it has no {FILE_NAME}. Choose a new folder."
                     )
                 return None
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

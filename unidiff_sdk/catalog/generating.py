@@ -1,4 +1,4 @@
-"""Draw, judge, keep: the encoder and the catalogue decide which of the drawn pictures are handed over."""
+"""Draw, judge, keep: the encoder and the catalog decide which of the drawn pictures are handed over."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BUDGET = 4  # times what is drawn at first
 _REASONS = {
     "safety": "were dropped by safety",
     "min_score": "agree with the prompt by less than min_score={min_score} (the best by {best_refused:.3f})",
-    "max_similarity": "are nearer to a catalogue item than max_similarity={max_similarity}",
+    "max_similarity": "are nearer to a catalog item than max_similarity={max_similarity}",
 }
 
 
@@ -41,7 +41,7 @@ class Demands:
         n: how many.
         best_of: of how many they are the best; None for n.
         min_score: the least cosine with the prompt, -1 to 1.
-        max_similarity: the most cosine with any catalogue item, -1 to 1.
+        max_similarity: the most cosine with any catalog item, -1 to 1.
         budget: how many may be drawn for one prompt; None for four times what is drawn at first.
         safety: is shown each picture, and returns it, another one in its place, or None to drop it.
 
@@ -106,7 +106,7 @@ def select(prompts: Sequence[str], draw: Draw, judge: Judge, demands: Demands) -
     Args:
         prompts: what to draw.
         draw: (prompts, offset of the first seed, pictures of each) to pictures, those of the first prompt first.
-        judge: (prompt of each picture, pictures) to each one's cosine with its prompt and nearest catalogue item.
+        judge: (prompt of each picture, pictures) to each one's cosine with its prompt and nearest catalog item.
         demands: how many, and of what kind.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a catalogue answers with: hits in pages, generated pictures, and reports of what was added."""
+"""What a catalog answers with: hits in pages, generated pictures, and reports of what was added."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Generated:
     Attributes:
         image: the picture, RGB.
         score: cosine between its embedding and the prompt's.
-        nearest: the catalogue item that looks most like it, with that cosine as its score; None if the catalogue is
+        nearest: the catalog item that looks most like it, with that cosine as its score; None if the catalog is
             empty.
         seed: of this picture alone: generating with n=1 and this seed draws it again.
         bundle: fingerprint of the bundle that drew it.

@@ -1,4 +1,4 @@
-"""What a catalogue answers with at a moment: a store, and the bundle that made its vectors."""
+"""What a catalog answers with at a moment: a store, and the bundle that made its vectors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Serving"]
 
 
 class Serving:
-    """The vectors of a catalogue and the model that made them: what a reindexing replaces as one.
+    """The vectors of a catalog and the model that made them: what a reindexing replaces as one.
 
     Whatever needs both takes them from one of these, so that a query of the old bundle never meets the new vectors.
 
     Args:
         store: the vectors.
-        folder: of the catalogue, from which the bundle is found.
+        folder: of the catalog, from which the bundle is found.
         reference: the bundle that the vectors are of.
         bundle: the same, where it is open already; else it is opened when it is first needed.
     """

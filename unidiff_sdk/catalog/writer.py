@@ -1,4 +1,4 @@
-"""The way into a catalogue: rows and pictures are read, sorted out, encoded and stored, batch beside batch."""
+"""The way into a catalog: rows and pictures are read, sorted out, encoded and stored, batch beside batch."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Prepared:
 
 
 class Writer:
-    """Adds items to a catalogue and removes them, with their pictures.
+    """Adds items to a catalog and removes them, with their pictures.
 
     Args:
-        serving: what the catalogue answers with; a reindexing puts another in its place, under the lock.
+        serving: what the catalog answers with; a reindexing puts another in its place, under the lock.
         images: the pictures.
-        location: the catalogue's, for what is said of it.
+        location: the catalog's, for what is said of it.
 
     Attributes:
         lock: held by whatever changes the store.
@@ -67,9 +67,9 @@ class Writer:
         self._warned = False
 
     def check_open(self) -> None:
-        """Raise StoreError once the catalogue is closed."""
+        """Raise StoreError once the catalog is closed."""
         if self.closed:
-            raise StoreError(f"The catalogue {self._location} is closed.")
+            raise StoreError(f"The catalog {self._location} is closed.")
 
     def serving_now(self) -> Serving:
         """To be held for as long as its store is asked: a reindexing closes that with the last that holds it."""
@@ -90,16 +90,16 @@ class Writer:
     def add_rows(
         self, rows: Iterable[Row], source: str, seen: Seen, *, strict: bool, copy: bool
     ) -> Generator[Prepared, None, None]:
-        """Store rows of a catalogue on disk; yields what is stored, batch by batch.
+        """Store rows of a catalog on disk; yields what is stored, batch by batch.
 
         Batches are read, decoded and thumbnailed on all cores, while one is encoded and another one is stored.
 
         Args:
-            rows: what `read_catalogue` gives.
+            rows: what `read_catalog` gives.
             source: where they come from.
             seen: gets the keys of all good rows.
             strict: raise DataError at the first bad row.
-            copy: whether the images are copied into the catalogue.
+            copy: whether the images are copied into the catalog.
         """
         prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
         prepared = overlapped(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
@@ -245,9 +245,9 @@ class Writer:
         bundle = self.serving.bundle
         if self._warned or not bundle.synthetic:
             return
-        from unidiff_sdk.datasets.synthetic import CATALOGUES
+        from unidiff_sdk.datasets.synthetic import CATALOGS
 
-        if any(item.columns.get("catalogue") not in CATALOGUES and not item.columns.get("generated") for item in items):
+        if any(item.columns.get("catalog") not in CATALOGS and not item.columns.get("generated") for item in items):
             self._warned = True
             warn(
                 f'The bundle "{bundle.name}" was trained on drawn, synthetic products only: on other pictures '

@@ -71,7 +71,7 @@ class _Polite(click.Command):
 
 
 class CatalogFolder(click.Path):
-    """The folder of a catalogue; a URL, of which a path would make a folder of that name, is refused."""
+    """The folder of a catalog; a URL, of which a path would make a folder of that name, is refused."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)

@@ -1,4 +1,4 @@
-"""All pictures of a generation on one sheet, each with its nearest catalogue item, so that copies are seen at once."""
+"""All pictures of a generation on one sheet, each with its nearest catalog item, so that copies are seen at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`unidiff dataset`: draw a synthetic catalogue, or convert a public set of product pictures."""
+"""`unidiff dataset`: draw a synthetic catalog, or convert a public set of product pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _DrawUnlessNamed(Group):
 
 @click.group(
     cls=_DrawUnlessNamed,
-    short_help="Draw a synthetic catalogue, or convert a public one.",
+    short_help="Draw a synthetic catalog, or convert a public one.",
     context_settings={"ignore_unknown_options": True},
     subcommand_metavar="NAME OUT [OPTIONS] | COMMAND [ARGS]...",
     epilog="""
@@ -38,14 +38,14 @@ class _DrawUnlessNamed(Group):
     """,
 )
 def dataset() -> None:
-    """Make a catalogue folder to try things on: `draw` a synthetic one, or `convert` a public set.
+    """Make a catalog folder to try things on: `draw` a synthetic one, or `convert` a public set.
 
-    NAME OUT alone draws the synthetic catalogue NAME: fashion-man, fashion-woman or ecommerce-product.
+    NAME OUT alone draws the synthetic catalog NAME: fashion-man, fashion-woman or ecommerce-product.
     """
 
 
 @dataset.command(
-    short_help="Draw a synthetic catalogue.",
+    short_help="Draw a synthetic catalog.",
     epilog="""
     unidiff dataset draw fashion-man shirts --n 400
     unidiff dataset draw ecommerce-product unseen --split test-unseen --size 128
@@ -58,16 +58,16 @@ def dataset() -> None:
 @click.option("--split", default="train", show_default=True, help="train, val, test, or test-unseen.")
 @click.option("--size", default=64, show_default=True, help="Side of the pictures in pixels.")
 def draw(name: str, out: Path, n: int, seed: int, split: str, size: int) -> None:
-    """Draw the synthetic catalogue NAME into the folder OUT: fashion-man, fashion-woman or ecommerce-product."""
-    from unidiff_sdk.datasets.synthetic import write_catalogue
+    """Draw the synthetic catalog NAME into the folder OUT: fashion-man, fashion-woman or ecommerce-product."""
+    from unidiff_sdk.datasets.synthetic import write_catalog
 
-    write_catalogue(name, out, n=n, seed=seed, split=split, size=size)
+    write_catalog(name, out, n=n, seed=seed, split=split, size=size)
     click.echo(f"{n:,} synthetic products of {name} ({split}) are in {out}. Next: unidiff index {out} CATALOG")
 
 
 @dataset.group(
     cls=Group,
-    short_help="Turn a downloaded public set into catalogue folders.",
+    short_help="Turn a downloaded public set into catalog folders.",
     epilog="""
     unidiff dataset convert deepfashion-multimodal downloads/deepfashion men --gender men --n 200
     unidiff dataset convert m5product downloads/m5product products

@@ -1,4 +1,4 @@
-"""`unidiff`: catalogues on the command line. Every import that costs time waits until a command needs it."""
+"""`unidiff`: catalogs on the command line. Every import that costs time waits until a command needs it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 )
 @click.version_option(package_name="unidiff-sdk", message="%(package)s %(version)s")
 def main() -> None:
-    """Search a product catalogue by words and by pictures, and generate new product pictures that fit it."""
+    """Search a product catalog by words and by pictures, and generate new product pictures that fit it."""
 
 
 main.add_command(dataset)
@@ -48,7 +48,7 @@ main.add_command(dataset)
 
 @main.command(
     keeps=True,
-    short_help="Add a folder of images to a catalogue.",
+    short_help="Add a folder of images to a catalog.",
     epilog="""
     unidiff index products shop.catalog
     unidiff index photos shop.catalog --bundle bundles/shop --reference
@@ -58,7 +58,7 @@ main.add_command(dataset)
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("catalog", type=CatalogFolder())
-@click.option("--bundle", help="Model for a new catalogue: a bundle's folder, or tiny (the default).")
+@click.option("--bundle", help="Model for a new catalog: a bundle's folder, or tiny (the default).")
 @click.option("--images", type=click.Path(path_type=Path), help="Where the paths of a table start; its own folder.")
 @click.option("--reference", is_flag=True, help="Leave the images where they are instead of copying them.")
 @click.option("--prune", is_flag=True, help="Also delete what came from FOLDER earlier and has left it.")
@@ -86,7 +86,7 @@ def index(
 
     if images is not None and folder.suffix.lower() not in TABLES:
         raise OptionError(f"--images goes with a table ({', '.join(TABLES)}), and {folder} is none")
-    count_rows(folder)  # a folder that cannot be read must not leave an empty catalogue behind
+    count_rows(folder)  # a folder that cannot be read must not leave an empty catalog behind
     with Catalog(catalog, bundle) as opened:
         options: dict[str, bool] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
         if folder.suffix.lower() in TABLES:
@@ -325,7 +325,7 @@ def generate(
     )
 
 
-@main.command(short_help="Tell what a catalogue holds.", epilog="unidiff info shop.catalog --json")
+@main.command(short_help="Tell what a catalog holds.", epilog="unidiff info shop.catalog --json")
 @click.argument("catalog", type=CatalogFolder())
 @json_option
 def info(catalog: Path, as_json: bool) -> None:
@@ -361,7 +361,7 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
         click.echo(f"{removed} removed; {items:,} items are left.")
 
 
-@main.command(short_help="Change a catalogue to another bundle.", epilog="unidiff reindex shop.catalog bundles/tuned")
+@main.command(short_help="Change a catalog to another bundle.", epilog="unidiff reindex shop.catalog bundles/tuned")
 @click.argument("catalog", type=CatalogFolder())
 @click.argument("bundle")
 @json_option
@@ -378,7 +378,7 @@ def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
 
 
 @main.command(
-    short_help="Write a catalogue into one parquet file.",
+    short_help="Write a catalog into one parquet file.",
     epilog="""
     unidiff export shop.catalog shop.parquet
     unidiff export shop.catalog drawn.parquet --where '{"generated": true}'
@@ -402,7 +402,7 @@ def export(catalog: Path, file: Path, where: str | None, as_json: bool) -> None:
 
 
 @main.command(
-    short_help="Make a catalogue from such a file.",
+    short_help="Make a catalog from such a file.",
     epilog="""
     unidiff restore shop.parquet shop.catalog
     unidiff restore shop.parquet tuned.catalog --bundle bundles/tuned --reencode
@@ -442,7 +442,7 @@ def _meant(id: str) -> list[str | int]:
 
 
 def _known(catalog: Catalog, id: str) -> str | int:
-    """The id that is meant by what was typed; as it is if the catalogue knows neither, which the search then says."""
+    """The id that is meant by what was typed; as it is if the catalog knows neither, which the search then says."""
     return next((meant for meant in _meant(id) if catalog.get(meant)), id)
 
 

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: by its own protocol where it has one, else as coloured half blocks. And words, tamed."""
+"""Pictures in a terminal: by its own protocol where it has one, else as colored half blocks. And words, tamed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(image: Image.Image, how: str, rows: int = ROWS) -> str:
     Args:
         image: RGB.
         how: "kitty" (the kitty graphics protocol) or "iterm" (iTerm2's inline images): the terminal draws it; "" draws
-            it with half blocks in 24-bit colours, which nearly every terminal knows.
+            it with half blocks in 24-bit colors, which nearly every terminal knows.
         rows: its height in lines.
     """
     if how not in ("kitty", "iterm"):
@@ -48,7 +48,7 @@ def drawn(image: Image.Image, how: str, rows: int = ROWS) -> str:
 
 
 def _half_blocks(image: Image.Image, rows: int) -> str:
-    """Two pixels a character: a line's upper half has the foreground colour, its lower half the background's."""
+    """Two pixels a character: a line's upper half has the foreground color, its lower half the background's."""
     columns = max(1, min(8 * rows, round(2 * rows * image.width / image.height)))
     pixels = image.convert("RGB").resize((columns, 2 * rows)).load()
     assert pixels is not None

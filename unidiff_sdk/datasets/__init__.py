@@ -1,1 +1,1 @@
-"""Catalogues on disk: reading anyone's (`reader`), and drawing the synthetic ones (`synthetic`)."""
+"""Catalogs on disk: reading anyone's (`reader`), and drawing the synthetic ones (`synthetic`)."""

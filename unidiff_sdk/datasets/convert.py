@@ -1,4 +1,4 @@
-"""Public sets of product pictures, as they are downloaded, into catalogue folders with splits that anyone can repeat.
+"""Public sets of product pictures, as they are downloaded, into catalog folders with splits that anyone can repeat.
 
 What is written: OUT/train, OUT/val and OUT/test, each a folder that `datasets.reader` reads, and OUT/split.json with
 the rule. A pair's split follows from its group alone (for DeepFashion the garment, so that no garment is in two splits;
@@ -71,7 +71,7 @@ def convert(
     n: int | None = None,
     strict: bool = False,
 ) -> Converted:
-    """Write pairs as catalogue folders, pictures linked where the file system can, else copied.
+    """Write pairs as catalog folders, pictures linked where the file system can, else copied.
 
     Args:
         pairs: from `deepfashion_multimodal` or `m5product`.
@@ -168,7 +168,7 @@ _LABELS: dict[str, dict[str, tuple[str | None, ...]]] = {
     "texture/fabric_ann.txt": {f"{garment}_fabric": _FABRICS for garment in _GARMENTS},
     "texture/pattern_ann.txt": {f"{garment}_pattern": _PATTERNS for garment in _GARMENTS},
 }
-# MEN-Denim-id_00000080-01_7_additional.jpg: gender, category, garment, colour, number and name of the view.
+# MEN-Denim-id_00000080-01_7_additional.jpg: gender, category, garment, color, number and name of the view.
 _NAME = re.compile(r"(?P<gender>MEN|WOMEN)-(?P<category>\w+)-(?P<garment>id_\d+)-(?P<colour>\d+)_\d+_(?P<view>\w+)")
 
 
@@ -179,7 +179,7 @@ def deepfashion_multimodal(source: str | Path, gender: Literal["men", "women"]) 
     wanted, `labels/` with `shape/shape_anno_all.txt`, `texture/fabric_ann.txt` and `texture/pattern_ann.txt` (lines of
     a file name and numbers). The numbers' meaning is documented at https://github.com/yumingj/DeepFashion-MultiModal.
 
-    Columns: gender, category, garment (the group), colour (its number), view, and the labels as words, those that are
+    Columns: gender, category, garment (the group), color (its number), view, and the labels as words, those that are
     not visible left out.
 
     Raises:

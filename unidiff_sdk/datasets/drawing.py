@@ -1,7 +1,7 @@
 """Product pictures drawn from outlines: soft light, cloth patterns, a shadow on a studio background.
 
 Coordinates are fractions of the picture, x to the right and y down. A product is a list of parts painted back to front;
-a part is an outline with a paint: the product's own cloth (colour and pattern), a shade of it, or a fixed material.
+a part is an outline with a paint: the product's own cloth (color and pattern), a shade of it, or a fixed material.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 Points = list[tuple[float, float]]
 Floats = NDArray[np.float32]
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (204, 40, 44),
     "orange": (240, 132, 36),
     "yellow": (244, 206, 60),
@@ -50,7 +50,7 @@ MATERIALS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """An outline and its paint: "cloth", "shade" (the cloth's colour, darker, without pattern) or a material's name."""
+    """An outline and its paint: "cloth", "shade" (the cloth's color, darker, without pattern) or a material's name."""
 
     outline: Points
     paint: str = "cloth"
@@ -494,9 +494,9 @@ SHAPES: dict[str, Callable[[float, float], list[Part]]] = {
 
 
 def _weave(pattern: str, x: Floats, y: Floats, pixel: float) -> Floats:
-    """How much of the second colour shows at each place, from 0 to 1, with edges about a pixel soft.
+    """How much of the second color shows at each place, from 0 to 1, with edges about a pixel soft.
 
-    About a quarter to a third of the cloth takes the second colour, so that the first stays the main one.
+    About a quarter to a third of the cloth takes the second color, so that the first stays the main one.
     """
 
     def stripes(u: Floats, period: float, share: float) -> Floats:
@@ -552,7 +552,7 @@ def paint(
 
     Args:
         type: a key of `SHAPES`.
-        colour, colour2: keys of `COLOURS`; `colour2` is the pattern's colour and unused when the cloth is solid.
+        color, color2: keys of `COLORS`; `color2` is the pattern's color and unused when the cloth is solid.
         pattern: "solid", "striped", "diagonal", "checked" or "dotted".
         wide, long: the cut, from 0 (slim, short) to 1 (loose, long).
         background: a key of `BACKGROUNDS`.
@@ -588,11 +588,11 @@ def paint(
     c, s = np.cos(-pose.turn), np.sin(-pose.turn)
     du, dv = (u - 0.5 - pose.dx) / pose.scale, (v - 0.5 - pose.dy) / pose.scale
     x, y = (du * c - dv * s).astype(np.float32) + 0.5, (du * s + dv * c).astype(np.float32) + 0.5
-    base = np.asarray(COLOURS[colour], np.float32) * np.asarray(tint, np.float32)
+    base = np.asarray(COLORS[colour], np.float32) * np.asarray(tint, np.float32)
     cloth = np.broadcast_to(base, (side, side, 3))
     if pattern != "solid" and colour2 is not None:
         second = _weave(pattern, x, y, 1.5 / size)[..., None]
-        cloth = cloth * (1 - second) + np.asarray(COLOURS[colour2], np.float32) * second
+        cloth = cloth * (1 - second) + np.asarray(COLORS[colour2], np.float32) * second
 
     # 4. Back to front: each part is lit as a soft relief, its blurred mask being its height
     for part, (mask, (left, top, right, bottom)) in zip(parts, masks, strict=True):
@@ -609,8 +609,8 @@ def paint(
         if part.relief:
             height = np.asarray(mask.filter(ImageFilter.GaussianBlur(side * 0.035)), np.float32) / 255
             slope_y, slope_x = np.gradient(height, 1 / side)
-            towards = (0.5 - light) * 1.2 * slope_x + 0.6 * slope_y
-            lit = (0.80 + 0.24 * height + 0.018 * part.relief * towards)[area][..., None]
+            toward = (0.5 - light) * 1.2 * slope_x + 0.6 * slope_y
+            lit = (0.80 + 0.24 * height + 0.018 * part.relief * toward)[area][..., None]
         canvas[area] = canvas[area] * (1 - alpha) + np.clip(colours * lit, 0, 255) * alpha
 
     big: Any = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)

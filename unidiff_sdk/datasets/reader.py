@@ -1,4 +1,4 @@
-"""Read a catalogue: images with captions and columns, from a folder with a table or from webdataset shards.
+"""Read a catalog: images with captions and columns, from a folder with a table or from webdataset shards.
 
 The folder's convention is Hugging Face's `imagefolder`: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, in
 which `file_name` is the image's path inside the folder and `text` its caption; every other column is payload. A folder
@@ -21,7 +21,7 @@ from unidiff_sdk.errors import DataError
 from .parquet import open_parquet
 from .shards import Member, Sample, count_samples, find_shards, read_shards
 
-__all__ = ["TABLES", "BadRow", "Row", "count_rows", "read_catalogue"]
+__all__ = ["TABLES", "BadRow", "Row", "count_rows", "read_catalog"]
 
 TABLES = (".jsonl", ".csv", ".parquet")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -61,14 +61,14 @@ class BadRow:
         return f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}"
 
 
-def read_catalogue(
+def read_catalog(
     path: str | Path,
     *,
     images: str | Path | None = None,
     strict: bool = False,
     on_error: Callable[[BadRow], None] | None = None,
 ) -> Iterator[Row]:
-    """Read the rows of a catalogue, one at a time and in order.
+    """Read the rows of a catalog, one at a time and in order.
 
     Args:
         path: a folder that holds images and a metadata file, a folder of `.tar` shards, one shard, or a table by
@@ -89,7 +89,7 @@ def read_catalogue(
 
 
 def count_rows(path: str | Path) -> int:
-    """How many rows a catalogue has, good and bad. Raises DataError as `read_catalogue` does."""
+    """How many rows a catalog has, good and bad. Raises DataError as `read_catalog` does."""
     metadata, shards = _find(path)
     if metadata is None:
         return count_samples(shards)
@@ -105,7 +105,7 @@ def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
         return root, []
     if not root.is_dir() and not find_shards(root):
         raise DataError(
-            f"{root}: there is no such folder, or table (.jsonl, .csv, .parquet). A catalogue is a folder of images "
+            f"{root}: there is no such folder, or table (.jsonl, .csv, .parquet). A catalog is a folder of images "
             "with a metadata file, or of webdataset shards (.tar)."
         )
     for name in METADATA:
@@ -147,7 +147,7 @@ def _check(root: Path, line: int, columns: dict[str, Any]) -> Row | BadRow:
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            return BadRow(line, name, "the path leads out of the catalogue's folder")
+            return BadRow(line, name, "the path leads out of the catalog's folder")
         if not path.is_file():
             return BadRow(line, name, "there is no such image file")
     except (OSError, ValueError) as error:  # a name with a null byte, or too long for the file system

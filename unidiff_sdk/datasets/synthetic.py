@@ -1,7 +1,7 @@
-"""Three synthetic catalogues: rendered products with exact attributes, captions in varied wording, brand and price.
+"""Three synthetic catalogs: rendered products with exact attributes, captions in varied wording, brand and price.
 
 They mirror the kinds of data that UniDiff is about (men's and women's fashion, general goods) and are *synthetic*: no
-photograph and no real brand is in them. Every product follows from (catalogue, split, seed, index) alone.
+photograph and no real brand is in them. Every product follows from (catalog, split, seed, index) alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from PIL import Image
 
 from unidiff_sdk.errors import DataError, OptionError
 
-from .drawing import BACKGROUNDS, COLOURS, Pose, paint
+from .drawing import BACKGROUNDS, COLORS, Pose, paint
 
 SPLITS = ("train", "val", "test", "test-unseen")
 SIZES = (64, 512)
-MAIN_COLOURS = tuple(COLOURS)[:10]
-SECOND_COLOURS = ("white", "black", "yellow", "navy", "pink")
+MAIN_COLORS = tuple(COLORS)[:10]
+SECOND_COLORS = ("white", "black", "yellow", "navy", "pink")
 PATTERNS = ("solid", "striped", "diagonal", "checked", "dotted")
 
 TYPES: dict[str, dict[str, float]] = {  # each type's usual price
@@ -39,7 +39,7 @@ TYPES: dict[str, dict[str, float]] = {  # each type's usual price
         "mug": 12, "bottle": 22, "vase": 35, "lamp": 65, "backpack": 75, "chair": 130, "cushion": 25, "teapot": 40,
     },
 }  # fmt: skip
-CATALOGUES = tuple(TYPES)
+CATALOGS = tuple(TYPES)
 
 _BRANDS = {
     "fashion-man": ("Northfold", "Tarn & Co", "Halden", "Briar Lane", "Osprey Row", "Kestrel"),
@@ -55,14 +55,14 @@ _CUTS: dict[str, dict[str, tuple[str, str]]] = {
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     name: {
         "type": tuple(TYPES[name]),
-        "colour": MAIN_COLOURS,
-        "colour2": ("none", *SECOND_COLOURS),
+        "colour": MAIN_COLORS,
+        "colour2": ("none", *SECOND_COLORS),
         "pattern": PATTERNS,
     }
     | _CUTS[name]
-    for name in CATALOGUES
+    for name in CATALOGS
 }
-"""What a caption tells, per catalogue: column name -> the values that it takes. Two products are the same in meaning,
+"""What a caption tells, per catalog: column name -> the values that it takes. Two products are the same in meaning,
 and relevant to one another's captions, when they are equal in all of these."""
 
 _SYNONYMS = {
@@ -104,7 +104,7 @@ _NOUNS = {
     "checked": "checks",
     "dotted": "dots",
 }
-# {cuts} is "long slim", {cloth} "striped" or "plain", {second} "with white stripes" or "in one colour", {tail} "with
+# {cuts} is "long slim", {cloth} "striped" or "plain", {second} "with white stripes" or "in one color", {tail} "with
 # white" or nothing.
 _WORDINGS = (
     "a {cuts} {colour} {type} {second}",
@@ -141,16 +141,16 @@ _BRIEF_WORDINGS = (
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a synthetic catalogue; `render` draws it.
+    """One product of a synthetic catalog; `render` draws it.
 
     Attributes:
-        id: unique over catalogues, splits and seeds.
-        attributes: column -> value, the columns of `ATTRIBUTES[catalogue]` in their order.
+        id: unique over catalogs, splits and seeds.
+        attributes: column -> value, the columns of `ATTRIBUTES[catalog]` in their order.
         cut: exact (wide, long) within the named cuts, each from 0 to 1.
     """
 
     id: str
-    catalogue: str
+    catalog: str
     attributes: dict[str, str]
     caption: str
     background: str
@@ -168,7 +168,7 @@ class Product:
             "background": self.background,
             "brand": self.brand,
             "price": self.price,
-            "catalogue": self.catalogue,
+            "catalog": self.catalog,
         }
 
 
@@ -180,7 +180,7 @@ def brief_caption(product: Product, seed: int = 0) -> tuple[str, frozenset[str]]
     rng = np.random.default_rng([seed, *hashlib.sha256(product.id.encode()).digest()[:8]])
     wording = _BRIEF_WORDINGS[rng.integers(len(_BRIEF_WORDINGS))]
     told = {"type": ("type",), "colour": ("colour",), "cloth": ("pattern",), "second": ("pattern", "colour2")}
-    told["cuts"] = tuple(_CUTS[product.catalogue])
+    told["cuts"] = tuple(_CUTS[product.catalog])
     columns = frozenset(column for field in re.findall(r"{(\w+)}", wording) for column in told[field])
     return _caption(product, _chooser(rng), wording), columns
 
@@ -189,18 +189,18 @@ def products(name: str, n: int, seed: int = 0, split: str = "train") -> list[Pro
     """The first `n` products of a split.
 
     Product i is the same whatever `n` is. Splits and seeds never share a random stream. The split "test-unseen" holds
-    only the one in eight combinations of (type, colour, pattern) that the other splits never show.
+    only the one in eight combinations of (type, color, pattern) that the other splits never show.
 
     Raises:
-        OptionError: for an unknown catalogue or split, or `n` < 1.
+        OptionError: for an unknown catalog or split, or `n` < 1.
     """
-    if name not in CATALOGUES:
-        raise OptionError(f"There is no synthetic catalogue {name!r}; choose one of {', '.join(CATALOGUES)}.")
+    if name not in CATALOGS:
+        raise OptionError(f"There is no synthetic catalog {name!r}; choose one of {', '.join(CATALOGS)}.")
     if split not in SPLITS:
         raise OptionError(f"There is no split {split!r}; choose one of {', '.join(SPLITS)}.")
     if n < 1 or seed < 0:
-        raise OptionError(f"A catalogue needs n >= 1 and seed >= 0, not n={n} and seed={seed}.")
-    stream = [CATALOGUES.index(name), SPLITS.index(split), seed]
+        raise OptionError(f"A catalog needs n >= 1 and seed >= 0, not n={n} and seed={seed}.")
+    stream = [CATALOGS.index(name), SPLITS.index(split), seed]
     return [_draw(name, split, f"{name}-{split}-{seed}-{i:05d}", np.random.default_rng([*stream, i])) for i in range(n)]
 
 
@@ -217,12 +217,12 @@ def _draw(name: str, split: str, id: str, rng: np.random.Generator) -> Product:
     if attributes["pattern"] == "solid":
         attributes["colour2"] = "none"
     while attributes["pattern"] != "solid" and (attributes["colour2"] == "none" or _alike(attributes)):
-        attributes["colour2"] = choose(SECOND_COLOURS)
+        attributes["colour2"] = choose(SECOND_COLORS)
     long_name, wide_name = _CUTS[name]
     background = choose(tuple(BACKGROUNDS))
     product = Product(
         id=id,
-        catalogue=name,
+        catalog=name,
         attributes=attributes,
         caption="",
         background=background,
@@ -266,7 +266,7 @@ def _caption(product: Product, choose: Callable[[tuple[str, ...]], str], wording
         return choose(_SYNONYMS.get(value, (value,)))
 
     attributes = product.attributes
-    cuts = [say(attributes[column]) for column in _CUTS[product.catalogue]]
+    cuts = [say(attributes[column]) for column in _CUTS[product.catalog]]
     plain, second = attributes["pattern"] == "solid", attributes["colour2"]
     told = wording.format(
         cuts=" ".join(cuts),
@@ -307,21 +307,21 @@ def render(product: Product, size: int = 64) -> Image.Image:
     )
 
 
-def write_catalogue(
+def write_catalog(
     name: str, out: str | Path, n: int = 400, seed: int = 0, split: str = "train", size: int = 64
 ) -> Path:
-    """Write a catalogue as an image folder: `images/*.png` and `metadata.jsonl` (`file_name`, `text` and the payload).
+    """Write a catalog as an image folder: `images/*.png` and `metadata.jsonl` (`file_name`, `text` and the payload).
 
     The same arguments give the same bytes. Returns the folder.
 
     Raises:
-        DataError: when the folder holds a catalogue already.
+        DataError: when the folder holds a catalog already.
         OptionError: as `products` and `render`.
     """
     folder = Path(out)
     metadata = folder / "metadata.jsonl"
     if metadata.exists():
-        raise DataError(f"{folder} already holds a catalogue (metadata.jsonl); choose a new folder or remove that one.")
+        raise DataError(f"{folder} already holds a catalog (metadata.jsonl); choose a new folder or remove that one.")
     chosen = products(name, n, seed, split)
     render(chosen[0], size)  # a wrong size fails before anything is written
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -396,7 +396,7 @@ class Generator:
 
 
 def _stream(seed: int) -> np.random.Generator:
-    """All the noise of one picture. A counter-based generator: neighbouring seeds have nothing in common."""
+    """All the noise of one picture. A counter-based generator: neighboring seeds have nothing in common."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
 
 

@@ -102,7 +102,7 @@ class Encoder:
         outputs = self.bundle.session("image_encoder").run(["image_embeds"], {"pixel_values": pixels})
         return self._unit_rows([outputs[0]], "image")
 
-    def tokenise(self, texts: Sequence[str]) -> NDArray[np.int64]:
+    def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids with start and end tokens, cut and padded to the same length: int64[len(texts), max_tokens]."""
         return token_ids(self._tokenizer, _checked_texts(texts)).reshape(len(texts), self.bundle.max_tokens)
 

@@ -14,15 +14,15 @@ __all__ = ["preprocess"]
 def preprocess(
     image: Image.Image, size: int, mean: NDArray[np.float32], std: NDArray[np.float32], fit: Fit = "crop"
 ) -> NDArray[np.float32]:
-    """An RGB image as the image encoder takes it: float32[3, size, size], normalised by `mean` and `std` (each [3]).
+    """An RGB image as the image encoder takes it: float32[3, size, size], normalized by `mean` and `std` (each [3]).
 
-    "crop" is the same as transformers' `CLIPImageProcessorPil`: shorter edge to `size` (bicubic), centre crop,
-    normalise. "pad" brings the longer edge to `size` instead and centres the picture on white.
+    "crop" is the same as transformers' `CLIPImageProcessorPil`: shorter edge to `size` (bicubic), center crop,
+    normalize. "pad" brings the longer edge to `size` instead and centers the picture on white.
     """
     square = _cropped(image, size) if fit == "crop" else _padded(image, size)
     pixels = np.asarray(square, np.float32).transpose(2, 0, 1) / np.float32(255)
-    normalised: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
-    return normalised
+    normalized: NDArray[np.float32] = (pixels - mean[:, None, None]) / std[:, None, None]
+    return normalized
 
 
 def _cropped(image: Image.Image, size: int) -> Image.Image:

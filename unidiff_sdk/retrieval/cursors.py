@@ -38,7 +38,7 @@ class Cursor:
         shown: how many items came before.
         score: the last one shown; None where the order is not that of scores.
         ties: ids of the items shown that score (almost) the same.
-        vector: the query vector, if the catalogue had a part in it: so that the order stays as it was.
+        vector: the query vector, if the catalog had a part in it: so that the order stays as it was.
     """
 
     digest: bytes
@@ -86,7 +86,7 @@ class Cursor:
         except (TypeError, ValueError, binascii.Error, struct.error):
             raise OptionError(f"cursor={text!r:.60}: it is not one that a page gave out (page.cursor)") from None
         if version != VERSION or len(vector) != size or size not in (0, dim) or not np.isfinite([score, *vector]).all():
-            raise OptionError(f"cursor={text!r:.60}: it is damaged, or of another catalogue or version")
+            raise OptionError(f"cursor={text!r:.60}: it is damaged, or of another catalog or version")
         if of != digest:
             raise OptionError(
                 "cursor= belongs to another search: repeat the query and all arguments but limit= that its page had"

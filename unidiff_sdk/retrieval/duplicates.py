@@ -31,8 +31,8 @@ def near_duplicates(store: Store, threshold: float, where: Clause | None) -> lis
         return id
 
     for records in store.scroll(BATCH_SIZE, where):
-        for record, neighbours in zip(records, store.query_batch(_searches(records, threshold, where)), strict=True):
-            others = [found for found in neighbours if found.id != record.id]
+        for record, neighbors in zip(records, store.query_batch(_searches(records, threshold, where)), strict=True):
+            others = [found for found in neighbors if found.id != record.id]
             if not others:
                 continue
             members[record.id] = Found(record.id, others[0].score, record.payload)

@@ -3,7 +3,7 @@
 A text and a picture of it are two guesses at the same item: where the encoder mishears a word, the generator may have
 heard it. Of several pictures, those that the encoder finds to agree with the text count most: by softmax of their
 cosines with it, at the scale that contrast has learned. The similarities to their direction, measured by how far these
-tell the catalogue's items apart, are added to those of the query, measured by theirs (`query.beside`): a sum of
+tell the catalog's items apart, are added to those of the query, measured by theirs (`query.beside`): a sum of
 z-scores, which one query vector computes, so that pages, filters and thresholds go on as they are.
 
 Measured on 3 x 60 captions of held-out synthetic products (split "val") among 500 each, R@1 of whole captions and of

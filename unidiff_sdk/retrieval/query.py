@@ -3,19 +3,19 @@
 **How a mix is scored.** CLIP keeps texts and pictures apart: a text agrees with every picture a little and with none
 much, so its cosines are small and lie close together, while those of two pictures are large and spread wide (Liang et
 al. 2022, "Mind the Gap"). Added up as they are, the picture drowns the words. So each part k of a query is measured by
-how far it tells this catalogue's items apart, and a text is first freed of what it says without meaning it:
+how far it tells this catalog's items apart, and a text is first freed of what it says without meaning it:
 
     q = Σ_k c_k u_k        c_k = ± w_k / σ_k
 
 u_k is the unit vector of a picture, an item or a raw vector. Of a text t it is t - m, less its component along n - m: m
-is the mean of some of the catalogue's captions, which is what texts have in common, and n the mean of a few texts that
+is the mean of some of the catalog's captions, which is what texts have in common, and n the mean of a few texts that
 say nothing; any text that leaves something open leans to where they lie. σ_k is the standard deviation of the dot
-products of u_k with a sample of the catalogue's items. Parts that are not wanted (`unlike`, `without`) have the minus
+products of u_k with a sample of the catalog's items. Parts that are not wanted (`unlike`, `without`) have the minus
 sign. The c_k are scaled so that those of the wanted parts add up to 1, so a score stays near the range of a cosine. A
 query of one part has nothing to balance: its score is the plain cosine.
 
 Measured with the built-in model, "a green handbag" beside the picture of a red one: how often the first hit is right in
-type and colour, over four synthetic catalogues of 300 to 500 products, with 150 to 300 pictures that are in none of
+type and color, over four synthetic catalogs of 300 to 500 products, with 150 to 300 pictures that are in none of
 them. With weights of 0.7 and 0.3: 0.90 (plain sums: 0.93), with equal ones 0.68 (0.62), and with "green" alone beside
 it 0.60 (0.53). That model has hardly a gap. With one put in, a vector that all pictures share and one that all texts
 share, 0.6 of the squared length of each, the formula keeps 0.91, 0.68 and 0.59, and plain sums fall to 0.82, 0.57 and
@@ -133,7 +133,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Gap:
-    """What `mix` must know of a catalogue.
+    """What `mix` must know of a catalog.
 
     Attributes:
         sample: some of its vectors, float32[n, dim].

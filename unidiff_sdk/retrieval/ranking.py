@@ -18,7 +18,7 @@ __all__ = ["diversify", "elements", "group_of", "kind_of", "value_at"]
 def diversify(relevance: Vector, vectors: Vector, diversity: float, count: int) -> list[int]:
     """Pick items that are relevant and unlike one another: maximal marginal relevance (Carbonell and Goldstein 1998).
 
-    Each pick maximises (1 - diversity) * relevance - diversity * (greatest cosine to what is picked). Both are first
+    Each pick maximizes (1 - diversity) * relevance - diversity * (greatest cosine to what is picked). Both are first
     stretched to the range 0 to 1 over these items, because cosines with a text lie far below those between pictures.
 
     Args:

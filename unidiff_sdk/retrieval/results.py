@@ -20,7 +20,7 @@ __all__ = ["Hit", "Page"]
 
 @dataclass(frozen=True)
 class Hit:
-    """One item of a catalogue, as a search found it or as `Catalog.get` returned it.
+    """One item of a catalog, as a search found it or as `Catalog.get` returned it.
 
     Attributes:
         id: the caller's id, or the content hash if there was none.
@@ -28,7 +28,7 @@ class Hit:
             `query`); from a hybrid search, fused ranks; 1 where nothing was compared.
         text: the caption; None if the item has none.
         payload: every other column.
-        uri: where the original is, relative to the catalogue's image store.
+        uri: where the original is, relative to the catalog's image store.
     """
 
     id: str | int

@@ -103,7 +103,7 @@ def check_window(limit: int, offset: int) -> None:
 
 @dataclass
 class _Sample:
-    """Of a catalogue of `count` items some vectors and captions; and the gap, once a text has asked for it."""
+    """Of a catalog of `count` items some vectors and captions; and the gap, once a text has asked for it."""
 
     count: int
     vectors: Vector
@@ -246,16 +246,16 @@ class Searcher:
             return {}
         vectors = {record.id: record.vector for record in self.store.retrieve(list(ids))}
         if missing := [repr(id) for key, id in ids.items() if key not in vectors]:
-            raise OptionError(f"like= or unlike=: there is no item {', '.join(missing[:5])} in this catalogue")
+            raise OptionError(f"like= or unlike=: there is no item {', '.join(missing[:5])} in this catalog")
         return vectors
 
     def _checked(self, vector: Vector) -> Vector:
         if len(vector) != self.store.dim:
-            raise OptionError(f"vector= has {len(vector)} numbers; this catalogue's have {self.store.dim}")
+            raise OptionError(f"vector= has {len(vector)} numbers; this catalog's have {self.store.dim}")
         return vector
 
     def _gap(self, with_text: bool) -> Gap:
-        """What a mix is balanced by; taken anew when the catalogue has doubled or halved."""
+        """What a mix is balanced by; taken anew when the catalog has doubled or halved."""
         count = self.store.count()
         with self._lock:
             if self._sample is None or not self._sample.count / 2 < count < 2 * self._sample.count:

@@ -1,6 +1,6 @@
 """The filter language: one small dictionary for every back end.
 
-    {"price": {"gte": 10, "lt": 80}, "brand": ["Acme", "Nord"], "colour": "red",
+    {"price": {"gte": 10, "lt": 80}, "brand": ["Acme", "Nord"], "color": "red",
      "not": {"pattern": "striped"}, "or": [{"type": "dress"}, {"type": "skirt"}],
      "added": {"gte": "2026-03-01"}, "text": {"contains": "linen summer"},
      "shop": {"near": {"lat": 52.5, "lon": 13.4, "radius": 5000}}}
@@ -15,7 +15,7 @@ own filter, for Qdrant Edge or for qdrant-client. What a filter means:
   Moments without a time zone are UTC, here and in the columns; there, one with a zone needs its seconds, too. `eq`,
   `ne` and `in` compare strings letter by letter, but dates and datetimes as moments.
 - `contains` asks for every one of its words, in any order: whole words of letters and digits, upper or lower case.
-- `near` is a circle, its radius in metres; `box` lies between degrees west, east, south and north (with west > east it
+- `near` is a circle, its radius in meters; `box` lies between degrees west, east, south and north (with west > east it
   spans the antimeridian); what lies on the very border may count or not. The column holds {"lat": …, "lon": …}, or a
   list of such.
 - `ne` and `not` also match items that lack the column. `exists` is true of a column that holds more than null or [].
@@ -70,7 +70,7 @@ OPERATORS = ("eq", "ne", "in", *RANGES, "contains", "near", "box", "exists", "nu
 
 @dataclass(frozen=True)
 class Circle:
-    """What lies within `radius` metres of a place."""
+    """What lies within `radius` meters of a place."""
 
     lat: float
     lon: float
@@ -264,7 +264,7 @@ def _circle(key: str, value: Any) -> Circle:
     lat, lon, radius = _numbers(key, "near", value, ("lat", "lon", "radius"))
     if not (-90 <= lat <= 90 and -180 <= lon <= 180 and radius > 0):
         raise FilterError(
-            f'"near" on "{key}": lat is from -90 to 90, lon from -180 to 180, radius in metres and above 0, '
+            f'"near" on "{key}": lat is from -90 to 90, lon from -180 to 180, radius in meters and above 0, '
             f"not {_show(value)}."
         )
     return Circle(lat, lon, radius)

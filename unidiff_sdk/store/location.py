@@ -1,4 +1,4 @@
-"""Where a catalogue's vectors are: in subfolders of its folder or in collections of a server, of which one counts."""
+"""Where a catalog's vectors are: in subfolders of its folder or in collections of a server, of which one counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VECTORS", "Location"]
 
-VECTORS = "vectors"  # what a new catalogue's are called; those of a reindexing have the bundle's fingerprint added
+VECTORS = "vectors"  # what a new catalog's are called; those of a reindexing have the bundle's fingerprint added
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Location:
     """How to open a store by the name that `catalog.json` gives it.
 
     Attributes:
-        folder: the catalogue's.
+        folder: the catalog's.
         quantization: of stores in the folder, "scalar" or none; None keeps what a store has.
         url: of a server; None for stores in the folder.
         collection: what the first collection is called there; for later ones what is added to `VECTORS` is added to it.

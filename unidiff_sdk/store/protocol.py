@@ -1,4 +1,4 @@
-"""What a catalogue asks of a vector store, whichever engine is behind it."""
+"""What a catalog asks of a vector store, whichever engine is behind it."""
 
 from __future__ import annotations
 

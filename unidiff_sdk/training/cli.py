@@ -95,7 +95,7 @@ strict_option = click.option("--strict", is_flag=True, help="Stop at the first b
 )
 @click.option("--clip", help="Its CLIP, where --base has none: a folder, a hub id, or open_clip:ARCH/TAG-or-file.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder for the tuned checkpoint.")
-@config_option("--steps", field="steps", help="Optimiser steps.")
+@config_option("--steps", field="steps", help="Optimizer steps.")
 @config_option("--batch-size", field="batch_size", help="Pairs a step.")
 @config_option("--lr", field="learning_rate", help="Peak learning rate.")
 @config_option("--seed", field="seed", help="The same seed gives the same run.")
@@ -345,7 +345,7 @@ def distillation_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
     "--guidance", field="guidance_scale", type=float, help="Guidance scale that is learned. Default: CHECKPOINT's own."
 )
 @distillation_option("--trajectories", field="trajectories", help="Pictures that CHECKPOINT draws, to be learned from.")
-@distillation_option("--steps", field="steps", help="Optimiser steps.")
+@distillation_option("--steps", field="steps", help="Optimizer steps.")
 @distillation_option("--batch-size", field="batch_size", help="Pairs of latents a step.")
 @distillation_option("--lr", field="learning_rate", help="Peak learning rate.")
 @distillation_option("--warmup", field="warmup_steps", help="Steps until the peak; a cosine falls from there.")
@@ -362,7 +362,7 @@ def distillation_option(*names: str, **settings: Any) -> Callable[[Any], Any]:
 def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, **options: Any) -> None:
     """Teach the UNet of CHECKPOINT (a folder, or "tiny") to draw in four steps without guidance.
 
-    Of DATA, a catalogue as for training, only the captions are used. A checkpoint comes out that differs in its UNet
+    Of DATA, a catalog as for training, only the captions are used. A checkpoint comes out that differs in its UNet
     and in its sampler, which unidiff-export, the runtime and diffusers go by. Interrupt at any time: what was learned
     so far is saved.
     """
@@ -427,7 +427,7 @@ def evaluate(
     """Measure CHECKPOINT (a folder, or "tiny") on DATA: retrieval, generation, collapse and forgetting.
 
     Generated pictures are judged by a frozen judge of its own, never by the CLIP under test. On the synthetic
-    catalogues, a hit is relevant if its attributes are those of the caption; on other data, if its caption is equal.
+    catalogs, a hit is relevant if its attributes are those of the caption; on other data, if its caption is equal.
     """
     if (base is None) != (base_data is None):
         raise OptionError("what was forgotten needs both --base and --base-data")

@@ -35,7 +35,7 @@ class TrainingConfig:
     micro_batch: int = 0  # pairs in memory at a time, with the same gradients; 0: all of a step
     checkpoint_activations: bool = False  # compute them again on the way back: slower, in a fraction of the memory
     seed: int = 0
-    precision: Precision = "fp32"  # of the models' passes; weights, losses and the optimiser are always fp32
+    precision: Precision = "fp32"  # of the models' passes; weights, losses and the optimizer are always fp32
 
     # how fast: AdamW, linear warm-up, then a cosine down to zero
     learning_rate: float = 2e-4
@@ -75,9 +75,7 @@ class TrainingConfig:
 
     # against the dangers of small data; the last two need pairs to validate on
     lambda_leash: float = 0.0  # CLIP's embeddings of the pairs stay near the base's
-    lambda_prior: float = (
-        1.0  # what a pair of the base's own world counts against one of the catalogue, if there are any
-    )
+    lambda_prior: float = 1.0  # what a pair of the base's own world counts against one of the catalog, if there are any
     prior_batch: int = 0  # such pairs a step; 0: as many as batch_size
     patience: int = 0  # looks in a row without a better one that end the run, with the best one's weights; 0: never
     wise_ft: bool = False  # end between the base's weights and the tuned ones, where the looks are best
@@ -174,7 +172,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Prior:
-    """Pairs of the base's own world: a catalogue folder. prompts: what the base draws into it, in turn, before it is
+    """Pairs of the base's own world: a catalog folder. prompts: what the base draws into it, in turn, before it is
     tuned, until the folder holds so many `pairs`."""
 
     folder: Path

@@ -79,7 +79,7 @@ class TextEmbedder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Normalised pixels to the image's projected embedding (not of unit length, as in transformers)."""
+    """Normalized pixels to the image's projected embedding (not of unit length, as in transformers)."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = Fals
     """Export `spec` as an ONNX graph; with `half`, it computes in half precision between float32 inputs and outputs.
 
     The half graph comes from a half copy of the module, not from a converted graph: every cast is where PyTorch
-    itself would put it, and nothing has to be recognised. Raises ExportError if the exporter fails, if an attention
+    itself would put it, and nothing has to be recognized. Raises ExportError if the exporter fails, if an attention
     layer did not become the target's node, or if an operator is none of the target's.
     """
     module = deepcopy(spec.module).half() if half else spec.module

@@ -287,7 +287,7 @@ def split_weights(graph: ir.Graph, split: ir.Node) -> None:
 
 
 def constant(graph: ir.Graph, name: str, value: np.ndarray | np.generic) -> ir.Value:
-    """The initialiser `name` of the graph, made of `value` if it is not there yet."""
+    """The initializer `name` of the graph, made of `value` if it is not there yet."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(value).reshape(np.shape(value)), name=name)

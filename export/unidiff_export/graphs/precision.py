@@ -59,7 +59,7 @@ def _cast_from(graph: ir.Graph, value: ir.Value, halves: np.ndarray) -> None:
     cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.FLOAT)], name=f"{value.name}.cast")
     ir.convenience.replace_all_uses_with(value, cast.outputs[0])
     name = value.name
-    assert name is not None  # initialisers are keyed by their names
+    assert name is not None  # initializers are keyed by their names
     del graph.initializers[name]
     cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = name, value.type, value.shape
     graph.initializers.add(stored)

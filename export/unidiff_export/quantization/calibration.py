@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from unidiff_export.bundle_folder import clip_tokenizer
 from unidiff_export.graphs.lowering import GraphSpec, quiet
 from unidiff_sdk.errors import ExportError
-from unidiff_sdk.training.data.batches import load_pairs, normalise_caption, tokenise
+from unidiff_sdk.training.data.batches import load_pairs, normalize_caption, tokenize
 
 from .qdq import LayerRanges, Range
 
@@ -93,9 +93,9 @@ class Samples:
 def read_samples(
     checkpoint: Checkpoint, data: str | Path | None, limit: int, *, default: tuple[str, ...] = PROMPTS
 ) -> Samples:
-    """The pairs of the catalogue `data`; without it, the captions that the checkpoint records (`default` if none).
+    """The pairs of the catalog `data`; without it, the captions that the checkpoint records (`default` if none).
 
-    Raises DataError where `data` is no catalogue.
+    Raises DataError where `data` is no catalog.
     """
     if data is None:
         return Samples(_distinct(tuple(checkpoint.meta.get("captions", ())) or default))
@@ -109,7 +109,7 @@ def _distinct(captions: Sequence[str]) -> tuple[str, ...]:
     """The first of those that say the same."""
     first: dict[str, str] = {}
     for caption in captions:
-        first.setdefault(normalise_caption(caption), caption)
+        first.setdefault(normalize_caption(caption), caption)
     return tuple(first.values())
 
 
@@ -194,9 +194,9 @@ def inputs_of(
     """
     drawn = torch.from_numpy(np.stack(drawing.pictures)).permute(0, 3, 1, 2).float() / 255
     pixels = checkpoint.image_processor(list(pictures), return_tensors="pt").pixel_values
-    search = {} if checkpoint.shared else {"clip_text_encoder": ((tokenise(clip_tokenizer(checkpoint), captions),),)}
+    search = {} if checkpoint.shared else {"clip_text_encoder": ((tokenize(clip_tokenizer(checkpoint), captions),),)}
     return search | {
-        "text_encoder": ((tokenise(checkpoint.tokenizer, captions),),),
+        "text_encoder": ((tokenize(checkpoint.tokenizer, captions),),),
         "unet": drawing.unet_inputs,
         "vae_decoder": ((drawing.latents,),),
         "vae_encoder": ((drawn * 2 - 1,),),
@@ -242,7 +242,7 @@ def calibrate(
 
 
 def layer_errors(spec: GraphSpec, calls: Iterable[Inputs], ranges: Mapping[str, LayerRanges]) -> dict[str, float]:
-    """How sensitive each layer is: the error of its output when it alone is quantised, relative to the output.
+    """How sensitive each layer is: the error of its output when it alone is quantized, relative to the output.
 
     ‖y_q − y‖² / ‖y‖² over all `calls`, for weights of one scale a channel and activations of one scale a tensor.
     """

@@ -19,7 +19,7 @@ ERROR_CALLS = 2
 
 
 class Int8Policy:
-    """What is quantised of each graph, given what its layers saw.
+    """What is quantized of each graph, given what its layers saw.
 
     Nothing is kept back at first. `relax` keeps back more; `ranges` and `describe` tell what is left.
     """
@@ -36,7 +36,7 @@ class Int8Policy:
         self._sensitive: dict[str, list[str]] = {}
 
     def ranges(self, graph: str) -> dict[str, LayerRanges]:
-        """The layers of `graph` that are quantised, and what they span."""
+        """The layers of `graph` that are quantized, and what they span."""
         kept, (layers, _) = set(self.kept_back(graph)), self._work[graph]
         return {name: self._calibration.ranges[graph][name] for name in layers if name not in kept}
 
@@ -55,15 +55,15 @@ class Int8Policy:
                 changed.append(graph)
         return changed
 
-    def describe(self, graph: str, quantised: Sequence[str]) -> dict[str, Any]:
-        """For the manifest: how many layers were quantised, their share of all multiply-adds, and which are held back.
+    def describe(self, graph: str, quantized: Sequence[str]) -> dict[str, Any]:
+        """For the manifest: how many layers were quantized, their share of all multiply-adds, and which are held back.
 
-        quantised: those of `ranges` that the graph let quantise.
+        quantized: those of `ranges` that the graph let quantize.
         """
         layers, total = self._work[graph]
         return {
-            "layers": len(quantised),
-            "multiply_adds": round(sum(layers[name] for name in quantised) / total, 4),
+            "layers": len(quantized),
+            "multiply_adds": round(sum(layers[name] for name in quantized) / total, 4),
             "kept_back": self.kept_back(graph),
         }
 

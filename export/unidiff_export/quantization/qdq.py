@@ -1,4 +1,4 @@
-"""Static int8 in an ONNX graph: each quantised layer between QuantizeLinear and DequantizeLinear (QDQ).
+"""Static int8 in an ONNX graph: each quantized layer between QuantizeLinear and DequantizeLinear (QDQ).
 
 Activations are uint8 with a zero point, one scale for a tensor; weights are int8 without one, a scale for each output
 channel; biases are int32 on the product of both scales (Jacob et al. 2018, arXiv:1712.05877). ONNX Runtime turns such a
@@ -60,7 +60,7 @@ class LayerRanges:
     output: Range
 
 
-def quantise_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """int8 codes in [-127, 127] and the scale of each slice along `axis`, so that codes · scale ≈ weights."""
     others = tuple(i for i in range(weights.ndim) if i != axis)
     peak = np.maximum(weights.max(axis=others), -weights.min(axis=others))
@@ -84,7 +84,7 @@ def layer_of(node: ir.Node) -> str:
     return (node.name or "").rpartition("/")[0]
 
 
-def quantisable(model: ir.Model) -> list[tuple[str, ir.Node]]:
+def quantizable(model: ir.Model) -> list[tuple[str, ir.Node]]:
     """The nodes that multiply by a constant matrix or kernel, with the PyTorch layer that they came from.
 
     A layer has several where its weights were cut.
@@ -96,19 +96,19 @@ def quantisable(model: ir.Model) -> list[tuple[str, ir.Node]]:
     ]
 
 
-def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: bool = False) -> list[str]:
-    """Quantise those layers of `model` that `ranges` names, in place, and return their names.
+def quantize(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: bool = False) -> list[str]:
+    """Quantize those layers of `model` that `ranges` names, in place, and return their names.
 
     Layers that read the same tensor share one pair of QuantizeLinear and DequantizeLinear, over what all of them saw.
     A convolution that gives one of the graph's results stays float: as an integer kernel it would give them in 256
     steps. contrib: a matrix product with a bias may be ONNX Runtime's own operator, which adds it while it writes.
     """
-    for name, node in quantisable(model):
+    for name, node in quantizable(model):
         if name in ranges and node.op_type == "Gemm":
             _split_gemm(model.graph, node)
     chosen = [
         (name, node)
-        for name, node in quantisable(model)
+        for name, node in quantizable(model)
         if name in ranges and not (node.op_type == "Conv" and node.outputs[0].is_graph_output())
     ]
     layers = [(node, _input(node), ranges[name]) for name, node in chosen]
@@ -126,9 +126,9 @@ def quantise(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: boo
     for node, source, _ in layers:
         add = _bias_of(node) if contrib else None
         if add is None:
-            _quantise_layer(model.graph, node, coded[source])
+            _quantize_layer(model.graph, node, coded[source])
         else:
-            _quantise_product(model, node, add, coded[source])
+            _quantize_product(model, node, add, coded[source])
     for codes in coded.values():
         if not codes.decoded.uses():  # ONNX Runtime would compute it all the same
             model.graph.remove(codes.decode, safe=True)
@@ -181,11 +181,11 @@ def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
         graph.initializers.pop(str(weight.name))
 
 
-def _quantise_layer(graph: ir.Graph, node: ir.Node, source: _Codes) -> None:
+def _quantize_layer(graph: ir.Graph, node: ir.Node, source: _Codes) -> None:
     weight = _weight(node)
     assert weight is not None and weight.const_value is not None
     axis = CHANNEL_AXIS[node.op_type]
-    codes, scales = quantise_weights(weight.const_value.numpy(), axis)
+    codes, scales = quantize_weights(weight.const_value.numpy(), axis)
     scale = constant(graph, f"{weight.name}.scale", scales)
     node.replace_input_with(0, source.decoded)
     node.replace_input_with(1, _decoded(graph, node, f"{weight.name}.int8", codes, scale, axis, weight))
@@ -212,11 +212,11 @@ def _bias_of(product: ir.Node) -> ir.Node | None:
     return users[0].node if vector == 1 else None
 
 
-def _quantise_product(model: ir.Model, product: ir.Node, add: ir.Node, source: _Codes) -> None:
+def _quantize_product(model: ir.Model, product: ir.Node, add: ir.Node, source: _Codes) -> None:
     """MatMul and Add as MatMulIntegerToFloat, what ONNX Runtime itself makes of the MatMul alone."""
     graph, weight = model.graph, _weight(product)
     assert weight is not None and weight.const_value is not None
-    codes, scales = quantise_weights(weight.const_value.numpy(), CHANNEL_AXIS["MatMul"])
+    codes, scales = quantize_weights(weight.const_value.numpy(), CHANNEL_AXIS["MatMul"])
     bias = next(value for value in add.inputs if value is not product.outputs[0])
     stored = constant(graph, f"{weight.name}.int8", codes)
     scale = constant(graph, f"{weight.name}.scale", scales)

@@ -21,7 +21,7 @@ from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import tokenize  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import Batch, JointModel  # noqa: E402
 
@@ -66,9 +66,9 @@ def test_stable_diffusion_2_is_conditioned_by_the_last_layer_but_one(apart: tupl
     assert not checkpoint.shared and (checkpoint.shared_layers, checkpoint.conditioning_layer) == (1, -2)
     assert "last but one conditions the UNet" in checkpoint.describe_sharing()
     model = JointModel(checkpoint).eval()
-    ids = tokenise(checkpoint.tokenizer, ["a red dress", "green boots"])
+    ids = tokenize(checkpoint.tokenizer, ["a red dress", "green boots"])
     batch = Batch(torch.rand(2, 3, 32, 32), torch.randn(2, 4, 16, 16), ids, torch.arange(2))
-    empty = tokenise(checkpoint.tokenizer, [""])
+    empty = tokenize(checkpoint.tokenizer, [""])
     states, pooled = model.read(batch, torch.tensor([False, True]), empty, pooled=True)
     theirs = StableDiffusionPipeline.from_pretrained(apart[0]).text_encoder
     expected = theirs(torch.cat([ids[:1], empty])).last_hidden_state
@@ -123,7 +123,7 @@ def test_nothing_in_common(apart: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("kind", ["whole", "cut", "own"])
 @pytest.mark.parametrize("lora", [0, 2])
 def test_each_kind_of_base_trains_saves_and_opens_again(
-    apart: tuple[Path, Path], small_catalogue: Path, tmp_path: Path, prediction: str, kind: str, lora: int
+    apart: tuple[Path, Path], small_catalog: Path, tmp_path: Path, prediction: str, kind: str, lora: int
 ) -> None:
     pipeline, clip = apart
     if kind == "cut":
@@ -136,7 +136,7 @@ def test_each_kind_of_base_trains_saves_and_opens_again(
     config = TrainingConfig(
         steps=1, batch_size=4, warmup_steps=0, lambda_rsc=0, learning_rate=1e-2, lora_text=lora, lora_unet=lora
     )
-    out = train(small_catalogue, pipeline, tmp_path / "out", config, device="cpu", clip=clip).path
+    out = train(small_catalog, pipeline, tmp_path / "out", config, device="cpu", clip=clip).path
     tuned, base = load_checkpoint(out), load_base(pipeline, clip)
     assert tuned.shared_layers == base.shared_layers and tuned.conditioning_layer == base.conditioning_layer
     name = "encoder.layers.0.self_attn.q_proj.weight"

@@ -34,8 +34,8 @@ def model(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> JointMode
 
 
 @pytest.fixture
-def images(random_checkpoint: Path, small_catalogue: Path) -> Pictures:
-    return load_pairs(small_catalogue, load_checkpoint(random_checkpoint), limit=4).images
+def images(random_checkpoint: Path, small_catalog: Path) -> Pictures:
+    return load_pairs(small_catalog, load_checkpoint(random_checkpoint), limit=4).images
 
 
 def test_each_picture_is_encoded_once(model: JointModel, images: Pictures, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from unidiff_sdk.errors import DataError, OptionError, TrainingError  # noqa: E4
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import Prior, TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data import dataset_rows as row_storage  # noqa: E402
-from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenize  # noqa: E402
 from unidiff_sdk.training.data.dataset_rows import empty_rows  # noqa: E402
 from unidiff_sdk.training.data.latents import encode_latents  # noqa: E402
 from unidiff_sdk.training.evaluation.validation import draw  # noqa: E402
@@ -49,7 +49,7 @@ def equal(a: dict, b: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven pairs of another world than the catalogue's."""
+    """Seven pairs of another world than the catalog's."""
     folder = tmp_path_factory.mktemp("world")
     rows = []
     for number in range(7):
@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batches_of(model: JointModel, checkpoint, folder: Path, config: TrainingConfig, size: int, seed: int) -> Batches:
     pairs = load_pairs(folder, checkpoint)
-    ids = tokenise(checkpoint.tokenizer, pairs.captions)
+    ids = tokenize(checkpoint.tokenizer, pairs.captions)
     leash = config.lambda_leash > 0
     return Batches(model, pairs, ids, group_keys(pairs), size=size, flip=config.flip, seed=seed, leash=leash)
 
@@ -79,7 +79,7 @@ def step(base: Path, data: Path, world: Path | None, disturbed: bool = False, **
         with torch.no_grad():
             for parameter in model.clip.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
-    empty = tokenise(checkpoint.tokenizer, [""])
+    empty = tokenize(checkpoint.tokenizer, [""])
     values = backpropagate(
         model, batches, config, step=0, empty_ids=empty, teacher=None, processes=ALONE, prior=prior or None
     )
@@ -91,10 +91,10 @@ def step(base: Path, data: Path, world: Path | None, disturbed: bool = False, **
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_leash_is_the_distance_of_transformers_own_embeddings(
-    small_catalogue: Path, random_checkpoint: Path, flip: bool
+    small_catalog: Path, random_checkpoint: Path, flip: bool
 ) -> None:
     settings = {**PLAIN, "lambda_leash": 0.3, "batch_size": 9, "flip": flip}
-    _, values, (model, batches, _) = step(random_checkpoint, small_catalogue, None, disturbed=True, **settings)
+    _, values, (model, batches, _) = step(random_checkpoint, small_catalog, None, disturbed=True, **settings)
     choice = batches.choose(0)
     assert choice.mirror.any() == flip
     batch = batches.load(choice, 9)
@@ -106,18 +106,18 @@ def test_the_leash_is_the_distance_of_transformers_own_embeddings(
     assert values["leash"] == pytest.approx(float(picture + text) / 2, rel=1e-3) and values["leash"] > 1e-3
 
 
-def test_at_the_base_the_leash_is_slack(small_catalogue: Path, random_checkpoint: Path) -> None:
-    _, values, _ = step(random_checkpoint, small_catalogue, None, **PLAIN, lambda_leash=1.0, batch_size=9)
+def test_at_the_base_the_leash_is_slack(small_catalog: Path, random_checkpoint: Path) -> None:
+    _, values, _ = step(random_checkpoint, small_catalog, None, **PLAIN, lambda_leash=1.0, batch_size=9)
     assert values["leash"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_leash_pulls_the_towers_and_nothing_else(small_catalogue: Path, random_checkpoint: Path) -> None:
+def test_the_leash_pulls_the_towers_and_nothing_else(small_catalog: Path, random_checkpoint: Path) -> None:
     """The difference that it makes to a step's gradients; parts of the batch make the same."""
     settings = {**PLAIN, "batch_size": 9}
-    without, _, _ = step(random_checkpoint, small_catalogue, None, disturbed=True, **settings)
-    with_it, _, _ = step(random_checkpoint, small_catalogue, None, disturbed=True, **settings, lambda_leash=2.0)
+    without, _, _ = step(random_checkpoint, small_catalog, None, disturbed=True, **settings)
+    with_it, _, _ = step(random_checkpoint, small_catalog, None, disturbed=True, **settings, lambda_leash=2.0)
     parts, _, _ = step(
-        random_checkpoint, small_catalogue, None, disturbed=True, **settings, lambda_leash=2.0, micro_batch=4
+        random_checkpoint, small_catalog, None, disturbed=True, **settings, lambda_leash=2.0, micro_batch=4
     )
     pulled = {name for name in with_it if not torch.allclose(with_it[name], without[name], atol=1e-6)}
     towers = ("clip.text_model", "clip.vision_model", "clip.text_projection", "clip.visual_projection", "text_encoder")
@@ -127,20 +127,20 @@ def test_the_leash_pulls_the_towers_and_nothing_else(small_catalogue: Path, rand
         torch.testing.assert_close(parts[name], with_it[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_without_a_contrast_the_leash_holds_the_text_tower(small_catalogue: Path, random_checkpoint: Path) -> None:
+def test_without_a_contrast_the_leash_holds_the_text_tower(small_catalog: Path, random_checkpoint: Path) -> None:
     settings = {**PLAIN, "batch_size": 9, "lambda_itc": 0.0, "lambda_leash": 1.0, "micro_batch": 4}
-    gradients, values, _ = step(random_checkpoint, small_catalogue, None, disturbed=True, **settings)
+    gradients, values, _ = step(random_checkpoint, small_catalog, None, disturbed=True, **settings)
     assert set(values) == {"is", "leash"} and gradients["clip.text_projection.weight"].abs().sum() > 0
     assert not any(name.startswith("clip.vis") for name in gradients)
 
 
 def test_on_the_leash_embeddings_stay_nearer_to_the_base(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     drift = {}
     for name, leash in {"free": 0.0, "leashed": 30.0}.items():
         config = TrainingConfig(**(FEW | {"steps": 8, "lambda_leash": leash}), ema_decay=0.0)
-        out = train(small_catalogue, random_checkpoint, tmp_path / name, config, device="cpu").path
+        out = train(small_catalog, random_checkpoint, tmp_path / name, config, device="cpu").path
         ids = torch.tensor(load_checkpoint(out).tokenizer(["a red dress", "a blue dress"]).input_ids)
         base, tuned = (CLIPModel.from_pretrained(path / "clip") for path in (random_checkpoint, out))
         with torch.no_grad():
@@ -155,12 +155,12 @@ def test_on_the_leash_embeddings_stay_nearer_to_the_base(
 
 @pytest.mark.parametrize("micro", [0, 2])
 def test_the_prior_adds_the_denoising_gradient_of_its_pairs(
-    small_catalogue: Path, random_checkpoint: Path, world: Path, micro: int
+    small_catalog: Path, random_checkpoint: Path, world: Path, micro: int
 ) -> None:
     """DreamBooth's sum, the prior's part by diffusers' own scheduler and a plain mean squared error."""
     settings = {**PLAIN, "batch_size": 5, "prior_batch": 4, "lambda_prior": 0.7, "lambda_is": 1.5, "micro_batch": micro}
-    alone, _, _ = step(random_checkpoint, small_catalogue, None, **settings)
-    both, values, (_, _, prior) = step(random_checkpoint, small_catalogue, world, **settings)
+    alone, _, _ = step(random_checkpoint, small_catalog, None, **settings)
+    both, values, (_, _, prior) = step(random_checkpoint, small_catalog, world, **settings)
 
     checkpoint = load_checkpoint(random_checkpoint)
     scheduler = DDIMScheduler.from_config(checkpoint.scheduler.config)
@@ -182,9 +182,9 @@ def test_the_prior_adds_the_denoising_gradient_of_its_pairs(
         torch.testing.assert_close(both[f"clip.{name}"], expected, atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_the_leash_holds_also_on_the_prior(small_catalogue: Path, random_checkpoint: Path, world: Path) -> None:
+def test_the_leash_holds_also_on_the_prior(small_catalog: Path, random_checkpoint: Path, world: Path) -> None:
     settings = {**PLAIN, "batch_size": 5, "prior_batch": 7, "lambda_leash": 0.5, "lambda_is": 0.0}
-    _, values, (model, _, prior) = step(random_checkpoint, small_catalogue, world, disturbed=True, **settings)
+    _, values, (model, _, prior) = step(random_checkpoint, small_catalog, world, disturbed=True, **settings)
     batch = prior.load(prior.choose(0), 7)
     base = CLIPModel.from_pretrained(random_checkpoint / "clip").eval()
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_the_leash_holds_also_on_the_prior(small_catalogue: Path, random_checkpo
 
 
 def test_a_run_with_all_of_it_resumes_bit_for_bit(
-    small_catalogue: Path, random_checkpoint: Path, world: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, world: Path, tmp_path: Path
 ) -> None:
     config = TrainingConfig(**FEW, lambda_leash=0.5, prior_batch=3, flip=True)
 
@@ -213,16 +213,16 @@ def test_a_run_with_all_of_it_resumes_bit_for_bit(
 
     def run(name: str, folder: Path = world, **more: object):
         prior = Prior(folder)
-        return train(small_catalogue, random_checkpoint, tmp_path / name, config, device="cpu", prior=prior, **more)
+        return train(small_catalog, random_checkpoint, tmp_path / name, config, device="cpu", prior=prior, **more)
 
     with pytest.raises(KeyboardInterrupt):
         run("parts", on_step=interrupt)
     with pytest.raises(TrainingError, match="has prior"):
-        run("parts", small_catalogue, resume=True)
+        run("parts", small_catalog, resume=True)
     run("parts", resume=True)
     run("whole")
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-    train(small_catalogue, random_checkpoint, tmp_path / "without", replace(config, lambda_leash=0.0), device="cpu")
+    train(small_catalog, random_checkpoint, tmp_path / "without", replace(config, lambda_leash=0.0), device="cpu")
     assert not equal(weights(tmp_path / "without"), weights(tmp_path / "whole"))
 
 
@@ -248,10 +248,10 @@ def test_the_base_draws_its_own_world(random_checkpoint: Path, tmp_path: Path) -
     assert {file.name: file.read_bytes() for file in prior.folder.iterdir()} == before, "enough is there"
 
 
-def test_a_prior_that_cannot_be(small_catalogue: Path, random_checkpoint: Path, world: Path, tmp_path: Path) -> None:
+def test_a_prior_that_cannot_be(small_catalog: Path, random_checkpoint: Path, world: Path, tmp_path: Path) -> None:
     def run(prior: Prior, **settings: object) -> None:
         config = TrainingConfig(**(FEW | settings))
-        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", prior=prior)
+        train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", prior=prior)
 
     with pytest.raises(OptionError, match="at least one pair"):
         Prior(world, pairs=0)
@@ -270,17 +270,17 @@ def test_a_prior_that_cannot_be(small_catalogue: Path, random_checkpoint: Path, 
 
 
 def test_latents_that_do_not_fit_in_memory_are_the_same(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = load_checkpoint(random_checkpoint)
-    model, images = JointModel(checkpoint), load_pairs(small_catalogue, checkpoint).images
+    model, images = JointModel(checkpoint), load_pairs(small_catalog, checkpoint).images
     kept = encode_latents(model, images, scratch=tmp_path)
     config = TrainingConfig(**FEW, lambda_leash=0.5, flip=True)
-    train(small_catalogue, random_checkpoint, tmp_path / "kept", config, device="cpu")
+    train(small_catalog, random_checkpoint, tmp_path / "kept", config, device="cpu")
     monkeypatch.setattr(row_storage, "MEMORY", 0)
     paged = encode_latents(model, images, scratch=tmp_path / "new folder")
     assert torch.equal(paged, kept) and list((tmp_path / "new folder").iterdir()) == []
-    train(small_catalogue, random_checkpoint, tmp_path / "paged", config, device="cpu")
+    train(small_catalog, random_checkpoint, tmp_path / "paged", config, device="cpu")
     assert equal(weights(tmp_path / "paged"), weights(tmp_path / "kept"))
 
 

@@ -14,19 +14,19 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 from diffusers import DDIMScheduler, StableDiffusionPipeline  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
-from unidiff_sdk.datasets.synthetic import write_catalogue  # noqa: E402
+from unidiff_sdk.datasets.synthetic import write_catalog  # noqa: E402
 from unidiff_sdk.errors import DataError, OptionError  # noqa: E402
 from unidiff_sdk.generation.samplers import make_table  # noqa: E402
 from unidiff_sdk.inference.schedule import Schedule  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
-from unidiff_sdk.training.data.batches import load_pairs, tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import load_pairs, tokenize  # noqa: E402
 from unidiff_sdk.training.evaluation import evaluate as module  # noqa: E402
 from unidiff_sdk.training.evaluation.evaluate import embed, evaluate, generate, retrieval, synthetic_attributes  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 
 
-class MeanColour:
-    """A judge that sees little: each picture's 2x2 mean colours; every product is the first type it knows."""
+class MeanColor:
+    """A judge that sees little: each picture's 2x2 mean colors; every product is the first type it knows."""
 
     def __init__(self) -> None:
         self.record = {"sha256": "0" * 64}
@@ -41,12 +41,12 @@ class MeanColour:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Judge, "load", classmethod(lambda cls: MeanColour()))
+    monkeypatch.setattr(module.Judge, "load", classmethod(lambda cls: MeanColor()))
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_catalogue("fashion-woman", tmp_path_factory.mktemp("synthetic") / "val", n=8, split="val")
+    return write_catalog("fashion-woman", tmp_path_factory.mktemp("synthetic") / "val", n=8, split="val")
 
 
 def test_retrieval_of_equal_and_of_shifted_embeddings() -> None:
@@ -67,16 +67,16 @@ def test_retrieval_ways_are_not_mixed_up() -> None:
     assert ways["image_to_text"]["R@1"] == 0.0, "both captions tie, and ties count against"
 
 
-def test_embeddings_are_those_of_transformers(random_checkpoint: Path, small_catalogue: Path) -> None:
+def test_embeddings_are_those_of_transformers(random_checkpoint: Path, small_catalog: Path) -> None:
     checkpoint = load_checkpoint(random_checkpoint)
-    pairs = load_pairs(small_catalogue, checkpoint)
+    pairs = load_pairs(small_catalog, checkpoint)
     u, v = embed(JointModel(checkpoint), checkpoint, pairs)
     clip = CLIPModel.from_pretrained(random_checkpoint / "clip")
     pixels = checkpoint.image_processor(
         list(pairs.images[:].permute(0, 2, 3, 1).numpy()), return_tensors="pt"
     ).pixel_values
     with torch.no_grad():
-        expected = clip(input_ids=tokenise(checkpoint.tokenizer, pairs.captions), pixel_values=pixels)
+        expected = clip(input_ids=tokenize(checkpoint.tokenizer, pairs.captions), pixel_values=pixels)
     np.testing.assert_allclose(u, expected.image_embeds.numpy(), atol=1e-5)
     np.testing.assert_allclose(v, expected.text_embeds.numpy(), atol=1e-5)
 
@@ -95,12 +95,12 @@ def test_pictures_are_those_of_the_diffusers_pipeline(random_checkpoint: Path) -
 
 
 def test_attributes_are_known_for_synthetic_data_only(
-    random_checkpoint: Path, small_catalogue: Path, synthetic: Path
+    random_checkpoint: Path, small_catalog: Path, synthetic: Path
 ) -> None:
     checkpoint = load_checkpoint(random_checkpoint)
     known = synthetic_attributes(load_pairs(synthetic, checkpoint))
     assert known is not None and set(known[0]) == {"type", "colour", "colour2", "pattern", "length", "fit"}
-    assert synthetic_attributes(load_pairs(small_catalogue, checkpoint)) is None
+    assert synthetic_attributes(load_pairs(small_catalog, checkpoint)) is None
 
 
 def test_all_figures_on_synthetic_data(random_checkpoint: Path, synthetic: Path, judge: None) -> None:
@@ -157,15 +157,15 @@ def test_no_guidance_is_half_the_work(random_checkpoint: Path) -> None:
     assert apart.max() <= 1
 
 
-def test_retrieval_alone_needs_no_judge(random_checkpoint: Path, small_catalogue: Path) -> None:
-    evaluation = evaluate(random_checkpoint, small_catalogue, prompts=0)
+def test_retrieval_alone_needs_no_judge(random_checkpoint: Path, small_catalog: Path) -> None:
+    evaluation = evaluate(random_checkpoint, small_catalog, prompts=0)
     assert evaluation.figures["relevance"] == "captions" and evaluation.sheet is None
     assert "generation" not in evaluation.figures and "forgetting" not in evaluation.figures
 
 
-def test_impossible_questions_are_refused(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_impossible_questions_are_refused(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     for wrong in ({"prompts": -1}, {"per_prompt": 0}, {"steps": 0}, {"base": random_checkpoint}, {"limit": 1}):
         with pytest.raises(OptionError):
-            evaluate(random_checkpoint, small_catalogue, **wrong)
+            evaluate(random_checkpoint, small_catalog, **wrong)
     with pytest.raises(DataError):
         evaluate(random_checkpoint, tmp_path / "nowhere")

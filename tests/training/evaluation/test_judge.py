@@ -28,10 +28,10 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def fresh() -> tuple[list[synthetic.Product], list[Image.Image]]:
-    """300 products: every catalogue, val combinations and unseen ones."""
+    """300 products: every catalog, val combinations and unseen ones."""
     chosen = [
         product
-        for name in synthetic.CATALOGUES
+        for name in synthetic.CATALOGS
         for split, n in (("val", 80), ("test-unseen", 20))
         for product in synthetic.products(name, n, FRESH_SEED, split)
     ]
@@ -74,7 +74,7 @@ def test_it_judges_larger_renderings_as_well(judge: Judge, fresh, size: int) -> 
     assert accuracy["colour"] >= 0.95
 
 
-def test_it_knows_every_label_of_every_catalogue(judge: Judge) -> None:
+def test_it_knows_every_label_of_every_catalog(judge: Judge) -> None:
     for attributes in synthetic.ATTRIBUTES.values():
         for name, values in attributes.items():
             assert set(values) <= set(judge.labels[name])
@@ -85,8 +85,8 @@ def test_its_distances_tell_real_from_other(judge: Judge, fresh) -> None:
     products, pictures = fresh
     features = judge.features(pictures)
     ruined = judge.features(picture.filter(ImageFilter.GaussianBlur(4)) for picture in pictures[::2])
-    women = features[[p.catalogue == "fashion-woman" for p in products]]
-    men = features[[p.catalogue == "fashion-man" for p in products]]
+    women = features[[p.catalog == "fashion-woman" for p in products]]
+    men = features[[p.catalog == "fashion-man" for p in products]]
     for distance in (kid, cmmd):
         floor = abs(distance(features[::2], features[1::2]))
         assert distance(ruined, features[1::2]) > 10 * floor

@@ -270,22 +270,22 @@ def test_per_prompt_diversity_of_one_picture_over_and_over_is_zero() -> None:
 
 @brief
 @given(seeds)
-def test_nearest_neighbour_equals_a_loop_over_pairs(seed: int) -> None:
+def test_nearest_neighbor_equals_a_loop_over_pairs(seed: int) -> None:
     x, gallery = sample(seed, 5, 4), sample(seed + 1, 7, 4)
-    similarity, nearest = metrics.nearest_neighbour_similarity(x, gallery)
+    similarity, nearest = metrics.nearest_neighbor_similarity(x, gallery)
     distances = np.array([[cosine_distance(a, b) for b in gallery] for a in x])
 
     np.testing.assert_allclose(similarity, 1 - distances.min(axis=1), atol=1e-9)
     np.testing.assert_array_equal(nearest, distances.argmin(axis=1))
 
 
-def test_a_copy_is_its_own_nearest_neighbour() -> None:
+def test_a_copy_is_its_own_nearest_neighbor() -> None:
     gallery = sample(0, 30, 6)
-    similarity, nearest = metrics.nearest_neighbour_similarity(5 * gallery[[3, 17]], gallery)
+    similarity, nearest = metrics.nearest_neighbor_similarity(5 * gallery[[3, 17]], gallery)
     np.testing.assert_allclose(similarity, 1.0)
     assert nearest.tolist() == [3, 17]
     with pytest.raises(OptionError, match="different models"):
-        metrics.nearest_neighbour_similarity(gallery, gallery[:, :3])
+        metrics.nearest_neighbor_similarity(gallery, gallery[:, :3])
 
 
 # --- how sure we are -------------------------------------------------------------------------------------------------

@@ -77,10 +77,10 @@ def a_step(step: int) -> StepReport:
 # --- the look --------------------------------------------------------------------------------------------------------
 
 
-def test_a_look_measures_what_the_evaluation_measures(checkpoint: Checkpoint, small_catalogue: Path) -> None:
+def test_a_look_measures_what_the_evaluation_measures(checkpoint: Checkpoint, small_catalog: Path) -> None:
     kept = Kept()
-    result = Validator(small_catalogue, [kept])(moment(checkpoint))
-    model, pairs = JointModel(checkpoint).eval(), load_pairs(small_catalogue, checkpoint)
+    result = Validator(small_catalog, [kept])(moment(checkpoint))
+    model, pairs = JointModel(checkpoint).eval(), load_pairs(small_catalog, checkpoint)
     keys = [("red",) if n in (0, 11) else (n,) for n in range(12)]
     expected = retrieval(*embed(model, checkpoint, pairs), keys)
     for way, figures in expected.items():
@@ -94,8 +94,8 @@ def test_a_look_measures_what_the_evaluation_measures(checkpoint: Checkpoint, sm
     assert [np.mean(np.array(look.ranks) <= 5)] == pytest.approx([expected["text_to_image"]["R@5"]])
 
 
-def test_looks_at_the_same_weights_agree_and_leave_no_trace(checkpoint: Checkpoint, small_catalogue: Path) -> None:
-    validator, state = Validator(small_catalogue, prompts=["a red dress"]), torch.get_rng_state()
+def test_looks_at_the_same_weights_agree_and_leave_no_trace(checkpoint: Checkpoint, small_catalog: Path) -> None:
+    validator, state = Validator(small_catalog, prompts=["a red dress"]), torch.get_rng_state()
     first, second = validator(moment(checkpoint)), validator(moment(checkpoint, 5))
     assert torch.equal(torch.get_rng_state(), state)
     without_time = [{name: v for name, v in look.figures.items() if name != "seconds"} for look in (first, second)]
@@ -103,12 +103,12 @@ def test_looks_at_the_same_weights_agree_and_leave_no_trace(checkpoint: Checkpoi
 
 
 def test_training_is_the_same_with_and_without_looks(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     config = TrainingConfig(steps=2, batch_size=4, warmup_steps=1, validate_every=1, lambda_rsc=0)
     kept = Kept()
-    for name, look in {"with": Validator(small_catalogue, [kept]), "without": None}.items():
-        train(small_catalogue, random_checkpoint, tmp_path / name, config, device="cpu", on_validate=look)
+    for name, look in {"with": Validator(small_catalog, [kept]), "without": None}.items():
+        train(small_catalog, random_checkpoint, tmp_path / name, config, device="cpu", on_validate=look)
     a, b = (load_checkpoint(tmp_path / name).unet.state_dict() for name in ("with", "without"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [look.step for look in kept.looks] == [0, 1, 2]
@@ -116,10 +116,10 @@ def test_training_is_the_same_with_and_without_looks(
 
 
 def test_the_score_is_the_denoising_loss_where_the_encoder_is_not_trained(
-    checkpoint: Checkpoint, small_catalogue: Path
+    checkpoint: Checkpoint, small_catalog: Path
 ) -> None:
     alone = Moment(0, JointModel(checkpoint).eval(), checkpoint, TrainingConfig(lambda_itc=0))
-    result = Validator(small_catalogue)(alone)
+    result = Validator(small_catalog)(alone)
     assert result.score == -result.figures["denoising_loss"]
 
 
@@ -150,8 +150,8 @@ def test_the_loss_does_not_hang_on_the_batch(checkpoint: Checkpoint, monkeypatch
     assert denoising_loss(model, latents, ids) == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_single_pair_is_not_enough(checkpoint: Checkpoint, small_catalogue: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes((small_catalogue / "0.png").read_bytes())
+def test_a_single_pair_is_not_enough(checkpoint: Checkpoint, small_catalog: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes((small_catalog / "0.png").read_bytes())
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}', encoding="utf-8")
     with pytest.raises(DataError, match="at least two"):
         Validator(tmp_path)(moment(checkpoint))
@@ -260,10 +260,10 @@ def test_a_report_without_looks_shows_the_losses(tmp_path: Path) -> None:
     assert Page(text).open == [] and "--val DATA" in text and "ITC" in text
 
 
-def test_the_command_writes_the_report(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_report(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    arguments = [small_catalogue, "--base", random_checkpoint, "-o", out, "--steps", 2, "--batch-size", 4]
-    arguments += ["--val", small_catalogue, "--validate-every", 2, "--prompt", "a red dress", "--rsc", 0]
+    arguments = [small_catalog, "--base", random_checkpoint, "-o", out, "--steps", 2, "--batch-size", 4]
+    arguments += ["--val", small_catalog, "--validate-every", 2, "--prompt", "a red dress", "--rsc", 0]
     result = CliRunner().invoke(train_command, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "tuned.log" / "report.html") in result.stdout
@@ -271,7 +271,7 @@ def test_the_command_writes_the_report(small_catalogue: Path, random_checkpoint:
     assert [line["step"] for line in read.validations] == [0, 2] and read.validations[0]["prompts"] == ["a red dress"]
     assert read.about["pairs"] == 12 and read.about["config"]["steps"] == 2
     assert json.loads((out / "unidiff.json").read_text())["step"] == 2
-    refused = CliRunner().invoke(train_command, [str(small_catalogue), "--base", "tiny", "-o", "x", "--prompt", "a"])
+    refused = CliRunner().invoke(train_command, [str(small_catalog), "--base", "tiny", "-o", "x", "--prompt", "a"])
     assert refused.exit_code == 1 and "--val" in refused.stderr
 
 

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenize  # noqa: E402
 from unidiff_sdk.training.loop.gradients import backpropagate  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
 from unidiff_sdk.training.objective import losses  # noqa: E402
@@ -53,13 +53,13 @@ def prepare(base: Path, data: Path, config: TrainingConfig) -> tuple[JointModel,
     model = JointModel(checkpoint).train()
     choose_trainable(model, config)
     pairs = load_pairs(data, checkpoint)
-    ids = tokenise(checkpoint.tokenizer, pairs.captions)
+    ids = tokenize(checkpoint.tokenizer, pairs.captions)
     size = max(config.batch_size, config.contrastive_batch)
     leash = config.lambda_leash > 0
     batches = Batches(model, pairs, ids, group_keys(pairs), size=size, flip=config.flip, seed=config.seed, leash=leash)
     if leash:  # at the base itself it pulls nowhere
         disturb(model)
-    return model, batches, tokenise(checkpoint.tokenizer, [""])
+    return model, batches, tokenize(checkpoint.tokenizer, [""])
 
 
 def disturb(model: JointModel) -> None:
@@ -81,16 +81,16 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         )
 
 
-def test_a_whole_batch_has_the_gradients_of_the_plain_sum(small_catalogue: Path, random_checkpoint: Path) -> None:
+def test_a_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, random_checkpoint: Path) -> None:
     """Against one graph from the pictures to the weighted sum, differentiated at once."""
     config = TrainingConfig(**EVERYTHING, batch_size=9)
-    model, batches, empty_ids = prepare(random_checkpoint, small_catalogue, config)
+    model, batches, empty_ids = prepare(random_checkpoint, small_catalog, config)
     noise = generator(config.seed, Purpose.NOISE, STEP)
     draws = Draws.of(noise, 9, batches.latent_shape, len(model.alpha_bar), config, pairs=9)
     batch = batches.load(batches.choose(STEP), 9)
     terms = joint_losses(model, batch, config, draws=draws, empty_ids=empty_ids, step=STEP)
     sum(weight * value for weight, value in terms.values()).backward()
-    ours, values = gradients(random_checkpoint, small_catalogue, **EVERYTHING, batch_size=9)
+    ours, values = gradients(random_checkpoint, small_catalog, **EVERYTHING, batch_size=9)
     assert_equal(ours, collect(model))
     assert values == pytest.approx({name: value.item() for name, (_, value) in terms.items()}, rel=1e-5)
 
@@ -98,10 +98,10 @@ def test_a_whole_batch_has_the_gradients_of_the_plain_sum(small_catalogue: Path,
 @pytest.mark.parametrize("batch", [{"batch_size": 9}, {"batch_size": 4, "contrastive_batch": 11}], ids=["9", "4-of-11"])
 @pytest.mark.parametrize("micro", [1, 3, 5])
 def test_parts_of_a_batch_have_the_gradients_of_the_whole(
-    small_catalogue: Path, random_checkpoint: Path, batch: dict, micro: int
+    small_catalog: Path, random_checkpoint: Path, batch: dict, micro: int
 ) -> None:
-    whole, values = gradients(random_checkpoint, small_catalogue, **EVERYTHING, **batch)
-    parts, others = gradients(random_checkpoint, small_catalogue, **EVERYTHING, **batch, micro_batch=micro)
+    whole, values = gradients(random_checkpoint, small_catalog, **EVERYTHING, **batch)
+    parts, others = gradients(random_checkpoint, small_catalog, **EVERYTHING, **batch, micro_batch=micro)
     assert_equal(parts, whole)
     assert others == pytest.approx(values, rel=1e-5, abs=ROUNDING)
 
@@ -109,31 +109,31 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole(
 @pytest.mark.parametrize(
     "term", ["lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"]
 )
-def test_each_term_alone_survives_the_cutting(small_catalogue: Path, random_checkpoint: Path, term: str) -> None:
+def test_each_term_alone_survives_the_cutting(small_catalog: Path, random_checkpoint: Path, term: str) -> None:
     settings = EVERYTHING | dict.fromkeys(TERMS, 0.0) | {term: 1.0, "batch_size": 6}
-    whole, _ = gradients(random_checkpoint, small_catalogue, **settings)
-    parts, _ = gradients(random_checkpoint, small_catalogue, **settings, micro_batch=2)
+    whole, _ = gradients(random_checkpoint, small_catalog, **settings)
+    parts, _ = gradients(random_checkpoint, small_catalog, **settings, micro_batch=2)
     assert_equal(parts, whole)
 
 
-def test_the_contrast_is_over_the_larger_batch(small_catalogue: Path, random_checkpoint: Path) -> None:
+def test_the_contrast_is_over_the_larger_batch(small_catalog: Path, random_checkpoint: Path) -> None:
     """ITC of 11 pairs by hand, while 4 of them go through the UNet."""
     config = TrainingConfig(batch_size=4, contrastive_batch=11, lambda_rsc=0.0)
-    model, batches, _ = prepare(random_checkpoint, small_catalogue, config)
+    model, batches, _ = prepare(random_checkpoint, small_catalog, config)
     batch = batches.load(batches.choose(STEP), 4)
     with torch.no_grad():
         u, v = model.f(batch.clip_pixels), model.text_embeds(model.clip.text_model(batch.input_ids).pooler_output)
         expected = losses.itc(u, v, model.clip.logit_scale, losses.same_meaning(batch.groups, batch.groups))
     settings = {"batch_size": 4, "contrastive_batch": 11, "lambda_rsc": 0.0, "micro_batch": 4}
-    _, values = gradients(random_checkpoint, small_catalogue, **settings)
+    _, values = gradients(random_checkpoint, small_catalog, **settings)
     assert len(batch) == 11 and values["itc"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_only_a_part_is_in_memory_at_a_time(
-    small_catalogue: Path, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    small_catalog: Path, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainingConfig(batch_size=4, contrastive_batch=11, micro_batch=3, lambda_rsc=0.0)
-    model, batches, empty_ids = prepare(random_checkpoint, small_catalogue, config)
+    model, batches, empty_ids = prepare(random_checkpoint, small_catalog, config)
     seen: list[tuple[int, int]] = []
     load = batches.load
 
@@ -163,7 +163,7 @@ if reports:  # the main process alone reports
 """
 
 
-def test_two_processes_train_as_one(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     """Two real processes over gloo, an odd batch between them: the losses and the weights of a single process."""
     settings = EVERYTHING | {
         "steps": 3,
@@ -176,10 +176,10 @@ def test_two_processes_train_as_one(small_catalogue: Path, random_checkpoint: Pa
     reports: list[dict[str, float]] = []
     config = TrainingConfig(**settings)
     one = tmp_path / "one"
-    train(small_catalogue, random_checkpoint, one, config, device="cpu", on_step=lambda r: reports.append(r.losses))
+    train(small_catalog, random_checkpoint, one, config, device="cpu", on_step=lambda r: reports.append(r.losses))
 
     two, file = tmp_path / "two", tmp_path / "losses.json"
-    command = [sys.executable, "-c", RANK, small_catalogue, random_checkpoint, two, json.dumps(settings), file]
+    command = [sys.executable, "-c", RANK, small_catalog, random_checkpoint, two, json.dumps(settings), file]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     ranks = [
         subprocess.Popen(

@@ -49,17 +49,17 @@ class Script:
 
 
 def test_a_run_that_tunes_the_unet_alone_is_judged_by_it(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     scores: list[float] = []
-    look = Validator(small_catalogue)
+    look = Validator(small_catalog)
 
     def watched(moment: Moment) -> Validated:
         scores.append((validated := look(moment)).score)
         return validated
 
     config = TrainingConfig(**FEW | {"steps": 2}, lock_text=True, lock_image=True)  # ITC has a weight, and no part
-    train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=watched)
+    train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=watched)
     assert all(score < 0 for score in scores) and len(set(scores)) == len(scores)
 
 
@@ -67,11 +67,11 @@ def test_a_run_that_tunes_the_unet_alone_is_judged_by_it(
 
 
 def test_a_run_without_progress_stops_with_its_best_weights(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     look = Script([0.1, 0.3, 0.5, 0.2, 0.5, 0.9, 0.9])
     config = TrainingConfig(**FEW, patience=2)
-    result = train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
+    result = train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
     assert look.steps == [0, 1, 2, 3, 4, 4], "an equal look is no better one; the last is at what is kept"
     assert result.steps == 4
     assert result.chosen == {"early_stopping": {"stopped_at": 4, "step": 2, "score": 0.5}, "score": 0.5}
@@ -81,18 +81,18 @@ def test_a_run_without_progress_stops_with_its_best_weights(
 
 
 def test_the_best_weights_are_kept_where_the_run_goes_to_its_end(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     look = Script([0.1, 0.3, 0.2, 0.2, 0.4, 0.3, 0.3])
     config = TrainingConfig(**FEW, patience=3)
-    result = train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
+    result = train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
     assert result.steps == 6 and result.chosen["early_stopping"]["step"] == 4
     assert equal(weights(load_checkpoint(tmp_path / "run")), look.seen[4])
 
 
 @pytest.mark.parametrize("at", [2, 3, 4])
 def test_an_interrupted_run_stops_where_it_would_have(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, at: int
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, at: int
 ) -> None:
     """Interrupted before the look of a step, so that this look is made up for: nothing hangs on where it was."""
     config = TrainingConfig(**FEW, patience=2)
@@ -103,9 +103,7 @@ def test_an_interrupted_run_stops_where_it_would_have(
             raise KeyboardInterrupt
 
     def run(name: str, look: Script, **more: object):
-        return train(
-            small_catalogue, random_checkpoint, tmp_path / name, config, on_validate=look, device="cpu", **more
-        )
+        return train(small_catalog, random_checkpoint, tmp_path / name, config, on_validate=look, device="cpu", **more)
 
     whole = run("whole", Script(scores))
     first, second = Script(scores), Script(scores)
@@ -118,7 +116,7 @@ def test_an_interrupted_run_stops_where_it_would_have(
     assert equal(a, b)
 
 
-def test_looks_that_decide_are_part_of_the_run(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_looks_that_decide_are_part_of_the_run(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     def interrupt(report) -> None:
         if report.step == 2:
             raise KeyboardInterrupt
@@ -126,7 +124,7 @@ def test_looks_that_decide_are_part_of_the_run(small_catalogue: Path, random_che
     def run(**more: object):
         config = TrainingConfig(**(FEW | {"patience": 2} | more))
         look = Script([0.5] + [0.1] * 6)
-        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look, resume=True)
+        train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look, resume=True)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
@@ -140,15 +138,13 @@ def test_looks_that_decide_are_part_of_the_run(small_catalogue: Path, random_che
         run()
 
 
-def test_looks_that_decide_are_at_the_same_pairs(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_looks_that_decide_are_at_the_same_pairs(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     def run(pairs: str, **more: object) -> None:
         def look(moment: Moment) -> Validated:
             return Validated(0.5, measured_on=pairs)
 
         config = TrainingConfig(**(FEW | {"patience": 9}))
-        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look, **more)
+        train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look, **more)
 
     def interrupt(report) -> None:
         raise KeyboardInterrupt
@@ -162,10 +158,10 @@ def test_looks_that_decide_are_at_the_same_pairs(
 
 @pytest.mark.parametrize("setting", [{"patience": 1}, {"wise_ft": True}], ids=str)
 def test_without_looks_nothing_can_be_chosen(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, setting: dict
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, setting: dict
 ) -> None:
     with pytest.raises(OptionError, match="--val"):
-        train(small_catalogue, random_checkpoint, tmp_path / "run", TrainingConfig(**(FEW | setting)), device="cpu")
+        train(small_catalog, random_checkpoint, tmp_path / "run", TrainingConfig(**(FEW | setting)), device="cpu")
     assert not (tmp_path / "run").exists()
 
 
@@ -203,13 +199,13 @@ class Peak:
 
 @pytest.mark.parametrize("lora", [0, 2], ids=["full", "adapters"])
 def test_each_half_ends_at_its_best_mixture(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, lora: int
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, lora: int
 ) -> None:
     look = Peak(encoder=0.4, generator=0.72)
     settings = {"steps": 2, "validate_every": 2, "wise_ft": True}
     ranks = dict.fromkeys(("lora_unet", "lora_text", "lora_image"), lora)
     config = TrainingConfig(**(FEW | settings | ranks))
-    result = train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
+    result = train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
     alphas = {half: found["alpha"] for half, found in result.chosen["wise_ft"].items()}
     assert alphas == {"encoder": 0.4, "generator": 0.7} and look.quick == 22
     assert [alpha for alpha, _ in result.chosen["wise_ft"]["encoder"]["sweep"]] == list(ALPHAS)
@@ -223,7 +219,7 @@ def test_each_half_ends_at_its_best_mixture(
         )
 
 
-def test_a_sweep_that_is_cut_off_costs_no_step(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_is_cut_off_costs_no_step(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**(FEW | {"steps": 2, "wise_ft": True}))
     steps: list[int] = []
 
@@ -234,7 +230,7 @@ def test_a_sweep_that_is_cut_off_costs_no_step(small_catalogue: Path, random_che
             return Validated(0.5, {"denoising_loss": 0.5})
 
         return train(
-            *(small_catalogue, random_checkpoint, tmp_path / name, config),
+            *(small_catalog, random_checkpoint, tmp_path / name, config),
             **{"device": "cpu", "on_validate": look, "on_step": lambda report: steps.append(report.step)},
             **more,
         )
@@ -248,12 +244,12 @@ def test_a_sweep_that_is_cut_off_costs_no_step(small_catalogue: Path, random_che
 
 
 def test_of_equal_mixtures_the_nearest_to_the_base_is_kept(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     """And an encoder that was not trained has no α of its own."""
     config = TrainingConfig(**(FEW | {"steps": 1, "wise_ft": True, "lambda_itc": 0.0}))
     result = train(
-        small_catalogue,
+        small_catalog,
         random_checkpoint,
         tmp_path / "run",
         config,
@@ -265,7 +261,7 @@ def test_of_equal_mixtures_the_nearest_to_the_base_is_kept(
 
 
 def test_a_quick_look_draws_nothing_and_tells_nobody(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """WiSE-FT by the real validation, after early stopping; the report shows both."""
     monkeypatch.setattr(
@@ -281,9 +277,9 @@ def test_a_quick_look_draws_nothing_and_tells_nobody(
         "versions": {},
     }
     log = RunLog(tmp_path / "log", about)
-    look = Validator(small_catalogue, [log], prompts=["a red dress"])
+    look = Validator(small_catalog, [log], prompts=["a red dress"])
     config = TrainingConfig(**(FEW | {"steps": 2, "wise_ft": True, "patience": 1, "lambda_itc": 1.0}))
-    result = train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
+    result = train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_validate=look)
     log.finish(pairs=12, chosen=result.chosen)
     steps = [json.loads(line)["step"] for line in (tmp_path / "log" / "validations.jsonl").read_text().splitlines()]
     assert steps in ([0, 1, 1], [0, 1, 2, 2])

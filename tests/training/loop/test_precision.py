@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 from unidiff_sdk.errors import TrainingError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenize  # noqa: E402
 from unidiff_sdk.training.loop.gradients import backpropagate  # noqa: E402
 from unidiff_sdk.training.loop.learner import Learner  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
@@ -23,7 +23,7 @@ SETTINGS = {"batch_size": 6, "rsc_t_max": 900, "rsc_warmup_steps": 0, "lambda_rs
 
 
 @pytest.fixture
-def parts(random_checkpoint: Path, small_catalogue: Path):
+def parts(random_checkpoint: Path, small_catalog: Path):
     """A function from settings to (learner, batches, tokens of the empty caption)."""
 
     def make(**settings: object) -> tuple[Learner, Batches, torch.Tensor]:
@@ -33,10 +33,10 @@ def parts(random_checkpoint: Path, small_catalogue: Path):
         choose_trainable(model, config)
         if config.checkpoint_activations:
             model.checkpoint_activations()
-        pairs = load_pairs(small_catalogue, checkpoint)
-        ids = tokenise(checkpoint.tokenizer, pairs.captions)
+        pairs = load_pairs(small_catalog, checkpoint)
+        ids = tokenize(checkpoint.tokenizer, pairs.captions)
         batches = Batches(model, pairs, ids, group_keys(pairs), size=config.batch_size, flip=False, seed=0)
-        return Learner(model, config, ALONE), batches, tokenise(checkpoint.tokenizer, [""])
+        return Learner(model, config, ALONE), batches, tokenize(checkpoint.tokenizer, [""])
 
     return make
 

@@ -69,9 +69,9 @@ def equal(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(small_catalogue: Path, random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def uninterrupted(small_catalog: Path, random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu")
+    train(small_catalog, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu")
     return weights(out)
 
 
@@ -81,16 +81,16 @@ def uninterrupted(small_catalogue: Path, random_checkpoint: Path, tmp_path_facto
     ids=["before-any-save", "after-a-save", "last-step", "while-writing", "while-replacing"],
 )
 def test_a_killed_run_resumes_bit_for_bit(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict, where: str, at: int
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict, where: str, at: int
 ) -> None:
     out = tmp_path / "run"
-    arguments = [small_catalogue, random_checkpoint, out, where, at, json.dumps(SETTINGS)]
+    arguments = [small_catalog, random_checkpoint, out, where, at, json.dumps(SETTINGS)]
     # Sums are split over threads: bit for bit is meant for as many of them.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, *map(str, arguments)]
     killed = subprocess.run(command, capture_output=True, text=True, env=threads)
     assert killed.returncode == -9, killed.stderr
-    result = train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
+    result = train(small_catalog, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
     assert result.steps == 5
     assert equal(weights(out), uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing half-written is left beside it"
@@ -98,15 +98,15 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 
 def test_an_interrupted_run_resumes_bit_for_bit_with_other_numbers_of_saves(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
 ) -> None:
     out = tmp_path / "run"
-    interrupt_after(3, small_catalogue, random_checkpoint, out)
+    interrupt_after(3, small_catalog, random_checkpoint, out)
     assert load_checkpoint(out).meta["step"] == 3
     config = TrainingConfig(**(SETTINGS | {"save_every": 100}))
     seen: list[int] = []
     train(
-        small_catalogue,
+        small_catalog,
         random_checkpoint,
         out,
         config,
@@ -127,11 +127,11 @@ def interrupt_after(step: int, data: Path, base: Path, out: Path, **settings: ob
         train(data, base, out, TrainingConfig(**(SETTINGS | settings)), device="cpu", on_step=interrupt)
 
 
-def test_a_run_resumes_only_as_what_it_was(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_only_as_what_it_was(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    interrupt_after(1, small_catalogue, random_checkpoint, out)
+    interrupt_after(1, small_catalog, random_checkpoint, out)
 
-    def again(data: Path = small_catalogue, base: Path = random_checkpoint, resume: bool = True, **settings: object):
+    def again(data: Path = small_catalog, base: Path = random_checkpoint, resume: bool = True, **settings: object):
         return train(data, base, out, TrainingConfig(**(SETTINGS | settings)), device="cpu", resume=resume)
 
     with pytest.raises(TrainingError, match=r"not finished.*--resume"):
@@ -148,9 +148,9 @@ def test_a_run_resumes_only_as_what_it_was(small_catalogue: Path, random_checkpo
         again()
 
 
-def test_columns_that_pair_are_part_of_the_run(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_columns_that_pair_are_part_of_the_run(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     """The same pictures and captions, told apart by other values of the grouping column."""
-    folders = [shutil.copytree(small_catalogue, tmp_path / name) for name in ("then", "now")]
+    folders = [shutil.copytree(small_catalog, tmp_path / name) for name in ("then", "now")]
     for folder, kinds in zip(folders, (4, 3), strict=True):
         rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
         lines = (json.dumps(row | {"kind": number % kinds}) for number, row in enumerate(rows))
@@ -170,12 +170,12 @@ def other_base(checkpoint: Path, folder: Path) -> Path:
     return saving.save_checkpoint(folder / "other", **loaded.parts(), meta=loaded.meta)
 
 
-def test_a_finished_run_is_not_run_again(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**(SETTINGS | {"steps": 2}))
-    first = train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu")
+    first = train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu")
     steps: list[int] = []
     second = train(
-        small_catalogue,
+        small_catalog,
         random_checkpoint,
         tmp_path / "run",
         config,
@@ -186,12 +186,12 @@ def test_a_finished_run_is_not_run_again(small_catalogue: Path, random_checkpoin
     assert steps == [] and (second.steps, second.losses) == (2, first.losses)
     with pytest.raises(TrainingError, match="has steps 2, not 3"):
         longer = TrainingConfig(**(SETTINGS | {"steps": 3}))
-        train(small_catalogue, random_checkpoint, tmp_path / "run", longer, device="cpu", resume=True)
+        train(small_catalog, random_checkpoint, tmp_path / "run", longer, device="cpu", resume=True)
 
 
-def test_older_checkpoints_rotate(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_older_checkpoints_rotate(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**(SETTINGS | {"save_every": 1, "keep": 3}))
-    train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu")
+    train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu")
     history = tmp_path / "run.history"
     assert sorted(folder.name for folder in history.iterdir()) == ["step-000003", "step-000004"]
     assert load_checkpoint(history / "step-000004").meta["step"] == 4
@@ -216,7 +216,7 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint(random_checkpoint: Path,
 
 
 def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
 ) -> None:
     out = tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,7 +228,7 @@ def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
     try:
         with pytest.raises(CheckpointError, match=r"cannot save .*untouched"):
             train(
-                small_catalogue,
+                small_catalog,
                 random_checkpoint,
                 out,
                 TrainingConfig(**SETTINGS),
@@ -238,7 +238,7 @@ def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_checkpoint(out).meta["step"] == 2
-    train(small_catalogue, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
+    train(small_catalog, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
     assert equal(weights(out), uninterrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenize  # noqa: E402
 from unidiff_sdk.training.loop.learner import Learner  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import Draws, JointModel, joint_losses  # noqa: E402
 from unidiff_sdk.training.objective.tuning import add_adapters, choose_trainable  # noqa: E402
@@ -27,10 +27,10 @@ def start(base: Path, data: Path, **settings: object) -> tuple[Learner, Batches,
     model = JointModel(checkpoint).train()
     choose_trainable(model, config)
     pairs = load_pairs(data, checkpoint)
-    ids = tokenise(checkpoint.tokenizer, pairs.captions)
+    ids = tokenize(checkpoint.tokenizer, pairs.captions)
     batches = Batches(model, pairs, ids, group_keys(pairs), size=config.batch_size, flip=False, seed=0)
     learner = Learner(model, config, Processes(0, 1, torch.device("cpu")))
-    return learner, batches, tokenise(checkpoint.tokenizer, [""])
+    return learner, batches, tokenize(checkpoint.tokenizer, [""])
 
 
 def rsc(learner: Learner, batches: Batches, empty: torch.Tensor, step: int, teacher: dict | None) -> float:
@@ -50,9 +50,9 @@ def snapshot(model: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "adapters"])
 def test_a_frozen_teacher_is_the_base_however_far_the_encoder_goes(
-    small_catalogue: Path, random_checkpoint: Path, rank: int
+    small_catalog: Path, random_checkpoint: Path, rank: int
 ) -> None:
-    learner, batches, empty = start(random_checkpoint, small_catalogue, rsc_teacher="frozen", lora_image=rank)
+    learner, batches, empty = start(random_checkpoint, small_catalog, rsc_teacher="frozen", lora_image=rank)
     base = snapshot(learner.model, "clip.vis")
     for step in range(3):
         expected = rsc(learner, batches, empty, step, base)
@@ -65,9 +65,9 @@ def test_a_frozen_teacher_is_the_base_however_far_the_encoder_goes(
     assert any(not torch.equal(moved[name], base[name]) for name in base)
 
 
-def test_an_averaged_teacher_moves_by_its_rule_alone(small_catalogue: Path, random_checkpoint: Path) -> None:
+def test_an_averaged_teacher_moves_by_its_rule_alone(small_catalog: Path, random_checkpoint: Path) -> None:
     """w̄ ← d·w̄ + (1-d)·w with d = min(decay, (1 + k)/(10 + k)), by hand beside the run; it is what RSC asks."""
-    learner, batches, empty = start(random_checkpoint, small_catalogue, rsc_teacher="ema", ema_decay=0.3)
+    learner, batches, empty = start(random_checkpoint, small_catalog, rsc_teacher="ema", ema_decay=0.3)
     averaged = snapshot(learner.model)
     for step in range(3):
         expected = rsc(learner, batches, empty, step, averaged)
@@ -83,7 +83,7 @@ def test_an_averaged_teacher_moves_by_its_rule_alone(small_catalogue: Path, rand
 
 @pytest.mark.parametrize("teacher", ["tuned", "ema", "frozen"])
 def test_a_step_with_nothing_under_the_gate_is_finite(
-    small_catalogue: Path, random_checkpoint: Path, teacher: str
+    small_catalog: Path, random_checkpoint: Path, teacher: str
 ) -> None:
     """Of every variant, for every teacher; and where RSC is all there is, nothing moves but by weight decay."""
     only = {
@@ -94,7 +94,7 @@ def test_a_step_with_nothing_under_the_gate_is_finite(
         "lambda_rsc_feature": 1.0,
     }
     settings = only | {"rsc_teacher": teacher, "rsc_t_max": 0, "weight_decay": 0.0}
-    learner, batches, empty = start(random_checkpoint, small_catalogue, **settings)
+    learner, batches, empty = start(random_checkpoint, small_catalog, **settings)
     before = snapshot(learner.model)
     values = learner.step(0, batches, empty)
     assert values == {"rsc": 0.0, "rsc_generated": 0.0, "rsc_feature": 0.0}

@@ -33,16 +33,14 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_checkpoint_says_what_an_export_goes_by(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_says_what_an_export_goes_by(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     base = load_checkpoint(random_checkpoint)
     sampler = {"name": "euler", "steps": 7, "guidance_scale": 3.0}
-    captions = [json.loads(line)["text"] for line in (small_catalogue / "metadata.jsonl").read_text().splitlines()]
+    captions = [json.loads(line)["text"] for line in (small_catalog / "metadata.jsonl").read_text().splitlines()]
     for name, teacher in (("plain", {}), ("fast", {"teacher": {"name": "another", "guidance_scale": 3.0}})):
         save_checkpoint(tmp_path / name, **base.parts(), meta={"name": name, "sampler": sampler} | teacher)
         out = tmp_path / f"{name} tuned"
-        tuned = load_checkpoint(train(small_catalogue, tmp_path / name, out, TrainingConfig(**FEW), device="cpu").path)
+        tuned = load_checkpoint(train(small_catalog, tmp_path / name, out, TrainingConfig(**FEW), device="cpu").path)
         assert tuned.meta["captions"] == list(dict.fromkeys(captions))
         assert tuned.meta.get("sampler") == (None if teacher else sampler)
 
@@ -54,10 +52,10 @@ def test_recorded_captions_come_from_all_over() -> None:
     assert recorded(captions[:256]) == captions[:256] and recorded([]) == []
 
 
-def test_a_run_tunes_everything_but_the_vae(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_tunes_everything_but_the_vae(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     reports: list[StepReport] = []
     config = TrainingConfig(**FEW, rsc_warmup_steps=1, rsc_t_max=999, lambda_rsc_feature=0.1)
-    result = train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, device="cpu", on_step=reports.append)
+    result = train(small_catalog, random_checkpoint, tmp_path / "tuned", config, device="cpu", on_step=reports.append)
     assert (result.path, result.steps, result.pairs, result.bad) == (tmp_path / "tuned", 3, 12, [])
     assert [report.step for report in reports] == [1, 2, 3]
     assert set(reports[0].losses) == {"itc", "is", "rsc", "rsc_feature"}
@@ -70,15 +68,15 @@ def test_a_run_tunes_everything_but_the_vae(small_catalogue: Path, random_checkp
     assert equal(tuned.vae.state_dict(), tensors(random_checkpoint, "vae"))
     assert tuned.meta["config"]["lambda_rsc_feature"] == 0.1 and tuned.meta["step"] == 3
     assert tuned.meta["base"] == "random" and tuned.meta["data"]["pairs"] == 12
-    assert tuned.meta["synthetic"] is False, "these pictures are not of the synthetic catalogues"
+    assert tuned.meta["synthetic"] is False, "these pictures are not of the synthetic catalogs"
 
 
-def test_eight_pictures_are_enough(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
-    lines = (small_catalogue / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+def test_eight_pictures_are_enough(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    lines = (small_catalog / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     (tmp_path / "few").mkdir()
     for line in lines:
         name = json.loads(line)["file_name"]
-        (tmp_path / "few" / name).write_bytes((small_catalogue / name).read_bytes())
+        (tmp_path / "few" / name).write_bytes((small_catalog / name).read_bytes())
     (tmp_path / "few" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     config = TrainingConfig(steps=2, warmup_steps=1, fit="pad")
     result = train(tmp_path / "few", random_checkpoint, tmp_path / "tuned", config, device="cpu")
@@ -87,22 +85,22 @@ def test_eight_pictures_are_enough(small_catalogue: Path, random_checkpoint: Pat
     assert tuned.fit == "pad" and tuned.meta["fit"] == "pad", "who uses it later must make pictures square alike"
 
 
-def test_the_same_seed_gives_the_same_weights(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        train(small_catalogue, random_checkpoint, tmp_path / name, TrainingConfig(**FEW, seed=seed), device="cpu")
+        train(small_catalog, random_checkpoint, tmp_path / name, TrainingConfig(**FEW, seed=seed), device="cpu")
     a, b, c = (tensors(tmp_path / name, "unet") for name in "abc")
     assert equal(a, b) and not equal(a, c)
 
 
-def test_clip_alone_leaves_the_unet_as_it_was(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
-    train(small_catalogue, random_checkpoint, tmp_path / "clip", TrainingConfig(**FEW, lambda_is=0, lambda_rsc=0))
+def test_clip_alone_leaves_the_unet_as_it_was(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    train(small_catalog, random_checkpoint, tmp_path / "clip", TrainingConfig(**FEW, lambda_is=0, lambda_rsc=0))
     assert equal(tensors(tmp_path / "clip", "unet"), tensors(random_checkpoint, "unet"))
     assert not equal(tensors(tmp_path / "clip", "clip"), tensors(random_checkpoint, "clip"))
 
 
 @pytest.mark.parametrize("at", [1, 4])
 def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     plain, calls = gradients.forward, []
 
@@ -116,7 +114,7 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
     monkeypatch.setattr(gradients, "forward", poisoned)
     out = tmp_path / "tuned"
     with pytest.raises(TrainingError, match=rf"step {at} is not finite \(itc .*, is nan") as caught:
-        train(small_catalogue, random_checkpoint, out, TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0))
+        train(small_catalog, random_checkpoint, out, TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0))
     if at == 1:
         assert "nothing had been saved" in str(caught.value) and not out.exists()
     else:
@@ -127,7 +125,7 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
 
 
 def test_a_device_that_is_too_small_says_what_helps(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = gradients.forward
 
@@ -139,7 +137,7 @@ def test_a_device_that_is_too_small_says_what_helps(
 
     config = TrainingConfig(**FEW, save_every=1)
     with pytest.raises(TrainingError, match="cpu has too little memory for step 3; the checkpoint of step 2 is kept"):
-        train(small_catalogue, random_checkpoint, tmp_path / "run", config, device="cpu", on_step=on_step)
+        train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_step=on_step)
     assert load_checkpoint(tmp_path / "run").meta["step"] == 2
 
 
@@ -170,7 +168,7 @@ def test_what_a_step_frees_stays_at_hand_until_the_run_is_over() -> None:
 
 
 def test_an_interruption_within_a_step_saves_nothing_torn(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     update = Ema.update
 
@@ -182,20 +180,20 @@ def test_an_interruption_within_a_step_saves_nothing_torn(
 
     monkeypatch.setattr(Ema, "update", impatient)
     with pytest.raises(KeyboardInterrupt):
-        train(small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, save_every=1))
+        train(small_catalog, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, save_every=1))
     assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
     monkeypatch.undo()
     config = TrainingConfig(**FEW, save_every=1)
-    train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, resume=True)
-    train(small_catalogue, random_checkpoint, tmp_path / "straight", config)
+    train(small_catalog, random_checkpoint, tmp_path / "tuned", config, resume=True)
+    train(small_catalog, random_checkpoint, tmp_path / "straight", config)
     assert equal(tensors(tmp_path / "tuned", "unet"), tensors(tmp_path / "straight", "unet"))
 
 
-def test_a_pipeline_of_others_is_not_replaced(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_pipeline_of_others_is_not_replaced(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "downloaded" / "model_index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
-        train(small_catalogue, random_checkpoint, tmp_path / "downloaded", TrainingConfig(**FEW))
+        train(small_catalog, random_checkpoint, tmp_path / "downloaded", TrainingConfig(**FEW))
     assert (tmp_path / "downloaded" / "model_index.json").read_text() == "{}"
 
 
@@ -214,29 +212,29 @@ def test_rows_without_the_group_go_by_their_captions() -> None:
     assert len({keys[0], keys[2], keys[4], keys[5]}) == 4
 
 
-def test_interruption_saves_what_was_learned(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_interruption_saves_what_was_learned(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     def interrupt(report: StepReport) -> None:
         if report.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW), on_step=interrupt)
+        train(small_catalog, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW), on_step=interrupt)
     assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
 
 
 def test_what_cannot_be_trained_is_refused_before_it_starts(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
-        train(small_catalogue, random_checkpoint, tmp_path)
+        train(small_catalog, random_checkpoint, tmp_path)
     with pytest.raises(TrainingError, match="base itself"):
-        train(small_catalogue, random_checkpoint, random_checkpoint)
+        train(small_catalog, random_checkpoint, random_checkpoint)
     with pytest.raises(DataError, match="no such folder"):
         train(tmp_path / "nowhere", random_checkpoint, tmp_path / "out")
     one = tmp_path / "one"
     one.mkdir()
-    (one / "0.png").write_bytes((small_catalogue / "0.png").read_bytes())
+    (one / "0.png").write_bytes((small_catalog / "0.png").read_bytes())
     (one / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "alone"}), encoding="utf-8")
     with pytest.raises(TrainingError, match="too few usable pairs, 1"):
         train(one, random_checkpoint, tmp_path / "out")

@@ -20,7 +20,7 @@ from unidiff_sdk.generation.samplers import Row, Table, advance, make_table  # n
 from unidiff_sdk.inference.schedule import Schedule  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import DistillationConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import tokenize  # noqa: E402
 from unidiff_sdk.training.loop import distiller  # noqa: E402
 from unidiff_sdk.training.loop.distiller import distill, few_step_scheduler, record  # noqa: E402
 from unidiff_sdk.training.objective import distillation  # noqa: E402
@@ -159,7 +159,7 @@ def test_trajectories_are_those_of_diffusers_pipeline(random_checkpoint: Path) -
     model = JointModel(checkpoint).eval()
     scheduler = few_step_scheduler(checkpoint)
     _, teacher = distillation.tables(Schedule.from_config(scheduler.config), 2, 4)
-    ids, empty = tokenise(checkpoint.tokenizer, captions), tokenise(checkpoint.tokenizer, [""])
+    ids, empty = tokenize(checkpoint.tokenizer, captions), tokenize(checkpoint.tokenizer, [""])
     recorded = record(model, ids, empty, teacher, config, guidance_scale=3.0)
     assert recorded.points.shape == (5, 3, 4, 16, 16)
     assert sorted(recorded.captions[:3].tolist()) == [0, 1, 2], "every caption has its turn"
@@ -181,7 +181,7 @@ def test_a_guidance_of_one_asks_the_unet_once_a_step(random_checkpoint: Path, mo
     monkeypatch.setattr(checkpoint.unet, "forward", lambda *arguments: calls.append(1) or plain(*arguments))
     config = DistillationConfig(**FEW | {"trajectories": 2})
     _, teacher = distillation.tables(Schedule.from_config(few_step_scheduler(checkpoint).config), 2, 4)
-    ids, empty = (tokenise(checkpoint.tokenizer, [text]) for text in ("a red dress", ""))
+    ids, empty = (tokenize(checkpoint.tokenizer, [text]) for text in ("a red dress", ""))
     for guidance_scale, expected in ((1.0, 4), (2.0, 8)):
         calls.clear()
         record(model, ids, empty, teacher, config, guidance_scale=guidance_scale)
@@ -192,7 +192,7 @@ def test_a_guidance_of_one_asks_the_unet_once_a_step(random_checkpoint: Path, mo
 
 
 def test_a_run_changes_the_unet_and_the_sampler_alone(
-    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path
 ) -> None:
     reports, batches = [], []
 
@@ -202,7 +202,7 @@ def test_a_run_changes_the_unet_and_the_sampler_alone(
 
     result = distill(
         random_checkpoint,
-        small_catalogue,
+        small_catalog,
         tmp_path / "fast",
         DistillationConfig(**FEW),
         device="cpu",
@@ -220,9 +220,9 @@ def test_a_run_changes_the_unet_and_the_sampler_alone(
     assert fast.meta["base"] == "random" and fast.meta["teacher"] == {"name": "random", "guidance_scale": 5.0}
 
 
-def test_diffusers_draws_with_it_what_we_draw(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_diffusers_draws_with_it_what_we_draw(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     """The folder as it is, in diffusers' own pipeline: its scheduler's few steps are the table that was learned."""
-    distill(random_checkpoint, small_catalogue, tmp_path / "fast", DistillationConfig(**FEW), device="cpu")
+    distill(random_checkpoint, small_catalog, tmp_path / "fast", DistillationConfig(**FEW), device="cpu")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "fast")
     pipeline.set_progress_bar_config(disable=True)
     fast = load_checkpoint(tmp_path / "fast")
@@ -231,7 +231,7 @@ def test_diffusers_draws_with_it_what_we_draw(random_checkpoint: Path, small_cat
     drawn = pipeline(prompts, latents=z, num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
     sampler = fast.meta["sampler"]
     table = make_table(sampler["name"], Schedule.from_config(fast.scheduler.config), sampler["steps"])
-    x, states = z, fast.text_encoder(tokenise(fast.tokenizer, prompts)).last_hidden_state
+    x, states = z, fast.text_encoder(tokenize(fast.tokenizer, prompts)).last_hidden_state
     with torch.no_grad():
         for step in range(len(table)):
             row = Row(*map(float, table[step]))
@@ -241,16 +241,16 @@ def test_diffusers_draws_with_it_what_we_draw(random_checkpoint: Path, small_cat
 
 @PREDICTIONS
 def test_the_student_comes_to_land_where_its_teacher_does(
-    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, prediction_type: str
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path, prediction_type: str
 ) -> None:
     """On trajectories that it has not learned from, its jumps end nearer to the teacher's points than before."""
     base = with_prediction(random_checkpoint, tmp_path / "base", prediction_type)
     settings = DistillationConfig(**FEW | {"trajectories": 64, "steps": 150, "batch_size": 16})
-    distill(base, small_catalogue, tmp_path / "fast", settings, device="cpu")
+    distill(base, small_catalog, tmp_path / "fast", settings, device="cpu")
     teacher = load_checkpoint(base)
     noise = Schedule.from_config(few_step_scheduler(teacher).config)
     student_table, teacher_table = distillation.tables(noise, 2, 4)
-    ids, empty = (tokenise(teacher.tokenizer, texts) for texts in (["a red dress", "a blue dress"], [""]))
+    ids, empty = (tokenize(teacher.tokenizer, texts) for texts in (["a red dress", "a blue dress"], [""]))
     model = JointModel(teacher).eval()
     fresh = record(model, ids, empty, teacher_table, DistillationConfig(**FEW, seed=99), guidance_scale=5.0)
 
@@ -267,28 +267,28 @@ def test_the_student_comes_to_land_where_its_teacher_does(
     assert distance(load_checkpoint(tmp_path / "fast").unet) < 0.7 * distance(teacher.unet)
 
 
-def test_the_same_seed_gives_the_same_weights(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_weights(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        distill(random_checkpoint, small_catalogue, tmp_path / name, DistillationConfig(**FEW, seed=seed), device="cpu")
+        distill(random_checkpoint, small_catalog, tmp_path / name, DistillationConfig(**FEW, seed=seed), device="cpu")
     a, b, c = (load_checkpoint(tmp_path / name).unet.conv_out.weight for name in "abc")
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_interruption_saves_what_was_learned(random_checkpoint: Path, small_catalogue: Path, tmp_path: Path) -> None:
+def test_interruption_saves_what_was_learned(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     def interrupt(report: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(random_checkpoint, small_catalogue, tmp_path / "fast", DistillationConfig(**FEW), on_step=interrupt)
+        distill(random_checkpoint, small_catalog, tmp_path / "fast", DistillationConfig(**FEW), on_step=interrupt)
     assert load_checkpoint(tmp_path / "fast").meta["step"] == 1
 
 
 def test_what_cannot_be_distilled_is_refused(
-    random_checkpoint: Path, small_catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = DistillationConfig(**FEW)
     with pytest.raises(TrainingError, match="teacher itself"):
-        distill(random_checkpoint, small_catalogue, random_checkpoint, few)
+        distill(random_checkpoint, small_catalog, random_checkpoint, few)
     with pytest.raises(DataError, match="no such folder"):
         distill(random_checkpoint, tmp_path / "nowhere", tmp_path / "out", few)
     empty = tmp_path / "empty"
@@ -299,10 +299,10 @@ def test_what_cannot_be_distilled_is_refused(
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
-        distill(random_checkpoint, small_catalogue, tmp_path / "notes", few)
+        distill(random_checkpoint, small_catalog, tmp_path / "notes", few)
     monkeypatch.setattr(distiller, "distillation", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(TrainingError, match="loss became nan at step 1"):
-        distill(random_checkpoint, small_catalogue, tmp_path / "out", few)
+        distill(random_checkpoint, small_catalog, tmp_path / "out", few)
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: E402
 from unidiff_sdk.errors import CheckpointError, OptionError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import tokenise  # noqa: E402
+from unidiff_sdk.training.data.batches import tokenize  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import Batch, Draws, JointModel, joint_losses  # noqa: E402
 
 OFF = {name: 0.0 for name in ("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature")}
@@ -45,10 +45,10 @@ def run(checkpoint: Checkpoint, config: TrainingConfig, *, step: int = 10_000, n
     batch = Batch(
         clip_pixels=model.to_clip(torch.rand(n, 3, 32, 32)),
         latents=torch.randn(n, 4, 16, 16),
-        input_ids=tokenise(checkpoint.tokenizer, captions),
+        input_ids=tokenize(checkpoint.tokenizer, captions),
         groups=torch.tensor([0, 1, 2, 0, 4, 5])[:n],
     )
-    empty_ids = tokenise(checkpoint.tokenizer, [""])
+    empty_ids = tokenize(checkpoint.tokenizer, [""])
     draws = Draws.of(torch.Generator().manual_seed(seed), n, (4, 16, 16), len(model.alpha_bar), config, pairs=n)
     ema = {name: p.detach() for name, p in model.named_parameters()} if config.rsc_teacher == "ema" else None
     return model, joint_losses(model, batch, config, draws=draws, empty_ids=empty_ids, step=step, teacher=ema)
@@ -99,7 +99,7 @@ def test_terms_are_the_formulas_of_their_inputs(checkpoint: Checkpoint) -> None:
     torch.manual_seed(0)
     pixels = model.to_clip(torch.rand(6, 3, 32, 32))
     captions = ["a red dress", "a blue shirt", "green boots", "a red dress", "a teal mug", "yellow trousers"]
-    answer = checkpoint.clip(input_ids=tokenise(checkpoint.tokenizer, captions), pixel_values=pixels)
+    answer = checkpoint.clip(input_ids=tokenize(checkpoint.tokenizer, captions), pixel_values=pixels)
     target = torch.eye(6)
     target[[0, 0, 3, 3], [0, 3, 0, 3]] = 0.5
     expected = sum(F.cross_entropy(logits, target) for logits in (answer.logits_per_image, answer.logits_per_text)) / 2
@@ -160,7 +160,7 @@ def test_dropped_captions_are_the_empty_caption(checkpoint: Checkpoint, monkeypa
 
     monkeypatch.setattr(checkpoint.unet, "forward", spy)
     model, _ = run(checkpoint, TrainingConfig(**(OFF | {"lambda_is": 1.0}), caption_dropout=0.5))
-    empty = model.text_encoder(tokenise(checkpoint.tokenizer, [""])).last_hidden_state[0]
+    empty = model.text_encoder(tokenize(checkpoint.tokenizer, [""])).last_hidden_state[0]
     dropped = [torch.allclose(states, empty, atol=1e-5) for states in seen[0]]
     assert 0 < sum(dropped) < len(dropped)
 

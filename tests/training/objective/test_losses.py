@@ -184,16 +184,16 @@ def test_feature_variant_is_zero_for_the_same_structure_and_symmetric() -> None:
 def test_feature_variant_is_the_kl_divergence_written_out() -> None:
     h, u, temperature = torch.randn(4, 6), unit(4, 5), 0.2
 
-    def neighbours(features: torch.Tensor) -> list[torch.Tensor]:
-        centred = features - features.mean(dim=0)
+    def neighbors(features: torch.Tensor) -> list[torch.Tensor]:
+        centered = features - features.mean(dim=0)
         rows = []
         for i in range(4):
             others = [j for j in range(4) if j != i]
-            cosines = torch.stack([F.cosine_similarity(centred[i], centred[j], dim=0) for j in others])
+            cosines = torch.stack([F.cosine_similarity(centered[i], centered[j], dim=0) for j in others])
             rows.append((cosines / temperature).softmax(dim=0))
         return rows
 
-    pairs = list(zip(neighbours(h), neighbours(u), strict=True))
+    pairs = list(zip(neighbors(h), neighbors(u), strict=True))
     kl = [(p * (p / q).log()).sum() + (q * (q / p).log()).sum() for q, p in pairs]
     torch.testing.assert_close(losses.rsc_feature(h, u, temperature), torch.stack(kl).mean() / 2)
 

@@ -54,10 +54,10 @@ def tuned_parts(base: Path, path: Path) -> set[str]:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_locked_parts_stay_and_the_others_learn(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, settings: dict, tuned: set[str]
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, settings: dict, tuned: set[str]
 ) -> None:
     config = TrainingConfig(**(FEW | settings))
-    train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, device="cpu")
+    train(small_catalog, random_checkpoint, tmp_path / "tuned", config, device="cpu")
     assert tuned_parts(random_checkpoint, tmp_path / "tuned") == tuned
 
 
@@ -105,9 +105,9 @@ def test_merged_weights_answer_as_the_adapted_model_does(checkpoint: Checkpoint,
         torch.testing.assert_close(plain, adapted, atol=1e-5, rtol=1e-5)
 
 
-def test_adapters_are_kept_as_peft_reads_them(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_adapters_are_kept_as_peft_reads_them(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**FEW, lora_unet=2, lora_text=3, lora_image=1)
-    out = train(small_catalogue, random_checkpoint, tmp_path / "tuned", config, device="cpu").path
+    out = train(small_catalog, random_checkpoint, tmp_path / "tuned", config, device="cpu").path
     base, tuned = load_checkpoint(random_checkpoint), load_checkpoint(out)
     for name in ("unet", "clip"):
         adapted = PeftModel.from_pretrained(getattr(base, name), out / ADAPTERS / name).merge_and_unload().state_dict()
@@ -119,12 +119,10 @@ def test_adapters_are_kept_as_peft_reads_them(small_catalogue: Path, random_chec
 
 @pytest.mark.parametrize("ranks", [{"lora_unet": 2, "lora_text": 3}, {"lora_text": 2, "lock_unet": True}], ids=str)
 def test_adapters_are_kept_as_diffusers_and_kohya_read_them(
-    small_catalogue: Path, random_checkpoint: Path, tmp_path: Path, ranks: dict
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, ranks: dict
 ) -> None:
     """Loaded into the base's pipeline they draw what the merged weights draw."""
-    out = train(
-        small_catalogue, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, **ranks), device="cpu"
-    ).path
+    out = train(small_catalog, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, **ranks), device="cpu").path
     base, tuned = (StableDiffusionPipeline.from_pretrained(path) for path in (random_checkpoint, out))
     ids = tuned.tokenizer(["a red dress"], padding="max_length", return_tensors="pt").input_ids
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -145,7 +143,7 @@ def test_adapters_are_kept_as_diffusers_and_kohya_read_them(
     assert all(re.fullmatch(r"lora_(unet|te)_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", name) for name in names)
 
 
-def test_adapters_resume_bit_for_bit(small_catalogue: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_adapters_resume_bit_for_bit(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**(FEW | {"steps": 3}), lora_unet=2, lora_text=3, lora_image=1)
 
     def interrupt(report) -> None:
@@ -153,9 +151,9 @@ def test_adapters_resume_bit_for_bit(small_catalogue: Path, random_checkpoint: P
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(small_catalogue, random_checkpoint, tmp_path / "a", config, device="cpu", on_step=interrupt)
+        train(small_catalog, random_checkpoint, tmp_path / "a", config, device="cpu", on_step=interrupt)
     for name in ("a", "b"):
-        train(small_catalogue, random_checkpoint, tmp_path / name, config, device="cpu", resume=True)
+        train(small_catalog, random_checkpoint, tmp_path / name, config, device="cpu", resume=True)
     a, b = (JointModel(load_checkpoint(tmp_path / name)).state_dict() for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -165,7 +163,7 @@ def test_each_part_has_its_learning_rate(checkpoint: Checkpoint) -> None:
     model = JointModel(checkpoint)
     choose_trainable(model, config)
     learner = Learner(model, config, ALONE)
-    peaks = {id(p): group["peak"] for group in learner.optimiser.param_groups for p in group["params"]}
+    peaks = {id(p): group["peak"] for group in learner.optimizer.param_groups for p in group["params"]}
     expected = {Part.UNET: 1e-4, Part.TEXT: 1e-3, Part.IMAGE: 1e-5}
     assert all(peaks[id(p)] == expected[part_of(name)] for name, p in learner.trainable.items())
     assert len(peaks) == len(learner.trainable)

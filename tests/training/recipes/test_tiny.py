@@ -9,14 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from unidiff_sdk.datasets.synthetic import CATALOGUES, products
+from unidiff_sdk.datasets.synthetic import CATALOGS, products
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 from unidiff_sdk.training.recipes import tiny, tiny_models
 
 
 @pytest.fixture
 def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "PER_CATALOGUE", 6)
+    monkeypatch.setattr(tiny, "PER_CATALOG", 6)
     short = {name: replace(stage, steps=2, batch=4, warmup=1) for name, stage in tiny.RECIPE.items()}
     monkeypatch.setattr(tiny, "RECIPE", short)
 
@@ -39,7 +39,7 @@ def test_the_recipe_ends_in_a_checkpoint_of_the_stated_size(miniature: None, tmp
 
 
 def test_texts_suit_the_pictures_that_are_equal_in_what_they_tell() -> None:
-    chosen = [p for name in CATALOGUES for p in products(name, 40)]
+    chosen = [p for name in CATALOGS for p in products(name, 40)]
     texts = tiny.Texts.of_products(chosen)
     n = len(chosen)
     assert len(texts.words) == 2 * n and texts.told.shape == (2 * n, texts.shown.shape[1])

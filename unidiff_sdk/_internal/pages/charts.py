@@ -13,8 +13,8 @@ WIDTH, HEIGHT = 560, 320
 LEFT, RIGHT, BOTTOM = 62, 16, 46  # around the plot; above it stand the title and as many rows of names as are needed
 ROW = 18  # height of a row of names
 MARKED = 40  # a line of no more points than this shows each of them
-# Mid-tones that hold on white and on black, told apart with every kind of colour blindness (after Okabe and Ito).
-COLOURS = ("#d1495b", "#2e86ab", "#3a9d6e", "#c28e0e", "#8e6bbf", "#c46210", "#5f7a8a", "#b0578d")
+# Mid-tones that hold on white and on black, told apart with every kind of color blindness (after Okabe and Ito).
+COLORS = ("#d1495b", "#2e86ab", "#3a9d6e", "#c28e0e", "#8e6bbf", "#c46210", "#5f7a8a", "#b0578d")
 STYLE = """
 .chart { font: 12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif; }
 .chart text { fill: #5f5c55; } .chart .title { fill: #1d1c1a; font-size: 14px; font-weight: 600; }
@@ -47,8 +47,8 @@ def line_chart(
     shown = [Line(line.name, _drawable(line.points, log_x, log_y), line.faint, line.dashed) for line in lines]
     shown = [line for line in shown if line.points]
     names = list(dict.fromkeys(line.name for line in shown))
-    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
-    legend, rows = _legend({line.name: line for line in shown if not line.faint}, colours)
+    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+    legend, rows = _legend({line.name: line for line in shown if not line.faint}, colors)
     top = 34 + ROW * rows
     height = HEIGHT + ROW * max(0, rows - 1)
     x = _Axis.over([point[0] for line in shown for point in line.points], log_x, LEFT, WIDTH - RIGHT)
@@ -77,7 +77,7 @@ def line_chart(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
     )
     for line in sorted(shown, key=lambda line: not line.faint):
-        parts.append(_drawn(line, colours[line.name], x, y))
+        parts.append(_drawn(line, colors[line.name], x, y))
     return "".join([*parts, "</svg>"])
 
 
@@ -147,8 +147,8 @@ def _drawable(points: Sequence[tuple[float, float]], log_x: bool, log_y: bool) -
     ]
 
 
-def _legend(lines: dict[str, Line], colours: dict[str, str]) -> tuple[list[str], int]:
-    """The names with their colours, in as many rows as they need; and how many rows those are."""
+def _legend(lines: dict[str, Line], colors: dict[str, str]) -> tuple[list[str], int]:
+    """The names with their colors, in as many rows as they need; and how many rows those are."""
     if len(lines) < 2:
         return [], 0
     parts, x, row = [], LEFT, 0
@@ -159,23 +159,23 @@ def _legend(lines: dict[str, Line], colours: dict[str, str]) -> tuple[list[str],
         y = 38 + ROW * row
         dash = ' stroke-dasharray="5 3"' if line.dashed else ""
         parts.append(
-            f'<line x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}" stroke="{colours[name]}" stroke-width="2.5"{dash}/>'
+            f'<line x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}" stroke="{colors[name]}" stroke-width="2.5"{dash}/>'
         )
         parts.append(f'<text x="{x + 22}" y="{y + 4}">{escape(name)}</text>')
         x += wide + 10
     return parts, row + 1
 
 
-def _drawn(line: Line, colour: str, x: _Axis, y: _Axis) -> str:
+def _drawn(line: Line, color: str, x: _Axis, y: _Axis) -> str:
     places = [(x.at(a), y.at(b)) for a, b in line.points]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
     strength = 'stroke-width="1" opacity="0.3"' if line.faint else 'stroke-width="2.2"'
     dash = ' stroke-dasharray="6 4"' if line.dashed else ""
-    drawn = f'<polyline fill="none" stroke="{colour}" stroke-linejoin="round" {strength}{dash} points="{path}"/>'
+    drawn = f'<polyline fill="none" stroke="{color}" stroke-linejoin="round" {strength}{dash} points="{path}"/>'
     if line.faint or len(places) > MARKED:
         return drawn
     return drawn + "".join(
-        f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{colour}"><title>{escape(line.name)}: '
+        f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{color}"><title>{escape(line.name)}: '
         f"{_number(vx)}, {vy:.4g}</title></circle>"
         for (a, b), (vx, vy) in zip(places, line.points, strict=True)
     )

@@ -2,7 +2,7 @@
 
 Of the latter a search goes through the integers, and the float32 originals rank what it finds. The integers are kept in
 memory, a quarter of the originals, which stay on disk and are read for the best candidates only. So scores are exact
-cosines as without quantisation; what may be missed is an item whose rounded score left it out of the candidates.
+cosines as without quantization; what may be missed is an item whose rounded score left it out of the candidates.
 Compression comes with `optimize`; until then the originals are scanned.
 """
 
@@ -31,7 +31,7 @@ def layout(quantization: str | None) -> dict[str, Any]:
         # 100,000 of 512 numbers took 90 ms. `warm` reads them without the lock.
         return {"memory": edge.Memory.Cold}
     if quantization != "scalar":
-        raise OptionError(f"quantization={quantization!r}: a catalogue in a folder takes 'scalar' (int8) or None")
+        raise OptionError(f"quantization={quantization!r}: a catalog in a folder takes 'scalar' (int8) or None")
     integers = edge.ScalarQuantizationConfig(edge.ScalarType.Int8, memory=edge.Memory.Pinned)
     return {"quantization_config": integers, "memory": edge.Memory.Cold}
 
@@ -45,7 +45,7 @@ def quantization_of(shard: Path) -> str | None:
 def warm(shard: Path) -> None:
     """Bring what a search reads into the system's page cache, so that the first ones need not wait for the disk.
 
-    Not of a quantised shard, whose originals are to stay on disk, nor of one larger than the memory that is free.
+    Not of a quantized shard, whose originals are to stay on disk, nor of one larger than the memory that is free.
     """
     files = [file for file in (shard / "segments").rglob("*") if file.is_file()]
     room = available_memory()
@@ -59,7 +59,7 @@ def warm(shard: Path) -> None:
 
 
 def check_alike(wanted: str | None, made_with: str | None, path: Path) -> None:
-    """Raises StoreError if a quantisation is asked for that is not the one of the store that is there."""
+    """Raises StoreError if a quantization is asked for that is not the one of the store that is there."""
     if wanted not in (None, made_with):
         raise StoreError(
             f"The store at {path} was made with quantization={made_with!r}, which it keeps: leave quantization= out, "

@@ -35,7 +35,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True)
 class OpenClip:
-    """A converted model, and how it takes pictures: `image_size` pixels a side, RGB normalised by mean and std."""
+    """A converted model, and how it takes pictures: `image_size` pixels a side, RGB normalized by mean and std."""
 
     clip: CLIPModel
     image_size: int

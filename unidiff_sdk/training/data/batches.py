@@ -1,4 +1,4 @@
-"""From a catalogue to batches: each picture is checked and brought through the VAE once."""
+"""From a catalog to batches: each picture is checked and brought through the VAE once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk._internal.images import Fit, load_image
-from unidiff_sdk.datasets.reader import BadRow, Row, read_catalogue
+from unidiff_sdk.datasets.reader import BadRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, UniDiffError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.objective.joint_model import Batch, JointModel
@@ -25,7 +25,7 @@ from .feature_distillation import embed_pictures, embed_texts
 from .images import Pictures, in_threads, to_square
 from .latents import LatentCache, encode_latents
 
-__all__ = ["Batches", "Choice", "Pairs", "group_keys", "load_pairs", "normalise_caption", "tokenise"]
+__all__ = ["Batches", "Choice", "Pairs", "group_keys", "load_pairs", "normalize_caption", "tokenize"]
 
 RECORDED_CAPTIONS = 256
 MEMORY = 2 << 30  # bytes of decoded pictures: some 80,000 at 64 px, 2,000 at 512 px with CLIP's 224
@@ -33,7 +33,7 @@ MEMORY = 2 << 30  # bytes of decoded pictures: some 80,000 at 64 px, 2,000 at 51
 
 @dataclass(frozen=True)
 class Pairs:
-    """A catalogue: what was written of it in memory, its pictures too if they fit.
+    """A catalog: what was written of it in memory, its pictures too if they fit.
 
     images: as the VAE sees them; clip_images: as CLIP sees them. sha256: over captions and pixels in their order, what
     a checkpoint says it was trained on. bad: the rows that were passed over.
@@ -70,7 +70,7 @@ def load_pairs(
     memory: int = MEMORY,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
 ) -> Pairs:
-    """Read a catalogue (a folder or shards, see `datasets.reader`), its pictures made square as the runtime does it.
+    """Read a catalog (a folder or shards, see `datasets.reader`), its pictures made square as the runtime does it.
 
     Every picture is decoded once, so that what cannot be used is known before anything is computed: such rows are
     collected in `bad`; with `strict`, the first one raises. limit: the first so many. fit: "crop" or "pad"; None: as
@@ -87,7 +87,7 @@ def load_pairs(
 
     # 1. decode once: what is broken is told, what fits is kept
     decode = partial(_decode, sizes=sizes, fit=fit)
-    found = progress(read_catalogue(path, strict=strict, on_error=bad.append))
+    found = progress(read_catalog(path, strict=strict, on_error=bad.append))
     for row, squares in in_threads(decode, found):
         if len(rows) == limit:
             bad = [other for other in bad if other.line < row.line]  # reading was ahead
@@ -124,7 +124,7 @@ def _decode(row: Row, sizes: tuple[int, ...], fit: Fit) -> tuple[Row, dict[int, 
     return row, {size: to_square(image, size, fit) for size in sizes}
 
 
-def tokenise(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """int64[n, tokens], padded and cut to the tokenizer's length, as the diffusers pipeline does it."""
     ids: Tensor = tokenizer(
         list(texts),
@@ -136,17 +136,17 @@ def tokenise(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     return ids
 
 
-def normalise_caption(caption: str) -> str:
+def normalize_caption(caption: str) -> str:
     """What two captions must share to be equal: case, punctuation and spacing aside."""
     return " ".join(re.sub(f"[{re.escape(string.punctuation)}]", " ", caption.casefold()).split())
 
 
 def group_keys(pairs: Pairs, columns: Sequence[str] = ()) -> list[tuple[Any, ...]]:
-    """What each pair means: its values in `columns`; without columns, or where it lacks one, its normalised caption.
+    """What each pair means: its values in `columns`; without columns, or where it lacks one, its normalized caption.
 
     Raises DataError where a column is nowhere in the data.
     """
-    by_caption: list[tuple[Any, ...]] = [(normalise_caption(caption),) for caption in pairs.captions]
+    by_caption: list[tuple[Any, ...]] = [(normalize_caption(caption),) for caption in pairs.captions]
     if not columns:
         return by_caption
     present = {column for payload in pairs.payloads for column in payload}

@@ -1,4 +1,4 @@
-"""The pictures of a catalogue as squares of one size: in memory while they fit, else decoded when they are wanted."""
+"""The pictures of a catalog as squares of one size: in memory while they fit, else decoded when they are wanted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a checkpoint is worth on data: retrieval, generation, collapse and forgetting, by the measures of `metrics`.
 
 Generated pictures are judged by the frozen judge, never by the CLIP under test. Relevance is equality of attributes on
-the synthetic catalogues and of normalised captions on everything else.
+the synthetic catalogs and of normalized captions on everything else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unidiff_sdk.generation.samplers import Row, Table, advance, make_table
 from unidiff_sdk.inference.diffusers_folder import DEFAULT_SAMPLER
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from unidiff_sdk.training.data.batches import Pairs, group_keys, load_pairs, tokenise
+from unidiff_sdk.training.data.batches import Pairs, group_keys, load_pairs, tokenize
 from unidiff_sdk.training.data.images import Pictures
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.runtime.processes import pick_device
@@ -77,7 +77,7 @@ def evaluate(
     strict: bool = False,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Evaluation:
-    """Measure `checkpoint` (a folder or "tiny") on the catalogue folder `data`.
+    """Measure `checkpoint` (a folder or "tiny") on the catalog folder `data`.
 
     prompts: generate for the first so many captions that differ in meaning, `per_prompt` pictures each; 0 measures
     retrieval alone. sampler, steps, guidance: default to the checkpoint's own, as a distilled one has them; where it
@@ -149,8 +149,8 @@ def evaluate(
         if train_data is not None:
             seen = judge.features(_arrays(load_pairs(train_data, loaded).images))
             figures["collapse"]["nearest_training_picture"] = {
-                "generated": float(metrics.nearest_neighbour_similarity(made, seen)[0].mean()),
-                "real": float(metrics.nearest_neighbour_similarity(real, seen)[0].mean()),
+                "generated": float(metrics.nearest_neighbor_similarity(made, seen)[0].mean()),
+                "real": float(metrics.nearest_neighbor_similarity(real, seen)[0].mean()),
             }
         sheet = _sheet(pictures[: SHEET_COLUMNS * SHEET_COLUMNS])
 
@@ -173,7 +173,7 @@ def embed(model: JointModel, checkpoint: Checkpoint, pairs: Pairs) -> tuple[Vect
     ]
     texts = [
         model.text_embeds(model.clip.text_model(ids.to(device)).pooler_output).cpu()
-        for ids in tokenise(checkpoint.clip_tokenizer, pairs.captions).split(EMBED_BATCH)
+        for ids in tokenize(checkpoint.clip_tokenizer, pairs.captions).split(EMBED_BATCH)
     ]
     return torch.cat(images).numpy(), torch.cat(texts).numpy()
 
@@ -197,15 +197,15 @@ def equal_keys(keys: Sequence[tuple[Any, ...]]) -> NDArray[np.bool_]:
 
 
 def synthetic_attributes(pairs: Pairs) -> list[dict[str, str]] | None:
-    """Each product's attributes where all rows come from the synthetic catalogues, else None."""
-    columns = [ATTRIBUTES.get(str(payload.get("catalogue")), {}) for payload in pairs.payloads]
+    """Each product's attributes where all rows come from the synthetic catalogs, else None."""
+    columns = [ATTRIBUTES.get(str(payload.get("catalog")), {}) for payload in pairs.payloads]
     if not all(names and set(names) <= set(row) for names, row in zip(columns, pairs.payloads, strict=True)):
         return None
     return [{name: str(row[name]) for name in names} for names, row in zip(columns, pairs.payloads, strict=True)]
 
 
 def meanings(pairs: Pairs, attributes: list[dict[str, str]] | None) -> list[tuple[Any, ...]]:
-    """What must be equal for a picture to be relevant to a caption: its attributes, else its normalised caption."""
+    """What must be equal for a picture to be relevant to a caption: its attributes, else its normalized caption."""
     return [tuple(values.items()) for values in attributes] if attributes else group_keys(pairs)
 
 
@@ -252,12 +252,12 @@ def generate(
     device = model.alpha_bar.device
     side = int(checkpoint.unet.config.sample_size)
     shape = int(checkpoint.unet.config.in_channels), side, side
-    empty = model.text_encoder(tokenise(checkpoint.tokenizer, [""]).to(device)).last_hidden_state
+    empty = model.text_encoder(tokenize(checkpoint.tokenizer, [""]).to(device)).last_hidden_state
     pictures: list[NDArray[np.uint8]] = []
     for start in range(0, len(captions), GENERATE_BATCH):
         on_stage(f"generating {start}/{len(captions)}")
         chunk = captions[start : start + GENERATE_BATCH]
-        states = model.text_encoder(tokenise(checkpoint.tokenizer, chunk).to(device)).last_hidden_state
+        states = model.text_encoder(tokenize(checkpoint.tokenizer, chunk).to(device)).last_hidden_state
         streams = [np.random.default_rng([seed, start + i]) for i in range(len(chunk))]
         x, x0 = _noise(streams, shape).to(device) * table.init_noise_sigma, None
         for step in range(len(table)):

@@ -1,4 +1,4 @@
-"""The frozen judge: a small classifier of the synthetic catalogues' attributes, and the features for KID and CMMD.
+"""The frozen judge: a small classifier of the synthetic catalogs' attributes, and the features for KID and CMMD.
 
 It has its own recipe, its own data seeds and a recorded hash, and it never learns from a model under test; so a figure
 that it gives today compares with one that it gave yesterday. It knows the products of `unidiff_sdk.datasets.synthetic`
@@ -43,7 +43,7 @@ SIZE = 64  # pixels; every picture is resized to it
 FEATURES = 128
 IGNORED = -1  # the class of an attribute that a product does not have
 
-# Catalogues for training and measuring models use small seeds; the judge's own begin here, so that the two never meet.
+# Catalogs for training and measuring models use small seeds; the judge's own begin here, so that the two never meet.
 FIRST_SEED = 900_000
 CHECK_SEED = 950_000
 
@@ -52,7 +52,7 @@ CHECK_SEED = 950_000
 class Recipe:
     """Everything that decides the weights, recorded beside them."""
 
-    renderings: int = 15_000  # over all catalogues
+    renderings: int = 15_000  # over all catalogs
     epochs: int = 10
     batch: int = 128
     learning_rate: float = 4e-3
@@ -145,9 +145,9 @@ class Judge:
         return np.concatenate(rows) if rows else np.zeros((0, FEATURES), np.float32)
 
     def attributes(self, images: Iterable[Picture], *, batch_size: int = 128) -> dict[str, list[str]]:
-        """The likeliest label of each attribute for each picture: {"type": [...], "colour": [...], ...}.
+        """The likeliest label of each attribute for each picture: {"type": [...], "color": [...], ...}.
 
-        Every attribute of every catalogue is answered; compare only those that the expected product has, as
+        Every attribute of every catalog is answered; compare only those that the expected product has, as
         `attribute_accuracy` does. images: as in `features`.
         """
         answers: dict[str, list[str]] = {name: [] for name in self.labels}
@@ -271,12 +271,12 @@ def check(judge: Judge, *, n: int = 1000, seed: int = CHECK_SEED, size: int = SI
 
 
 def _products(n: int, seed: int) -> list[synthetic.Product]:
-    """About `n` products over all catalogues and all attribute combinations, in the proportion in which those exist."""
-    unseen = max(1, n // 8 // len(synthetic.CATALOGUES))  # "test-unseen" holds one combination in eight
-    seen = n // len(synthetic.CATALOGUES) - unseen
+    """About `n` products over all catalogs and all attribute combinations, in the proportion in which those exist."""
+    unseen = max(1, n // 8 // len(synthetic.CATALOGS))  # "test-unseen" holds one combination in eight
+    seen = n // len(synthetic.CATALOGS) - unseen
     return [
         product
-        for name in synthetic.CATALOGUES
+        for name in synthetic.CATALOGS
         for split, count in (("train", seen), ("test-unseen", unseen))
         for product in synthetic.products(name, count, seed, split)
     ]
@@ -288,7 +288,7 @@ def _truth(product: synthetic.Product) -> dict[str, str]:
 
 
 def _labels() -> dict[str, list[str]]:
-    """Every value of every attribute in the union of the catalogues, in the catalogues' order."""
+    """Every value of every attribute in the union of the catalogs, in the catalogs' order."""
     labels: dict[str, list[str]] = {}
     for attributes in synthetic.ATTRIBUTES.values():
         for name, values in attributes.items():
@@ -342,7 +342,7 @@ def _paths(folder: Path) -> tuple[Path, Path]:
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
-@click.group(help="Make or check the frozen judge of the synthetic catalogues.")
+@click.group(help="Make or check the frozen judge of the synthetic catalogs.")
 def main() -> None: ...
 
 

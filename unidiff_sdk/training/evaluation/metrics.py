@@ -23,7 +23,7 @@ __all__ = [
     "kid",
     "mean_pairwise_cosine",
     "median_rank",
-    "nearest_neighbour_similarity",
+    "nearest_neighbor_similarity",
     "paired_bootstrap",
     "per_prompt_diversity",
     "psnr",
@@ -92,7 +92,7 @@ def kid(features: ArrayLike, reference: ArrayLike) -> float:
 
 
 def cmmd(features: ArrayLike, reference: ArrayLike) -> float:
-    """CMMD: squared MMD with the Gaussian kernel exp(-|x - y|²/200) on L2-normalised features, times 1000.
+    """CMMD: squared MMD with the Gaussian kernel exp(-|x - y|²/200) on L2-normalized features, times 1000.
 
     Jayasumana et al. 2024, "Rethinking FID", with its bandwidth of 10. The estimator is the paper's unbiased one; its
     published code takes the biased one, which is close for its 30,000 pictures but far above zero for the hundreds that
@@ -135,9 +135,9 @@ def psnr(picture: ArrayLike, reference: ArrayLike, *, peak: float | None = None)
 
 
 def effective_rank(features: ArrayLike) -> float:
-    """exp of the entropy of the singular values, normalised to sum 1: how many directions the features really use.
+    """exp of the entropy of the singular values, normalized to sum 1: how many directions the features really use.
 
-    Roy & Vetterli 2007, "The effective rank". As published, the features are not centred.
+    Roy & Vetterli 2007, "The effective rank". As published, the features are not centered.
 
     features: float[n, d], not all zero. In [1, min(n, d)]: 1 where all rows are parallel, min(n, d) where all singular
     values are equal.
@@ -186,7 +186,7 @@ def per_prompt_diversity(features: ArrayLike, prompts: Sequence[Hashable]) -> fl
     return float(np.mean(distances))
 
 
-def nearest_neighbour_similarity(features: ArrayLike, gallery: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
+def nearest_neighbor_similarity(features: ArrayLike, gallery: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
     """Cosine to, and row of, the nearest gallery item for each row: (float64[n] in [-1, 1], int64[n]).
 
     Generated pictures against the training pictures tell copying from making (Somepalli et al. 2023, "Diffusion art or

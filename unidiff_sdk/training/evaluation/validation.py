@@ -19,7 +19,7 @@ from unidiff_sdk.generation.samplers import make_table
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.config import Part
-from unidiff_sdk.training.data.batches import Pairs, load_pairs, tokenise
+from unidiff_sdk.training.data.batches import Pairs, load_pairs, tokenize
 from unidiff_sdk.training.data.latents import encode_latents
 from unidiff_sdk.training.objective import losses
 from unidiff_sdk.training.objective.joint_model import JointModel
@@ -117,7 +117,7 @@ class Validator:
 
         # 3. denoising
         assert self._latents is not None
-        loss = denoising_loss(model, self._latents, tokenise(checkpoint.tokenizer, pairs.captions[:LOSS_PAIRS]))
+        loss = denoising_loss(model, self._latents, tokenize(checkpoint.tokenizer, pairs.captions[:LOSS_PAIRS]))
         figures = {
             "mean_recall": mean_recall,
             **recalls,

@@ -1,4 +1,4 @@
-"""The distillation loop: a tuned checkpoint and a catalogue's captions in, a checkpoint that needs few steps out."""
+"""The distillation loop: a tuned checkpoint and a catalog's captions in, a checkpoint that needs few steps out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from unidiff_sdk.datasets.reader import BadRow, Row, read_catalogue
+from unidiff_sdk.datasets.reader import BadRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, TrainingError
 from unidiff_sdk.generation.samplers import Row as Coefficients
 from unidiff_sdk.generation.samplers import Table, advance
@@ -26,7 +26,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from unidiff_sdk.training.config import DistillationConfig
-from unidiff_sdk.training.data.batches import recorded, tokenise
+from unidiff_sdk.training.data.batches import recorded, tokenize
 from unidiff_sdk.training.objective.distillation import STUDENT_SAMPLER, distillation, guided, rows_of, tables
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.runtime.allocator import kept_memory
@@ -82,7 +82,7 @@ def distill(
 ) -> Distilled:
     """Teach the UNet of `checkpoint` (a folder or "tiny") to draw in few steps what it draws now in many guided ones.
 
-    Of the catalogue `data`, the captions are used: the teacher draws its pictures itself. Everything but the UNet stays
+    Of the catalog `data`, the captions are used: the teacher draws its pictures itself. Everything but the UNet stays
     as it is. Writes the averaged weights to `out` at the end, and when interrupted (then raises KeyboardInterrupt on);
     what is written says by which sampler it is to be run, and the runtime and diffusers go by that.
 
@@ -101,7 +101,7 @@ def distill(
     if out.exists() and out.samefile(teacher.path):
         raise TrainingError(f"{out} is the teacher itself: name another folder for the result")
     bad: list[BadRow] = []
-    captions = [row.text for row in on_rows(read_catalogue(data, strict=strict, on_error=bad.append))]
+    captions = [row.text for row in on_rows(read_catalog(data, strict=strict, on_error=bad.append))]
     if not captions:
         raise DataError(f"{data} holds no usable caption" + (f"; the first of its bad rows: {bad[0]}" if bad else ""))
     if bad:
@@ -114,16 +114,16 @@ def distill(
     guidance_scale = config.guidance_scale or teacher.meta.get("sampler", {}).get("guidance_scale", GUIDANCE_SCALE)
 
     # 2. its trajectories
-    input_ids = tokenise(teacher.tokenizer, captions)
-    empty_ids = tokenise(teacher.tokenizer, [""])
+    input_ids = tokenize(teacher.tokenizer, captions)
+    empty_ids = tokenize(teacher.tokenizer, [""])
     trajectories = record(
         model, input_ids, empty_ids, teacher_table, config, guidance_scale=guidance_scale, progress=on_trajectories
     )
 
     # 3. the student: the same UNet, which the teacher needs no more
     unet = model.unet.train()
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, config))
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
     ema = Ema(unet, config.ema_decay)
     done, loss = 0, math.nan
 
@@ -142,7 +142,7 @@ def distill(
                 walk, segment = next(pairs)
                 z_t, z_s = (trajectories.points[walk, segment + k].to(model.alpha_bar.device) for k in (0, 1))
                 states = _states(model, input_ids[trajectories.captions[walk]])
-                loss = _step(model, optimiser, rows_of(student_table, segment), z_t, z_s, states, config)
+                loss = _step(model, optimizer, rows_of(student_table, segment), z_t, z_s, states, config)
                 if not math.isfinite(loss):
                     raise TrainingError(
                         f"the loss became {loss} at step {step + 1} and nothing was saved; lower the learning rate"
@@ -230,23 +230,23 @@ def _pairs(trajectories: Trajectories, config: DistillationConfig) -> Iterator[t
 
 def _step(
     model: JointModel,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     row: Coefficients,
     z_t: Tensor,
     z_s: Tensor,
     states: Tensor,
     config: DistillationConfig,
 ) -> float:
-    """One step of the optimiser; returns the loss before it."""
+    """One step of the optimizer; returns the loss before it."""
     row = Coefficients(*(coefficient.to(z_t.device) for coefficient in row))
     t = row.timestep.flatten()
     with model.autocast():
         output = model.unet(z_t * row.input_scale, t, states).sample.float()
     loss = distillation(row, z_t, output, z_s, model.alpha_bar[t.long()])
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.unet.parameters(), config.gradient_clip)
-    optimiser.step()
+    optimizer.step()
     return loss.item()
 
 

@@ -1,4 +1,4 @@
-"""What learns: the model, its optimiser and its averaged weights, and the state by which a run goes on bit for bit."""
+"""What learns: the model, its optimizer and its averaged weights, and the state by which a run goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .gradients import backpropagate
 
 __all__ = ["Ema", "Learner", "learning_rate_factor"]
 
-WEIGHTS, AVERAGED, MOMENTS = "weights.safetensors", "averaged.safetensors", "optimiser.safetensors"
+WEIGHTS, AVERAGED, MOMENTS = "weights.safetensors", "averaged.safetensors", "optimizer.safetensors"
 LOWEST_SCALE = 1.0  # of the loss in half precision; gradients that overflow even so have another cause
 MOMENT_NAMES = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
@@ -39,7 +39,7 @@ class Learner:
         self.processes = processes
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Fused: one pass over each weight, a tenth of the time on a CPU.
-        self.optimiser = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.trainable, config), lr=config.learning_rate, fused=True
         )
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
@@ -53,7 +53,7 @@ class Learner:
         """Take step `step`, counted from 0. Returns each term's value; TrainingError where one is not finite."""
         # 1. gradients
         teacher = self.ema.weights if self.config.rsc_teacher == "ema" else self.frozen_teacher
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         losses = backpropagate(
             self.model,
             batches,
@@ -65,7 +65,7 @@ class Learner:
             prior=prior,
             scale=float(self.scaler.scale(torch.ones((), device=self.processes.device))),
         )
-        self.scaler.unscale_(self.optimiser)
+        self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.config.gradient_clip))
         # In half precision a scale that was too high gives one such norm: the scaler skips the step and lowers it.
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > LOWEST_SCALE
@@ -76,9 +76,9 @@ class Learner:
         # 2. weights
         factor = learning_rate_factor(step, self.config)
         self.learning_rate = self.config.learning_rate * factor
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        self.scaler.step(self.optimiser)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         clamp_logit_scale(self.model.clip.logit_scale)
         self.ema.update(self.model)
@@ -104,9 +104,9 @@ class Learner:
         """
         folder.mkdir()
         moments = {
-            f"{name}/{moment}": self.optimiser.state[p][moment]
+            f"{name}/{moment}": self.optimizer.state[p][moment]
             for name, p in self.trainable.items()
-            if p in self.optimiser.state  # what no term has reached has no moments yet
+            if p in self.optimizer.state  # what no term has reached has no moments yet
             for moment in MOMENT_NAMES
         }
         files: dict[str, Mapping[str, Tensor]] = {
@@ -127,7 +127,7 @@ class Learner:
                 parameter.copy_(weights[name])
                 self.ema.weights[name].copy_(averaged[name])
                 if f"{name}/{MOMENT_NAMES[0]}" in moments:
-                    self.optimiser.state[parameter] = {
+                    self.optimizer.state[parameter] = {
                         moment: moments[f"{name}/{moment}"].to(parameter.device) for moment in MOMENT_NAMES
                     }
             self.ema.updates = int(state["averaged_updates"])
@@ -146,7 +146,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """w̄ ← d·w̄ + (1-d)·w; d grows from 0.18 towards `decay`, so that a short run does not average in its base."""
+        """w̄ ← d·w̄ + (1-d)·w; d grows from 0.18 toward `decay`, so that a short run does not average in its base."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averaged = list(self.weights.values())

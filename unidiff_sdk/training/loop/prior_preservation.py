@@ -1,4 +1,4 @@
-"""Prior preservation: pairs of the base's own world beside the catalogue's, so that the one is not lost for the other.
+"""Prior preservation: pairs of the base's own world beside the catalog's, so that the one is not lost for the other.
 
 Ruiz et al. 2023, "DreamBooth", section 3.3. They come from a folder, or the base draws them itself before it is tuned.
 """

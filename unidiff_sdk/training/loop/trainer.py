@@ -1,4 +1,4 @@
-"""The training loop: catalogue and base in, tuned checkpoint out."""
+"""The training loop: catalog and base in, tuned checkpoint out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 import transformers
 
 from unidiff_sdk.datasets.reader import BadRow, Row
-from unidiff_sdk.datasets.synthetic import CATALOGUES
+from unidiff_sdk.datasets.synthetic import CATALOGS
 from unidiff_sdk.errors import OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, recover, require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import Prior, TrainingConfig
-from unidiff_sdk.training.data.batches import Batches, Pairs, group_keys, load_pairs, recorded, tokenise
+from unidiff_sdk.training.data.batches import Batches, Pairs, group_keys, load_pairs, recorded, tokenize
 from unidiff_sdk.training.data.latents import LatentCache
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.tuning import ADAPTERS, add_adapters, choose_trainable, save_adapters
@@ -73,7 +73,7 @@ def train(
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_validate: Validate | None = None,
 ) -> Trained:
-    """Fine-tune CLIP and Stable Diffusion of the checkpoint `base` together on the catalogue folder `data`.
+    """Fine-tune CLIP and Stable Diffusion of the checkpoint `base` together on the catalog folder `data`.
 
     Writes the averaged weights to `out` every `config.save_every` steps, at the end, and when interrupted (then raises
     KeyboardInterrupt on). base, clip: see `load_base`. device: "auto", "cpu", "cuda". strict: the first bad row stops
@@ -81,9 +81,9 @@ def train(
     weights become the same bit for bit as without the interruption.
 
     latents: a folder that keeps the VAE's latents for other runs. prior: pairs of the base's own world, learned from
-    beside the catalogue's.
+    beside the catalog's.
 
-    on_rows: wraps the rows while they are read. on_bad_rows: told of the rows that are passed over, of the catalogue
+    on_rows: wraps the rows while they are read. on_bad_rows: told of the rows that are passed over, of the catalog
     and of the prior, as soon as these are read. on_prior: wraps the batches that the base draws for the prior.
     on_start: called with the base once it is loaded. on_step: called after each step. on_validate: measures the model
     before the first step, every `config.validate_every` steps and after the last, and chooses the weights where early
@@ -143,7 +143,7 @@ def train(
     choose_trainable(model, config)
     if config.checkpoint_activations:
         model.checkpoint_activations()
-    empty_ids = tokenise(checkpoint.tokenizer, [""]).to(processes.device)
+    empty_ids = tokenize(checkpoint.tokenizer, [""]).to(processes.device)
     size = max(config.batch_size, config.contrastive_batch)
     cache = LatentCache(Path(latents), model) if latents else None
 
@@ -151,13 +151,13 @@ def train(
         return Batches(
             model,
             pairs,
-            tokenise(checkpoint.tokenizer, pairs.captions),
+            tokenize(checkpoint.tokenizer, pairs.captions),
             groups,
             size=size,
             flip=config.flip,
             seed=seed,
             cache=cache,
-            clip_ids=None if checkpoint.shared_layers else tokenise(checkpoint.clip_tokenizer, pairs.captions),
+            clip_ids=None if checkpoint.shared_layers else tokenize(checkpoint.clip_tokenizer, pairs.captions),
             leash=config.lambda_leash > 0,
             scratch=out.parent,
         )
@@ -262,14 +262,14 @@ def _meta(
     name: str,
     data: str,
 ) -> dict[str, Any]:
-    drawn = all(payload.get("catalogue") in CATALOGUES for payload in pairs.payloads)
+    drawn = all(payload.get("catalog") in CATALOGS for payload in pairs.payloads)
     # A distilled base no longer draws in its few steps once it is tuned by another loss.
     sampler = None if "teacher" in base.meta else base.meta.get("sampler")
     return ({"sampler": sampler} if sampler else {}) | {
         "name": name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "base": base.meta.get("name", base.path.name),
-        # True where the model has seen nothing but the synthetic catalogues: searching photographs then warns.
+        # True where the model has seen nothing but the synthetic catalogs: searching photographs then warns.
         "synthetic": bool(base.meta.get("synthetic")) and drawn,
         "fit": config.fit or base.fit,
         "captions": recorded(pairs.captions),

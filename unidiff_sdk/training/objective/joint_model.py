@@ -34,7 +34,7 @@ __all__ = [
 class Batch:
     """m pairs, ready for the losses; the first n ≤ m of them also go through the UNet.
 
-    clip_pixels: float[m, 3, s, s], normalised for CLIP; latents: float[n, c, h, w], scaled as the UNet sees them;
+    clip_pixels: float[m, 3, s, s], normalized for CLIP; latents: float[n, c, h, w], scaled as the UNet sees them;
     input_ids: int64[m, tokens]; groups: int64[m], equal where two pairs mean the same. clip_ids: int64[m, tokens],
     where CLIP's text tower has another tokenizer than the UNet's text encoder. base: what the base's CLIP makes of the
     same pairs, "u" and "v": float[m, d], where there is a leash to it.
@@ -97,7 +97,7 @@ class Draws:
 
 
 class ImageTower(nn.Module):
-    """f: pictures onto the unit sphere. float[n, 3, s, s], normalised for CLIP -> float[n, d]."""
+    """f: pictures onto the unit sphere. float[n, 3, s, s], normalized for CLIP -> float[n, d]."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clamp_logit_scale(logit_scale: nn.Parameter) -> None:
-    """Keep the learned temperature within CLIP's bounds, 1 ≤ s ≤ 100; to be called after each optimiser step."""
+    """Keep the learned temperature within CLIP's bounds, 1 ≤ s ≤ 100; to be called after each optimizer step."""
     logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
@@ -159,19 +159,19 @@ def rsc_feature(h: Tensor, u: Tensor, temperature: float = 0.1) -> Tensor:
     """Without decoding: the UNet's features and CLIP's must find the same pictures of a batch alike.
 
     ½·KL(P̄_u ‖ P_h) + ½·KL(P̄_h ‖ P_u), P the softmax over a picture's cosines to the others, the bar a stop.
-    Features are centred over the batch first: pooled activations share one large mean that would hide what differs.
+    Features are centered over the batch first: pooled activations share one large mean that would hide what differs.
 
     h: float[n, c], pooled mid-block features; u: float[n, d]. Fewer than three pictures have no structure: zero.
     """
     if len(h) < 3:
         return 0.0 * (h.sum() + u.sum())
-    log_p_h, log_p_u = _neighbours(h, temperature), _neighbours(u, temperature)
+    log_p_h, log_p_u = _neighbors(h, temperature), _neighbors(u, temperature)
     kl = F.kl_div(log_p_h, log_p_u.detach(), log_target=True, reduction="none")
     reverse = F.kl_div(log_p_u, log_p_h.detach(), log_target=True, reduction="none")
     return (kl + reverse).sum(dim=1).mean() / 2
 
 
-def _neighbours(features: Tensor, temperature: float) -> Tensor:
+def _neighbors(features: Tensor, temperature: float) -> Tensor:
     """log float[n, n-1]: how likely picture i takes each other picture for its like."""
     unit = F.normalize(features - features.mean(dim=0), dim=1)
     n = len(unit)

@@ -1,4 +1,4 @@
-"""The recipe of the tiny base: tokenizer, VAE, CLIP and UNet, each trained from nothing on the synthetic catalogues.
+"""The recipe of the tiny base: tokenizer, VAE, CLIP and UNet, each trained from nothing on the synthetic catalogs.
 
     python -m unidiff_sdk.training.recipes.tiny WORK -o CHECKPOINT        (make tiny)
 
@@ -26,7 +26,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from unidiff_sdk.datasets.synthetic import CATALOGUES, Product, brief_caption, products, render
+from unidiff_sdk.datasets.synthetic import CATALOGS, Product, brief_caption, products, render
 from unidiff_sdk.training.checkpoints.checkpoint import save_checkpoint
 from unidiff_sdk.training.data.batches import recorded
 from unidiff_sdk.training.objective import losses
@@ -44,7 +44,7 @@ class Stage:
     warmup: int = 200
 
 
-PER_CATALOGUE = 10_000
+PER_CATALOG = 10_000
 SEED = 0
 VAE = Stage(steps=5000, batch=8, lr=1.5e-3)
 CLIP = Stage(steps=1700, batch=128, lr=1e-3)
@@ -56,9 +56,9 @@ MIN_SNR_GAMMA = 5.0
 EMA_DECAY = 0.999
 
 
-def training_products(catalogues: Sequence[str] = tuple(CATALOGUES)) -> list[Product]:
-    """The products that a base is trained on: the train splits of these catalogues."""
-    return [p for name in catalogues for p in products(name, PER_CATALOGUE, SEED, "train")]
+def training_products(catalogs: Sequence[str] = tuple(CATALOGS)) -> list[Product]:
+    """The products that a base is trained on: the train splits of these catalogs."""
+    return [p for name in catalogs for p in products(name, PER_CATALOG, SEED, "train")]
 
 
 def _pixels(product: Product) -> NDArray[np.uint8]:
@@ -183,7 +183,7 @@ class Texts:
 
     @classmethod
     def of_products(cls, chosen: list[Product]) -> Texts:
-        """The texts of these products; every column of every catalogue is a column here."""
+        """The texts of these products; every column of every catalog is a column here."""
         columns = sorted({column for product in chosen for column in product.attributes})
         numbers: dict[str | None, int] = {}
         rows = [[numbers.setdefault(p.attributes.get(c), len(numbers)) for c in columns] for p in chosen]
@@ -285,18 +285,18 @@ def train_base(
     output: Path,
     *,
     name: str = "tiny",
-    catalogues: Sequence[str] = tuple(CATALOGUES),
+    catalogs: Sequence[str] = tuple(CATALOGS),
     vae: AutoencoderKL | None = None,
     tokenizer: CLIPTokenizer | None = None,
     stages: Mapping[str, Stage] | None = None,
 ) -> None:
     """Go through all stages in `work` and write the checkpoint `output`, in half precision.
 
-    catalogues: whose products it sees. vae, tokenizer: trained ones, default: trained here. stages: how long each part
+    catalogs: whose products it sees. vae, tokenizer: trained ones, default: trained here. stages: how long each part
     is trained; default: RECIPE.
     """
     work.mkdir(parents=True, exist_ok=True)
-    chosen = training_products(catalogues)
+    chosen = training_products(catalogs)
     pictures = render_all(chosen, work / "pictures.npy")
     texts = Texts.of_products(chosen)
     tokenizer = tokenizer or tiny.train_tokenizer(texts.words)

@@ -18,7 +18,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def train_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary of at most 1,024 entries, with CLIP's own normalisation and end-of-word marks."""
+    """Learn a byte-pair vocabulary of at most 1,024 entries, with CLIP's own normalization and end-of-word marks."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = CLIPTokenizer(vocab={}, merges=[], unk_token=END).backend_tokenizer
     trainer = trainers.BpeTrainer(

@@ -111,7 +111,7 @@ def _curves(log: Log) -> Section:
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The exponential moving average, its bias towards zero at the start corrected (Kingma & Ba 2015, section 3)."""
+    """The exponential moving average, its bias toward zero at the start corrected (Kingma & Ba 2015, section 3)."""
     smooth, found = 0.0, []
     for number, (x, y) in enumerate(points, start=1):
         smooth = SMOOTHING * smooth + (1 - SMOOTHING) * y
@@ -215,7 +215,7 @@ def _before_and_after(log: Log) -> Section:
     return Section(
         "Before and after",
         f"On the {len(last['ranks']):,} pairs of {log.about['val']}. Relevance is equality of attributes on the "
-        "synthetic catalogues, of captions on everything else. For distances to real pictures and attribute accuracy, "
+        "synthetic catalogs, of captions on everything else. For distances to real pictures and attribute accuracy, "
         "which need more pictures than are drawn here: unidiff-evaluate.",
         table=lines,
     )

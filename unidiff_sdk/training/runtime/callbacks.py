@@ -44,7 +44,7 @@ class Moment:
 class Validated:
     """How good the model is on pairs that it does not learn from.
 
-    score: what early stopping and WiSE-FT maximise, higher is better. figures: for a UNet's WiSE-FT, "denoising_loss".
+    score: what early stopping and WiSE-FT maximize, higher is better. figures: for a UNet's WiSE-FT, "denoising_loss".
     measured_on: a fingerprint of those pairs, where a run that is resumed must not go on with others.
     """
 
