@@ -128,7 +128,7 @@ def main(items: int, **chosen: Any) -> None:
     depends = [HERE / name for name in ("engines.py", "search.py", "gallery.py")]
     bench = Benchmark(__file__, "What waits while a search index is being built?", depends=depends, **chosen)
     import numpy as np
-    from engines import catalog, truth
+    from engines import filled_catalog, truth
     from search import turned
 
     case = f"build the index of {items:,} x 512, embeddings"
