@@ -137,7 +137,7 @@ def main(items: int, **chosen: Any) -> None:
         tenth = truth(vectors, asked, None)
         with tempfile.TemporaryDirectory() as folder:
             filled = Path(folder) / "filled.catalog"
-            catalog(filled, vectors).close()
+            filled_catalog(filled, vectors).close()
             contestants = {
                 name: Building(filled, opened, vectors, asked, tenth)
                 for name, opened in {"UniDiff": _catalog, "Edge, in this process": _engine}.items()
