@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import TrainingError as TrainingError
     from .errors import UniDiffError as UniDiffError
     from .inference.bundle import Bundle as Bundle
+    from .retrieval.options import SearchOptions as SearchOptions
     from .retrieval.results import Hit as Hit
     from .retrieval.results import Page as Page
     from .store.server.connection import ServerOptions as ServerOptions
@@ -57,6 +58,7 @@ _HOME = {
     "OptionError": "errors",
     "Page": "retrieval.results",
     "ProviderError": "errors",
+    "SearchOptions": "retrieval.options",
     "ServerOptions": "store.server.connection",
     "StoreError": "errors",
     "TrainingError": "errors",

@@ -170,7 +170,7 @@ def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) ->
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda c: c.search("x", limit="3"), "limit='3': it must be a whole number"),
+        (lambda c: c.search("x", limit="3"), "limit='3': give an integer"),
         (lambda c: c.search("x", limit=2.5), "limit=2.5"),
         (lambda c: c.search("x", limit=True), "limit=True"),
         (lambda c: c.search("x", offset=None), "offset=None"),

@@ -54,5 +54,5 @@ def test_every_public_name_is_there() -> None:
     for name in unidiff_sdk.__all__:
         assert getattr(unidiff_sdk, name) is not None
     assert set(unidiff_sdk.__all__) <= set(dir(unidiff_sdk))
-    with pytest.raises(AttributeError, match="Catalog"):
-        _ = unidiff_sdk.Catalog
+    with pytest.raises(AttributeError, match="NoSuchName"):
+        _ = unidiff_sdk.NoSuchName

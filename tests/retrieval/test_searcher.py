@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 from support.backends import BACKENDS, DIM
 
-from unidiff_sdk import Hit, OptionError, Page
+from unidiff_sdk import FilterError, Hit, OptionError, Page, SearchOptions
 from unidiff_sdk.retrieval.cursors import Cursor
 from unidiff_sdk.retrieval.duplicates import near_duplicates
 from unidiff_sdk.retrieval.query import Query
 from unidiff_sdk.retrieval.ranking import diversify
-from unidiff_sdk.retrieval.searcher import Searcher, Window
+from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Record, Store
+from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore
 
@@ -61,19 +63,19 @@ def searcher(store: Store) -> Searcher:
     return Searcher(store, Words, hit, lambda texts, n: [])  # type: ignore[arg-type]
 
 
-def page(store: Store, query: Query, **window: Any) -> Page:
-    return searcher(store).search([query], Window.of(**window))[0]
+def page(store: Store, query: Query, **options: Any) -> Page:
+    return searcher(store).search([query], SearchOptions(**options))[0]
 
 
 def ids(hits: Any) -> list[Any]:
     return [hit.id for hit in hits]
 
 
-def all_pages(store: Store, query: Query, **window: Any) -> list[Page]:
+def all_pages(store: Store, query: Query, **options: Any) -> list[Page]:
     """Every page, from cursor to cursor, each by a new searcher as another process would have it."""
-    pages = [page(store, query, **window)]
+    pages = [page(store, query, **options)]
     while pages[-1].cursor:
-        pages.append(page(store, query, **window, cursor=pages[-1].cursor))
+        pages.append(page(store, query, **options, cursor=pages[-1].cursor))
     return pages
 
 
@@ -84,7 +86,7 @@ ASKED = Query.of(vector=direction(10_000))
 
 
 @pytest.mark.parametrize(
-    "window",
+    "options",
     [
         {},
         {"where": {"n": {"lt": 30}}},
@@ -95,17 +97,17 @@ ASKED = Query.of(vector=direction(10_000))
         {"hybrid": 0.3, "group_by": "brand"},
     ],
 )
-def test_cursors_go_through_the_whole_ranking(store: Store, window: dict[str, Any]) -> None:
+def test_cursors_go_through_the_whole_ranking(store: Store, options: dict[str, Any]) -> None:
     store.upsert([item(n, n=n, brand=f"brand {n % 23}", text="red" if n % 3 else "blue") for n in range(47)])
     query = Query.of("red")
-    whole = page(store, query, limit=100, **window)
+    whole = page(store, query, limit=100, **options)
     assert whole.cursor is None and len(whole) > 14
-    pages = all_pages(store, query, limit=7, **window)
+    pages = all_pages(store, query, limit=7, **options)
     assert [id for part in pages for id in ids(part)] == ids(whole)
     assert [part.offset for part in pages] == [7 * k for k in range(len(pages))]
-    assert ids(page(store, query, limit=5, offset=6, **window)) == ids(whole)[6:11]
+    assert ids(page(store, query, limit=5, offset=6, **options)) == ids(whole)[6:11]
     # The limit may change on the way.
-    assert ids(page(store, query, limit=11, **window, cursor=pages[0].cursor)) == ids(whole)[7:18]
+    assert ids(page(store, query, limit=11, **options, cursor=pages[0].cursor)) == ids(whole)[7:18]
 
 
 def test_cursors_stay_valid_while_items_come_and_go(store: Store) -> None:
@@ -144,14 +146,14 @@ def test_cursors_of_other_searches_are_refused(store: Store) -> None:
     cursor = page(store, ASKED, limit=3).cursor
     assert cursor
     assert len(page(store, ASKED, limit=3, cursor=cursor)) == 3
-    for query, window in [
+    for query, options in [
         (Query.of(vector=direction(3)), {}),
         (Query.of("red"), {}),
         (ASKED, {"where": {"n": {"lt": 5}}}),
         (ASKED, {"min_score": 0.0}),
     ]:
         with pytest.raises(OptionError, match="belongs to another search"):
-            page(store, query, limit=3, cursor=cursor, **window)
+            page(store, query, limit=3, cursor=cursor, **options)
     assert ids(page(store, ASKED, limit=3, cursor="")) == ids(page(store, ASKED, limit=3))  # as `?cursor=` has it
     for text in ("x", cursor[:-8], cursor + "AAAA", "💡", cursor[::-1], 7):
         with pytest.raises(OptionError, match=r"not one that a page gave out|damaged"):
@@ -258,31 +260,41 @@ def test_examples_are_no_hits(store: Store) -> None:
 def test_a_batch_is_its_searches(store: Store) -> None:
     store.upsert([item(n, text="red" if n % 2 else "blue", brand=n % 4) for n in range(40)])
     queries = [Query.of("red"), Query.of("red", without="stripes"), Query.of(like=3), ASKED]
-    for window in ({}, {"group_by": "brand"}, {"diversity": 0.4}, {"offset": 3}):
-        together = searcher(store).search(queries, Window.of(limit=6, **window))
-        assert [ids(part) for part in together] == [ids(page(store, q, limit=6, **window)) for q in queries]
+    for options in ({}, {"group_by": "brand"}, {"diversity": 0.4}, {"offset": 3}):
+        together = searcher(store).search(queries, SearchOptions(limit=6, **options))
+        assert [ids(part) for part in together] == [ids(page(store, q, limit=6, **options)) for q in queries]
 
 
 @pytest.mark.parametrize(
-    ("window", "says"),
+    ("options", "says"),
     [
         ({"limit": 0}, "limit=0"),
         ({"offset": -1}, "offset=-1"),
-        ({"cursor": "x", "offset": 3}, "exclude each other"),
-        ({"min_score": float("nan")}, "min_score"),
-        ({"min_score": True}, "min_score"),
-        ({"diversity": 1.5}, "from 0"),
-        ({"diversity": 0.5, "group_by": "brand"}, "exclude each other"),
-        ({"group_by": ""}, "name of a column"),
-        ({"hybrid": 1.0}, "below 1"),
-        ({"hybrid": "yes"}, "True, False"),
-        ({"hybrid": True, "min_score": 0.2}, "choose one"),
-        ({"hybrid": True, "limit": 501}, "first 500"),
+        ({"cursor": "x", "offset": 3}, "offset= and cursor= exclude each other"),
+        ({"min_score": float("nan")}, "min_score=nan: give a finite number"),
+        ({"min_score": True}, "min_score=True: give a finite number"),
+        ({"diversity": 1.5}, "diversity=1.5: give a number from 0"),
+        ({"diversity": 0.5, "group_by": "brand"}, "diversity= and group_by= exclude each other"),
+        ({"group_by": ""}, "group_by='': give the name of a column"),
+        ({"hybrid": 1.0}, "hybrid=1.0: give True, False, or a number from 0 to below 1"),
+        ({"hybrid": "yes"}, "hybrid='yes': give True, False"),
+        ({"hybrid": True, "min_score": 0.2}, "min_score= and hybrid= exclude each other"),
+        ({"hybrid": True, "limit": 501}, "501: give at most 500 in total with hybrid="),
+        ({"where": {"price": {"below": 3}}}, "Valid operators"),
     ],
 )
-def test_refusals(window: dict[str, Any], says: str) -> None:
-    with pytest.raises(OptionError, match=says):
-        Window.of(**window)
+def test_search_options_refuse_invalid_values(options: dict[str, Any], says: str) -> None:
+    with pytest.raises((OptionError, FilterError), match=says):
+        SearchOptions(**options)
+
+
+def test_search_options_are_normalized_and_frozen() -> None:
+    options = SearchOptions(where={"price": {"lt": 3}}, cursor="", hybrid=True)
+    assert (options.limit, options.cursor, options.hybrid) == (10, None, 0.5)
+    assert options.clause == parse({"price": {"lt": 3}})
+    assert replace(options, limit=5, hybrid=False) == SearchOptions(limit=5, where={"price": {"lt": 3}})
+    with pytest.raises(FrozenInstanceError):
+        options.limit = 3  # type: ignore[misc]
 
 
 def test_hybrid_needs_words(store: Store) -> None:

@@ -32,10 +32,11 @@ from unidiff_sdk.datasets.reader import TABLES, BadRow, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.retrieval.duplicates import near_duplicates
+from unidiff_sdk.retrieval.options import SearchOptions, check_page
 from unidiff_sdk.retrieval.query import Query, ids_of, picture_of
 from unidiff_sdk.retrieval.ranking import elements, kind_of, value_at
 from unidiff_sdk.retrieval.results import Hit, Page
-from unidiff_sdk.retrieval.searcher import Searcher, Window, check_window
+from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.filters import Clause, Compare, column_path, columns, parse
 from unidiff_sdk.store.ids import key_of
@@ -387,7 +388,7 @@ class Catalog:
             vector=vector,
             weights=weights,
         )
-        window = Window.of(
+        options = SearchOptions(
             limit=limit,
             offset=offset,
             cursor=cursor,
@@ -397,12 +398,12 @@ class Catalog:
             group_by=group_by,
             hybrid=hybrid,
         )
-        (page,) = self._searcher().search([query], window)
+        (page,) = self._searcher().search([query], options)
         if not page:
-            self._explain_nothing(window.where)
+            self._explain_nothing(options.clause)
         return page
 
-    def search_batch(self, /, queries: Sequence[str | Mapping[str, Any]], **window: Any) -> list[Page]:
+    def search_batch(self, /, queries: Sequence[str | Mapping[str, Any]], **options: Any) -> list[Page]:
         """Several searches at once, encoded together: faster than one by one.
 
             catalog.search_batch(["red dress", {"text": "in blue", "image": photo}], limit=5)
@@ -410,7 +411,7 @@ class Catalog:
         Args:
             queries: texts, or dictionaries of what `search` takes to tell what to look for (text, imagine, image, like,
                 unlike, without, vector, weights).
-            window: the other arguments of `search`, for all of them alike; not cursor.
+            options: the other arguments of `search`, for all of them alike; not cursor.
 
         Returns:
             A page for each query; `took_ms` is of all together.
@@ -419,10 +420,10 @@ class Catalog:
         if isinstance(queries, (str, Mapping)) or not isinstance(queries, Iterable):
             raise OptionError("search_batch takes a list of queries; for one there is search")
         checked = [_called(Query.of, {"text": q} if isinstance(q, str) else q, "a query") for q in queries]
-        if "cursor" in window:
+        if "cursor" in options:
             raise OptionError("a cursor belongs to one query: go on with search")
-        shown = _called(Window.of, window, "search_batch")
-        return self._searcher().search(checked, shown) if checked else []
+        shared = _called(SearchOptions, options, "search_batch")
+        return self._searcher().search(checked, shared) if checked else []
 
     def _searcher(self) -> Searcher:
         with self._lazy_lock:
@@ -457,7 +458,7 @@ class Catalog:
         """
         started = time.perf_counter()
         serving = self._writer.serving_now()
-        check_window(limit, offset)
+        check_page(limit, offset)
         clause = parse(where)
         found: Iterable[Record]
         if order_by is None:
@@ -500,7 +501,7 @@ class Catalog:
             OptionError, FilterError: an argument is not a valid one.
         """
         serving = self._writer.serving_now()
-        check_window(limit, 0)
+        check_page(limit, 0)
         clause, kind = parse(where), self._kind_of(column)
         # The engine keeps one index for a column, and dates and words need theirs for other things.
         if kind in ("string", "boolean") and column != "text":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,88 +16,22 @@ from PIL.Image import Image
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Found, Nearest, Store, Vector
-from unidiff_sdk.store.filters import AllOf, AnyOf, Clause, Compare, Not, column_path, parse
+from unidiff_sdk.store.filters import AllOf, AnyOf, Clause, Compare, Not, column_path
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CANDIDATES
 
 from .cursors import Cursor
 from .imagination import agreed
+from .options import MAX_LIMIT, SearchOptions
 from .query import NEUTRAL_TEXTS, Gap, Query, beside, mix, picture_of, unit
 from .ranking import diversify, group_of, value_at
 from .results import Hit, Page
 
-__all__ = ["MAX_LIMIT", "Searcher", "Window", "check_window"]
+__all__ = ["Searcher"]
 
-MAX_LIMIT = 10_000
 SAMPLE = 512  # items by which a mix is balanced: a spread estimated from so many is right to 3 %
 CAPTIONS = 32  # of those, whose captions tell what captions have in common
-
-
-@dataclass(frozen=True)
-class Window:
-    """Which hits of a ranking are wanted, checked; the arguments of `Catalog.search` that are not the query."""
-
-    limit: int = 10
-    offset: int = 0
-    cursor: str | None = None
-    where: Clause | None = None
-    min_score: float | None = None
-    diversity: float | None = None
-    group_by: str | None = None
-    hybrid: float = 0.0
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        limit: int = 10,
-        offset: int = 0,
-        cursor: str | None = None,
-        where: Mapping[str, Any] | None = None,
-        min_score: float | None = None,
-        diversity: float | None = None,
-        group_by: str | None = None,
-        hybrid: bool | float = False,
-    ) -> Window:
-        """Raises OptionError, FilterError."""
-        check_window(limit, offset)
-        if cursor and offset:
-            raise OptionError("offset= and cursor= exclude each other: a cursor knows where to go on")
-        if min_score is not None and (isinstance(min_score, bool) or not _finite(min_score)):
-            raise OptionError(f"min_score={min_score!r}: it must be a finite number")
-        if diversity is not None and not (_finite(diversity) and 0 <= diversity <= 1):
-            raise OptionError(f"diversity={diversity!r}: it must be from 0 (none) to 1")
-        if diversity is not None and group_by is not None:
-            raise OptionError("diversity= and group_by= exclude each other: variety by looks, or by a column")
-        if group_by is not None and (not isinstance(group_by, str) or not group_by):
-            raise OptionError(f"group_by={group_by!r}: it must be the name of a column")
-        share = 0.5 if hybrid is True else hybrid
-        if not (_finite(share) and 0 <= share < 1):
-            raise OptionError(f"hybrid={hybrid!r}: it must be True, False or the share of the words, from 0 to below 1")
-        if share and min_score is not None:
-            raise OptionError("min_score= needs a score of similarity, and hybrid= scores by ranks: choose one")
-        if share and offset + limit > CANDIDATES:
-            raise OptionError(
-                f"offset + limit = {offset + limit:,}: a hybrid search ranks the first {CANDIDATES} of either list"
-            )
-        return cls(limit, offset, cursor or None, parse(where), min_score, diversity, group_by, float(share))
-
-    def digest(self, query: Query) -> bytes:
-        """8 bytes for the query and all that decides on the order of its hits."""
-        order = replace(self, limit=0, offset=0, cursor=None)
-        return hashlib.sha256(query.digest() + repr(order).encode()).digest()[:8]
-
-
-def check_window(limit: int, offset: int) -> None:
-    """Raises OptionError for what is no page."""
-    for name, value in {"limit": limit, "offset": offset}.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-            raise OptionError(f"{name}={value!r:.60}: it must be a whole number")
-    if not 1 <= limit <= MAX_LIMIT:
-        raise OptionError(f"limit={limit}: it must be from 1 to {MAX_LIMIT:,}")
-    if offset < 0:
-        raise OptionError(f"offset={offset}: it must not be negative")
 
 
 @dataclass
@@ -132,13 +65,13 @@ class Searcher:
         self._sample: _Sample | None = None
         self._lock = threading.Lock()
 
-    def search(self, queries: Sequence[Query], window: Window) -> list[Page]:
-        """One page for each query, all with the same window."""
+    def search(self, queries: Sequence[Query], options: SearchOptions) -> list[Page]:
+        """One page for each query, all with the same options."""
         started = time.perf_counter()
 
         # 1. Where the page before ended, if there was one.
         cursors = [
-            Cursor.read(window.cursor, window.digest(query), self.store.dim) if window.cursor else None
+            Cursor.read(options.cursor, _digest(query, options), self.store.dim) if options.cursor else None
             for query in queries
         ]
 
@@ -146,14 +79,14 @@ class Searcher:
         vectors = self._vectors(queries, cursors)
 
         # 3. Ask the store; one more than wanted tells whether there is another page.
-        searches = [self._nearest(query, vector, window) for query, vector in zip(queries, vectors, strict=True)]
-        if window.diversity is not None:
-            answers = [self._diverse(search, window, cursor) for search, cursor in zip(searches, cursors, strict=True)]
-        elif window.group_by is not None:
-            answers = [self._grouped(search, window, cursor) for search, cursor in zip(searches, cursors, strict=True)]
-        elif window.cursor is not None:
+        searches = [self._nearest(query, vector, options) for query, vector in zip(queries, vectors, strict=True)]
+        if options.diversity is not None:
+            answers = [self._diverse(search, options, cursor) for search, cursor in zip(searches, cursors, strict=True)]
+        elif options.group_by is not None:
+            answers = [self._grouped(search, options, cursor) for search, cursor in zip(searches, cursors, strict=True)]
+        elif options.cursor is not None:
             answers = [self._continued(search, cursor) for search, cursor in zip(searches, cursors, strict=True)]
-        elif window.hybrid:
+        elif options.hybrid:
             answers = [self._ask(search) for search in searches]
         else:
             answers = self.store.query_batch(searches)
@@ -161,7 +94,7 @@ class Searcher:
         # 4. Pages.
         took_ms = 1000 * (time.perf_counter() - started)
         return [
-            self._page(query, search, window, cursor, found, took_ms)
+            self._page(query, search, options, cursor, found, took_ms)
             for query, search, cursor, found in zip(queries, searches, cursors, answers, strict=True)
         ]
 
@@ -273,18 +206,18 @@ class Searcher:
 
     # -------------------------------------------------------------------------------------------- the ranking
 
-    def _nearest(self, query: Query, vector: Vector, window: Window) -> Nearest:
-        if window.hybrid and query.text is None:
+    def _nearest(self, query: Query, vector: Vector, options: SearchOptions) -> Nearest:
+        if options.hybrid and query.text is None:
             raise OptionError("hybrid= ranks by words too: give a text")
         return Nearest(
             vector,
-            limit=window.limit + 1,
-            offset=window.offset,
-            where=window.where,
+            limit=options.limit + 1,
+            offset=options.offset,
+            where=options.clause,
             exclude=query.examples,
-            min_score=window.min_score,
-            words=query.text if window.hybrid else None,
-            bm25=window.hybrid,
+            min_score=options.min_score,
+            words=query.text if options.hybrid else None,
+            bm25=options.hybrid,
         )
 
     def _continued(self, search: Nearest, cursor: Cursor | None) -> list[Found]:
@@ -304,12 +237,12 @@ class Searcher:
                 return rest[: search.limit]
             size *= 2
 
-    def _grouped(self, search: Nearest, window: Window, cursor: Cursor | None) -> list[Found]:
+    def _grouped(self, search: Nearest, options: SearchOptions, cursor: Cursor | None) -> list[Found]:
         """The best item of each group, best first."""
-        assert window.group_by is not None
-        path = column_path(window.group_by)
-        start = cursor.shown if cursor and cursor.score is None else window.offset
-        wanted = window.offset + (cursor.shown if cursor else 0) + search.limit
+        assert options.group_by is not None
+        path = column_path(options.group_by)
+        start = cursor.shown if cursor and cursor.score is None else options.offset
+        wanted = options.offset + (cursor.shown if cursor else 0) + search.limit
         best: dict[str, Found] = {}
         size = CANDIDATES if search.words is not None else min(4 * wanted, MAX_LIMIT)
         where = search.where
@@ -317,30 +250,30 @@ class Searcher:
             found = self._ask(replace(search, where=where, offset=0, limit=size))
             before = len(best)
             for one in found:
-                best.setdefault(group_of(one.payload, window.group_by) or one.id, one)
+                best.setdefault(group_of(one.payload, options.group_by) or one.id, one)
             full = len(found) == size and search.words is None
             groups = [one for one in best.values() if not (cursor and cursor.covers(one))]
             if len(groups) >= start + search.limit or not full:
                 break
             # More of the same groups are of no use: leave those out that a filter can name, or else look deeper.
-            where = _without(search.where, path, [value_at(one.payload, window.group_by) for one in best.values()])
+            where = _without(search.where, path, [value_at(one.payload, options.group_by) for one in best.values()])
             if len(best) == before:
                 if size == MAX_LIMIT:
                     break
                 size = min(2 * size, MAX_LIMIT)
         return sorted(groups, key=lambda one: -one.score)[start : start + search.limit]
 
-    def _diverse(self, search: Nearest, window: Window, cursor: Cursor | None) -> list[Found]:
+    def _diverse(self, search: Nearest, options: SearchOptions, cursor: Cursor | None) -> list[Found]:
         """The best candidates, picked for variety. Their number hangs on `limit` alone, so that pages fit together."""
-        assert window.diversity is not None
-        pool = min(max(100, 5 * window.limit), CANDIDATES if search.words is not None else MAX_LIMIT)
+        assert options.diversity is not None
+        pool = min(max(100, 5 * options.limit), CANDIDATES if search.words is not None else MAX_LIMIT)
         found = self._ask(replace(search, offset=0, limit=pool, with_vectors=True))
         if not found:
             return []
-        start = cursor.shown if cursor else window.offset
+        start = cursor.shown if cursor else options.offset
         scores = np.array([one.score for one in found], np.float32)
         vectors = np.array([one.vector for one in found])
-        return [found[k] for k in diversify(scores, vectors, window.diversity, start + search.limit)[start:]]
+        return [found[k] for k in diversify(scores, vectors, options.diversity, start + search.limit)[start:]]
 
     def _ask(self, search: Nearest) -> list[Found]:
         if search.words is None:
@@ -359,24 +292,32 @@ class Searcher:
     # -------------------------------------------------------------------------------------------- the page
 
     def _page(
-        self, query: Query, search: Nearest, window: Window, before: Cursor | None, found: list[Found], took_ms: float
+        self,
+        query: Query,
+        search: Nearest,
+        options: SearchOptions,
+        before: Cursor | None,
+        found: list[Found],
+        took_ms: float,
     ) -> Page:
-        shown = found[: window.limit]
-        offset = before.shown if before else window.offset
+        shown = found[: options.limit]
+        offset = before.shown if before else options.offset
         cursor = None
         if len(found) > len(shown):
-            digest, total = window.digest(query), offset + len(shown)
+            digest, total = _digest(query, options), offset + len(shown)
             vector = search.vector if len(query.parts) > 1 else None
-            if window.hybrid or window.diversity is not None:
+            if options.hybrid or options.diversity is not None:
                 cursor = Cursor(digest, total, vector=vector)
             else:
                 cursor = Cursor.after(before, digest, total, shown, vector)
         hits = tuple(self._hit(one.payload, one.score) for one in shown)
-        return Page(hits, offset, window.limit, took_ms, str(cursor) if cursor else None)
+        return Page(hits, offset, options.limit, took_ms, str(cursor) if cursor else None)
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+def _digest(query: Query, options: SearchOptions) -> bytes:
+    """8 bytes that identify a query and everything else that determines the order of its hits."""
+    order = (options.clause, options.min_score, options.diversity, options.group_by, options.hybrid)
+    return hashlib.sha256(query.digest() + repr(order).encode()).digest()[:8]
 
 
 def _without(where: Clause | None, path: str, values: Sequence[Any]) -> Clause | None:

@@ -1,0 +1,91 @@
+"""The options of a search: which part of a ranking to return, and how to rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from unidiff_sdk.errors import OptionError
+from unidiff_sdk.store.filters import Clause, parse
+from unidiff_sdk.store.protocol import CANDIDATES
+
+__all__ = ["DEFAULT_HYBRID", "MAX_LIMIT", "SearchOptions", "check_page"]
+
+MAX_LIMIT = 10_000
+DEFAULT_HYBRID = 0.5  # the share of the caption ranking for hybrid=True
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Everything about a search except the query. `Catalog.search` and `search_batch` build it from their arguments.
+
+    Attributes:
+        limit: the maximum number of hits, 1 to 10,000.
+        offset: the number of best hits to skip.
+        cursor: `Page.cursor` of the previous page, instead of `offset`.
+        where: a filter on the columns (`store.filters`).
+        min_score: the lowest score of a hit.
+        diversity: 0 to 1, the weight of variety against similarity (`ranking.diversify`).
+        group_by: a column; only the best item of each of its values is a hit.
+        hybrid: the share of the caption ranking (BM25), from 0 to below 1. True means 0.5, False means 0.
+        clause: `where`, parsed.
+
+    Raises:
+        OptionError: an option is out of range, or two options exclude each other.
+        FilterError: `where` is not a valid filter.
+    """
+
+    limit: int = 10
+    offset: int = 0
+    cursor: str | None = None
+    where: Mapping[str, Any] | None = None
+    min_score: float | None = None
+    diversity: float | None = None
+    group_by: str | None = None
+    hybrid: bool | float = False
+    clause: Clause | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_page(self.limit, self.offset)
+        if self.cursor and self.offset:
+            raise OptionError("offset= and cursor= exclude each other: a cursor already marks where its page starts")
+        if self.min_score is not None and (isinstance(self.min_score, bool) or not _is_finite(self.min_score)):
+            raise OptionError(f"min_score={self.min_score!r:.60}: give a finite number")
+        if self.diversity is not None and not (_is_finite(self.diversity) and 0 <= self.diversity <= 1):
+            raise OptionError(f"diversity={self.diversity!r:.60}: give a number from 0 (none) to 1")
+        if self.group_by is not None and (not isinstance(self.group_by, str) or not self.group_by):
+            raise OptionError(f"group_by={self.group_by!r:.60}: give the name of a column")
+        if self.diversity is not None and self.group_by is not None:
+            raise OptionError("diversity= and group_by= exclude each other: choose one")
+        hybrid = DEFAULT_HYBRID if self.hybrid is True else self.hybrid
+        if not (_is_finite(hybrid) and 0 <= hybrid < 1):
+            raise OptionError(f"hybrid={hybrid!r:.60}: give True, False, or a number from 0 to below 1")
+        if hybrid and self.min_score is not None:
+            raise OptionError("min_score= and hybrid= exclude each other: hybrid scores are ranks, not cosines")
+        if hybrid and self.offset + self.limit > CANDIDATES:
+            raise OptionError(
+                f"offset + limit = {self.offset + self.limit:,}: give at most {CANDIDATES} in total with "
+                f"hybrid=, which fuses the first {CANDIDATES} items of two rankings"
+            )
+        object.__setattr__(self, "cursor", self.cursor or None)
+        object.__setattr__(self, "hybrid", float(hybrid))
+        object.__setattr__(self, "clause", parse(self.where))
+
+
+def check_page(limit: int, offset: int) -> None:
+    """Check the bounds of a page. Raises OptionError."""
+    for name, value in {"limit": limit, "offset": offset}.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise OptionError(f"{name}={value!r:.60}: give an integer")
+    if not 1 <= limit <= MAX_LIMIT:
+        raise OptionError(f"limit={limit}: give an integer from 1 to {MAX_LIMIT:,}")
+    if offset < 0:
+        raise OptionError(f"offset={offset}: give an integer of at least 0")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
