@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from harness import digest
+from provenance import digest
 
 FLAVOURS = {
     "channels last": ("cuda", True),  # as `--target cuda` leaves it

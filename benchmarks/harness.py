@@ -28,7 +28,6 @@ Run again, it goes on after the last row that was measured by the same code on t
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import re
@@ -43,8 +42,8 @@ from typing import Any
 
 import click
 from _host import host
+from provenance import ROOT, code_of
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS, WARM_UP = 7, 1
 LEAST_ROUNDS = 3
@@ -283,15 +282,16 @@ class Benchmark:
         self.script, self.only, self.rounds, self.threads = Path(script).resolve(), only, rounds, threads
         self.again = again or only is not None  # a row that is named is wanted
         self.out = out or RESULTS / f"{self.script.stem}.json"
+        scripts = [str(Path(file).resolve().relative_to(ROOT)) for file in depends]
         here = {
             "benchmark": self.script.stem,
             "question": question,
             "device": device,
             "threads": threads,
-            "depends": [str(Path(file).resolve().relative_to(ROOT)) for file in depends],
+            "depends": scripts,
             **host(),
         }
-        self.code = digest([self.script, *depends])
+        self.code = code_of(self.script.stem, scripts)
         self.rows: dict[str, dict[str, Any]] = {}
         if self.out.is_file():
             before = json.loads(self.out.read_text(encoding="utf-8"))
@@ -406,7 +406,7 @@ def fresh(script: Path) -> bool:
     if not file.is_file():
         return False
     result, here = json.loads(file.read_text(encoding="utf-8")), host()
-    code = digest([script.resolve(), *(ROOT / name for name in result.get("depends", ()))])
+    code = code_of(script.stem, result.get("depends", ()))
     alike = all(result.get(key) == here[key] for key in ("cpu", "cores", "versions"))
     return bool(result.get("complete")) and alike and all(row["code"] == code for row in result["rows"])
 
@@ -416,12 +416,3 @@ def require_this_code() -> None:
     found = find_spec("unidiff_sdk")
     if found is None or not Path(str(found.origin)).is_relative_to(ROOT):
         sys.exit(f"unidiff_sdk would come from {found and found.origin}, not from {ROOT}: nothing is measured")
-
-
-def digest(files: Sequence[Path]) -> str:
-    """A short hash of the files and of the package, so that a result is known to be of this code."""
-    sources = sorted([*files, *(ROOT / "unidiff_sdk").rglob("*.py"), *(ROOT / "export").rglob("*.py")])
-    whole = hashlib.sha256()
-    for file in sources:
-        whole.update(file.read_bytes())
-    return whole.hexdigest()[:16]

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from harness import FIGURES, RESULTS, ROOT
+from harness import FIGURES, RESULTS
+from provenance import ROOT, code_of
 
 from unidiff_sdk._internal.pages.charts import Line, line_chart
 
 PAGE, PLOTS = "RESULTS.md", "plots"
 AXES = {"batch": "batch", "latent": "side of the latents", "resolution": "side of the picture, px", "items": "items"}
 QUALITY = ("recall@10", "recall@1", "psnr_db", "attributes_right", "clip_score", "kid", "cmmd")
+STALE = "†"
 EFFORT = re.compile(r", ef \d+$")  # contestants that differ in this alone are one line of a plot
 
 Row = Mapping[str, Any]
@@ -65,6 +67,8 @@ def page(results: Sequence[Result], plots: dict[str, str]) -> Iterator[str]:
     yield "the same round, so below 1 ours is faster. Shares of a peak are of what the same machine reached in a plain"
     yield "fp32 matrix product and in a memory copy, measured beside."
     yield ""
+    yield from provenance(results)
+    yield ""
     yield "## Where a peer is ahead"
     yield ""
     yield from behind(results)
@@ -74,6 +78,20 @@ def page(results: Sequence[Result], plots: dict[str, str]) -> Iterator[str]:
         for result in (result for result in results if machine(result) == name):
             yield ""
             yield from section(result, plots)
+
+
+def provenance(results: Sequence[Result]) -> Iterator[str]:
+    """Report how many rows were measured with the code of today."""
+    count = sum(len(result["rows"]) for result in results)
+    current = count - sum(len(stale(result)) for result in results)
+    yield f"**{current} of {count} rows were measured with the code in this repository.** For a row marked {STALE}, the"
+    yield "benchmark's script or a module that it imports has changed since, in more than comments and docstrings."
+
+
+def stale(result: Result) -> set[str]:
+    """The cases of `result` that were measured with other code than today's."""
+    code = code_of(result["benchmark"], result.get("depends", ()))
+    return {row["case"] for row in result["rows"] if row["code"] != code}
 
 
 def machine(result: Result) -> str:
@@ -126,10 +144,12 @@ def table(result: Result) -> Iterator[str]:
     head += [*(title for *_, title in shares), *known, "ours / peer", "measure again"]
     yield _line(head)
     yield _line(["---"] * len(head))
+    older = stale(result)
     for row in result["rows"]:
         for number, (name, measured) in enumerate(row["measured"].items()):
             seconds = measured["seconds"]
-            cells = ["" if number else row["case"], f"**{name}**" if measured["ours"] else name]
+            case = f"{row['case']} {STALE}" if row["case"] in older else row["case"]
+            cells = ["" if number else case, f"**{name}**" if measured["ours"] else name]
             cells += [duration(seconds["median"]), f"{duration(seconds['q1'])} to {duration(seconds['q3'])}"]
             if per_second:
                 cells.append(rate(row["items"] / seconds["median"]) if "items" in row else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from harness import digest
+from provenance import digest
 
 VOCABULARY = 49408
 # Recorded in the checkpoint, so that unidiff-export can calibrate int8 with them.

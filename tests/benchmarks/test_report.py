@@ -22,6 +22,7 @@ import harness
 import report
 import run_all
 from harness import Benchmark, Seconds
+from provenance import code_of
 
 
 def seconds(median: float) -> dict[str, float]:
@@ -33,7 +34,7 @@ def a_row(case: str, ours: float, theirs: float, **more: Any) -> dict[str, Any]:
         "UniDiff": {"seconds": seconds(ours), "ours": True, "figures": {"peak_mib": 100.0}, "flop": 50e9},
         "peer": {"seconds": seconds(theirs), "ours": False, "figures": {"peak_mib": 200.0}},
     }
-    row = {"case": case, "parameters": {}, "measured": measured, "code": "c", "load_1min": 0.0, "date": "2026-01-02"}
+    row = {"case": case, "parameters": {}, "measured": measured, "load_1min": 0.0, "date": "2026-01-02"}
     row |= {
         "ratios": {"UniDiff": {"peer": seconds(ours / theirs)}},
         "command": f'python benchmarks/x.py --only "{case}"',
@@ -42,6 +43,7 @@ def a_row(case: str, ours: float, theirs: float, **more: Any) -> dict[str, Any]:
 
 
 def a_result(name: str, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    rows = [{"code": code_of(name), **row} for row in rows]
     result = {"benchmark": name, "question": f"How long is {name}?", "device": "cpu", "cpu": "Some CPU", "cores": 2}
     result |= {"threads": 2, "date": "2026-01-02T03:04:05", "versions": {"numpy": "2"}, "complete": True, "rows": rows}
     return result | {"peaks": {"gemm_gflop_s": 200.0, "copy_gb_s": 20.0}} | more
@@ -78,6 +80,15 @@ def test_a_row_stands_beside_its_peer_with_its_command(tmp_path: Path) -> None:
     heads = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(heads) == 1, "every line of the table has as many cells"
     assert "- batch 2: Not quite alike." in text and "Nowhere in what is measured here." in text
+
+
+def test_rows_of_earlier_code_are_counted_and_marked(tmp_path: Path) -> None:
+    rows = [a_row("batch 1", 0.5, 1.0), a_row("batch 2", 0.5, 1.0, code="0123456789abcdef"), a_row("batch 4", 0.5, 1.0)]
+    removed = a_result("gone", [a_row("once", 0.5, 1.0, code="0123456789abcdef")])
+    text = written(tmp_path, a_result("graphs", rows), removed)
+    assert "**2 of 4 rows were measured with the code in this repository.**" in text
+    cases = [line.split("|")[1].strip() for line in text.splitlines() if "**UniDiff**" in line]
+    assert cases == ["once †", "batch 1", "batch 2 †", "batch 4"]
 
 
 def test_where_a_peer_is_ahead_is_told_plainly(tmp_path: Path) -> None:

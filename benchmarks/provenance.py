@@ -1,0 +1,181 @@
+"""Identify the code that a row was measured with: a digest of the abstract syntax that a benchmark runs.
+
+The digest covers the benchmark's script and every project module that it imports, directly or through others. Modules
+are parsed, never imported. A row becomes stale when the code that it ran changes, and stays valid when only a sentence
+does. These do not count:
+
+- comments, docstrings, error messages and `help=` texts;
+- type annotations, `if TYPE_CHECKING` blocks and `__all__`;
+- the module that a definition is in, and the imports that follow from it, packages' `__init__.py` included;
+- the bookkeeping of the benchmarks: what decides a figure there (rounds, threads, versions) is stored with the row.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# The folders that project imports start from.
+SOURCES = (".", "export", "benchmarks")
+BOOKKEEPING = ("harness.py", "provenance.py", "_host.py")
+FOR_ANNOTATIONS = ("__future__", "collections.abc", "typing")
+
+
+def digest(files: Sequence[Path], root: Path = ROOT) -> str:
+    """A short hash of the code that runs when `files` do: 16 hexadecimal digits."""
+    whole = hashlib.sha256()
+    sources = (file.read_text(encoding="utf-8") for file in modules(files, root))
+    for statement in sorted({text for source in sources for text in statements(source, root)}):
+        whole.update(statement.encode() + b"\n")
+    return whole.hexdigest()[:16]
+
+
+def code_of(benchmark: str, depends: Sequence[str] = (), root: Path = ROOT) -> str | None:
+    """The digest of a benchmark's code today, or None if one of its files is gone.
+
+    Args:
+        benchmark: the name of its script.
+        depends: the scripts that it starts as processes, relative to `root`.
+    """
+    files = [root / "benchmarks" / f"{benchmark}.py", *(root / name for name in depends)]
+    return digest(files, root) if all(file.is_file() for file in files) else None
+
+
+def modules(files: Sequence[Path], root: Path = ROOT) -> list[Path]:
+    """`files` and the project modules that they import, directly or through others; the bookkeeping left out."""
+    found: set[Path] = set()
+    waiting = [file.resolve() for file in files]
+    while waiting:
+        file = waiting.pop()
+        if file not in found and file.name not in BOOKKEEPING:
+            found.add(file)
+            waiting += imported_modules(file, root)
+    return sorted(found)
+
+
+@cache
+def statements(source: str, root: Path) -> tuple[str, ...]:
+    """The top-level statements of a module's source, each as the text of its abstract syntax."""
+    tree = _Executed(root).visit(ast.parse(source))
+    return tuple(_text(statement) for statement in tree.body)
+
+
+class _Executed(ast.NodeTransformer):
+    """Remove what is written for readers and type checkers, and imports of project modules."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        documentation = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if documentation else self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc = node.exc.func  # the class without its message
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "help"]
+        return self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if _for_type_checkers(node) else self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if _text(node.targets) == _text([ast.Name("__all__", ast.Store())]) else self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        return self.generic_visit(ast.Assign([node.target], node.value))
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        return ast.arg(node.arg)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> list[ast.Import]:
+        return [ast.Import([alias]) for alias in node.names if not _find(alias.name, self._root)]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.ImportFrom]:
+        if node.level or _find(node.module or "", self._root):
+            return [ast.ImportFrom(None, [alias], 0) for alias in node.names if alias.asname not in (None, alias.name)]
+        return [ast.ImportFrom(node.module, [alias], 0) for alias in node.names if node.module not in FOR_ANNOTATIONS]
+
+
+def _for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _text(node: object) -> str:
+    """Abstract syntax as text. Empty fields are left out, since Python versions differ in those that they have."""
+    if isinstance(node, ast.AST):
+        fields = [f"{name}={_text(value)}" for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return f"{type(node).__name__}({', '.join(fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text, node))}]"
+    return repr(node)
+
+
+# --- imports ---------------------------------------------------------------------------------------------------------
+
+
+def imported_modules(file: Path, root: Path) -> Iterator[Path]:
+    """The project modules that a module imports, wherever in it, except for type checkers alone."""
+    for node in _imports(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [_find(alias.name, root) for alias in node.names]
+        else:
+            package = _package(node, file, root)
+            found = [
+                _find(f"{package}.{alias.name}", root) or _origin(package, alias.name, root) for alias in node.names
+            ]
+        yield from (module for module in found if module is not None and module.name != "__init__.py")
+
+
+def _imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not _for_type_checkers(child):
+            yield from _imports(child)
+
+
+def _package(node: ast.ImportFrom, file: Path, root: Path) -> str:
+    """The absolute name of the module that `node`, a statement of `file`, imports from."""
+    if not node.level:
+        return node.module or ""
+    folder = file.parents[node.level - 1]
+    source = next(root / source for source in reversed(SOURCES) if folder.is_relative_to(root / source))
+    return ".".join([*folder.relative_to(source).parts, *filter(None, [node.module])])
+
+
+def _find(name: str, root: Path) -> Path | None:
+    """The file of the project module `name`, or None."""
+    for source in SOURCES:
+        path = (root / source).joinpath(*name.split("."))
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                return file.resolve()
+    return None
+
+
+def _origin(package: str, name: str, root: Path) -> Path | None:
+    """The module that defines `name` of `package`: where the package imports it from, lazily perhaps, or itself."""
+    file = _find(package, root)
+    if file is None or file.name != "__init__.py":
+        return file
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            source = _package(node, file, root)
+            return _find(f"{source}.{name}", root) or _origin(source, name, root)
+    return None
