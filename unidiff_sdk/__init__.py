@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import UniDiffError as UniDiffError
+    from .generation.options import GenerationOptions as GenerationOptions
     from .inference.bundle import Bundle as Bundle
     from .retrieval.options import SearchOptions as SearchOptions
     from .retrieval.results import Hit as Hit
@@ -53,6 +54,7 @@ _HOME = {
     "Generated": "catalog.results",
     "Generation": "catalog.results",
     "GenerationError": "errors",
+    "GenerationOptions": "generation.options",
     "Hit": "retrieval.results",
     "ImageError": "errors",
     "OptionError": "errors",

@@ -182,7 +182,7 @@ def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) ->
         (lambda c: c.search_batch(None), "a list of queries"),
         (lambda c: c.get(None), "None is not an id"),
         (lambda c: c.delete(1.5), "1.5 is not an id"),
-        (lambda c: c.generate(None), "prompt=None"),
+        (lambda c: c.generate(None), "prompt is None"),
         (lambda c: c.generate("x", seed="a"), "seed is 'a'"),
         (lambda c: c.reindex(None), "needs the bundle"),
     ],

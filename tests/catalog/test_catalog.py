@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import secrets
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import unidiff_sdk.catalog.snapshot
 from unidiff_sdk import BundleError, Catalog, DataError, FilterError, Hit, ImageError, OptionError, Page, StoreError
 from unidiff_sdk._internal.images import load_image
 from unidiff_sdk.catalog.catalog_file import CatalogFile
-from unidiff_sdk.generation.generator import Settings
+from unidiff_sdk.generation.options import GenerationOptions, ResolvedOptions
 
 RGB = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "yellow": (220, 200, 20)}
 
@@ -77,14 +78,16 @@ class ColorGenerator:
     def __init__(self, bundle: ColorBundle) -> None:
         pass
 
-    def settings(self, **given: Any) -> Settings:
-        return Settings(given["sampler"] or "ddim", given["steps"] or 20, given["guidance_scale"] or 4.0, 16, 16)
+    def resolve(self, options: GenerationOptions) -> ResolvedOptions:
+        defaults = {"seed": secrets.randbelow(2**32), "sampler": "ddim", "steps": 20, "guidance_scale": 4.0}
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        return ResolvedOptions(**defaults | {"width": 16, "height": 16} | given)
 
-    def generate(self, prompts: Sequence[str], *, n: int, seed: int, callback: Any, **_: Any) -> list[Image.Image]:
+    def run(self, prompts: Sequence[str], options: ResolvedOptions, *, callback: Any, **_: Any) -> list[Image.Image]:
         """The prompt's color with grey in it, the less the larger the seed's last digit."""
         if callback:
-            callback(n, n)
-        return [self._picture(prompt, (seed + k) % 10) for prompt in prompts for k in range(n)]
+            callback(options.n, options.n)
+        return [self._picture(prompt, (options.seed + k) % 10) for prompt in prompts for k in range(options.n)]
 
     def _picture(self, prompt: str, digit: int) -> Image.Image:
         mix = (np.array(RGB[prompt.split()[0]], float) * (digit + 1) + 90 * (9 - digit)) / 10
@@ -554,7 +557,7 @@ def test_generated_pictures_are_marked(catalog: Catalog) -> None:
 
 
 def test_an_empty_prompt_is_refused(catalog: Catalog) -> None:
-    with pytest.raises(OptionError, match="words that say what to draw"):
+    with pytest.raises(OptionError, match="give a text that is not empty"):
         catalog.generate(" ")
 
 

@@ -1,4 +1,4 @@
-"""Which pictures are kept: by a judge that reads a picture's red channel as its score and green as its similarity."""
+"""Selection of candidates. The judge reads an image's red channel as its score, the green one as its similarity."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidiff_sdk.catalog.generating import Demands, Selection, select
+from unidiff_sdk.catalog.generating import Selection, select
 from unidiff_sdk.errors import OptionError
+from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.retrieval.results import Hit
 
 
-def drawn(offset: int, values: Sequence[tuple[int, int]]) -> Image.Image:
+def candidate(offset: int, values: Sequence[tuple[int, int]]) -> Image.Image:
     score, similarity = values[offset % len(values)]
     return Image.new("RGB", (2, 2), (score, similarity, 7))
 
@@ -31,14 +32,14 @@ def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[tuple[f
     return judged
 
 
-def run(values: Sequence[tuple[int, int]], prompts: Sequence[str] = ("p",), **demands: Any) -> list[Selection]:
+def run(values: Sequence[tuple[int, int]], prompts: Sequence[str] = ("p",), **options: Any) -> list[Selection]:
     calls: list[tuple[int, int]] = []
 
-    def draw(prompts: Sequence[str], offset: int, count: int) -> list[Image.Image]:
+    def generate(prompts: Sequence[str], offset: int, count: int) -> list[Image.Image]:
         calls.append((offset, count))
-        return [drawn(offset + k, values) for _ in prompts for k in range(count)]
+        return [candidate(offset + k, values) for _ in prompts for k in range(count)]
 
-    selections = select(prompts, draw, judge, Demands(**demands))
+    selections = select(prompts, generate, judge, GenerationOptions(**options))
     ends = [offset + count for offset, count in calls]
     assert [offset for offset, _ in calls] == [0, *ends[:-1]]  # no seed twice, none left out
     return selections
@@ -56,7 +57,7 @@ VALUES = st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), min_size=
     min_score=st.none() | st.floats(0, 1),
     max_similarity=st.none() | st.floats(0, 1),
 )
-def test_what_is_kept_is_the_best_of_what_passes(
+def test_select_accepts_the_best_candidates_that_pass(
     values: list[tuple[int, int]],
     n: int,
     more: int,
@@ -75,36 +76,36 @@ def test_what_is_kept_is_the_best_of_what_passes(
             min_score=min_score,
             max_similarity=max_similarity,
         )
-    every = [values[k % len(values)] for k in range(selection.drawn)]
+    every = [values[k % len(values)] for k in range(selection.generated)]
     passing = [
         score / 255
         for score, similarity in every
         if (min_score is None or score / 255 >= min_score)
         and (max_similarity is None or not similarity or similarity / 255 <= max_similarity)
     ]
-    assert [candidate.score for candidate in selection.kept] == sorted(passing, reverse=True)[:n]
-    assert n + more <= selection.drawn <= budget
-    assert sum(selection.refused.values()) == selection.drawn - len(passing)
-    short = len(selection.kept) < n
-    assert not short or selection.drawn == budget  # nothing is given up before the budget is spent
+    assert [candidate.score for candidate in selection.accepted] == sorted(passing, reverse=True)[:n]
+    assert n + more <= selection.generated <= budget
+    assert sum(selection.rejected.values()) == selection.generated - len(passing)
+    short = len(selection.accepted) < n
+    assert not short or selection.generated == budget  # never stops before the budget is spent
     assert len(caught) == short
 
 
-def test_what_is_short_is_told() -> None:
+def test_select_warns_with_the_reasons_of_a_shortage() -> None:
     with pytest.warns(UserWarning) as caught:
         run([(100, 0), (200, 250), (90, 0)], n=2, budget=6, min_score=0.5, max_similarity=0.9)
     assert str(caught[0].message) == (
-        "0 of 2 pictures of 'p': of 6 drawn, 4 agree with the prompt by less than min_score=0.5 (the best by 0.392), "
-        "2 are nearer to a catalog item than max_similarity=0.9; raise budget=, or ask for less"
+        "only 0 of 2 images of 'p': of 6 generated, 4 scored below min_score=0.5 (best: 0.392), "
+        "2 exceeded max_similarity=0.9; raise budget=, or relax these limits"
     )
 
 
-def test_each_prompt_is_drawn_until_it_has_enough() -> None:
+def test_select_generates_for_each_prompt_until_it_has_enough() -> None:
     selections = run([(10, 0), (20, 0), (250, 0)], prompts=["a", "b"], n=1, min_score=0.9, budget=9)
-    assert [(len(s.kept), s.drawn, s.kept[0].offset) for s in selections] == [(1, 3, 2), (1, 3, 2)]
+    assert [(len(s.accepted), s.generated, s.accepted[0].offset) for s in selections] == [(1, 3, 2), (1, 3, 2)]
 
 
-def test_safety_drops_and_replaces() -> None:
+def test_safety_rejects_and_replaces() -> None:
     grey = Image.new("L", (2, 2), 128)
 
     def safety(image: Image.Image) -> Image.Image | None:
@@ -112,28 +113,10 @@ def test_safety_drops_and_replaces() -> None:
         return None if red == 1 else grey if red == 2 else image
 
     (selection,) = run([(1, 0), (2, 0), (3, 0)], n=2, safety=safety)
-    assert selection.refused == {"safety": 1} and selection.drawn == 3
-    first, second = selection.kept
+    assert selection.rejected == {"safety": 1} and selection.generated == 3
+    first, second = selection.accepted
     assert first.replaced and first.image.mode == "RGB" and first.score == 128 / 255 and not second.replaced
-    with pytest.warns(UserWarning, match="of 4 drawn, 4 were dropped by safety"):
+    with pytest.warns(UserWarning, match="of 4 generated, safety rejected 4"):
         run([(1, 0)], n=1, safety=safety)
-    with pytest.raises(OptionError, match="safety returned True; it must return the picture"):
+    with pytest.raises(OptionError, match="safety returned True; it must return the image"):
         run([(1, 0)], n=1, safety=lambda image: True)  # type: ignore[arg-type, return-value]
-
-
-@pytest.mark.parametrize(
-    ("demands", "message"),
-    [
-        ({"n": 0}, "n is 0; give a whole number of at least 1"),
-        ({"n": "2"}, "n is '2'"),
-        ({"n": 4, "best_of": 3}, "best_of is 3; give a whole number of at least 4"),
-        ({"n": 4, "best_of": True}, "best_of is True"),
-        ({"n": 1, "best_of": 5, "budget": 4}, "budget is 4; give a whole number of at least 5"),
-        ({"n": 1, "min_score": 1.5}, "min_score is 1.5; it is a cosine"),
-        ({"n": 1, "max_similarity": float("nan")}, "max_similarity is nan"),
-        ({"n": 1, "max_similarity": "high"}, "max_similarity is 'high'"),
-    ],
-)
-def test_impossible_demands_say_what_is_possible(demands: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        Demands(**demands)

@@ -13,7 +13,8 @@ from PIL import Image
 from support.toy_bundle import CHANNELS, IMAGE_SIZE, LATENT_SIZE, make_toy_bundle
 
 from unidiff_sdk.errors import GenerationError, ImageError, OptionError
-from unidiff_sdk.generation.generator import Generator, Preview, Settings
+from unidiff_sdk.generation.generator import Generator, Preview
+from unidiff_sdk.generation.options import GenerationOptions, ResolvedOptions
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 
@@ -58,7 +59,7 @@ def test_a_graph_that_fails_is_an_error_of_ours(generator: Generator) -> None:
 def test_no_negative_prompt_is_an_empty_one(generator: Generator) -> None:
     same = [generator.generate("boots", guidance_scale=4, steps=2, negative_prompt=none) for none in (None, "")]
     np.testing.assert_array_equal(pixels(same[0]), pixels(same[1]))
-    for wrong, message in ((7, "negative_prompt=7: it must be words"), ("\ud83d", "not valid Unicode")):
+    for wrong, message in ((7, "negative_prompt is 7; give a text"), ("\ud83d", "not valid Unicode")):
         with pytest.raises(OptionError, match=message):
             generator.generate("boots", negative_prompt=wrong)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="not valid Unicode"):
@@ -253,11 +254,23 @@ def test_masks_that_cannot_be_used(generator: Generator) -> None:
         generator.generate("boots", like=picture, mask=picture)
 
 
-def test_settings_fill_in_the_bundles_defaults(generator: Generator) -> None:
-    assert generator.settings() == Settings("ddim", 4, 3.0, IMAGE_SIZE, IMAGE_SIZE)
-    assert generator.settings(steps=9, guidance_scale=1, sampler="euler", width=8, height=16) == Settings(
-        "euler", 9, 1.0, 8, 16
-    )
+def test_resolve_fills_in_the_defaults_of_the_bundle(generator: Generator) -> None:
+    bundle = {"steps": 4, "guidance_scale": 3.0, "sampler": "ddim", "width": IMAGE_SIZE, "height": IMAGE_SIZE}
+    assert generator.resolve(GenerationOptions(seed=1)) == ResolvedOptions(seed=1, **bundle)
+    given: dict[str, Any] = {"steps": 9, "guidance_scale": 1, "sampler": "euler", "width": 8, "height": 16, "seed": 1}
+    resolved = generator.resolve(GenerationOptions(**given))
+    assert resolved == ResolvedOptions(**given) and generator.resolve(resolved) is resolved
+    assert generator.resolve(GenerationOptions()).seed != generator.resolve(GenerationOptions()).seed
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    assert [
+        generator.resolve(GenerationOptions(**sources)).strength
+        for sources in ({}, {"like": image}, {"like": image, "mask": image}, {"like": image, "strength": 0.4})
+    ] == [None, 0.7, 1.0, 0.4]
+
+
+def test_run_refuses_to_select(generator: Generator) -> None:
+    with pytest.raises(OptionError, match=r"best_of, .* select images; use Catalog.generate"):
+        generator.run("boots", GenerationOptions(best_of=4))
 
 
 @pytest.mark.parametrize(
@@ -269,8 +282,8 @@ def test_settings_fill_in_the_bundles_defaults(generator: Generator) -> None:
         ({"n": 0}, "n is 0"),
         ({"n": "2"}, "n is '2'"),
         ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
-        ({"seed": 2**63}, "less than 2"),
-        ({"seed": 2**63 - 1, "n": 2}, "2 pictures count on from it"),
+        ({"seed": 2**63}, "give at most 9223372036854775807"),
+        ({"seed": 2**63 - 1, "n": 2}, "and 2 images may use the seeds from it on; give at most 9223372036854775806"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan; give a number from 0 to 50"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"guidance_scale": -1}, "guidance_scale is -1"),
@@ -283,8 +296,8 @@ def test_settings_fill_in_the_bundles_defaults(generator: Generator) -> None:
         ({"width": "64x64"}, "width is '64x64'"),
         ({"width": 16.0}, "width is 16.0"),
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; give a number from 0 to 1"),
-        ({"strength": 0.5}, "give that picture as like="),
-        ({"mask": "m.png"}, "give that picture as like="),
+        ({"strength": 0.5}, "give that image as like="),
+        ({"mask": "m.png"}, "give that image as like="),
         ({"long_prompts": "drop"}, "long_prompts is 'drop'; use one of truncate, chunk"),
         ({"negative_prompt": "blurry", "guidance_scale": 1}, "negative_prompt has no effect at guidance_scale 1"),
     ],
@@ -298,7 +311,7 @@ def test_impossible_options_say_what_is_possible(generator: Generator, options: 
 
 def test_prompts_must_be_strings(generator: Generator) -> None:
     for prompts in ([3], [None], 3, None):
-        with pytest.raises(OptionError, match="prompts must be"):
+        with pytest.raises(OptionError, match=r"prompt is .*; give a text, or a list of texts"):
             generator.generate(prompts)  # type: ignore[arg-type]
     assert generator.generate([]) == []
 

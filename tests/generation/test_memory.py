@@ -14,8 +14,8 @@ SCRIPT = """
 import json, re, sys
 from pathlib import Path
 from unidiff_sdk import Bundle
-from unidiff_sdk.generator import Generator
-from unidiff_sdk.memory import picture_memory
+from unidiff_sdk.generation.generator import Generator
+from unidiff_sdk.generation.memory import picture_memory
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -14,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -29,11 +28,12 @@ from unidiff_sdk._internal.parallel import overlapped
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.datasets.reader import TABLES, BadRow, count_rows, read_catalog
-from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError
+from unidiff_sdk.errors import DataError, OptionError, StoreError
+from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.retrieval.duplicates import near_duplicates
 from unidiff_sdk.retrieval.options import SearchOptions, check_page
-from unidiff_sdk.retrieval.query import Query, ids_of, picture_of
+from unidiff_sdk.retrieval.query import Query, ids_of
 from unidiff_sdk.retrieval.ranking import elements, kind_of, value_at
 from unidiff_sdk.retrieval.results import Hit, Page
 from unidiff_sdk.retrieval.searcher import Searcher
@@ -45,9 +45,9 @@ from unidiff_sdk.store.location import VECTORS, Location
 from unidiff_sdk.store.payload import RESERVED
 from unidiff_sdk.store.payload import SYSTEM as _SYSTEM
 
+from . import generating
 from .aio import Opening, cancellable, twin
 from .catalog_file import CHANGING, BundleRef, CatalogFile, new_place
-from .generating import draw_queries
 from .items import item_of, items_of
 from .results import AddReport, Generated, Generation
 from .snapshot import Serving
@@ -433,7 +433,7 @@ class Catalog:
                     serving.store,
                     lambda: serving.encoder,
                     self._hit,
-                    lambda texts, n: draw_queries(serving.generator, texts, n),
+                    lambda texts, n: generating.draw_queries(serving.generator, texts, n),
                 )
             return self._searching
 
@@ -621,140 +621,68 @@ class Catalog:
         callback: Callable[[int, int], None] | None = None,
         preview: Callable[[Preview], None] | None = None,
     ) -> Generation:
-        """Draw new pictures, and rank them by how well they agree with the prompt.
+        """Generate images, and rank them by their cosine with the prompt.
 
             catalog.generate("purple dotted boots", n=4, seed=7)
             catalog.generate("the same in red", like=hit, strength=0.5)          # a variation of an item
-            catalog.generate("with a white collar", like=hit, mask="collar.png")   # only what is bright in the mask
+            catalog.generate("with a white collar", like=hit, mask="collar.png")   # repaint where the mask is bright
             catalog.generate("a green coat", n=4, best_of=16, max_similarity=0.97)  # the best that are no copies
 
-        Threads that generate at the same time share the model's calls, and get what each would get alone (see
-        `generator.Generator.generate`, which also tells the ranges of its arguments).
+        Threads that generate at the same time share the calls of the model. Each receives the images that it would
+        receive alone (`Generator.generate` states how exactly).
 
         Args:
-            prompt: what to draw; a list draws `n` pictures of each.
-            negative_prompt: what to keep away from.
-            n: how many pictures, at least 1.
-            seed: makes them again: the k-th picture drawn has the seed `seed + k`, and with n=1 that seed draws it
-                alone. Default: a random one, which the result tells.
-            steps, guidance_scale, sampler: default: the bundle's own (`bundle.manifest["sampler"]`).
-            guidance_rescale: 0 to 1; takes back the contrast that a high guidance_scale adds.
-            width, height: pixels; default: the model's own.
-            long_prompts: past the model's tokens, "truncate" with a warning, or "chunk".
-            like, strength, mask: start from a picture, keep it to that degree, repaint only the bright part of a mask.
-            best_of: draw so many for each prompt and keep the n that the encoder ranks highest.
-            min_score: refuse pictures whose cosine with the prompt is less.
-            max_similarity: refuse pictures whose cosine with some catalog item is more: copies.
-            budget: refused pictures are drawn anew, until so many are drawn for one prompt; default: four times the
-                first draw. What is then short is told by a warning.
-            safety: called with each picture; returns it, another in its place, or None to refuse it.
-            callback: called with (steps done, steps in all so far); what it raises ends the generation.
-            preview: called with a `generator.Preview` after each step.
+            prompt: what to generate; with a list, `n` images of each.
+            negative_prompt: what guidance leads away from.
+            n: number of images for each prompt, at least 1.
+            seed: the k-th candidate of a prompt uses the seed `seed + k`; that seed with n=1 generates it alone.
+                Default: a random seed, which the result reports.
+            steps, guidance_scale, sampler: default: those of the bundle (`bundle.manifest["sampler"]`).
+            guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds.
+            width, height: in pixels; default: the size that the model was trained at.
+            long_prompts: "truncate" ignores what exceeds the model's tokens, with a warning; "chunk" encodes it too.
+            like, strength, mask: start from an image; change it by this strength; repaint where the mask is bright.
+            best_of: number of candidates for each prompt, of which the n with the highest scores are returned.
+            min_score: reject candidates whose cosine with the prompt is lower.
+            max_similarity: reject candidates whose cosine with a catalog item is higher: copies.
+            budget: rejected candidates are replaced until a prompt has had this many. Default: four times the first
+                round. A warning reports what is missing then.
+            safety: called with each candidate; returns it, an image to use instead, or None to reject it.
+            callback: called with (steps done, steps in total so far). An exception from it ends the generation.
+            preview: called with a `Preview` after each step.
 
         Returns:
-            A Generation: prompt after prompt, of each the best first, with its score and its nearest catalog item.
+            A Generation: the images of one prompt after the other, the best first, each with its score and its nearest
+            catalog item.
 
         Raises:
-            OptionError, ImageError, GenerationError: an argument is not a valid one.
-            BusyError: too many generations are under way.
+            OptionError: an argument is out of range; see `GenerationOptions`.
+            ImageError: `like` or `mask` cannot be read.
+            GenerationError: memory does not suffice, or the result is not finite.
+            BusyError: too many generations are running.
         """
-        from unidiff_sdk.generation.generator import checked_prompt, whole_number
-        from unidiff_sdk.generation.img2img import default_strength
-
-        from .generating import Demands, select
-
-        started = time.perf_counter()
-        serving = self._writer.serving_now()
-        if not isinstance(prompt, Iterable):
-            raise OptionError(f"prompt={prompt!r:.60}: it must be words that say what to draw, or a list of such")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for each in prompts:
-            if not isinstance(each, str) or not each.strip():
-                raise OptionError(f"prompt={each!r}: it must be words that say what to draw")
-        negative_prompt = checked_prompt("negative_prompt", negative_prompt)
-        seed = secrets.randbelow(2**32) if seed is None else whole_number("seed", seed, at_least=0)
-        generator = serving.generator
-        settings = generator.settings(
+        snapshot = self._writer.serving_now()
+        options = GenerationOptions(
+            negative_prompt=negative_prompt,
+            n=n,
+            seed=seed,
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             sampler=sampler,
             width=width,
             height=height,
+            long_prompts=long_prompts,
+            like=like,
+            strength=strength,
+            mask=mask,
+            best_of=best_of,
+            min_score=min_score,
+            max_similarity=max_similarity,
+            budget=budget,
+            safety=safety,
         )
-        original, original_sha256 = _readable("like", like)
-        repaint, repaint_sha256 = _readable("mask", mask)
-        if original is not None and strength is None:
-            strength = default_strength(masked=repaint is not None)
-        demands = Demands(n, best_of, min_score, max_similarity, budget, safety)
-        steps_before = steps_seen = 0
-
-        def count_on(done: int, total: int) -> None:
-            nonlocal steps_seen
-            steps_seen = steps_before + total
-            if callback is not None:
-                callback(steps_before + done, steps_seen)
-
-        # 1. Draw, compare each picture with its prompt and with what the catalog holds, draw again what is refused.
-        def draw(prompts: Sequence[str], offset: int, count: int) -> list[Image.Image]:
-            nonlocal steps_before
-            steps_before = steps_seen
-            return generator.generate(
-                prompts,
-                negative_prompt=negative_prompt,
-                n=count,
-                seed=seed + offset,
-                **asdict(settings),
-                long_prompts=long_prompts,
-                like=original,
-                strength=strength,
-                mask=repaint,
-                callback=count_on if callback is not None else None,
-                preview=preview,
-            )
-
-        selections = select(prompts, draw, self._judge, demands)
-
-        # 2. Tell how each was made.
-        pictures = tuple(
-            Generated(
-                image=candidate.image,
-                score=candidate.score,
-                nearest=candidate.nearest,
-                prompt=selection.prompt,
-                negative_prompt=negative_prompt,
-                seed=seed + candidate.offset,
-                steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                guidance_rescale=settings.guidance_rescale,
-                sampler=settings.sampler,
-                long_prompts=long_prompts,
-                bundle=serving.bundle.fingerprint,
-                like=original_sha256,
-                strength=strength,
-                mask=repaint_sha256,
-                replaced=candidate.replaced,
-            )
-            for selection in selections
-            for candidate in selection.kept
-        )
-        refused = sum((selection.refused for selection in selections), Counter[str]())
-        drawn = sum(selection.drawn for selection in selections)
-        return Generation(pictures, 1000 * (time.perf_counter() - started), drawn, dict(refused))
-
-    def _judge(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[tuple[float, Hit | None]]:
-        """Of each picture the cosine with its prompt, and the nearest item."""
-        if not images:
-            return []
-        serving = self._serving  # a reindex may put another in its place meanwhile
-        encoder = serving.encoder
-        vectors = encoder.encode_images(images)
-        judged: list[tuple[float, Hit | None]] = []
-        for prompt, vector in zip(prompts, vectors, strict=True):
-            found = serving.store.query(vector, limit=1)
-            nearest = self._hit(found[0].payload, found[0].score) if found else None
-            judged.append((float(vector @ encoder.encode_text(prompt)), nearest))
-        return judged
+        return generating.generate(snapshot, prompt, options, self._hit, callback=callback, preview=preview)
 
     # -------------------------------------------------------------------------------------------- upkeep
 
@@ -1015,17 +943,6 @@ def _hit(images: ImageStore, payload: dict[str, Any], score: float) -> Hit:
 def _let_go(store: Store, folder: Path) -> None:
     store.close()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _readable(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]:
-    """A picture that a generation starts from, and its SHA-256; an error says which argument cannot be read."""
-    if source is None:
-        return None, None
-    try:
-        picture = picture_of(source)
-        return picture.image, source.sha256 if isinstance(source, Hit) else picture.sha256
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
 
 
 def _called(make: Callable[..., _T], arguments: Any, name: str) -> _T:

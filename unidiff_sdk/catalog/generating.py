@@ -1,86 +1,158 @@
-"""Draw, judge, keep: the encoder and the catalog decide which of the drawn pictures are handed over."""
+"""Generate candidates, judge them with the encoder and the catalog, and select the best that pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-if TYPE_CHECKING:
-    from unidiff_sdk.generation.generator import Generator
-
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk.errors import ImageError, OptionError
+from unidiff_sdk.generation.options import GenerationOptions, checked_prompts
+from unidiff_sdk.retrieval.query import picture_of
 from unidiff_sdk.retrieval.results import Hit
 
-__all__ = ["Candidate", "Demands", "Safety", "Selection", "draw_queries", "select"]
+from .results import Generated, Generation
 
-Safety = Callable[[Image.Image], Image.Image | None]
-Draw = Callable[[Sequence[str], int, int], list[Image.Image]]
+if TYPE_CHECKING:
+    from unidiff_sdk.generation.generator import Generator, Preview
+
+    from .snapshot import Serving
+
+__all__ = ["Candidate", "Selection", "draw_queries", "generate", "select"]
+
+Generate = Callable[[Sequence[str], int, int], list[Image.Image]]
 Judge = Callable[[Sequence[str], Sequence[Image.Image]], list[tuple[float, Hit | None]]]
+ToHit = Callable[[dict[str, Any], float], Hit]
 
-_BUDGET = 4  # times what is drawn at first
 _REASONS = {
-    "safety": "were dropped by safety",
-    "min_score": "agree with the prompt by less than min_score={min_score} (the best by {best_refused:.3f})",
-    "max_similarity": "are nearer to a catalog item than max_similarity={max_similarity}",
+    "safety": "safety rejected {count}",
+    "min_score": "{count} scored below min_score={min_score} (best: {best_rejected:.3f})",
+    "max_similarity": "{count} exceeded max_similarity={max_similarity}",
 }
 
 
-@dataclass(frozen=True)
-class Demands:
-    """How many pictures of each prompt are wanted, and of what kind.
+def generate(
+    snapshot: Serving,
+    prompt: Any,
+    options: GenerationOptions,
+    to_hit: ToHit,
+    *,
+    callback: Callable[[int, int], None] | None = None,
+    preview: Callable[[Preview], None] | None = None,
+) -> Generation:
+    """What `Catalog.generate` does.
 
-    Attributes:
-        n: how many.
-        best_of: of how many they are the best; None for n.
-        min_score: the least cosine with the prompt, -1 to 1.
-        max_similarity: the most cosine with any catalog item, -1 to 1.
-        budget: how many may be drawn for one prompt; None for four times what is drawn at first.
-        safety: is shown each picture, and returns it, another one in its place, or None to drop it.
-
-    Raises:
-        OptionError: one of them is out of its range.
+    Args:
+        snapshot: the model, and the store that candidates are compared with.
+        prompt: one text or several, none of them empty.
+        options: how images are generated and selected.
+        to_hit: makes a hit of a payload and a score.
+        callback, preview: called after each denoising step.
     """
+    # 1. Check the request and read its images
+    started, generator, prompts = time.perf_counter(), snapshot.generator, checked_prompts(prompt)
+    for each in prompts:
+        if not each.strip():
+            raise OptionError(f"prompt is {each!r}; give a text that is not empty")
+    resolved = generator.resolve(options)
+    like, like_sha256 = _read("like", resolved.like)
+    mask, mask_sha256 = _read("mask", resolved.mask)
+    resolved = replace(resolved, like=like, mask=mask)
 
-    n: int
-    best_of: int | None = None
-    min_score: float | None = None
-    max_similarity: float | None = None
-    budget: int | None = None
-    safety: Safety | None = None
+    # 2. Generate, judge and select
+    progress = _Progress(callback)
 
-    def __post_init__(self) -> None:
-        for name, least in (("n", 1), ("best_of", self.n), ("budget", self.first)):
-            value = getattr(self, name)
-            optional = name != "n" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise OptionError(f"{name} is {value!r}; give a whole number of at least {least}")
-        for name in ("min_score", "max_similarity"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and -1 <= value <= 1):
-                raise OptionError(f"{name} is {value!r}; it is a cosine: give a number from -1 to 1")
+    def generate_round(prompts: Sequence[str], offset: int, count: int) -> list[Image.Image]:
+        progress.start_round()
+        on_step = progress if callback is not None else None
+        return generator.run(prompts, resolved.round(offset, count), callback=on_step, preview=preview)
 
-    @property
-    def first(self) -> int:
-        """How many are drawn at first."""
-        return self.n if self.best_of is None else self.best_of
+    def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[tuple[float, Hit | None]]:
+        return _judge(snapshot, to_hit, prompts, images)
 
-    @property
-    def most(self) -> int:
-        """How many may be drawn."""
-        return _BUDGET * self.first if self.budget is None else self.budget
+    selections = select(prompts, generate_round, judge, resolved)
+
+    # 3. Record how each image was made
+    images = tuple(
+        Generated(
+            image=candidate.image,
+            score=candidate.score,
+            nearest=candidate.nearest,
+            prompt=selection.prompt,
+            negative_prompt=resolved.negative_prompt,
+            seed=resolved.seed + candidate.offset,
+            steps=resolved.steps,
+            guidance_scale=resolved.guidance_scale,
+            guidance_rescale=resolved.guidance_rescale,
+            sampler=resolved.sampler,
+            long_prompts=resolved.long_prompts,
+            bundle=snapshot.bundle.fingerprint,
+            like=like_sha256,
+            strength=resolved.strength,
+            mask=mask_sha256,
+            replaced=candidate.replaced,
+        )
+        for selection in selections
+        for candidate in selection.accepted
+    )
+    rejected = sum((selection.rejected for selection in selections), Counter[str]())
+    generated = sum(selection.generated for selection in selections)
+    return Generation(images, 1000 * (time.perf_counter() - started), generated, dict(rejected))
+
+
+class _Progress:
+    """Counts steps over all rounds of a call; each round adds its steps to the total."""
+
+    def __init__(self, callback: Callable[[int, int], None] | None) -> None:
+        self._callback = callback
+        self._before = self._total = 0
+
+    def start_round(self) -> None:
+        self._before = self._total
+
+    def __call__(self, done: int, total: int) -> None:
+        self._total = self._before + total
+        if self._callback is not None:
+            self._callback(self._before + done, self._total)
+
+
+def _read(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]:
+    """An image that a generation starts from, and its SHA-256. An error names the argument."""
+    if source is None:
+        return None, None
+    try:
+        picture = picture_of(source)
+        return picture.image, source.sha256 if isinstance(source, Hit) else picture.sha256
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
+def _judge(
+    snapshot: Serving, to_hit: ToHit, prompts: Sequence[str], images: Sequence[Image.Image]
+) -> list[tuple[float, Hit | None]]:
+    """For each image its cosine with its prompt, and the nearest catalog item."""
+    if not images:
+        return []
+    encoder = snapshot.encoder
+    judged: list[tuple[float, Hit | None]] = []
+    for prompt, embedding in zip(prompts, encoder.encode_images(images), strict=True):
+        found = snapshot.store.query(embedding, limit=1)
+        nearest = to_hit(found[0].payload, found[0].score) if found else None
+        judged.append((float(embedding @ encoder.encode_text(prompt)), nearest))
+    return judged
+
+
+# Selection
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture that was drawn: its seed is the call's plus `offset`; `replaced` if safety put another in its place."""
+    """A generated image. Its seed is the call's plus `offset`; `replaced` if safety returned another image for it."""
 
     image: Image.Image
     offset: int
@@ -91,85 +163,84 @@ class Candidate:
 
 @dataclass
 class Selection:
-    """What came of one prompt: the pictures that are kept, best first, and how many were refused for which reason."""
+    """The result for one prompt: the accepted candidates, best first, and how many were rejected for which reason."""
 
     prompt: str
-    kept: list[Candidate] = field(default_factory=list)
-    drawn: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    best_refused: float = -1.0
+    accepted: list[Candidate] = field(default_factory=list)
+    generated: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    best_rejected: float = -1.0
 
 
-def select(prompts: Sequence[str], draw: Draw, judge: Judge, demands: Demands) -> list[Selection]:
-    """Draw pictures of each prompt until there are enough that pass, or the budget is spent.
+def select(prompts: Sequence[str], generate: Generate, judge: Judge, options: GenerationOptions) -> list[Selection]:
+    """Generate candidates for each prompt until n are accepted, or the budget is spent.
 
     Args:
-        prompts: what to draw.
-        draw: (prompts, offset of the first seed, pictures of each) to pictures, those of the first prompt first.
-        judge: (prompt of each picture, pictures) to each one's cosine with its prompt and nearest catalog item.
-        demands: how many, and of what kind.
+        prompts: what to generate.
+        generate: (prompts, offset of the first seed, images for each) to images, those of the first prompt first.
+        judge: (prompt of each image, images) to the cosine of each with its prompt, and its nearest catalog item.
+        options: n, best_of, min_score, max_similarity, budget and safety.
 
     Returns:
-        A selection for each prompt. Where one has fewer pictures than are wanted, a warning says why.
+        A selection for each prompt. A warning says why one has fewer than n images.
     """
     selections = [Selection(prompt) for prompt in prompts]
-    count, offset = demands.first, 0
-    while short := [s for s in selections if len(s.kept) < demands.n]:
-        images = draw([s.prompt for s in short], offset, count)
-        _keep(short, images, offset, count, judge, demands)
+    count, offset = options.first_round, 0
+    while short := [selection for selection in selections if len(selection.accepted) < options.n]:
+        images = generate([selection.prompt for selection in short], offset, count)
+        _accept_or_reject(short, images, offset, count, judge, options)
         offset += count
-        missing = max(demands.n - len(s.kept) for s in short)
-        count = min(missing, demands.most - offset)
+        missing = max(options.n - len(selection.accepted) for selection in short)
+        count = min(missing, options.max_candidates - offset)
         if count <= 0:
             break
     for selection in selections:
-        selection.kept = sorted(selection.kept, key=lambda candidate: -candidate.score)[: demands.n]
-        if len(selection.kept) < demands.n:
-            warn(_shortage(selection, demands))
+        selection.accepted = sorted(selection.accepted, key=lambda candidate: -candidate.score)[: options.n]
+        if len(selection.accepted) < options.n:
+            warn(_shortage(selection, options))
     return selections
 
 
-def _keep(
+def _accept_or_reject(
     selections: Sequence[Selection],
     images: Sequence[Image.Image],
     offset: int,
     count: int,
     judge: Judge,
-    demands: Demands,
+    options: GenerationOptions,
 ) -> None:
-    """Show pictures to safety and to the judge, and put those that pass into their selections."""
+    """Pass the images of one round to safety and to the judge; add the accepted ones to their selections."""
     owners = [selection for selection in selections for _ in range(count)]
     offsets = [offset + k for _ in selections for k in range(count)]
-    shown = [image if demands.safety is None else _checked(demands.safety(image)) for image in images]
-    passed = [i for i, image in enumerate(shown) if image is not None]
-    judged = judge([owners[i].prompt for i in passed], [image for image in shown if image is not None])
-    for owner, image in zip(owners, shown, strict=True):
-        owner.drawn += 1
-        owner.refused["safety"] += image is None
-    for i, (score, nearest) in zip(passed, judged, strict=True):
-        owner, image = owners[i], shown[i]
-        assert image is not None
-        if demands.min_score is not None and score < demands.min_score:
-            owner.refused["min_score"] += 1
-            owner.best_refused = max(owner.best_refused, score)
-        elif demands.max_similarity is not None and nearest is not None and nearest.score > demands.max_similarity:
-            owner.refused["max_similarity"] += 1
+    safe = [image if options.safety is None else _checked(options.safety(image)) for image in images]
+    for owner, image in zip(owners, safe, strict=True):
+        owner.generated += 1
+        owner.rejected["safety"] += image is None
+    passed = [(i, image) for i, image in enumerate(safe) if image is not None]
+    judged = judge([owners[i].prompt for i, _ in passed], [image for _, image in passed])
+    for (i, image), (score, nearest) in zip(passed, judged, strict=True):
+        owner = owners[i]
+        if options.min_score is not None and score < options.min_score:
+            owner.rejected["min_score"] += 1
+            owner.best_rejected = max(owner.best_rejected, score)
+        elif options.max_similarity is not None and nearest is not None and nearest.score > options.max_similarity:
+            owner.rejected["max_similarity"] += 1
         else:
-            owner.kept.append(Candidate(image, offsets[i], score, nearest, replaced=image is not images[i]))
+            owner.accepted.append(Candidate(image, offsets[i], score, nearest, replaced=image is not images[i]))
 
 
-def _checked(shown: Any) -> Image.Image | None:
-    if shown is not None and not isinstance(shown, Image.Image):
-        raise OptionError(f"safety returned {shown!r:.60}; it must return the picture, another one, or None to drop it")
-    return None if shown is None else shown.convert("RGB") if shown.mode != "RGB" else shown
+def _checked(image: Any) -> Image.Image | None:
+    if image is not None and not isinstance(image, Image.Image):
+        raise OptionError(f"safety returned {image!r:.60}; it must return the image, another one, or None to reject it")
+    return None if image is None else image.convert("RGB") if image.mode != "RGB" else image
 
 
-def _shortage(selection: Selection, demands: Demands) -> str:
-    values = {**vars(demands), "best_refused": selection.best_refused}
-    reasons = [f"{times} {_REASONS[reason].format(**values)}" for reason, times in selection.refused.items() if times]
+def _shortage(selection: Selection, options: GenerationOptions) -> str:
+    values = {**vars(options), "best_rejected": selection.best_rejected}
+    reasons = [_REASONS[reason].format(count=count, **values) for reason, count in selection.rejected.items() if count]
     return (
-        f"{len(selection.kept)} of {demands.n} pictures of {selection.prompt!r:.80}: of {selection.drawn} drawn, "
-        f"{', '.join(reasons)}; raise budget=, or ask for less"
+        f"only {len(selection.accepted)} of {options.n} images of {selection.prompt!r:.80}: of "
+        f"{selection.generated} generated, {', '.join(reasons)}; raise budget=, or relax these limits"
     )
 
 
@@ -185,5 +256,5 @@ def draw_queries(generator: Generator, texts: Sequence[str], n: int) -> list[Ima
 
     In few steps: the bundle's own number, if that is less than six.
     """
-    steps = min(generator.settings().steps, _MOST_STEPS)
+    steps = min(generator.resolve(GenerationOptions()).steps, _MOST_STEPS)
     return generator.generate(texts, n=n, seed=_SEED, steps=steps)

@@ -17,11 +17,10 @@ from unidiff_sdk.inference.encoder import load_tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["LONG_PROMPTS", "Conditioner"]
+__all__ = ["Conditioner"]
 
 Float32 = NDArray[np.float32]
 
-LONG_PROMPTS = ("truncate", "chunk")
 _CACHED_PROMPTS = 256
 _MOST_CHUNKS = 8
 

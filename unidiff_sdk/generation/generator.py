@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,44 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk._internal.images import ImageSource, load_image
+from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk._internal.memory import available_memory, readable_size
-from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk._internal.weak_method import weakly
 from unidiff_sdk.errors import GenerationError, OptionError, UniDiffError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.schedule import Schedule
 
 from .batching import MAX_REQUESTS, Engine, Job, Kept, Step
-from .conditioning import LONG_PROMPTS, Conditioner
-from .img2img import default_strength, first_step, fitted, latent_mask, load_mask, put_back, to_samples
+from .conditioning import Conditioner
+from .img2img import first_step, fitted, latent_mask, load_mask, put_back, read_image, to_samples
 from .memory import picture_memory
+from .options import GenerationOptions, ResolvedOptions, checked_prompts, default_strength
 from .samplers import Table, make_table
 
-__all__ = ["MAX_SEED", "Generator", "Preview", "Settings"]
+__all__ = ["Generator", "Preview"]
 
 Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
-MAX_GUIDANCE_SCALE = 50.0
-MAX_SEED = 2**63 - 1  # what a payload holds
 # Latent positions in one UNet call: 8 guided pictures of 64 px, or one of 512 px. Larger calls are no faster on a CPU.
 _POSITIONS_A_CALL = 4096
 _CACHED_TABLES = 32
 # Bytes that any process finds: whether there is more is asked of the system, which takes a fifth of a millisecond.
 _SURELY_THERE = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a picture is made, with nothing left open."""
-
-    sampler: str
-    steps: int
-    guidance_scale: float
-    width: int
-    height: int
-    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,7 @@ class Generator:
             negative_prompt: what guidance leads away from.
             n: how many pictures of each prompt.
             seed: 0 or more.
-            steps: of the sampler; None for the bundle's default, as with the other settings.
+            steps: of the sampler; None for the bundle's default, as with the other options.
             guidance_scale: 0 to 50. 1 is no guidance, at half the work (Ho & Salimans 2022, arXiv:2207.12598).
             guidance_rescale: 0 to 1; takes back the contrast that high scales add (Lin et al. 2023, arXiv:2305.08891,
                 where 0.7 is recommended).
@@ -156,39 +142,61 @@ class Generator:
             GenerationError: `latents` does not fit, there is not the memory, or the result is not finite.
             BusyError: as many calls as are allowed are under way.
         """
-        # 1. Settle what the request leaves open, and refuse what cannot be
-        settings = self.settings(
+        options = GenerationOptions(
+            negative_prompt=negative_prompt,
+            n=n,
+            seed=seed,
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             sampler=sampler,
             width=width,
             height=height,
+            long_prompts=long_prompts,
+            like=like,
+            strength=strength,
+            mask=mask,
         )
-        prompts, n, seed = _checked_request(prompts, n, seed)
-        negative_prompt = checked_prompt("negative_prompt", negative_prompt)
-        if negative_prompt and settings.guidance_scale == 1:
-            raise OptionError("negative_prompt has no effect at guidance_scale 1; raise the scale, or leave it out")
-        if long_prompts not in LONG_PROMPTS:
-            raise OptionError(f"long_prompts is {long_prompts!r}; use one of {', '.join(LONG_PROMPTS)}")
+        return self.run(prompts, options, latents=latents, callback=callback, preview=preview)
+
+    def run(
+        self,
+        prompts: str | Sequence[str],
+        options: GenerationOptions,
+        *,
+        latents: Float32 | None = None,
+        callback: Progress | None = None,
+        preview: Callable[[Preview], None] | None = None,
+    ) -> list[Image.Image]:
+        """`generate`, with its settings as one object.
+
+        Raises:
+            OptionError: as `generate`; or the options ask for a selection, which `Catalog.generate` makes.
+            ImageError, GenerationError, BusyError: as `generate`.
+        """
+        # 1. Check the request against the bundle
+        if options.selects:
+            raise OptionError(
+                "best_of, min_score, max_similarity, budget and safety select images; use Catalog.generate for that"
+            )
+        prompts, options = checked_prompts(prompts), self.resolve(options)
         if not prompts:
             return []
-        # What is wrong with the graphs is said here, in the thread that asked; and their weights take memory first.
+        # Errors of the graphs are raised here, in the calling thread. Loading them also takes memory first.
         for graph in ("unet", "vae_decoder"):
             self.bundle.session(graph)
-        self._check_memory(settings, len(prompts) * n)
+        self._check_memory(options, len(prompts) * options.n)
 
-        # 2. From what it starts
-        original = self._original(like, mask, settings)
-        table, pure_noise = self._table(settings, original, strength)
-        streams = [_stream(seed + k) for _ in prompts for k in range(n)]
-        noise = self._noise(streams, settings) if latents is None else self._checked_noise(latents, streams, settings)
+        # 2. Prepare the start: an image, or noise
+        original = self._original(options)
+        table, pure_noise = self._table(options, original)
+        streams = [_stream(options.seed + k) for _ in prompts for k in range(options.n)]
+        noise = self._noise(streams, options) if latents is None else self._checked_noise(latents, streams, options)
 
-        # 3. Denoise, together with whatever else is under way
-        guided = settings.guidance_scale != 1
-        conditions = [self._condition(prompt, negative_prompt if guided else None, long_prompts) for prompt in prompts]
+        # 3. Denoise, in batches shared with the other requests
+        conditions = [self._condition(prompt, options) for prompt in prompts]
         jobs = [
-            self._job(conditions[i // n], settings, table, original, pure_noise, noise[i], stream)
+            self._job(conditions[i // options.n], options, table, original, pure_noise, noise[i], stream)
             for i, stream in enumerate(streams)
         ]
 
@@ -206,34 +214,28 @@ class Generator:
             images = [put_back(image, original.image, original.repaint) for image in images]
         return images
 
-    def settings(
-        self,
-        *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        sampler: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-    ) -> Settings:
-        """The settings that `generate` uses for these arguments: those given, else the bundle's defaults.
+    def resolve(self, options: GenerationOptions) -> ResolvedOptions:
+        """Fill in the bundle's defaults, and a random seed, for what `options` leaves open.
 
         Raises:
-            OptionError: an argument is out of its range.
+            OptionError: the bundle cannot generate with these options.
         """
-        default = self.bundle.manifest["sampler"]
-        sampler = default["name"] if sampler is None else sampler
-        steps = whole_number("steps", default["steps"] if steps is None else steps, at_least=1)
-        self._table_of(sampler, steps)  # knows the valid names and numbers of steps
-        guidance_scale = default["guidance_scale"] if guidance_scale is None else guidance_scale
-        return Settings(
-            sampler,
-            steps,
-            _number("guidance_scale", guidance_scale, MAX_GUIDANCE_SCALE),
-            self._checked_side("width", width),
-            self._checked_side("height", height),
-            _number("guidance_rescale", guidance_rescale, 1.0),
-        )
+        if isinstance(options, ResolvedOptions):
+            return options
+        defaults = {
+            "seed": secrets.randbelow(2**32),
+            "steps": self.bundle.manifest["sampler"]["steps"],
+            "guidance_scale": float(self.bundle.manifest["sampler"]["guidance_scale"]),
+            "sampler": self.bundle.manifest["sampler"]["name"],
+            "strength": None if options.like is None else default_strength(masked=options.mask is not None),
+        }
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        sides = {name: self._checked_side(name, getattr(options, name)) for name in ("width", "height")}
+        resolved = ResolvedOptions(**defaults | given | sides)
+        self._table_of(resolved.sampler, resolved.steps)  # raises for an unknown sampler and too many steps
+        if resolved.negative_prompt and not resolved.guided:
+            raise OptionError("negative_prompt has no effect at guidance_scale 1; raise the scale, or omit the prompt")
+        return resolved
 
     # What is asked for
 
@@ -251,30 +253,30 @@ class Generator:
             )
         return side
 
-    def _check_memory(self, settings: Settings, pictures: int) -> None:
+    def _check_memory(self, options: ResolvedOptions, pictures: int) -> None:
         if self.bundle.device != "cpu":
             return
-        _, height, width = self._latent_shape(settings)
-        rows = 1 if settings.guidance_scale == 1 else 2
+        _, height, width = self._latent_shape(options)
+        rows = 2 if options.guided else 1
         together = min(pictures, max(1, self._positions // (rows * height * width)))
         needed = together * picture_memory(self._unet_config, self._decoder_config, width, height, rows)
         available = available_memory() if needed > _SURELY_THERE else None
         if available is not None and needed > available:
             raise GenerationError(
-                f"{_counted(together)} of {settings.width} x {settings.height} pixels would take about "
+                f"{_counted(together)} of {options.width} x {options.height} pixels would take about "
                 f"{readable_size(needed)} of memory, and {readable_size(available)} are left; make it smaller"
             )
 
-    def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
+    def _latent_shape(self, options: ResolvedOptions) -> tuple[int, int, int]:
         scale = self._latent["scale_factor"]
-        return self._latent["channels"], settings.height // scale, settings.width // scale
+        return self._latent["channels"], options.height // scale, options.width // scale
 
-    def _noise(self, streams: list[np.random.Generator], settings: Settings) -> Float32:
-        shape = self._latent_shape(settings)
+    def _noise(self, streams: list[np.random.Generator], options: ResolvedOptions) -> Float32:
+        shape = self._latent_shape(options)
         return np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
 
-    def _checked_noise(self, latents: Any, streams: list[np.random.Generator], settings: Settings) -> Float32:
-        expected = (len(streams), *self._latent_shape(settings))
+    def _checked_noise(self, latents: Any, streams: list[np.random.Generator], options: ResolvedOptions) -> Float32:
+        expected = (len(streams), *self._latent_shape(options))
         noise: Float32 = np.asarray(latents, np.float32)
         if noise.shape != expected:
             raise GenerationError(f"latents have the shape {list(noise.shape)}; this call needs {list(expected)}")
@@ -282,41 +284,35 @@ class Generator:
             raise GenerationError("latents hold values that are not finite")
         return noise
 
-    def _original(self, like: Any, mask: Any, settings: Settings) -> _Original | None:
-        if like is None:
-            if mask is not None:
-                raise OptionError("a mask says what to repaint of a picture: give that picture as like=")
+    def _original(self, options: ResolvedOptions) -> _Original | None:
+        if options.like is None:
             return None
-        width, height, fit = settings.width, settings.height, self.bundle.image_fit
-        image = fitted(load_image(like), width, height, fit)
-        repaint = None if mask is None else load_mask(mask, width, height, fit)
+        width, height, fit = options.width, options.height, self.bundle.image_fit
+        image = fitted(read_image(options.like), width, height, fit)
+        repaint = None if options.mask is None else load_mask(options.mask, width, height, fit)
         return _Original(image, self._encode(image), repaint)
 
-    def _table(self, settings: Settings, original: _Original | None, strength: float | None) -> tuple[Table, bool]:
-        """The steps to take, and whether they start from noise alone."""
-        table = self._table_of(settings.sampler, settings.steps)
-        if original is None:
-            if strength is not None:
-                raise OptionError("strength says how much of a picture may change: give that picture as like=")
+    def _table(self, options: ResolvedOptions, original: _Original | None) -> tuple[Table, bool]:
+        """The steps to run, and whether they start from noise alone."""
+        table = self._table_of(options.sampler, options.steps)
+        if original is None or options.strength is None:
             return table, True
-        inpainting = original.repaint is not None
-        strength = default_strength(inpainting) if strength is None else strength
-        step = first_step(strength, settings.steps)
-        return (table.starting_at(step) if step else table), inpainting and strength == 1
+        step = first_step(options.strength, options.steps)
+        return (table.starting_at(step) if step else table), original.repaint is not None and options.strength == 1
 
     def _make_table(self, sampler: str, steps: int) -> Table:
         return make_table(sampler, self._schedule, steps)
 
-    def _condition(self, prompt: str, negative_prompt: str | None, long_prompts: str) -> tuple[Float32, Float32 | None]:
-        """The token states with the prompt and, for guidance, without."""
-        if negative_prompt is None:
-            return self._conditioner.states(prompt, long_prompts), None
-        return self._conditioner.pair(prompt, negative_prompt, long_prompts)
+    def _condition(self, prompt: str, options: ResolvedOptions) -> tuple[Float32, Float32 | None]:
+        """The token states of the prompt and, for guidance, of the negative prompt."""
+        if not options.guided:
+            return self._conditioner.states(prompt, options.long_prompts), None
+        return self._conditioner.pair(prompt, options.negative_prompt, options.long_prompts)
 
     def _job(
         self,
         condition: tuple[Float32, Float32 | None],
-        settings: Settings,
+        options: ResolvedOptions,
         table: Table,
         original: _Original | None,
         pure_noise: bool,
@@ -329,7 +325,7 @@ class Generator:
             x = x if pure_noise else of_clean * original.latents + of_noise * noise
             if original.repaint is not None:
                 kept = Kept(original.latents, noise, latent_mask(original.repaint, self._latent["scale_factor"]))
-        return Job(table, x, *condition, settings.guidance_scale, settings.guidance_rescale, stream, kept)
+        return Job(table, x, *condition, options.guidance_scale, options.guidance_rescale, stream, kept)
 
     # The graphs
 
@@ -400,43 +396,5 @@ def _stream(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
 
 
-def _checked_request(prompts: Any, n: Any, seed: Any) -> tuple[list[str], int, int]:
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise OptionError(f"prompts must be a string or a list of strings, not {prompts!r}")
-    prompts = list(map(checked_text, prompts))
-    n = whole_number("n", n, at_least=1)
-    seed = whole_number("seed", seed, at_least=0)
-    if seed + n - 1 > MAX_SEED:
-        raise OptionError(f"seed is {seed}, and {n} pictures count on from it; give less than 2**63")
-    return prompts, n, seed
-
-
-def checked_prompt(name: str, prompt: Any) -> str:
-    """A text, or None for none, as diffusers has it. Raises OptionError for anything else."""
-    if prompt is None:
-        return ""
-    if not isinstance(prompt, str):
-        raise OptionError(f"{name}={prompt!r:.60}: it must be words")
-    return checked_text(prompt)
-
-
 def _counted(pictures: int) -> str:
     return "a picture" if pictures == 1 else f"{pictures} pictures at once"
-
-
-def whole_number(name: str, value: Any, *, at_least: int) -> int:
-    """`value` as an int. Raises OptionError where it is none, or too small."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = at_least - 1
-    if number < at_least:
-        raise OptionError(f"{name} is {value!r}; give a whole number of at least {at_least}")
-    return number
-
-
-def _number(name: str, value: Any, at_most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= at_most:
-        raise OptionError(f"{name} is {value!r}; give a number from 0 to {at_most:g}")
-    return float(value)

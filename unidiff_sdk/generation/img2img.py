@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from unidiff_sdk._internal.images import Fit, load_image
+from unidiff_sdk._internal.images import Fit, HasImage, ImageSource, load_image
 from unidiff_sdk.errors import ImageError, OptionError
 
-__all__ = ["default_strength", "first_step", "fitted", "latent_mask", "load_mask", "put_back", "to_samples"]
+from .options import LoadsImage
+
+__all__ = ["first_step", "fitted", "latent_mask", "load_mask", "put_back", "read_image", "to_samples"]
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
@@ -25,24 +27,24 @@ Bool = NDArray[np.bool_]
 _HALF = 128  # of 255: brighter is repainted
 
 
-def default_strength(masked: bool) -> float:
-    """How far a picture is taken back to noise if nobody says: all the way where only a part is repainted."""
-    return 1.0 if masked else 0.7
+def read_image(source: ImageSource | HasImage | LoadsImage) -> Image.Image:
+    """The RGB image of a file, of bytes, of pixels, or of an object that carries one. Raises ImageError."""
+    if isinstance(source, LoadsImage):
+        return source.load_image()
+    return load_image(source.image if isinstance(source, HasImage) else source)
 
 
-def first_step(strength: Any, steps: int) -> int:
-    """How many of `steps` are left out at the noisy end, so that `strength`, 0 to 1, of them are taken.
+def first_step(strength: float, steps: int) -> int:
+    """Index of the first step to run, so that the share `strength` of `steps` is left.
 
     Raises:
-        OptionError: the strength is out of range, or leaves no step to take.
+        OptionError: no step is left.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-        raise OptionError(f"strength is {strength!r}; give a number above 0, which changes nothing, up to 1")
-    taken = int(steps * strength)
-    if taken == 0:
+    left = int(steps * strength)
+    if left == 0:
         least = math.ceil(1000 / steps) / 1000
-        raise OptionError(f"strength is {strength!r}, which leaves no step of {steps}; give at least {least:g}")
-    return steps - taken
+        raise OptionError(f"strength is {strength!r}, which leaves none of {steps} steps; give at least {least:g}")
+    return steps - left
 
 
 def fitted(image: Image.Image, width: int, height: int, fit: Fit = "crop", around: str = "white") -> Image.Image:
@@ -69,7 +71,7 @@ def load_mask(mask: Any, width: int, height: int, fit: Fit = "crop") -> Bool:
         OptionError: it is dark everywhere.
     """
     try:
-        grey = fitted(load_image(mask).convert("L"), width, height, fit, "black")
+        grey = fitted(read_image(mask).convert("L"), width, height, fit, "black")
     except ImageError as error:
         raise ImageError(f"the mask cannot be used: {error}") from error
     repaint: Bool = np.asarray(grey) >= _HALF
