@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unidiff_sdk.cli.terminal import drawn, protocol
+from unidiff_sdk.cli.terminal import graphics_protocol, render_image
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from unidiff_sdk.cli.terminal import drawn, protocol
     ],
 )
 def test_protocol(environ: dict[str, str], how: str) -> None:
-    assert protocol(environ) == how
+    assert graphics_protocol(environ) == how
 
 
 def picture() -> Image.Image:
@@ -36,7 +36,7 @@ def picture() -> Image.Image:
 
 
 def test_kitty() -> None:
-    parts = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", drawn(picture(), "kitty", rows=5))
+    parts = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", render_image(picture(), "kitty", rows=5))
     assert len(parts) > 2 and all(len(data) <= 4096 for _, data in parts)
     assert parts[0][0] == "a=T,f=100,r=5,m=1" and parts[-1][0] == "m=0"
     assert {keys for keys, _ in parts[1:-1]} == {"m=1"}
@@ -46,7 +46,7 @@ def test_kitty() -> None:
 
 def test_iterm() -> None:
     found = re.fullmatch(
-        r"\x1b]1337;File=inline=1;height=5;preserveAspectRatio=1:(.*)\x07", drawn(picture(), "iterm", 5)
+        r"\x1b]1337;File=inline=1;height=5;preserveAspectRatio=1:(.*)\x07", render_image(picture(), "iterm", 5)
     )
     assert found
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1])))), np.asarray(picture()))
@@ -55,8 +55,8 @@ def test_iterm() -> None:
 def test_half_blocks() -> None:
     image = Image.new("RGB", (4, 4), "red")
     image.paste("blue", (0, 2, 4, 4))
-    lines = drawn(image, "", rows=1).split("\n")
+    lines = render_image(image, "", rows=1).split("\n")
     cells = re.findall(r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m▀", lines[0])
     assert len(lines) == 1 and len(cells) == 2 and lines[0].endswith("\x1b[0m")
     assert all(int(cell[0]) > 200 and int(cell[5]) > 200 for cell in cells)  # red above blue
-    assert len(drawn(Image.new("RGB", (100, 1)), "", rows=3).split("\n")) == 3
+    assert len(render_image(Image.new("RGB", (100, 1)), "", rows=3).split("\n")) == 3

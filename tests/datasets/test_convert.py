@@ -15,7 +15,7 @@ from PIL import Image
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.datasets import convert as module
 from unidiff_sdk.datasets.convert import SHARES, convert, deepfashion_multimodal, m5product, split_of
-from unidiff_sdk.datasets.reader import BadRow, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, read_catalog
 from unidiff_sdk.errors import DataError
 
 NAME = "{}-{}-id_{:08d}-{:02d}_{}.jpg"
@@ -148,7 +148,7 @@ def test_labels_are_optional_but_not_to_be_guessed(deepfashion: Path, tmp_path: 
     for file in deepfashion.rglob("*_ann*.txt"):
         file.unlink()
     pair = next(deepfashion_multimodal(deepfashion, "men"))
-    assert not isinstance(pair, BadRow)
+    assert not isinstance(pair, InvalidRow)
     assert set(pair.columns) == {"gender", "category", "garment", "colour", "view"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from unidiff_sdk.datasets.reader import BadRow, count_rows, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, count_rows, read_catalog
 from unidiff_sdk.errors import DataError
 
 ROWS = [
@@ -97,7 +97,7 @@ def test_bad_rows(folder: Path, tmp_path: Path, row: Any, reason: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     write_jsonl(folder, [ROWS[0], row, ROWS[1]])
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     good = list(read_catalog(folder, on_error=bad.append))
     assert [r.line for r in good] == [1, 3]
     assert [b.line for b in bad] == [2]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unidiff_sdk import Catalog
-from unidiff_sdk.datasets.reader import BadRow, count_rows, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, count_rows, read_catalog
 from unidiff_sdk.datasets.shards import Member, read_shards
 from unidiff_sdk.errors import DataError
 
@@ -81,7 +81,7 @@ def test_a_table_goes_before_shards(tmp_path: Path) -> None:
 )
 def test_broken_samples(tmp_path: Path, members: dict[str, bytes | str], reason: str) -> None:
     write_shard(tmp_path / "s.tar", {"0.png": picture(), "0.txt": "first", **members, "z.png": picture(), "z.txt": "z"})
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     assert [row.text for row in read_catalog(tmp_path, on_error=bad.append)] == ["first", "z"]
     assert [(row.line, row.file_name) for row in bad] == [(2, "s.tar/a")] and reason in bad[0].reason
     with pytest.raises(DataError, match=r"line 2 \(s\.tar/a\)"):
@@ -109,7 +109,7 @@ def test_a_shard_that_is_cut_short_gives_what_came_before(tmp_path: Path) -> Non
     assert second is not None
     (tmp_path / "s.tar").write_bytes(whole[: second.offset + 10])
     write_shard(tmp_path / "t.tar", {"0003.png": picture(), "0003.txt": "a green mug"})
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     texts = [row.text for row in read_catalog(tmp_path, on_error=bad.append)]
     assert texts == ["a red dress", "a green mug"], "the next shard is read all the same"
     assert any("the shard is damaged" in row.reason for row in bad)
@@ -122,7 +122,7 @@ def test_a_shard_with_rubbish_in_the_middle_does_not_end_silently(tmp_path: Path
     assert place is not None
     content[place.offset - tarfile.BLOCKSIZE : place.offset] = b"\x7f" * tarfile.BLOCKSIZE
     shard.write_bytes(content)
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     assert len(list(read_catalog(tmp_path, on_error=bad.append))) == 1
     assert "no header at byte" in bad[-1].reason
 

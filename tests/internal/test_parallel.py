@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from unidiff_sdk._internal.parallel import batched, overlapped
+from unidiff_sdk._internal.parallel import batched, buffered_map
 
 
 def test_results_are_in_order_and_few_are_under_way() -> None:
@@ -22,7 +22,7 @@ def test_results_are_in_order_and_few_are_under_way() -> None:
         time.sleep(0.002 * (n % 3))
         return n * n
 
-    for result in overlapped(work, source(), workers=3):
+    for result in buffered_map(work, source(), workers=3):
         taken.append(result)
     assert taken == [n * n for n in range(40)]
     assert max(ahead) <= 4
@@ -31,7 +31,7 @@ def test_results_are_in_order_and_few_are_under_way() -> None:
 def test_work_overlaps() -> None:
     """Three pieces that wait for one another can only end if they run at the same time."""
     barrier = threading.Barrier(3, timeout=5)
-    assert len(list(overlapped(lambda _: barrier.wait(), range(3), workers=3))) == 3
+    assert len(list(buffered_map(lambda _: barrier.wait(), range(3), workers=3))) == 3
 
 
 def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
@@ -43,7 +43,7 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
             raise ValueError("two")
         return n
 
-    results = overlapped(work, range(1000), workers=2)
+    results = buffered_map(work, range(1000), workers=2)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="two"):
         next(results)
@@ -57,7 +57,7 @@ def test_an_error_of_the_source_comes_after_what_was_before_it() -> None:
 
     taken = []
     with pytest.raises(ValueError, match="dry"):
-        for result in overlapped(lambda n: n, source(), workers=1):
+        for result in buffered_map(lambda n: n, source(), workers=1):
             taken.append(result)
     assert taken == [0, 1]
 

@@ -10,8 +10,8 @@ from PIL import Image
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, OptionError, StoreError
-from unidiff_sdk.store import Nearest, Record
-from unidiff_sdk.store.edge import quantization as storage
+from unidiff_sdk.store import Record, VectorQuery
+from unidiff_sdk.store.edge.page_cache import warm_page_cache
 from unidiff_sdk.store.edge.store import EdgeStore
 from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import key_of
@@ -34,7 +34,7 @@ def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
         )
     assert not list(tmp_path.rglob("quantized*.data"))
     store.optimize()
-    assert store.unindexed() == 0
+    assert store.unindexed_count() == 0
     (compressed,) = tmp_path.rglob("quantized.data")
     assert compressed.stat().st_size < vectors.nbytes / 3
     store.close()
@@ -50,7 +50,7 @@ def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
             np.testing.assert_allclose([one.score for one in found], scores[rows], atol=1e-6)
             right += len(set(rows) & set(passing[np.argsort(-scores[passing])[:10]]))
     assert right > 0.9 * 2 * 10 * len(queries)
-    (hybrid,) = store.query_batch([Nearest(queries[0], 5, words="word700", bm25=0.9)])
+    (hybrid,) = store.query_batch([VectorQuery(queries[0], 5, text="word700", bm25_weight=0.9)])
     assert hybrid[0].payload["n"] == 700
     store.close()
 
@@ -66,7 +66,7 @@ def test_few_that_pass_a_filter_are_found(tmp_path: Path, monkeypatch: pytest.Mo
     for start in range(0, many, 1000):
         store.upsert([Record(key_of(k), vectors[k], {"n": k, "tenth": k % 10}) for k in range(start, start + 1000)])
     store.optimize()
-    assert store.unindexed() == 0
+    assert store.unindexed_count() == 0
     passing, right = np.arange(3, many, 10), 0
     for query in vectors[::700]:
         found = [one.payload["n"] for one in store.query(query, limit=10, where=parse({"tenth": 3}))]
@@ -103,16 +103,15 @@ def test_it_is_chosen_once_and_by_name(tmp_path: Path) -> None:
     ("quantization", "room", "is_read"), [(None, 10**9, True), (None, 10**5, False), ("scalar", 10**9, False)]
 )
 def test_what_a_search_reads_is_brought_into_memory_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, room: int, is_read: bool
+    tmp_path: Path, quantization: str | None, room: int, is_read: bool
 ) -> None:
     """All of it, by reading it; but not what is to stay on disk, nor more than there is room for."""
     vectors = np.eye(256, dtype=np.float32)
     store = EdgeStore(tmp_path / "vectors", 256, quantization)
     store.upsert([Record(key_of(k), vector, {"n": k}) for k, vector in enumerate(vectors)])
     store.close()
-    monkeypatch.setattr(storage, "available_memory", lambda: room)
     before = bytes_read()
-    storage.warm(tmp_path / "vectors" / "0")
+    warm_page_cache(tmp_path / "vectors" / "0", available=room)
     assert (bytes_read() - before > vectors.nbytes) == is_read
 
 

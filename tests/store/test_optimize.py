@@ -37,7 +37,7 @@ def numbers(store: EdgeStore) -> set[int]:
 def test_what_is_written_meanwhile_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = EdgeStore(tmp_path / "vectors", DIM)
     store.upsert([record(n, n=n) for n in range(300)])
-    build = unidiff_sdk.store.edge.store.optimize_apart
+    build = unidiff_sdk.store.edge.store.optimize_in_subprocess
 
     def build_while_others_write(copy: Path) -> None:
         store.upsert([record(n, n=n) for n in range(300, 500)])  # new ones
@@ -48,7 +48,7 @@ def test_what_is_written_meanwhile_is_there_afterwards(tmp_path: Path, monkeypat
         assert store.query(record(450).vector, limit=1)[0].id == record(450).id
         build(copy)
 
-    monkeypatch.setattr(unidiff_sdk.store.edge.store, "optimize_apart", build_while_others_write)
+    monkeypatch.setattr(unidiff_sdk.store.edge.store, "optimize_in_subprocess", build_while_others_write)
     store.optimize()
     expected = {50, *range(100, 500), 9000} - {150}
     for again in (False, True):
@@ -98,12 +98,12 @@ def test_searches_and_an_event_loop_go_on_and_are_right(tmp_path: Path) -> None:
     for store in stores:
         for start in range(0, MANY, 500):
             store.upsert(records[start : start + 500])
-        assert store.unindexed() == MANY
+        assert store.unindexed_count() == MANY
     apart, in_a_thread = stores
     of_the_loop, _ = longest_wait(in_a_thread, in_a_thread._shard.optimize, records[77])
     assert max(longest_wait(apart, apart.optimize, records[77])) < of_the_loop / 4
     for store in stores:
-        assert store.unindexed() == 0
+        assert store.unindexed_count() == 0
         assert store.query(records[77].vector, limit=1)[0].id == records[77].id
         store.close()
 
@@ -135,7 +135,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import shutil
 import unidiff_sdk.store.edge.store as module
-from unidiff_sdk.store.generations import Generations
+from unidiff_sdk.store.edge.shard_versions import ShardVersions
 from support.backends import record
 
 def dies(*_, **__):
@@ -154,15 +154,15 @@ def writes_then(call):
 store = module.EdgeStore(Path(sys.argv[1]), 8)
 store.upsert([record(n, n=n) for n in range(100)])
 stage = sys.argv[3]
-module.optimize_apart = writes_then(module.optimize_apart)
+module.optimize_in_subprocess = writes_then(module.optimize_in_subprocess)
 if stage == "copying":
     shutil.copytree = lambda source, copy, **options: (os.makedirs(copy), dies())
 elif stage == "building":
-    module.optimize_apart = writes_then(dies)
+    module.optimize_in_subprocess = writes_then(dies)
 elif stage == "before the swap":
-    Generations.switch = dies
+    ShardVersions.switch = dies
 elif stage == "after the swap":
-    Generations.switch = then_dies(Generations.switch)
+    ShardVersions.switch = then_dies(ShardVersions.switch)
 elif stage == "later":
     module.EdgeStore.close = dies
 store.optimize()
@@ -203,7 +203,7 @@ def test_the_builder_ends_with_its_parent(tmp_path: Path) -> None:
     """Killed with -9, the parent cannot end it; the kernel does, though the engine holds the child's global lock."""
     script = (
         "import subprocess, sys, time, os\n"
-        "child = 'import os, sys, time; from unidiff_sdk.store import optimizer; import qdrant_edge\\n'\\\n"
+        "child = 'import os, sys, time; from unidiff_sdk.store.edge import optimizer; import qdrant_edge\\n'\\\n"
         "    'class Slow:\\n  def load(p): print(os.getpid(), flush=True); time.sleep(60)\\n'\\\n"
         "    'qdrant_edge.EdgeShard = Slow; optimizer._main(\"x\", %d)' % os.getpid()\n"
         "p = subprocess.Popen([sys.executable, '-c', child], stdout=subprocess.PIPE, text=True)\n"

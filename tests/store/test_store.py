@@ -15,7 +15,7 @@ import pytest
 from support.backends import BACKENDS, DIM, edge, record
 
 from unidiff_sdk.errors import StoreError
-from unidiff_sdk.store import Nearest, Record, Store
+from unidiff_sdk.store import Record, Store, VectorQuery
 from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.indexes import PayloadIndexes
 
@@ -72,10 +72,10 @@ def test_a_batch_answers_like_one_by_one(store: Store) -> None:
     records = [record(n, even=n % 2 == 0) for n in range(50)]
     store.upsert(records)
     searches = [
-        Nearest(record(100).vector, 5),
-        Nearest(record(101).vector, 3, offset=2, where=parse({"even": True})),
-        Nearest(record(102).vector, 50, exclude=(records[3].id, records[4].id)),
-        Nearest(record(103).vector, 50, min_score=0.3),
+        VectorQuery(record(100).vector, 5),
+        VectorQuery(record(101).vector, 3, offset=2, where=parse({"even": True})),
+        VectorQuery(record(102).vector, 50, exclude=(records[3].id, records[4].id)),
+        VectorQuery(record(103).vector, 50, min_score=0.3),
     ]
     plain, filtered, without, close = store.query_batch(searches)
     assert plain == store.query(searches[0].vector, limit=5)
@@ -83,7 +83,7 @@ def test_a_batch_answers_like_one_by_one(store: Store) -> None:
     assert {r.id for r in records} - {f.id for f in without} == {records[3].id, records[4].id}
     scores = np.array([r.vector for r in records]) @ searches[3].vector
     assert {f.id for f in close} == {r.id for r, score in zip(records, scores, strict=True) if score >= 0.3}
-    (found,) = store.query_batch([Nearest(records[7].vector, 1, with_vectors=True)])[0]
+    (found,) = store.query_batch([VectorQuery(records[7].vector, 1, with_vectors=True)])[0]
     assert found.vector is not None and plain[0].vector is None
     np.testing.assert_allclose(found.vector, records[7].vector, atol=1e-7)
 
@@ -122,10 +122,10 @@ def test_hybrid_is_reciprocal_rank_fusion_of_cosine_and_bm25(store: Store, share
         for n in by_cosine
     }
     ids = [*(r.id for r in records), record(50).id]
-    (found,) = store.query_batch([Nearest(query, 10, words="RED größe", bm25=share)])
+    (found,) = store.query_batch([VectorQuery(query, 10, text="RED größe", bm25_weight=share)])
     assert {f.id: pytest.approx(f.score, abs=1e-6) for f in found} == {ids[n]: s for n, s in expected.items()}
     assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
-    (found,) = store.query_batch([Nearest(query, 10, words="red", where=parse({"text": {"contains": "dress"}}))])
+    (found,) = store.query_batch([VectorQuery(query, 10, text="red", where=parse({"text": {"contains": "dress"}}))])
     assert {f.id for f in found} == {ids[0], ids[3], ids[5]}
 
 
@@ -133,9 +133,9 @@ def test_ordered(store: Store) -> None:
     records = [record(n, price=n / 2, day=f"2024-05-{10 + n}", even=n % 2 == 0) for n in range(6)]
     store.upsert([*records, record(9)])
     for column, kind in (("price", "float"), ("day", "datetime")):
-        down = store.ordered(column, kind, descending=True, limit=10, offset=0)
+        down = store.order_by(column, kind, descending=True, limit=10, offset=0)
         assert [r.id for r in down] == [r.id for r in reversed(records)]
-        up = store.ordered(column, kind, descending=False, limit=2, offset=1, where=parse({"even": True}))
+        up = store.order_by(column, kind, descending=False, limit=2, offset=1, where=parse({"even": True}))
         assert [r.id for r in up] == [records[2].id, records[4].id]
         np.testing.assert_allclose(up[0].vector, records[2].vector, atol=1e-7)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Seen"]
+__all__ = ["CompactSet"]
 
 
-class Seen:
+class CompactSet:
     """A set that only grows, of byte strings of 16 bytes: UUIDs, or the beginnings of hashes."""
 
     def __init__(self) -> None:

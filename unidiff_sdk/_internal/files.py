@@ -10,11 +10,11 @@ from pathlib import Path
 
 from unidiff_sdk.errors import StoreError
 
-__all__ = ["whole_file", "write_atomically"]
+__all__ = ["atomic_file", "write_atomically"]
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A new file beside `path` to write to, which takes its place when the block ends well and else is gone.
 
     Raises:
@@ -40,7 +40,7 @@ def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
 
     durably: also after a power cut, which takes the disk's time: for what all else hangs on.
     """
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         if durably:
             file.flush()

@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-__all__ = ["batched", "overlapped"]
+__all__ = ["batched", "buffered_map"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def overlapped(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
+def buffered_map(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
     """`map` over threads: results in order, at most `workers` + 1 of them under way or waiting to be taken.
 
     So memory is bounded whatever the number of items, and what takes the results works at the same time. An exception,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unidiff_sdk.errors import OptionError
 
-__all__ = ["brief", "checked_text", "printable"]
+__all__ = ["checked_text", "shorten", "terminal_safe"]
 
 
 def checked_text(text: str) -> str:
@@ -18,12 +18,12 @@ def checked_text(text: str) -> str:
     return text
 
 
-def printable(value: object) -> str:
+def terminal_safe(value: object) -> str:
     """Without what a terminal would obey: a catalog's words come from anywhere."""
     return "".join(letter if letter.isprintable() else " " for letter in str(value))
 
 
-def brief(value: object, length: int = 120) -> str:
-    """What fits into a line of a list, printable; nothing for None."""
-    text = "" if value is None else printable(value)
+def shorten(value: object, length: int = 120) -> str:
+    """What fits into a line of a list, terminal_safe; nothing for None."""
+    text = "" if value is None else terminal_safe(value)
     return text if len(text) <= length else text[: length - 1] + "…"

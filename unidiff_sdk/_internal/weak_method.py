@@ -6,13 +6,13 @@ import weakref
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-__all__ = ["weakly"]
+__all__ = ["weak_method"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def weakly(method: Callable[P, T]) -> Callable[P, T]:
+def weak_method(method: Callable[P, T]) -> Callable[P, T]:
     """A bound method that does not hold its object, for an attribute of that object to hold.
 
     Otherwise the two make a cycle, and what the object holds, such as graphs, stays in memory until the collector comes

@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from unidiff_sdk._internal.files import whole_file
+from unidiff_sdk._internal.files import atomic_file
 from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet
 from unidiff_sdk.errors import BundleError, DataError, ImageError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Clause
-from unidiff_sdk.store.images import ImageStore, Picture
+from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import SYSTEM
 
 __all__ = ["Archive", "ArchivedItem", "write_archive"]
@@ -55,11 +55,11 @@ class ArchivedItem:
     sha256: str
     source: str | None
 
-    def picture(self) -> Picture:
+    def picture(self) -> ItemImage:
         """The picture, which is certainly the one that was archived. Raises ImageError."""
-        picture = Picture(self.image)
+        picture = ItemImage(self.image)
         if picture.sha256 != self.sha256:  # the hash of an array or a PIL image is that of its pixels
-            picture = Picture(picture.image)
+            picture = ItemImage(picture.decoded)
         if picture.sha256 != self.sha256:
             raise ImageError(f"the picture of {self.id!r} is not the one that was exported: its hash differs")
         return picture
@@ -96,7 +96,7 @@ def write_archive(
     )
     count = 0
     with (
-        whole_file(path) as temporary,
+        atomic_file(path) as temporary,
         parquet.ParquetWriter(
             temporary, schema, compression="zstd", use_dictionary=False, write_statistics=False
         ) as writer,

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy.typing as npt
 from PIL import Image
 
-from unidiff_sdk._internal.compact_set import Seen
+from unidiff_sdk._internal.compact_set import CompactSet
 from unidiff_sdk._internal.images import ImageSource
-from unidiff_sdk._internal.parallel import overlapped
+from unidiff_sdk._internal.parallel import buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.datasets.reader import TABLES, BadRow, count_rows, read_catalog
+from unidiff_sdk.datasets.reader import TABLES, InvalidRow, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, OptionError, StoreError
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.bundle import Bundle
@@ -289,9 +289,9 @@ class Catalog:
     ) -> AddReport:
         started = time.perf_counter()
         source = self._images.reference(Path(path))
-        failed: list[BadRow] = []
+        failed: list[InvalidRow] = []
         added = skipped = removed = 0
-        seen = Seen()
+        seen = CompactSet()
         rows = read_catalog(path, images=images, strict=strict, on_error=failed.append)
         total = count_rows(path) if progress else 0
 
@@ -306,13 +306,13 @@ class Catalog:
                 advance(added + skipped + len(failed), total)
 
         # 2. What has left.
-        if prune and (lost := next((bad for bad in failed if bad.hides_others), None)):
+        if prune and (lost := next((bad for bad in failed if bad.hides_later_rows), None)):
             raise DataError(f"{source}: {lost.reason}, so nothing was pruned; what could be read is stored")
         if prune:
             removed = self._writer.prune(source, seen)
 
         # 3. The index, if searches would be slow without.
-        if self._store.unindexed() >= OPTIMIZE_FROM:
+        if self._store.unindexed_count() >= OPTIMIZE_FROM:
             self.optimize()
         failed.sort(key=lambda bad: bad.line)
         report = AddReport(added, skipped, tuple(failed), time.perf_counter() - started, removed)
@@ -469,7 +469,7 @@ class Catalog:
             if kind is None or self._holds_lists(column):
                 raise OptionError(f"order_by={order_by!r}: only a column of single numbers or dates has an order")
             found = iter(
-                serving.store.ordered(
+                serving.store.order_by(
                     column_path(column),
                     kind,
                     descending=order_by.startswith("-"),
@@ -751,7 +751,7 @@ class Catalog:
                 for more in reencoder.all():
                     done += more
                     advance(done, total)
-            if store.unindexed() >= OPTIMIZE_FROM:
+            if store.unindexed_count() >= OPTIMIZE_FROM:
                 store.optimize()
 
             # 2. What was written meanwhile: most of it while writing goes on, the rest with the swap.
@@ -869,18 +869,18 @@ class Catalog:
                 item = item_of(archived.picture(), archived.text, archived.id, archived.payload)
                 self._images.add(item.picture)
                 source = None if archived.source is None else self._images.reference(Path(archived.source))
-                pixels = serving.encoder.pixels(item.picture.image) if reencode else None
+                pixels = serving.encoder.pixels(item.picture.decoded) if reencode else None
                 items.append(replace(item, source=source, pixels=pixels, vector=None if reencode else archived.vector))
                 item.picture.release()
             return Prepared(serving, [], items, [], [])
 
         done = 0
-        batches = overlapped(read, archive.batches(BATCH_SIZE), workers=os.cpu_count() or 1)
+        batches = buffered_map(read, archive.batches(BATCH_SIZE), workers=os.cpu_count() or 1)
         with progress_bar("Restoring", progress) as advance, closing(batches):
             for batch in self._writer.store(batches, copy=True):
                 done += len(batch.fresh)
                 advance(done, archive.rows)
-        if self._store.unindexed() >= OPTIMIZE_FROM:
+        if self._store.unindexed_count() >= OPTIMIZE_FROM:
             self.optimize()
 
     def info(self) -> dict[str, Any]:

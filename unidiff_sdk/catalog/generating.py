@@ -127,7 +127,7 @@ def _read(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]
         return None, None
     try:
         picture = picture_of(source)
-        return picture.image, source.sha256 if isinstance(source, Hit) else picture.sha256
+        return picture.decoded, source.sha256 if isinstance(source, Hit) else picture.sha256
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
 

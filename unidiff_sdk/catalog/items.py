@@ -21,7 +21,7 @@ from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.store import Record, Vector
 from unidiff_sdk.store.filters import MAX_DEPTH
 from unidiff_sdk.store.ids import key_of
-from unidiff_sdk.store.images import Picture
+from unidiff_sdk.store.images import ItemImage
 from unidiff_sdk.store.payload import RESERVED, SYSTEM
 
 from .results import Generated
@@ -34,7 +34,7 @@ class Item:
     """One row on its way in, checked."""
 
     id: str | int
-    picture: Picture
+    picture: ItemImage
     columns: dict[str, Any]  # id, text and payload, as they are stored
     name: str = ""  # of the image file, and the line in the metadata file of a folder
     line: int = 0
@@ -52,7 +52,7 @@ class Item:
         return {**self.columns, SYSTEM: {"sha256": self.picture.sha256, "uri": uri, **source}}
 
 
-def item_of(picture: Picture, text: str | None, id: Any, payload: Mapping[str, Any]) -> Item:
+def item_of(picture: ItemImage, text: str | None, id: Any, payload: Mapping[str, Any]) -> Item:
     """One item; without an id it gets one of its picture and caption. Raises OptionError for what cannot be stored."""
     for name in RESERVED:
         if name in payload:

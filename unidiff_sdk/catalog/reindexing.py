@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk._internal.parallel import batched, overlapped
+from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk.errors import ImageError
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, Store
@@ -52,7 +52,7 @@ class Reencoder:
                 pass
 
     def _bring(self, batches: Iterable[list[Record]]) -> Iterator[int]:
-        with closing(overlapped(self._read, batches, workers=os.cpu_count() or 1)) as read:
+        with closing(buffered_map(self._read, batches, workers=os.cpu_count() or 1)) as read:
             for seen, records, pixels in read:
                 if records:
                     vectors = self.encoder.encode_pixels(np.stack(pixels))

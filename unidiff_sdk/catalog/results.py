@@ -15,7 +15,7 @@ from unidiff_sdk.retrieval.results import Hit, _figure, _gallery
 if TYPE_CHECKING:
     from PIL import Image
 
-    from unidiff_sdk.datasets.reader import BadRow
+    from unidiff_sdk.datasets.reader import InvalidRow
 
 __all__ = ["AddReport", "Generated", "Generation"]
 
@@ -141,7 +141,7 @@ class AddReport:
 
     added: int
     skipped: int
-    failed: tuple[BadRow, ...]
+    failed: tuple[InvalidRow, ...]
     seconds: float
     removed: int = 0
 

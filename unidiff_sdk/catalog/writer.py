@@ -12,14 +12,14 @@ from functools import partial
 
 import numpy as np
 
-from unidiff_sdk._internal.compact_set import Seen
-from unidiff_sdk._internal.parallel import batched, overlapped
+from unidiff_sdk._internal.compact_set import CompactSet
+from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.datasets.reader import BadRow, Row
+from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError, UniDiffError
 from unidiff_sdk.store import Record, Vector
 from unidiff_sdk.store.filters import Compare
-from unidiff_sdk.store.images import ImageStore, Picture
+from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import SYSTEM
 
 from .items import Item, item_of, pictures_of
@@ -41,7 +41,7 @@ class Prepared:
     unchanged: list[Item]
     fresh: list[Item]  # what must be stored
     repeated: list[Item]  # what an earlier row has the id of
-    failed: list[BadRow]
+    failed: list[InvalidRow]
 
 
 class Writer:
@@ -88,7 +88,7 @@ class Writer:
         self._commit(serving, records, fresh, copy)
 
     def add_rows(
-        self, rows: Iterable[Row], source: str, seen: Seen, *, strict: bool, copy: bool
+        self, rows: Iterable[Row], source: str, seen: CompactSet, *, strict: bool, copy: bool
     ) -> Generator[Prepared, None, None]:
         """Store rows of a catalog on disk; yields what is stored, batch by batch.
 
@@ -102,13 +102,13 @@ class Writer:
             copy: whether the images are copied into the catalog.
         """
         prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
-        prepared = overlapped(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
+        prepared = buffered_map(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
         with closing(prepared):
             yield from self.store((_distinct(batch, seen, strict) for batch in prepared), copy=copy)
 
     def store(self, prepared: Iterable[Prepared], *, copy: bool) -> Generator[Prepared, None, None]:
         """Encode and store batches, one being encoded while the one before it is stored; yields what is stored."""
-        with closing(overlapped(lambda b: (b, self._encode_prepared(b, copy)), prepared, workers=1)) as encoded:
+        with closing(buffered_map(lambda b: (b, self._encode_prepared(b, copy)), prepared, workers=1)) as encoded:
             for batch, records in encoded:
                 self._commit(batch.serving, records, batch.fresh, copy, batch.repeated)
                 yield batch
@@ -120,7 +120,7 @@ class Writer:
         self.serving.store.delete(keys)
         self._release(pictures_of(records))
 
-    def prune(self, source: str, seen: Seen) -> int:
+    def prune(self, source: str, seen: CompactSet) -> int:
         """Delete what came from a source and is not among the keys. Returns how many."""
         if not seen:
             raise DataError(f"{source} has not one good row: prune=True would delete everything that came from it")
@@ -139,7 +139,7 @@ class Writer:
     def _prepare(self, rows: list[Row], source: str, strict: bool, copy: bool) -> Prepared:
         """Read rows, drop those that are stored already, decode the others and keep their pixels."""
         items: list[Item] = []
-        failed: list[BadRow] = []
+        failed: list[InvalidRow] = []
         serving = self.serving
 
         def fail(name: str, line: int, error: UniDiffError) -> None:
@@ -148,7 +148,7 @@ class Writer:
         for row in rows:
             payload = dict(row.payload)
             try:
-                item = item_of(Picture(row.image()), row.text, payload.pop("id", None), payload)
+                item = item_of(ItemImage(row.image()), row.text, payload.pop("id", None), payload)
                 items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 fail(row.name, row.line, error)
@@ -158,7 +158,7 @@ class Writer:
         for item in changed:
             try:
                 self._images.add(item.picture, copy=copy)
-                encodable = serving.encoder.pixels(item.picture.image) if item.vector is None else None
+                encodable = serving.encoder.pixels(item.picture.decoded) if item.vector is None else None
                 fresh.append(replace(item, pixels=encodable))
             except ImageError as error:
                 fail(item.name, item.line, error)
@@ -178,7 +178,9 @@ class Writer:
             old = stored.get(item.key)
             if old is None or old.payload[SYSTEM]["sha256"] != item.picture.sha256:
                 fresh.append(item)
-            elif old.payload != item.payload(self._images.kept_at(item.picture, old.payload[SYSTEM]["uri"], copy=copy)):
+            elif old.payload != item.payload(
+                self._images.expected_uri(item.picture, old.payload[SYSTEM]["uri"], copy=copy)
+            ):
                 fresh.append(replace(item, vector=old.vector))
         return fresh
 
@@ -188,7 +190,7 @@ class Writer:
         return self._records(batch.fresh, vectors, copy)
 
     def _encode(self, serving: Serving, items: Sequence[Item], copy: bool) -> list[Record]:
-        pictures = [item.picture.image for item in items if item.vector is None]
+        pictures = [item.picture.decoded for item in items if item.vector is None]
         vectors = serving.encoder.encode_images(pictures) if pictures else ()
         return self._records(items, vectors, copy)
 
@@ -255,7 +257,7 @@ class Writer:
             )
 
 
-def _distinct(batch: Prepared, seen: Seen, strict: bool) -> Prepared:
+def _distinct(batch: Prepared, seen: CompactSet, strict: bool) -> Prepared:
     """A batch without the rows whose id came by before: two pictures for one id would take turns at every run."""
     items = sorted(batch.unchanged + batch.fresh, key=lambda item: item.line)
     known = seen.add(uuid.UUID(item.key).bytes for item in items)
@@ -271,8 +273,8 @@ def _distinct(batch: Prepared, seen: Seen, strict: bool) -> Prepared:
     )
 
 
-def _bad_row(line: int, name: str, reason: str, strict: bool) -> BadRow:
-    bad = BadRow(line, name, reason)
+def _bad_row(line: int, name: str, reason: str, strict: bool) -> InvalidRow:
+    bad = InvalidRow(line, name, reason)
     if strict:
         raise DataError(str(bad))
     return bad

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from unidiff_sdk._internal.text import brief, printable
+from unidiff_sdk._internal.text import shorten, terminal_safe
 from unidiff_sdk.errors import DataError, FilterError, GenerationError, OptionError, StoreError
 
 from .console import CatalogFolder, Group
 from .datasets import dataset
-from .terminal import drawn, protocol
+from .terminal import graphics_protocol, render_image
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
@@ -450,16 +450,16 @@ def _show_hits(hits: Sequence[Hit], offset: int, pictures: bool | None) -> None:
     """A table; or, with pictures, one hit below the other."""
     if not hits:
         return
-    how = protocol(os.environ)
+    how = graphics_protocol(os.environ)
     if not (sys.stdout.isatty() and how if pictures is None else pictures):
         rows = (
-            [n, f"{hit.score:.3f}", hit.id, brief(hit.text), _columns(hit)] for n, hit in enumerate(hits, offset + 1)
+            [n, f"{hit.score:.3f}", hit.id, shorten(hit.text), _columns(hit)] for n, hit in enumerate(hits, offset + 1)
         )
         _table(["", "score", "id", "caption", "columns"], rows)
         return
     for n, hit in enumerate(hits, offset + 1):
-        click.echo(drawn(hit.thumbnail(), how if sys.stdout.isatty() else ""), color=True)
-        click.echo(f"{n}. {hit.score:.3f}  {brief(hit.id)}  {brief(hit.text)}")
+        click.echo(render_image(hit.thumbnail(), how if sys.stdout.isatty() else ""), color=True)
+        click.echo(f"{n}. {hit.score:.3f}  {shorten(hit.id)}  {shorten(hit.text)}")
         click.echo(f"   {_columns(hit)}\n")
 
 
@@ -473,16 +473,16 @@ def _table(header: list[str], rows: Iterable[Sequence[object]]) -> None:
     for name in header:
         table.add_column(name, overflow="fold")  # an id that is cut short could not be typed again
     for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
+        table.add_row(*(escape(terminal_safe(cell)) for cell in row))
     Console().print(table)
 
 
 def _columns(hit: Hit) -> str:
-    return brief(", ".join(f"{name}: {value}" for name, value in hit.payload.items()))
+    return shorten(", ".join(f"{name}: {value}" for name, value in hit.payload.items()))
 
 
 def _name(hit: Hit | None) -> str:
-    return brief(f"{hit.id}: {hit.text or ''}") if hit else ""
+    return shorten(f"{hit.id}: {hit.text or ''}") if hit else ""
 
 
 def _hit_as_dict(hit: Hit) -> dict[str, Any]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["drawn", "protocol"]
+__all__ = ["graphics_protocol", "render_image"]
 
 ROWS = 7  # lines of text that a picture takes up
 _KITTY_CHUNK = 4096  # the most that one escape sequence of kitty's protocol may carry
 
 
-def protocol(environ: Mapping[str, str]) -> str:
+def graphics_protocol(environ: Mapping[str, str]) -> str:
     """How the terminal of these environment variables shows pictures: "kitty", "iterm", or "" for not at all."""
     if "TMUX" in environ or environ.get("TERM", "").startswith("screen"):
         return ""  # a multiplexer swallows what it does not know
@@ -25,7 +25,7 @@ def protocol(environ: Mapping[str, str]) -> str:
     return "iterm" if environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm") else ""
 
 
-def drawn(image: Image.Image, how: str, rows: int = ROWS) -> str:
+def render_image(image: Image.Image, how: str, rows: int = ROWS) -> str:
     """A picture as characters to print, `rows` lines high.
 
     Args:

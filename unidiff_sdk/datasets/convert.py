@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from unidiff_sdk.errors import DataError
 
-from .reader import BadRow
+from .reader import InvalidRow
 
 __all__ = ["SEED", "Converted", "Pair", "convert", "deepfashion_multimodal", "m5product", "split_of"]
 
@@ -51,7 +51,7 @@ class Converted:
     """How many pairs each split got, and what was passed over."""
 
     counts: dict[str, int]
-    bad: list[BadRow] = field(default_factory=list)
+    bad: list[InvalidRow] = field(default_factory=list)
 
 
 def split_of(group: str, seed: int = SEED) -> str:
@@ -63,7 +63,7 @@ def split_of(group: str, seed: int = SEED) -> str:
 
 
 def convert(
-    pairs: Iterable[Pair | BadRow],
+    pairs: Iterable[Pair | InvalidRow],
     out: str | Path,
     *,
     source: str,
@@ -87,7 +87,7 @@ def convert(
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists already: name a folder that does not, or remove it")
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     chosen: dict[str, list[Pair]] = {split: [] for split in SHARES}
     for pair in pairs:
         if isinstance(pair, Pair):
@@ -172,7 +172,7 @@ _LABELS: dict[str, dict[str, tuple[str | None, ...]]] = {
 _NAME = re.compile(r"(?P<gender>MEN|WOMEN)-(?P<category>\w+)-(?P<garment>id_\d+)-(?P<colour>\d+)_\d+_(?P<view>\w+)")
 
 
-def deepfashion_multimodal(source: str | Path, gender: Literal["men", "women"]) -> Iterator[Pair | BadRow]:
+def deepfashion_multimodal(source: str | Path, gender: Literal["men", "women"]) -> Iterator[Pair | InvalidRow]:
     """The pairs of DeepFashion-MultiModal (Jiang et al. 2022, "Text2Human") that show men, or women.
 
     Expected in `source`: `images/`, `captions.json` (an object from file name to caption) and, if its columns are
@@ -194,15 +194,15 @@ def deepfashion_multimodal(source: str | Path, gender: Literal["men", "women"]) 
     for line, (name, text) in enumerate(captions.items(), start=1):
         told = _NAME.fullmatch(Path(name).stem)
         if told is None:
-            yield BadRow(line, name, "the name is not like MEN-Denim-id_00000080-01_7_additional.jpg")
+            yield InvalidRow(line, name, "the name is not like MEN-Denim-id_00000080-01_7_additional.jpg")
             continue
         if told["gender"].lower() != gender:
             continue
         picture = images / Path(name).name
         if not isinstance(text, str) or not text.strip():
-            yield BadRow(line, name, "it has no caption")
+            yield InvalidRow(line, name, "it has no caption")
         elif not picture.is_file():
-            yield BadRow(line, name, "there is no such picture in images/")
+            yield InvalidRow(line, name, "there is no such picture in images/")
         else:
             garment = f"{told['gender']}-{told['category']}-{told['garment']}"
             columns = {"gender": gender, "category": told["category"], "garment": garment}
@@ -253,7 +253,7 @@ _CHUNK, _LONGEST_ENTRY = 1 << 20, 1 << 24  # characters
 _OPENING, _COLON, _COMMA = re.compile(r"\s*\{\s*"), re.compile(r"\s*:\s*"), re.compile(r"\s*(,\s*|(?=\}))")
 
 
-def m5product(source: str | Path) -> Iterator[Pair | BadRow]:
+def m5product(source: str | Path) -> Iterator[Pair | InvalidRow]:
     """The pairs of M5Product (Dong et al. 2022, "M5Product: Self-harmonized Contrastive Learning").
 
     Expected in `source`: the annotations, `product1m_product5m_id_label.json` or another single file that ends so (an
@@ -283,12 +283,12 @@ def m5product(source: str | Path) -> Iterator[Pair | BadRow]:
             continue
         picture = pictures.pop(id)
         if not isinstance(product, dict) or not isinstance(title := product.get("title"), str) or not title.strip():
-            yield BadRow(line, id, "it has no title")
+            yield InvalidRow(line, id, "it has no title")
         else:
             columns = {"label": str(product.get("label", "")), "attributes": _properties(str(product.get("pv", "")))}
             yield Pair(id, id, picture, title.strip(), columns, line)
     for picture in pictures.values():
-        yield BadRow(0, picture.name, f"{files[0].name} has no such product")
+        yield InvalidRow(0, picture.name, f"{files[0].name} has no such product")
 
 
 def _properties(pv: str) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from unidiff_sdk.errors import DataError
 from .parquet import open_parquet
 from .shards import Member, Sample, count_samples, find_shards, read_shards
 
-__all__ = ["TABLES", "BadRow", "Row", "count_rows", "read_catalog"]
+__all__ = ["TABLES", "InvalidRow", "Row", "count_rows", "read_catalog"]
 
 TABLES = (".jsonl", ".csv", ".parquet")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -49,13 +49,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class BadRow:
+class InvalidRow:
     """A row that cannot be used, and why."""
 
     line: int
     file_name: str
     reason: str
-    hides_others: bool = False  # it stands for all that would have followed
+    hides_later_rows: bool = False  # it stands for all that would have followed
 
     def __str__(self) -> str:
         return f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}"
@@ -66,7 +66,7 @@ def read_catalog(
     *,
     images: str | Path | None = None,
     strict: bool = False,
-    on_error: Callable[[BadRow], None] | None = None,
+    on_error: Callable[[InvalidRow], None] | None = None,
 ) -> Iterator[Row]:
     """Read the rows of a catalog, one at a time and in order.
 
@@ -120,7 +120,7 @@ def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
 
 
 def _checked(
-    where: Path, rows: Iterator[Row | BadRow], strict: bool, on_error: Callable[[BadRow], None]
+    where: Path, rows: Iterator[Row | InvalidRow], strict: bool, on_error: Callable[[InvalidRow], None]
 ) -> Iterator[Row]:
     for row in rows:
         if isinstance(row, Row):
@@ -131,41 +131,41 @@ def _checked(
             on_error(row)
 
 
-def _read_metadata(metadata: Path, images: Path) -> Iterator[Row | BadRow]:
+def _read_metadata(metadata: Path, images: Path) -> Iterator[Row | InvalidRow]:
     root = images.resolve()
     for line, columns in _READERS[metadata.suffix.lower()](metadata):
-        yield BadRow(line, "", columns) if isinstance(columns, str) else _check(root, line, columns)
+        yield InvalidRow(line, "", columns) if isinstance(columns, str) else _check(root, line, columns)
 
 
-def _check(root: Path, line: int, columns: dict[str, Any]) -> Row | BadRow:
+def _check(root: Path, line: int, columns: dict[str, Any]) -> Row | InvalidRow:
     text, payload = _text_and_payload(columns)
     name = payload.pop("file_name", None)
     if not isinstance(name, str) or not name.strip():
-        return BadRow(line, "", "it has no file_name")
+        return InvalidRow(line, "", "it has no file_name")
     if text is None:
-        return BadRow(line, name, "it has no caption (text)")
+        return InvalidRow(line, name, "it has no caption (text)")
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            return BadRow(line, name, "the path leads out of the catalog's folder")
+            return InvalidRow(line, name, "the path leads out of the catalog's folder")
         if not path.is_file():
-            return BadRow(line, name, "there is no such image file")
+            return InvalidRow(line, name, "there is no such image file")
     except (OSError, ValueError) as error:  # a name with a null byte, or too long for the file system
-        return BadRow(line, name[:80], f"this is not a path ({error})")
+        return InvalidRow(line, name[:80], f"this is not a path ({error})")
     return Row(path, text, payload, line)
 
 
-def _read_shards(shards: list[Path]) -> Iterator[Row | BadRow]:
+def _read_shards(shards: list[Path]) -> Iterator[Row | InvalidRow]:
     for number, sample in enumerate(read_shards(shards), start=1):
         yield _check_sample(number, sample)
 
 
-def _check_sample(number: int, sample: Sample) -> Row | BadRow:
+def _check_sample(number: int, sample: Sample) -> Row | InvalidRow:
     text, payload = _text_and_payload(sample.columns)
     if sample.image is None:
-        return BadRow(number, sample.name, sample.problem, sample.hides_others)
+        return InvalidRow(number, sample.name, sample.problem, sample.hides_later_rows)
     if text is None:
-        return BadRow(number, sample.name, "it has no caption (.txt, or text in its .json)")
+        return InvalidRow(number, sample.name, "it has no caption (.txt, or text in its .json)")
     return Row(sample.image, text, payload, number)
 
 

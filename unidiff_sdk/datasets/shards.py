@@ -53,7 +53,7 @@ class Sample:
     image: Member | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
-    hides_others: bool = False  # it stands for all that would have followed
+    hides_later_rows: bool = False  # it stands for all that would have followed
 
 
 def find_shards(path: str | Path) -> list[Path]:
@@ -97,7 +97,7 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
         yield _sample(shard, tar, f"{shard.name}/{name}", list(members))
     if damage:
         problem = f"the shard is damaged, and what follows is lost ({damage[0]})"
-        yield Sample(shard.name, problem=problem, hides_others=True)
+        yield Sample(shard.name, problem=problem, hides_later_rows=True)
 
 
 def _members(tar: tarfile.TarFile, damage: list[str]) -> Iterator[tarfile.TarInfo]:

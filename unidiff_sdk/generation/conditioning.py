@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk._internal.weak_method import weakly
+from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import load_tokenizer
@@ -30,8 +30,8 @@ class Conditioner:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(weakly(self._tokens))
-        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(weakly(self._encode))
+        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(weak_method(self._tokens))
+        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(weak_method(self._encode))
 
     def states(self, prompt: str, long_prompts: str = "truncate") -> Float32:
         """Token states of a prompt: float32[tokens, width], not to be written to.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk._internal.memory import available_memory, readable_size
-from unidiff_sdk._internal.weak_method import weakly
+from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import GenerationError, OptionError, UniDiffError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.schedule import Schedule
@@ -81,8 +81,8 @@ class Generator:
         self.bundle = bundle
         self._positions = positions
         self._conditioner = Conditioner(bundle)
-        self._table_of = lru_cache(maxsize=_CACHED_TABLES)(weakly(self._make_table))
-        self._engine = Engine(weakly(self._predict), positions=positions, max_requests=max_requests)
+        self._table_of = lru_cache(maxsize=_CACHED_TABLES)(weak_method(self._make_table))
+        self._engine = Engine(weak_method(self._predict), positions=positions, max_requests=max_requests)
         # Decoding at full size is what takes memory, so one thread decodes at a time.
         self._vae_lock = threading.Lock()
 

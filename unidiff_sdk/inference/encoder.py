@@ -15,7 +15,7 @@ from PIL import Image
 
 from unidiff_sdk._internal.images import ImageSource, load_image
 from unidiff_sdk._internal.text import checked_text
-from unidiff_sdk._internal.weak_method import weakly
+from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import BundleError, OptionError
 
 from .bundle import Bundle
@@ -40,7 +40,7 @@ class Encoder:
         separate = bundle.has_graph("clip_text_encoder")
         self._text_graph = "clip_text_encoder" if separate else "text_encoder"
         self._tokenizer_folder = "clip_tokenizer" if separate else "tokenizer"
-        self._remembered = lru_cache(maxsize=_CACHED_TEXTS)(weakly(self._encode_alone))
+        self._remembered = lru_cache(maxsize=_CACHED_TEXTS)(weak_method(self._encode_alone))
 
     def encode_text(self, text: str) -> NDArray[np.float32]:
         """Embed one text as `encode_texts` does, and remember it: float32[dim], not to be written to.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.store import Found, Vector
+from unidiff_sdk.store import ScoredRecord, Vector
 
 __all__ = ["Cursor"]
 
@@ -49,7 +49,7 @@ class Cursor:
 
     @classmethod
     def after(
-        cls, before: Cursor | None, digest: bytes, shown: int, found: Sequence[Found], vector: Vector | None
+        cls, before: Cursor | None, digest: bytes, shown: int, found: Sequence[ScoredRecord], vector: Vector | None
     ) -> Cursor:
         """The end of a page in the order of scores, which had `shown` items up to and with `found`."""
         score = found[-1].score
@@ -62,7 +62,7 @@ class Cursor:
         """Whether all items of this score come before the cursor."""
         return self.score is not None and score > self.score + _close(self.score)
 
-    def covers(self, found: Found) -> bool:
+    def covers(self, found: ScoredRecord) -> bool:
         """Whether an item was shown before this cursor, or would have been if it had been there."""
         return self.passed(found.score) or found.id in self.ties
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.store import Found, Nearest, Record, Store
+from unidiff_sdk.store import Record, ScoredRecord, Store, VectorQuery
 from unidiff_sdk.store.filters import Clause
 
 __all__ = ["near_duplicates"]
@@ -14,7 +14,7 @@ NEIGHBOURS = 32  # looked at for each item; larger groups are found by the chain
 BATCH_SIZE = 128
 
 
-def near_duplicates(store: Store, threshold: float, where: Clause | None) -> list[list[Found]]:
+def near_duplicates(store: Store, threshold: float, where: Clause | None) -> list[list[ScoredRecord]]:
     """The connected components of "cosine at least `threshold`", of two members and more, the largest first.
 
     Each member is scored by its greatest cosine to another. Links are what an (approximate) search among the nearest
@@ -23,7 +23,7 @@ def near_duplicates(store: Store, threshold: float, where: Clause | None) -> lis
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise OptionError(f"threshold={threshold!r}: it must be a cosine above 0 and at most 1")
     parent: dict[str, str] = {}
-    members: dict[str, Found] = {}
+    members: dict[str, ScoredRecord] = {}
 
     def root(id: str) -> str:
         while parent.setdefault(id, id) != id:
@@ -35,18 +35,18 @@ def near_duplicates(store: Store, threshold: float, where: Clause | None) -> lis
             others = [found for found in neighbors if found.id != record.id]
             if not others:
                 continue
-            members[record.id] = Found(record.id, others[0].score, record.payload)
+            members[record.id] = ScoredRecord(record.id, others[0].score, record.payload)
             for found in others:
                 parent[root(record.id)] = root(found.id)
 
-    groups: dict[str, list[Found]] = {}
+    groups: dict[str, list[ScoredRecord]] = {}
     for id, found in members.items():
         groups.setdefault(root(id), []).append(found)
     ranked = [sorted(group, key=lambda found: (-found.score, found.id)) for group in groups.values() if len(group) > 1]
     return sorted(ranked, key=lambda group: (-len(group), -group[0].score))
 
 
-def _searches(records: list[Record], threshold: float, where: Clause | None) -> list[Nearest]:
+def _searches(records: list[Record], threshold: float, where: Clause | None) -> list[VectorQuery]:
     # Equal pictures have a cosine of 1 but for rounding.
-    base = Nearest(records[0].vector, NEIGHBOURS + 1, where=where, min_score=threshold - 1e-5)
+    base = VectorQuery(records[0].vector, NEIGHBOURS + 1, where=where, min_score=threshold - 1e-5)
     return [replace(base, vector=record.vector) for record in records]

@@ -38,7 +38,7 @@ from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Vector
 from unidiff_sdk.store.ids import key_of
-from unidiff_sdk.store.images import Picture
+from unidiff_sdk.store.images import ItemImage
 
 from .results import Hit
 
@@ -65,7 +65,7 @@ class Query:
 
     text: str | None
     imagine: int
-    picture: Picture | Hit | None
+    picture: ItemImage | Hit | None
     like: tuple[str | int, ...]
     unlike: tuple[str | int, ...]
     without: tuple[str, ...]
@@ -195,11 +195,11 @@ def unit(vectors: Iterable[Vector]) -> Vector:
     return cast(Vector, (mean / max(float(np.linalg.norm(mean)), 1e-12)).astype(np.float32))
 
 
-def picture_of(source: Any) -> Picture:
+def picture_of(source: Any) -> ItemImage:
     """The picture to encode or to keep, of anything that is one: a file, bytes, pixels, a hit, a generated picture."""
     if isinstance(source, Hit):
-        return Picture(source._images.path(source.uri))
-    return Picture(source.image if isinstance(source, HasImage) else source)
+        return ItemImage(source._images.path(source.uri))
+    return ItemImage(source.image if isinstance(source, HasImage) else source)
 
 
 # ------------------------------------------------------------------------------------------------ checks

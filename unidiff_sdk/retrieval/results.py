@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
-from unidiff_sdk._internal.text import brief
+from unidiff_sdk._internal.text import shorten
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Page(Sequence[Hit]):
 
     def __repr__(self) -> str:
         lines = [
-            f"  {self.offset + n:>3}. {hit.score:.3f}  {hit.id!r}  {brief(hit.text)}" for n, hit in enumerate(self, 1)
+            f"  {self.offset + n:>3}. {hit.score:.3f}  {hit.id!r}  {shorten(hit.text)}" for n, hit in enumerate(self, 1)
         ]
         return "\n".join([f"Page of {len(self)} hits in {self.took_ms:.1f} ms", *lines])
 
@@ -96,7 +96,9 @@ class Page(Sequence[Hit]):
 
 def _hit_figure(hit: Hit) -> str:
     data = base64.b64encode(hit._images.thumbnail(hit.sha256, hit.uri)).decode()
-    return _figure(f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(brief(hit.text or hit.id))}")
+    return _figure(
+        f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(shorten(hit.text or hit.id))}"
+    )
 
 
 def _figure(source: str, caption: str) -> str:

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.encoder import Encoder
-from unidiff_sdk.store import Found, Nearest, Store, Vector
+from unidiff_sdk.store import ScoredRecord, Store, Vector, VectorQuery
 from unidiff_sdk.store.filters import AllOf, AnyOf, Clause, Compare, Not, column_path
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
@@ -168,7 +168,7 @@ class Searcher:
                 vectors.setdefault(record.payload[SYSTEM]["sha256"], record.vector)
         if missing := [sha256 for sha256 in wanted if sha256 not in vectors]:
             pictures = [wanted[sha256] for sha256 in missing]
-            images = [picture_of(one).image if isinstance(one, Hit) else one.image for one in pictures]
+            images = [picture_of(one).decoded if isinstance(one, Hit) else one.decoded for one in pictures]
             vectors.update(zip(missing, self._encoder().encode_images(images), strict=True))
         return vectors
 
@@ -206,21 +206,21 @@ class Searcher:
 
     # -------------------------------------------------------------------------------------------- the ranking
 
-    def _nearest(self, query: Query, vector: Vector, options: SearchOptions) -> Nearest:
+    def _nearest(self, query: Query, vector: Vector, options: SearchOptions) -> VectorQuery:
         if options.hybrid and query.text is None:
             raise OptionError("hybrid= ranks by words too: give a text")
-        return Nearest(
+        return VectorQuery(
             vector,
             limit=options.limit + 1,
             offset=options.offset,
             where=options.clause,
             exclude=query.examples,
             min_score=options.min_score,
-            words=query.text if options.hybrid else None,
-            bm25=options.hybrid,
+            text=query.text if options.hybrid else None,
+            bm25_weight=options.hybrid,
         )
 
-    def _continued(self, search: Nearest, cursor: Cursor | None) -> list[Found]:
+    def _continued(self, search: VectorQuery, cursor: Cursor | None) -> list[ScoredRecord]:
         """What comes after a cursor, whatever was added or deleted since."""
         assert cursor is not None
         if cursor.score is None:
@@ -237,21 +237,21 @@ class Searcher:
                 return rest[: search.limit]
             size *= 2
 
-    def _grouped(self, search: Nearest, options: SearchOptions, cursor: Cursor | None) -> list[Found]:
+    def _grouped(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
         """The best item of each group, best first."""
         assert options.group_by is not None
         path = column_path(options.group_by)
         start = cursor.shown if cursor and cursor.score is None else options.offset
         wanted = options.offset + (cursor.shown if cursor else 0) + search.limit
-        best: dict[str, Found] = {}
-        size = CANDIDATES if search.words is not None else min(4 * wanted, MAX_LIMIT)
+        best: dict[str, ScoredRecord] = {}
+        size = CANDIDATES if search.text is not None else min(4 * wanted, MAX_LIMIT)
         where = search.where
         while True:
             found = self._ask(replace(search, where=where, offset=0, limit=size))
             before = len(best)
             for one in found:
                 best.setdefault(group_of(one.payload, options.group_by) or one.id, one)
-            full = len(found) == size and search.words is None
+            full = len(found) == size and search.text is None
             groups = [one for one in best.values() if not (cursor and cursor.covers(one))]
             if len(groups) >= start + search.limit or not full:
                 break
@@ -263,10 +263,10 @@ class Searcher:
                 size = min(2 * size, MAX_LIMIT)
         return sorted(groups, key=lambda one: -one.score)[start : start + search.limit]
 
-    def _diverse(self, search: Nearest, options: SearchOptions, cursor: Cursor | None) -> list[Found]:
+    def _diverse(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
         """The best candidates, picked for variety. Their number hangs on `limit` alone, so that pages fit together."""
         assert options.diversity is not None
-        pool = min(max(100, 5 * options.limit), CANDIDATES if search.words is not None else MAX_LIMIT)
+        pool = min(max(100, 5 * options.limit), CANDIDATES if search.text is not None else MAX_LIMIT)
         found = self._ask(replace(search, offset=0, limit=pool, with_vectors=True))
         if not found:
             return []
@@ -275,8 +275,8 @@ class Searcher:
         vectors = np.array([one.vector for one in found])
         return [found[k] for k in diversify(scores, vectors, options.diversity, start + search.limit)[start:]]
 
-    def _ask(self, search: Nearest) -> list[Found]:
-        if search.words is None:
+    def _ask(self, search: VectorQuery) -> list[ScoredRecord]:
+        if search.text is None:
             return self.store.query_batch([search])[0]
         # Fused scores are often equal, and engines return equals in any order: pages need one that stays.
         everything = replace(search, limit=2 * CANDIDATES, offset=0, with_payload=False, with_vectors=False)
@@ -294,10 +294,10 @@ class Searcher:
     def _page(
         self,
         query: Query,
-        search: Nearest,
+        search: VectorQuery,
         options: SearchOptions,
         before: Cursor | None,
-        found: list[Found],
+        found: list[ScoredRecord],
         took_ms: float,
     ) -> Page:
         shown = found[: options.limit]

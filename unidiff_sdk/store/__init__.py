@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .protocol import Found, Nearest, Record, Store, Vector
+from .protocol import Record, ScoredRecord, Store, Vector, VectorQuery
 
-__all__ = ["Found", "Nearest", "Record", "Store", "Vector"]
+__all__ = ["Record", "ScoredRecord", "Store", "Vector", "VectorQuery"]

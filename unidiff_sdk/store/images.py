@@ -23,13 +23,13 @@ from unidiff_sdk._internal.files import write_atomically
 from unidiff_sdk._internal.images import ImageSource, load_image
 from unidiff_sdk.errors import ImageError
 
-__all__ = ["THUMBNAIL_SIZE", "ImageStore", "Picture"]
+__all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
 
 THUMBNAIL_SIZE = 128
 _COPIES = "images/"
 
 
-class Picture:
+class ItemImage:
     """A picture on its way into a store: read and hashed at once, decoded when `image` is asked for.
 
     A path or bytes are hashed as the file they are; an array or a PIL image by its pixels.
@@ -47,12 +47,12 @@ class Picture:
         elif isinstance(source, (bytes, bytearray, memoryview)):
             self._data = bytes(source)
         else:
-            self.image = load_image(source)
+            self.decoded = load_image(source)
         content = self._pixels() if self._data is None else self._data
         self.sha256 = hashlib.sha256(content).hexdigest()
 
     @cached_property
-    def image(self) -> Image.Image:
+    def decoded(self) -> Image.Image:
         """The decoded picture, RGB."""
         data = self._original()
         try:
@@ -76,7 +76,7 @@ class Picture:
         if self.path is not None or self._data is not None:
             return self._original()
         buffer = io.BytesIO()
-        self.image.save(buffer, "PNG")
+        self.decoded.save(buffer, "PNG")
         return buffer.getvalue()
 
     def release(self) -> None:
@@ -84,7 +84,7 @@ class Picture:
         if self.path is not None:
             self._data = None
         if self.path is not None or self._data is not None:
-            self.__dict__.pop("image", None)
+            self.__dict__.pop("decoded", None)
 
     def _original(self) -> bytes:
         if self._data is None:
@@ -96,8 +96,8 @@ class Picture:
         return self._data
 
     def _pixels(self) -> bytes:
-        width, height = self.image.size
-        return b"RGB %d %d\n" % (width, height) + self.image.tobytes()
+        width, height = self.decoded.size
+        return b"RGB %d %d\n" % (width, height) + self.decoded.tobytes()
 
 
 def _read(path: Path) -> bytes:
@@ -114,7 +114,7 @@ class ImageStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def add(self, picture: Picture, *, copy: bool = True) -> str:
+    def add(self, picture: ItemImage, *, copy: bool = True) -> str:
         """Keep a picture and its thumbnail; returns its URI. Adding the same content again costs two look-ups.
 
         Args:
@@ -123,7 +123,7 @@ class ImageStore:
         """
         thumbnail = self._thumbnail_path(picture.sha256)
         if not _is_there(thumbnail):
-            write_atomically(thumbnail, _thumbnail(picture.image))
+            write_atomically(thumbnail, _thumbnail(picture.decoded))
         if picture.path is not None and not copy:
             return self.reference(picture.path)
         uri = f"{_COPIES}{picture.sha256[:2]}/{picture.sha256}{picture.suffix}"
@@ -131,7 +131,7 @@ class ImageStore:
             write_atomically(self.root / uri, picture.encoded())
         return uri
 
-    def kept_at(self, picture: Picture, uri: str, *, copy: bool) -> str:
+    def expected_uri(self, picture: ItemImage, uri: str, *, copy: bool) -> str:
         """What `add` would return for a picture that it once returned `uri` for; "" if it would copy it anew."""
         if picture.path is not None and not copy:
             return self.reference(picture.path)

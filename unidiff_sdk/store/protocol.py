@@ -18,11 +18,11 @@ __all__ = [
     "CAPTION",
     "RRF_K",
     "VECTOR",
-    "Found",
-    "Nearest",
     "Record",
+    "ScoredRecord",
     "Store",
     "Vector",
+    "VectorQuery",
     "check_query",
     "check_records",
 ]
@@ -47,7 +47,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Nearest:
+class VectorQuery:
     """One search: which records have the highest dot product with a vector.
 
     Attributes:
@@ -68,14 +68,14 @@ class Nearest:
     where: Clause | None = None
     exclude: tuple[str, ...] = ()
     min_score: float | None = None
-    words: str | None = None
-    bm25: float = 0.5  # between 0 and 1
+    text: str | None = None
+    bm25_weight: float = 0.5  # between 0 and 1
     with_payload: bool = True
     with_vectors: bool = False
 
 
 @dataclass(frozen=True)
-class Found:
+class ScoredRecord:
     """One search result: the dot product with the query is its score."""
 
     id: str
@@ -95,13 +95,13 @@ class Store(Protocol):
     def upsert(self, records: Sequence[Record]) -> None:
         """Insert or replace; when it returns, the records survive a crash."""
 
-    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
+    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[ScoredRecord]:
         """The records with the highest dot product with `vector`, best first."""
 
-    def query_batch(self, searches: Sequence[Nearest]) -> list[list[Found]]:
+    def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
         """The results of several searches in one call, each best first."""
 
-    def ordered(
+    def order_by(
         self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
     ) -> list[Record]:
         """The records by a column of numbers (kind "float") or dates ("datetime"); those without it are left out."""
@@ -121,7 +121,7 @@ class Store(Protocol):
     def count(self, where: Clause | None = None) -> int:
         """How many records satisfy the filter."""
 
-    def unindexed(self) -> int:
+    def unindexed_count(self) -> int:
         """How many records a search still scans, because `optimize` would change that."""
 
     def optimize(self) -> None:

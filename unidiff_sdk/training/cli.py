@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import click
 
 from unidiff_sdk.cli.console import Command, MainCommand, Option
-from unidiff_sdk.datasets.reader import BadRow, count_rows
+from unidiff_sdk.datasets.reader import InvalidRow, count_rows
 from unidiff_sdk.errors import OptionError
 
 from .config import DistillationConfig, Precision, Prior, Teacher, TrainingConfig
@@ -277,7 +277,7 @@ def train(
             watchers.append(open_until_the_end.enter_context(closing(TensorBoard(tensorboard))))
         display = _StepDisplay(progress, config.steps)
 
-        def on_bad_rows(folder: Path, rows: list[BadRow]) -> None:
+        def on_bad_rows(folder: Path, rows: list[InvalidRow]) -> None:
             _tell_bad_rows(folder, rows, log.on_bad_rows(folder, rows))
 
         validator = Validator(val, watchers, prompts=prompts, strict=strict, on_bad_rows=on_bad_rows) if val else None
@@ -538,7 +538,7 @@ class _StepDisplay:
             click.echo(f"step {report.step}/{self.steps}  {figures}", err=True)
 
 
-def _tell_bad_rows(data: Path, bad: list[BadRow], file: Path | None = None) -> None:
+def _tell_bad_rows(data: Path, bad: list[InvalidRow], file: Path | None = None) -> None:
     """The first few, and how many more there are; all of them are in `file`."""
     for row in bad[:SHOWN_BAD_ROWS]:
         click.echo(f"Passed over: {data}, {row}", err=True)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from unidiff_sdk.errors import StoreError
 
-__all__ = ["optimize_apart"]
+__all__ = ["optimize_in_subprocess"]
 
 _NICENESS = 10  # searches go first
 _PR_SET_PDEATHSIG = 1
 
 
-def optimize_apart(shard: Path) -> None:
+def optimize_in_subprocess(shard: Path) -> None:
     """Merge the segments of a shard that nobody has open, and build its index. Raises StoreError if that fails."""
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(

@@ -14,17 +14,16 @@ from typing import Any
 
 import qdrant_edge as edge
 
-from unidiff_sdk._internal.memory import available_memory
 from unidiff_sdk.errors import OptionError, StoreError
 from unidiff_sdk.store.protocol import VECTOR
 
-__all__ = ["RANKED_BY_ORIGINALS", "check_alike", "layout", "quantization_of", "warm"]
+__all__ = ["RESCORE", "check_quantization", "stored_quantization", "vector_parameters"]
 
 # Twice as many candidates as hits, ranked by the originals.
-RANKED_BY_ORIGINALS = edge.QuantizationSearchParams(rescore=True, oversampling=2.0)
+RESCORE = edge.QuantizationSearchParams(rescore=True, oversampling=2.0)
 
 
-def layout(quantization: str | None) -> dict[str, Any]:
+def vector_parameters(quantization: str | None) -> dict[str, Any]:
     """What `EdgeVectorParams` takes for "scalar" or None. Raises OptionError for anything else."""
     if quantization is None:
         # Mapped all the same, but not read from end to end while the engine opens them, with Python's global lock held:
@@ -36,29 +35,13 @@ def layout(quantization: str | None) -> dict[str, Any]:
     return {"quantization_config": integers, "memory": edge.Memory.Cold}
 
 
-def quantization_of(shard: Path) -> str | None:
+def stored_quantization(shard: Path) -> str | None:
     """How a shard was made, by its configuration on disk; a copy of it is made alike."""
     config = json.loads((shard / "edge_config.json").read_text(encoding="utf-8"))
     return next(iter(config["vectors"][VECTOR].get("quantization_config") or {}), None)
 
 
-def warm(shard: Path) -> None:
-    """Bring what a search reads into the system's page cache, so that the first ones need not wait for the disk.
-
-    Not of a quantized shard, whose originals are to stay on disk, nor of one larger than the memory that is free.
-    """
-    files = [file for file in (shard / "segments").rglob("*") if file.is_file()]
-    room = available_memory()
-    if quantization_of(shard) or room is None or sum(file.stat().st_size for file in files) > room:
-        return
-    buffer = bytearray(1 << 20)
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
-                pass
-
-
-def check_alike(wanted: str | None, made_with: str | None, path: Path) -> None:
+def check_quantization(wanted: str | None, made_with: str | None, path: Path) -> None:
     """Raises StoreError if a quantization is asked for that is not the one of the store that is there."""
     if wanted not in (None, made_with):
         raise StoreError(

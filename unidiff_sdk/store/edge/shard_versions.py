@@ -17,12 +17,12 @@ from pathlib import Path
 from unidiff_sdk._internal.files import write_atomically
 from unidiff_sdk.errors import StoreError
 
-__all__ = ["Generations"]
+__all__ = ["ShardVersions"]
 
 CURRENT, LOCK = "current", "lock"
 
 
-class Generations:
+class ShardVersions:
     """The subfolders of one store, locked against every other process (and every other object) until `release`.
 
     Raises:

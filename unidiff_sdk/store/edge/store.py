@@ -21,17 +21,18 @@ from unidiff_sdk.store.protocol import (
     CAPTION,
     RRF_K,
     VECTOR,
-    Found,
-    Nearest,
     Record,
+    ScoredRecord,
     Vector,
+    VectorQuery,
     check_query,
     check_records,
 )
 
-from . import quantization as storage
-from .optimizer import optimize_apart
-from .shard_versions import Generations
+from .optimizer import optimize_in_subprocess
+from .page_cache import warm_page_cache
+from .quantization import RESCORE, check_quantization, stored_quantization, vector_parameters
+from .shard_versions import ShardVersions
 
 __all__ = ["EdgeStore"]
 
@@ -65,7 +66,7 @@ class EdgeStore:
     Args:
         path: folder of the store (`generations`).
         dim: length of the vectors.
-        quantization: how a store that is created compresses its vectors for searching (`storage`).
+        quantization: how a store that is created compresses its vectors for searching (`quantization`).
 
     Raises:
         StoreError: the folder is in use, or its store was made with another quantization.
@@ -79,18 +80,18 @@ class EdgeStore:
         self._written: set[str] | None = None  # while an index is built: the points that it will lack
         self._replaced: tuple[edge.EdgeShard, Path] | None = None
         self._closed = False
-        self._generations = Generations(path)
+        self._versions = ShardVersions(path)
         try:
             with _translated(path):
-                self._shard = _open(self._generations.current, dim, quantization)
+                self._shard = _open(self._versions.current, dim, quantization)
                 schema = self._shard.info().payload_schema
-                self.quantization = storage.quantization_of(self._generations.current)
-                storage.check_alike(quantization, self.quantization, path)
+                self.quantization = stored_quantization(self._versions.current)
+                check_quantization(quantization, self.quantization, path)
         except UniDiffError:
-            self._generations.release()
+            self._versions.release()
             raise
-        by_originals = storage.RANKED_BY_ORIGINALS if self.quantization else None
-        self._params = edge.SearchParams(acorn=edge.AcornSearchParams(enable=True), quantization=by_originals)
+        rescore = RESCORE if self.quantization else None
+        self._params = edge.SearchParams(acorn=edge.AcornSearchParams(enable=True), quantization=rescore)
         names = {value: kind for kind, value in _INDEX_KINDS.items()}
         existing = {key: names[index.data_type] for key, index in schema.items() if index.data_type in names}
         self._indexes = PayloadIndexes(existing)
@@ -101,10 +102,10 @@ class EdgeStore:
         with self._write([r.id for r in records]) as shard:
             shard.update(edge.UpdateOperation.upsert_points(points))
 
-    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
-        return self.query_batch([Nearest(vector, limit, offset, where)])[0]
+    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[ScoredRecord]:
+        return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
 
-    def query_batch(self, searches: Sequence[Nearest]) -> list[list[Found]]:
+    def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
         requests = [self._request(search) for search in searches]
         with self._engine() as shard:
             # One alone is planned faster than as a batch of one.
@@ -115,16 +116,17 @@ class EdgeStore:
             )
         return [[_found(point) for point in points] for points in answers]
 
-    def _request(self, search: Nearest) -> edge.QueryRequest:
+    def _request(self, search: VectorQuery) -> edge.QueryRequest:
         check_query(search.vector, self.dim)
         condition = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
         prefetches = None
-        if search.words is not None:
+        if search.text is not None:
             self._indexes.need(CAPTION, "text", self)
-            lists = query, edge.TextQuery(CAPTION, search.words)
+            lists = query, edge.TextQuery(CAPTION, search.text)
             prefetches = [edge.Prefetch(CANDIDATES, query=one, filter=condition, params=self._params) for one in lists]
-            query = edge.Fusion.Rrf(RRF_K + 1, [2 * (1 - search.bm25), 2 * search.bm25])  # the engine ranks from 0
+            weights = [2 * (1 - search.bm25_weight), 2 * search.bm25_weight]
+            query = edge.Fusion.Rrf(RRF_K + 1, weights)  # the engine counts ranks from 0
         return edge.QueryRequest(
             query=query,
             prefetches=prefetches,
@@ -137,7 +139,7 @@ class EdgeStore:
             with_vector=search.with_vectors,
         )
 
-    def ordered(
+    def order_by(
         self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
     ) -> list[Record]:
         self._indexes.need(column, kind, self)
@@ -184,7 +186,7 @@ class EdgeStore:
         with self._engine() as shard:
             return int(shard.count(edge.CountRequest(exact=True, filter=self._filter(where))))
 
-    def unindexed(self) -> int:
+    def unindexed_count(self) -> int:
         with self._engine() as shard:
             info = shard.info()
         return int(info.points_count - info.indexed_vectors_count)
@@ -200,20 +202,20 @@ class EdgeStore:
 
             # 1. A copy, of a moment in which nothing is being written. It is what a crash would leave: the write-ahead
             # log makes it whole when it is opened. (Flushing first would stop every thread for longer.)
-            copy = self._generations.following()
+            copy = self._versions.following()
             fresh = None
             try:
                 with self._write([]), _translated(self.path):
                     # The engine prepares the log's next piece under this name and renames it when it is made.
-                    shutil.copytree(self._generations.current, copy, ignore=shutil.ignore_patterns("tmp-open-*"))
+                    shutil.copytree(self._versions.current, copy, ignore=shutil.ignore_patterns("tmp-open-*"))
                     self._written = set()
 
                 # 2. The index, without this process's global lock.
-                optimize_apart(copy)
+                optimize_in_subprocess(copy)
 
                 # 3. What was written meanwhile: most of it while writing goes on, the rest with the swap.
                 with _translated(self.path):
-                    storage.warm(copy)
+                    warm_page_cache(copy)
                     fresh = edge.EdgeShard.load(str(copy))
                     while len(self._written) > _CATCH_UP:
                         with self._writing:
@@ -222,15 +224,15 @@ class EdgeStore:
                     with self._write([]) as old:
                         self._replay(sorted(self._written), fresh)
                         _mirror_indexes(old, fresh)
-                        self._replaced = old, self._generations.current
-                        self._generations.switch(copy)
+                        self._replaced = old, self._versions.current
+                        self._versions.switch(copy)
                         self._shard, fresh = fresh, None
             finally:
                 self._written = None
                 if fresh is not None:
                     fresh.close()
-                if self._generations.current != copy:
-                    self._generations.remove(copy)
+                if self._versions.current != copy:
+                    self._versions.remove(copy)
 
     def _replay(self, ids: Sequence[str], fresh: edge.EdgeShard) -> None:
         """Bring points of a shard to what they are in this one, gone ones too."""
@@ -252,7 +254,7 @@ class EdgeStore:
             self._replaced = None
             with _translated(self.path):
                 shard.close()
-            self._generations.remove(folder)
+            self._versions.remove(folder)
 
     def close(self) -> None:
         with self._optimizing, self._writing:
@@ -264,7 +266,7 @@ class EdgeStore:
                         self._shard.close()
                     self._let_go_of_replaced()
                 finally:
-                    self._generations.release()
+                    self._versions.release()
 
     @contextlib.contextmanager
     def _write(self, ids: Sequence[str]) -> Iterator[edge.EdgeShard]:
@@ -299,17 +301,17 @@ class EdgeStore:
             shard.update(edge.UpdateOperation.delete_field_index(column))
 
 
-def _found(point: edge.ScoredPoint) -> Found:
+def _found(point: edge.ScoredPoint) -> ScoredRecord:
     vector = np.asarray(point.vector[VECTOR], np.float32) if point.vector else None  # type: ignore[call-overload]
-    return Found(str(point.id), point.score, point.payload or {}, vector)
+    return ScoredRecord(str(point.id), point.score, point.payload or {}, vector)
 
 
 def _open(path: Path, dim: int, quantization: str | None) -> edge.EdgeShard:
     if (path / "edge_config.json").is_file():
-        storage.warm(path)
+        warm_page_cache(path)
         return edge.EdgeShard.load(str(path))
     path.mkdir(parents=True, exist_ok=True)
-    vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **storage.layout(quantization))}
+    vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **vector_parameters(quantization))}
     graph = edge.HnswIndexConfig(LINKS, AT_BUILD, FULL_SCAN_KB)
     return edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors, hnsw_config=graph))
 

@@ -19,10 +19,10 @@ from unidiff_sdk.store.protocol import (
     CAPTION,
     RRF_K,
     VECTOR,
-    Found,
-    Nearest,
     Record,
+    ScoredRecord,
     Vector,
+    VectorQuery,
     check_query,
     check_records,
 )
@@ -110,28 +110,28 @@ class ServerStore:
         with self._engine():
             self.client.upsert(self.collection, points, wait=True)
 
-    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[Found]:
-        return self.query_batch([Nearest(vector, limit, offset, where)])[0]
+    def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[ScoredRecord]:
+        return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
 
-    def query_batch(self, searches: Sequence[Nearest]) -> list[list[Found]]:
+    def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
         requests = [self._request(search) for search in searches]
         with self._engine():
             responses = self.client.query_batch_points(self.collection, requests)
         return [[_found(point) for point in response.points] for response in responses]
 
-    def _request(self, search: Nearest) -> models.QueryRequest:
+    def _request(self, search: VectorQuery) -> models.QueryRequest:
         check_query(search.vector, self.dim)
         condition = self._filter(search.where, search.exclude)
         query: Any = search.vector.tolist()
         prefetch = None
-        if search.words is not None:
+        if search.text is not None:
             self._indexes.need(CAPTION, "text", self)
-            lists = {VECTOR: query, CAPTION: models.TextQuery(text=search.words)}
+            lists = {VECTOR: query, CAPTION: models.TextQuery(text=search.text)}
             prefetch = [
                 models.Prefetch(query=one, using=using, limit=CANDIDATES, filter=condition, params=_PARAMS)
                 for using, one in lists.items()
             ]
-            weights = [2 * (1 - search.bm25), 2 * search.bm25]
+            weights = [2 * (1 - search.bm25_weight), 2 * search.bm25_weight]
             query = models.RrfQuery(rrf=models.Rrf(k=RRF_K + 1, weights=weights))  # the engine ranks from 0
         return models.QueryRequest(
             query=query,
@@ -146,7 +146,7 @@ class ServerStore:
             with_vector=search.with_vectors,
         )
 
-    def ordered(
+    def order_by(
         self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
     ) -> list[Record]:
         self._indexes.need(column, kind, self)
@@ -202,7 +202,7 @@ class ServerStore:
         with self._engine():
             return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
 
-    def unindexed(self) -> int:
+    def unindexed_count(self) -> int:
         """0: a server sees to its index itself."""
         return 0
 
@@ -247,9 +247,9 @@ class ServerStore:
             self.client.delete_payload_index(self.collection, column, wait=True)
 
 
-def _found(point: models.ScoredPoint) -> Found:
+def _found(point: models.ScoredPoint) -> ScoredRecord:
     vector = np.asarray(point.vector[VECTOR], np.float32) if isinstance(point.vector, dict) else None
-    return Found(str(point.id), point.score, point.payload or {}, vector)
+    return ScoredRecord(str(point.id), point.score, point.payload or {}, vector)
 
 
 def _record(point: Any) -> Record:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk._internal.images import Fit, load_image
-from unidiff_sdk.datasets.reader import BadRow, Row, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, UniDiffError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.objective.joint_model import Batch, JointModel
@@ -43,7 +43,7 @@ class Pairs:
     clip_images: Pictures
     captions: list[str]
     payloads: list[dict[str, Any]]
-    bad: list[BadRow]
+    bad: list[InvalidRow]
     sha256: str
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ def load_pairs(
     Raises DataError where the folder is missing or not one row is usable.
     """
     fit = fit or checkpoint.fit
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     sizes = checkpoint.image_size, int(checkpoint.clip.config.vision_config.image_size)
     kept: dict[int, list[Tensor]] | None = {size: [] for size in sizes}
     rows: list[Row] = []
@@ -95,7 +95,7 @@ def load_pairs(
         if isinstance(squares, UniDiffError):
             if strict:
                 raise DataError(f"{path}, line {row.line}: {squares}") from squares
-            bad.append(BadRow(row.line, row.name, str(squares)))
+            bad.append(InvalidRow(row.line, row.name, str(squares)))
             continue
         rows.append(row)
         digest.update(row.text.encode() + b"\0")

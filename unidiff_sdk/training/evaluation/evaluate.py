@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk.datasets.reader import BadRow
+from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.datasets.synthetic import ATTRIBUTES
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.generation.samplers import Row, Table, advance, make_table
@@ -56,7 +56,7 @@ class Evaluation:
 
     figures: dict[str, Any]
     sheet: Image.Image | None
-    bad: list[BadRow]
+    bad: list[InvalidRow]
 
 
 def evaluate(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unidiff_sdk.datasets.reader import BadRow
+from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.generation.samplers import make_table
 from unidiff_sdk.inference.schedule import Schedule
@@ -89,7 +89,7 @@ class Validator:
         *,
         prompts: Sequence[str] = (),
         strict: bool = False,
-        on_bad_rows: Callable[[Path, list[BadRow]], None] = lambda folder, rows: None,
+        on_bad_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     ) -> None:
         self.data = data
         self.watchers = watchers

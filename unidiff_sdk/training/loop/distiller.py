@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from unidiff_sdk.datasets.reader import BadRow, Row, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, TrainingError
 from unidiff_sdk.generation.samplers import Row as Coefficients
 from unidiff_sdk.generation.samplers import Table, advance
@@ -50,7 +50,7 @@ class Distilled:
     path: Path
     steps: int
     captions: int
-    bad: list[BadRow]
+    bad: list[InvalidRow]
     loss: float  # of the last step
     seconds: float
 
@@ -76,7 +76,7 @@ def distill(
     device: str = "auto",
     strict: bool = False,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
-    on_bad_rows: Callable[[Path, list[BadRow]], None] = lambda folder, rows: None,
+    on_bad_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     on_trajectories: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
     on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Distilled:
@@ -100,7 +100,7 @@ def distill(
     teacher = load_checkpoint(checkpoint)
     if out.exists() and out.samefile(teacher.path):
         raise TrainingError(f"{out} is the teacher itself: name another folder for the result")
-    bad: list[BadRow] = []
+    bad: list[InvalidRow] = []
     captions = [row.text for row in on_rows(read_catalog(data, strict=strict, on_error=bad.append))]
     if not captions:
         raise DataError(f"{data} holds no usable caption" + (f"; the first of its bad rows: {bad[0]}" if bad else ""))

@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 
-from unidiff_sdk.datasets.reader import BadRow, Row
+from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.datasets.synthetic import CATALOGS
 from unidiff_sdk.errors import OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.bases import load_base
@@ -48,7 +48,7 @@ class Trained:
     path: Path
     steps: int
     pairs: int
-    bad: list[BadRow]
+    bad: list[InvalidRow]
     losses: dict[str, float]  # of the last step
     seconds: float
     chosen: dict[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def train(
     latents: str | Path | None = None,
     prior: Prior | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
-    on_bad_rows: Callable[[Path, list[BadRow]], None] = lambda folder, rows: None,
+    on_bad_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     on_prior: Callable[[range], Iterable[int]] = iter,
     on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
     on_step: Callable[[StepReport], None] = lambda report: None,

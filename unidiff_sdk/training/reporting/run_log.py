@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk.datasets.reader import BadRow
+from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.training.evaluation.validation import Validation
 from unidiff_sdk.training.runtime.callbacks import StepReport
@@ -46,7 +46,7 @@ class RunLog:
         self.started = False
         self._bad_rows: list[dict[str, Any]] = []
 
-    def on_bad_rows(self, data: Path, rows: Sequence[BadRow]) -> Path:
+    def on_bad_rows(self, data: Path, rows: Sequence[InvalidRow]) -> Path:
         """Write down what was passed over of `data`, beside what was of other data. Returns the file."""
         self._bad_rows += [
             {"data": data.name, "line": row.line, "file_name": row.file_name, "reason": row.reason} for row in rows
