@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 # The folders that project imports start from.
@@ -26,7 +27,7 @@ FOR_ANNOTATIONS = ("__future__", "collections.abc", "typing")
 
 
 def digest(files: Sequence[Path], root: Path = ROOT) -> str:
-    """A short hash of the code that runs when `files` do: 16 hexadecimal digits."""
+    """Return a short hash of the code that runs when `files` do: 16 hexadecimal digits."""
     whole = hashlib.sha256()
     sources = (file.read_text(encoding="utf-8") for file in modules(files, root))
     for statement in sorted({text for source in sources for text in statements(source, root)}):
@@ -35,7 +36,7 @@ def digest(files: Sequence[Path], root: Path = ROOT) -> str:
 
 
 def code_of(benchmark: str, depends: Sequence[str] = (), root: Path = ROOT) -> str | None:
-    """The digest of a benchmark's code today, or None if one of its files is gone.
+    """Return the digest of a benchmark's code today, or None if one of its files is gone.
 
     Args:
         benchmark: the name of its script.
@@ -46,7 +47,7 @@ def code_of(benchmark: str, depends: Sequence[str] = (), root: Path = ROOT) -> s
 
 
 def modules(files: Sequence[Path], root: Path = ROOT) -> list[Path]:
-    """`files` and the project modules that they import, directly or through others; the bookkeeping left out."""
+    """Return `files` and the project modules that they import, directly or through others, without the bookkeeping."""
     found: set[Path] = set()
     waiting = [file.resolve() for file in files]
     while waiting:
@@ -59,7 +60,7 @@ def modules(files: Sequence[Path], root: Path = ROOT) -> list[Path]:
 
 @cache
 def statements(source: str, root: Path) -> tuple[str, ...]:
-    """The top-level statements of a module's source, each as the text of its abstract syntax."""
+    """Return the top-level statements of a module's source, each as the text of its abstract syntax."""
     tree = _Executed(root).visit(ast.parse(source))
     return tuple(_text(statement) for statement in tree.body)
 
@@ -129,53 +130,68 @@ def _text(node: object) -> str:
 # --- imports ---------------------------------------------------------------------------------------------------------
 
 
+class Imported(NamedTuple):
+    """One name of an import statement: `from module import name as bound`, or `import module` without a name."""
+
+    level: int  # the number of leading dots
+    module: str
+    name: str | None
+    bound: str | None
+
+
 def imported_modules(file: Path, root: Path) -> Iterator[Path]:
-    """The project modules that a module imports, wherever in it, except for type checkers alone."""
-    for node in _imports(ast.parse(file.read_text(encoding="utf-8"))):
+    """Yield the project modules that a module imports anywhere in it, except for type checkers alone."""
+    for one in _imports(file.read_text(encoding="utf-8")):
+        package = _package(one, file, root)
+        found = _find(package, root) if one.name is None else _origin(package, one.name, root)
+        if found is not None and found.name != "__init__.py":
+            yield found
+
+
+@cache
+def _imports(source: str, *, type_checking: bool = False) -> tuple[Imported, ...]:
+    found: list[Imported] = []
+
+    def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Import):
-            found = [_find(alias.name, root) for alias in node.names]
-        else:
-            package = _package(node, file, root)
-            found = [
-                _find(f"{package}.{alias.name}", root) or _origin(package, alias.name, root) for alias in node.names
-            ]
-        yield from (module for module in found if module is not None and module.name != "__init__.py")
+            found.extend(Imported(0, alias.name, None, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.extend(Imported(node.level, node.module or "", a.name, a.asname or a.name) for a in node.names)
+        elif type_checking or not _for_type_checkers(node):
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(ast.parse(source))
+    return tuple(found)
 
 
-def _imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom):
-            yield child
-        elif not _for_type_checkers(child):
-            yield from _imports(child)
-
-
-def _package(node: ast.ImportFrom, file: Path, root: Path) -> str:
-    """The absolute name of the module that `node`, a statement of `file`, imports from."""
-    if not node.level:
-        return node.module or ""
-    folder = file.parents[node.level - 1]
+def _package(one: Imported, file: Path, root: Path) -> str:
+    """Return the absolute name of the module that an import of `file` names."""
+    if not one.level:
+        return one.module
+    folder = file.parents[one.level - 1]
     source = next(root / source for source in reversed(SOURCES) if folder.is_relative_to(root / source))
-    return ".".join([*folder.relative_to(source).parts, *filter(None, [node.module])])
+    return ".".join([*folder.relative_to(source).parts, *filter(None, [one.module])])
+
+
+def _origin(package: str, name: str, root: Path) -> Path | None:
+    """Return the file that `from package import name` refers to, through the `__init__.py` of packages."""
+    if module := _find(f"{package}.{name}", root):
+        return module
+    file = _find(package, root)
+    if file is None or file.name != "__init__.py":
+        return file
+    for one in _imports(file.read_text(encoding="utf-8"), type_checking=True):  # lazy imports stand there
+        if one.bound == name:
+            return _origin(_package(one, file, root), one.name or "", root)
+    return None
 
 
 def _find(name: str, root: Path) -> Path | None:
-    """The file of the project module `name`, or None."""
+    """Return the file of the project module `name`, or None."""
     for source in SOURCES:
         path = (root / source).joinpath(*name.split("."))
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file():
                 return file.resolve()
-    return None
-
-
-def _origin(package: str, name: str, root: Path) -> Path | None:
-    """The module that defines `name` of `package`: where the package imports it from, lazily perhaps, or itself."""
-    file = _find(package, root)
-    if file is None or file.name != "__init__.py":
-        return file
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
-            source = _package(node, file, root)
-            return _find(f"{source}.{name}", root) or _origin(source, name, root)
     return None

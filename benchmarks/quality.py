@@ -209,8 +209,10 @@ def plot(content: Result) -> str:
         for domain in declared["domains"]
         for figure, title in (("r@1", "R@1"), ("all_right", "all right"))
     ]
-    label = ", ".join(f"{number} {arm}" for number, arm in enumerate(declared["arms"]))
-    return line_chart("What each arm reaches", [line for line in drawn if line.points], x_label=label)
+    # Spaces that do not break, so that no name is torn apart.
+    label = ", ".join(f"{number} {arm}".replace(" ", "\u00a0") for number, arm in enumerate(declared["arms"]))
+    lines = [line for line in drawn if line.points]
+    return line_chart("What each arm reaches", lines, x_label=label, y_max=1.0)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,11 @@ class Catalog:
     "export/unidiff_export/__init__.py": "",
     "export/unidiff_export/graphs/__init__.py": "",
     "export/unidiff_export/graphs/lowering.py": """
-from . import passes
+from . import passes as graph_passes
 OPSET = 23
 
 def lower():
-    return passes.LEVEL
+    return graph_passes.LEVEL
 """,
     "export/unidiff_export/graphs/passes.py": "LEVEL = 3\n",
 }

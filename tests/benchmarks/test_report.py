@@ -79,7 +79,7 @@ def test_a_row_stands_beside_its_peer_with_its_command(tmp_path: Path) -> None:
     assert "| 80% |" in written(tmp_path, a_result("unet", [slower])), "a row goes by the peak of its own day"
     heads = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(heads) == 1, "every line of the table has as many cells"
-    assert "- batch 2: Not quite alike." in text and "Nowhere in what is measured here." in text
+    assert "- batch 2: Not quite alike." in text and "In no row that is measured here." in text
 
 
 def test_rows_of_earlier_code_are_counted_and_marked(tmp_path: Path) -> None:
@@ -91,17 +91,52 @@ def test_rows_of_earlier_code_are_counted_and_marked(tmp_path: Path) -> None:
     assert cases == ["once †", "batch 1", "batch 2 †", "batch 4"]
 
 
-def test_where_a_peer_is_ahead_is_told_plainly(tmp_path: Path) -> None:
-    rows = [a_row("fast", 0.5, 1.0), a_row("slow", 3.0, 1.0), a_row("near", 1.05, 1.0)]
+def leads(text: str) -> list[list[str]]:
+    """The cells of the table "Where a peer is ahead"."""
+    lines = text.partition("## Where a peer is ahead")[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+
+
+def test_peer_table_lists_the_largest_leads_first(tmp_path: Path) -> None:
+    rows = [a_row("fast", 0.5, 1.0), a_row("slow", 3.0, 1.0), a_row("near", 1.05, 1.0), a_row("even", 1.001, 1.0)]
     rows[0]["measured"]["peer"]["figures"]["recall@10"] = 0.99
     rows[0]["measured"]["UniDiff"]["figures"]["recall@10"] = 0.9
-    text = written(tmp_path, a_result("search", rows))
-    listed = [line for line in text.splitlines() if line.startswith("- `search`")]
-    assert listed == [
-        "- `search`, fast: peer has the better recall@10, 0.99; the best of ours is 0.9.",
-        "- `search`, slow: peer is faster; UniDiff takes 3.00 times as long.",
-        "- `search`, near: peer is faster; UniDiff takes 1.05 times as long (1 lies within the quartiles).",
+    # A smaller lead in another figure of the same row gives no second line.
+    rows[1]["measured"]["UniDiff"]["figures"]["peak_mib"] = 300.0
+    assert leads(written(tmp_path, a_result("search", rows))) == [
+        ["`search`: slow", "peer", "3.00 (time)"],
+        ["`search`: fast", "peer", "1.10 (recall@10)"],
+        ["`search`: near", "peer", "1.05 (time)"],
     ]
+
+
+def test_peer_table_names_the_contestant_where_there_are_several(tmp_path: Path) -> None:
+    row = a_row("unet", 2.0, 1.0)
+    row["measured"]["UniDiff int8"] = row["measured"]["UniDiff"]
+    row["ratios"]["UniDiff int8"] = {"peer": seconds(0.5)}
+    gpu = a_result("gpu", [a_row("unet", 4.0, 1.0)], device="Some GPU", peaks={})
+    assert leads(written(tmp_path, a_result("unet", [row]), gpu)) == [
+        ["`gpu`: unet, Some GPU", "peer", "4.00 (time)"],
+        ["`unet`: unet (UniDiff)", "peer", "2.00 (time)"],
+    ]
+
+
+def test_peer_table_has_at_most_twenty_rows_and_counts_the_others(tmp_path: Path) -> None:
+    rows = [a_row(f"case {number}", 1.0 + number, 1.0) for number in range(1, 24)]
+    text = written(tmp_path, a_result("search", rows))
+    assert [ratio for _, _, ratio in leads(text)] == [f"{number}.00 (time)" for number in range(24, 4, -1)]
+    assert "\n3 more, with smaller ratios, are in the tables below." in text
+    rows = rows[:20]
+    assert " more, with smaller ratios" not in written(tmp_path, a_result("search", rows))
+
+
+def test_peer_table_leaves_out_figures_without_a_ratio_and_baselines_of_our_own(tmp_path: Path) -> None:
+    row = a_row("build", 0.5, 1.0)
+    row["measured"]["UniDiff"]["figures"]["build_s"], row["measured"]["peer"]["figures"]["build_s"] = 20.0, 0.0
+    cost = a_row("cost", 2.0, 1.0)
+    cost["measured"]["UniDiff, without"] = cost["measured"].pop("peer")
+    cost["ratios"]["UniDiff"] = {"UniDiff, without": seconds(2.0)}
+    assert "In no row that is measured here." in written(tmp_path, a_result("search", [row, cost]))
 
 
 def test_other_machines_have_their_own_section_after_ours(tmp_path: Path) -> None:
@@ -109,7 +144,7 @@ def test_other_machines_have_their_own_section_after_ours(tmp_path: Path) -> Non
     text = written(tmp_path, gpu, a_result("unet", [a_row("batch 2", 0.5, 1.0)]))
     heads = [line for line in text.splitlines() if line.startswith("## ")]
     assert heads == ["## Where a peer is ahead", "## Some CPU, 2 cores", "## Some GPU (Some CPU, 2 cores)"]
-    assert text.index("**Not complete") > text.index(heads[2])
+    assert text.index("**Incomplete") > text.index(heads[2])
 
 
 def test_plots_are_drawn_of_what_varies_and_old_ones_go(tmp_path: Path) -> None:
@@ -131,6 +166,8 @@ def test_plots_are_drawn_of_what_varies_and_old_ones_go(tmp_path: Path) -> None:
     assert all(f"(plots/{name})" in text for name in plots)
     circles = plots["search-recall-10-clustered.svg"].findall("{http://www.w3.org/2000/svg}circle")
     assert len(circles) == 3
+    labels = [text.text for text in plots["search-recall-10-clustered.svg"].iter("{http://www.w3.org/2000/svg}text")]
+    assert "1" in labels and not {"1.05", "1.1", "1.2"} & set(labels), "the axis of recall ends at 1"
 
 
 def test_efforts_of_one_engine_are_one_line(tmp_path: Path) -> None:

@@ -49,6 +49,33 @@ def test_a_few_whole_places_on_a_logarithmic_axis_are_its_ticks() -> None:
     assert {"1", "4", "16"} <= {text.text for text in batches.iter(f"{SVG}text")}
 
 
+def test_an_axis_with_a_largest_value_ends_there() -> None:
+    for recalls in ([1.0, 1.0], [0.2, 1.0], [0.99, 1.0]):
+        svg = drawn(Line("a", [(1, recalls[0]), (2, recalls[1])]), y_max=1.0)
+        labels = [float(text.text) for text in svg.iter(f"{SVG}text") if text.get("text-anchor") == "end"]
+        assert max(labels) == 1
+        assert places(svg)[1][1] == min(float(line.get("y1")) for line in svg.iter(f"{SVG}line"))
+
+
+def test_long_titles_and_labels_are_wrapped_inside_the_chart() -> None:
+    words = [f"word{number}" for number in range(40)]
+    svg = ElementTree.fromstring(line_chart(" ".join(words), [Line("a", [(0, 1)])], x_label=" ".join(words[::-1])))
+    texts = [text for text in svg.iter(f"{SVG}text") if "word" in (text.text or "")]
+    assert sorted(" ".join(text.text for text in texts).split()) == sorted(2 * words)
+    assert all(len(text.text) < 80 for text in texts)
+    assert len({text.get("y") for text in texts}) == len(texts)
+    assert max(float(text.get("y")) for text in texts) < float(svg.get("viewBox").split()[3])
+
+
+@given(st.lists(st.integers(0, 20_000), min_size=2, max_size=8, unique=True), st.booleans())
+def test_labels_of_ticks_do_not_overlap(counts: list[int], log: bool) -> None:
+    svg = drawn(Line("a", [(count, 1) for count in counts]), log_x=log)
+    ticks = [text for text in svg.iter(f"{SVG}text") if text.get("text-anchor") == "middle" and text.text != "x"]
+    assert ticks
+    spans = sorted((float(text.get("x")), 3.3 * len(text.text)) for text in ticks if text.text)
+    assert all(right - half >= left + width for (left, width), (right, half) in pairwise(spans))
+
+
 @settings(max_examples=200, deadline=None)
 @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-6, 1e6), log=st.booleans())
 def test_ticks_are_few_round_and_inside(low: float, span: float, log: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +13,7 @@ __all__ = ["Line", "line_chart"]
 WIDTH, HEIGHT = 560, 320
 LEFT, RIGHT, BOTTOM = 62, 16, 46  # around the plot; above it stand the title and as many rows of names as are needed
 ROW = 18  # height of a row of names
+LETTER = 6.6  # the width of a letter in pixels, at most on average
 MARKED = 40  # a line of no more points than this shows each of them
 # Mid-tones that hold on white and on black, told apart with every kind of color blindness (after Okabe and Ito).
 COLORS = ("#d1495b", "#2e86ab", "#3a9d6e", "#c28e0e", "#8e6bbf", "#c46210", "#5f7a8a", "#b0578d")
@@ -42,21 +44,28 @@ def line_chart(
     y_label: str = "",
     log_x: bool = False,
     log_y: bool = False,
+    y_max: float | None = None,
 ) -> str:
-    """An <svg> element. Points that are not finite, or not positive on a logarithmic axis, are left out."""
+    """An <svg> element. Points that are not finite, or not positive on a logarithmic axis, are left out.
+
+    y_max: the largest value that y can have, where there is one: the axis ends there.
+    """
     shown = [Line(line.name, _drawable(line.points, log_x, log_y), line.faint, line.dashed) for line in lines]
     shown = [line for line in shown if line.points]
     names = list(dict.fromkeys(line.name for line in shown))
     colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
-    legend, rows = _legend({line.name: line for line in shown if not line.faint}, colors)
-    top = 34 + ROW * rows
-    height = HEIGHT + ROW * max(0, rows - 1)
+    titles, x_labels = _wrapped(title, 1.1 * LETTER), _wrapped(x_label, LETTER)
+    above = ROW * (len(titles) - 1)
+    legend, rows = _legend({line.name: line for line in shown if not line.faint}, colors, 38 + above)
+    top = 40 + above + ROW * rows
+    floor = HEIGHT - BOTTOM + above + ROW * max(0, rows - 1)  # where the x axis lies
+    height = floor + BOTTOM + ROW * (len(x_labels) - 1)
     x = _Axis.over([point[0] for line in shown for point in line.points], log_x, LEFT, WIDTH - RIGHT)
-    y = _Axis.over([point[1] for line in shown for point in line.points], log_y, height - BOTTOM, top)
+    y = _Axis.over([point[1] for line in shown for point in line.points], log_y, floor, top, y_max)
     parts = [
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'aria-label="{escape(title)}"><style>{STYLE}</style>',
-        f'<text class="title" x="{LEFT}" y="20">{escape(title)}</text>',
+        *(f'<text class="title" x="{LEFT}" y="{20 + ROW * n}">{escape(text)}</text>' for n, text in enumerate(titles)),
         *legend,
     ]
     for value in y.ticks():
@@ -64,15 +73,12 @@ def line_chart(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(value):.1f}" y2="{y.at(value):.1f}"/>'
         )
         parts.append(f'<text x="{LEFT - 8}" y="{y.at(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in (log_x and _few_counts(shown)) or x.ticks():
-        parts.append(
-            f'<text x="{x.at(value):.1f}" y="{height - BOTTOM + 18}" text-anchor="middle">{_number(value)}</text>'
-        )
-    parts.append(f'<line class="edge" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height - BOTTOM}" y2="{height - BOTTOM}"/>')
-    middle = (top + height - BOTTOM) / 2
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    for value in _apart(_few_counts(shown) or x.ticks(), x):
+        parts.append(f'<text x="{x.at(value):.1f}" y="{floor + 18}" text-anchor="middle">{_number(value)}</text>')
+    parts.append(f'<line class="edge" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
+    center, middle = (LEFT + WIDTH - RIGHT) / 2, (top + floor) / 2
+    for n, text in enumerate(x_labels):
+        parts.append(f'<text x="{center}" y="{floor + 38 + ROW * n}" text-anchor="middle">{escape(text)}</text>')
     parts.append(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
     )
@@ -92,13 +98,13 @@ class _Axis:
     end: float
 
     @classmethod
-    def over(cls, values: Iterable[float], log: bool, start: float, end: float) -> _Axis:
+    def over(cls, values: Iterable[float], log: bool, start: float, end: float, most: float | None = None) -> _Axis:
         low, high = min(values := list(values), default=0.0 if not log else 1.0), max(values, default=1.0)
         if log:
             room = (high / low) ** 0.05 if high > low else 2.0
-            return cls(low / room, high * room, log, start, end)
+            return cls(low / room, _at_most(high * room, most), log, start, end)
         room = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
-        return cls(0.0 if 0 <= low < 0.3 * high else low - room, high + room, log, start, end)
+        return cls(0.0 if 0 <= low < 0.3 * high else low - room, _at_most(high + room, most), log, start, end)
 
     def at(self, value: float) -> float:
         low, high, value = map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
@@ -106,6 +112,27 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
+
+
+def _at_most(high: float, most: float | None) -> float:
+    return high if most is None else min(high, most)
+
+
+def _wrapped(text: str, letter: float) -> list[str]:
+    """A text in lines of at most the plot's width."""
+    return textwrap.wrap(text, int((WIDTH - LEFT - RIGHT) / letter)) or [""]
+
+
+def _apart(ticks: Sequence[float], axis: _Axis) -> list[float]:
+    """The ticks of a horizontal axis whose labels do not overlap, from the left."""
+    shown: list[float] = []
+    free = -math.inf
+    for value in ticks:
+        half = LETTER * (len(_number(value)) + 1) / 2
+        if axis.at(value) - half >= free:
+            shown.append(value)
+            free = axis.at(value) + half
+    return shown
 
 
 def _few_counts(lines: Sequence[Line]) -> list[float]:
@@ -147,16 +174,16 @@ def _drawable(points: Sequence[tuple[float, float]], log_x: bool, log_y: bool) -
     ]
 
 
-def _legend(lines: dict[str, Line], colors: dict[str, str]) -> tuple[list[str], int]:
-    """The names with their colors, in as many rows as they need; and how many rows those are."""
+def _legend(lines: dict[str, Line], colors: dict[str, str], top: int) -> tuple[list[str], int]:
+    """The names with their colors, in as many rows as they need from `top` on; and how many rows those are."""
     if len(lines) < 2:
         return [], 0
     parts, x, row = [], LEFT, 0
     for name, line in lines.items():
-        wide = 30 + round(6.6 * len(name))
+        wide = 30 + round(LETTER * len(name))
         if x + wide > WIDTH - RIGHT and x > LEFT:
             x, row = LEFT, row + 1
-        y = 38 + ROW * row
+        y = top + ROW * row
         dash = ' stroke-dasharray="5 3"' if line.dashed else ""
         parts.append(
             f'<line x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}" stroke="{colors[name]}" stroke-width="2.5"{dash}/>'

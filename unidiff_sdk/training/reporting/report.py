@@ -92,7 +92,7 @@ def _curves(log: Log) -> Section:
     if len(log.validations) > 1:
         for title, way in (("Words → picture, validation", "text_to_image"), ("Picture → words", "image_to_text")):
             lines = [Line(f"R@{k}", _figure(log, f"{way} R@{k}")) for k in (1, 5, 10)]
-            charts.append(line_chart(title, lines, x_label="step", y_label="recall"))
+            charts.append(line_chart(title, lines, x_label="step", y_label="recall", y_max=1.0))
         loss = [Line("denoising loss", _figure(log, "denoising_loss"))]
         charts.append(line_chart("Denoising loss, validation", loss, x_label="step", y_label="mean squared error"))
         ranks = [Line(f"{kind}s", _figure(log, f"{kind}_effective_rank")) for kind in ("image", "text")]
