@@ -23,7 +23,7 @@ from unidiff_sdk.inference.encoder import Encoder
 KILLED = """
 import os, signal, sys
 from unidiff_sdk import Catalog
-from unidiff_sdk.writing import Writer
+from unidiff_sdk.catalog.writer import Writer
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)

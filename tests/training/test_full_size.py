@@ -29,7 +29,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
-from unidiff_sdk.training.checkpoint import ImageProcessor
+from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
 
 out, words = Path(sys.argv[1]), 49408
 alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -72,7 +72,7 @@ ImageProcessor(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 2
 STEP = """
 import sys
 from unidiff_sdk.training.config import TrainingConfig
-from unidiff_sdk.training.trainer import train
+from unidiff_sdk.training.loop.trainer import train
 
 base, data, out = sys.argv[1:]
 config = TrainingConfig(

@@ -152,7 +152,7 @@ def test_only_a_part_is_in_memory_at_a_time(
 RANK = """
 import json, sys
 from unidiff_sdk.training.config import TrainingConfig
-from unidiff_sdk.training.trainer import train
+from unidiff_sdk.training.loop.trainer import train
 
 data, base, out, settings, losses = sys.argv[1:]
 reports = []

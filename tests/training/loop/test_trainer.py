@@ -143,7 +143,7 @@ def test_a_device_that_is_too_small_says_what_helps(
 
 MEMORY = """
 import resource, numpy as np
-from unidiff_sdk.training.allocator import kept_memory
+from unidiff_sdk.training.runtime.allocator import kept_memory
 
 def step():  # twelve times 20 MB, as large as activations are
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
