@@ -175,7 +175,7 @@ def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) ->
         (lambda c: c.search("x", limit=True), "limit=True"),
         (lambda c: c.search("x", offset=None), "offset=None"),
         (lambda c: c.browse(limit="3"), "limit='3'"),
-        (lambda c: c.browse(order_by=3), 'No item has a column "3"|only a column of single numbers'),
+        (lambda c: c.browse(order_by=3), "3 is not a column"),
         (lambda c: c.browse(order_by="-"), "is not a column"),
         (lambda c: c.facets(3), "3 is not a column"),
         (lambda c: c.facets("x", limit=None), "limit=None"),
@@ -187,7 +187,6 @@ def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) ->
         (lambda c: c.reindex(None), "needs the bundle"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:No item has a column")
 def test_arguments_of_the_wrong_kind(catalog: Catalog, call: Callable[[Catalog], Any], says: str) -> None:
     catalog.add(halves(), ids="kept", payloads={"x": "y"})
     with pytest.raises((OptionError, FilterError), match=says):

@@ -229,9 +229,9 @@ def test_empty_catalog(catalog: Catalog) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "search for something"),
-        ({"text": "  "}, "words to look for"),
-        ({"text": 7}, "words to look for"),
+        ({}, "The query is empty"),
+        ({"text": "  "}, "text='  ': give a non-empty string"),
+        ({"text": 7}, "text=7: give a non-empty string"),
         ({"text": "red", "limit": 0}, "limit=0"),
         ({"text": "red", "limit": 10_001}, "10,000"),
         ({"text": "red", "offset": -1}, "offset=-1"),

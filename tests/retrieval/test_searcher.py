@@ -1,4 +1,4 @@
-"""Pages of a ranking: cursors, groups, variety, thresholds; over every store, against the plainest computation."""
+"""Pages, cursors, groups, diversity and thresholds over every store, against a plain computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from support.backends import BACKENDS, DIM
 
 from unidiff_sdk import FilterError, Hit, OptionError, Page, SearchOptions
 from unidiff_sdk.retrieval.cursors import Cursor
-from unidiff_sdk.retrieval.duplicates import near_duplicates
 from unidiff_sdk.retrieval.query import Query
 from unidiff_sdk.retrieval.ranking import diversify
 from unidiff_sdk.retrieval.searcher import Searcher
@@ -23,12 +22,12 @@ from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore
 
-# Local mode says that payload indexes have no effect on it.
+# qdrant-client's local mode warns that it ignores payload indexes.
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 
 
-class Words:
-    """A stand-in for the encoder: a text is the vector that its characters seed."""
+class HashEncoder:
+    """An encoder whose text embeddings are random vectors seeded by the characters."""
 
     def encode_text(self, text: str) -> np.ndarray:
         return direction(sum(map(ord, text)))
@@ -60,7 +59,7 @@ def searcher(store: Store) -> Searcher:
     def hit(payload: dict[str, Any], score: float) -> Hit:
         return Hit(payload["id"], score, payload.get("text"), payload, "", payload["_unidiff"]["sha256"], images)
 
-    return Searcher(store, Words, hit, lambda texts, n: [])  # type: ignore[arg-type]
+    return Searcher(store, HashEncoder, hit, lambda texts, n: [])  # type: ignore[arg-type]
 
 
 def page(store: Store, query: Query, **options: Any) -> Page:
@@ -72,14 +71,14 @@ def ids(hits: Any) -> list[Any]:
 
 
 def all_pages(store: Store, query: Query, **options: Any) -> list[Page]:
-    """Every page, from cursor to cursor, each by a new searcher as another process would have it."""
+    """Every page from cursor to cursor, each from a new searcher, as in another process."""
     pages = [page(store, query, **options)]
     while pages[-1].cursor:
         pages.append(page(store, query, **options, cursor=pages[-1].cursor))
     return pages
 
 
-ASKED = Query.of(vector=direction(10_000))
+QUERY = Query.of(vector=direction(10_000))
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -97,7 +96,7 @@ ASKED = Query.of(vector=direction(10_000))
         {"hybrid": 0.3, "group_by": "brand"},
     ],
 )
-def test_cursors_go_through_the_whole_ranking(store: Store, options: dict[str, Any]) -> None:
+def test_cursors_visit_the_whole_ranking(store: Store, options: dict[str, Any]) -> None:
     store.upsert([item(n, n=n, brand=f"brand {n % 23}", text="red" if n % 3 else "blue") for n in range(47)])
     query = Query.of("red")
     whole = page(store, query, limit=100, **options)
@@ -106,12 +105,12 @@ def test_cursors_go_through_the_whole_ranking(store: Store, options: dict[str, A
     assert [id for part in pages for id in ids(part)] == ids(whole)
     assert [part.offset for part in pages] == [7 * k for k in range(len(pages))]
     assert ids(page(store, query, limit=5, offset=6, **options)) == ids(whole)[6:11]
-    # The limit may change on the way.
+    # The limit may change between pages.
     assert ids(page(store, query, limit=11, **options, cursor=pages[0].cursor)) == ids(whole)[7:18]
 
 
-def test_cursors_stay_valid_while_items_come_and_go(store: Store) -> None:
-    """Nothing is shown twice, and nothing that was there all the time is missed, whatever happens between pages."""
+def test_cursors_stay_valid_while_items_are_added_and_deleted(store: Store) -> None:
+    """No item is shown twice, and no item that was stored throughout is missed."""
     rng = np.random.default_rng(0)
     for mixed in (False, True):
         store.upsert([item(n) for n in range(120)])
@@ -141,26 +140,28 @@ def test_cursors_among_equal_scores(store: Store) -> None:
     assert sorted(shown) == sorted([*range(40), *range(50, 60)])
 
 
-def test_cursors_of_other_searches_are_refused(store: Store) -> None:
+def test_cursor_of_another_search_is_refused(store: Store) -> None:
     store.upsert([item(n, n=n) for n in range(10)])
-    cursor = page(store, ASKED, limit=3).cursor
+    cursor = page(store, QUERY, limit=3).cursor
     assert cursor
-    assert len(page(store, ASKED, limit=3, cursor=cursor)) == 3
+    assert len(page(store, QUERY, limit=3, cursor=cursor)) == 3
     for query, options in [
         (Query.of(vector=direction(3)), {}),
         (Query.of("red"), {}),
-        (ASKED, {"where": {"n": {"lt": 5}}}),
-        (ASKED, {"min_score": 0.0}),
+        (QUERY, {"where": {"n": {"lt": 5}}}),
+        (QUERY, {"min_score": 0.0}),
     ]:
         with pytest.raises(OptionError, match="belongs to another search"):
             page(store, query, limit=3, cursor=cursor, **options)
-    assert ids(page(store, ASKED, limit=3, cursor="")) == ids(page(store, ASKED, limit=3))  # as `?cursor=` has it
+    assert ids(page(store, QUERY, limit=3, cursor="")) == ids(page(store, QUERY, limit=3))  # an empty URL parameter
     for text in ("x", cursor[:-8], cursor + "AAAA", "💡", cursor[::-1], 7):
-        with pytest.raises(OptionError, match=r"not one that a page gave out|damaged"):
-            page(store, ASKED, limit=3, cursor=text)
+        with pytest.raises(
+            OptionError, match=r"not a cursor: give the attribute cursor of a Page|damaged, or from another catalog"
+        ):
+            page(store, QUERY, limit=3, cursor=text)
 
 
-def test_a_cursor_survives_its_string() -> None:
+def test_cursor_round_trips_through_its_string() -> None:
     ties = frozenset(str(uuid.UUID(int=n)) for n in range(3))
     for cursor in (
         Cursor(b"12345678", 5),
@@ -174,11 +175,11 @@ def test_a_cursor_survives_its_string() -> None:
             np.testing.assert_array_equal(again.vector, cursor.vector)
 
 
-# ------------------------------------------------------------------------------------------------ arrangements
+# ------------------------------------------------------------------------------------------------ ranking
 
 
-def test_one_hit_a_group(store: Store) -> None:
-    """One brand fills the first 600 places, some items have none, one has a list."""
+def test_group_by_returns_the_best_hit_of_each_group(store: Store) -> None:
+    """One brand holds the first 600 ranks, some items have no brand, one has a list."""
     records = [item(n, vector=unit(direction(1) + 0.01 * direction(n)), brand="Acme") for n in range(600)]
     records += [item(1000 + n, brand=["Nord", "Vellum", 7, True, None][n % 5]) for n in range(40)]
     records += [item(2000 + n) for n in range(3)] + [item(3000, brand=["a", "b"])]
@@ -195,7 +196,7 @@ def test_one_hit_a_group(store: Store) -> None:
     assert len(page(store, Query.of(vector=query), group_by="nothing", limit=650)) == 644
 
 
-def test_groups_that_come_before_a_cursor_hide_none_behind_it(store: Store) -> None:
+def test_groups_before_a_cursor_hide_no_group_after_it(store: Store) -> None:
     near = [unit(direction(1) + 0.001 * n * direction(2)) for n in range(400)]
     store.upsert([item(n, vector=near[n], brand=f"brand {n // 20}") for n in range(100, 400)])
     query = Query.of(vector=direction(1))
@@ -212,29 +213,29 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("diversity", [0.0, 0.3, 0.7, 1.0])
-def test_diversity_is_maximal_marginal_relevance(diversity: float) -> None:
-    """Against the definition, evaluated pick by pick."""
+def test_diversify_is_maximal_marginal_relevance(diversity: float) -> None:
+    """Compare with the definition, evaluated step by step."""
     rng = np.random.default_rng(1)
     for _ in range(10):
         vectors = np.array([direction(int(k)) for k in rng.integers(0, 1000, 25)])
         relevance = (vectors @ direction(5)).astype(np.float32)
         relative = (relevance - relevance.min()) / np.ptp(relevance)
-        likeness = vectors @ vectors.T
-        likeness = (likeness - likeness.min()) / np.ptp(likeness)
-        picked = [int(np.argmax(relevance))]
-        while len(picked) < 10:
+        similarity = vectors @ vectors.T
+        similarity = (similarity - similarity.min()) / np.ptp(similarity)
+        selected = [int(np.argmax(relevance))]
+        while len(selected) < 10:
             gains = {
-                k: (1 - diversity) * relative[k] - diversity * max(likeness[k][p] for p in picked)
+                k: (1 - diversity) * relative[k] - diversity * max(similarity[k][p] for p in selected)
                 for k in range(25)
-                if k not in picked
+                if k not in selected
             }
-            picked.append(max(gains, key=lambda k: gains[k]))
-        assert diversify(relevance, vectors, diversity, 10) == picked
+            selected.append(max(gains, key=lambda k: gains[k]))
+        assert diversify(relevance, vectors, diversity, 10) == selected
 
 
-def test_diverse_pages(store: Store) -> None:
-    twins = [item(n, vector=unit(direction(1) + 0.01 * direction(n))) for n in range(20)]
-    store.upsert(twins + [item(100 + n) for n in range(60)])
+def test_diversity_varies_the_hits_of_a_page(store: Store) -> None:
+    similar = [item(n, vector=unit(direction(1) + 0.01 * direction(n))) for n in range(20)]
+    store.upsert(similar + [item(100 + n) for n in range(60)])
     query = Query.of(vector=direction(1))
     assert ids(page(store, query, diversity=0.0)) == ids(page(store, query))
     assert set(ids(page(store, query))) <= set(range(20))
@@ -243,23 +244,23 @@ def test_diverse_pages(store: Store) -> None:
     assert sum(id < 20 for id in ids(varied)) < 4
 
 
-def test_min_score(store: Store) -> None:
+def test_min_score_excludes_lower_scores(store: Store) -> None:
     records = [item(n) for n in range(60)]
     store.upsert(records)
     expected = {r.payload["id"] for r in records if r.vector @ direction(10_000) >= 0.2}
-    assert set(ids(page(store, ASKED, min_score=0.2, limit=60))) == expected
-    assert len(page(store, ASKED, min_score=1.5)) == 0
+    assert set(ids(page(store, QUERY, min_score=0.2, limit=60))) == expected
+    assert len(page(store, QUERY, min_score=1.5)) == 0
 
 
-def test_examples_are_no_hits(store: Store) -> None:
+def test_examples_are_excluded_from_the_hits(store: Store) -> None:
     store.upsert([item(n) for n in range(30)])
     found = page(store, Query.of(like=[3, 4], unlike=5, vector=direction(3)), limit=30)
     assert set(ids(found)) == set(range(30)) - {3, 4, 5}
 
 
-def test_a_batch_is_its_searches(store: Store) -> None:
+def test_batch_equals_single_searches(store: Store) -> None:
     store.upsert([item(n, text="red" if n % 2 else "blue", brand=n % 4) for n in range(40)])
-    queries = [Query.of("red"), Query.of("red", without="stripes"), Query.of(like=3), ASKED]
+    queries = [Query.of("red"), Query.of("red", without="stripes"), Query.of(like=3), QUERY]
     for options in ({}, {"group_by": "brand"}, {"diversity": 0.4}, {"offset": 3}):
         together = searcher(store).search(queries, SearchOptions(limit=6, **options))
         assert [ids(part) for part in together] == [ids(page(store, q, limit=6, **options)) for q in queries]
@@ -297,38 +298,6 @@ def test_search_options_are_normalized_and_frozen() -> None:
         options.limit = 3  # type: ignore[misc]
 
 
-def test_hybrid_needs_words(store: Store) -> None:
-    with pytest.raises(OptionError, match="give a text"):
-        page(store, ASKED, hybrid=True)
-
-
-# ------------------------------------------------------------------------------------------------ duplicates
-
-
-def test_near_duplicates_are_the_connected_components(store: Store) -> None:
-    rng = np.random.default_rng(0)
-    records = [
-        item(100 * group + k, vector=unit(direction(group) + 0.03 * rng.normal(size=DIM)), even=group % 2 == 0)
-        for group in range(12)
-        for k in range(group)
-    ]
-    store.upsert(records)
-    vectors = np.array([r.vector for r in records])
-    for threshold in (0.9, 0.98, 0.99):
-        links = vectors @ vectors.T >= threshold
-        reach = np.linalg.matrix_power(links.astype(float), len(records)) > 0
-        expected = {frozenset(np.flatnonzero(row)) for row in reach if row.sum() > 1}
-        places = {r.id: place for place, r in enumerate(records)}
-        groups = near_duplicates(store, threshold, None)
-        assert {frozenset(places[found.id] for found in group) for group in groups} == expected
-        assert [len(group) for group in groups] == sorted((len(group) for group in groups), reverse=True)
-        for group in groups:
-            for found in group:
-                others = [vectors[places[o.id]] for o in group if o.id != found.id]
-                assert found.score == pytest.approx(max(vectors[places[found.id]] @ o for o in others), abs=1e-5)
-
-
-@pytest.mark.parametrize("threshold", [0, -0.5, 1.01, True, "high", float("nan")])
-def test_a_threshold_is_a_cosine(store: Store, threshold: Any) -> None:
-    with pytest.raises(OptionError, match="cosine above 0"):
-        near_duplicates(store, threshold, None)
+def test_hybrid_needs_a_text(store: Store) -> None:
+    with pytest.raises(OptionError, match=r"hybrid=0\.5 ranks by captions as well: give a text"):
+        page(store, QUERY, hybrid=True)

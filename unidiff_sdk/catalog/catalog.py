@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,23 +25,21 @@ from unidiff_sdk._internal.compact_set import CompactSet
 from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk._internal.parallel import buffered_map
 from unidiff_sdk._internal.progress import progress_bar
-from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, OptionError, StoreError
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.retrieval.columns import column_kinds, facet_counts, ordered, warn_about_unknown_columns
 from unidiff_sdk.retrieval.duplicates import near_duplicates
 from unidiff_sdk.retrieval.options import SearchOptions, check_page
-from unidiff_sdk.retrieval.query import Query, ids_of
-from unidiff_sdk.retrieval.ranking import elements, kind_of, value_at
+from unidiff_sdk.retrieval.query import Query, checked_ids
 from unidiff_sdk.retrieval.results import Hit, Page
 from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Record, Store
-from unidiff_sdk.store.filters import Clause, Compare, column_path, columns, parse
+from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import VECTORS, Location
-from unidiff_sdk.store.payload import RESERVED
 from unidiff_sdk.store.payload import SYSTEM as _SYSTEM
 
 from . import generating
@@ -149,7 +146,7 @@ class Catalog:
 
         # 3. The vectors and the pixels.
         self._images = ImageStore(self.folder)
-        self._hit = partial(_hit, self._images)  # no method: who keeps it does not keep the catalog
+        self._hit = partial(Hit.from_payload, images=self._images)  # no method: who keeps it does not keep the catalog
         self._where = Location(self.folder, quantization, self._url, collection, api_key, server)
         store = self._where.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
         self._writer = Writer(Serving(store, self.folder, file.bundle, opened), self._images, self.location)
@@ -346,12 +343,12 @@ class Catalog:
             catalog.search("a summer dress", image=photo, unlike=["D-17"], without="stripes", where={"stock": True})
 
         A query of one part scores by the cosine. Several parts are mixed into one vector, each balanced by how far it
-        tells this catalog's items apart, so that words are heard beside a picture: `query` has the formula.
+        tells this catalog's items apart, so that a text counts next to an image: `mixing` has the formula.
 
         Args:
             text: what to look for, in words.
             imagine: also draw the text, so many times up to 16, and look for what looks like that: for long queries
-                that tell of much, at the time of that many pictures (`imagination`). The same search draws the same.
+                that tell of much, at the time of that many images (`mixing`). The same search generates the same.
             image: what it should look like: a path, bytes, a PIL image, an array, a hit or a generated picture.
             like, unlike: items (ids or hits) to come close to, and to keep away from; they are no hits themselves.
             without: what it should not be, in words.
@@ -400,7 +397,7 @@ class Catalog:
         )
         (page,) = self._searcher().search([query], options)
         if not page:
-            self._explain_nothing(options.clause)
+            warn_about_unknown_columns(self._store, options.clause)
         return page
 
     def search_batch(self, /, queries: Sequence[str | Mapping[str, Any]], **options: Any) -> list[Page]:
@@ -464,23 +461,10 @@ class Catalog:
         if order_by is None:
             found = islice(chain.from_iterable(serving.store.scroll(where=clause)), offset, offset + limit)
         else:
-            column = str(order_by).removeprefix("-")
-            kind = {"number": "float", "date": "datetime"}.get(self._kind_of(column))
-            if kind is None or self._holds_lists(column):
-                raise OptionError(f"order_by={order_by!r}: only a column of single numbers or dates has an order")
-            found = iter(
-                serving.store.order_by(
-                    column_path(column),
-                    kind,
-                    descending=order_by.startswith("-"),
-                    limit=limit,
-                    offset=offset,
-                    where=clause,
-                )
-            )
+            found = ordered(serving.store, order_by, clause, limit, offset)
         hits = tuple(self._hit(record.payload, 1.0) for record in found)
         if not hits:
-            self._explain_nothing(clause)
+            warn_about_unknown_columns(self._store, clause)
         return Page(hits, offset, limit, 1000 * (time.perf_counter() - started))
 
     def facets(
@@ -502,16 +486,7 @@ class Catalog:
         """
         serving = self._writer.serving_now()
         check_page(limit, 0)
-        clause, kind = parse(where), self._kind_of(column)
-        # The engine keeps one index for a column, and dates and words need theirs for other things.
-        if kind in ("string", "boolean") and column != "text":
-            engine_kind = "bool" if kind == "boolean" else "keyword"
-            counts = serving.store.facet(column_path(column), engine_kind, limit=limit, where=clause)
-            return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
-        counter: Counter[Any] = Counter()
-        for record in chain.from_iterable(serving.store.scroll(1024, clause)):
-            counter.update({v for v in elements(value_at(record.payload, column)) if isinstance(v, (str, int, float))})
-        return dict(counter.most_common(limit))
+        return facet_counts(serving.store, column, parse(where), limit)
 
     def duplicates(self, threshold: float = 0.95, *, where: Mapping[str, Any] | None = None) -> list[tuple[Hit, ...]]:
         """Groups of items whose pictures look (almost) the same, the largest first.
@@ -545,7 +520,7 @@ class Catalog:
         clause = parse(where)
         count = serving.store.count(clause)
         if not count:
-            self._explain_nothing(clause)
+            warn_about_unknown_columns(self._store, clause)
         return count
 
     def delete(self, ids: str | int | Hit | Sequence[str | int | Hit]) -> int:
@@ -554,45 +529,12 @@ class Catalog:
         Args:
             ids: of one item or several; hits will do.
         """
-        keys = [key_of(id) for id in ids_of(ids)]
+        keys = [key_of(id) for id in checked_ids(ids)]
         with self._writer.lock:
             self._check_open()
             records = self._store.retrieve(keys)
             self._writer.remove(records)
         return len(records)
-
-    def _columns(self) -> dict[str, str]:
-        """The columns that some of the items have, and what they hold."""
-        first = next(self._store.scroll(256), [])
-        kinds: dict[str, str] = {}
-        for name, value in ((name, value) for record in first for name, value in record.payload.items()):
-            if name != _SYSTEM and (kind := kind_of(value)):
-                kinds.setdefault(name, kind)
-        return dict(sorted(kinds.items()))
-
-    def _kind_of(self, column: str) -> str:
-        """What a column holds, by the first items that have it; "" if none has."""
-        has_it = Compare(column_path(column), "exists", True)
-        kinds = (kind_of(value_at(record.payload, column)) for record in next(self._store.scroll(16, has_it), []))
-        kind = next(filter(None, kinds), "")
-        if not kind:
-            self._explain_nothing(has_it)
-        return kind
-
-    def _holds_lists(self, column: str) -> bool:
-        """Whether a column of the first items that have it is one of lists."""
-        has_it = Compare(column_path(column), "exists", True)
-        first = next(self._store.scroll(16, has_it), [])
-        return any(isinstance(value_at(record.payload, column), list) for record in first)
-
-    def _explain_nothing(self, where: Clause | None) -> None:
-        """Say so if a filter let nothing through because it asks for a column that no item has."""
-        if where is None or not self._store.count():
-            return
-        for column in columns(where):
-            if not self._store.count(Compare(column, "exists", True)):
-                known = ", ".join(f'"{name}"' if "." in name else name for name in self._columns())
-                warn(f'No item has a column "{column}". There are: {known}.')
 
     # -------------------------------------------------------------------------------------------- generating
 
@@ -891,7 +833,7 @@ class Catalog:
             "location": self.location,
             "items": self.count(),
             "created": self._file.created,
-            "columns": self._columns(),
+            "columns": column_kinds(self._store),
             "bundle": {
                 "name": reference.name,
                 "path": str(reference.locate(self.folder)),
@@ -932,12 +874,6 @@ class Catalog:
 
     def _check_open(self) -> None:
         self._writer.check_open()
-
-
-def _hit(images: ImageStore, payload: dict[str, Any], score: float) -> Hit:
-    columns = {name: value for name, value in payload.items() if name not in RESERVED}
-    system = payload[_SYSTEM]
-    return Hit(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], images)
 
 
 def _let_go(store: Store, folder: Path) -> None:

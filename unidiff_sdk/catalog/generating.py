@@ -13,7 +13,7 @@ from PIL import Image
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import ImageError, OptionError
 from unidiff_sdk.generation.options import GenerationOptions, checked_prompts
-from unidiff_sdk.retrieval.query import picture_of
+from unidiff_sdk.retrieval.query import open_image
 from unidiff_sdk.retrieval.results import Hit
 
 from .results import Generated, Generation
@@ -126,7 +126,7 @@ def _read(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]
     if source is None:
         return None, None
     try:
-        picture = picture_of(source)
+        picture = open_image(source)
         return picture.decoded, source.sha256 if isinstance(source, Hit) else picture.sha256
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error

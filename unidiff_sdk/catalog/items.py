@@ -16,7 +16,7 @@ from PIL import Image
 
 from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.retrieval.query import picture_of
+from unidiff_sdk.retrieval.query import open_image
 from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.store import Record, Vector
 from unidiff_sdk.store.filters import MAX_DEPTH
@@ -81,7 +81,7 @@ def items_of(images: Any, texts: Any, ids: Any, payloads: Any) -> Iterator[Item]
         if times > 1:
             raise OptionError(f"the id {next(id for id in ids if key_of(id) == key)!r} is given {times} times")
     for source, text, payload, id in zip(sources, *columns.values(), ids, strict=True):
-        picture, payload = picture_of(source), {} if payload is None else payload
+        picture, payload = open_image(source), {} if payload is None else payload
         if not isinstance(payload, Mapping):
             raise OptionError(f"a payload is a dictionary of columns, not {payload!r}")
         if isinstance(source, Generated):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
-from unidiff_sdk.retrieval.results import Hit, _figure, _gallery
+from unidiff_sdk.retrieval.results import Hit, figure, gallery
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,7 +91,7 @@ class Generated:
         save(self.image, self.recipe, path)
 
     def _repr_html_(self) -> str:
-        return _gallery([_generated_figure(self)])
+        return gallery([_generated_figure(self)])
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Generation(Sequence[Generated]):
         return iter(self.pictures)
 
     def _repr_html_(self) -> str:
-        return _gallery([_generated_figure(picture) for picture in self])
+        return gallery([_generated_figure(picture) for picture in self])
 
 
 @dataclass(frozen=True)
@@ -160,4 +160,4 @@ def _generated_figure(picture: Generated) -> str:
     picture.image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     caption = f"<b>{picture.score:.3f}</b> {html.escape(picture.prompt)}<br>seed {picture.seed}"
-    return _figure(f"data:image/png;base64,{data}", caption)
+    return figure(f"data:image/png;base64,{data}", caption)

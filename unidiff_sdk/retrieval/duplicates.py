@@ -1,4 +1,4 @@
-"""Items that look the same: linked by a similarity above a threshold, grouped by their links."""
+"""Near-duplicates: items linked by a cosine above a threshold, grouped into connected components."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from unidiff_sdk.store.filters import Clause
 
 __all__ = ["near_duplicates"]
 
-NEIGHBOURS = 32  # looked at for each item; larger groups are found by the chain of their links
+NEIGHBORS = 32  # retrieved for each item; larger groups are found through chains of links
 BATCH_SIZE = 128
+ROUNDING = 1e-5  # identical images have a cosine of 1 except for rounding
 
 
 def near_duplicates(store: Store, threshold: float, where: Clause | None) -> list[list[ScoredRecord]]:
-    """The connected components of "cosine at least `threshold`", of two members and more, the largest first.
+    """Find the connected components of "cosine at least `threshold`" with two members or more, largest first.
 
-    Each member is scored by its greatest cosine to another. Links are what an (approximate) search among the nearest
-    `NEIGHBOURS` finds.
+    The score of each member is its highest cosine to another. Links come from an (approximate) search for the nearest
+    `NEIGHBORS` items.
+
+    Raises:
+        OptionError: `threshold` is not above 0 and at most 1.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
-        raise OptionError(f"threshold={threshold!r}: it must be a cosine above 0 and at most 1")
+        raise OptionError(f"threshold={threshold!r}: give a cosine above 0 and at most 1")
     parent: dict[str, str] = {}
     members: dict[str, ScoredRecord] = {}
 
@@ -47,6 +51,5 @@ def near_duplicates(store: Store, threshold: float, where: Clause | None) -> lis
 
 
 def _searches(records: list[Record], threshold: float, where: Clause | None) -> list[VectorQuery]:
-    # Equal pictures have a cosine of 1 but for rounding.
-    base = VectorQuery(records[0].vector, NEIGHBOURS + 1, where=where, min_score=threshold - 1e-5)
+    base = VectorQuery(records[0].vector, NEIGHBORS + 1, where=where, min_score=threshold - ROUNDING)
     return [replace(base, vector=record.vector) for record in records]

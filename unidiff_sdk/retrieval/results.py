@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING, Any, overload
 
 from unidiff_sdk._internal.text import shorten
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
+from unidiff_sdk.store.payload import RESERVED, SYSTEM
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-__all__ = ["Hit", "Page"]
+__all__ = ["Hit", "Page", "figure", "gallery"]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One item of a catalog, as a search found it or as `Catalog.get` returned it.
+    """One item of a catalog, found by a search or by `Catalog.get`.
 
     Attributes:
-        id: the caller's id, or the content hash if there was none.
-        score: similarity to the query: the cosine for a text or an image; for a mix, about their weighted mean (see
-            `query`); from a hybrid search, fused ranks; 1 where nothing was compared.
+        id: the caller's id, or the content hash of an item added without one.
+        score: the similarity to the query. For one text, image or vector, its cosine; for a mix, about the weighted
+            mean of the cosines (`mixing`); for a hybrid search, the fused ranks; 1 if nothing was compared.
         text: the caption; None if the item has none.
-        payload: every other column.
-        uri: where the original is, relative to the catalog's image store.
+        payload: all other columns.
+        uri: the location of the original image, relative to the image store.
+        sha256: the hash of the image.
     """
 
     id: str | int
@@ -39,18 +41,25 @@ class Hit:
     sha256: str = field(repr=False)
     _images: ImageStore = field(repr=False, compare=False)
 
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any], score: float, images: ImageStore) -> Hit:
+        """Build a hit from a stored payload."""
+        columns = {name: value for name, value in payload.items() if name not in RESERVED}
+        system = payload[SYSTEM]
+        return cls(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], images)
+
     def load_image(self) -> Image.Image:
-        """The original picture, RGB. Raises ImageError if it is gone."""
+        """The original image, RGB. Raises ImageError if it is missing or damaged."""
         return self._images.load(self.uri)
 
     def thumbnail(self) -> Image.Image:
-        """The picture at up to 128 px, RGB."""
+        """The image at up to 128 px, RGB."""
         from unidiff_sdk._internal.images import load_image
 
         return load_image(self._images.thumbnail(self.sha256, self.uri))
 
     def _repr_html_(self) -> str:
-        return _gallery([_hit_figure(self)])
+        return gallery([_hit_figure(self)])
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,11 @@ class Page(Sequence[Hit]):
     """The hits of one search, best first; a sequence.
 
     Attributes:
-        hits: at most `limit` of them.
-        offset: how many better hits were passed over.
-        limit: how many were asked for.
-        took_ms: time of the whole search, with encoding the query, in milliseconds.
-        cursor: where the next page begins, for `search(…, cursor=)`; None on the last page.
+        hits: at most `limit` hits.
+        offset: the number of better hits on earlier pages.
+        limit: the requested number of hits.
+        took_ms: the duration of the whole search in milliseconds, including encoding the query.
+        cursor: the end of this page, for `search(…, cursor=)`; None on the last page.
     """
 
     hits: tuple[Hit, ...]
@@ -91,22 +100,22 @@ class Page(Sequence[Hit]):
         return "\n".join([f"Page of {len(self)} hits in {self.took_ms:.1f} ms", *lines])
 
     def _repr_html_(self) -> str:
-        return _gallery([_hit_figure(hit) for hit in self])
+        return gallery([_hit_figure(hit) for hit in self])
 
 
 def _hit_figure(hit: Hit) -> str:
     data = base64.b64encode(hit._images.thumbnail(hit.sha256, hit.uri)).decode()
-    return _figure(
+    return figure(
         f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(shorten(hit.text or hit.id))}"
     )
 
 
-def _figure(source: str, caption: str) -> str:
+def figure(source: str, caption: str) -> str:
     return (
         f'<figure style="margin:0;width:{THUMBNAIL_SIZE}px"><img src="{source}" style="width:100%;border-radius:6px">'
         f'<figcaption style="font:12px sans-serif">{caption}</figcaption></figure>'
     )
 
 
-def _gallery(figures: list[str]) -> str:
-    return f'<div style="display:flex;flex-wrap:wrap;gap:10px">{"".join(figures) or "no hits"}</div>'
+def gallery(figures: list[str]) -> str:
+    return f'<div style="display:flex;flex-wrap:wrap;gap:10px">{"".join(figures) or "No results"}</div>'

@@ -1,4 +1,4 @@
-"""A search from the checked query to the page: encode, mix, ask the store, arrange what it found."""
+"""Search: encode and mix the query, ask the store, arrange the results in pages."""
 
 from __future__ import annotations
 
@@ -21,214 +21,222 @@ from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CANDIDATES
 
+from .columns import value_at
 from .cursors import Cursor
-from .imagination import agreed
+from .mixing import NEUTRAL_TEXTS, ModalityGap, add_imagined, consensus, mean_direction, mix
 from .options import MAX_LIMIT, SearchOptions
-from .query import NEUTRAL_TEXTS, Gap, Query, beside, mix, picture_of, unit
-from .ranking import diversify, group_of, value_at
+from .query import Query, open_image
+from .ranking import diversify, group_of
 from .results import Hit, Page
 
 __all__ = ["Searcher"]
 
-SAMPLE = 512  # items by which a mix is balanced: a spread estimated from so many is right to 3 %
-CAPTIONS = 32  # of those, whose captions tell what captions have in common
+_SAMPLE = 512  # items; the standard deviation of their scores is accurate to 3 %
+_CAPTIONS = 32  # of these items, whose mean estimates what all captions share
+_CURSOR_OVERLAP = 16  # items read again before the position of a cursor
 
 
 @dataclass
 class _Sample:
-    """Of a catalog of `count` items some vectors and captions; and the gap, once a text has asked for it."""
+    """Embeddings and captions of a catalog of `count` items; `gap` once a query with a text has needed it."""
 
     count: int
     vectors: Vector
     captions: list[str]
-    gap: Gap | None = None
+    gap: ModalityGap | None = None
 
 
 class Searcher:
-    """Searches one store by one encoder. Safe to use from several threads.
+    """Searches one store with one encoder. Safe to use from several threads.
 
     Args:
-        store: what is searched.
-        encoder: called when a text or a picture must be encoded; a query by ids or a vector opens no model.
-        hit: makes a Hit of a payload and a score.
-        draw: (texts, n) to n pictures of each, those of the first text first.
+        store: the items.
+        encoder: returns the encoder; called only if a text or an image must be encoded.
+        make_hit: (payload, score) to a hit.
+        generate: (texts, n) to n images of each text, in the order of the texts.
     """
 
     def __init__(
         self,
         store: Store,
         encoder: Callable[[], Encoder],
-        hit: Callable[[dict[str, Any], float], Hit],
-        draw: Callable[[Sequence[str], int], list[Image]],
+        make_hit: Callable[[dict[str, Any], float], Hit],
+        generate: Callable[[Sequence[str], int], list[Image]],
     ) -> None:
-        self.store, self._encoder, self._hit, self._draw = store, encoder, hit, draw
+        self.store = store
+        self._encoder, self._make_hit, self._generate = encoder, make_hit, generate
         self._sample: _Sample | None = None
         self._lock = threading.Lock()
 
     def search(self, queries: Sequence[Query], options: SearchOptions) -> list[Page]:
-        """One page for each query, all with the same options."""
+        """One page for each query, all with the same options.
+
+        Raises:
+            OptionError: a named item does not exist, a vector has the wrong size, or the cursor is invalid.
+        """
         started = time.perf_counter()
 
-        # 1. Where the page before ended, if there was one.
+        # 1. Where the previous page ended.
         cursors = [
             Cursor.read(options.cursor, _digest(query, options), self.store.dim) if options.cursor else None
             for query in queries
         ]
 
         # 2. Encode and mix.
-        vectors = self._vectors(queries, cursors)
+        vectors = self._query_vectors(queries, cursors)
 
-        # 3. Ask the store; one more than wanted tells whether there is another page.
-        searches = [self._nearest(query, vector, options) for query, vector in zip(queries, vectors, strict=True)]
-        if options.diversity is not None:
-            answers = [self._diverse(search, options, cursor) for search, cursor in zip(searches, cursors, strict=True)]
-        elif options.group_by is not None:
-            answers = [self._grouped(search, options, cursor) for search, cursor in zip(searches, cursors, strict=True)]
-        elif options.cursor is not None:
-            answers = [self._continued(search, cursor) for search, cursor in zip(searches, cursors, strict=True)]
-        elif options.hybrid:
-            answers = [self._ask(search) for search in searches]
-        else:
-            answers = self.store.query_batch(searches)
+        # 3. Ask the store, for one more hit than the limit: it shows whether there is another page.
+        searches = [_nearest(query, vector, options) for query, vector in zip(queries, vectors, strict=True)]
+        results = self._ranked(searches, options, cursors)
 
         # 4. Pages.
         took_ms = 1000 * (time.perf_counter() - started)
         return [
             self._page(query, search, options, cursor, found, took_ms)
-            for query, search, cursor, found in zip(queries, searches, cursors, answers, strict=True)
+            for query, search, cursor, found in zip(queries, searches, cursors, results, strict=True)
         ]
 
     # -------------------------------------------------------------------------------------------- the query vector
 
-    def _vectors(self, queries: Sequence[Query], cursors: Sequence[Cursor | None]) -> list[Vector]:
-        """A vector for each query: all texts are encoded in one go (a lone one is remembered), all pictures too."""
-        todo = [
-            query for query, cursor in zip(queries, cursors, strict=True) if cursor is None or cursor.vector is None
-        ]
-        texts = list(dict.fromkeys(text for q in todo for text in ((q.text,) if q.text else ()) + q.without))
-        of_text = {}
-        if texts:
-            encoder = self._encoder()
-            rows = encoder.encode_texts(texts) if len(texts) > 1 else [encoder.encode_text(texts[0])]
-            of_text = dict(zip(texts, rows, strict=True))
-        of_imagined = self._imagined(todo, of_text)
-        of_picture = self._pictures(todo)
-        of_item = self._items(todo)
+    def _query_vectors(self, queries: Sequence[Query], cursors: Sequence[Cursor | None]) -> list[Vector]:
+        """A vector for each query. All texts are encoded in one batch, and all images."""
+        known = [None if cursor is None else cursor.vector for cursor in cursors]
+        pending = [query for query, vector in zip(queries, known, strict=True) if vector is None]
+        by_text = self._encode_texts(pending)
+        by_imagined = self._encode_imagined(pending, by_text)
+        by_image = self._encode_images(pending)
+        by_item = self._item_vectors(pending)
 
-        vectors = []
-        for query, cursor in zip(queries, cursors, strict=True):
-            if cursor and cursor.vector is not None:
-                vectors.append(cursor.vector)
-                continue
+        def parts_of(query: Query) -> dict[str, Vector]:
             parts: dict[str, Vector] = {}
             if query.text is not None:
-                parts["text"] = of_text[query.text]
+                parts["text"] = by_text[query.text]
                 if query.imagine:
-                    parts["imagined"] = of_imagined[query.text, query.imagine]
-            if query.picture is not None:
-                parts["image"] = of_picture[query.picture.sha256]
+                    parts["imagined"] = by_imagined[query.text, query.imagine]
+            if query.image is not None:
+                parts["image"] = by_image[query.image.sha256]
             if query.like:
-                parts["like"] = unit(of_item[key_of(id)] for id in query.like)
+                parts["like"] = mean_direction(by_item[key_of(id)] for id in query.like)
             if query.vector is not None:
                 parts["vector"] = self._checked(query.vector)
             if query.unlike:
-                parts["unlike"] = unit(of_item[key_of(id)] for id in query.unlike)
+                parts["unlike"] = mean_direction(by_item[key_of(id)] for id in query.unlike)
             if query.without:
-                parts["without"] = unit(of_text[text] for text in query.without)
-            vectors.append(self._mixed(parts, query.weights))
-        return vectors
+                parts["without"] = mean_direction(by_text[text] for text in query.without)
+            return parts
 
-    def _mixed(self, parts: dict[str, Vector], weights: Mapping[str, float]) -> Vector:
-        asked = {part: vector for part, vector in parts.items() if part != "imagined"}
-        if len(asked) > 1:
-            vector = mix(asked, weights, self._gap("text" in asked or "without" in asked))
+        return [
+            self._mixed(parts_of(query), query.weights) if vector is None else vector
+            for query, vector in zip(queries, known, strict=True)
+        ]
+
+    def _mixed(self, parts: Mapping[str, Vector], weights: Mapping[str, float]) -> Vector:
+        given = {part: vector for part, vector in parts.items() if part != "imagined"}
+        if len(given) > 1:
+            vector = mix(given, weights, self._gap("text" in given or "without" in given))
         else:
-            ((part, vector),) = asked.items()
+            ((part, vector),) = given.items()
             vector = -vector if part in ("unlike", "without") else vector
-        return beside(vector, parts["imagined"], weights, asked, self._gap(False)) if "imagined" in parts else vector
+        if "imagined" not in parts or not weights["imagined"]:
+            return vector
+        return add_imagined(vector, parts["imagined"], given, weights, self._gap(False))
 
-    def _imagined(self, queries: Sequence[Query], of_text: Mapping[str, Vector]) -> dict[tuple[str, int], Vector]:
-        """What the pictures that are drawn of a text look like together, by the text and their number."""
+    def _encode_texts(self, queries: Sequence[Query]) -> dict[str, Vector]:
+        """The embeddings of all texts of the queries. A single text is cached by the encoder."""
+        texts = list(dict.fromkeys(text for q in queries for text in ((q.text,) if q.text else ()) + q.without))
+        if not texts:
+            return {}
+        encoder = self._encoder()
+        vectors = encoder.encode_texts(texts) if len(texts) > 1 else [encoder.encode_text(texts[0])]
+        return dict(zip(texts, vectors, strict=True))
+
+    def _encode_imagined(
+        self, queries: Sequence[Query], by_text: Mapping[str, Vector]
+    ) -> dict[tuple[str, int], Vector]:
+        """The consensus of the images generated from each text, by the text and the number of images."""
         vectors: dict[tuple[str, int], Vector] = {}
         for n in sorted({query.imagine for query in queries if query.imagine}):
             texts = list(dict.fromkeys(query.text for query in queries if query.imagine == n and query.text))
-            drawn = self._encoder().encode_images(self._draw(texts, n)).reshape(len(texts), n, -1)
-            scale = self._encoder().bundle.logit_scale
-            vectors.update(
-                {(t, n): agreed(pictures, of_text[t], scale) for t, pictures in zip(texts, drawn, strict=True)}
-            )
+            encoder = self._encoder()
+            embeddings = encoder.encode_images(self._generate(texts, n)).reshape(len(texts), n, -1)
+            scale = encoder.bundle.logit_scale
+            for text, images in zip(texts, embeddings, strict=True):
+                vectors[text, n] = consensus(images, by_text[text], scale)
         return vectors
 
-    def _pictures(self, queries: Sequence[Query]) -> dict[str, Vector]:
-        """The vectors of the queries' pictures, by content hash; those of stored items are not encoded again."""
-        wanted = {query.picture.sha256: query.picture for query in queries if query.picture is not None}
+    def _encode_images(self, queries: Sequence[Query]) -> dict[str, Vector]:
+        """The embeddings of the images of the queries, by hash. Those of stored items are read from the store."""
+        images = {query.image.sha256: query.image for query in queries if query.image is not None}
         vectors: dict[str, Vector] = {}
-        if hits := [picture for picture in wanted.values() if isinstance(picture, Hit)]:
+        if hits := [image for image in images.values() if isinstance(image, Hit)]:
             for record in self.store.retrieve([key_of(hit.id) for hit in hits]):
                 vectors.setdefault(record.payload[SYSTEM]["sha256"], record.vector)
-        if missing := [sha256 for sha256 in wanted if sha256 not in vectors]:
-            pictures = [wanted[sha256] for sha256 in missing]
-            images = [picture_of(one).decoded if isinstance(one, Hit) else one.decoded for one in pictures]
-            vectors.update(zip(missing, self._encoder().encode_images(images), strict=True))
+        if missing := [sha256 for sha256 in images if sha256 not in vectors]:
+            opened = [open_image(image) if isinstance(image := images[key], Hit) else image for key in missing]
+            encoded = self._encoder().encode_images([image.decoded for image in opened])
+            vectors.update(zip(missing, encoded, strict=True))
         return vectors
 
-    def _items(self, queries: Sequence[Query]) -> dict[str, Vector]:
-        """The vectors of the items that queries name, by key."""
+    def _item_vectors(self, queries: Sequence[Query]) -> dict[str, Vector]:
+        """The embeddings of the items that the queries name, by key."""
         ids = {key_of(id): id for query in queries for id in (*query.like, *query.unlike)}
         if not ids:
             return {}
         vectors = {record.id: record.vector for record in self.store.retrieve(list(ids))}
         if missing := [repr(id) for key, id in ids.items() if key not in vectors]:
-            raise OptionError(f"like= or unlike=: there is no item {', '.join(missing[:5])} in this catalog")
+            raise OptionError(f"like= or unlike=: this catalog has no item {', '.join(missing[:5])}")
         return vectors
 
     def _checked(self, vector: Vector) -> Vector:
         if len(vector) != self.store.dim:
-            raise OptionError(f"vector= has {len(vector)} numbers; this catalog's have {self.store.dim}")
+            raise OptionError(
+                f"vector= has {len(vector)} dimensions: give {self.store.dim}, the size of this catalog's embeddings"
+            )
         return vector
 
-    def _gap(self, with_text: bool) -> Gap:
-        """What a mix is balanced by; taken anew when the catalog has doubled or halved."""
+    def _gap(self, with_text: bool) -> ModalityGap:
+        """The sample that a mix is scaled by; drawn again when the catalog has doubled or halved in size."""
         count = self.store.count()
         with self._lock:
             if self._sample is None or not self._sample.count / 2 < count < 2 * self._sample.count:
-                records = next(self.store.scroll(SAMPLE), [])  # ids are hashes, so the first are any
+                records = next(self.store.scroll(_SAMPLE), [])  # in the order of hashed ids, so a random sample
                 vectors = np.array([record.vector for record in records], np.float32).reshape(-1, self.store.dim)
                 captions = (record.payload.get("text") for record in records)
-                self._sample = _Sample(count, vectors, list(islice(filter(None, captions), CAPTIONS)))
+                self._sample = _Sample(count, vectors, list(islice(filter(None, captions), _CAPTIONS)))
             sample = self._sample
             if with_text and sample.gap is None:
                 texts = self._encoder().encode_texts([*NEUTRAL_TEXTS, *sample.captions])
-                neutral, told = texts[: len(NEUTRAL_TEXTS)], texts[len(NEUTRAL_TEXTS) :]
-                sample.gap = Gap(sample.vectors, told.sum(axis=0) / max(len(told), 1), neutral.mean(axis=0))
+                neutral, captioned = texts[: len(NEUTRAL_TEXTS)], texts[len(NEUTRAL_TEXTS) :]
+                caption_mean = captioned.sum(axis=0) / max(len(captioned), 1)
+                sample.gap = ModalityGap(sample.vectors, caption_mean, neutral.mean(axis=0))
             zero = np.zeros(self.store.dim, np.float32)
-            return sample.gap or Gap(sample.vectors, zero, zero)
+            return sample.gap or ModalityGap(sample.vectors, zero, zero)
 
     # -------------------------------------------------------------------------------------------- the ranking
 
-    def _nearest(self, query: Query, vector: Vector, options: SearchOptions) -> VectorQuery:
-        if options.hybrid and query.text is None:
-            raise OptionError("hybrid= ranks by words too: give a text")
-        return VectorQuery(
-            vector,
-            limit=options.limit + 1,
-            offset=options.offset,
-            where=options.clause,
-            exclude=query.examples,
-            min_score=options.min_score,
-            text=query.text if options.hybrid else None,
-            bm25_weight=options.hybrid,
-        )
+    def _ranked(
+        self, searches: Sequence[VectorQuery], options: SearchOptions, cursors: Sequence[Cursor | None]
+    ) -> list[list[ScoredRecord]]:
+        pairs = list(zip(searches, cursors, strict=True))
+        if options.diversity is not None:
+            return [self._diversified(search, options, cursor) for search, cursor in pairs]
+        if options.group_by is not None:
+            return [self._grouped(search, options, cursor) for search, cursor in pairs]
+        if options.cursor is not None:
+            return [self._continued(search, cursor) for search, cursor in pairs]
+        if options.hybrid:
+            return [self._query(search) for search in searches]
+        return self.store.query_batch(searches)
 
     def _continued(self, search: VectorQuery, cursor: Cursor | None) -> list[ScoredRecord]:
-        """What comes after a cursor, whatever was added or deleted since."""
+        """The results after a cursor, whatever was added or deleted in between."""
         assert cursor is not None
         if cursor.score is None:
-            return self._ask(replace(search, offset=cursor.shown))
-        # Start a little before the place where the page ended; earlier if that is already behind it.
-        start, size = max(0, cursor.shown - 16), search.limit + 32
+            return self._query(replace(search, offset=cursor.shown))
+        # Start shortly before the end of the page; earlier if that is already past it.
+        start, size = max(0, cursor.shown - _CURSOR_OVERLAP), search.limit + 2 * _CURSOR_OVERLAP
         while True:
-            found = self._ask(replace(search, offset=start, limit=size))
+            found = self._query(replace(search, offset=start, limit=size))
             if start and not (found and cursor.passed(found[0].score)):
                 start //= 2
                 continue
@@ -247,27 +255,27 @@ class Searcher:
         size = CANDIDATES if search.text is not None else min(4 * wanted, MAX_LIMIT)
         where = search.where
         while True:
-            found = self._ask(replace(search, where=where, offset=0, limit=size))
+            found = self._query(replace(search, where=where, offset=0, limit=size))
             before = len(best)
             for one in found:
                 best.setdefault(group_of(one.payload, options.group_by) or one.id, one)
-            full = len(found) == size and search.text is None
+            may_have_more = len(found) == size and search.text is None
             groups = [one for one in best.values() if not (cursor and cursor.covers(one))]
-            if len(groups) >= start + search.limit or not full:
+            if len(groups) >= start + search.limit or not may_have_more:
                 break
-            # More of the same groups are of no use: leave those out that a filter can name, or else look deeper.
-            where = _without(search.where, path, [value_at(one.payload, options.group_by) for one in best.values()])
+            # Exclude the groups found so far, or search deeper if no filter can name them.
+            where = _excluding(search.where, path, [value_at(one.payload, options.group_by) for one in best.values()])
             if len(best) == before:
                 if size == MAX_LIMIT:
                     break
                 size = min(2 * size, MAX_LIMIT)
         return sorted(groups, key=lambda one: -one.score)[start : start + search.limit]
 
-    def _diverse(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
-        """The best candidates, picked for variety. Their number hangs on `limit` alone, so that pages fit together."""
+    def _diversified(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
+        """Candidates selected for variety. Their number depends on `limit` alone, so that pages are consistent."""
         assert options.diversity is not None
         pool = min(max(100, 5 * options.limit), CANDIDATES if search.text is not None else MAX_LIMIT)
-        found = self._ask(replace(search, offset=0, limit=pool, with_vectors=True))
+        found = self._query(replace(search, offset=0, limit=pool, with_vectors=True))
         if not found:
             return []
         start = cursor.shown if cursor else options.offset
@@ -275,10 +283,10 @@ class Searcher:
         vectors = np.array([one.vector for one in found])
         return [found[k] for k in diversify(scores, vectors, options.diversity, start + search.limit)[start:]]
 
-    def _ask(self, search: VectorQuery) -> list[ScoredRecord]:
+    def _query(self, search: VectorQuery) -> list[ScoredRecord]:
         if search.text is None:
             return self.store.query_batch([search])[0]
-        # Fused scores are often equal, and engines return equals in any order: pages need one that stays.
+        # Fused scores are often equal, and engines return equal scores in any order; pages need a stable one.
         everything = replace(search, limit=2 * CANDIDATES, offset=0, with_payload=False, with_vectors=False)
         ranked = sorted(self.store.query_batch([everything])[0], key=lambda one: (-one.score, one.id))
         shown = ranked[search.offset : search.offset + search.limit]
@@ -305,13 +313,28 @@ class Searcher:
         cursor = None
         if len(found) > len(shown):
             digest, total = _digest(query, options), offset + len(shown)
-            vector = search.vector if len(query.parts) > 1 else None
+            vector = search.vector if len(query.parts) > 1 else None  # a mix depends on the content of the catalog
             if options.hybrid or options.diversity is not None:
                 cursor = Cursor(digest, total, vector=vector)
             else:
                 cursor = Cursor.after(before, digest, total, shown, vector)
-        hits = tuple(self._hit(one.payload, one.score) for one in shown)
+        hits = tuple(self._make_hit(one.payload, one.score) for one in shown)
         return Page(hits, offset, options.limit, took_ms, str(cursor) if cursor else None)
+
+
+def _nearest(query: Query, vector: Vector, options: SearchOptions) -> VectorQuery:
+    if options.hybrid and query.text is None:
+        raise OptionError(f"hybrid={options.hybrid:g} ranks by captions as well: give a text")
+    return VectorQuery(
+        vector,
+        limit=options.limit + 1,
+        offset=options.offset,
+        where=options.clause,
+        exclude=query.examples,
+        min_score=options.min_score,
+        text=query.text if options.hybrid else None,
+        bm25_weight=options.hybrid,
+    )
 
 
 def _digest(query: Query, options: SearchOptions) -> bytes:
@@ -320,8 +343,8 @@ def _digest(query: Query, options: SearchOptions) -> bytes:
     return hashlib.sha256(query.digest() + repr(order).encode()).digest()[:8]
 
 
-def _without(where: Clause | None, path: str, values: Sequence[Any]) -> Clause | None:
-    """A filter, and none of some values; those that no filter can name (lists, objects) are passed over."""
+def _excluding(where: Clause | None, path: str, values: Sequence[Any]) -> Clause | None:
+    """A filter that also excludes some values of a column. Lists and objects, which no filter can name, are ignored."""
     strings = tuple(value for value in values if isinstance(value, str))
     tests: list[Clause] = [Compare(path, "eq", value) for value in values if isinstance(value, (bool, int, float))]
     if strings:
