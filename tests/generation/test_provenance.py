@@ -100,7 +100,7 @@ def test_searches_can_leave_out_what_was_drawn(catalog: Catalog) -> None:
         assert all(picture.nearest and picture.nearest.score == pytest.approx(1, abs=1e-4) for picture in copied)
         with pytest.warns(UserWarning, match="3 exceeded max_similarity=-1"):
             none = catalog.generate("red boots", n=2, seed=0, max_similarity=-1, budget=3)
-        assert len(none) == 0 and none.drawn == 3 and none.refused["max_similarity"] == 3
+        assert len(none) == 0 and none.generated == 3 and none.rejected["max_similarity"] == 3
     finally:
         catalog.delete(ids)
 
@@ -115,7 +115,7 @@ def test_safety_drops_and_replaces(catalog: Catalog, tmp_path: Path) -> None:
         return {1: None, 2: grey}.get(len(shown), image)
 
     generation = catalog.generate("red boots", n=2, seed=11, steps=2, safety=safety)
-    assert len(generation) == 2 and generation.drawn == len(shown) == 3 and generation.refused["safety"] == 1
+    assert len(generation) == 2 and generation.generated == len(shown) == 3 and generation.rejected["safety"] == 1
     (replaced,) = [picture for picture in generation if picture.replaced]
     (kept,) = [picture for picture in generation if not picture.replaced]
     assert (replaced.seed, kept.seed) == (12, 13)  # that of the seed 11 was dropped
@@ -135,7 +135,7 @@ def test_several_prompts_in_one_call(catalog: Catalog) -> None:
     )
     assert [picture.prompt for picture in generation] == ["red boots"] * 2 + ["a coat"] * 2
     assert generation[0].score >= generation[1].score and generation[2].score >= generation[3].score
-    assert generation.drawn == 6 and seen[-1] == (12, 12)
+    assert generation.generated == 6 and seen[-1] == (12, 12)
     alone = catalog.generate("a coat", n=1, seed=generation[2].seed, steps=2)[0]
     assert np.abs(np.asarray(alone.image).astype(int) - np.asarray(generation[2].image)).max() <= 1
     with pytest.raises(OptionError, match="prompt is ' '"):

@@ -1,4 +1,4 @@
-"""What a catalog answers with: hits in pages, generated pictures, and reports of what was added."""
+"""The results of a catalog: generated images, and reports of what was added."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["AddReport", "Generated", "Generation"]
 
 @dataclass(frozen=True)
 class Generated:
-    """One generated picture and all that makes it again.
+    """One generated image, and everything needed to reproduce it.
 
     Attributes:
-        image: the picture, RGB.
-        score: cosine between its embedding and the prompt's.
-        nearest: the catalog item that looks most like it, with that cosine as its score; None if the catalog is
-            empty.
-        seed: of this picture alone: generating with n=1 and this seed draws it again.
-        bundle: fingerprint of the bundle that drew it.
-        like, mask: SHA-256 of the pictures that it was made from, as `Hit.sha256` is; strength: how far from the first.
-        replaced: whether a safety hook put this picture in the place of the one that was drawn.
+        image: the image, RGB.
+        score: the cosine of its embedding with that of the prompt.
+        nearest: the most similar catalog item, scored by that cosine; None if the catalog is empty.
+        seed: the seed of this image; generating with n=1 and this seed reproduces it.
+        bundle: the fingerprint of the bundle.
+        like, mask: SHA-256 of the images it was generated from, as in `Hit.sha256`.
+        strength: how much `like` was changed, 0 to 1.
+        replaced: whether a safety hook replaced the generated image with this one.
     """
 
     image: Image.Image = field(repr=False)
@@ -54,7 +54,7 @@ class Generated:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What makes the picture again: arguments of `Catalog.generate`, and what tells bundle and pictures apart."""
+        """The arguments of `Catalog.generate` that reproduce the image, and the hashes of its bundle and sources."""
         recipe = {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -73,17 +73,17 @@ class Generated:
 
     @property
     def payload(self) -> dict[str, Any]:
-        """The columns that `Catalog.add` gives a generated picture, beside the prompt as its caption.
+        """The columns that `Catalog.add` stores with a generated image; its caption is the prompt.
 
-        `{"not": {"generated": True}}` as the `where` of a search leaves out all that have them.
+        A search with `where={"not": {"generated": True}}` excludes generated images.
         """
         return {"generated": True, **self.recipe}
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the picture as .png or .webp, without loss, with its recipe inside (`provenance.read_recipe`).
+        """Write the image as lossless .png or .webp, with its recipe in the metadata (`provenance.read_recipe`).
 
         Raises:
-            OptionError: the name ends otherwise.
+            OptionError: the name has another suffix.
             StoreError: the file cannot be written.
         """
         from unidiff_sdk.generation.provenance import save
@@ -96,47 +96,47 @@ class Generated:
 
 @dataclass(frozen=True)
 class Generation(Sequence[Generated]):
-    """The pictures of one call, prompt after prompt, of each the one that agrees best with it first; a sequence.
+    """The images of one call, in the order of the prompts, those of each prompt by descending score; a sequence.
 
     Attributes:
-        pictures: as many as were asked for; fewer if too many were refused.
-        took_ms: time of the whole call, in milliseconds.
-        drawn: how many were drawn.
-        refused: of those, how many `min_score`, `max_similarity` and `safety` refused, by that name.
+        images: the requested number of images, or fewer if too many candidates were rejected.
+        took_ms: the duration of the call in milliseconds.
+        generated: the number of candidates generated.
+        rejected: the number of candidates rejected by `min_score`, `max_similarity` and `safety`, by that name.
     """
 
-    pictures: tuple[Generated, ...]
+    images: tuple[Generated, ...]
     took_ms: float
-    drawn: int
-    refused: Mapping[str, int]
+    generated: int
+    rejected: Mapping[str, int]
 
     @overload
     def __getitem__(self, index: int) -> Generated: ...
     @overload
     def __getitem__(self, index: slice) -> tuple[Generated, ...]: ...
     def __getitem__(self, index: int | slice) -> Generated | tuple[Generated, ...]:
-        return self.pictures[index]
+        return self.images[index]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __iter__(self) -> Iterator[Generated]:
-        return iter(self.pictures)
+        return iter(self.images)
 
     def _repr_html_(self) -> str:
-        return gallery([_generated_figure(picture) for picture in self])
+        return gallery([_generated_figure(generated) for generated in self])
 
 
 @dataclass(frozen=True)
 class AddReport:
-    """What `Catalog.add_folder` did.
+    """The result of `Catalog.add_folder` or `add_table`.
 
     Attributes:
-        added: items that are new or have changed.
-        skipped: items that were there already, unchanged.
-        failed: rows that could not be used, each with its line and the reason.
-        seconds: how long it took.
-        removed: items that came from there earlier and were deleted, as they no longer do (`prune`).
+        added: the number of items that are new or have changed.
+        skipped: the number of items stored already, without a change.
+        failed: the invalid rows, each with its line and the reason.
+        seconds: the duration in seconds.
+        removed: the number of items deleted because they are no longer in the source (`prune`).
     """
 
     added: int
@@ -147,7 +147,7 @@ class AddReport:
 
     def __str__(self) -> str:
         removed = f", {self.removed:,} removed" if self.removed else ""
-        rate = f" ({self.added / self.seconds:,.0f} a second)" if self.added and self.seconds else ""
+        rate = f" ({self.added / self.seconds:,.0f} per second)" if self.added and self.seconds else ""
         counts = f"{self.added:,} added, {self.skipped:,} unchanged, {len(self.failed):,} failed{removed}"
         return f"{counts} in {self.seconds:.1f} s{rate}"
 
@@ -155,9 +155,9 @@ class AddReport:
 # ------------------------------------------------------------------------------------------------ notebooks
 
 
-def _generated_figure(picture: Generated) -> str:
+def _generated_figure(generated: Generated) -> str:
     buffer = io.BytesIO()
-    picture.image.save(buffer, "PNG")
+    generated.image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    caption = f"<b>{picture.score:.3f}</b> {html.escape(picture.prompt)}<br>seed {picture.seed}"
+    caption = f"<b>{generated.score:.3f}</b> {html.escape(generated.prompt)}<br>seed {generated.seed}"
     return figure(f"data:image/png;base64,{data}", caption)

@@ -306,7 +306,9 @@ def generate(
                 callback=advance,
             )
         if not generation:
-            raise GenerationError(f"none of the {generation.drawn} pictures that were drawn passed, so none is written")
+            raise GenerationError(
+                f"none of the {generation.generated} pictures that were drawn passed, so none is written"
+            )
         if add:
             opened.add(generation)
         files = _save(generation, out)
@@ -319,7 +321,7 @@ def generate(
     _table(["file", "agreement", "nearest item"], rows)
     first = generation[0]
     click.echo(
-        f"{len(files)} pictures in {generation.took_ms / 1000:.1f} s, the best of {generation.drawn}: seed "
+        f"{len(files)} pictures in {generation.took_ms / 1000:.1f} s, the best of {generation.generated}: seed "
         f"{min(picture.seed for picture in generation)}, {first.steps} steps of "
         f"{first.sampler}, guidance {first.guidance_scale:g}"
     )
