@@ -40,8 +40,8 @@ test-compat: $(COMPAT_VENV)/.ready ## our checkpoints in transformers 4.57 and d
 pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; writes pipeline/index.html
 	@$(VENV)/bin/python examples/pipeline.py $(ARGS)
 
-real: $(VENV)/.ready ## the same on Debian's tuxpaint stamps, real pictures; writes real/index.html
-	@$(VENV)/bin/python examples/real_pictures.py $(ARGS)
+real: $(VENV)/.ready ## the same on Debian's tuxpaint stamps, real images; writes real/index.html
+	@$(VENV)/bin/python examples/real_images.py $(ARGS)
 
 tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default bundle (two hours on two cores)
 	$(VENV)/bin/python -m unidiff_sdk.training.recipes.tiny runs/tiny -o unidiff_sdk/training/recipes/tiny_checkpoint $(ARGS)

@@ -1,6 +1,6 @@
-"""Train, evaluate, export and compare before with after: what `pipeline.py` and `real_pictures.py` share.
+"""Train, evaluate, export, and compare before with after: the stages that `pipeline.py` and `real_images.py` share.
 
-The console scripts do the work, each as a command that is shown and can be typed by hand.
+The console scripts do the work. Each command is printed as it would be typed in a shell.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _page import Row, Section, drawn_card, hit_card
+from _page import Row, Section, generated_card, hit_card
 from rich.console import Console
 from rich.table import Table
 
@@ -27,37 +27,37 @@ console = Console()
 
 MARK = ".example"
 
-# What is shown of an evaluation: name, path in its JSON, whether more is better.
+# The figures of an evaluation that are shown: name, path in its JSON, whether more is better.
 FIGURES = (
-    ("words → picture, R@1", "retrieval.text_to_image.R@1", True),
-    ("words → picture, R@10", "retrieval.text_to_image.R@10", True),
-    ("words → picture, median rank", "retrieval.text_to_image.median_rank", False),
-    ("picture → words, R@1", "retrieval.image_to_text.R@1", True),
+    ("text → image, R@1", "retrieval.text_to_image.R@1", True),
+    ("text → image, R@10", "retrieval.text_to_image.R@10", True),
+    ("text → image, median rank", "retrieval.text_to_image.median_rank", False),
+    ("image → text, R@1", "retrieval.image_to_text.R@1", True),
     ("generated: type right", "generation.attribute_accuracy.type", True),
-    ("generated: main colour right", "generation.attribute_accuracy.colour", True),
+    ("generated: main color right", "generation.attribute_accuracy.colour", True),
     ("generated: pattern right", "generation.attribute_accuracy.pattern", True),
-    ("generated: everything right", "generation.attribute_accuracy.all", True),
-    ("generated: KID to the real ones", "generation.kid", False),
-    ("effective rank of picture embeddings", "collapse.image_effective_rank", True),
+    ("generated: every attribute right", "generation.attribute_accuracy.all", True),
+    ("generated: KID to the real images", "generation.kid", False),
+    ("effective rank of the image embeddings", "collapse.image_effective_rank", True),
 )
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a run made."""
+    """The results of a fine-tuning run."""
 
     checkpoint: Path
     bundle: Path
-    seconds: dict[str, float]  # of each command
+    seconds: dict[str, float]  # by stage: "train", "export"
 
 
-def emptied(out: Path) -> None:
-    """Make way for a new run in `out`, which is removed only if such a run has made it."""
+def clear(out: Path) -> None:
+    """Make `out` an empty folder. A folder that holds anything but an earlier run of an example is refused."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
-        raise click.UsageError(f"{out} holds something else: choose another --out, or empty it yourself")
+        raise click.UsageError(f"{out} holds other files. Choose another --out, or empty it first.")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    (out / MARK).write_text("The folder of an example's run: the next run removes it.\n", encoding="utf-8")
+    (out / MARK).write_text("An example writes this folder. Its next run deletes it first.\n", encoding="utf-8")
 
 
 def train_and_export(data: Path, out: Path, *options: str) -> Tuned:
@@ -76,12 +76,12 @@ def evaluate(checkpoint: str | Path, data: Path, json_file: Path, *options: str)
 
 
 def run(command: str, *arguments: str | Path, quiet: bool = False) -> float:
-    """Show and run one of our console scripts; its seconds. What it says on failure is the last thing said."""
-    words = [command, *map(str, arguments)]
-    console.print(f"\n[bold]$ {shlex.join(words)}[/]", highlight=False, soft_wrap=True)
+    """Print and run a console script of this project, and return its seconds. If it fails, exit with its status."""
+    line = [command, *map(str, arguments)]
+    console.print(f"\n[bold]$ {shlex.join(line)}[/]", highlight=False, soft_wrap=True)
     started = time.perf_counter()
     script = Path(sys.executable).with_name(command)
-    done = subprocess.run([script, *words[1:]], check=False, stdout=subprocess.DEVNULL if quiet else None)
+    done = subprocess.run([script, *line[1:]], check=False, stdout=subprocess.DEVNULL if quiet else None)
     if done.returncode != 0:
         sys.exit(done.returncode)
     return time.perf_counter() - started
@@ -91,7 +91,7 @@ def run(command: str, *arguments: str | Path, quiet: bool = False) -> float:
 
 
 def before_and_after(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The lines of a table, its head first; figures that the evaluation does not have are left out."""
+    """The lines of a table, header first. Figures that one of the evaluations lacks are left out."""
     lines: list[tuple[str, ...]] = [("", "before", "after", "")]
     for name, path, more_is_better in FIGURES:
         old, new = look_up(before, path), look_up(after, path)
@@ -111,9 +111,9 @@ def look_up(figures: dict[str, Any], path: str) -> float | None:
 
 
 def show_table(lines: Sequence[Sequence[str]], title: str) -> None:
-    """The same lines in the terminal."""
-    head, *body = lines
-    table = Table(*head, title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+    """Print the lines as a table."""
+    header, *body = lines
+    table = Table(*header, title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for line in body:
@@ -121,36 +121,36 @@ def show_table(lines: Sequence[Sequence[str]], title: str) -> None:
     console.print(table)
 
 
-def compared(folder: Path, tuned: Path, queries: Sequence[str], prompts: Sequence[str]) -> list[Section]:
+def comparison(folder: Path, tuned: Path, queries: Sequence[str], prompts: Sequence[str]) -> list[Section]:
     """The same searches and generations on `folder`, with the built-in bundle and with the tuned one."""
-    found: dict[str, dict[str, Row]] = {}
-    drawn: dict[str, dict[str, Row]] = {}
+    searches: dict[str, list[Row]] = {query: [] for query in queries}
+    generations: dict[str, list[Row]] = {prompt: [] for prompt in prompts}
     for name, catalog in catalogs(folder, tuned):
-        for query in queries:
+        for query, rows in searches.items():
             page = catalog.search(query, limit=7)
             code, took = f"{name}.search({query!r}, limit=7)", f"{page.took_ms:.1f} ms"
-            found.setdefault(query, {})[name] = Row(code, [hit_card(hit) for hit in page], took)
-        for prompt in prompts:
-            pictures = catalog.generate(prompt, n=5, seed=7)
-            code, took = f"{name}.generate({prompt!r}, n=5, seed=7)", f"{pictures.took_ms / 1000:.2f} s"
-            cards = [drawn_card(picture) for picture in pictures]
-            drawn.setdefault(prompt, {})[name] = Row(code, cards, took, large=True)
+            rows.append(Row(code, [hit_card(hit) for hit in page], took))
+        for prompt, rows in generations.items():
+            images = catalog.generate(prompt, n=5, seed=7)
+            code, took = f"{name}.generate({prompt!r}, n=5, seed=7)", f"{images.took_ms / 1000:.2f} s"
+            rows.append(Row(code, [generated_card(image) for image in images], took, large=True))
     return [
         Section(
             "The same searches, before and after",
-            "The same pictures and words: `base` is the built-in bundle, `tuned` the one that this run made.",
-            [row for rows in found.values() for row in rows.values()],
+            "The same images and queries. “base” uses the built-in bundle, “tuned” the bundle of this run.",
+            [row for rows in searches.values() for row in rows],
         ),
         Section(
             "The same prompts and seeds, before and after",
-            "The figure is each bundle's own cosine between picture and prompt, and is not comparable between the two.",
-            [row for rows in drawn.values() for row in rows.values()],
+            "Each score is the cosine between image and prompt by the bundle's own encoder. Scores of different "
+            "bundles do not compare.",
+            [row for rows in generations.values() for row in rows],
         ),
     ]
 
 
 def catalogs(folder: Path, tuned: Path) -> Iterator[tuple[str, Catalog]]:
-    """The folder indexed with the built-in bundle, then with the tuned one."""
+    """The folder indexed with the built-in bundle ("base"), then with the tuned one ("tuned")."""
     for name, bundle in (("base", "tiny"), ("tuned", tuned)):
         with Catalog(bundle=bundle) as catalog:
             catalog.add_folder(folder, progress=True)

@@ -1,7 +1,6 @@
 """`make pipeline`: fine-tune the tiny base on a small catalog, evaluate before and after, export, search, generate.
 
-The long way round, on 200 synthetic products of `fashion-woman`; everything lands in pipeline/, the page to read is
-pipeline/index.html.
+The catalog is 200 synthetic products of `fashion-woman`. Everything is written to pipeline/; open pipeline/index.html.
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from _flow import before_and_after, compared, console, emptied, evaluate, run, show_table, train_and_export
+from _flow import before_and_after, clear, comparison, console, evaluate, run, show_table, train_and_export
 from _page import Page, Section
 
 CATALOG = "fashion-woman"
 SIZES = {"train": 200, "val": 100, "test": 200}
-QUERIES = ("red striped dress", "long blue coat with white dots", "orange handbag without pattern")
+# The searches run on the test split, which holds products that fit them in every word.
+QUERIES = ("red striped tank top", "purple dotted blouse", "long loose blue coat with yellow dots")
 PROMPTS = ("purple dotted boots", "a green checked skirt with yellow", "a short loose pink jumpsuit in one colour")
 
 
@@ -23,27 +23,27 @@ PROMPTS = ("purple dotted boots", "a green checked skirt with yellow", "a short 
 @click.option("--prompts", default=100, show_default=True, help="Captions to generate for in each evaluation.")
 @click.option("--out", default=Path("pipeline"), show_default=True, type=click.Path(path_type=Path))
 def main(steps: int, prompts: int, out: Path) -> None:
-    """Catalog, fine-tuning, evaluation, export, search and generation in one go."""
-    # 1. A small catalog, in three parts that share no product.
-    emptied(out)
+    """Write a catalog, fine-tune on it, evaluate, export, search and generate."""
+    # 1. A small catalog in three splits that share no product.
+    clear(out)
     for split, n in SIZES.items():
         run("unidiff", "dataset", CATALOG, out / split, "--split", split, "--n", str(n))
     test = out / "test"
     generation = ("--prompts", str(prompts), "--train-data", str(out / "train"))
 
-    # 2. What the base can do; 3. fine-tune it and export it; 4. what it can do now.
+    # 2. Evaluate the base; 3. fine-tune and export it; 4. evaluate the result.
     before = evaluate("tiny", test, out / "before.json", *generation)
-    # The weights it ends with lie between the base's and the tuned ones, where the validation split is best.
+    # The final weights lie between the base's and the tuned ones, where the validation split is best.
     tuned = train_and_export(out / "train", out, "--steps", str(steps), "--val", str(out / "val"), "--wise-ft")
     after = evaluate(tuned.checkpoint, test, out / "after.json", *generation)
     table = before_and_after(before, after)
 
-    # 5. Search and generate with the bundle, without PyTorch's help.
-    sections = compared(test, tuned.bundle, QUERIES, PROMPTS)
+    # 5. Search and generate with both bundles. This needs no PyTorch.
+    sections = comparison(test, tuned.bundle, QUERIES, PROMPTS)
     page = Page(
-        title="From 200 pictures to a tuned model that runs without PyTorch",
-        text=f"The tiny base was fine-tuned on {SIZES['train']} pairs of {CATALOG} for {steps} steps, exported, and "
-        f"compared with itself before on {SIZES['test']} products that neither had seen.",
+        title="From 200 images to a tuned model that runs without PyTorch",
+        text=f"This run fine-tuned the tiny base on {SIZES['train']} pairs of {CATALOG} for {steps} steps, exported "
+        f"it, and compared it with the base on {SIZES['test']} products that neither was trained on.",
         note="The catalog is synthetic: rendered drawings with invented brands and prices.",
         figures=[
             (f"{tuned.seconds['train']:.0f} s", "fine-tuning, with imports"),
@@ -51,14 +51,14 @@ def main(steps: int, prompts: int, out: Path) -> None:
             *(
                 (f"{old} → {new}", name)
                 for name, old, new, _ in table[1:]
-                if name.endswith(("R@1", "everything right"))
+                if name.endswith(("R@1", "every attribute right"))
             ),
         ],
         sections=[Section("Before and after, on the test split", "By unidiff-evaluate.", table=table), *sections],
-        footer=["Made by `make pipeline`."],
+        footer=["Written by examples/pipeline.py (make pipeline)."],
     )
     show_table(table, "Before and after, on the test split")
-    console.print(f"\nThe page: [bold]{page.write(out / 'index.html')}[/]")
+    console.print(f"\nOpen [bold]{page.write(out / 'index.html')}[/] in a browser.")
 
 
 if __name__ == "__main__":
