@@ -163,8 +163,8 @@ def search_sections(catalog: Catalog) -> list[Section]:
     return [
         Section(
             "Search by text",
-            "The model maps texts and images to one space. The figure on each card is the cosine between the query and "
-            "the image; captions and columns take no part.",
+            "The model maps texts and images to one space. Each card shows the cosine between the query and the image "
+            "(left) and the price. Captions and columns take no part in these searches.",
             [row(catalog, call) for call in SEARCHES],
         ),
         Section(
@@ -174,12 +174,14 @@ def search_sections(catalog: Catalog) -> list[Section]:
         ),
         Section(
             "Search by image and text",
-            "“Like this one, but brown”: the weights set how much the text and the image count.",
+            "“Like this one, but brown”: the weights set how much the text and the image count. The first such search "
+            "also samples captions of the catalog, to remove what all of them share.",
             [row(catalog, search_image_and_text, photo)],
         ),
         Section(
             "Filter by any column",
-            "The engine filters while it searches: by price, brand, type or any other column.",
+            "The engine filters while it searches: by price, brand, type or any other column. The first filter on a "
+            "column also builds an index of it.",
             [row(catalog, call) for call in FILTERS],
         ),
     ]
