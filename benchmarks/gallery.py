@@ -31,7 +31,7 @@ def embeddings(count: int) -> NDArray[np.float32]:
 
     from unidiff_sdk import Bundle
 
-    encoder = Bundle.open().manifest["files"]["image_encoder/model.onnx"][:12]
+    encoder = Bundle.open().manifest.files["image_encoder/model.onnx"][:12]
     parts = [CACHE / encoder / f"{number:04d}.npy" for number in range(-(-count // PART))]
     missing = [number for number, file in enumerate(parts) if not file.is_file()]
     if missing:

@@ -122,8 +122,8 @@ def overhead(bench: Benchmark, bundle: Bundle) -> None:
 
     shop = products("fashion-woman", 100, seed=0, split="test")
     clocked = Bundle.open(bundle.path, threads=bench.threads)
-    sessions = [Clocked(bundle.session(name)) for name in bundle.manifest["graphs"]]
-    clocked._sessions.update(zip(bundle.manifest["graphs"], sessions, strict=True))
+    sessions = [Clocked(bundle.session(name)) for name in bundle.manifest.graphs]
+    clocked._sessions.update(zip(bundle.manifest.graphs, sessions, strict=True))
     with Catalog(bundle=clocked) as catalog:
         catalog.add([render(p) for p in shop], payloads=[{"catalog": p.catalog} for p in shop])
         for n, steps in SIZES:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from unidiff_sdk.errors import ExportError
-from unidiff_sdk.inference.bundle import MANIFEST, file_sha256
+from unidiff_sdk.inference.manifest import GRAPH_FILE, MANIFEST, file_sha256
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-GRAPH_FILE = "model.onnx"
 # A protobuf file ends at 2 GB; past this, weights go beside the graph and are mapped into memory.
 LARGEST_SINGLE_FILE = 1_500_000_000
 EXTERNAL_WEIGHT = 1024

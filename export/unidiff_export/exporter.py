@@ -6,9 +6,9 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from unidiff_sdk.errors import ExportError, ProviderError
 from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.manifest import Graph, Manifest
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 
@@ -33,7 +34,7 @@ from .bundle_folder import (
 from .graphs.lowering import GraphSpec, graph_specs, lower
 from .graphs.passes import rewrite_for_cuda
 from .graphs.precision import overflows_half, store_halves
-from .manifest import build_manifest, describe_graph, model_facts, sampler_defaults, write_manifest
+from .manifest import build_manifest, describe_graph, describe_model, sampler_defaults, write_manifest
 from .options import CONTRIB, TARGETS, check_options
 from .quantization.calibration import PROMPTS, Samples, calibrate, draw, effort_for, read_samples
 from .quantization.policy import Int8Policy
@@ -65,7 +66,7 @@ class GraphReport:
     attention_nodes: int
     bytes: int
     parity: GraphParity
-    int8: dict[str, Any] | None = None
+    int8: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ def export_bundle(
         for spec in specs:
             work.make(spec)
         write_pipeline_files(loaded, folder)
-        facts = model_facts(loaded)
+        model = describe_model(loaded)
 
-        def describe() -> dict[str, Any]:
+        def describe() -> Manifest:
             manifest = build_manifest(
-                facts, folder, name=out.name, graphs=work.graphs, precision=precision, target=target
+                model, folder, name=out.name, graphs=work.graphs, precision=precision, target=target
             )
             write_manifest(folder, manifest)
             return manifest
@@ -188,19 +189,19 @@ def export_bundle(
 
         # 6. Record
         seconds, peak = time.perf_counter() - start, peak_bytes()
-        manifest["parity"] = {name: asdict(figures) for name, figures in parity.items()}
-        manifest["parity"] |= {"image": asdict(image), "search": asdict(search)} | on_gpu
-        manifest["export"] = {"seconds": round(seconds, 1), "peak_mib": peak >> 20}
-        write_manifest(folder, manifest)
+        figures = {name: asdict(of_graph) for name, of_graph in parity.items()}
+        figures |= {"image": asdict(image), "search": asdict(search)} | on_gpu
+        cost = {"seconds": round(seconds, 1), "peak_mib": peak >> 20}
+        write_manifest(folder, replace(manifest, parity=figures, export=cost))
 
     reports = tuple(
         GraphReport(
             name=spec.name,
-            precision=work.graphs[spec.name]["precision"],
-            attention_nodes=work.graphs[spec.name]["attention_nodes"],
-            bytes=work.graphs[spec.name]["bytes"],
+            precision=work.graphs[spec.name].precision,
+            attention_nodes=work.graphs[spec.name].attention_nodes or 0,
+            bytes=work.graphs[spec.name].bytes or 0,
             parity=parity[spec.name],
-            int8=work.graphs[spec.name].get("int8"),
+            int8=work.graphs[spec.name].int8,
         )
         for spec in specs
     )
@@ -244,7 +245,7 @@ class _Workshop:
         reference: Reference,
         say: Callable[[str], None],
     ) -> None:
-        self.graphs: dict[str, dict[str, Any]] = {}
+        self.graphs: dict[str, Graph] = {}
         self._folder, self._checkpoint, self._say = folder, checkpoint, say
         self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
         self._lowered: dict[str, ir.Model] = {}  # for int8, as floats: quantized anew each time
@@ -255,19 +256,20 @@ class _Workshop:
         model, used, quantized = self._lower(spec)
         folder = self._folder / spec.name
         write_graph(model, folder, _config(self._checkpoint, spec.name))
-        entry = describe_graph(model, spec, used, self._target) | {"bytes": _graph_bytes(folder)}
-        if self._policy:
-            entry["int8"] = self._policy.describe(spec.name, quantized)
-        self.graphs[spec.name] = entry
+        self.graphs[spec.name] = replace(
+            describe_graph(model, spec, used, self._target),
+            bytes=_graph_bytes(folder),
+            int8=self._policy.describe(spec.name, quantized) if self._policy else None,
+        )
         del model
         gc.collect()  # graphs are full of cycles, and each holds a copy of its weights
 
     def put_channels_last(self) -> None:
         """Rewrite the graphs that are there for CUDA's kernels, with their entries."""
-        for name, entry in self.graphs.items():
+        for name, graph in self.graphs.items():
             folder = self._folder / name
             if rewrite_graph(folder, rewrite_for_cuda):
-                entry |= {"channels_last": True, "bytes": _graph_bytes(folder)}
+                self.graphs[name] = replace(graph, channels_last=True, bytes=_graph_bytes(folder))
 
     def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
         """The graph, the precision it got, and the layers that are quantized.
@@ -300,7 +302,7 @@ def _compare_graphs(
     specs: Sequence[GraphSpec],
     reference: Reference,
     parity: dict[str, GraphParity],
-    graphs: dict[str, dict[str, Any]],
+    graphs: Mapping[str, Graph],
     say: Callable[[str], None],
 ) -> Bundle:
     """Compare the graphs that `parity` lacks with PyTorch, into it. Raises ToleranceError at the first too far off.
@@ -311,7 +313,7 @@ def _compare_graphs(
     for spec in sorted(specs, key=lambda spec: spec.name == "unet"):
         if spec.name not in parity:
             say(f"comparing {spec.name} with PyTorch")
-            used = graphs[spec.name]["precision"]
+            used = graphs[spec.name].precision
             calls = calls_of(spec, used, reference)
             # The others each in a bundle of its own, so that a graph's memory is free before the next takes its.
             bundle = whole if spec.name == "unet" else _opened(folder)

@@ -92,7 +92,7 @@ def test_a_picture_is_the_same_whatever_it_is_drawn_beside() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_graphs_for_a_gpu_draw_the_same(exported: dict[str, Path], precision: str, capture: bool) -> None:
     bundle = Bundle.open(exported[precision], device="cuda", capture=capture)
-    assert bundle.manifest["parity"]["cuda"]["image"]["psnr_db"] > 35
+    assert bundle.manifest.parity["cuda"]["image"]["psnr_db"] > 35
     expected = Generator(Bundle.open("tiny")).generate(PROMPT, n=2, steps=8)
     drawn = Generator(bundle).generate(PROMPT, n=2, steps=8)
     assert min(psnr(a, b) for a, b in zip(drawn, expected, strict=True)) > 30

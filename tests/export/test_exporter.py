@@ -23,6 +23,7 @@ from unidiff_sdk.errors import ExportError, OptionError
 from unidiff_sdk.generation.samplers import make_table
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.manifest import Latent, SamplerDefaults
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 
@@ -76,43 +77,27 @@ def test_the_reference_takes_the_steps_that_the_bundle_will(
 
 def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:
     manifest = bundle.manifest
-    assert (manifest["name"], manifest["precision"], manifest["target"], manifest["opset"]) == (
-        "bundle",
-        "fp32",
-        "cpu",
-        23,
+    assert (manifest.name, manifest.precision, manifest.target, manifest.opset) == ("bundle", "fp32", "cpu", 23)
+    assert manifest.image and manifest.image.fit == "crop"
+    assert manifest.embedding and manifest.embedding.dim == checkpoint.clip.config.projection_dim
+    assert bundle.logit_scale == pytest.approx(checkpoint.clip.logit_scale.exp().item())
+    scaling_factor = checkpoint.vae.config.scaling_factor
+    assert manifest.latent == Latent(
+        channels=4, size=16, scale_factor=2, scaling_factor=scaling_factor, shift_factor=0.0
     )
-    assert manifest["image"]["fit"] == "crop"
-    assert manifest["embedding"]["dim"] == checkpoint.clip.config.projection_dim
-    assert manifest["embedding"]["logit_scale"] == pytest.approx(checkpoint.clip.logit_scale.exp().item())
-    assert manifest["latent"] == {
-        "channels": 4,
-        "size": 16,
-        "scale_factor": 2,
-        "scaling_factor": checkpoint.vae.config.scaling_factor,
-        "shift_factor": 0.0,
+    assert manifest.sampler == SamplerDefaults("dpm++2m", 20, 5.0, "epsilon")
+    assert manifest.synthetic is True
+    assert manifest.devices == ("cpu", "cuda")
+    profiles = {name: graph.profile or {} for name, graph in manifest.graphs.items()}
+    assert profiles["unet"]["sample"] == {"min": [1, 4, 8, 8], "opt": [2, 4, 16, 16], "max": [16, 4, 24, 24]}
+    assert {name: profile.keys() for name, profile in profiles.items()} == {
+        name: inputs.keys() for name, (inputs, _) in INTERFACE.items()
     }
-    assert manifest["sampler"] == {
-        "name": "dpm++2m",
-        "steps": 20,
-        "guidance_scale": 5.0,
-        "prediction_type": "epsilon",
-    }
-    assert manifest["synthetic"] is True
-    assert manifest["devices"] == ["cpu", "cuda"]
-    assert manifest["graphs"]["unet"]["profile"]["sample"] == {
-        "min": [1, 4, 8, 8],
-        "opt": [2, 4, 16, 16],
-        "max": [16, 4, 24, 24],
-    }
-    assert {
-        name for name, graph in manifest["graphs"].items() if graph["profile"].keys() == graph["inputs"].keys()
-    } == (INTERFACE.keys())
     assert export.bytes == sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
 
 
 def test_every_graph_agrees_with_pytorch(bundle: Bundle) -> None:
-    parity = dict(bundle.manifest["parity"])
+    parity = dict(bundle.manifest.parity)
     image, search = parity.pop("image"), parity.pop("search")
     assert parity.keys() == INTERFACE.keys()
     for figures in parity.values():
@@ -124,26 +109,26 @@ def test_every_graph_agrees_with_pytorch(bundle: Bundle) -> None:
 
 
 def test_what_the_export_took_stands_in_the_manifest(bundle: Bundle, export: Export) -> None:
-    assert bundle.manifest["export"] == {
+    assert bundle.manifest.export == {
         "seconds": round(export.seconds, 1),
         "peak_mib": export.peak_bytes >> 20,
     }
-    for name, graph in bundle.manifest["graphs"].items():
-        assert graph["bytes"] == sum(file.stat().st_size for file in (bundle.path / name).glob("model.onnx*"))
+    for name, graph in bundle.manifest.graphs.items():
+        assert graph.bytes == sum(file.stat().st_size for file in (bundle.path / name).glob("model.onnx*"))
 
 
 def test_graphs_have_the_interface_that_peers_expect(bundle: Bundle) -> None:
     for name, (inputs, outputs) in INTERFACE.items():
-        session, described = bundle.session(name), bundle.manifest["graphs"][name]
-        assert [value.name for value in session.get_inputs()] == list(inputs) == list(described["inputs"])
-        assert [value.name for value in session.get_outputs()] == outputs == list(described["outputs"])
-        assert {key: value["dtype"] for key, value in described["inputs"].items()} == inputs
+        session, described = bundle.session(name), bundle.manifest.graphs[name]
+        assert [value.name for value in session.get_inputs()] == list(inputs) == list(described.inputs)
+        assert [value.name for value in session.get_outputs()] == outputs == list(described.outputs)
+        assert {key: value.dtype for key, value in described.inputs.items()} == inputs
         for value in session.get_inputs():
-            assert value.shape == described["inputs"][value.name]["shape"]
+            assert value.shape == list(described.inputs[value.name].shape)
 
 
 def test_every_attention_layer_is_one_node(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    found = {name: graph["attention_nodes"] for name, graph in bundle.manifest["graphs"].items()}
+    found = {name: graph.attention_nodes for name, graph in bundle.manifest.graphs.items()}
     transformers_of_the_unet = sum("attn1" in name for name in checkpoint.unet.attn_processors)
     assert found == {
         "text_encoder": checkpoint.clip.config.text_config.num_hidden_layers,
@@ -224,9 +209,9 @@ def test_fp16_bundle_is_half_the_size_and_draws_the_same(
     assert half.image.psnr_db >= 35
     opened = Bundle.open(half.path, threads=1)
     for name in INTERFACE:
-        graph, single = (b.path / b.manifest["graphs"][name]["file"] for b in (opened, bundle))
+        graph, single = (b.path / b.manifest.graphs[name].file for b in (opened, bundle))
         assert graph.stat().st_size < 0.75 * single.stat().st_size
-        assert opened.manifest["graphs"][name]["inputs"] == bundle.manifest["graphs"][name]["inputs"]
+        assert opened.manifest.graphs[name].inputs == bundle.manifest.graphs[name].inputs
     shared, own = differences(opened)
     assert shared <= 2 and own == 0
 

@@ -294,7 +294,7 @@ def test_what_overflows_half_precision_stays_single(
             seen: Any = SimpleNamespace(inputs={spec.name: ((enlarged * example,),)})
             work = exporter._Workshop(tmp_path, checkpoint, "fp16", "cpu", None, seen, lambda line: None)
             work.make(spec)
-            made[spec.name] = work.graphs[spec.name]["precision"]
+            made[spec.name] = work.graphs[spec.name].precision
     assert made == {"vae_decoder": "fp32", "vae_encoder": expected}
 
 

@@ -271,12 +271,12 @@ def test_int8_bundle_runs_and_says_what_it_is(int8: Export, random_checkpoint: P
     bundle = Bundle.open(int8.path, threads=1)
     assert bundle.precision == "int8"
     specs = {spec.name: spec for spec in graph_specs(load_checkpoint(random_checkpoint))}
-    for name, graph in bundle.manifest["graphs"].items():
+    for name, graph in bundle.manifest.graphs.items():
         # What an untrained model draws and finds hangs on little, so a check may have kept some layers back.
-        assert graph["precision"] == "int8" and graph["int8"]["layers"] > len(graph["int8"]["kept_back"])
-        assert graph["int8"]["multiply_adds"] > 0.7
+        assert graph.precision == "int8" and graph.int8["layers"] > len(graph.int8["kept_back"])
+        assert graph.int8["multiply_adds"] > 0.7
         weights = sum(p.numel() for p in specs[name].module.parameters())
-        assert graph["bytes"] < 4 * weights or name.startswith("vae")  # which is half encoder, half decoder
+        assert graph.bytes < 4 * weights or name.startswith("vae")  # which is half encoder, half decoder
     assert int8.image.psnr_db >= 25 and int8.search.pairs == 6
     (picture,) = Generator(bundle).generate("a red dress", seed=3, steps=3)
     assert np.asarray(picture).std() > 0
@@ -298,7 +298,7 @@ def test_what_the_evidence_forbids_is_kept_back(
     tried: list[int] = []
 
     def strict(bundle: Bundle, *rest: Any) -> Any:
-        kept = bundle.manifest["graphs"]["unet"]["int8"]["kept_back"]
+        kept = bundle.manifest.graphs["unet"].int8["kept_back"]
         tried.append(len(kept))
         if len(tried) < 3:
             raise ToleranceError("too far", ["unet"])
@@ -312,7 +312,7 @@ def test_what_the_evidence_forbids_is_kept_back(
     assert len(tried) >= 3 and all(more == max(1, 2 * fewer) for fewer, more in itertools.pairwise(tried))
     assert len(lowerings) == len(set(lowerings)) == 5  # none is lowered again
     opened = Bundle.open(export.path, threads=1)
-    kept = opened.manifest["graphs"]["unet"]["int8"]["kept_back"]
+    kept = opened.manifest.graphs["unet"].int8["kept_back"]
     graph = ir.load(opened.path / "unet" / "model.onnx").graph
     floats = {node.name.rpartition("/")[0] for node in graph if node.op_type in ("Conv", "Gemm", "MatMul")} & set(kept)
     assert floats == set(kept)

@@ -28,8 +28,8 @@ TRUE_TO_OURS_DB = 40.0
 @pytest.fixture(scope="module")
 def noise() -> np.ndarray:
     bundle = Bundle.open("tiny")
-    latent = bundle.manifest["latent"]
-    shape = (len(PROMPTS), latent["channels"], latent["size"], latent["size"])
+    latent = bundle.manifest.latent
+    shape = (len(PROMPTS), latent.channels, latent.size, latent.size)
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 

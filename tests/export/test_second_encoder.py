@@ -87,13 +87,13 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
 
 
 def test_both_encoders_are_in_the_bundle(bundle: Bundle) -> None:
-    graphs = bundle.manifest["graphs"]
-    assert list(graphs["text_encoder"]["outputs"]) == ["last_hidden_state"]
-    assert list(graphs["clip_text_encoder"]["outputs"]) == ["text_embeds"]
-    assert (graphs["text_encoder"]["attention_nodes"], graphs["clip_text_encoder"]["attention_nodes"]) == (2, 3)
-    embedding = bundle.manifest["embedding"]
-    assert (embedding["shared_text_encoder"], embedding["conditioning_layer"]) == (False, -2)
-    assert bundle.manifest["parity"]["image"]["psnr_db"] >= 40
+    graphs = bundle.manifest.graphs
+    assert list(graphs["text_encoder"].outputs) == ["last_hidden_state"]
+    assert list(graphs["clip_text_encoder"].outputs) == ["text_embeds"]
+    assert (graphs["text_encoder"].attention_nodes, graphs["clip_text_encoder"].attention_nodes) == (2, 3)
+    embedding = bundle.manifest.embedding
+    assert embedding and (embedding.shared_text_encoder, embedding.conditioning_layer) == (False, -2)
+    assert bundle.manifest.parity["image"]["psnr_db"] >= 40
     assert (bundle.path / "clip_tokenizer" / "vocab.json").is_file()
     for name in ("text_encoder", "clip_text_encoder"):
         assert (bundle.path / name / "config.json").is_file()
@@ -147,7 +147,7 @@ def test_a_pipeline_and_a_clip_from_different_folders(checkpoint: Path, bundle: 
     pipeline = shutil.copytree(checkpoint, tmp_path / "pipeline", ignore=shutil.ignore_patterns("clip", "unidiff.json"))
     loaded = exporter.load_base(pipeline, checkpoint / "clip")
     specs = {spec.name: spec.module for spec in exporter.graph_specs(loaded)}
-    assert list(specs) == list(bundle.manifest["graphs"])
+    assert list(specs) == list(bundle.manifest.graphs)
     ids = np.random.default_rng(0).integers(0, 500, (2, TOKENS))
     with torch.no_grad():
         states = specs["text_encoder"](torch.from_numpy(ids)).numpy()

@@ -58,7 +58,7 @@ def test_graphs_load_once_and_only_when_used(toy: Path, monkeypatch: pytest.Monk
     with ThreadPoolExecutor(8) as pool:
         sessions = list(pool.map(bundle.session, ["unet"] * 8))
     assert loaded == ["unet"] and len(set(map(id, sessions))) == 1
-    with pytest.raises(BundleError, match="has no graph 'mask'; it holds image_encoder, text_encoder"):
+    with pytest.raises(BundleError, match="there is no graph 'mask'; the bundle holds image_encoder, text_encoder"):
         bundle.session("mask")
 
 
@@ -81,7 +81,7 @@ def test_a_changed_entry_of_the_manifest_is_found(toy: Path) -> None:
     edit(toy, lambda manifest: None)
     Bundle.open(toy)
     edit(toy, lambda manifest: manifest.update(fingerprint="0" * 64))
-    with pytest.raises(BundleError, match="fingerprint does not fit"):
+    with pytest.raises(BundleError, match="fingerprint does not match"):
         Bundle.open(toy)
 
 
@@ -91,7 +91,7 @@ def test_without_verify_only_presence_is_checked(toy: Path) -> None:
     with pytest.raises(BundleError, match=r"vae_decoder.model.onnx: ONNX Runtime cannot load this graph"):
         bundle.session("vae_decoder")
     (toy / "vae_decoder" / "model.onnx").unlink()
-    with pytest.raises(BundleError, match=r"vae_decoder.model.onnx: is missing"):
+    with pytest.raises(BundleError, match=r"vae_decoder.model.onnx: the file is missing"):
         Bundle.open(toy, verify=False)
 
 
@@ -102,34 +102,10 @@ def test_the_fingerprint_follows_the_weights_not_the_name(tmp_path: Path) -> Non
     assert first.fingerprint == renamed.fingerprint != trained.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("format", "zip", "this is not a bundle"),
-        ("schema_version", 2, "schema_version is 2, this SDK reads 1; upgrade unidiff-sdk"),
-        ("schema_version", None, "export it again"),
-        ("graphs", None, "graphs must be dict, but is None"),
-        ("graphs", {"unet": {"file": "other.onnx"}}, "graph 'unet' names no file of the bundle"),
-        ("embedding", {"dim": "8"}, "embedding.dim must be int, but is '8'"),
-        ("embedding", {"dim": True}, "embedding.dim must be int, but is True"),
-        ("embedding", {"dim": -8}, "embedding.dim must be positive"),
-        ("embedding", 3, "embedding.dim must be int, but is None"),
-        ("image", {"size": 16, "mean": [0, 0], "std": [1, 1, 1]}, "image.mean must be 3 numbers"),
-        ("image", {"size": 16, "mean": [0] * 3, "std": [1] * 3, "fit": "squash"}, "image.fit must be crop or pad"),
-        ("latent", {}, "latent.channels must be int"),
-        ("sampler", {"name": "ddim", "steps": 4, "guidance_scale": "3"}, "guidance_scale must be int or float"),
-    ],
-)
-def test_a_malformed_manifest_says_which_entry(tmp_path: Path, key: str, value: Any, message: str) -> None:
-    folder = make_toy_bundle(tmp_path / "toy", **{key: value})
-    with pytest.raises(BundleError, match=message):
-        Bundle.open(folder)
-
-
 def test_files_outside_the_folder_are_refused(toy: Path) -> None:
     for name in ("../secret", "/etc/hostname"):
         edit(toy, lambda manifest, name=name: manifest["files"].update({name: "0"}))
-        with pytest.raises(BundleError, match="points outside the bundle"):
+        with pytest.raises(BundleError, match="lies outside the bundle"):
             Bundle.open(toy)
 
 
@@ -139,7 +115,7 @@ def test_what_is_not_a_bundle_says_so(tmp_path: Path, toy: Path) -> None:
     with pytest.raises(BundleError, match=r"has no manifest.json"):
         Bundle.open(tmp_path)
     (tmp_path / "unidiff.json").write_text("{}")
-    with pytest.raises(BundleError, match="is a training checkpoint; make a bundle of it: unidiff-export"):
+    with pytest.raises(BundleError, match="is a training checkpoint; export it: unidiff-export"):
         Bundle.open(tmp_path)
     for text in ("{", "[]"):
         (toy / "manifest.json").write_text(text)

@@ -84,7 +84,7 @@ def folder(toy: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_generates_what_our_bundle_generates(toy: Bundle, folder: Path) -> None:
     opened = Bundle.open(folder, threads=1)
     assert (opened.name, opened.precision, opened.prompt_tokens) == ("shop", "fp32", 12)
-    assert opened.manifest["latent"] == toy.manifest["latent"]
+    assert opened.manifest.latent == toy.manifest.latent
     assert "'shop', fp32, generation only" in repr(opened)
     settings: dict[str, Any] = {"n": 3, "seed": 5, "steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
     ours = Generator(toy).generate(["a coat", "boots"], **settings)
@@ -151,7 +151,7 @@ def test_the_fingerprint_follows_the_files(folder: Path, tmp_path: Path) -> None
     ("file", "change", "message"),
     [
         ("unet/config.json", {"addition_embed_type": "text_time"}, r"addition_embed_type text_time\), as SDXL"),
-        ("vae_decoder/config.json", {"scaling_factor": None}, "do not say 'scaling_factor'; export the pipeline again"),
+        ("vae_decoder/config.json", {"scaling_factor": None}, "lack 'scaling_factor'; export the pipeline again"),
         ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
     ],
 )

@@ -16,6 +16,7 @@ from unidiff_sdk.errors import BundleError, OptionError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.gpu import BoundSession, ProfiledSession
+from unidiff_sdk.inference.manifest import Embedding, Latent, ModelDescription, Prompt, SamplerDefaults, TensorSpec
 from unidiff_sdk.inference.sessions import create_session
 from unidiff_sdk.inference.shape_profiles import shape_profile
 
@@ -88,8 +89,9 @@ def test_batches_are_cut_to_what_an_engine_takes(toy: Bundle) -> None:
     plain = create_session(toy.path / "unet" / "model.onnx", threads=1)
     counted, profile = Counted(plain), toy.profile("unet")
     assert profile is not None and profile["sample"]["max"] == [64, 4, 12, 12]
-    for bounds in profile.values():
-        bounds["max"][0] = 3
+    profile = {
+        name: {key: [min(shape[0], 3), *shape[1:]] for key, shape in bounds.items()} for name, bounds in profile.items()
+    }
     profiled, inputs = ProfiledSession(counted, profile), unet_inputs(7)
     np.testing.assert_allclose(profiled.run(["out_sample"], inputs)[0], plain.run(None, inputs)[0], atol=1e-6)
     assert [shapes["timestep"] for shapes in counted.runs] == [(3,), (3,), (1,)]
@@ -118,33 +120,34 @@ def test_profile_covers_what_the_generator_asks_for(toy: Bundle, monkeypatch: py
 
 def test_profile_of_stable_diffusions_sizes() -> None:
     """512 pixels, latents of 64 x 64, 77 tokens; SD 2 searches with another text encoder of other length."""
-    manifest = {
-        "latent": {"size": 64, "scale_factor": 8},
-        "embedding": {"max_tokens": 50},
-        "prompt": {"max_tokens": 77},
-    }
+    model = ModelDescription(
+        latent=Latent(channels=4, size=64, scale_factor=8, scaling_factor=0.18215, shift_factor=0.0),
+        embedding=Embedding(dim=768, max_tokens=50),
+        prompt=Prompt(77),
+        sampler=SamplerDefaults("ddim", 20, 5.0),
+    )
     unet = {
-        "sample": {"shape": ["batch", 4, "height", "width"]},
-        "timestep": {"shape": ["steps"]},
-        "encoder_hidden_states": {"shape": ["batch", "tokens", 768]},
+        "sample": TensorSpec("float32", ("batch", 4, "height", "width")),
+        "timestep": TensorSpec("float32", ("steps",)),
+        "encoder_hidden_states": TensorSpec("float32", ("batch", "tokens", 768)),
     }
-    assert shape_profile("unet", unet, manifest) == {
+    assert shape_profile("unet", unet, model) == {
         "sample": {"min": [1, 4, 32, 32], "opt": [2, 4, 64, 64], "max": [2, 4, 96, 96]},
         "timestep": {"min": [1], "opt": [2], "max": [2]},
         "encoder_hidden_states": {"min": [1, 77, 768], "opt": [2, 77, 768], "max": [2, 77, 768]},
     }
-    ids = {"input_ids": {"shape": ["batch", "tokens"]}}
-    assert shape_profile("text_encoder", ids, manifest)["input_ids"]["max"] == [32, 77]
-    assert shape_profile("clip_text_encoder", ids, manifest)["input_ids"]["max"] == [32, 50]
-    pictures = {"sample": {"shape": ["batch", 3, "height", "width"]}}
-    assert shape_profile("vae_encoder", pictures, manifest)["sample"]["opt"] == [1, 3, 512, 512]
+    ids = {"input_ids": TensorSpec("int64", ("batch", "tokens"))}
+    assert shape_profile("text_encoder", ids, model)["input_ids"]["max"] == [32, 77]
+    assert shape_profile("clip_text_encoder", ids, model)["input_ids"]["max"] == [32, 50]
+    images = {"sample": TensorSpec("float32", ("batch", 3, "height", "width"))}
+    assert shape_profile("vae_encoder", images, model)["sample"]["opt"] == [1, 3, 512, 512]
 
 
 def test_warmup_runs_every_graph_and_reports(toy: Bundle, tmp_path: Path) -> None:
     bundle, said = Bundle.open(toy.path, threads=1), []
     report = bundle.warmup(said.append)
-    assert [line.graph for line in report] == list(bundle.manifest["graphs"])
-    assert said == [f"loading {graph}" for graph in bundle.manifest["graphs"]]
+    assert [line.graph for line in report] == list(bundle.manifest.graphs)
+    assert said == [f"loading {graph}" for graph in bundle.manifest.graphs]
     for line in report:
         assert line.providers == ("CPUExecutionProvider",)
         assert min(line.load_seconds, line.first_seconds, line.next_seconds) > 0

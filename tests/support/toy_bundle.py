@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unidiff_sdk.inference.bundle import FORMAT, SCHEMA_VERSION, file_sha256, fingerprint_of, manifest_checksum
+from unidiff_sdk.inference.manifest import FORMAT, SCHEMA_VERSION, file_sha256, fingerprint_of, manifest_checksum
 
 DIM, TOKENS, IMAGE_SIZE, LATENT_SIZE, CHANNELS = 8, 12, 16, 8, 4
 PICTURE, LATENTS = ["batch", 3, "height", "width"], ["batch", CHANNELS, "height", "width"]

@@ -18,7 +18,9 @@ from unidiff_sdk._internal.memory import available_memory, readable_size
 from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import GenerationError, OptionError, UniDiffError
 from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.manifest import Latent
 from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.inference.shape_profiles import POSITIONS_PER_CALL
 
 from .batching import MAX_REQUESTS, Engine, Job, Kept, Step
 from .conditioning import Conditioner
@@ -32,8 +34,6 @@ __all__ = ["Generator", "Preview"]
 Float32 = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
-# Latent positions in one UNet call: 8 guided pictures of 64 px, or one of 512 px. Larger calls are no faster on a CPU.
-_POSITIONS_A_CALL = 4096
 _CACHED_TABLES = 32
 # Bytes that any process finds: whether there is more is asked of the system, which takes a fifth of a millisecond.
 _SURELY_THERE = 32 * 2**20
@@ -77,7 +77,9 @@ class Generator:
         max_requests: how many calls of `generate` may be under way; one more raises BusyError.
     """
 
-    def __init__(self, bundle: Bundle, *, positions: int = _POSITIONS_A_CALL, max_requests: int = MAX_REQUESTS) -> None:
+    def __init__(
+        self, bundle: Bundle, *, positions: int = POSITIONS_PER_CALL, max_requests: int = MAX_REQUESTS
+    ) -> None:
         self.bundle = bundle
         self._positions = positions
         self._conditioner = Conditioner(bundle)
@@ -222,11 +224,11 @@ class Generator:
         """
         if isinstance(options, ResolvedOptions):
             return options
-        defaults = {
+        defaults: dict[str, Any] = {
             "seed": secrets.randbelow(2**32),
-            "steps": self.bundle.manifest["sampler"]["steps"],
-            "guidance_scale": float(self.bundle.manifest["sampler"]["guidance_scale"]),
-            "sampler": self.bundle.manifest["sampler"]["name"],
+            "steps": self.bundle.manifest.sampler.steps,
+            "guidance_scale": float(self.bundle.manifest.sampler.guidance_scale),
+            "sampler": self.bundle.manifest.sampler.name,
             "strength": None if options.like is None else default_strength(masked=options.mask is not None),
         }
         given = {name: value for name, value in vars(options).items() if value is not None}
@@ -241,9 +243,9 @@ class Generator:
 
     def _checked_side(self, name: str, side: int | None) -> int:
         """A side in pixels."""
-        scale = self._latent["scale_factor"]
+        scale = self._latent.scale_factor
         if side is None:
-            return int(self._latent["size"]) * int(scale)
+            return self._latent.size * scale
         # each block of the UNet but the last halves the latents
         block = int(scale * 2 ** (len(self._unet_config["block_out_channels"]) - 1))
         if isinstance(side, bool) or not isinstance(side, int) or side < block or side % block:
@@ -268,8 +270,8 @@ class Generator:
             )
 
     def _latent_shape(self, options: ResolvedOptions) -> tuple[int, int, int]:
-        scale = self._latent["scale_factor"]
-        return self._latent["channels"], options.height // scale, options.width // scale
+        scale = self._latent.scale_factor
+        return self._latent.channels, options.height // scale, options.width // scale
 
     def _noise(self, streams: list[np.random.Generator], options: ResolvedOptions) -> Float32:
         shape = self._latent_shape(options)
@@ -324,7 +326,7 @@ class Generator:
             of_clean, of_noise = table.levels[0]
             x = x if pure_noise else of_clean * original.latents + of_noise * noise
             if original.repaint is not None:
-                kept = Kept(original.latents, noise, latent_mask(original.repaint, self._latent["scale_factor"]))
+                kept = Kept(original.latents, noise, latent_mask(original.repaint, self._latent.scale_factor))
         return Job(table, x, *condition, options.guidance_scale, options.guidance_rescale, stream, kept)
 
     # The graphs
@@ -347,13 +349,13 @@ class Generator:
         """The latents of a picture: float32[channels, height, width]."""
         with self._vae_lock:
             encoded = self._run("vae_encoder", "latent_sample", {"sample": to_samples(image)})[0]
-        shift, scale = np.float32(self._latent["shift_factor"]), np.float32(self._latent["scaling_factor"])
+        shift, scale = np.float32(self._latent.shift_factor), np.float32(self._latent.scaling_factor)
         latents: Float32 = (encoded - shift) * scale
         return latents
 
     def _decode(self, latents: Float32) -> list[Image.Image]:
         self._check_finite(latents)  # an 8-bit decoder would make a picture of anything
-        scaled = latents / np.float32(self._latent["scaling_factor"]) + np.float32(self._latent["shift_factor"])
+        scaled = latents / np.float32(self._latent.scaling_factor) + np.float32(self._latent.shift_factor)
         size = max(1, self._positions // (2 * latents.shape[2] * latents.shape[3]))
         images: list[Image.Image] = []
         for start in range(0, len(scaled), size):
@@ -386,9 +388,8 @@ class Generator:
         return self.bundle.config("vae_decoder/config.json")
 
     @property
-    def _latent(self) -> dict[str, Any]:
-        latent: dict[str, Any] = self.bundle.manifest["latent"]
-        return latent
+    def _latent(self) -> Latent:
+        return self.bundle.manifest.latent
 
 
 def _stream(seed: int) -> np.random.Generator:

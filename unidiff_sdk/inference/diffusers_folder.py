@@ -6,7 +6,6 @@ a folder holds no CLIP, so nothing can be searched with it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,28 @@ from numpy.typing import NDArray
 
 from unidiff_sdk.errors import BundleError
 
-__all__ = ["DEFAULT_SAMPLER", "PIPELINE", "AdaptedSession", "derive_manifest", "is_pipeline", "refusal"]
+from .manifest import (
+    DEFAULT_SAMPLER,
+    GRAPH_FILE,
+    Graph,
+    Latent,
+    Manifest,
+    Prompt,
+    SamplerDefaults,
+    TensorSpec,
+    file_sha256,
+    fingerprint_of,
+    read_json,
+)
+from .schedule import PREDICTION_TYPES
 
-PIPELINE = "onnx-pipeline"
-"""The "format" in a derived manifest."""
+__all__ = ["PIPELINE_FORMAT", "AdaptedSession", "derive_manifest", "is_pipeline", "refusal"]
 
-DEFAULT_SAMPLER = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
+PIPELINE_FORMAT = "onnx-pipeline"
+"""The `format` of a derived manifest."""
 
 PIPELINE_INDEX = "model_index.json"
-GRAPHS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+GRAPHS = ("text_encoder", "unet", "vae_decoder")  # "vae_encoder" may be missing
 # What a UNet's configuration holds only if it wants more than latents, a timestep and text states.
 EXTRA_CONDITIONS = (
     "addition_embed_type",
@@ -37,7 +49,7 @@ EXTRA_CONDITIONS = (
 
 def is_pipeline(folder: Path) -> bool:
     """Whether the folder holds what generation needs: a pipeline's index and its graphs."""
-    needed = (PIPELINE_INDEX, *(f"{graph}/model.onnx" for graph in GRAPHS[:3]))
+    needed = (PIPELINE_INDEX, *(f"{graph}/{GRAPH_FILE}" for graph in GRAPHS))
     return all((folder / name).is_file() for name in needed)
 
 
@@ -64,63 +76,59 @@ def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | N
     return None
 
 
-def derive_manifest(folder: Path) -> dict[str, Any]:
-    """What a manifest would say of the folder, but for `files` and `fingerprint`.
+def derive_manifest(folder: Path) -> Manifest:
+    """The manifest of such a folder, from its configuration files. Its fingerprint is that of the files as they are.
 
     Raises:
         BundleError: a configuration file is missing or damaged, or the model is not one of Stable Diffusion 1 or 2.
     """
-    text, unet, vae = (_config(folder, f"{name}/config.json") for name in ("text_encoder", "unet", "vae_decoder"))
-    scheduler = _config(folder, "scheduler/scheduler_config.json")
+    text, unet, vae = (read_json(folder / name / "config.json") for name in ("text_encoder", "unet", "vae_decoder"))
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if refused := refusal(unet, vae.get("latent_channels"), text.get("hidden_size")):
         raise BundleError(f"{folder}: {refused}")
+    paths = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in paths}
     try:
-        tokens, states = text["max_position_embeddings"], unet["cross_attention_dim"]
-        channels, latents = unet["in_channels"], ["batch", unet["in_channels"], "height", "width"]
-        inputs: dict[str, dict[str, tuple[str, list[str | int]]]] = {
-            "text_encoder": {"input_ids": ("int64", ["batch", "tokens"])},
-            "unet": {
-                "sample": ("float32", latents),
-                "timestep": ("float32", ["batch"]),
-                "encoder_hidden_states": ("float32", ["batch", "tokens", states]),
+        return Manifest(
+            format=PIPELINE_FORMAT,
+            name=folder.resolve().name,
+            precision="fp32",
+            graphs={
+                name: Graph(f"{name}/{GRAPH_FILE}", inputs=inputs)
+                for name, inputs in _inputs(unet).items()
+                if (folder / name / GRAPH_FILE).is_file()
             },
-            "vae_decoder": {"latent_sample": ("float32", latents)},
-            "vae_encoder": {"sample": ("float32", ["batch", 3, "height", "width"])},
-        }
-        return {
-            "format": PIPELINE,
-            "name": folder.resolve().name,
-            "precision": "fp32",
-            "graphs": {
-                graph: {
-                    "file": f"{graph}/model.onnx",
-                    "inputs": {
-                        name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in inputs[graph].items()
-                    },
-                }
-                for graph in GRAPHS
-                if (folder / graph / "model.onnx").is_file()
-            },
-            "prompt": {"max_tokens": tokens},
-            "latent": {
-                "channels": channels,
-                "size": unet["sample_size"],
-                "scale_factor": 2 ** (len(vae["block_out_channels"]) - 1),
-                "scaling_factor": vae["scaling_factor"],
-                "shift_factor": vae.get("shift_factor") or 0.0,
-            },
-            "sampler": DEFAULT_SAMPLER | {"prediction_type": scheduler.get("prediction_type", "epsilon")},
-        }
+            prompt=Prompt(text["max_position_embeddings"]),
+            latent=Latent(
+                channels=unet["in_channels"],
+                size=unet["sample_size"],
+                scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
+                scaling_factor=vae["scaling_factor"],
+                shift_factor=vae.get("shift_factor") or 0.0,
+            ),
+            sampler=SamplerDefaults(
+                **DEFAULT_SAMPLER, prediction_type=scheduler.get("prediction_type", PREDICTION_TYPES[0])
+            ),
+            files=files,
+            fingerprint=fingerprint_of(files),
+        )
     except KeyError as error:
-        raise BundleError(f"{folder}: its configuration files do not say {error}; export the pipeline again") from error
+        raise BundleError(f"{folder}: its configuration files lack {error}; export the pipeline again") from error
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{folder / name}: cannot be read as JSON ({error}); export the pipeline again") from error
-    return config
+def _inputs(unet: Mapping[str, Any]) -> dict[str, dict[str, TensorSpec]]:
+    """The inputs of each graph, as our own bundles have them."""
+    latents = TensorSpec("float32", ("batch", unet["in_channels"], "height", "width"))
+    return {
+        "text_encoder": {"input_ids": TensorSpec("int64", ("batch", "tokens"))},
+        "unet": {
+            "sample": latents,
+            "timestep": TensorSpec("float32", ("batch",)),
+            "encoder_hidden_states": TensorSpec("float32", ("batch", "tokens", unet["cross_attention_dim"])),
+        },
+        "vae_decoder": {"latent_sample": latents},
+        "vae_encoder": {"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
+    }
 
 
 class AdaptedSession:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from unidiff_sdk.errors import OptionError
 
-from .shape_profiles import Profile
+from .manifest import Profile
 
 __all__ = ["BoundSession", "ProfiledSession"]
 

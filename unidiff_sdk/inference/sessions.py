@@ -13,7 +13,7 @@ from typing import Any
 
 from unidiff_sdk.errors import BundleError, OptionError, ProviderError
 
-from .shape_profiles import Profile
+from .manifest import Profile
 
 __all__ = ["DEVICES", "avoid_saturation", "cache_folder", "create_session", "saturates"]
 

@@ -46,11 +46,11 @@ class GraphWarmup:
 def warm_up(bundle: Bundle, say: Callable[[str], None]) -> list[GraphWarmup]:
     """Load every graph of `bundle` and call it twice on zeros; `say` is told in one line what each step may cost."""
     report = []
-    for graph, described in bundle.manifest["graphs"].items():
+    for graph, described in bundle.manifest.graphs.items():
         profile = bundle.profile(graph)
         if profile is None:
             raise BundleError(f"{bundle.path}: the manifest does not say the shapes of {graph}; export it again")
-        inputs = {name: np.zeros(bounds["opt"], described["inputs"][name]["dtype"]) for name, bounds in profile.items()}
+        inputs = {name: np.zeros(bounds["opt"], described.inputs[name].dtype) for name, bounds in profile.items()}
         cost = "building or reading its TensorRT engine: minutes the first time" if bundle.device == "tensorrt" else ""
         say(f"loading {graph} {cost}".strip())
         before = _engines()

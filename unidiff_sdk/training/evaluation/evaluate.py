@@ -20,7 +20,7 @@ from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.datasets.synthetic import ATTRIBUTES
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.generation.samplers import Row, Table, advance, make_table
-from unidiff_sdk.inference.diffusers_folder import DEFAULT_SAMPLER
+from unidiff_sdk.inference.manifest import DEFAULT_SAMPLER
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from unidiff_sdk.training.data.batches import Pairs, group_keys, load_pairs, tokenize

@@ -1,0 +1,419 @@
+"""manifest.json: what a bundle holds and how its graphs are called. The export writes it, the runtime reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from unidiff_sdk._internal.images import Fit
+from unidiff_sdk.errors import BundleError
+
+__all__ = [
+    "DEFAULT_SAMPLER",
+    "FORMAT",
+    "GRAPH_FILE",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "Embedding",
+    "Graph",
+    "ImageInput",
+    "Latent",
+    "Manifest",
+    "ModelDescription",
+    "Profile",
+    "Prompt",
+    "SamplerDefaults",
+    "TensorSpec",
+    "file_sha256",
+    "fingerprint_of",
+    "manifest_checksum",
+    "read_json",
+    "to_json",
+]
+
+FORMAT = "unidiff-bundle"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPH_FILE = "model.onnx"
+
+DEFAULT_SAMPLER: dict[str, Any] = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
+"""For models that name no sampler of their own."""
+
+Profile = Mapping[str, Mapping[str, Sequence[int]]]
+"""The smallest, usual and largest shape of each input of a graph: {"sample": {"min": …, "opt": …, "max": …}, …}."""
+
+# Types of fields: the annotations below are the schema that a manifest is read by.
+Count = Annotated[int, "above 0"]
+Positive = Annotated[float, "above 0"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph: a NumPy dtype, and an int for each fixed axis, a name for each dynamic one."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX graph.
+
+    Attributes:
+        file: relative to the bundle.
+        precision: "fp32", "fp16" or "int8"; a graph may keep a higher precision than its bundle.
+        inputs, outputs: by name.
+        attention_nodes: number of fused attention operators.
+        bytes: size of the graph and its weights.
+        int8: which layers are quantized.
+        channels_last: whether the graph was rewritten for channels-last kernels of CUDA.
+        profile: the shapes that the graph is used at.
+        extra: further entries, kept as they are.
+    """
+
+    file: str
+    precision: str = "fp32"
+    inputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
+    attention_nodes: int | None = None
+    bytes: Count | None = None
+    int8: Mapping[str, Any] | None = None
+    channels_last: bool | None = None
+    profile: Profile | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """The space of the encoders.
+
+    Attributes:
+        dim: length of an embedding.
+        shared_text_encoder: whether one text encoder serves search and generation.
+        conditioning_layer: the hidden layer whose states condition the UNet.
+        max_tokens: length that texts are padded or truncated to for search.
+        logit_scale: factor from cosines to logits in contrastive training, the inverse temperature.
+    """
+
+    dim: Count
+    shared_text_encoder: bool | None = None
+    conditioning_layer: int | None = None
+    max_tokens: Count
+    logit_scale: Positive | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """max_tokens: length that prompts are padded or truncated to for generation."""
+
+    max_tokens: Count
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What the image encoder takes: squares of `size` pixels, normalized by `mean` and `std` of each channel."""
+
+    size: Count
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Fit = "crop"
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latents of the VAE.
+
+    Attributes:
+        channels: number of channels.
+        size: side that the UNet was trained at.
+        scale_factor: pixels for each latent position, along one side.
+        scaling_factor, shift_factor: latents of the UNet are (latents of the VAE - shift_factor) * scaling_factor.
+    """
+
+    channels: Count
+    size: Count
+    scale_factor: Count
+    scaling_factor: Positive
+    shift_factor: float
+
+
+@dataclass(frozen=True)
+class SamplerDefaults:
+    """What a generation uses where the caller names nothing else."""
+
+    name: str
+    steps: Count
+    guidance_scale: Positive
+    prediction_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """Sizes and defaults of the models in a bundle. `embedding` and `image` are None for a model that only generates.
+
+    Attributes:
+        synthetic: whether the model has been trained on rendered images alone, and knows no photographs.
+    """
+
+    embedding: Embedding | None = None
+    prompt: Prompt | None = None
+    image: ImageInput | None = None
+    latent: Latent
+    sampler: SamplerDefaults
+    synthetic: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The length, in tokens, that prompts are padded or truncated to."""
+        return cast(Prompt | Embedding, self.prompt or self.embedding).max_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(ModelDescription):
+    """A bundle's manifest.
+
+    Attributes:
+        name: of the bundle.
+        precision: "fp32", "fp16" or "int8": what the weights are stored and computed in.
+        graphs: by name.
+        files: SHA-256 of each file by its relative POSIX path.
+        fingerprint: `fingerprint_of(files)`.
+        target, opset, devices: what the graphs were exported for. `devices` is None if any device may run them.
+        created, sdk_version: when and by which version.
+        parity: how close the graphs are to PyTorch.
+        export: time and memory that the export took.
+        format: another than FORMAT only for a manifest that was derived from a diffusers folder.
+        extra: further entries, kept as they are.
+    """
+
+    name: str
+    precision: str
+    graphs: Mapping[str, Graph]
+    files: Mapping[str, str]
+    fingerprint: str
+    target: str | None = None
+    opset: Count | None = None
+    devices: tuple[str, ...] | None = None
+    created: str | None = None
+    sdk_version: str | None = None
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] | None = None
+    format: str = FORMAT
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check the manifest of a bundle folder. The files themselves are not read.
+
+        Raises:
+            BundleError: it is missing, damaged, changed since the export, or of a newer schema version. The message
+                names the field, its value, and what is accepted.
+        """
+        file = folder / MANIFEST
+        return cls.from_json(read_json(file), file)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], file: Path) -> Manifest:
+        """The same from the content of `file`."""
+        _check_version(values, file)
+        try:
+            manifest: Manifest = _decode_dataclass(cls, values, "")
+        except _InvalidField as error:
+            raise BundleError(f"{file}: {error}") from None
+        _check_content(manifest, file)
+        return manifest
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of manifest.json, with its checksum. `read` returns an equal manifest."""
+        values: dict[str, Any] = {
+            "format": self.format,
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "created": self.created,
+            "sdk_version": self.sdk_version,
+            "precision": self.precision,
+            "target": self.target,
+            "opset": self.opset,
+            "devices": self.devices,
+            "graphs": self.graphs,
+            "embedding": self.embedding,
+            "prompt": self.prompt,
+            "image": self.image,
+            "latent": self.latent,
+            "sampler": self.sampler,
+            "synthetic": self.synthetic,
+            "files": self.files,
+            "parity": self.parity,
+            "fingerprint": self.fingerprint,
+            "export": self.export,
+            **self.extra,
+        }
+        content = {name: to_json(value) for name, value in values.items() if value is not None}
+        return content | {"checksum": manifest_checksum(content)}
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass of this module as JSON values, without the fields that are None."""
+    if is_dataclass(value):
+        named = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+        extra = named.pop("extra", {})
+        return {name: to_json(one) for name, one in (named | extra).items() if one is not None}
+    if isinstance(value, Mapping):
+        return {name: to_json(one) for name, one in value.items()}
+    return [to_json(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+# Hashes
+
+
+def file_sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint_of(files: Mapping[str, str]) -> str:
+    """A bundle's fingerprint: the SHA-256 of the map of its files' hashes, as compact JSON with sorted keys."""
+    return hashlib.sha256(_canonical(files)).hexdigest()
+
+
+def manifest_checksum(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest's content without its own "checksum", as compact JSON with sorted keys."""
+    return hashlib.sha256(_canonical({key: value for key, value in content.items() if key != "checksum"})).hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+# Reading
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises BundleError if the file is missing or holds something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{file}: the file is missing; export the bundle again") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file}: cannot be read as JSON ({error}); export the bundle again") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{file}: must hold a JSON object, not {type(value).__name__}; export the bundle again")
+    return value
+
+
+def _check_version(values: Mapping[str, Any], file: Path) -> None:
+    if values.get("format") != FORMAT:
+        raise BundleError(f"{file}: format is {values.get('format')!r}, not {FORMAT!r}; this is not a bundle")
+    version = values.get("schema_version")
+    if isinstance(version, bool) or version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        raise BundleError(
+            f"{file}: schema_version is {version!r}, but this version of unidiff-sdk reads {SCHEMA_VERSION}; "
+            + ("upgrade unidiff-sdk" if newer else "export the bundle again")
+        )
+    if "checksum" in values and manifest_checksum(values) != values["checksum"]:
+        raise BundleError(f"{file}: was changed after the export (its checksum differs); export the bundle again")
+
+
+def _check_content(manifest: Manifest, file: Path) -> None:
+    """What holds between fields."""
+    for name in ("embedding", "image"):
+        if getattr(manifest, name) is None:
+            raise BundleError(f"{file}: {name} is missing; it must be a JSON object")
+    for name in manifest.files:
+        relative = PurePosixPath(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise BundleError(f"{file}: files names {name!r}, which lies outside the bundle")
+    for name, graph in manifest.graphs.items():
+        if graph.file not in manifest.files:
+            raise BundleError(
+                f"{file}: graphs.{name}.file is {graph.file!r}; it must be one of the files of the bundle"
+            )
+    if fingerprint_of(manifest.files) != manifest.fingerprint:
+        raise BundleError(f"{file}: the fingerprint does not match the list of files; export the bundle again")
+
+
+class _InvalidField(Exception):
+    """A field, its value, and what is accepted."""
+
+
+def _decode(kind: Any, value: Any, path: str) -> Any:
+    """JSON `value` as a type annotation of this module. Raises _InvalidField."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        if isinstance(value, dict):
+            return _decode_dataclass(cast(type, kind), value, path)
+    elif origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        members = [member for member in arguments if member is not NoneType]
+        if len(members) == 1 or type(value) in members:
+            return _decode(members[0] if len(members) == 1 else type(value), value, path)
+    elif origin is Annotated:
+        if _is_a(arguments[0], value) and value > 0:
+            return value
+    elif origin is Literal:
+        if value in arguments:
+            return value
+    elif origin is Mapping:
+        if isinstance(value, dict):
+            return {name: _decode(arguments[1], one, f"{path}.{name}") for name, one in value.items()}
+    elif origin is Sequence:
+        if isinstance(value, list):
+            return [_decode(arguments[0], one, f"{path}[{i}]") for i, one in enumerate(value)]
+    elif origin is tuple:
+        if isinstance(value, list) and (arguments[-1] is Ellipsis or len(value) == len(arguments)):
+            return tuple(_decode(arguments[0], one, f"{path}[{i}]") for i, one in enumerate(value))
+    elif kind is Any or _is_a(kind, value):
+        return value
+    raise _InvalidField(f"{path} is {value!r:.80}; it must be {_accepted(kind)}")
+
+
+def _decode_dataclass(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    hints, found = _hints(kind), {}
+    for entry in fields(kind):
+        where = f"{path}.{entry.name}" if path else entry.name
+        if entry.name == "extra":
+            known = {each.name for each in fields(kind)} | {"schema_version", "checksum"}
+            found["extra"] = {name: value for name, value in values.items() if name not in known}
+        elif entry.name in values:
+            found[entry.name] = _decode(hints[entry.name], values[entry.name], where)
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise _InvalidField(f"{where} is missing; it must be {_accepted(hints[entry.name])}")
+    return kind(**found)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a JSON value is a finite number, a text or a boolean; a boolean is no number."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is kind
+
+
+def _accepted(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{_accepted(arguments[0])} above 0"
+    if origin in (Union, UnionType):
+        return " or ".join(_accepted(member) for member in arguments if member is not NoneType)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is Sequence or (origin is tuple and arguments[-1] is Ellipsis):
+        return f"a list, each of it {_accepted(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}, each of it {_accepted(arguments[0])}"
+    names = {str: "a text", bool: "true or false", int: "an integer", float: "a number"}
+    return names.get(kind, "a JSON object")
