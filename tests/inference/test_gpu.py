@@ -172,12 +172,12 @@ def test_warmup_counts_the_engines_that_were_built(
     monkeypatch.setattr(bundle, "session", session)
     assert {line.graph: line.engines_built for line in bundle.warmup(said.append)}["unet"] == 1
     assert {line.engines_built for line in bundle.warmup()} == {0}
-    assert "loading unet building or reading its TensorRT engine: minutes the first time" in said
+    assert "loading unet: TensorRT builds or reads its engine, which takes minutes the first time" in said
 
 
 def test_warmup_needs_the_shapes(tmp_path: Path) -> None:
     folder = make_toy_bundle(tmp_path / "toy", graphs={"unet": {"file": "unet/model.onnx"}})
-    with pytest.raises(BundleError, match="does not say the shapes of unet; export it again"):
+    with pytest.raises(BundleError, match="does not state the shapes of unet; export it again"):
         Bundle.open(folder).warmup()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,11 @@ from unidiff_sdk.errors import BundleError, OptionError
 from .diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
 from .manifest import MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile, file_sha256, read_json
 from .schedule import Schedule
-from .sessions import DEVICES, create_session
+from .sessions import DEVICES, GraphWarmup, create_session, warm_up
 from .shape_profiles import shape_profile
 
 if TYPE_CHECKING:
     from unidiff_sdk._internal.images import Fit
-
-    from .warmup import GraphWarmup
 
 __all__ = ["TINY", "Bundle"]
 
@@ -122,18 +121,26 @@ class Bundle:
             return self._sessions[graph]
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> list[GraphWarmup]:
-        """Load every graph and call it twice at its usual shapes: what the first search and picture need not wait for.
+        """Load every graph and call it twice at its usual shapes, so that no search and no generation waits for it.
 
-        With TensorRT this builds the engines, which takes minutes the first time; they are then kept in the user's
-        cache folder, for these versions and this bundle. `progress` is called with one line before each graph.
+        With TensorRT this builds the engines, which takes minutes the first time. They are kept in the user's cache
+        folder, for this bundle and these versions. `progress` is called with one line before each graph.
 
         Raises:
-            BundleError: a graph cannot be loaded, or the manifest does not say its shapes.
+            BundleError: a graph cannot be loaded, or the manifest does not state its shapes.
             ProviderError: ONNX Runtime or the device is not usable.
         """
-        from .warmup import warm_up
-
-        return warm_up(self, progress or (lambda line: None))
+        cost = ": TensorRT builds or reads its engine, which takes minutes the first time"
+        report = []
+        for name, graph in self.manifest.graphs.items():
+            profile = self.profile(name)
+            if profile is None:
+                raise BundleError(f"{self.path}: the manifest does not state the shapes of {name}; export it again")
+            zeros = {key: np.zeros(bounds["opt"], graph.inputs[key].dtype) for key, bounds in profile.items()}
+            if progress is not None:
+                progress(f"loading {name}{cost if self.device == 'tensorrt' else ''}")
+            report.append(warm_up(name, partial(self.session, name), zeros))
+        return report
 
     def profile(self, graph: str) -> Profile | None:
         """For each input of a graph its smallest, usual and largest shape ("min", "opt", "max"), if they are known."""

@@ -6,16 +6,20 @@ import ctypes
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from unidiff_sdk.errors import BundleError, OptionError, ProviderError
 
 from .manifest import Profile
 
-__all__ = ["DEVICES", "avoid_saturation", "cache_folder", "create_session", "saturates"]
+__all__ = ["DEVICES", "GraphWarmup", "avoid_saturation", "cache_folder", "create_session", "saturates", "warm_up"]
 
 DEVICES: dict[str, tuple[str, ...]] = {
     "cpu": ("CPUExecutionProvider",),
@@ -120,6 +124,57 @@ def _called_for(device: str, session: Any, onnxruntime: Any, profile: Profile | 
         return ProfiledSession(session, profile)
     usual = {name: bounds["opt"] for name, bounds in profile.items()}
     return BoundSession(session, onnxruntime, usual, device="cuda", capture=capture)
+
+
+# Warm-up
+
+
+@dataclass(frozen=True)
+class GraphWarmup:
+    """How one graph started.
+
+    Attributes:
+        graph: its name.
+        providers: the execution providers that loaded; the first one runs the graph.
+        load_seconds: to read the file and, with TensorRT, to build the engine or to read it from the cache.
+        first_seconds: the first call, at the usual shapes.
+        next_seconds: the call after it.
+        engines_built: number of TensorRT engines that were not in the cache.
+        captured: whether calls at the usual shapes replay a CUDA graph.
+    """
+
+    graph: str
+    providers: tuple[str, ...]
+    load_seconds: float
+    first_seconds: float
+    next_seconds: float
+    engines_built: int
+    captured: bool
+
+
+def warm_up(graph: str, load: Callable[[], Any], inputs: Mapping[str, NDArray[Any]]) -> GraphWarmup:
+    """Load a graph and call it twice: the first call allocates memory and tunes kernels."""
+    engines = _cached_engines()
+    started = time.perf_counter()
+    session = load()
+    loaded = time.perf_counter()
+    session.run(None, inputs)
+    first = time.perf_counter()
+    session.run(None, inputs)
+    second = time.perf_counter()
+    return GraphWarmup(
+        graph=graph,
+        providers=tuple(session.get_providers()),
+        load_seconds=loaded - started,
+        first_seconds=first - loaded,
+        next_seconds=second - first,
+        engines_built=len(_cached_engines() - engines),
+        captured=getattr(session, "captured", False),
+    )
+
+
+def _cached_engines() -> set[Path]:
+    return set(cache_folder().rglob("*.engine"))
 
 
 # TensorRT
