@@ -12,6 +12,7 @@ DEMO_VENV := .venv-demo
 OPTIMUM_VENV := .venv-optimum
 OPENCLIP_VENV := .venv-openclip
 COMPAT_VENV := .venv-compat
+DOCS_VENV := .venv-docs
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := pyproject.toml constraints.txt
 ARGS ?=
@@ -62,8 +63,12 @@ lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(DOCS_VENV)/.ready ## build the documentation into site/, offline; fails on dead links
+	@$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "The documentation is site/index.html."
+
 clean: ## remove environments, outputs and caches
-	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) demo pipeline real build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) $(DOCS_VENV) demo pipeline real site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO_VENV)/.ready: $(LOCK)
 	@python=$$(.ci/find-python $(PYTHON)); \
@@ -104,4 +109,11 @@ $(COMPAT_VENV)/.ready: tests/compat/requirements.txt
 	@$(@D)/bin/python $(PIP) -r $<
 	@touch $@
 
-.PHONY: help demo test test-all test-optimum test-openclip test-compat pipeline real tiny bench ablation bench-ci lint clean
+$(DOCS_VENV)/.ready: $(LOCK)
+	@python=$$(.ci/find-python $(PYTHON)); \
+	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@echo "Installing the documentation tools into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[docs]"
+	@touch $@
+
+.PHONY: help demo test test-all test-optimum test-openclip test-compat pipeline real tiny bench ablation bench-ci lint docs clean
