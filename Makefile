@@ -64,7 +64,7 @@ lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/mypy
 
 docs: $(DOCS_VENV)/.ready ## build the documentation into site/, offline; fails on dead links
-	@$(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo "The documentation is site/index.html."
 
 clean: ## remove environments, outputs and caches
