@@ -8,7 +8,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
-SHOWN = ("CHANGELOG.md", "benchmarks/*.md", "benchmarks/plots/*.svg", "benchmarks/quality/**/*.*", "examples/pictures/*")
+SHOWN = (
+    "CHANGELOG.md",
+    "benchmarks/*.md",
+    "benchmarks/plots/*.svg",
+    "benchmarks/quality/**/*.*",
+    "examples/pictures/*",
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

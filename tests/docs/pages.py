@@ -15,7 +15,10 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 # ```python, or with classes ``` { .python .needs-torch }; the fence may be indented, in a list or a tab.
-_FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<code>.*?)^(?P=indent)(?P=fence) *$", re.M | re.S)
+_FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,})(?P<info>[^`\n]*)\n(?P<code>.*?)^(?P=indent)(?P=fence) *$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def _block(page: Path, text: str, found: re.Match[str]) -> Block:
 
 
 def commands_in(block: Block) -> Iterator[list[str]]:
-    """The words of each command of a shell block; continued lines are joined, comments left out."""
+    """The words of each `unidiff…` command of a block; continued lines are joined, comments left out."""
     for line in block.code.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
-            yield words
+        if line.startswith("unidiff"):
+            yield shlex.split(line, comments=True)
