@@ -13,7 +13,7 @@ SHOWN = (
     "benchmarks/*.md",
     "benchmarks/plots/*.svg",
     "benchmarks/quality/**/*.*",
-    "examples/pictures/*",
+    "examples/images/*",
 )
 
 
