@@ -1,14 +1,19 @@
-"""Whatever README and examples search for is in their data, and the first hit is right in every word."""
+"""README, quickstarts and examples search for what their data holds, and the first hit is right in every word."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
+import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +70,25 @@ def queries_of(file: str, source: str, data: Data, *methods: str) -> Iterator[Qu
             yield Query(file, ast.literal_eval(call.args[0]), data, options)
 
 
+def shell_queries(file: str, source: str, data: Data, command: str) -> Iterator[Query]:
+    """The `unidiff search` or `unidiff generate` lines of a shell script. `unidiff dataset` changes the data."""
+    for line in source.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["unidiff"]:
+            continue
+        options = {name.lstrip("-"): value for name, value in pairwise(words) if name.startswith("-")}
+        if words[1] == "dataset":
+            data = Data(words[2], int(options["n"]), options["split"])
+        elif words[1] == command:
+            literal = {name: json.loads(options[name]) for name in ("where", "n", "seed") if name in options}
+            yield Query(f"{file}, shell", words[3], data, literal)
+
+
+def blocks(page: str, language: str) -> str:
+    """All fenced blocks of a language of a Markdown page."""
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+
+
 def calls(source: str) -> list[ast.Call]:
     return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
 
@@ -85,12 +109,22 @@ def load(name: str) -> ModuleType:
 QUICKSTART = (EXAMPLES / "quickstart.py").read_text(encoding="utf-8")
 demo, pipeline = load("demo"), load("pipeline")
 PIPELINE_DATA = Data(pipeline.CATALOG, pipeline.SIZES["test"], "test")
-SEARCHES = [
-    *queries_of("quickstart.py", QUICKSTART, data_of(QUICKSTART), "search"),
-    *(Query("pipeline.py", text, PIPELINE_DATA) for text in pipeline.QUERIES),
-]
+PAGES = ("README.md", "docs/quickstart.md")
+
+
+def queries(method: str) -> Iterator[Query]:
+    """All text queries ("search") or prompts ("generate") but those of the demo, whose data takes long to render."""
+    yield from queries_of("quickstart.py", QUICKSTART, data_of(QUICKSTART), method)
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        source = blocks(text, "python")
+        yield from queries_of(page, source, data_of(source), method)
+        yield from shell_queries(page, blocks(text, "bash"), data_of(source), method)
+
+
+SEARCHES = [*queries("search"), *(Query("pipeline.py", text, PIPELINE_DATA) for text in pipeline.QUERIES)]
 PROMPTS = [
-    *queries_of("quickstart.py", QUICKSTART, data_of(QUICKSTART), "generate"),
+    *queries("generate"),
     *(Query("pipeline.py", text, PIPELINE_DATA, {"n": 5, "seed": 7}) for text in pipeline.PROMPTS),
 ]
 
@@ -105,22 +139,20 @@ def every_word(text: str) -> dict[str, str]:
     return attributes
 
 
-@cache
-def shop(data: Data) -> Catalog:
-    """A catalog of the data at 64 pixels, as the quickstart and the pipeline make it."""
-    catalog = Catalog()
-    chosen = products(data.name, data.n, data.seed, data.split)
-    payloads = [p.attributes | {"price": p.price, "catalog": p.catalog} for p in chosen]
-    catalog.add([render(p) for p in chosen], texts=[p.caption for p in chosen], payloads=payloads)
-    return catalog
+@pytest.fixture(scope="module")
+def shop_of() -> Iterator[Callable[[Data], Catalog]]:
+    """A function from data to a catalog of it at 64 pixels, as the quickstart and the pipeline make it."""
+    with ExitStack() as stack:
 
+        @cache
+        def shop(data: Data) -> Catalog:
+            catalog = stack.enter_context(Catalog())
+            chosen = products(data.name, data.n, data.seed, data.split)
+            payloads = [p.attributes | {"price": p.price, "catalog": p.catalog} for p in chosen]
+            catalog.add([render(p) for p in chosen], texts=[p.caption for p in chosen], payloads=payloads)
+            return catalog
 
-@pytest.fixture(scope="module", autouse=True)
-def closed_shops() -> Iterator[None]:
-    yield
-    for query in SEARCHES:
-        shop(query.data).close()
-    shop.cache_clear()
+        yield shop
 
 
 @pytest.mark.parametrize("name", CATALOGS)
@@ -134,9 +166,14 @@ def test_a_word_that_names_no_attribute_is_found() -> None:
     assert named_attributes("something warm, in red") == ({"colour": "red"}, {"something", "warm"})
 
 
+def test_queries_are_found_in_every_file() -> None:
+    files = {"quickstart.py", *PAGES, *(f"{page}, shell" for page in PAGES), "pipeline.py"}
+    assert {query.file for query in SEARCHES} == {query.file for query in PROMPTS} == files
+
+
 @pytest.mark.parametrize("query", SEARCHES, ids=str)
-def test_the_first_hit_is_right_in_every_word(query: Query) -> None:
-    check_hits(query.text, shop(query.data).search(query.text, **query.options), query.options)
+def test_the_first_hit_is_right_in_every_word(query: Query, shop_of: Callable[[Data], Catalog]) -> None:
+    check_hits(query.text, shop_of(query.data).search(query.text, **query.options), query.options)
 
 
 @pytest.mark.parametrize("query", PROMPTS, ids=str)
