@@ -1,5 +1,5 @@
-# Environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything, the others hold peers that need pins
-# of their own. Each is brought up to date only when its lists changed. `make` alone lists what there is.
+# Environments: .venv-demo is the runtime alone (no PyTorch), .venv is everything, and the others have their own pins.
+# Each is updated only when its lists change. `make` alone lists the targets.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,12 +13,16 @@ OPTIMUM_VENV := .venv-optimum
 OPENCLIP_VENV := .venv-openclip
 COMPAT_VENV := .venv-compat
 DOCS_VENV := .venv-docs
+RELEASE_VENV := .venv-release
+MAKE_VENV = python=$$(.ci/find-python $(PYTHON)); [ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := pyproject.toml constraints.txt
 ARGS ?=
 
-help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+dev: $(VENV)/.ready ## install the development environment into .venv
 
 demo: $(DEMO_VENV)/.ready ## index, search and generate without PyTorch; writes demo/index.html
 	@$(DEMO_VENV)/bin/python examples/demo.py $(ARGS)
@@ -28,6 +32,9 @@ test: $(VENV)/.ready ## the quick test suite
 
 test-all: $(VENV)/.ready ## the whole test suite
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+coverage: $(VENV)/.ready ## the quick test suite with coverage; fails below the floor in pyproject.toml
+	$(VENV)/bin/python -m pytest -m "not slow" --cov --cov-report=term-missing:skip-covered --cov-report=xml $(ARGS)
 
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
 	$(OPTIMUM_VENV)/bin/python -m pytest tests/export/test_optimum.py $(ARGS)
@@ -44,14 +51,14 @@ pipeline: $(VENV)/.ready ## fine-tune, evaluate, export, search, generate; write
 real: $(VENV)/.ready ## the same on Debian's tuxpaint stamps, real images; writes real/index.html
 	@$(VENV)/bin/python examples/real_images.py $(ARGS)
 
-tiny: $(VENV)/.ready ## train the tiny base from nothing and export the default bundle (two hours on two cores)
+tiny: $(VENV)/.ready ## train the tiny base from scratch and export the default bundle (two hours on two cores)
 	$(VENV)/bin/python -m unidiff_sdk.training.recipes.tiny runs/tiny -o unidiff_sdk/training/recipes/tiny_checkpoint $(ARGS)
 	$(VENV)/bin/unidiff-export tiny -o unidiff_sdk/models/tiny --overwrite
 
-bench: $(VENV)/.ready ## everything that is claimed, beside its peers; writes benchmarks/RESULTS.md
+bench: $(VENV)/.ready ## every benchmark, with its peers; writes benchmarks/RESULTS.md
 	$(VENV)/bin/python benchmarks/run_all.py $(ARGS)
 
-ablation: $(VENV)/.ready ## what each term of the joint objective earns, hours on two cores; writes benchmarks/QUALITY.md
+ablation: $(VENV)/.ready ## the effect of each term of the joint objective (hours on two cores); writes benchmarks/QUALITY.md
 	$(VENV)/bin/python benchmarks/ablation.py $(ARGS)
 	$(VENV)/bin/python benchmarks/quality.py
 
@@ -67,53 +74,63 @@ docs: $(DOCS_VENV)/.ready ## build the documentation into site/, offline; fails 
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo "The documentation is site/index.html."
 
+dist: $(RELEASE_VENV)/.ready ## build the sdist and the wheel into dist/ and check their metadata
+	rm -rf dist
+	$(RELEASE_VENV)/bin/python -m build --no-isolation
+	$(RELEASE_VENV)/bin/python -m twine check --strict dist/*
+
+smoke-test: ## install the wheel in dist/ into a new environment and run the quickstart
+	.ci/smoke-test $(PYTHON)
+
 clean: ## remove environments, outputs and caches
-	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) $(DOCS_VENV) demo pipeline real site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) $(DOCS_VENV) $(RELEASE_VENV)
+	rm -rf demo pipeline real site build dist .coverage coverage.xml .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO_VENV)/.ready: $(LOCK)
-	@python=$$(.ci/find-python $(PYTHON)); \
-	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(MAKE_VENV)
 	@echo "Installing the runtime into $(@D) (once)…"
 	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[cpu]"
 	@touch $@
 
 $(VENV)/.ready: $(LOCK)
-	@python=$$(.ci/find-python $(PYTHON)); \
-	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(MAKE_VENV)
 	@$(@D)/bin/python .ci/torch_build.py constraints.txt
 	@echo "Installing runtime, training, export and test tools into $(@D) (once)…"
 	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[cpu,train,export,dev]"
 	@touch $@
 
 $(OPTIMUM_VENV)/.ready: pyproject.toml tests/requirements-optimum.txt
-	@python=$$(.ci/find-python $(PYTHON)); \
-	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(MAKE_VENV)
 	@$(@D)/bin/python .ci/torch_build.py tests/requirements-optimum.txt
-	@echo "Installing optimum beside the runtime into $(@D) (once)…"
+	@echo "Installing optimum and the runtime into $(@D) (once)…"
 	@$(@D)/bin/python $(PIP) -r tests/requirements-optimum.txt -e ".[cpu]"
 	@touch $@
 
-# open_clip imports torchvision, whose operators must be of the same build as torch: the registry's pair is for CUDA.
+# open_clip imports torchvision, which must be of the same build as torch. The default builds of both are for CUDA.
 $(OPENCLIP_VENV)/.ready: tests/compat/requirements-openclip.txt
-	@python=$$(.ci/find-python $(PYTHON)); \
-	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(MAKE_VENV)
 	@echo "Installing open_clip with a torch and torchvision that match into $(@D) (once, several GB)…"
 	@$(@D)/bin/python $(PIP) -r $<
 	@touch $@
 
 $(COMPAT_VENV)/.ready: tests/compat/requirements.txt
-	@python=$$(.ci/find-python $(PYTHON)); \
-	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(MAKE_VENV)
 	@$(@D)/bin/python .ci/torch_build.py $<
 	@echo "Installing transformers 4.57 and diffusers 0.36 into $(@D) (once)…"
 	@$(@D)/bin/python $(PIP) -r $<
 	@touch $@
 
 $(DOCS_VENV)/.ready: $(LOCK)
-	@python=$$(.ci/find-python $(PYTHON)); \
-	[ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
+	@$(MAKE_VENV)
 	@echo "Installing the documentation tools into $(@D) (once)…"
 	@$(@D)/bin/python $(PIP) -c constraints.txt -e ".[docs]"
 	@touch $@
 
-.PHONY: help demo test test-all test-optimum test-openclip test-compat pipeline real tiny bench ablation bench-ci lint docs clean
+$(RELEASE_VENV)/.ready: .ci/requirements-release.txt
+	@$(MAKE_VENV)
+	@echo "Installing build and twine into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -r $<
+	@touch $@
+
+.PHONY: help dev demo test test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
+	bench-ci lint docs dist smoke-test clean
