@@ -123,7 +123,7 @@ def in_process(folder: Path) -> dict[str, Case]:
         feed = {name: array.astype(np.float32) for name, array in arrays.items()}
         tensors = [torch.from_numpy(array) for array in feed.values()]
         session = bundle.session(graph)
-        return lambda: session.run(None, feed), inference(lambda: act(*tensors)), 40
+        return lambda: session.run(feed), inference(lambda: act(*tensors)), 40
 
     def inference(act: Callable[[], object]) -> Callable[[], object]:
         return torch.inference_mode()(act)

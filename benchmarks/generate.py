@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -87,6 +88,8 @@ class Clocked:
     """A session whose calls are timed."""
 
     def __init__(self, session: Any) -> None:
+        self.inputs, self.outputs = session.inputs, session.outputs
+        self.providers, self.captured = session.providers, session.captured
         self.session, self.seconds = session, 0.0
 
     def run(self, *arguments: Any) -> Any:
@@ -119,11 +122,16 @@ def overhead(bench: Benchmark, bundle: Bundle) -> None:
     """`Catalog.generate`, ranked, on a small catalog: time outside the graphs' calls."""
     from unidiff_sdk import Bundle, Catalog
     from unidiff_sdk.datasets.synthetic import products, render
+    from unidiff_sdk.inference.sessions import create_session
 
     shop = products("fashion-woman", 100, seed=0, split="test")
-    clocked = Bundle.open(bundle.path, threads=bench.threads)
-    sessions = [Clocked(bundle.session(name)) for name in bundle.manifest.graphs]
-    clocked._sessions.update(zip(bundle.manifest.graphs, sessions, strict=True))
+    sessions: list[Clocked] = []
+
+    def create(file: Path, **options: Any) -> Clocked:
+        sessions.append(Clocked(create_session(file, **options)))
+        return sessions[-1]
+
+    clocked = Bundle(bundle.path, bundle.manifest, threads=bench.threads, session_factory=create)
     with Catalog(bundle=clocked) as catalog:
         catalog.add([render(p) for p in shop], payloads=[{"catalog": p.catalog} for p in shop])
         for n, steps in SIZES:

@@ -151,9 +151,8 @@ def in_onnxruntime(file: Path, feed: dict[str, Any], capture: bool) -> Callable[
     session = create_session(file, device="cuda", profile=profile, capture=capture)
     if session.captured != capture:
         raise RuntimeError("a node of the graph runs on the CPU only, so it cannot be captured")
-    outputs = [value.name for value in session.get_outputs()]
-    wanted = "text_embeds" if "text_embeds" in outputs else outputs[0]
-    return lambda: session.run([wanted], feed)[0]
+    wanted = "text_embeds" if "text_embeds" in session.outputs else next(iter(session.outputs))
+    return lambda: session.run(feed, [wanted])[wanted]
 
 
 def called(module: Any, feed: dict[str, Any], dtype: Any) -> Callable[[], Any]:

@@ -14,7 +14,7 @@ before that:
             if bench.wants(name):  # neither measured already nor left out by --only
                 bench.row(
                     name,
-                    ours={"UniDiff fp32": lambda: session.run(None, feed)},
+                    ours={"UniDiff fp32": lambda: session.run(feed)},
                     peers={"diffusers, eager": lambda: unet(**tensors), "optimum": Worker([python, "peer.py"])},
                     parameters={"batch": batch, "latent": 16},
                     items=batch,

@@ -124,7 +124,7 @@ def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
     """The operators that take the most of a call, and their shares of it in per cent."""
     import onnxruntime
 
-    from unidiff_sdk.inference.sessions import avoid_saturation
+    from unidiff_sdk.inference.onnx_runtime import avoid_saturation
 
     settings = onnxruntime.SessionOptions()
     avoid_saturation(settings)

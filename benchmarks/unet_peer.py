@@ -105,7 +105,7 @@ def unidiff(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thre
     from unidiff_sdk.inference.sessions import create_session
 
     session = create_session(kept / graph / "model.onnx", threads=threads)
-    return lambda: session.run(None, feed)
+    return lambda: session.run(feed)
 
 
 def apart(act: Callable[..., None], *args: Any) -> None:

@@ -21,9 +21,9 @@ from .quantization.calibration import Drawing, Effort, Inputs, Samples, draw, in
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
     from numpy.typing import NDArray
-    from onnxruntime import InferenceSession
 
     from unidiff_sdk.inference.bundle import Bundle
+    from unidiff_sdk.inference.sessions import Session
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
 # Of equal pictures the ratio is infinite, which JSON cannot say.
@@ -191,7 +191,7 @@ def random_calls(spec: GraphSpec) -> tuple[Inputs, ...]:
 
 
 def compare_graph(
-    session: InferenceSession, spec: GraphSpec, tolerance: Tolerance, calls: Sequence[Inputs] | None = None
+    session: Session, spec: GraphSpec, tolerance: Tolerance, calls: Sequence[Inputs] | None = None
 ) -> GraphParity:
     """Run `spec`'s module and its graph on the same inputs, by default random ones.
 
@@ -202,11 +202,11 @@ def compare_graph(
     for inputs in calls or random_calls(spec):
         with torch.no_grad():
             expected = spec.module(*inputs)
-        got = session.run(list(spec.outputs), dict(zip(spec.inputs, (x.numpy() for x in inputs), strict=True)))
+        outputs = session.run(dict(zip(spec.inputs, (x.numpy() for x in inputs), strict=True)))
         references = expected if isinstance(expected, tuple) else (expected,)
-        for name, ours, reference in zip(spec.outputs, got, references, strict=True):
-            errors.append(max_abs_error(f"{spec.name}'s {name}", ours, reference.numpy()))
-            cosines.append(cosine(ours, reference.numpy()))
+        for name, reference in zip(spec.outputs, references, strict=True):
+            errors.append(max_abs_error(f"{spec.name}'s {name}", outputs[name], reference.numpy()))
+            cosines.append(cosine(outputs[name], reference.numpy()))
     parity = GraphParity(max(errors), min(cosines), tolerance.max_abs_error, tolerance.cosine)
     if parity.tolerance is not None and parity.max_abs_error > parity.tolerance:
         raise ToleranceError(

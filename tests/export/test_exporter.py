@@ -120,11 +120,10 @@ def test_what_the_export_took_stands_in_the_manifest(bundle: Bundle, export: Exp
 def test_graphs_have_the_interface_that_peers_expect(bundle: Bundle) -> None:
     for name, (inputs, outputs) in INTERFACE.items():
         session, described = bundle.session(name), bundle.manifest.graphs[name]
-        assert [value.name for value in session.get_inputs()] == list(inputs) == list(described.inputs)
-        assert [value.name for value in session.get_outputs()] == outputs == list(described.outputs)
+        assert list(session.inputs) == list(inputs) == list(described.inputs)
+        assert list(session.outputs) == outputs == list(described.outputs)
         assert {key: value.dtype for key, value in described.inputs.items()} == inputs
-        for value in session.get_inputs():
-            assert value.shape == list(described.inputs[value.name].shape)
+        assert session.inputs == described.inputs
 
 
 def test_every_attention_layer_is_one_node(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -143,9 +142,7 @@ def test_text_encoder_is_causal(bundle: Bundle) -> None:
     ids = np.arange(3, 19, dtype=np.int64)[None]
     changed = ids.copy()
     changed[0, 8:] += 1
-    before, after = (
-        bundle.session("text_encoder").run(["last_hidden_state"], {"input_ids": x})[0] for x in (ids, changed)
-    )
+    before, after = (bundle.session("text_encoder").run({"input_ids": x})["last_hidden_state"] for x in (ids, changed))
     np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-6)
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
@@ -155,7 +152,7 @@ def test_unet_takes_other_sizes_and_a_single_timestep(bundle: Bundle, checkpoint
     with torch.no_grad():
         expected = checkpoint.unet(sample, torch.tensor(37.25), states).sample.numpy()
     inputs = {"sample": sample.numpy(), "timestep": np.float32([37.25]), "encoder_hidden_states": states.numpy()}
-    np.testing.assert_allclose(bundle.session("unet").run(None, inputs)[0], expected, atol=1e-5)
+    np.testing.assert_allclose(bundle.session("unet").run(inputs)["out_sample"], expected, atol=1e-5)
 
 
 def test_runtime_embeds_like_transformers(bundle: Bundle, checkpoint: Checkpoint) -> None:

@@ -38,7 +38,7 @@ from unidiff_export.verification import ToleranceError
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.sessions import avoid_saturation
+from unidiff_sdk.inference.onnx_runtime import avoid_saturation
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 FINITE = st.floats(-1e4, 1e4, width=32)

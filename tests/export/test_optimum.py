@@ -83,7 +83,7 @@ def test_we_draw_what_optimum_exported(exported: Path, noise: np.ndarray) -> Non
 
 def test_both_encode_a_picture_alike(exported: Path) -> None:
     pixels = {"sample": np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)}
-    a, b = (Bundle.open(path).session("vae_encoder").run(["latent_sample"], pixels)[0] for path in (exported, TINY))
+    a, b = (Bundle.open(path).session("vae_encoder").run(pixels)["latent_sample"] for path in (exported, TINY))
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -112,8 +112,8 @@ def test_clip_graphs_have_the_names_that_optimum_gives_them() -> None:
     both = CLIPOnnxConfig(CLIPConfig(), task="feature-extraction")
     text = CLIPTextWithProjectionOnnxConfig(CLIPConfig().text_config)
     encoders = {name: Bundle.open("tiny").session(name) for name in ("text_encoder", "image_encoder")}
-    inputs = {name: [value.name for value in session.get_inputs()] for name, session in encoders.items()}
-    outputs = {name: [value.name for value in session.get_outputs()] for name, session in encoders.items()}
+    inputs = {name: list(session.inputs) for name, session in encoders.items()}
+    outputs = {name: list(session.outputs) for name, session in encoders.items()}
     assert inputs["text_encoder"] == list(text.inputs) == ["input_ids"]
     assert set(outputs["text_encoder"]) == set(text.outputs) == {"text_embeds", "last_hidden_state"}
     assert inputs["image_encoder"] == ["pixel_values"] and "pixel_values" in both.inputs

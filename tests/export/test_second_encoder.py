@@ -151,5 +151,5 @@ def test_a_pipeline_and_a_clip_from_different_folders(checkpoint: Path, bundle: 
     ids = np.random.default_rng(0).integers(0, 500, (2, TOKENS))
     with torch.no_grad():
         states = specs["text_encoder"](torch.from_numpy(ids)).numpy()
-    ours = bundle.session("text_encoder").run(None, {"input_ids": ids})[0]
+    ours = bundle.session("text_encoder").run({"input_ids": ids})["last_hidden_state"]
     np.testing.assert_allclose(ours, states, atol=1e-5)

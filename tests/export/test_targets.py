@@ -30,7 +30,7 @@ from unidiff_export.verification import TOLERANCES, compare_graph
 from unidiff_sdk.errors import BundleError, ExportError, OptionError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.sessions import DEVICES
+from unidiff_sdk.inference.sessions import DEVICES, Session, create_session
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 GRAPHS = ["text_encoder", "unet", "vae_decoder", "vae_encoder", "image_encoder"]
@@ -51,10 +51,10 @@ def lowered(specs: dict[str, GraphSpec]) -> Lowered:
     return cache(lambda target, name: lower(specs[name], TARGETS[target]))
 
 
-def session(model: ir.Model, file: Path) -> onnxruntime.InferenceSession:
+def session(model: ir.Model, file: Path) -> Session:
     ir.save(model, file)
     onnx.checker.check_model(str(file))
-    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return create_session(file)
 
 
 def attention_nodes(model: ir.Model, target: str) -> list[ir.Node]:

@@ -4,12 +4,12 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.recorded import open_recorded, recorded
 from support.toy_bundle import CHANNELS, IMAGE_SIZE, LATENT_SIZE, make_toy_bundle
 
 from unidiff_sdk.errors import GenerationError, ImageError, OptionError
@@ -26,21 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def generator(folder: Path) -> Generator:
-    return Generator(Bundle.open(folder, threads=1))
+    return Generator(open_recorded(folder))
 
 
-class Watched:
-    """A session that notes how many rows each call has, and may spoil what it gives."""
-
-    def __init__(self, bundle: Bundle, graph: str, spoil: bool = False) -> None:
-        self.session, self.spoil = bundle.session(graph), spoil
-        self.rows: list[int] = []
-        bundle._sessions[graph] = self
-
-    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        self.rows.append(len(next(iter(inputs.values()))))
-        outputs = self.session.run(names, inputs)
-        return [np.full_like(output, np.nan) for output in outputs] if self.spoil else outputs
+def batches(generator: Generator, graph: str) -> list[int]:
+    """The batch size of each call of a graph so far."""
+    return recorded(generator.bundle, graph).batches
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -48,10 +39,10 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 
 
 def test_a_graph_that_fails_is_an_error_of_ours(generator: Generator) -> None:
-    def fail(*call: object) -> None:
+    def fail(outputs: object) -> None:
         raise RuntimeError("Failed to allocate memory")
 
-    generator.bundle._sessions["vae_decoder"] = SimpleNamespace(run=fail)
+    recorded(generator.bundle, "vae_decoder").alter_outputs = fail  # type: ignore[assignment]
     with pytest.raises(GenerationError, match=r"a call of the vae_decoder failed \(Failed to allocate"):
         generator.generate("boots", steps=1)
 
@@ -138,20 +129,18 @@ def test_sixteen_threads_get_what_one_gets(folder: Path) -> None:
 
 
 def test_large_requests_are_cut_into_calls_that_fit(generator: Generator) -> None:
-    unet, decoder = Watched(generator.bundle, "unet"), Watched(generator.bundle, "vae_decoder")
     threes = Generator(generator.bundle, positions=2 * 3 * LATENT_SIZE**2)
     assert len(threes.generate("boots", n=7, steps=2)) == 7
-    assert unet.rows == [6, 6, 6, 6, 2, 2] and decoder.rows == [3, 3, 1]
+    assert batches(generator, "unet") == [6, 6, 6, 6, 2, 2] and batches(generator, "vae_decoder") == [3, 3, 1]
     assert len(Generator(generator.bundle, positions=1).generate("boots", n=2, steps=1)) == 2
-    assert unet.rows[6:] == [2, 2]
+    assert batches(generator, "unet")[6:] == [2, 2]
 
 
 def test_no_guidance_is_half_the_work(generator: Generator) -> None:
-    unet = Watched(generator.bundle, "unet")
     generator.generate("boots", n=2, steps=3, guidance_scale=1)
-    assert unet.rows == [2, 2, 2]
+    assert batches(generator, "unet") == [2, 2, 2]
     generator.generate("boots", n=2, steps=3, guidance_scale=1.5)
-    assert unet.rows[3:] == [4, 4, 4]
+    assert batches(generator, "unet")[3:] == [4, 4, 4]
 
 
 def test_guidance_leads_from_the_negative_prompt_to_the_prompt(generator: Generator) -> None:
@@ -167,10 +156,9 @@ def test_guidance_leads_from_the_negative_prompt_to_the_prompt(generator: Genera
 
 
 def test_a_prompt_is_encoded_once(generator: Generator) -> None:
-    encoder = Watched(generator.bundle, "text_encoder")
     generator.generate(["boots", "coat"], n=3)
     generator.generate("coat", n=2, seed=9)
-    assert encoder.rows == [1, 1, 1]  # two prompts and the empty negative one
+    assert batches(generator, "text_encoder") == [1, 1, 1]  # two prompts and the empty negative one
 
 
 def test_start_from_given_latents(generator: Generator) -> None:
@@ -200,10 +188,9 @@ def test_progress_and_cancellation_between_steps(generator: Generator) -> None:
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    unet = Watched(generator.bundle, "unet")
     with pytest.raises(KeyboardInterrupt):
         generator.generate("boots", n=2, steps=2, callback=stop)
-    assert unet.rows == [2]
+    assert batches(generator, "unet")[4:] == [2]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm++2m"])
@@ -224,26 +211,24 @@ def test_previews_end_in_the_picture(generator: Generator, sampler: str) -> None
 
 
 def test_a_preview_may_end_it(generator: Generator) -> None:
-    unet, decoder = Watched(generator.bundle, "unet"), Watched(generator.bundle, "vae_decoder")
 
     def stop(preview: Preview) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generator.generate("boots", steps=5, preview=stop)
-    assert unet.rows == [2] and decoder.rows == []
+    assert batches(generator, "unet") == [2] and batches(generator, "vae_decoder") == []
 
 
-def test_what_does_not_fit_is_refused_with_the_figure(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    unet = Watched(generator.bundle, "unet")
-    monkeypatch.setattr("unidiff_sdk.generation.generator.available_memory", lambda: 3 * 2**20)
+def test_what_does_not_fit_is_refused_with_the_figure(folder: Path) -> None:
+    generator = Generator(open_recorded(folder), available_memory=lambda: 3 * 2**20)
     assert len(generator.generate("boots", steps=1)) == 1
     with pytest.raises(
         GenerationError,
         match=r"^a picture of 1024 x 512 pixels would take about 128\.1 GiB of memory, and 3 MiB are left; make it",
     ):
         generator.generate("boots", width=1024, height=512)
-    assert unet.rows == [2]
+    assert batches(generator, "unet") == [2]
 
 
 def test_masks_that_cannot_be_used(generator: Generator) -> None:
@@ -303,10 +288,9 @@ def test_run_refuses_to_select(generator: Generator) -> None:
     ],
 )
 def test_impossible_options_say_what_is_possible(generator: Generator, options: dict[str, Any], message: str) -> None:
-    unet = Watched(generator.bundle, "unet")
     with pytest.raises(OptionError, match=message):
         generator.generate("boots", **options)
-    assert unet.rows == []
+    assert batches(generator, "unet") == []
 
 
 def test_prompts_must_be_strings(generator: Generator) -> None:
@@ -329,11 +313,12 @@ def test_too_many_windows_are_refused(generator: Generator) -> None:
 
 @pytest.mark.parametrize("graph", ["unet", "vae_decoder"])
 def test_a_result_that_is_not_finite_is_an_error(generator: Generator, graph: str) -> None:
-    Watched(generator.bundle, graph, spoil=True)
-    if graph == "unet":  # an 8-bit decoder makes a picture of codes, whatever they were made of
-        decode = generator.bundle.session("vae_decoder").run
-        generator.bundle._sessions["vae_decoder"] = SimpleNamespace(
-            run=lambda names, inputs: decode(names, {name: np.nan_to_num(x) for name, x in inputs.items()})
-        )
+    recorded(generator.bundle, graph).alter_outputs = lambda outputs: {
+        name: np.full_like(array, np.nan) for name, array in outputs.items()
+    }
+    # an 8-bit decoder makes an image of codes, whatever they were made of
+    recorded(generator.bundle, "vae_decoder").alter_feeds = lambda feeds: {
+        name: np.nan_to_num(array) for name, array in feeds.items()
+    }
     with pytest.raises(GenerationError, match=r"fp32 bundle .* not finite; lower guidance_scale"):
         generator.generate("boots")

@@ -13,6 +13,8 @@ from support.toy_bundle import make_toy_bundle, seal
 from unidiff_sdk.errors import BundleError, OptionError
 from unidiff_sdk.inference import bundle as bundle_module
 from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.inference.sessions import Session, create_session
 
 
 @pytest.fixture
@@ -44,16 +46,14 @@ def test_open_tells_what_the_bundle_is(toy: Path) -> None:
     assert bundle.has_graph("unet") and not bundle.has_graph("clip_text_encoder")
 
 
-def test_graphs_load_once_and_only_when_used(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_load_once_and_only_when_used(toy: Path) -> None:
     loaded = []
-    create = bundle_module.create_session
 
-    def counted(file: Path, **options: Any) -> Any:
+    def create(file: Path, **options: Any) -> Session:
         loaded.append(file.parent.name)
-        return create(file, **options)
+        return create_session(file, **options)
 
-    monkeypatch.setattr(bundle_module, "create_session", counted)
-    bundle = Bundle.open(toy, threads=1)
+    bundle = Bundle(toy, Manifest.read(toy), threads=1, session_factory=create)
     assert loaded == []
     with ThreadPoolExecutor(8) as pool:
         sessions = list(pool.map(bundle.session, ["unet"] * 8))
@@ -124,7 +124,7 @@ def test_what_is_not_a_bundle_says_so(tmp_path: Path, toy: Path) -> None:
 
 
 def test_device_is_checked_before_anything_loads(toy: Path) -> None:
-    with pytest.raises(OptionError, match="'gpu' is not known; use one of cpu, cuda, tensorrt"):
+    with pytest.raises(OptionError, match="device is 'gpu'; use one of cpu, cuda, tensorrt"):
         Bundle.open(toy, device="gpu")
 
 
@@ -142,3 +142,10 @@ def test_sealing_again_opens_again(toy: Path) -> None:
     seal(toy, json.loads((toy / "manifest.json").read_text()))
     with pytest.raises(BundleError, match="'flow' is not supported"):
         Bundle.open(toy).schedule()
+
+
+def test_bundle_for_other_devices_is_refused(tmp_path: Path) -> None:
+    folder = make_toy_bundle(tmp_path / "toy", devices=["cpu", "cuda"])
+    Bundle.open(folder, device="cuda")
+    with pytest.raises(BundleError, match=r"was exported for cpu, which runs on cpu and cuda; .* --target tensorrt"):
+        Bundle.open(folder, device="tensorrt")

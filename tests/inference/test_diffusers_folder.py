@@ -107,15 +107,13 @@ def test_requests_at_different_steps_may_share_a_call(toy: Bundle, folder: Path)
         "timestep": np.float32([900, 10, 500, 10, 900]),
         "encoder_hidden_states": rng.standard_normal((5, 12, 8), dtype=np.float32),
     }
-    ours, theirs = (bundle.session("unet").run(["out_sample"], inputs)[0] for bundle in (toy, Bundle.open(folder)))
+    ours, theirs = (bundle.session("unet").run(inputs)["out_sample"] for bundle in (toy, Bundle.open(folder)))
     np.testing.assert_allclose(theirs, ours, atol=1e-6)
 
 
 def test_the_vae_encoder_gives_the_mean(toy: Bundle, folder: Path) -> None:
     pixels = {"sample": np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)}
-    ours, theirs = (
-        bundle.session("vae_encoder").run(["latent_sample"], pixels)[0] for bundle in (toy, Bundle.open(folder))
-    )
+    ours, theirs = (bundle.session("vae_encoder").run(pixels)["latent_sample"] for bundle in (toy, Bundle.open(folder)))
     np.testing.assert_array_equal(theirs, ours)
 
 
@@ -166,8 +164,8 @@ def test_what_cannot_be_derived_is_named(
 
 
 def test_a_graph_without_what_is_needed_says_what_it_gives(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="the graph gives last_hidden_state, but text_embeds is needed"):
-        Bundle.open(folder).session("text_encoder").run(["text_embeds"], {"input_ids": np.zeros((1, 12), np.int64)})
+    with pytest.raises(BundleError, match="the graph has no output text_embeds; it has last_hidden_state"):
+        Bundle.open(folder).session("text_encoder").run({"input_ids": np.zeros((1, 12), np.int64)}, ["text_embeds"])
 
 
 TEXTS = ["a red dress", "", "Ünïcode — 日本 & <b>tags</b>", "don't   SHOUT\n", "long " * 30, "🙂 12.5% <|endoftext|> x"]

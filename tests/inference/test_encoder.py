@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.recorded import open_recorded, recorded
 from support.toy_bundle import DIM, IMAGE_SIZE, TOKENS, make_toy_bundle
 
 from unidiff_sdk.errors import BundleError, ImageError, OptionError
@@ -33,13 +34,11 @@ def test_texts_become_unit_rows_whatever_the_batch(encoder: Encoder) -> None:
     np.testing.assert_allclose(encoder.encode_texts(texts[5:6])[0], rows[5], atol=1e-6)
 
 
-def test_a_text_alone_is_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-    encode = encoder.encode_texts
-    monkeypatch.setattr(encoder, "encode_texts", lambda texts: calls.append(list(texts)) or encode(texts))
+def test_single_text_is_encoded_once(folder: Path) -> None:
+    encoder = Encoder(open_recorded(folder))
     first, again, other = (encoder.encode_text(text) for text in ("a red dress", "a red dress", "boots"))
-    assert calls == [["a red dress"], ["boots"]]
-    np.testing.assert_array_equal(first, encode(["a red dress"])[0])
+    assert recorded(encoder.bundle, "text_encoder").batches == [1, 1]
+    np.testing.assert_array_equal(first, encoder.encode_texts(["a red dress"])[0])
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     with pytest.raises(ValueError, match="read-only"):
@@ -62,7 +61,7 @@ def test_images_reach_the_graph_as_preprocessed(encoder: Encoder) -> None:
     bundle = encoder.bundle
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 30, 3), dtype=np.uint8))
     pixels = preprocess(image, IMAGE_SIZE, bundle.image_mean, bundle.image_std)
-    expected = bundle.session("image_encoder").run(None, {"pixel_values": pixels[None]})[0]
+    expected = bundle.session("image_encoder").run({"pixel_values": pixels[None]})["image_embeds"]
     np.testing.assert_allclose(encoder.encode_images([image]), expected / np.linalg.norm(expected), rtol=1e-6)
 
 

@@ -74,7 +74,7 @@ class Conditioner:
 
     def _encode(self, windows: tuple[tuple[int, ...], ...]) -> Float32:
         inputs = {"input_ids": np.array(windows, np.int64)}
-        states: Float32 = self._bundle.session("text_encoder").run(["last_hidden_state"], inputs)[0]
+        states: Float32 = self._bundle.session("text_encoder").run(inputs, ["last_hidden_state"])["last_hidden_state"]
         states = states.reshape(-1, states.shape[-1])
         states.flags.writeable = False  # shared by all who ask for the same prompt
         return states

@@ -75,13 +75,20 @@ class Generator:
         positions: how many latent positions there are in one UNet call at most, twice with guidance. At 1 every picture
             has its calls for itself and is bit for bit the same whatever is drawn at the same time.
         max_requests: how many calls of `generate` may be under way; one more raises BusyError.
+        available_memory: returns the bytes that the process may still allocate, or None if unknown.
     """
 
     def __init__(
-        self, bundle: Bundle, *, positions: int = POSITIONS_PER_CALL, max_requests: int = MAX_REQUESTS
+        self,
+        bundle: Bundle,
+        *,
+        positions: int = POSITIONS_PER_CALL,
+        max_requests: int = MAX_REQUESTS,
+        available_memory: Callable[[], int | None] = available_memory,
     ) -> None:
         self.bundle = bundle
         self._positions = positions
+        self._available_memory = available_memory
         self._conditioner = Conditioner(bundle)
         self._table_of = lru_cache(maxsize=_CACHED_TABLES)(weak_method(self._make_table))
         self._engine = Engine(weak_method(self._predict), positions=positions, max_requests=max_requests)
@@ -262,7 +269,7 @@ class Generator:
         rows = 2 if options.guided else 1
         together = min(pictures, max(1, self._positions // (rows * height * width)))
         needed = together * picture_memory(self._unet_config, self._decoder_config, width, height, rows)
-        available = available_memory() if needed > _SURELY_THERE else None
+        available = self._available_memory() if needed > _SURELY_THERE else None
         if available is not None and needed > available:
             raise GenerationError(
                 f"{_counted(together)} of {options.width} x {options.height} pixels would take about "
@@ -338,7 +345,7 @@ class Generator:
     def _run(self, graph: str, output: str, inputs: dict[str, Float32]) -> Float32:
         """A call of a graph. Raises GenerationError where ONNX Runtime has not the memory, or fails otherwise."""
         try:
-            result: Float32 = self.bundle.session(graph).run([output], inputs)[0]
+            result: Float32 = self.bundle.session(graph).run(inputs, [output])[output]
         except UniDiffError:
             raise
         except Exception as error:  # ONNX Runtime's exceptions have no common base of their own

@@ -17,7 +17,7 @@ from unidiff_sdk.errors import BundleError, OptionError
 from .diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
 from .manifest import MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile, file_sha256, read_json
 from .schedule import Schedule
-from .sessions import DEVICES, GraphWarmup, create_session, warm_up
+from .sessions import DEVICES, GraphWarmup, Session, SessionFactory, create_session, warm_up
 from .shape_profiles import shape_profile
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ class Bundle:
         device: str = "cpu",
         threads: int | None = None,
         capture: bool = False,
+        session_factory: SessionFactory = create_session,
     ) -> None:
         if device not in DEVICES:
-            raise OptionError(f"device {device!r} is not known; use one of {', '.join(DEVICES)}")
+            raise OptionError(f"device is {device!r}; use one of {', '.join(DEVICES)}")
         if manifest.devices is not None and device not in manifest.devices:
             raise BundleError(
                 f"{path} was exported for {manifest.target}, which runs on {' and '.join(manifest.devices)}; for "
@@ -60,7 +61,8 @@ class Bundle:
         self._threads = threads
         self._capture = capture
         self._derived = manifest.format == PIPELINE_FORMAT
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, Session] = {}
+        self._create_session = session_factory
         self._lock = threading.Lock()
 
     @classmethod
@@ -98,8 +100,8 @@ class Bundle:
             raise _not_a_bundle(folder)
         return cls(folder, manifest, device=device, threads=threads, capture=capture)
 
-    def session(self, graph: str) -> Any:
-        """The ONNX Runtime session of a graph, such as "unet"; loaded on first use.
+    def session(self, graph: str) -> Session:
+        """A graph that is ready to run, such as "unet"; loaded on first use.
 
         Raises:
             BundleError: the bundle has no such graph, or it cannot be loaded.
@@ -108,7 +110,7 @@ class Bundle:
         with self._lock:
             if graph not in self._sessions:
                 described = self._graph(graph)
-                session = create_session(
+                session = self._create_session(
                     self.path / described.file,
                     device=self.device,
                     threads=self._threads,
@@ -117,7 +119,7 @@ class Bundle:
                     fingerprint=self.fingerprint,
                     capture=self._capture,
                 )
-                self._sessions[graph] = AdaptedSession(session) if self._derived else session
+                self._sessions[graph] = AdaptedSession(session, described) if self._derived else session
             return self._sessions[graph]
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> list[GraphWarmup]:

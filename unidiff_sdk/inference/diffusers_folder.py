@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from .manifest import (
     read_json,
 )
 from .schedule import PREDICTION_TYPES
+
+if TYPE_CHECKING:
+    from .sessions import Session
 
 __all__ = ["PIPELINE_FORMAT", "AdaptedSession", "derive_manifest", "is_pipeline", "refusal"]
 
@@ -131,55 +134,50 @@ def _inputs(unet: Mapping[str, Any]) -> dict[str, dict[str, TensorSpec]]:
     }
 
 
-class AdaptedSession:
-    """A graph as its exporter made it, called as one of ours: float32 in and out, a timestep for each sample.
+# Outputs by the exporter's name, and by ours.
+_OUTPUTS = {"latent_parameters": "latent_sample"}
 
-    Exporters differ in the types of ids and timesteps, give half precision half inputs, take a single timestep for all
-    samples, and leave the VAE encoder's mean and logarithm of variance in one output.
+
+class AdaptedSession:
+    """A graph of another exporter, called as one of ours: float32 in and out, a timestep for each sample.
+
+    Exporters differ in the dtypes of token ids and timesteps, give half-precision graphs half-precision inputs, take a
+    single timestep for all samples, and return the mean and the logarithm of the variance of the VAE encoder in one
+    output.
     """
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Session, graph: Graph) -> None:
+        self.inputs = graph.inputs
+        self.outputs = {_OUTPUTS.get(name, name): _output(name, tensor) for name, tensor in session.outputs.items()}
+        self.providers, self.captured = session.providers, session.captured
         self._session = session
-        self._types = {value.name: _numpy_type(value.type) for value in session.get_inputs()}
-        self._single_timestep = any(v.name == "timestep" and not v.shape for v in session.get_inputs())
-        self._outputs = [value.name for value in session.get_outputs()]
+        self._single_timestep = "timestep" in session.inputs and not session.inputs["timestep"].shape
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run(self, outputs: Sequence[str] | None, inputs: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        if not self._single_timestep or "timestep" not in inputs:
-            return self._call(outputs, inputs)
-        # One call for each timestep that is asked for; in a batch of one request they are all the same.
-        steps, which = np.unique(inputs["timestep"], return_inverse=True)
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        if not self._single_timestep:
+            return self._call(feeds, outputs)
+        # One call for each different timestep; in a batch of one request they are all equal.
+        timesteps, which = np.unique(feeds["timestep"], return_inverse=True)
         parts = [
-            self._call(outputs, {name: array[which == i] for name, array in inputs.items()} | {"timestep": step})
-            for i, step in enumerate(steps)
+            self._call({name: array[which == i] for name, array in feeds.items()} | {"timestep": timestep}, outputs)
+            for i, timestep in enumerate(timesteps)
         ]
         order = np.argsort(np.argsort(which, kind="stable"))
-        return [np.concatenate(results)[order] for results in zip(*parts, strict=True)]
+        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
-    def _call(self, outputs: Sequence[str] | None, inputs: dict[str, Any]) -> list[NDArray[Any]]:
-        typed = {name: np.asarray(array, self._types[name]) for name, array in inputs.items()}
-        wanted = list(outputs or self._outputs)
-        moments = "latent_sample" in wanted and "latent_sample" not in self._outputs
-        named = ["latent_parameters" if moments and name == "latent_sample" else name for name in wanted]
-        missing = [name for name in named if name not in self._outputs]
-        if missing:
-            raise BundleError(f"the graph gives {', '.join(self._outputs)}, but {', '.join(missing)} is needed")
-        results = [np.asarray(result, np.float32) for result in self._session.run(named, typed)]
-        if moments:
-            at = named.index("latent_parameters")
-            results[at] = results[at][:, : results[at].shape[1] // 2]  # the mean; the other half is its variance
+    def _call(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None) -> dict[str, NDArray[Any]]:
+        typed = {name: np.asarray(array, self._session.inputs[name].dtype) for name, array in feeds.items()}
+        exported = {_OUTPUTS.get(name, name): name for name in self._session.outputs}
+        names = [exported.get(name, name) for name in (self.outputs if outputs is None else outputs)]
+        results = {}
+        for name, array in self._session.run(typed, names).items():
+            result = np.asarray(array, np.float32)
+            # Only the mean of the VAE encoder; the other half of the channels is the variance.
+            results[_OUTPUTS.get(name, name)] = result[:, : result.shape[1] // 2] if name in _OUTPUTS else result
         return results
 
 
-def _numpy_type(onnx_type: str) -> type[np.generic]:
-    """`tensor(float16)` as numpy's type."""
-    types: dict[str, type[np.generic]] = {
-        "tensor(float)": np.float32,
-        "tensor(float16)": np.float16,
-        "tensor(int64)": np.int64,
-        "tensor(int32)": np.int32,
-    }
-    return types[onnx_type]
+def _output(name: str, tensor: TensorSpec) -> TensorSpec:
+    batch, channels, *rest = tensor.shape
+    halved = channels // 2 if name in _OUTPUTS and isinstance(channels, int) else channels
+    return TensorSpec("float32", (batch, halved, *rest))

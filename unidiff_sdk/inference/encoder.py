@@ -65,7 +65,7 @@ class Encoder:
         """
         session = self.bundle.session(self._text_graph)
         batches = [
-            session.run(["text_embeds"], {"input_ids": token_ids(self._tokenizer, batch)})[0]
+            session.run({"input_ids": token_ids(self._tokenizer, batch)}, ["text_embeds"])["text_embeds"]
             for batch in _batched(_checked_texts(texts), batch_size)
         ]
         return self._unit_rows(batches, "text")
@@ -99,8 +99,8 @@ class Encoder:
         Raises:
             BundleError: the model gives something that is not finite.
         """
-        outputs = self.bundle.session("image_encoder").run(["image_embeds"], {"pixel_values": pixels})
-        return self._unit_rows([outputs[0]], "image")
+        outputs = self.bundle.session("image_encoder").run({"pixel_values": pixels})
+        return self._unit_rows([outputs["image_embeds"]], "image")
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids with start and end tokens, cut and padded to the same length: int64[len(texts), max_tokens]."""

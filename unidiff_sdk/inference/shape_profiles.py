@@ -1,4 +1,4 @@
-"""The shapes that a graph is used at: smallest, usual, largest. TensorRT builds engines for them, `warmup` runs them.
+"""The shapes that a graph is used at: smallest, usual, largest. TensorRT builds engines for them; `warmup` runs them.
 
     profile = {"sample": {"min": [1, 4, 32, 32], "opt": [2, 4, 64, 64], "max": [2, 4, 96, 96]}, …}
 
@@ -7,11 +7,20 @@ The export writes a profile into the manifest's entry of each graph, from the gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unidiff_sdk.errors import OptionError
 
 from .manifest import ModelDescription, Profile, TensorSpec
 
-__all__ = ["POSITIONS_PER_CALL", "shape_profile"]
+if TYPE_CHECKING:
+    from .sessions import Session
+
+__all__ = ["POSITIONS_PER_CALL", "ProfiledSession", "shape_profile"]
 
 POSITIONS_PER_CALL = 4096
 """The most latent positions in one UNet call: 8 guided images of 64 px, or one of 512 px. Larger calls are no faster on
@@ -54,3 +63,34 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
         }
         for name, tensor in inputs.items()
     }
+
+
+class ProfiledSession:
+    """Keeps calls within the shapes that an engine was built for: splits larger batches, checks the other axes."""
+
+    def __init__(self, session: Session, profile: Profile) -> None:
+        self.inputs, self.outputs = session.inputs, session.outputs
+        self.providers, self.captured = session.providers, session.captured
+        self._session, self._profile = session, profile
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        self._check(feeds)
+        batch = max(len(array) for array in feeds.values())
+        largest = min(bounds["max"][0] for bounds in self._profile.values())
+        parts = []
+        for start in range(0, batch, largest):
+            part = {
+                name: array[start : start + largest] if len(array) == batch else array for name, array in feeds.items()
+            }
+            parts.append(self._session.run(part, outputs))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _check(self, feeds: Mapping[str, NDArray[Any]]) -> None:
+        for name, array in feeds.items():
+            bounds = self._profile[name]
+            for least, size, most in zip(bounds["min"][1:], array.shape[1:], bounds["max"][1:], strict=True):
+                if not least <= size <= most:
+                    raise OptionError(
+                        f"{name} has the shape {list(array.shape)}, but the TensorRT engine accepts {bounds['min']} to "
+                        f"{bounds['max']}; choose another size, or open the bundle with device='cuda'"
+                    )
