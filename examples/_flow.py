@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _page import Row, Section, generated_card, hit_card
+from _page import CardRow, Section, generated_card, hit_card
 from rich.console import Console
 from rich.table import Table
 
@@ -123,17 +123,17 @@ def show_table(lines: Sequence[Sequence[str]], title: str) -> None:
 
 def comparison(folder: Path, tuned: Path, queries: Sequence[str], prompts: Sequence[str]) -> list[Section]:
     """The same searches and generations on `folder`, with the built-in bundle and with the tuned one."""
-    searches: dict[str, list[Row]] = {query: [] for query in queries}
-    generations: dict[str, list[Row]] = {prompt: [] for prompt in prompts}
+    searches: dict[str, list[CardRow]] = {query: [] for query in queries}
+    generations: dict[str, list[CardRow]] = {prompt: [] for prompt in prompts}
     for name, catalog in catalogs(folder, tuned):
         for query, rows in searches.items():
             page = catalog.search(query, limit=7)
             code, took = f"{name}.search({query!r}, limit=7)", f"{page.took_ms:.1f} ms"
-            rows.append(Row(code, [hit_card(hit) for hit in page], took))
+            rows.append(CardRow(code, [hit_card(hit) for hit in page], took))
         for prompt, rows in generations.items():
             images = catalog.generate(prompt, n=5, seed=7)
             code, took = f"{name}.generate({prompt!r}, n=5, seed=7)", f"{images.took_ms / 1000:.2f} s"
-            rows.append(Row(code, [generated_card(image) for image in images], took, large=True))
+            rows.append(CardRow(code, [generated_card(image) for image in images], took, large=True))
     return [
         Section(
             "The same searches, before and after",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from unidiff_sdk import Generated, Hit
-from unidiff_sdk._internal.pages.html import Card, Page, Row, Section
+from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
 
-__all__ = ["Card", "Page", "Row", "Section", "generated_card", "hit_card"]
+__all__ = ["Card", "CardRow", "Page", "Section", "generated_card", "hit_card"]
 
 
 def hit_card(hit: Hit) -> Card:

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import click
-from _page import Card, Page, Row, Section, generated_card, hit_card
+from _page import Card, CardRow, Page, Section, generated_card, hit_card
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -206,7 +206,7 @@ def generation_sections(catalog: Catalog) -> list[Section]:
     ]
 
 
-def row(catalog: Catalog, call: Callable[[Catalog], Hits | Generation], query: Card | None = None) -> Row:
+def row(catalog: Catalog, call: Callable[[Catalog], Hits | Generation], query: Card | None = None) -> CardRow:
     """Run one of the functions above and show its code, its duration and its result."""
     result = call(catalog)
     if isinstance(result, Generation):
@@ -217,7 +217,7 @@ def row(catalog: Catalog, call: Callable[[Catalog], Hits | Generation], query: C
         took = f"{len(result)} hits in {result.took_ms:.1f} ms"
     code = body_of(call)
     console.print(f"[dim]{took:>20}[/]  {' '.join(code.split())}", highlight=False, soft_wrap=True)
-    return Row(code, [query, *cards] if query else cards, took, large=isinstance(result, Generation))
+    return CardRow(code, [query, *cards] if query else cards, took, large=isinstance(result, Generation))
 
 
 def body_of(function: Callable[..., object]) -> str:

@@ -1,4 +1,4 @@
-"""What several test files share: a checkpoint of the real classes, small enough to be made afresh in a second."""
+"""Fixtures of several test files: a toy bundle, a random checkpoint and a small catalog."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGE_SIZE, MAX_TOKENS, WIDTH = 32, 16, 32
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of graphs of one or two nodes."""
+    """A bundle whose graphs have one or two nodes."""
     from support.toy_bundle import make_toy_bundle
 
     return make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
@@ -32,7 +32,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def catalog(tmp_path: Path, toy: Path) -> Iterator[Catalog]:
-    """An empty catalog of that bundle, in a folder."""
+    """An empty catalog in a folder, with the toy bundle."""
     from unidiff_sdk import Catalog
 
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
@@ -111,7 +111,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_encoder_of(clip):
-    """CLIP's text tower as the pipeline's text encoder: the same parameters, whatever the transformers version."""
+    """The text tower of CLIP as a text encoder with the same parameters, in every version of transformers."""
     from transformers import CLIPTextModel
 
     if isinstance(clip.text_model, CLIPTextModel):
@@ -122,7 +122,7 @@ def text_encoder_of(clip):
 
 
 def train_tokenizer(captions):
-    """A byte-level BPE with CLIP's conventions, trained on a handful of captions; every byte is known."""
+    """A byte-level BPE tokenizer with the conventions of CLIP, trained on a few captions. It can encode every byte."""
     import json
     import tempfile
 
@@ -148,7 +148,7 @@ def train_tokenizer(captions):
 
 @pytest.fixture(scope="session")
 def small_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures of one plain color each, not all square, with captions that say it; two mean the same."""
+    """Twelve images of one color each, not all square, with captions that name it. Two captions mean the same."""
     import json
 
     from PIL import Image

@@ -1,6 +1,6 @@
-"""One hierarchy of errors: whatever the SDK refuses, it refuses with a `UniDiffError`.
+"""The errors of UniDiff SDK. Every error that the SDK raises on purpose is a `UniDiffError`.
 
-A message says what was wrong, with the value, and what to do about it.
+A message says what is wrong, with the value, then what is accepted and what to do next.
 """
 
 from __future__ import annotations
@@ -23,52 +23,52 @@ __all__ = [
 
 
 class UniDiffError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors of this package. Catch it to handle any of them."""
 
 
 class OptionError(UniDiffError, ValueError):
-    """An argument is not one of the valid values, or lies outside its range."""
+    """An argument is invalid or out of range. Pass one of the values that the message lists."""
 
 
 class BundleError(UniDiffError):
-    """A bundle is missing, incomplete, changed since it was exported, or does not fit what it is used with."""
+    """A bundle is missing, damaged, or lacks the part that a call needs. Export it again, or pass another bundle."""
 
 
 class ProviderError(UniDiffError):
-    """ONNX Runtime is not installed properly, or the requested device did not load."""
+    """ONNX Runtime or the requested device is not available. Install the extra that the message names."""
 
 
 class ImageError(UniDiffError):
-    """A picture cannot be read, or is refused because decoding it would be dangerous."""
+    """An image cannot be read, or is unsafe to decode. Replace, convert or resize the file."""
 
 
 class GenerationError(UniDiffError):
-    """A generation was asked for something impossible, or its result is not a picture."""
+    """An image cannot be generated, or its pixels are not finite. Change the options, or use fp32 precision."""
 
 
 class BusyError(UniDiffError):
-    """As many generations are under way as are taken at once; the same call may succeed later."""
+    """Too many concurrent generation requests. Retry later."""
 
 
 class DataError(UniDiffError):
-    """A catalog on disk is missing, malformed, or points outside its own folder."""
+    """A dataset on disk is missing, malformed, or refers to files outside its folder. Fix the file in the message."""
 
 
 class StoreError(UniDiffError):
-    """The vector store or the image store refused or failed an operation."""
+    """The vector store or the image store failed or refused an operation. Stored items are not lost."""
 
 
 class FilterError(StoreError):
-    """A search filter is malformed."""
+    """A search filter is invalid. `unidiff_sdk.store.filters` documents the filter language."""
 
 
 class CheckpointError(UniDiffError):
-    """A training checkpoint is missing, incomplete or inconsistent."""
+    """A training checkpoint is missing, incomplete or inconsistent. Pass a folder that unidiff-train wrote."""
 
 
 class TrainingError(UniDiffError):
-    """A training run cannot start or had to stop."""
+    """A training run cannot start or had to stop. Change the options in the message and resume."""
 
 
 class ExportError(UniDiffError):
-    """A checkpoint cannot be exported, or the export does not match PyTorch closely enough."""
+    """A checkpoint cannot be exported, or the exported graphs do not match PyTorch closely enough."""

@@ -74,8 +74,8 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[Any, Any]]] = {  # file -> its 
 }
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # file -> its bytes, what is said of it
     "bomb.png": (bomb, "too large to decode safely"),
-    "cut.png": (lambda: encoded(halves(), "PNG")[:-40], "damaged or cut short"),
-    "cut.jpg": (lambda: encoded(halves(), "JPEG")[:500], "damaged or cut short"),
+    "cut.png": (lambda: encoded(halves(), "PNG")[:-40], "damaged or truncated"),
+    "cut.jpg": (lambda: encoded(halves(), "JPEG")[:500], "damaged or truncated"),
     "empty.png": (bytes, "not an image"),
     "text.png": (lambda: b"file_name,text\n", "not an image"),
     "page.jpg": (lambda: b"<html><body>404</body></html>", "not an image"),

@@ -446,7 +446,7 @@ def test_bad_rows_are_reported(catalog: Catalog, tmp_path: Path) -> None:
     report = catalog.add_folder(folder)
     assert report.added == catalog.count() == 39
     assert [bad.line for bad in report.failed] == [6, 41, 42, 43, 44]
-    assert "5.png: damaged or cut short" in report.failed[0].reason
+    assert "5.png: damaged or truncated" in report.failed[0].reason
     with pytest.raises(DataError, match="line 6"):
         catalog.add_folder(folder, strict=True)
     assert catalog.count() == 39

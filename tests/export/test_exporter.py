@@ -15,7 +15,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from diffusers import PNDMScheduler
 from PIL import Image
-from support.company import differences
+from support.batching import batch_differences
 
 from unidiff_export import Export, export_bundle
 from unidiff_export.verification import reference_scheduler
@@ -209,7 +209,7 @@ def test_fp16_bundle_is_half_the_size_and_draws_the_same(
         graph, single = (b.path / b.manifest.graphs[name].file for b in (opened, bundle))
         assert graph.stat().st_size < 0.75 * single.stat().st_size
         assert opened.manifest.graphs[name].inputs == bundle.manifest.graphs[name].inputs
-    shared, own = differences(opened)
+    shared, own = batch_differences(opened)
     assert shared <= 2 and own == 0
 
 

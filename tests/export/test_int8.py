@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import onnx_ir as ir
 import onnxruntime
 import torch
-from support.company import differences
+from support.batching import batch_differences
 from torch import Tensor, nn
 
 from unidiff_export import Export, export_bundle, exporter
@@ -285,7 +285,7 @@ def test_int8_bundle_runs_and_says_what_it_is(int8: Export, random_checkpoint: P
 @pytest.mark.slow
 def test_int8_pictures_are_bit_equal_in_calls_of_their_own(int8: Export) -> None:
     """No more is promised: beside others, what lies between two codes may fall the other way."""
-    _, own = differences(Bundle.open(int8.path, threads=1))
+    _, own = batch_differences(Bundle.open(int8.path, threads=1))
     assert own == 0
 
 

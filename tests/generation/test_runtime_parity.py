@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.company import differences
+from support.batching import batch_differences
 
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
@@ -204,5 +204,5 @@ def test_long_prompts_in_windows_equal_transformers(bundle: Bundle, random_check
 
 
 def test_a_picture_is_the_same_whatever_it_is_drawn_beside(bundle: Bundle) -> None:
-    shared, own = differences(bundle)
+    shared, own = batch_differences(bundle)
     assert shared <= 1 and own == 0

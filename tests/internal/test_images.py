@@ -117,26 +117,26 @@ def png_claiming(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (png_claiming(9000, 9000), "9000 x 9000 pixels are more than the 64,000,000 allowed"),
+        (png_claiming(9000, 9000), "9000 x 9000 pixels exceed the limit of 64,000,000"),
         (png_claiming(60000, 60000), "too large to decode safely"),
-        (png_claiming(64, 64), "damaged or cut short"),
-        (encoded(noise(64, 64), "PNG")[:-500], "damaged or cut short"),
-        (encoded(noise(64, 64), "JPEG")[:700], "damaged or cut short"),
+        (png_claiming(64, 64), "damaged or truncated"),
+        (encoded(noise(64, 64), "PNG")[:-500], "damaged or truncated"),
+        (encoded(noise(64, 64), "JPEG")[:700], "damaged or truncated"),
         (b"", "image data of 0 bytes: not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a known format"),
-        (b"not a picture", "not an image in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a supported format"),
+        (b"not a picture", "not an image in a supported format"),
         ("no/such/file.png", "there is no such file"),
         (Path("."), "is a folder"),
-        (3, "cannot read an image from int"),
+        (3, "Cannot read an image from int"),
         (Image.new("RGB", (0, 5)), "has no pixels"),
-        (Image.new("RGB", (60_000, 1)), "more than 200 times as long as wide"),
+        (Image.new("RGB", (60_000, 1)), "exceed the aspect ratio of 200:1"),
         (np.zeros((0, 4, 3), np.uint8), "is not an image"),
         (np.zeros((4, 4, 5), np.uint8), r"\[4, 4, 5\] is not an image"),
         (np.zeros(4, np.uint8), "is not an image"),
-        (np.full((4, 4), np.nan), r"must lie in \[0, 1\]"),
-        (np.full((4, 4), 200.0), r"must lie in \[0, 1\]"),
+        (np.full((4, 4), np.nan), r"Scale them to \[0, 1\]"),
+        (np.full((4, 4), 200.0), r"Scale them to \[0, 1\]"),
         (np.zeros((4, 4), np.int64), "int64 are ambiguous"),
-        (Image.new("I", (2, 2), 70000), "must lie in"),
+        (Image.new("I", (2, 2), 70000), "Scale them to"),
         (np.zeros((4, 4), object), "ambiguous"),
     ],
 )
@@ -146,7 +146,7 @@ def test_bad_pictures_are_refused(source: Any, message: str) -> None:
 
 
 def test_the_limit_can_be_raised() -> None:
-    with pytest.raises(ImageError, match="more than the 50 allowed"):
+    with pytest.raises(ImageError, match="exceed the limit of 50"):
         load_image(noise(10, 10), max_pixels=50)
     assert load_image(noise(10, 10), max_pixels=100).size == (10, 10)
 

@@ -1,4 +1,4 @@
-"""What Edge's index finds: among 8-bit vectors, and where few items pass a filter."""
+"""The search index of Qdrant Edge: 8-bit vectors, selective filters and the page cache."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from unidiff_sdk.store.edge.store import EdgeStore
 from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import key_of
 
-MANY, WIDE = 1400, 2048  # just over the size from which the engine compresses and builds a graph: 10,000 KB
+MANY, WIDE = 1400, 2048  # just above 10,000 KB, where the engine starts to compress and to build a graph
 
 
-def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
+def test_quantized_search_has_exact_scores_and_finds_the_best(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((MANY + 30, WIDE)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -56,13 +56,12 @@ def test_scores_are_exact_and_hits_are_the_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_few_that_pass_a_filter_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the graph too, which was built before the filter was known; here it is taken however few pass."""
-    monkeypatch.setattr("unidiff_sdk.store.edge.store.FULL_SCAN_KB", 1)
+def test_selective_filter_finds_its_items_through_the_graph(tmp_path: Path) -> None:
+    """The graph was built before the filter was known. The low limit for scans makes every search use the graph."""
     many, wide, rng = 21_000, 128, np.random.default_rng(0)
     vectors = rng.standard_normal((300, 1, wide)) + 0.5 * rng.standard_normal((300, many // 300, wide))
     vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32).reshape(many, wide)
-    store = EdgeStore(tmp_path / "vectors", wide)
+    store = EdgeStore(tmp_path / "vectors", wide, full_scan_kb=1)
     for start in range(0, many, 1000):
         store.upsert([Record(key_of(k), vectors[k], {"n": k, "tenth": k % 10}) for k in range(start, start + 1000)])
     store.optimize()
@@ -75,7 +74,7 @@ def test_few_that_pass_a_filter_are_found(tmp_path: Path, monkeypatch: pytest.Mo
     store.close()
 
 
-def test_a_catalog_keeps_its_quantization(tmp_path: Path) -> None:
+def test_reindexed_catalog_keeps_its_quantization(tmp_path: Path) -> None:
     with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "a"), quantization="scalar") as catalog:
         catalog.add([Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")], ids=[1, 2, 3])
         assert catalog.reindex(make_toy_bundle(tmp_path / "b", seed=1)) == 3
@@ -86,13 +85,13 @@ def test_a_catalog_keeps_its_quantization(tmp_path: Path) -> None:
         assert catalog.count() == 3
 
 
-def test_it_is_chosen_once_and_by_name(tmp_path: Path) -> None:
+def test_quantization_is_validated_and_cannot_be_changed(tmp_path: Path) -> None:
     bundle = make_toy_bundle(tmp_path / "a")
     with pytest.raises(OptionError, match=r"'int4'.*'scalar'"):
         Catalog(tmp_path / "new", bundle, quantization="int4")
     Catalog(tmp_path / "new", bundle, quantization="scalar").close()
     Catalog(tmp_path / "plain", bundle).close()
-    with pytest.raises(StoreError, match="made with quantization=None"):
+    with pytest.raises(StoreError, match="made with quantization=None and keeps it"):
         Catalog(tmp_path / "plain", quantization="scalar")
     Catalog(tmp_path / "plain").close()
     with pytest.raises(OptionError, match="ServerOptions"):
@@ -102,10 +101,10 @@ def test_it_is_chosen_once_and_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "room", "is_read"), [(None, 10**9, True), (None, 10**5, False), ("scalar", 10**9, False)]
 )
-def test_what_a_search_reads_is_brought_into_memory_first(
+def test_warm_page_cache_reads_only_what_fits(
     tmp_path: Path, quantization: str | None, room: int, is_read: bool
 ) -> None:
-    """All of it, by reading it; but not what is to stay on disk, nor more than there is room for."""
+    """Nothing is read of a quantized shard, whose originals stay on disk, or of one larger than the memory."""
     vectors = np.eye(256, dtype=np.float32)
     store = EdgeStore(tmp_path / "vectors", 256, quantization)
     store.upsert([Record(key_of(k), vector, {"n": k}) for k, vector in enumerate(vectors)])
@@ -116,5 +115,5 @@ def test_what_a_search_reads_is_brought_into_memory_first(
 
 
 def bytes_read() -> int:
-    """By this process's system calls so far."""
+    """The bytes that the system calls of this process have read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])

@@ -1,4 +1,4 @@
-"""The filter language: its refusals, and its meaning against a brute-force evaluation in Python."""
+"""The filter language, compared with a brute-force evaluation in Python, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unidiff_sdk.errors import FilterError
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.filters import OPERATORS, AllOf, AnyOf, Box, Circle, Compare, Not, index_kinds, parse
 
-# Local mode says that payload indexes have no effect on it.
+# qdrant-client's local mode warns that payload indexes have no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 
 # ------------------------------------------------------------------------------------------------ what a filter means
@@ -29,7 +29,7 @@ MISSING = object()
 
 
 def matches(where: dict[str, Any], payload: dict[str, Any]) -> bool:
-    """The filter language, evaluated in the plainest way."""
+    """Evaluate a filter without an engine."""
     return all(holds(key, condition, payload) for key, condition in where.items())
 
 
@@ -73,8 +73,8 @@ def compare(operator: str, operand: Any, value: Any) -> bool:
         return any(lies_in(operand, place["lat"], place["lon"]) for place in places)
     test = {"gt": "__gt__", "gte": "__ge__", "lt": "__lt__", "lte": "__le__"}[operator]
     if isinstance(operand, (str, date)):
-        moments = [moment(e) for e in elements if isinstance(e, str) and re.match(r"\d{4}-", e)]
-        return any(getattr(m, test)(moment(operand)) for m in moments)
+        stored = [to_utc(e) for e in elements if isinstance(e, str) and re.match(r"\d{4}-", e)]
+        return any(getattr(value, test)(to_utc(operand)) for value in stored)
     numbers = [e for e in elements if isinstance(e, (int, float)) and not isinstance(e, bool)]
     return any(getattr(float(number), test)(float(operand)) for number in numbers)
 
@@ -95,7 +95,7 @@ def lies_in(area: dict[str, float], lat: float, lon: float) -> bool:
     return 2 * 6_371_008.8 * math.asin(math.sqrt(half)) <= area["radius"]
 
 
-def moment(value: str | date) -> datetime:
+def to_utc(value: str | date) -> datetime:
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     if not isinstance(value, datetime):
@@ -105,7 +105,7 @@ def moment(value: str | date) -> datetime:
 
 def same(element: Any, operand: Any) -> bool:
     if isinstance(operand, date):
-        return isinstance(element, str) and bool(re.match(r"\d{4}-", element)) and moment(element) == moment(operand)
+        return isinstance(element, str) and bool(re.match(r"\d{4}-", element)) and to_utc(element) == to_utc(operand)
     kinds = [("b" if isinstance(x, bool) else "n" if isinstance(x, (int, float)) else "s") for x in (element, operand)]
     return kinds[0] == kinds[1] and element == operand
 
@@ -113,18 +113,18 @@ def same(element: Any, operand: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ strategies
 
 KEYS = ("colour", "price", "tags", "in stock", "shop", "size.cm")
-words = st.sampled_from(["red", "blue", "", "3", "größe", "Red striped-dress", "a dress, RED!", "x_y 3"])
+strings = st.sampled_from(["red", "blue", "", "3", "größe", "Red striped-dress", "a dress, RED!", "x_y 3"])
 dates = st.sampled_from(
     ["2024-05-01", "2024-05-01T12:30:00", "2024-05-01T12:30:00+02:00", "2024-05-01T10:30:00Z", "2023-12-31 23:59:59.5"]
 )
 zones = st.sampled_from([None, UTC, timezone(timedelta(hours=2))])
-moments = st.one_of(
+datetimes = st.one_of(
     st.sampled_from([date(2024, 5, 1), date(2023, 12, 31)]),
     st.builds(lambda zone: datetime(2024, 5, 1, 12, 30, tzinfo=zone), zones),
 )
 numbers = st.sampled_from([-1, 0, 1, 2, 3, 3.0, 2.5, -0.5, 1e9])
-scalars = st.one_of(words, dates, numbers, st.booleans())
-# Places and radii are such that none lies on a border; two are at the two sides of the antimeridian.
+scalars = st.one_of(strings, dates, numbers, st.booleans())
+# No place is on a border for any of the radii. Two places are on the two sides of the antimeridian.
 places = st.sampled_from(
     [
         {"lat": 52.52, "lon": 13.405},
@@ -148,31 +148,31 @@ boxes = st.builds(
     st.sampled_from([-160, 5, 180]),
     st.sampled_from([-90, -50, 20, 50]),
 )
-choices = st.lists(st.one_of(scalars, moments), min_size=1, max_size=3)
+choices = st.lists(st.one_of(scalars, datetimes), min_size=1, max_size=3)
 searches = st.sampled_from(["red", "dress red", "DRESS", "größe", "strip", "y", "3"])
 conditions = st.one_of(
     scalars,
-    moments,
+    datetimes,
     st.none(),
     choices,
     st.dictionaries(
-        st.sampled_from(["gt", "gte", "lt", "lte"]), st.one_of(numbers, dates, moments), min_size=1, max_size=2
+        st.sampled_from(["gt", "gte", "lt", "lte"]), st.one_of(numbers, dates, datetimes), min_size=1, max_size=2
     ),
     st.builds(lambda v: {"eq": v}, st.one_of(scalars, st.none())),
-    st.builds(lambda v: {"ne": v}, st.one_of(scalars, moments, st.none())),
+    st.builds(lambda v: {"ne": v}, st.one_of(scalars, datetimes, st.none())),
     st.builds(lambda v: {"in": v}, choices),
     st.builds(lambda v: {"contains": v}, searches),
     st.builds(lambda v: {"near": v}, circles),
     st.builds(lambda v: {"box": v}, boxes),
     st.builds(lambda op, v: {op: v}, st.sampled_from(["exists", "null"]), st.booleans()),
 )
-# Columns of one type each, with comparisons that suit it: these tell most wrong translations from the right one.
-typed_payloads = st.fixed_dictionaries({"text": words, "day": dates, "shop": places, "price": numbers})
+# Columns of one type each, with comparisons of that type: these detect most errors in a translation.
+typed_payloads = st.fixed_dictionaries({"text": strings, "day": dates, "shop": places, "price": numbers})
 typed_filters = st.one_of(
     st.builds(lambda v: {"text": {"contains": v}}, searches),
-    st.builds(lambda v: {"text": v}, st.lists(words, min_size=1, max_size=3)),
-    st.builds(lambda op, v: {"day": {op: v}}, st.sampled_from(["gt", "gte", "lt", "lte"]), st.one_of(dates, moments)),
-    st.builds(lambda v: {"day": v}, moments),
+    st.builds(lambda v: {"text": v}, st.lists(strings, min_size=1, max_size=3)),
+    st.builds(lambda op, v: {"day": {op: v}}, st.sampled_from(["gt", "gte", "lt", "lte"]), st.one_of(dates, datetimes)),
+    st.builds(lambda v: {"day": v}, datetimes),
     st.builds(lambda v: {"shop": {"near": v}}, circles),
     st.builds(lambda v: {"shop": {"box": v}}, boxes),
     st.builds(lambda op, v: {"price": {op: v}}, st.sampled_from(["gt", "gte", "lt", "lte", "eq"]), numbers),
@@ -205,8 +205,8 @@ examples = st.one_of(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(example=examples)
-def test_every_store_agrees_with_brute_force(store: Store, example: tuple[list[dict[str, Any]], list[Any]]) -> None:
-    """Indexes made for earlier examples stay, so that every kind of index also meets columns of mixed types."""
+def test_store_agrees_with_brute_force(store: Store, example: tuple[list[dict[str, Any]], list[Any]]) -> None:
+    """Indexes of earlier examples stay, so that every kind of index is also used on columns of mixed types."""
     items, wheres = example
     records = [Record(str(uuid.uuid4()), np.eye(store.dim, dtype=np.float32)[0], payload) for payload in items]
     store.upsert(records)
@@ -224,12 +224,12 @@ def test_every_store_agrees_with_brute_force(store: Store, example: tuple[list[d
 # ------------------------------------------------------------------------------------------------ parsing
 
 
-def test_no_filter() -> None:
+def test_parse_none_and_empty_select_everything() -> None:
     assert parse(None) is None
     assert parse({}) is None
 
 
-def test_tree() -> None:
+def test_parse_returns_a_tree() -> None:
     tree = parse({"price": {"gte": 10, "lt": 80}, "brand": ["a", "b"], "not": {"colour": "red"}})
     assert tree == AllOf(
         (
@@ -241,7 +241,7 @@ def test_tree() -> None:
     )
 
 
-def test_moments_and_places() -> None:
+def test_parse_converts_dates_to_utc_and_splits_boxes_at_the_antimeridian() -> None:
     noon = datetime(2024, 5, 1, 12, tzinfo=UTC)
     assert parse({"day": {"gte": "2024-05-01T14:00+02:00"}}) == Compare("day", "gte", noon)
     assert parse({"day": {"gte": datetime(2024, 5, 1, 12)}}) == Compare("day", "gte", noon)
@@ -254,7 +254,7 @@ def test_moments_and_places() -> None:
     )
 
 
-def test_each_kind_of_comparison_has_its_index() -> None:
+def test_index_kinds_of_each_comparison() -> None:
     where = {
         "brand": ["a", "b"],
         "price": {"lt": 80},
@@ -285,7 +285,7 @@ def test_each_kind_of_comparison_has_its_index() -> None:
         ("a[].b", "a[].b"),
     ],
 )
-def test_paths(key: str, path: str) -> None:
+def test_column_path_quotes_names(key: str, path: str) -> None:
     assert parse({key: 1}) == Compare(path, "eq", 1)
 
 
@@ -305,8 +305,8 @@ def test_paths(key: str, path: str) -> None:
         ({"nor": [{"brand": "a"}]}, "joined by and, or, not"),
         ({"day": {"lt": "2024-13-01"}}, "a date such as"),
         ({"day": {"lt": datetime.max.replace(tzinfo=timezone(-timedelta(hours=1)))}}, "outside the years"),
-        ({"text": {"contains": " ?!"}}, "needs words"),
-        ({"text": {"contains": 3}}, "needs words"),
+        ({"text": {"contains": " ?!"}}, "at least one word"),
+        ({"text": {"contains": 3}}, "at least one word"),
         ({"text": {"contains": "x" * 100_000}}, "100,000 characters"),
         ({"shop": {"near": {"lat": 1, "lng": 2, "radius": 3}}}, 'the numbers {"lat": …, "lon": …, "radius": …}'),
         ({"shop": {"near": {"lat": 91, "lon": 2, "radius": 3}}}, "-90 to 90"),
@@ -329,12 +329,12 @@ def test_paths(key: str, path: str) -> None:
         ({"\ud83d": 1}, "not valid Unicode"),
     ],
 )
-def test_refusals(where: Any, says: str) -> None:
+def test_parse_rejects(where: Any, says: str) -> None:
     with pytest.raises(FilterError, match=re.escape(says)):
         parse(where)
 
 
-def test_depth_is_capped() -> None:
+def test_parse_limits_depth() -> None:
     where: dict[str, Any] = {"a": 1}
     for _ in range(1000):
         where = {"not": where}
@@ -342,14 +342,14 @@ def test_depth_is_capped() -> None:
         parse(where)
 
 
-def test_size_is_capped() -> None:
+def test_parse_limits_the_number_of_comparisons() -> None:
     with pytest.raises(FilterError, match="10,000 clauses; at most 1,024"):
         parse({"or": [{"a": n} for n in range(10_000)]})
     with pytest.raises(FilterError, match="10,000 clauses"):
         parse({f"column {n}": {"lt": n} for n in range(10_000)})
 
 
-def test_a_deep_value_is_refused_without_being_printed() -> None:
+def test_parse_rejects_a_deep_value_with_a_short_message() -> None:
     value: Any = 1
     for _ in range(5000):
         value = [value]
@@ -359,14 +359,14 @@ def test_a_deep_value_is_refused_without_being_printed() -> None:
         assert len(str(refused.value)) < 400
 
 
-def test_ten_thousand_choices(store: Store) -> None:
-    """Strings are looked up at once, so that a list of ids may be long."""
+def test_in_accepts_ten_thousand_strings(store: Store) -> None:
+    """A list of ids may be long: strings are one lookup."""
     vector = np.ones(store.dim, np.float32)
     store.upsert([Record(str(uuid.uuid4()), vector, {"sku": f"A-{n}"}) for n in range(20)])
     assert store.count(parse({"sku": [f"A-{n}" for n in range(5, 10_005)]})) == 15
 
 
-def test_filters_at_the_limits_of_depth_and_size(store: Store) -> None:
+def test_store_answers_filters_at_the_limits(store: Store) -> None:
     store.upsert([Record(str(uuid.uuid4()), np.ones(store.dim, np.float32), {"n": n}) for n in range(3)])
     deep: dict[str, Any] = {"n": 1}
     for _ in range(30):
@@ -375,8 +375,8 @@ def test_filters_at_the_limits_of_depth_and_size(store: Store) -> None:
     assert store.count(parse({"or": [{"n": n} for n in range(1024)]})) == 3
 
 
-def test_boxes_up_to_the_pole_and_the_antimeridian(store: Store) -> None:
-    """Where the engine's geo index finds nothing when it is asked for exactly 90° or 180°."""
+def test_box_reaches_the_poles_and_the_antimeridian(store: Store) -> None:
+    """The engine's geo index finds nothing in a box that ends at exactly 90° or 180°."""
     places = [(lat, lon) for lat in (-89, -17, 48, 89) for lon in (-179, -90, 1, 178)]
     vector = np.ones(store.dim, np.float32)
     store.upsert([Record(str(uuid.uuid4()), vector, {"at": {"lat": lat, "lon": lon}}) for lat, lon in places])
@@ -386,8 +386,8 @@ def test_boxes_up_to_the_pole_and_the_antimeridian(store: Store) -> None:
             assert store.count(parse({"at": {"box": box}})) == sum(lies_in(box, *place) for place in places), box
 
 
-def test_a_column_of_numbers_and_dates(store: Store) -> None:
-    """An index of the one kind would hide the other from the engine."""
+def test_column_of_numbers_and_dates_is_compared_with_both(store: Store) -> None:
+    """An index of one kind would hide the values of the other kind."""
     vector = np.ones(store.dim, np.float32)
     store.upsert([Record(str(uuid.uuid4()), vector, {"mixed": value}) for value in (1, 5, "2024-05-01", "2024-06-01")])
     for _ in range(2):

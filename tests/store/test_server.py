@@ -1,10 +1,9 @@
-"""The server path, against a loopback HTTP shim that fails, is slow, asks for patience and records what it is asked.
+"""`ServerStore` against a local HTTP server that fails, is slow, requests pauses and records its requests.
 
-The contract of the store itself runs over qdrant-client's local mode and, where QDRANT_URL names one, over a real
-server (`backends`, `test_store`, `test_filters`). Only a real server could show: that shards, replicas and
-quantization do what the collection was created with; that searches are right while its optimizer runs; how it behaves
-when a node of a cluster goes away in mid-request; gRPC beyond the choice of the channel; 16 threads on one client;
-throughput.
+The contract of the store runs over qdrant-client's local mode and, if QDRANT_URL is set, over a real server
+(`backends`, `test_contract`, `test_filters`). Only a real server can show that shards, replicas and quantization have
+an effect, that searches are correct while its optimizer runs, what happens when a node of a cluster stops during a
+request, gRPC beyond the choice of the channel, 16 threads on one client, and throughput.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qdrant_client import QdrantClient, models
 from support.backends import DIM, record
 
 from unidiff_sdk import OptionError, ServerOptions, StoreError
 from unidiff_sdk.store.server import connection
 from unidiff_sdk.store.server.store import ServerStore
 
-INFO = {
+INFO: dict[str, Any] = {
     "status": "green",
     "optimizer_status": "ok",
     "segments_count": 1,
@@ -41,16 +41,16 @@ INFO = {
             "default_segment_number": 0,
             "flush_interval_sec": 5,
         },
-        "metadata": {"unidiff": {"fingerprint": "aaaa"}},
     },
     "payload_schema": {},
 }
 
 
-class Shim(ThreadingHTTPServer):
-    """Answers as a Qdrant server with one collection of 7 points; `trouble` comes first, one item a request.
+class FakeServer(ThreadingHTTPServer):
+    """Responds like a Qdrant server with one collection of 7 points.
 
-    An item is an HTTP status, (status, Retry-After), "reset" (the connection is cut) or a number of seconds to wait.
+    Each request first takes one item of `failures`: an HTTP status, (status, Retry-After), "reset" (closes the
+    connection) or a delay in seconds.
     """
 
     daemon_threads = True
@@ -58,12 +58,13 @@ class Shim(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.exists = True
-        self.trouble: list[Any] = []
-        self.asked: list[tuple[str, str, Any, dict[str, str]]] = []
+        self.failures: list[Any] = []
+        self.fingerprint = "aaaa"
+        self.requests: list[tuple[str, str, Any, dict[str, str]]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that the tests cut are no news."""
+        """Do not print the errors of connections that the tests close."""
 
     @property
     def url(self) -> str:
@@ -71,11 +72,11 @@ class Shim(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Shim
+    server: FakeServer
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append(
+        self.server.requests.append(
             (
                 self.command,
                 self.path,
@@ -83,15 +84,15 @@ class Handler(BaseHTTPRequestHandler):
                 {k.lower(): v for k, v in self.headers.items()},
             )
         )
-        if self.server.trouble:
-            trouble = self.server.trouble.pop(0)
-            if trouble == "reset":
+        if self.server.failures:
+            failure = self.server.failures.pop(0)
+            if failure == "reset":
                 self.connection.close()
                 return
-            if isinstance(trouble, float):
-                time.sleep(trouble)
+            if isinstance(failure, float):
+                time.sleep(failure)
             else:
-                status, after = trouble if isinstance(trouble, tuple) else (trouble, None)
+                status, after = failure if isinstance(failure, tuple) else (failure, None)
                 self._answer(status, {"status": {"error": "not now"}}, after)
                 return
         path = self.path.split("?")[0]
@@ -103,7 +104,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path.endswith("/points"):
             result = {"operation_id": 1, "status": "completed"}
         elif self.command == "GET":
-            result = INFO
+            result = INFO | {
+                "config": INFO["config"] | {"metadata": {"unidiff": {"fingerprint": self.server.fingerprint}}}
+            }
         self._answer(200, {"result": result, "status": "ok", "time": 0.0})
 
     do_POST = do_PUT = do_GET
@@ -123,110 +126,106 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def shim() -> Iterator[Shim]:
-    server = Shim()
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
     yield server
     server.shutdown()
     server.server_close()
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between tries, which are not slept."""
-    taken: list[float] = []
-
-    class Clock:
-        sleep = staticmethod(taken.append)
-
-    monkeypatch.setattr(connection, "time", Clock)
-    return taken
+def pauses() -> list[float]:
+    """The pauses between two attempts, in seconds. The tests do not wait for them."""
+    return []
 
 
-def store_of(shim: Shim, **options: Any) -> ServerStore:
+def open_store(server: FakeServer, pauses: list[float], **options: Any) -> ServerStore:
     given = ServerOptions(**options)
-    return ServerStore(connection.connect(shim.url, given, "the key"), "shop", DIM, "aaaa", given)
+    client = connection.connect(server.url, given, "the key", sleep=pauses.append)
+    return ServerStore(client, "shop", DIM, "aaaa", given)
 
 
-@pytest.mark.parametrize("trouble", [[503], ["reset"], [502, "reset", 504], [(429, 3)]])
-def test_what_passes_is_tried_again(shim: Shim, pauses: list[float], trouble: list[Any]) -> None:
-    store = store_of(shim)
-    shim.trouble = list(trouble)
+@pytest.mark.parametrize("failures", [[503], ["reset"], [502, "reset", 504], [(429, 3)]])
+def test_transient_failures_are_retried(server: FakeServer, pauses: list[float], failures: list[Any]) -> None:
+    store = open_store(server, pauses)
+    server.failures = list(failures)
     assert store.count() == 7
-    assert len(pauses) == len(trouble)
-    if trouble == [(429, 3)]:
+    assert len(pauses) == len(failures)
+    if failures == [(429, 3)]:
         assert pauses == [3]
 
 
-def test_pauses_double_and_are_capped(shim: Shim, pauses: list[float]) -> None:
-    store = store_of(shim, retries=9)
-    shim.trouble = [503] * 9
+def test_pauses_double_up_to_a_maximum(server: FakeServer, pauses: list[float]) -> None:
+    store = open_store(server, pauses, retries=9)
+    server.failures = [503] * 9
     assert store.count() == 7
     for attempt, pause in enumerate(pauses):
-        full = min(connection.LONGEST_PAUSE, connection.FIRST_PAUSE * 2**attempt)
+        full = min(connection.MAX_BACKOFF, connection.INITIAL_BACKOFF * 2**attempt)
         assert full / 2 <= pause <= full
 
 
-def test_in_the_end_it_is_an_error(shim: Shim, pauses: list[float]) -> None:
-    store = store_of(shim, retries=2)
-    shim.trouble = [503] * 3
-    before = len(shim.asked)
+def test_last_failure_is_raised(server: FakeServer, pauses: list[float]) -> None:
+    store = open_store(server, pauses, retries=2)
+    server.failures = [503] * 3
+    before = len(server.requests)
     with pytest.raises(StoreError, match=r"(?s)Qdrant server failed.*503"):
         store.count()
-    assert len(shim.asked) - before == 3
+    assert len(server.requests) - before == 3
     assert store.count() == 7
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 500])
-def test_what_does_not_pass_is_told_at_once(shim: Shim, pauses: list[float], status: int) -> None:
-    store = store_of(shim)
-    shim.trouble = [status]
+def test_permanent_failures_are_not_retried(server: FakeServer, pauses: list[float], status: int) -> None:
+    store = open_store(server, pauses)
+    server.failures = [status]
     with pytest.raises(StoreError, match=str(status)):
         store.count()
     assert pauses == []
 
 
-def test_a_slow_server_is_given_up_and_asked_again(shim: Shim, pauses: list[float]) -> None:
-    store = store_of(shim, timeout=1, retries=1)
-    shim.trouble = [2.5]
+def test_timed_out_request_is_retried(server: FakeServer, pauses: list[float]) -> None:
+    store = open_store(server, pauses, timeout=1, retries=1)
+    server.failures = [2.5]
     started = time.perf_counter()
     assert store.count() == 7
     assert 0.9 < time.perf_counter() - started < 2.4
     assert len(pauses) == 1
-    shim.trouble = [2.5, 2.5]
+    server.failures = [2.5, 2.5]
     with pytest.raises(StoreError, match="timed out"):
         store.count()
 
 
-def test_an_upload_that_was_lost_is_repeated_under_the_same_ids(shim: Shim, pauses: list[float]) -> None:
-    store = store_of(shim)
-    shim.asked.clear()
-    shim.trouble = ["reset"]
+def test_lost_upsert_is_repeated_with_the_same_ids(server: FakeServer, pauses: list[float]) -> None:
+    store = open_store(server, pauses)
+    server.requests.clear()
+    server.failures = ["reset"]
     store.upsert([record(1, colour="red")])
-    first, second = (body for _, path, body, _ in shim.asked if "/points" in path)
+    first, second = (body for _, path, body, _ in server.requests if "/points" in path)
     assert first == second and first["points"][0]["id"] == record(1).id
 
 
-def test_the_key_is_sent(shim: Shim) -> None:
-    store_of(shim).count()
-    assert {headers.get("api-key") for *_, headers in shim.asked} == {"the key"}
+def test_api_key_is_sent(server: FakeServer, pauses: list[float]) -> None:
+    open_store(server, pauses).count()
+    assert {headers.get("api-key") for *_, headers in server.requests} == {"the key"}
 
 
-def test_a_new_collection_is_laid_out_as_told(shim: Shim) -> None:
-    shim.exists = False
-    store_of(shim, shards=3, replicas=2, quantization="scalar", on_disk=True)
-    (body,) = (body for verb, path, body, _ in shim.asked if verb == "PUT" and path.startswith("/collections/shop"))
+def test_new_collection_has_the_requested_layout(server: FakeServer, pauses: list[float]) -> None:
+    created = ("PUT", "/collections/shop")
+    server.exists = False
+    open_store(server, pauses, shards=3, replicas=2, quantization="scalar", on_disk=True)
+    (body,) = (body for verb, path, body, _ in server.requests if (verb, path.split("?")[0]) == created)
     assert (body["shard_number"], body["replication_factor"]) == (3, 2)
     assert body["quantization_config"] == {"scalar": {"type": "int8", "always_ram": True}}
     assert body["vectors"] == {"image": {"size": DIM, "distance": "Dot", "on_disk": True}}
-    shim.asked.clear()
-    store_of(shim)
-    (body,) = (body for verb, path, body, _ in shim.asked if verb == "PUT" and path.startswith("/collections/shop"))
+    server.requests.clear()
+    open_store(server, pauses)
+    (body,) = (body for verb, path, body, _ in server.requests if (verb, path.split("?")[0]) == created)
     assert not {"shard_number", "replication_factor", "quantization_config"} & body.keys()
 
 
 @pytest.mark.parametrize("quantization", [*connection.QUANTIZATIONS])
-def test_each_quantization_is_one_that_the_client_knows(quantization: str) -> None:
-    (name,) = ServerOptions(quantization=quantization).layout()["quantization_config"].model_dump()
+def test_each_quantization_is_supported_by_the_client(quantization: str) -> None:
+    (name,) = ServerOptions(quantization=quantization).collection_parameters()["quantization_config"].model_dump()
     assert name == quantization
 
 
@@ -243,20 +242,20 @@ def test_each_quantization_is_one_that_the_client_knows(quantization: str) -> No
         ({"ca": __file__, "grpc": True}, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"),
     ],
 )
-def test_options_are_checked(options: dict[str, Any], says: str) -> None:
+def test_options_are_validated(options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         ServerOptions(**options)
 
 
-def test_grpc_is_taken_where_asked_for(shim: Shim, pauses: list[float]) -> None:
-    """Nothing listens on that port: the failure is the channel's, after all retries, in one sentence."""
+def test_grpc_is_used_if_requested(server: FakeServer, pauses: list[float]) -> None:
+    """No server listens on that port, so the channel fails after all retries."""
     with pytest.raises(StoreError, match=r"(?s)Qdrant server failed.*(UNAVAILABLE|failed to connect|refused)"):
-        store_of(shim, grpc=True, grpc_port=9, timeout=1, retries=2)
-    assert len(pauses) == 2 and shim.asked == []
+        open_store(server, pauses, grpc=True, grpc_port=9, timeout=1, retries=2)
+    assert len(pauses) == 2 and server.requests == []
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
-def test_tls_with_an_authority_of_ones_own(tmp_path: Path, shim: Shim, pauses: list[float]) -> None:
+def test_tls_with_a_private_certificate_authority(tmp_path: Path, pauses: list[float]) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
@@ -264,31 +263,46 @@ def test_tls_with_an_authority_of_ones_own(tmp_path: Path, shim: Shim, pauses: l
     subprocess.run([*command.split(), "-out", certificate, "-keyout", key], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    secure = Shim()
+    secure = FakeServer()
     secure.socket = context.wrap_socket(secure.socket, server_side=True)
     url = f"https://127.0.0.1:{secure.server_port}"
     options = ServerOptions(ca=certificate)
     assert ServerStore(connection.connect(url, options), "shop", DIM, "aaaa", options).count() == 7
     with pytest.raises(StoreError, match="CERTIFICATE_VERIFY_FAILED"):
-        ServerStore(connection.connect(url, ServerOptions()), "shop", DIM, "aaaa")
-    assert pauses == [], "a certificate does not become valid by waiting"
+        ServerStore(connection.connect(url, ServerOptions(), sleep=pauses.append), "shop", DIM, "aaaa")
+    assert pauses == [], "an invalid certificate is not transient"
     secure.shutdown()
 
 
-def test_the_catalog_takes_the_options(
-    tmp_path: Path, shim: Shim, pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_catalog_applies_the_options(tmp_path: Path, server: FakeServer) -> None:
     from support.toy_bundle import make_toy_bundle
 
     from unidiff_sdk import Bundle, Catalog
 
     bundle = make_toy_bundle(tmp_path / "bundle")
-    monkeypatch.setitem(INFO["config"]["metadata"]["unidiff"], "fingerprint", Bundle.open(bundle).fingerprint)  # type: ignore[index]
-    shim.trouble = [503]
+    server.fingerprint = Bundle.open(bundle).fingerprint
+    server.failures = [503]
     options = ServerOptions(retries=1)
-    with Catalog(shim.url, bundle, images=tmp_path / "pictures", api_key="the key", server=options) as catalog:
-        assert len(pauses) == 1
+    with Catalog(server.url, bundle, images=tmp_path / "images", api_key="the key", server=options) as catalog:
         assert catalog.count() == 7
-        shim.trouble = [503, 503]
+        server.failures = [503, 503]
         with pytest.raises(StoreError, match="503"):
             catalog.count()
+    assert server.failures == [] and {headers.get("api-key") for *_, headers in server.requests} == {"the key"}
+
+
+def test_collection_of_another_bundle_is_refused() -> None:
+    client = QdrantClient(":memory:")
+    ServerStore(client, "shop", DIM, "aaaa")
+    ServerStore(client, "shop", DIM, "aaaa")
+    with pytest.raises(StoreError, match="another bundle"):
+        ServerStore(client, "shop", DIM, "bbbb")
+    client.create_collection("theirs", vectors_config=models.VectorParams(size=DIM, distance=models.Distance.DOT))
+    with pytest.raises(StoreError, match="not made by UniDiff"):
+        ServerStore(client, "theirs", DIM, "aaaa")
+
+
+def test_unreachable_server_is_a_store_error() -> None:
+    client = QdrantClient("http://127.0.0.1:9", check_compatibility=False)
+    with pytest.raises(StoreError, match="Qdrant server"):
+        ServerStore(client, "shop", DIM, "aaaa")

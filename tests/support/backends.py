@@ -1,4 +1,4 @@
-"""Every kind of store that a catalog can have, for the suites that run over all of them."""
+"""The implementations of `Store`, for the tests that run over all of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ DIM = 8
 
 
 def edge(path: Path) -> Store:
+    """Qdrant Edge in a folder."""
     from unidiff_sdk.store.edge.store import EdgeStore
 
     return EdgeStore(path / "vectors", DIM)
 
 
-def client(path: Path) -> Store:
-    """The code of the server path, over qdrant-client's local mode."""
+def local_client(path: Path) -> Store:
+    """`ServerStore` over the local mode of qdrant-client."""
     from qdrant_client import QdrantClient
 
     from unidiff_sdk.store.server.store import ServerStore
@@ -30,7 +31,7 @@ def client(path: Path) -> Store:
 
 
 def server(path: Path) -> Store:
-    """A real server, where QDRANT_URL names one."""
+    """`ServerStore` over the server at QDRANT_URL."""
     from qdrant_client import QdrantClient
 
     from unidiff_sdk.store.server.store import ServerStore
@@ -38,10 +39,10 @@ def server(path: Path) -> Store:
     return ServerStore(QdrantClient(os.environ["QDRANT_URL"]), f"contract-{uuid.uuid4()}", DIM, "fingerprint")
 
 
-BACKENDS: list[Callable[[Path], Store]] = [edge, client] + ([server] if "QDRANT_URL" in os.environ else [])
+BACKENDS: list[Callable[[Path], Store]] = [edge, local_client] + ([server] if "QDRANT_URL" in os.environ else [])
 
 
-def record(name: int, **payload: object) -> Record:
-    """An item of its own direction, a function of its name."""
-    vector = np.random.default_rng(name).normal(size=DIM).astype(np.float32)
-    return Record(str(uuid.UUID(int=name + 1)), vector / np.linalg.norm(vector), dict(payload))
+def record(number: int, **payload: object) -> Record:
+    """A record with a random unit vector. The number determines the id and the vector."""
+    vector = np.random.default_rng(number).normal(size=DIM).astype(np.float32)
+    return Record(str(uuid.UUID(int=number + 1)), vector / np.linalg.norm(vector), dict(payload))

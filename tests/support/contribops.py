@@ -1,6 +1,6 @@
-"""ONNX Runtime's own operators as its documentation of them says, by PyTorch, for onnx's reference evaluator.
+"""Contrib operators of ONNX Runtime in PyTorch, for onnx's reference evaluator. The CPU build lacks some of them.
 
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Its CPU build has not all of them.
+They follow https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class GroupNorm(OpRun):
-    """Over [batch, height, width, channels]; gamma and beta in float32."""
+    """Group normalization over [batch, height, width, channels], with gamma and beta in float32."""
 
     op_domain = "com.microsoft"
 
@@ -26,7 +26,7 @@ class GroupNorm(OpRun):
 
 
 class NhwcConv(OpRun):
-    """Over [batch, height, width, channels], with weights [out, height, width, in]."""
+    """Convolution over [batch, height, width, channels], with weights [out, height, width, in]."""
 
     op_domain = "com.microsoft"
 
@@ -52,7 +52,7 @@ class NhwcConv(OpRun):
 
 
 class MultiHeadAttention(OpRun):
-    """Over [batch, length, heads * width]."""
+    """Attention over [batch, length, heads * width]."""
 
     op_domain = "com.microsoft"
 

@@ -1,1 +1,1 @@
-"""Helpers without a domain of their own. Not part of the public API."""
+"""Helpers that several packages share. Not part of the public API."""

@@ -1,4 +1,4 @@
-"""What has come by already, of more than a Python set should hold: 16 bytes each, so 16 MB for a million."""
+"""A set of 16-byte keys that takes 16 bytes a key: 16 MB for a million, where a Python set takes several times that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CompactSet"]
 
 
 class CompactSet:
-    """A set that only grows, of byte strings of 16 bytes: UUIDs, or the beginnings of hashes."""
+    """A set of byte strings of length 16, such as UUIDs or truncated hashes. Keys can be added but not removed."""
 
     def __init__(self) -> None:
         self._runs: list[NDArray[np.bytes_]] = []  # each sorted, and less than half as long as the one before
@@ -20,7 +20,7 @@ class CompactSet:
         return sum(map(len, self._runs))
 
     def has(self, keys: Iterable[bytes]) -> list[bool]:
-        """Of each key whether it has been added."""
+        """Return for each key whether it is in the set."""
         wanted = np.array(list(keys), "S16")
         known = np.zeros(len(wanted), bool)
         for run in self._runs:
@@ -29,7 +29,7 @@ class CompactSet:
         return known.tolist()
 
     def add(self, keys: Iterable[bytes]) -> list[bool]:
-        """Add keys; returns of each whether it was there already, or came earlier among these."""
+        """Add keys. Returns for each whether it was in the set already, or occurs earlier among `keys`."""
         keys = list(keys)
         known = self.has(keys)
         fresh: set[bytes] = set()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["atomic_file", "write_atomically"]
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to, which takes its place when the block ends well and else is gone.
+    """Yield a temporary file in the folder of `path`. It replaces `path` if the block succeeds and is deleted if not.
 
     Raises:
-        StoreError: it cannot be written, as when the disk is full.
+        StoreError: the file cannot be written, for example because the disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,13 +35,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def write_atomically(path: Path, data: bytes, *, durably: bool = False) -> None:
-    """Write a file so that it is there whole or not at all. Raises StoreError, as when the disk is full.
+def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:
+    """Write a file atomically.
 
-    durably: also after a power cut, which takes the disk's time: for what all else hangs on.
+    Args:
+        path: the file; its folder is created.
+        data: the content.
+        fsync: also survive a power cut. This waits for the disk.
+
+    Raises:
+        StoreError: the file cannot be written, for example because the disk is full.
     """
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
-        if durably:
+        if fsync:
             file.flush()
             os.fsync(file.fileno())

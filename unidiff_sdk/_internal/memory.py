@@ -1,4 +1,4 @@
-"""How much memory a picture takes and how much there is, so that what cannot fit is refused before it is begun."""
+"""The available memory, so that work that cannot fit is refused before it starts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ __all__ = ["available_memory", "readable_size"]
 
 
 def available_memory() -> int | None:
-    """Bytes that this process could take now, by the system's and its control group's account; None if unknown."""
-    found = [value for value in (_of_system(), _of_group()) if value is not None]
+    """Bytes that this process can allocate now, within the limits of the system and of its control group.
+
+    None if the operating system does not report it.
+    """
+    found = [value for value in (_system_available(), _cgroup_available()) if value is not None]
     return min(found, default=None)
 
 
 def readable_size(size: float) -> str:
-    """1.5e9 as "1.4 GiB"."""
+    """A number of bytes in binary units: 1.5e9 is "1.4 GiB"."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 
-def _of_system() -> int | None:
-    for line in _text("/proc/meminfo").splitlines():
+def _system_available() -> int | None:
+    for line in _read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
 
 
-def _of_group() -> int | None:
-    """What is left in the control group (version 2): its page cache counts as free, because it can be dropped."""
-    own = next((line[3:] for line in _text("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
+def _cgroup_available() -> int | None:
+    """What is left in the control group (version 2). Its inactive page cache counts as free: the kernel can drop it."""
+    own = next((line[3:] for line in _read_text("/proc/self/cgroup").splitlines() if line.startswith("0::")), "/")
     for folder in (f"/sys/fs/cgroup{own.rstrip('/')}", "/sys/fs/cgroup"):
-        limit, used = _text(f"{folder}/memory.max").strip(), _text(f"{folder}/memory.current").strip()
+        limit, used = _read_text(f"{folder}/memory.max").strip(), _read_text(f"{folder}/memory.current").strip()
         if limit.isdecimal() and used.isdecimal():
-            cache = (line.split() for line in _text(f"{folder}/memory.stat").splitlines())
-            return max(0, int(limit) - int(used) + sum(int(n) for name, n in cache if name == "inactive_file"))
+            statistics = (line.split() for line in _read_text(f"{folder}/memory.stat").splitlines())
+            cache = sum(int(value) for name, value in statistics if name == "inactive_file")
+            return max(0, int(limit) - int(used) + cache)
     return None
 
 
-def _text(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text()
-    except OSError:  # another system than Linux, or no control groups
+    except OSError:  # not Linux, or no control groups
         return ""

@@ -1,4 +1,4 @@
-"""Stages of work that overlap: while one batch is stored, the next is encoded and those after it are decoded."""
+"""A threaded `map` with bounded memory, and batches: stages of work that run at the same time."""
 
 from __future__ import annotations
 
@@ -14,19 +14,28 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def buffered_map(work: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
-    """`map` over threads: results in order, at most `workers` + 1 of them under way or waiting to be taken.
+def buffered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int) -> Generator[R, None, None]:
+    """Apply a function to items in threads and yield the results in order.
 
-    So memory is bounded whatever the number of items, and what takes the results works at the same time. An exception,
-    of `work` or of `items`, comes when its turn has come; what was not begun is then dropped.
+    At most `workers` + 1 items are in progress or waiting to be consumed, so memory is bounded. The consumer runs at
+    the same time as the workers. `Executor.map` reads all items at once before Python 3.14, which adds `buffersize`.
+
+    Args:
+        function: called in a worker thread.
+        items: read lazily, in the consumer's thread.
+        workers: the number of threads.
+
+    Raises:
+        Exception: an exception of `function` or `items` is raised in place of its result. Items that have not started
+            by then are dropped.
     """
     waiting: deque[Future[R]] = deque()
     source = iter(items)
     pool = ThreadPoolExecutor(workers)
 
-    def begin() -> None:
+    def submit_next() -> None:
         try:
-            waiting.append(pool.submit(work, next(source)))
+            waiting.append(pool.submit(function, next(source)))
         except StopIteration:
             return
         except Exception as error:
@@ -36,17 +45,17 @@ def buffered_map(work: Callable[[T], R], items: Iterable[T], *, workers: int) ->
 
     try:
         for _ in range(workers + 1):
-            begin()
+            submit_next()
         while waiting:
             result = waiting.popleft().result()
-            begin()
+            submit_next()
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items; the last one may be shorter. `itertools.batched` needs Python 3.12."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""A progress bar with a count, the rate and the time that is left."""
+"""A progress bar on stderr with the count, the rate and the remaining time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (how many are done, how many in all) that draws the bar on stderr, or nothing at all.
+    """Yield a function (done, total) that updates a progress bar, or that does nothing if `shown` is false.
 
-    The bar appears with the first step, so that what is refused beforehand is said in one line.
+    The bar appears with the first update, so that an error before it prints one line only.
     """
     if not shown:
         yield lambda done, total: None
@@ -29,12 +29,12 @@ def progress_bar(label: str, shown: bool) -> Iterator[Callable[[int, int], None]
     )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class RateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{speed:,.{1 if speed < 10 else 0}f}/s", style="progress.data.speed")
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))
     task = bar.add_task("")
 

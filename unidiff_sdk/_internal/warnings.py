@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the application that brought them about."""
+"""Warnings that point to the line of the application that caused them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PACKAGE = __name__.split(".", maxsplit=1)[0]
 
 
 def warn(message: str) -> None:
-    """Issue a UserWarning at the first caller outside this package, however deep inside it was noticed."""
+    """Issue a UserWarning that is attributed to the nearest caller outside this package."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".", maxsplit=1)[0] == _PACKAGE:
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Methods that can be kept without keeping their object."""
+"""Bound methods that do not keep their object alive."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 def weak_method(method: Callable[P, T]) -> Callable[P, T]:
-    """A bound method that does not hold its object, for an attribute of that object to hold.
+    """Return a bound method that holds its object weakly, for storing as an attribute of that object.
 
-    Otherwise the two make a cycle, and what the object holds, such as graphs, stays in memory until the collector comes
-    by, which does not see its size.
+    A plain bound method would make a reference cycle. What the object holds, such as ONNX graphs, would then stay in
+    memory until the garbage collector runs, which does not know how large it is.
     """
     reference = weakref.WeakMethod(method)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         bound = reference()
-        assert bound is not None  # who calls holds the object
+        assert bound is not None  # the caller holds the object
         return bound(*args, **kwargs)
 
     return call

@@ -155,4 +155,4 @@ class CatalogFile:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode(), durably=True)
+        write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode(), fsync=True)

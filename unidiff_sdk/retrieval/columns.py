@@ -11,7 +11,7 @@ from typing import Any
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Record, Store
-from unidiff_sdk.store.filters import Clause, Compare, column_names, column_path, columns
+from unidiff_sdk.store.filters import Clause, Compare, column_path, path_segments, referenced_columns
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CAPTION
 
@@ -33,7 +33,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?(Z|[+-]\d\d:?\d\
 def value_at(payload: Mapping[str, Any], column: str) -> Any:
     """The value of a column, None if the item lacks it. Dots and quotes as in a filter."""
     value: Any = payload
-    for name in column_names(column):
+    for name in path_segments(column):
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
@@ -115,7 +115,7 @@ def warn_about_unknown_columns(store: Store, where: Clause | None) -> None:
     """Warn if a filter that matched nothing names a column that no item has."""
     if where is None or not store.count():
         return
-    for column in columns(where):
+    for column in referenced_columns(where):
         if not store.count(Compare(column, "exists", True)):
             known = ", ".join(f'"{name}"' if "." in name else name for name in column_kinds(store))
             warn(f'No item has a column "{column}". Columns: {known}.')

@@ -1,4 +1,4 @@
-"""Where the vectors live: one protocol, one filter language, Qdrant Edge or a Qdrant server behind them."""
+"""Vector stores and the image store: one protocol and one filter language over Qdrant Edge and a Qdrant server."""
 
 from __future__ import annotations
 

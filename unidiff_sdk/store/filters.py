@@ -1,30 +1,56 @@
-"""The filter language: one small dictionary for every back end.
+"""The filter language: one dictionary that selects items by their payload, the same for every store.
 
-    {"price": {"gte": 10, "lt": 80}, "brand": ["Acme", "Nord"], "color": "red",
-     "not": {"pattern": "striped"}, "or": [{"type": "dress"}, {"type": "skirt"}],
-     "added": {"gte": "2026-03-01"}, "text": {"contains": "linen summer"},
-     "shop": {"near": {"lat": 52.5, "lon": 13.4, "radius": 5000}}}
+    {"price": {"gte": 10, "lt": 80}, "brand": ["Acme", "Nord"], "not": {"pattern": "striped"}}
 
-`parse` checks it and makes a tree of `Compare`, `AllOf`, `AnyOf` and `Not`; `translate` turns that tree into Qdrant's
-own filter, for Qdrant Edge or for qdrant-client. What a filter means:
+A key is a column or one of the connectives `and`, `or` and `not`. The value of a column is a dictionary of operators.
+An item matches if every key matches and, for a column, every operator.
 
-- Several keys, or several operators of one key, must all hold. A bare value is `eq`, a list is `in`, None is `null`.
-- A column that holds a list satisfies a comparison if one of its elements does.
-- Numbers compare as 64-bit floats, so 3 equals 3.0; true is not 1 and "3" is not 3.
-- `gt`, `gte`, `lt` and `lte` take a number, or a moment: an ISO 8601 string, a date (its midnight) or a datetime.
-  Moments without a time zone are UTC, here and in the columns; there, one with a zone needs its seconds, too. `eq`,
-  `ne` and `in` compare strings letter by letter, but dates and datetimes as moments.
-- `contains` asks for every one of its words, in any order: whole words of letters and digits, upper or lower case.
-- `near` is a circle, its radius in meters; `box` lies between degrees west, east, south and north (with west > east it
-  spans the antimeridian); what lies on the very border may count or not. The column holds {"lat": …, "lon": …}, or a
-  list of such.
-- `ne` and `not` also match items that lack the column. `exists` is true of a column that holds more than null or [].
-- A dot reaches into nested objects; quote a name that has a dot of its own: '"size.cm"'. Quote a column that is called
-  like a connective, too: '"or"'.
+| operator | value | matches if the column |
+|---|---|---|
+| `eq` | string, number, boolean, date or null | equals the value |
+| `ne` | the same | does not equal the value, or is missing |
+| `in` | list of strings, numbers, booleans or dates | equals one of the values |
+| `gt`, `gte`, `lt`, `lte` | number or date | is greater or less than the value (`gte`, `lte`: or equal) |
+| `contains` | string | contains every word of the value, in any order |
+| `near` | `{"lat": …, "lon": …, "radius": …}` | lies within `radius` meters of the point |
+| `box` | `{"west": …, "east": …, "south": …, "north": …}` | lies between these bounds, in degrees |
+| `exists` | boolean | holds a value other than null and `[]` (`false`: holds none) |
+| `null` | boolean | is null (`false`: is not null, or is missing) |
+
+| connective | value | matches if |
+|---|---|---|
+| `and` | list of filters | all of them match |
+| `or` | list of filters | at least one matches |
+| `not` | filter | it does not match |
+
+Short forms: `{"brand": "Acme"}` means `eq`, `{"brand": ["Acme", "Nord"]}` means `in`, `{"brand": None}` means `null`.
+
+Values:
+
+- A column that holds a list matches if one of its elements does.
+- Numbers compare as 64-bit floats: 3 equals 3.0. Types are not converted: true is not 1 and "3" is not 3.
+- Dates use ISO 8601, as a string or as a Python `date` or `datetime`. A date without a time is midnight. A value
+  without a time zone is UTC. Stored values with a time zone must include seconds.
+- `eq`, `ne` and `in` compare a string character by character. They compare a Python `date` or `datetime` as a
+  point in time.
+- `contains` compares whole words of letters and digits and ignores case.
+- `near` and `box` read columns that hold `{"lat": …, "lon": …}` or a list of such objects. A box with west > east
+  spans the antimeridian. A point exactly on the border may match or not.
+
+Columns:
+
+- A dot reaches into a nested object: `{"size.cm": {"lt": 40}}`.
+- Quote a name that contains a dot itself, or that is a connective: `{'"size.cm"': 40}`, `{'"or"': 1}`.
+
+Limits: 32 levels, 1,024 comparisons, 65,536 strings in one `in` and 10,000 characters in one `contains`.
+
+`parse` validates a filter and returns a tree of `Compare`, `AllOf`, `AnyOf` and `Not`. `translate` converts the tree
+into a filter of Qdrant Edge or of qdrant-client.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import reprlib
@@ -47,30 +73,34 @@ __all__ = [
     "Clause",
     "Compare",
     "Not",
-    "bounds",
     "column_path",
-    "columns",
     "index_kinds",
     "parse",
+    "path_segments",
+    "range_bounds",
+    "referenced_columns",
     "translate",
 ]
 
-MAX_DEPTH = 32  # the engine recurses: at 1,000 levels it crashes the process
-MAX_CLAUSES = 1024
-MAX_CHOICES = 65_536  # strings of one "in", which the engine looks up in its index at once
-MAX_WORDS = 10_000  # characters of one "contains"
-
-# The engine's geo index finds nothing in a box that ends at 180° or 90°: there its geohash starts anew. In degrees.
-_GEOHASH_EDGE = 1e-9
-
 CONNECTIVES = ("and", "or", "not")
-RANGES = ("gt", "gte", "lt", "lte")
-OPERATORS = ("eq", "ne", "in", *RANGES, "contains", "near", "box", "exists", "null")
+RANGE_OPERATORS = ("gt", "gte", "lt", "lte")
+OPERATORS = ("eq", "ne", "in", *RANGE_OPERATORS, "contains", "near", "box", "exists", "null")
+
+MAX_DEPTH = 32  # the engine is recursive: 1,000 levels crash the process
+MAX_COMPARISONS = 1024
+MAX_CHOICES = 65_536  # strings in one "in"; the engine looks them up in its index in one step
+MAX_SEARCH_TEXT = 10_000  # characters in one "contains"
+
+# The engine's geo index finds nothing in a box that ends exactly at 180° or 90°, because the geohash wraps there.
+_GEOHASH_EDGE = 1e-9  # degrees
+
+
+# ------------------------------------------------------------------------------------------------ the tree
 
 
 @dataclass(frozen=True)
 class Circle:
-    """What lies within `radius` meters of a place."""
+    """All points within `radius` meters of (lat, lon), in degrees."""
 
     lat: float
     lon: float
@@ -79,7 +109,7 @@ class Circle:
 
 @dataclass(frozen=True)
 class Box:
-    """What lies between two meridians and two parallels, in degrees; west <= east."""
+    """All points between two meridians and two parallels, in degrees, with west <= east."""
 
     west: float
     east: float
@@ -87,17 +117,19 @@ class Box:
     north: float
 
 
-# A datetime is in UTC; a tuple of strings is a choice of them.
+# A datetime is in UTC. A tuple of strings is the value of "in".
 Value: TypeAlias = str | bool | int | float | datetime | tuple[str, ...] | Circle | Box
-
-_LISTS = (list, tuple, set, frozenset)
-_PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])*")
-_SEGMENT = re.compile(r'"[^"]+"(?:\[\d*\])*|[^."]+')
 
 
 @dataclass(frozen=True)
 class Compare:
-    """One comparison; `key` is a Qdrant JSON path, `op` any operator but `ne`; `in` is of strings only."""
+    """One comparison.
+
+    Attributes:
+        key: the column as a Qdrant JSON path.
+        op: any operator except "ne", which is a `Not`. "in" compares strings only.
+        value: what the column is compared with.
+    """
 
     key: str
     op: str
@@ -106,16 +138,22 @@ class Compare:
 
 @dataclass(frozen=True)
 class AllOf:
+    """Matches if all parts match."""
+
     parts: tuple[Clause, ...]
 
 
 @dataclass(frozen=True)
 class AnyOf:
+    """Matches if at least one part matches."""
+
     parts: tuple[Clause, ...]
 
 
 @dataclass(frozen=True)
 class Not:
+    """Matches if the part does not match."""
+
     part: Clause
 
 
@@ -126,85 +164,110 @@ Clause: TypeAlias = Compare | AllOf | AnyOf | Not
 
 
 def parse(where: Mapping[str, Any] | None) -> Clause | None:
-    """Check a filter and return its tree; None (no filter) for None or {}. Raises FilterError."""
+    """Validate a filter and return its tree.
+
+    Args:
+        where: a filter in the language of this module. None and {} select everything.
+
+    Returns:
+        The tree, or None if everything is selected.
+
+    Raises:
+        FilterError: the filter is malformed or exceeds a limit.
+    """
     if where is None:
         return None
-    clause = _group(where, depth=1)
+    clause = _parse_filter(where, depth=1)
     size = sum(1 for _ in _comparisons(clause))
-    if size > MAX_CLAUSES:
-        raise FilterError(f"This filter has {size:,} clauses; at most {MAX_CLAUSES:,} are allowed. Split the query.")
+    if size > MAX_COMPARISONS:
+        raise FilterError(
+            f"The filter has {size:,} clauses; at most {MAX_COMPARISONS:,} are allowed. Split it into several queries."
+        )
     return clause if clause != AllOf(()) else None
 
 
-def _group(where: Any, depth: int) -> Clause:
+def _parse_filter(where: Any, depth: int) -> Clause:
     if not isinstance(where, Mapping):
-        raise FilterError(f'A filter is a dictionary such as {{"price": {{"lt": 80}}}}, not {_show(where)}.')
+        raise FilterError(f'A filter is a dictionary such as {{"price": {{"lt": 80}}}}, not {_short_repr(where)}.')
     if depth > MAX_DEPTH:
-        raise FilterError(f"This filter is nested more than {MAX_DEPTH} deep. Flatten it.")
+        raise FilterError(f"The filter is nested more than {MAX_DEPTH} deep. Flatten it.")
     if depth > 1 and not where:
-        raise FilterError('An empty filter inside "and", "or" or "not" is ambiguous: leave it out.')
+        raise FilterError('An empty filter inside "and", "or" or "not" is ambiguous. Remove it.')
     parts: list[Clause] = []
     for key, condition in where.items():
         if not isinstance(key, str) or not key:
-            raise FilterError(f"A filter's keys are names of columns, not {_show(key)}.")
+            raise FilterError(f"The keys of a filter are names of columns, not {_short_repr(key)}.")
         if key == "not":
-            parts.append(Not(_group(condition, depth + 1)))
+            parts.append(Not(_parse_filter(condition, depth + 1)))
         elif key in CONNECTIVES:
-            if not isinstance(condition, (list, tuple)) or not condition:
-                raise FilterError(
-                    f'"{key}" takes a list of filters, not {_show(condition)}: {{"{key}": [{{…}}, {{…}}]}}.'
-                )
-            members = tuple(_group(member, depth + 1) for member in condition)
-            parts.append(AllOf(members) if key == "and" else AnyOf(members))
+            parts.append(_parse_connective(key, condition, depth))
         else:
-            parts.extend(_conditions(column_path(key), key, condition))
+            parts.extend(_parse_column(key, condition))
     return parts[0] if len(parts) == 1 else AllOf(tuple(parts))
 
 
-def _conditions(path: str, key: str, condition: Any) -> list[Clause]:
+def _parse_connective(key: str, members: Any, depth: int) -> Clause:
+    if not isinstance(members, (list, tuple)) or not members:
+        raise FilterError(
+            f'"{key}" needs a list of filters such as {{"{key}": [{{…}}, {{…}}]}}, not {_short_repr(members)}.'
+        )
+    parts = tuple(_parse_filter(member, depth + 1) for member in members)
+    return AllOf(parts) if key == "and" else AnyOf(parts)
+
+
+_LISTS = (list, tuple, set, frozenset)
+
+
+def _parse_column(key: str, condition: Any) -> list[Clause]:
+    path = column_path(key)
     if not isinstance(condition, Mapping):
         operator = "in" if isinstance(condition, _LISTS) else "eq"
         condition = {operator: condition}
     if not condition:
         raise FilterError(f'The condition on "{key}" is empty. Valid operators: {", ".join(OPERATORS)}.')
-    return [_comparison(path, key, operator, value) for operator, value in condition.items()]
+    return [_parse_comparison(path, key, operator, value) for operator, value in condition.items()]
 
 
-def _comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
-    if operator not in OPERATORS:
-        raise FilterError(
-            f'Unknown operator {_show(operator)} on "{key}". Valid operators: {", ".join(OPERATORS)}; '
-            f"filters are joined by {', '.join(CONNECTIVES)}."
-        )
-    if operator in ("exists", "null"):
-        if not isinstance(value, bool):
-            raise FilterError(f'"{operator}" on "{key}" is true or false, not {_show(value)}.')
-        test = Compare(path, operator, True)
-        return test if value else Not(test)
-    if operator in RANGES:
-        return Compare(path, operator, _bound(key, operator, value))
-    if operator == "contains":
-        return Compare(path, operator, _words(key, value))
-    if operator == "near":
-        return Compare(path, operator, _circle(key, value))
-    if operator == "box":
-        boxes = tuple(Compare(path, operator, box) for box in _boxes(key, value))
-        return boxes[0] if len(boxes) == 1 else AnyOf(boxes)
-    if operator == "in":
-        return _choice(path, key, value)
-    test = Compare(path, "null", True) if value is None else Compare(path, "eq", _scalar(key, value))
-    return test if operator == "eq" else Not(test)
+def _parse_comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
+    """Validate one operator of a column. `key` is the column as the caller wrote it, for messages."""
+    match operator:
+        case "eq" | "ne":
+            test = Compare(path, "null", True) if value is None else Compare(path, "eq", _scalar(key, value))
+            return test if operator == "eq" else Not(test)
+        case "in":
+            return _parse_in(path, key, value)
+        case "gt" | "gte" | "lt" | "lte":
+            return Compare(path, operator, _bound(key, operator, value))
+        case "contains":
+            return Compare(path, operator, _search_text(key, value))
+        case "near":
+            return Compare(path, operator, _circle(key, value))
+        case "box":
+            boxes = tuple(Compare(path, operator, box) for box in _boxes(key, value))
+            return boxes[0] if len(boxes) == 1 else AnyOf(boxes)
+        case "exists" | "null":
+            if not isinstance(value, bool):
+                raise FilterError(f'"{operator}" on "{key}" needs true or false, not {_short_repr(value)}.')
+            test = Compare(path, operator, True)
+            return test if value else Not(test)
+    raise FilterError(
+        f'Unknown operator {_short_repr(operator)} on "{key}". Valid operators: {", ".join(OPERATORS)}. '
+        f"Filters are joined by {', '.join(CONNECTIVES)}."
+    )
 
 
-def _choice(path: str, key: str, values: Any) -> Clause:
+def _parse_in(path: str, key: str, values: Any) -> Clause:
+    """One lookup for all strings, and one comparison for every other value."""
     if not isinstance(values, _LISTS) or not values:
-        raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_show(values)}.')
+        raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_short_repr(values)}.')
     if isinstance(values, (set, frozenset)):
-        values = sorted(values, key=repr)  # in one order in every process: a cursor hangs on it
+        values = sorted(values, key=repr)  # the same order in every process: cursors hash the filter
     scalars = [_scalar(key, value) for value in values]
     strings = tuple(value for value in scalars if isinstance(value, str))
     if len(strings) > MAX_CHOICES:
-        raise FilterError(f'"in" on "{key}" lists {len(strings):,} strings; at most {MAX_CHOICES:,} are allowed.')
+        raise FilterError(
+            f'"in" on "{key}" lists {len(strings):,} strings; at most {MAX_CHOICES:,} are allowed. Split the list.'
+        )
     tests = [Compare(path, "eq", value) for value in scalars if not isinstance(value, str)]
     if strings:
         tests.insert(0, Compare(path, "in", strings) if len(strings) > 1 else Compare(path, "eq", strings[0]))
@@ -213,13 +276,13 @@ def _choice(path: str, key: str, values: Any) -> Clause:
 
 def _scalar(key: str, value: Any) -> str | bool | int | float | datetime:
     if isinstance(value, str):
-        return _text(value)
+        return _valid_text(value)
     if _is_number(value):
         return value  # type: ignore[no-any-return]
     if isinstance(value, date):
-        return _moment(value)
+        return _to_utc(value)
     raise FilterError(
-        f'"{key}" is compared with {_show(value)}; a value is a string, a finite number, true, false or a date. '
+        f'"{key}" is compared with {_short_repr(value)}. A value is a string, a finite number, true, false or a date. '
         f"Filters are joined by {', '.join(CONNECTIVES)}."
     )
 
@@ -228,54 +291,52 @@ def _bound(key: str, operator: str, value: Any) -> int | float | datetime:
     if _is_number(value) and not isinstance(value, bool):
         return value  # type: ignore[no-any-return]
     if isinstance(value, date):
-        return _moment(value)
+        return _to_utc(value)
     if isinstance(value, str):
-        try:
-            return _moment(datetime.fromisoformat(value))
-        except ValueError:
-            pass  # said below, with everything else that is no bound
+        with contextlib.suppress(ValueError):
+            return _to_utc(datetime.fromisoformat(value))
     raise FilterError(
         f'"{operator}" on "{key}" needs a finite number or a date such as "2026-03-01" or "2026-03-01T12:30:00+01:00", '
-        f"not {_show(value)}."
+        f"not {_short_repr(value)}."
     )
 
 
-def _moment(value: date) -> datetime:
-    """A date or datetime as a moment in UTC."""
+def _to_utc(value: date) -> datetime:
     if not isinstance(value, datetime):
         value = datetime(value.year, value.month, value.day)
     try:
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
     except OverflowError:
-        raise FilterError(f"{_show(value)} in UTC lies outside the years 1 to 9999.") from None
+        raise FilterError(f"{_short_repr(value)} in UTC is outside the years 1 to 9999.") from None
 
 
-def _words(key: str, value: Any) -> str:
+def _search_text(key: str, value: Any) -> str:
     if not isinstance(value, str) or not any(letter.isalnum() for letter in value):
-        raise FilterError(f'"contains" on "{key}" needs words to look for, not {_show(value)}.')
-    if len(value) > MAX_WORDS:
+        raise FilterError(f'"contains" on "{key}" needs a string with at least one word, not {_short_repr(value)}.')
+    if len(value) > MAX_SEARCH_TEXT:
         raise FilterError(
-            f'"contains" on "{key}" is {len(value):,} characters long; at most {MAX_WORDS:,} are allowed.'
+            f'"contains" on "{key}" has {len(value):,} characters; at most {MAX_SEARCH_TEXT:,} are allowed. Shorten it.'
         )
-    return _text(value)
+    return _valid_text(value)
 
 
 def _circle(key: str, value: Any) -> Circle:
-    lat, lon, radius = _numbers(key, "near", value, ("lat", "lon", "radius"))
+    lat, lon, radius = _named_numbers(key, "near", value, ("lat", "lon", "radius"))
     if not (-90 <= lat <= 90 and -180 <= lon <= 180 and radius > 0):
         raise FilterError(
-            f'"near" on "{key}": lat is from -90 to 90, lon from -180 to 180, radius in meters and above 0, '
-            f"not {_show(value)}."
+            f'"near" on "{key}" is {_short_repr(value)}. lat must be from -90 to 90, lon from -180 to 180 and radius '
+            "above 0, in meters."
         )
     return Circle(lat, lon, radius)
 
 
 def _boxes(key: str, value: Any) -> list[Box]:
-    west, east, south, north = _numbers(key, "box", value, ("west", "east", "south", "north"))
+    """One box, or two if the box spans the antimeridian."""
+    west, east, south, north = _named_numbers(key, "box", value, ("west", "east", "south", "north"))
     if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
         raise FilterError(
-            f'"box" on "{key}": west and east are from -180 to 180, south and north from -90 to 90 with south below '
-            f"north, not {_show(value)}."
+            f'"box" on "{key}" is {_short_repr(value)}. west and east must be from -180 to 180, south and north from '
+            "-90 to 90 with south below north."
         )
     limit, north = 180 - _GEOHASH_EDGE, min(north, 90 - _GEOHASH_EDGE)
     if west <= east:
@@ -283,16 +344,16 @@ def _boxes(key: str, value: Any) -> list[Box]:
     return [Box(west, limit, south, north), Box(-180.0, east, south, north)]
 
 
-def _numbers(key: str, operator: str, value: Any, names: tuple[str, ...]) -> list[float]:
+def _named_numbers(key: str, operator: str, value: Any, names: tuple[str, ...]) -> list[float]:
     if isinstance(value, Mapping) and value.keys() == set(names):
         numbers = [value[name] for name in names]
         if all(_is_number(number) and not isinstance(number, bool) for number in numbers):
             return [float(number) for number in numbers]
     example = ", ".join(f'"{name}": …' for name in names)
-    raise FilterError(f'"{operator}" on "{key}" needs the numbers {{{example}}}, not {_show(value)}.')
+    raise FilterError(f'"{operator}" on "{key}" needs the numbers {{{example}}}, not {_short_repr(value)}.')
 
 
-def _text(value: str) -> str:
+def _valid_text(value: str) -> str:
     try:
         return checked_text(value)
     except OptionError as error:
@@ -300,33 +361,43 @@ def _text(value: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
+    """Whether a payload can hold the number: finite, and within 64 bits if it is an integer (booleans included)."""
     if isinstance(value, int):
-        return -(2**63) <= value < 2**63  # what a payload can hold
+        return -(2**63) <= value < 2**63
     return isinstance(value, float) and math.isfinite(value)
 
 
+_repr = reprlib.Repr()  # bounded output, however long or deep the value
+_repr.maxstring = _repr.maxother = 60
+_short_repr = _repr.repr
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+_PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])*")
+_SEGMENT = re.compile(r'"[^"]+"(?:\[\d*\])*|[^."]+')
+
+
 def column_path(key: str) -> str:
-    """The JSON path of a column: segments that Qdrant's grammar does not take bare are put into quotes."""
+    """The Qdrant JSON path of a column. Segments that Qdrant does not accept bare are quoted.
+
+    Raises:
+        FilterError: `key` is not a column name.
+    """
     if not isinstance(key, str) or not key:
-        raise FilterError(f"{_show(key)} is not a column: it must be the name of one.")
-    segments = _SEGMENT.findall(_text(key))
+        raise FilterError(f"{_short_repr(key)} is not a column. Give the name of one as a string.")
+    segments = _SEGMENT.findall(_valid_text(key))
     if ".".join(segments) != key:
-        raise FilterError(f"{_show(key)} is not a column: a dot reaches into an object, quotes come in pairs.")
+        raise FilterError(
+            f"{_short_repr(key)} is not a column. A dot separates two names, and quotes must be balanced."
+        )
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
 
 
-@lru_cache(maxsize=64)  # asked again for every item that is looked at
-def column_names(key: str) -> tuple[str, ...]:
-    """The names that a column is reached by, the outermost first, without quotes."""
+@lru_cache(maxsize=64)  # called for every item that a ranking reads
+def path_segments(key: str) -> tuple[str, ...]:
+    """The names along the path to a column, outermost first, without quotes."""
     return tuple(segment.strip('"') for segment in _SEGMENT.findall(key))
-
-
-def _show(value: Any) -> str:
-    return _repr.repr(value)
-
-
-_repr = reprlib.Repr()  # cut short, however long or deep the value is
-_repr.maxstring = _repr.maxother = 60
 
 
 # ------------------------------------------------------------------------------------------------ tree -> Qdrant
@@ -335,22 +406,23 @@ _repr.maxstring = _repr.maxother = 60
 def translate(
     clause: Clause,
     make_filter: Callable[..., Any],
-    make_test: Callable[[Compare], Any],
+    make_condition: Callable[[Compare], Any],
 ) -> Any:
-    """Turn a tree into a back end's filter.
+    """Convert a tree into an engine's filter.
 
     Args:
-        clause: from `parse`.
-        make_filter: the back end's `Filter(must=…, should=…, must_not=…)`.
-        make_test: the back end's condition for one comparison; `exists` is asked for as Qdrant's opposite, `empty`.
+        clause: a tree from `parse`.
+        make_filter: the engine's `Filter(must=…, should=…, must_not=…)`.
+        make_condition: returns the engine's condition for one comparison. "exists" never reaches it: it becomes the
+            negation of Qdrant's "empty".
     """
 
     def build(node: Clause) -> Any:
         match node:
             case Compare(key, "exists", _):
-                return make_filter(must_not=[make_test(Compare(key, "empty", True))])
+                return make_filter(must_not=[make_condition(Compare(key, "empty", True))])
             case Compare():
-                return make_test(node)
+                return make_condition(node)
             case Not(part):
                 return make_filter(must_not=[build(part)])
             case AllOf(parts):
@@ -361,15 +433,17 @@ def translate(
     return make_filter(must=[build(clause)])
 
 
-def bounds(op: str) -> tuple[str, ...]:
-    """The bounds of the range that a comparison of numbers or moments is: equal is at least and at most."""
+def range_bounds(op: str) -> tuple[str, ...]:
+    """The bounds of a range that expresses a comparison of numbers or dates. "eq" is both "gte" and "lte"."""
     return ("gte", "lte") if op == "eq" else (op,)
 
 
 def index_kinds(clause: Clause) -> dict[str, str | None]:
-    """Which payload index serves each column: path -> "keyword", "float", "bool", "datetime", "geo" or "text".
+    """The kind of payload index that serves each column of a filter.
 
-    None where a column is compared with numbers and with moments: no index serves both.
+    Returns:
+        JSON path -> "keyword", "float", "bool", "datetime", "geo" or "text". None if the filter compares the column
+        with numbers and with dates, because no index serves both.
     """
     kinds: dict[str, str | None] = {}
     for test in _comparisons(clause):
@@ -381,8 +455,8 @@ def index_kinds(clause: Clause) -> dict[str, str | None]:
     return kinds
 
 
-def columns(clause: Clause) -> list[str]:
-    """The columns that a filter asks about, as JSON paths, each once."""
+def referenced_columns(clause: Clause) -> list[str]:
+    """The columns that a filter reads, as JSON paths, each once."""
     return list(dict.fromkeys(test.key for test in _comparisons(clause)))
 
 

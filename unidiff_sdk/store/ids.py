@@ -1,4 +1,4 @@
-"""Ids are the caller's, strings or integers; the store wants UUIDs."""
+"""Item ids. The caller's ids are strings or integers; the engines store UUIDs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _NAMESPACE = uuid.UUID("6f1c1f0e-6a52-5c0e-9d5a-3b8f0a1c7e42")
 
 
 def key_of(id: Any) -> str:
-    """The UUID under which an id is stored; 7 and "7" are two different ids. Raises OptionError for what is no id."""
+    """Return the UUID that an item id is stored under. 7 and "7" are different ids.
+
+    Raises:
+        OptionError: `id` is neither a non-empty string nor a 64-bit integer.
+    """
     if isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
         raise OptionError(f"{id!r} is not an id: give a string that is not empty, or an integer")
     if isinstance(id, str):

@@ -1,10 +1,10 @@
-"""Where pixels live: files named by the hash of their content, a thumbnail beside each.
+"""The image store: files named by the hash of their content, each with a thumbnail.
 
-    root/images/3f/3fa9….png          the original, byte for byte (an array or a PIL image as PNG)
-    root/thumbnails/3f/3fa9….webp     at most 128 px on the longer side
+    root/images/3f/3fa9….png          the original, byte for byte (an array or a PIL image is stored as PNG)
+    root/thumbnails/3f/3fa9….webp     at most 128 pixels on the longer side
 
-A picture is found again by its URI: `images/3f/3fa9….png`, relative to the root, so that the whole folder can move. A
-file that is referenced instead of copied has a relative URI too if it lies beside the root, and else a `file://` one.
+The URI of an image is relative to the root (`images/3f/3fa9….png`), so that the whole folder can be moved. A file that
+is referenced instead of copied has a relative URI if it is below the parent of the root, and a `file://` URI otherwise.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ from unidiff_sdk.errors import ImageError
 
 __all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
 
-THUMBNAIL_SIZE = 128
+THUMBNAIL_SIZE = 128  # pixels on the longer side
 _COPIES = "images/"
 
 
 class ItemImage:
-    """A picture on its way into a store: read and hashed at once, decoded when `image` is asked for.
+    """The image of an item, before it is stored. It is read and hashed at once, and decoded on first use.
 
-    A path or bytes are hashed as the file they are; an array or a PIL image by its pixels.
+    A file or bytes are hashed as they are. An array or a PIL image is hashed by its pixels.
+
+    Args:
+        source: a path, the bytes of an image file, a PIL image or an array.
+
+    Attributes:
+        path: the file, if the source is a path.
+        sha256: the hash of the content, in hexadecimal.
 
     Raises:
-        ImageError: there is no such file; on `image`, it cannot be decoded.
+        ImageError: the file cannot be read, or the PIL image or array is not a valid image.
     """
 
     def __init__(self, source: ImageSource) -> None:
@@ -53,7 +60,7 @@ class ItemImage:
 
     @cached_property
     def decoded(self) -> Image.Image:
-        """The decoded picture, RGB."""
+        """The image, RGB. Raises ImageError if it cannot be decoded."""
         data = self._original()
         try:
             return load_image(data)
@@ -64,7 +71,7 @@ class ItemImage:
 
     @cached_property
     def suffix(self) -> str:
-        """What the original's file name ends with, told from its content."""
+        """The file name extension that matches the content, such as ".jpg"."""
         if self.path is None and self._data is None:
             return ".png"
         with Image.open(io.BytesIO(self._original())) as header:
@@ -72,7 +79,7 @@ class ItemImage:
         return {"jpeg": ".jpg", "tiff": ".tif"}.get(kind, f".{kind}")
 
     def encoded(self) -> bytes:
-        """The original as an image file."""
+        """The image as the bytes of an image file: the original, or a PNG of an array or a PIL image."""
         if self.path is not None or self._data is not None:
             return self._original()
         buffer = io.BytesIO()
@@ -80,7 +87,7 @@ class ItemImage:
         return buffer.getvalue()
 
     def release(self) -> None:
-        """Give back the memory of what can be had again: a file's bytes, and the pixels that they decode to."""
+        """Free the memory that can be filled again: the bytes of a file and the pixels decoded from bytes."""
         if self.path is not None:
             self._data = None
         if self.path is not None or self._data is not None:
@@ -91,7 +98,7 @@ class ItemImage:
             assert self.path is not None
             data = _read(self.path)
             if hashlib.sha256(data).hexdigest() != self.sha256:
-                raise ImageError(f"{self.path}: the file changed while it was being added; add it again")
+                raise ImageError(f"{self.path}: the file changed while it was being added. Add it again.")
             self._data = data
         return self._data
 
@@ -109,71 +116,83 @@ def _read(path: Path) -> bytes:
 
 
 class ImageStore:
-    """Pictures by content under one root folder, which may move. Safe to use from several threads and processes."""
+    """Images by content hash in one folder. Safe to use from several threads and processes.
+
+    Args:
+        root: the folder; created with the first image. It can be moved.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def add(self, picture: ItemImage, *, copy: bool = True) -> str:
-        """Keep a picture and its thumbnail; returns its URI. Adding the same content again costs two look-ups.
+    def add(self, image: ItemImage, *, copy: bool = True) -> str:
+        """Store an image and its thumbnail. Adding the same content again only checks that the files exist.
 
         Args:
-            picture: what to keep.
-            copy: whether a file is copied, or only referenced where it is; what is no file is always copied.
+            image: the image.
+            copy: False references a file where it is instead of copying it. Bytes, arrays and PIL images are always
+                copied.
+
+        Returns:
+            The URI of the image.
+
+        Raises:
+            ImageError: the image cannot be decoded, or its file changed.
+            StoreError: the disk is full or not writable.
         """
-        thumbnail = self._thumbnail_path(picture.sha256)
-        if not _is_there(thumbnail):
-            write_atomically(thumbnail, _thumbnail(picture.decoded))
-        if picture.path is not None and not copy:
-            return self.reference(picture.path)
-        uri = f"{_COPIES}{picture.sha256[:2]}/{picture.sha256}{picture.suffix}"
-        if not _is_there(self.root / uri):
-            write_atomically(self.root / uri, picture.encoded())
+        thumbnail = self._thumbnail_path(image.sha256)
+        if not _exists_with_content(thumbnail):
+            write_atomically(thumbnail, _thumbnail(image.decoded))
+        if image.path is not None and not copy:
+            return self.reference(image.path)
+        uri = f"{_COPIES}{image.sha256[:2]}/{image.sha256}{image.suffix}"
+        if not _exists_with_content(self.root / uri):
+            write_atomically(self.root / uri, image.encoded())
         return uri
 
-    def expected_uri(self, picture: ItemImage, uri: str, *, copy: bool) -> str:
-        """What `add` would return for a picture that it once returned `uri` for; "" if it would copy it anew."""
-        if picture.path is not None and not copy:
-            return self.reference(picture.path)
-        return uri if uri.startswith(_COPIES) else ""
+    def expected_uri(self, image: ItemImage, stored_uri: str, *, copy: bool) -> str:
+        """The URI that `add` would return for an image whose stored URI is known; "" if `add` would copy it."""
+        if image.path is not None and not copy:
+            return self.reference(image.path)
+        return stored_uri if stored_uri.startswith(_COPIES) else ""
 
     def load(self, uri: str) -> Image.Image:
-        """The original, RGB. Raises ImageError if it is gone or damaged."""
+        """Decode an image, RGB. Raises ImageError if it is missing or damaged."""
         return load_image(self.path(uri))
 
     def path(self, uri: str) -> Path:
-        """The file that a URI stands for."""
+        """The file that a URI refers to."""
         parts = urlsplit(uri)
         if parts.scheme == "file":
             return Path(unquote(parts.path))
         return Path(os.path.normpath(self.root.resolve() / unquote(uri)))
 
     def thumbnail(self, sha256: str, uri: str) -> bytes:
-        """The thumbnail as a WebP file; made anew from the original if it was lost."""
+        """The thumbnail of an image as a WebP file. A missing one is made again from the original."""
         path = self._thumbnail_path(sha256)
-        if not _is_there(path):
+        if not _exists_with_content(path):
             write_atomically(path, _thumbnail(self.load(uri)))
         return path.read_bytes()
 
     def remove(self, sha256: str, uri: str) -> None:
-        """Delete a picture's thumbnail and, if it was copied, the copy. A referenced file is never touched."""
+        """Delete the thumbnail of an image and its copy. A referenced file is never deleted."""
         self._thumbnail_path(sha256).unlink(missing_ok=True)
         if uri.startswith(_COPIES):
             self.path(uri).unlink(missing_ok=True)
 
-    def _thumbnail_path(self, sha256: str) -> Path:
-        return self.root / "thumbnails" / sha256[:2] / f"{sha256}.webp"
-
     def reference(self, path: Path) -> str:
-        """The URI of a file or folder outside: relative to the root if it lies beside it, so that both can move."""
+        """The URI of a file or folder outside the store: relative if it is below the parent of the root."""
         path, root = path.resolve(), self.root.resolve()
         if not path.is_relative_to(root.parent):
             return path.as_uri()
         return quote(Path(os.path.relpath(path, root)).as_posix())
 
+    def _thumbnail_path(self, sha256: str) -> Path:
+        return self.root / "thumbnails" / sha256[:2] / f"{sha256}.webp"
 
-def _is_there(path: Path) -> bool:
-    """Whether a file is there and holds something: after a power cut, one that was just written may be empty."""
+
+def _exists_with_content(path: Path) -> bool:
+    """Whether a file exists and is not empty: a power cut can leave an empty file behind."""
     try:
         return path.stat().st_size > 0
     except OSError:

@@ -1,4 +1,4 @@
-"""Where a catalog's vectors are: in subfolders of its folder or in collections of a server, of which one counts."""
+"""The location of a catalog's vectors: a subfolder of the catalog folder, or a collection on a Qdrant server."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 
 __all__ = ["VECTORS", "Location"]
 
-VECTORS = "vectors"  # what a new catalog's are called; those of a reindexing have the bundle's fingerprint added
+VECTORS = "vectors"
+"""The store name of a new catalog. A reindexed store appends the fingerprint of its bundle."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """How to open a store by the name that `catalog.json` gives it.
+    """Where the stores of one catalog are. `open` opens one by the name that `catalog.json` records.
 
     Attributes:
-        folder: the catalog's.
-        quantization: of stores in the folder, "scalar" or none; None keeps what a store has.
-        url: of a server; None for stores in the folder.
-        collection: what the first collection is called there; for later ones what is added to `VECTORS` is added to it.
-        api_key, options: for the server.
+        folder: the catalog folder.
+        quantization: of a store in the folder: "scalar" or None. An existing store keeps its own.
+        url: the Qdrant server; None for a store in the folder.
+        collection: the name of the first collection on the server. Later ones append the suffix of the store name.
+        api_key: the key for the server.
+        options: timeouts, retries and layout of collections on the server.
     """
 
     folder: Path
@@ -36,10 +38,15 @@ class Location:
     options: ServerOptions | None = None
 
     def open(self, name: str, dim: int, fingerprint: str) -> Store:
-        """The store of that name, made if there is none, for vectors of `dim` numbers by the bundle of a fingerprint.
+        """Open a store, or create it if it does not exist.
+
+        Args:
+            name: `VECTORS`, with or without a suffix.
+            dim: the length of the vectors.
+            fingerprint: of the bundle that makes the vectors.
 
         Raises:
-            StoreError: it cannot be opened, is in use, or was made with another bundle.
+            StoreError: the store cannot be opened, is in use, or was made with another bundle.
         """
         if self.url is None:
             from .edge.store import EdgeStore

@@ -1,4 +1,7 @@
-"""What a catalog asks of a vector store, whichever engine is behind it."""
+"""The `Store` protocol: what a catalog needs from a vector store, whichever engine is behind it.
+
+`edge.EdgeStore` and `server.ServerStore` implement it. `tests/store/test_contract.py` holds every implementation to it.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +32,23 @@ __all__ = [
 
 Vector = npt.NDArray[np.float32]
 
-CAPTION = "text"  # the column of the payload that BM25 ranks by
-VECTOR = "image"  # a named vector, so that caption vectors can join it without a new collection
+CAPTION = "text"  # the payload column that BM25 ranks by
+VECTOR = "image"  # a named vector, so that caption vectors can be added later without a new collection
 
-# Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): how much the first ranks count, and how long each list is.
+# Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): the constant k, and the length of each ranking.
 RRF_K = 60
 CANDIDATES = 500
 
 
 @dataclass(frozen=True)
 class Record:
-    """One stored item: a UUID, a unit embedding float32[dim] and a JSON payload."""
+    """One stored item.
+
+    Attributes:
+        id: a UUID (`ids.key_of`).
+        vector: the embedding, float32[dim], of unit length.
+        payload: JSON values by column (`payload` has the schema).
+    """
 
     id: str
     vector: Vector = field(repr=False, compare=False)
@@ -48,18 +57,21 @@ class Record:
 
 @dataclass(frozen=True)
 class VectorQuery:
-    """One search: which records have the highest dot product with a vector.
+    """One search for the records with the highest dot product with a vector.
 
     Attributes:
-        vector: float32[dim]; it need not be a unit vector.
-        limit, offset: how many, and how many of the best to pass over.
-        where: only what satisfies this filter.
-        exclude: ids that are left out.
-        min_score: only what scores at least so much.
-        words: rank by BM25 over the captions as well. The two lists, of `CANDIDATES` each, are fused: a record scores
-            the sum of 1 / (RRF_K + rank / share) over the lists that have it, ranks from 1, the shares being
-            2 * (1 - bm25) and 2 * bm25.
-        with_payload, with_vectors: what the results bring.
+        vector: float32[dim], of any length.
+        limit: the maximum number of results, at least 1.
+        offset: the number of best results to skip.
+        where: only records that match this filter.
+        exclude: ids to leave out.
+        min_score: only records with at least this score.
+        text: also rank by BM25 over the captions and fuse the two rankings, each of `CANDIDATES` records. A record
+            scores the sum of 1 / (RRF_K + rank / weight) over the rankings that contain it. Ranks start at 1. The
+            weights are 2 * (1 - bm25_weight) for the vector and 2 * bm25_weight for the text.
+        bm25_weight: the share of the text in the fusion, between 0 and 1 exclusive.
+        with_payload: whether the results carry their payload.
+        with_vectors: whether the results carry their vector.
     """
 
     vector: Vector = field(repr=False, compare=False)
@@ -69,14 +81,21 @@ class VectorQuery:
     exclude: tuple[str, ...] = ()
     min_score: float | None = None
     text: str | None = None
-    bm25_weight: float = 0.5  # between 0 and 1
+    bm25_weight: float = 0.5
     with_payload: bool = True
     with_vectors: bool = False
 
 
 @dataclass(frozen=True)
 class ScoredRecord:
-    """One search result: the dot product with the query is its score."""
+    """One search result.
+
+    Attributes:
+        id: the UUID of the record.
+        score: the dot product with the query, or the fused score of a hybrid search.
+        payload: the payload; {} unless the query asked for it.
+        vector: float32[dim]; None unless the query asked for it.
+    """
 
     id: str
     score: float
@@ -85,71 +104,99 @@ class ScoredRecord:
 
 
 class Store(Protocol):
-    """A set of records with exact-or-approximate search by dot product. Safe to use from several threads.
+    """A set of records that is searched by dot product. Safe to use from several threads.
 
-    Every failure is a StoreError. Filters are trees from `filters.parse`.
+    Every method raises StoreError if the engine fails or the store is closed. Filters are trees from `filters.parse`.
+
+    Attributes:
+        dim: the length of the vectors.
     """
 
     dim: int
 
     def upsert(self, records: Sequence[Record]) -> None:
-        """Insert or replace; when it returns, the records survive a crash."""
+        """Insert records or replace those with the same id. The records survive a crash once this returns.
+
+        Raises:
+            StoreError: a vector has the wrong shape or is not finite (nothing is stored), or the engine failed.
+        """
 
     def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[ScoredRecord]:
-        """The records with the highest dot product with `vector`, best first."""
+        """Return the `limit` records with the highest dot product with `vector`, best first, after `offset` of them."""
 
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
-        """The results of several searches in one call, each best first."""
+        """Run several searches in one call. Returns one list per search, best first.
+
+        Raises:
+            StoreError: a vector has the wrong shape or is not finite, or the engine failed.
+        """
 
     def order_by(
         self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
     ) -> list[Record]:
-        """The records by a column of numbers (kind "float") or dates ("datetime"); those without it are left out."""
+        """Return records sorted by a column. Records without a value in it are left out.
+
+        Args:
+            column: a JSON path (`filters.column_path`).
+            kind: "float" for a column of numbers, "datetime" for a column of dates.
+            descending: largest first.
+            limit: the maximum number of records.
+            offset: the number of records to skip.
+            where: only records that match this filter.
+        """
 
     def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
-        """The commonest values of a column of strings (kind "keyword") or booleans ("bool"): value -> how many."""
+        """Count the values of a column: value -> number of records, the most common first.
+
+        Args:
+            column: a JSON path (`filters.column_path`).
+            kind: "keyword" for a column of strings, "bool" for a column of booleans.
+            limit: the maximum number of values.
+            where: only records that match this filter.
+        """
 
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
-        """The records that exist among `ids`, in no particular order."""
+        """Return the records among `ids` that exist, in no particular order."""
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
-        """All records that satisfy the filter, in batches, in the order of their ids."""
+        """Iterate over all records that match the filter, in batches, ordered by id."""
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove records; ids that do not exist are ignored."""
+        """Delete records. Ids that do not exist are ignored."""
 
     def count(self, where: Clause | None = None) -> int:
-        """How many records satisfy the filter."""
+        """Return the exact number of records that match the filter."""
 
     def unindexed_count(self) -> int:
-        """How many records a search still scans, because `optimize` would change that."""
+        """Return the number of records that searches scan until `optimize` indexes them."""
 
     def optimize(self) -> None:
-        """Build the search index over what has been added; others search and write meanwhile. May take minutes."""
+        """Build the search index over all records. Searches and writes continue meanwhile. May take minutes."""
 
     def close(self) -> None:
-        """Write out everything and let go of the store. May be called twice."""
+        """Write everything to disk and release the store. Calling it again does nothing."""
 
 
 def check_records(records: Sequence[Record], dim: int) -> None:
-    """Refuse vectors that an engine would store silently and then never find: wrong size, NaN, infinite."""
+    """Raise StoreError for a vector of the wrong shape, or with NaN or infinity, which engines store but never find."""
     for record in records:
+        id = record.payload.get("id", record.id)
         if record.vector.shape != (dim,):
             raise StoreError(
-                f"Item {record.payload.get('id', record.id)!r} has a vector of shape {record.vector.shape}; "
-                f"this store holds vectors of {dim} numbers."
+                f"Item {id!r} has a vector of shape {record.vector.shape}. This store holds vectors of shape ({dim},). "
+                "Encode the item with the bundle of this catalog."
             )
         if not np.isfinite(record.vector).all():
             raise StoreError(
-                f"The embedding of item {record.payload.get('id', record.id)!r} holds NaN or infinity, so it was not "
-                "stored. The bundle's image encoder overflows on this picture: try a bundle of fp32 precision."
+                f"The embedding of item {id!r} contains NaN or infinity, so it was not stored. The image encoder "
+                "overflows on this image. Use a bundle with fp32 precision."
             )
 
 
 def check_query(vector: Vector, dim: int) -> None:
-    """Refuse a query that an engine would answer with nothing or with nonsense: wrong size, NaN, infinite."""
+    """Raise StoreError for a query of the wrong shape, or with NaN or infinity, which engines answer with nonsense."""
     if vector.shape != (dim,) or not np.isfinite(vector).all():
         raise StoreError(
-            f"The query vector has shape {vector.shape} and {np.count_nonzero(~np.isfinite(vector))} numbers that are "
-            f"NaN or infinite: this store is searched with {dim} finite numbers."
+            f"The query vector has shape {vector.shape} and {np.count_nonzero(~np.isfinite(vector))} values that are "
+            f"NaN or infinite. It must have {dim} finite numbers. Encode the query with the bundle of this catalog."
         )

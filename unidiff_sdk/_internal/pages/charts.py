@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no library, no script; light and dark, in a page or as a file of their own."""
+"""Line charts as SVG, in light and dark mode, without a plotting library or scripts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from html import escape
 __all__ = ["Line", "line_chart"]
 
 WIDTH, HEIGHT = 560, 320
-LEFT, RIGHT, BOTTOM = 62, 16, 46  # around the plot; above it stand the title and as many rows of names as are needed
-ROW = 18  # height of a row of names
-LETTER = 6.6  # the width of a letter in pixels, at most on average
-MARKED = 40  # a line of no more points than this shows each of them
-# Mid-tones that hold on white and on black, told apart with every kind of color blindness (after Okabe and Ito).
+LEFT, RIGHT, BOTTOM = 62, 16, 46  # margins; above the plot are the title and the legend
+ROW = 18  # height of a line of text
+LETTER = 6.6  # upper bound of the average width of a letter, in pixels
+MARKED = 40  # a line of at most this many points shows a marker at each
+# Mid-tones that are visible on white and black and distinct for color-blind readers (after Okabe and Ito).
 COLORS = ("#d1495b", "#2e86ab", "#3a9d6e", "#c28e0e", "#8e6bbf", "#c46210", "#5f7a8a", "#b0578d")
 STYLE = """
 .chart { font: 12px ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif; }
@@ -28,7 +28,14 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) under one name. `faint` draws it in the background of the line with the same name, unnamed."""
+    """A line of points (x, y).
+
+    Attributes:
+        name: the name in the legend.
+        points: the points, in order.
+        faint: a thin line without a legend entry, in the color of the line with the same name.
+        dashed: a dashed line.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -46,19 +53,28 @@ def line_chart(
     log_y: bool = False,
     y_max: float | None = None,
 ) -> str:
-    """An <svg> element. Points that are not finite, or not positive on a logarithmic axis, are left out.
+    """Render an <svg> element.
 
-    y_max: the largest value that y can have, where there is one: the axis ends there.
+    Points that are not finite, or not positive on a logarithmic axis, are left out.
+
+    Args:
+        title: the heading, wrapped to the width of the plot.
+        lines: the lines, in the order of the legend.
+        x_label: below the x axis, wrapped.
+        y_label: along the y axis.
+        log_x: a logarithmic x axis.
+        log_y: a logarithmic y axis.
+        y_max: the largest possible value of y, such as 1 for a recall. The y axis does not extend beyond it.
     """
-    shown = [Line(line.name, _drawable(line.points, log_x, log_y), line.faint, line.dashed) for line in lines]
+    shown = [Line(line.name, _finite(line.points, log_x, log_y), line.faint, line.dashed) for line in lines]
     shown = [line for line in shown if line.points]
     names = list(dict.fromkeys(line.name for line in shown))
     colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
-    titles, x_labels = _wrapped(title, 1.1 * LETTER), _wrapped(x_label, LETTER)
+    titles, x_labels = _wrap(title, 1.1 * LETTER), _wrap(x_label, LETTER)
     above = ROW * (len(titles) - 1)
     legend, rows = _legend({line.name: line for line in shown if not line.faint}, colors, 38 + above)
     top = 40 + above + ROW * rows
-    floor = HEIGHT - BOTTOM + above + ROW * max(0, rows - 1)  # where the x axis lies
+    floor = HEIGHT - BOTTOM + above + ROW * max(0, rows - 1)  # y of the x axis
     height = floor + BOTTOM + ROW * (len(x_labels) - 1)
     x = _Axis.over([point[0] for line in shown for point in line.points], log_x, LEFT, WIDTH - RIGHT)
     y = _Axis.over([point[1] for line in shown for point in line.points], log_y, floor, top, y_max)
@@ -73,7 +89,7 @@ def line_chart(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y.at(value):.1f}" y2="{y.at(value):.1f}"/>'
         )
         parts.append(f'<text x="{LEFT - 8}" y="{y.at(value) + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for value in _apart(_few_counts(shown) or x.ticks(), x):
+    for value in _without_overlap(_few_counts(shown) or x.ticks(), x):
         parts.append(f'<text x="{x.at(value):.1f}" y="{floor + 18}" text-anchor="middle">{_number(value)}</text>')
     parts.append(f'<line class="edge" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
     center, middle = (LEFT + WIDTH - RIGHT) / 2, (top + floor) / 2
@@ -83,7 +99,7 @@ def line_chart(
         f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y_label)}</text>'
     )
     for line in sorted(shown, key=lambda line: not line.faint):
-        parts.append(_drawn(line, colors[line.name], x, y))
+        parts.append(_polyline(line, colors[line.name], x, y))
     return "".join([*parts, "</svg>"])
 
 
@@ -98,13 +114,14 @@ class _Axis:
     end: float
 
     @classmethod
-    def over(cls, values: Iterable[float], log: bool, start: float, end: float, most: float | None = None) -> _Axis:
+    def over(cls, values: Iterable[float], log: bool, start: float, end: float, limit: float | None = None) -> _Axis:
+        """An axis with some room around the values, which does not extend beyond `limit`."""
         low, high = min(values := list(values), default=0.0 if not log else 1.0), max(values, default=1.0)
         if log:
             room = (high / low) ** 0.05 if high > low else 2.0
-            return cls(low / room, _at_most(high * room, most), log, start, end)
+            return cls(low / room, _capped(high * room, limit), log, start, end)
         room = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
-        return cls(0.0 if 0 <= low < 0.3 * high else low - room, _at_most(high + room, most), log, start, end)
+        return cls(0.0 if 0 <= low < 0.3 * high else low - room, _capped(high + room, limit), log, start, end)
 
     def at(self, value: float) -> float:
         low, high, value = map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
@@ -114,17 +131,17 @@ class _Axis:
         return _log_ticks(self.low, self.high) if self.log else _linear_ticks(self.low, self.high)
 
 
-def _at_most(high: float, most: float | None) -> float:
-    return high if most is None else min(high, most)
+def _capped(value: float, limit: float | None) -> float:
+    return value if limit is None else min(value, limit)
 
 
-def _wrapped(text: str, letter: float) -> list[str]:
-    """A text in lines of at most the plot's width."""
+def _wrap(text: str, letter: float) -> list[str]:
+    """Wrap a text to the width of the plot."""
     return textwrap.wrap(text, int((WIDTH - LEFT - RIGHT) / letter)) or [""]
 
 
-def _apart(ticks: Sequence[float], axis: _Axis) -> list[float]:
-    """The ticks of a horizontal axis whose labels do not overlap, from the left."""
+def _without_overlap(ticks: Sequence[float], axis: _Axis) -> list[float]:
+    """Drop the ticks of a horizontal axis whose labels would overlap, from left to right."""
     shown: list[float] = []
     free = -math.inf
     for value in ticks:
@@ -136,7 +153,7 @@ def _apart(ticks: Sequence[float], axis: _Axis) -> list[float]:
 
 
 def _few_counts(lines: Sequence[Line]) -> list[float]:
-    """The places themselves where they are a few whole numbers, such as batches; else none."""
+    """The x values of all points if they are at most 8 whole numbers, such as batch sizes; otherwise none."""
     places = sorted({point[0] for line in lines for point in line.points})
     return places if len(places) <= 8 and all(place.is_integer() for place in places) else []
 
@@ -157,7 +174,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    """At most four digits: 12000 is 12k, 0.00012 is 1.2e-4."""
+    """Format a value with at most four digits: 12000 is 12k, 0.00012 is 1.2e-4."""
     if value and abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -166,7 +183,7 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _drawable(points: Sequence[tuple[float, float]], log_x: bool, log_y: bool) -> list[tuple[float, float]]:
+def _finite(points: Sequence[tuple[float, float]], log_x: bool, log_y: bool) -> list[tuple[float, float]]:
     return [
         (float(x), float(y))
         for x, y in points
@@ -175,7 +192,7 @@ def _drawable(points: Sequence[tuple[float, float]], log_x: bool, log_y: bool) -
 
 
 def _legend(lines: dict[str, Line], colors: dict[str, str], top: int) -> tuple[list[str], int]:
-    """The names with their colors, in as many rows as they need from `top` on; and how many rows those are."""
+    """The legend as SVG elements, from `top` downward, and its number of rows."""
     if len(lines) < 2:
         return [], 0
     parts, x, row = [], LEFT, 0
@@ -193,15 +210,15 @@ def _legend(lines: dict[str, Line], colors: dict[str, str], top: int) -> tuple[l
     return parts, row + 1
 
 
-def _drawn(line: Line, color: str, x: _Axis, y: _Axis) -> str:
+def _polyline(line: Line, color: str, x: _Axis, y: _Axis) -> str:
     places = [(x.at(a), y.at(b)) for a, b in line.points]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
     strength = 'stroke-width="1" opacity="0.3"' if line.faint else 'stroke-width="2.2"'
     dash = ' stroke-dasharray="6 4"' if line.dashed else ""
-    drawn = f'<polyline fill="none" stroke="{color}" stroke-linejoin="round" {strength}{dash} points="{path}"/>'
+    element = f'<polyline fill="none" stroke="{color}" stroke-linejoin="round" {strength}{dash} points="{path}"/>'
     if line.faint or len(places) > MARKED:
-        return drawn
-    return drawn + "".join(
+        return element
+    return element + "".join(
         f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{color}"><title>{escape(line.name)}: '
         f"{_number(vx)}, {vy:.4g}</title></circle>"
         for (a, b), (vx, vy) in zip(places, line.points, strict=True)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of picture cards, charts and tables: no script, no file beside it, light and dark."""
+"""A self-contained HTML page of image cards, charts and tables, in light and dark mode, without scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["Card", "Page", "Row", "Section"]
+__all__ = ["Card", "CardRow", "Page", "Section"]
 
 CSS = """
 :root { color-scheme: light dark; --page: #f7f6f3; --card: #ffffff; --ink: #1d1c1a; --soft: #6d6a63; --line: #e4e1da;
@@ -38,7 +38,7 @@ section { padding: 44px 0 6px; }
 .row { margin: 20px 0 30px; }
 pre { background: var(--code); border-radius: 10px; padding: 11px 15px; margin: 0 0 14px; overflow-x: auto; tab-size: 4;
   font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
-pre .took { float: right; color: var(--fine); padding-left: 18px; font-variant-numeric: tabular-nums; }
+pre .note { float: right; color: var(--fine); padding-left: 18px; font-variant-numeric: tabular-nums; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(134px, 1fr)); gap: 14px; }
 .cards.large { grid-template-columns: repeat(auto-fill, minmax(176px, 1fr)); }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow: hidden;
@@ -68,20 +68,27 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 footer { margin-top: 40px; padding-top: 22px; padding-bottom: 60px; color: var(--fine); font-size: 13px; }
 footer p { color: inherit; max-width: none; }
 @media (max-width: 520px) { main, header, footer { padding-left: 16px; padding-right: 16px; }
-  .cards { grid-template-columns: repeat(2, 1fr); } pre .took { float: none; display: block; padding: 0; } }
+  .cards { grid-template-columns: repeat(2, 1fr); } pre .note { float: none; display: block; padding: 0; } }
 @media print { section, figure, .plot { break-inside: avoid; } }
 """
 
 
 @dataclass(frozen=True)
 class Card:
-    """A picture with a figure at its head (a score), another at its right (a price) and a line of text.
+    """An image with a caption.
 
-    `near` is a small second picture with its text, `badge` a word on the picture, in grey if it is `wrong`; `query`
-    marks what was searched with.
+    Attributes:
+        image: the image.
+        text: the caption.
+        head: a figure above the caption, such as a score.
+        right: a second figure, such as a price.
+        badge: a word on the image.
+        near: a small second image and its text.
+        query: whether to mark the card as the query.
+        wrong: whether the badge is grey instead of colored.
     """
 
-    picture: Image.Image
+    image: Image.Image
     text: str
     head: str = ""
     right: str = ""
@@ -92,25 +99,38 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Row:
-    """The code that ran, what it took, and the cards that it gave."""
+class CardRow:
+    """A row of cards below a line of code or a prompt.
+
+    Attributes:
+        code: the line above the cards.
+        cards: the cards.
+        note: text at the right end of the line, such as a duration.
+        large: whether the images are enlarged.
+    """
 
     code: str
     cards: Sequence[Card]
-    took: str = ""
+    note: str = ""
     large: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two of plain text, and below it charts, rows, a table or code.
+    """A heading and a paragraph, followed by charts, card rows, a table or code.
 
-    charts: <svg> elements (`charts.line_chart`). table: the first line is the head; cells after the first are figures.
+    Attributes:
+        title: the heading.
+        text: the paragraph, plain text.
+        rows: rows of cards.
+        table: lines of cells. The first line is the header. Cells after the first are figures.
+        charts: <svg> elements from `charts.line_chart`.
+        code: a block of code.
     """
 
     title: str
     text: str
-    rows: Sequence[Row] = ()
+    rows: Sequence[CardRow] = ()
     table: Sequence[Sequence[str]] = ()
     charts: Sequence[str] = ()
     code: str = ""
@@ -118,7 +138,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole page; `figures` are the (value, name) pairs under the title."""
+    """The whole page.
+
+    Attributes:
+        title: the heading of the page.
+        text: the paragraph below it.
+        figures: pairs (value, name) in a box below the paragraph.
+        sections: the sections.
+        note: a highlighted note below the paragraph.
+        footer: lines at the end of the page.
+    """
 
     title: str
     text: str
@@ -128,12 +157,13 @@ class Page:
     footer: Sequence[str] = field(default=())
 
     def write(self, path: Path) -> Path:
-        """Write the page, its pictures inlined, and return its path."""
+        """Write the page with its images inlined, and return its path."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.html(), encoding="utf-8")
         return path
 
     def html(self) -> str:
+        """The page as HTML."""
         figures = "".join(
             f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in self.figures
         )
@@ -158,11 +188,11 @@ def _section(section: Section) -> str:
     return f"<section>{head}{plots}{rows}{_table(section.table)}{code}</section>\n"
 
 
-def _row(row: Row) -> str:
-    took = f'<span class="took">{escape(row.took)}</span>' if row.took else ""
+def _row(row: CardRow) -> str:
+    note = f'<span class="note">{escape(row.note)}</span>' if row.note else ""
     cards = "".join(_card(card) for card in row.cards)
     return (
-        f'<div class="row"><pre>{took}{escape(row.code)}</pre>'
+        f'<div class="row"><pre>{note}{escape(row.code)}</pre>'
         f'<div class="cards{" large" if row.large else ""}">{cards}</div></div>\n'
     )
 
@@ -173,11 +203,11 @@ def _card(card: Card) -> str:
     top = f'<div class="top"><b>{escape(card.head)}</b><span>{escape(card.right)}</span></div>'
     near = ""
     if card.near:
-        picture, text = card.near
-        near = f'<div class="near"><img src="{data_url(picture, 68)}" alt=""><span>{escape(text)}</span></div>'
+        image, text = card.near
+        near = f'<div class="near"><img src="{data_url(image, 68)}" alt=""><span>{escape(text)}</span></div>'
     return (
         f"<figure{' class=query' if card.query else ''}>{badge}"
-        f'<img src="{data_url(card.picture)}" alt="{escape(card.text)}" loading="lazy">'
+        f'<img src="{data_url(card.image)}" alt="{escape(card.text)}" loading="lazy">'
         f"<figcaption>{top if card.head or card.right else ''}{escape(card.text)}{near}</figcaption></figure>"
     )
 
@@ -196,10 +226,10 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{rest}</tbody></table></div>'
 
 
-def data_url(picture: Image.Image, size: int | None = None) -> str:
-    """A picture as a WebP data URL, at most `size` pixels wide."""
-    if size and picture.width > size:
-        picture = picture.resize((size, round(size * picture.height / picture.width)), Image.Resampling.LANCZOS)
+def data_url(image: Image.Image, size: int | None = None) -> str:
+    """An image as a WebP data URL, at most `size` pixels wide."""
+    if size and image.width > size:
+        image = image.resize((size, round(size * image.height / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=90, method=4)
+    image.save(buffer, "WEBP", quality=90, method=4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

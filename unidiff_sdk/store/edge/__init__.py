@@ -1,1 +1,1 @@
-"""Qdrant Edge: the Qdrant engine inside this process."""
+"""Qdrant Edge: the Qdrant engine inside this process, with its data in a folder."""

@@ -1,7 +1,7 @@
-"""Building a shard's search index in a process of its own: `python -m unidiff_sdk.store.edge.optimizer FOLDER`.
+"""Building the search index of a shard in a child process: `python -m unidiff_sdk.store.edge.optimizer FOLDER PARENT`.
 
-The engine holds Python's global lock while it builds, for half a minute at 100,000 vectors; in the process that
-searches, every thread and every event loop would stand still for as long.
+The engine holds Python's global interpreter lock (GIL) while it builds, for half a minute at 100,000 vectors. In the
+process that searches, that would stop every thread and every event loop.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from unidiff_sdk.errors import StoreError
 
 __all__ = ["optimize_in_subprocess"]
 
-_NICENESS = 10  # searches go first
+_NICENESS = 10  # searches have priority
 _PR_SET_PDEATHSIG = 1
 
 
 def optimize_in_subprocess(shard: Path) -> None:
-    """Merge the segments of a shard that nobody has open, and build its index. Raises StoreError if that fails."""
+    """Merge the segments of a shard that is not open anywhere, and build its index. Returns when it is built.
+
+    Raises:
+        StoreError: the child process failed.
+    """
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(shard), str(os.getpid())],
@@ -34,14 +38,15 @@ def optimize_in_subprocess(shard: Path) -> None:
         check=False,
     )
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise StoreError(
-            f"The search index of {shard.parent} was not built: {reason}. Nothing is lost; searches scan instead."
+            f"The search index of {shard.parent} was not built: {reason}. No data is lost, and searches scan all "
+            "vectors instead. Call optimize() again."
         )
 
 
 def _main(shard: str, parent: int) -> None:
-    # If the parent is killed there is nobody to use the result. Signals come through while the engine holds the lock.
+    # End with the parent: nobody else uses the result. The signal arrives even while the engine holds the GIL.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -50,8 +55,8 @@ def _main(shard: str, parent: int) -> None:
 
     opened = edge.EdgeShard.load(shard)
     opened.optimize()
-    # Whoever opens a shard does its last operation again, with the global lock held: 500 large vectors took 60 ms. So
-    # the last one does nothing.
+    # Loading a shard replays its last operation with the GIL held: 60 ms for 500 large vectors. Deleting an id that
+    # does not exist makes the last operation a cheap one.
     opened.update(edge.UpdateOperation.delete_points([str(uuid.UUID(int=0))]))
     opened.flush()
     opened.close()

@@ -1,11 +1,11 @@
-"""A store's folder: one shard at a time, in a subfolder of its own, so that a new one takes its place in one rename.
+"""The folder of a store: one subfolder for each version of the shard, so that a rename replaces one by the next.
 
-    vectors/lock       held by the one process that has the store open
-    vectors/current    the name of the subfolder that counts: a text file
-    vectors/3/         the shard
+    vectors/lock       locked by the one process that has the store open
+    vectors/current    a text file with the name of the current subfolder
+    vectors/3/         the current shard
 
-Whatever else lies there is a shard that was being built, or that was replaced, when its process was killed. Stores of
-earlier versions have their shard in `vectors/` itself, which is where it is looked for if there is no `current`.
+Any other entry is left over from a process that was killed while it built or replaced a shard. Stores of earlier
+releases have their shard in `vectors/` itself, which is the current shard as long as there is no file `current`.
 """
 
 from __future__ import annotations
@@ -23,56 +23,57 @@ CURRENT, LOCK = "current", "lock"
 
 
 class ShardVersions:
-    """The subfolders of one store, locked against every other process (and every other object) until `release`.
+    """The versions of one store's shard, locked against other processes and other objects until `release`.
 
     Raises:
-        StoreError: the folder is in use, or cannot be written.
+        StoreError: the folder is in use or not writable.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self._lock = (root / LOCK).open("a")  # as an object, so that a forgotten store lets go
+            self._lock = (root / LOCK).open("a")  # an open file, so that a store that is never closed releases it
         except OSError as error:
-            raise StoreError(f"{root} cannot be written: {error.strerror}.") from error
+            raise StoreError(f"{root} is not writable: {error.strerror}.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
             raise StoreError(
-                f"{root.parent} is in use by another process or by another Catalog object: close that one first. "
-                "(Several processes at once need a Qdrant server: Catalog('http://…').)"
+                f"{root.parent} is in use by another process or by another Catalog object. Close that one first. "
+                "Several processes need a Qdrant server: Catalog('http://…')."
             ) from None
-        self._sweep()
+        self._remove_leftovers()
 
     @property
     def current(self) -> Path:
-        """The folder of the shard that counts; it does not exist in a new store."""
+        """The folder of the current shard. It does not exist in a new store."""
         if (self.root / CURRENT).is_file():
             return self.root / (self.root / CURRENT).read_text(encoding="utf-8").strip()
         return self.root if (self.root / "edge_config.json").is_file() else self.root / "0"
 
-    def following(self) -> Path:
-        """A folder for the next shard; it does not exist yet."""
+    def next_folder(self) -> Path:
+        """A folder for the next version. It does not exist yet."""
         return self.root / str(1 + max((int(p.name) for p in self.root.iterdir() if p.name.isdecimal()), default=0))
 
-    def switch(self, folder: Path) -> None:
-        """Make a complete shard the one that counts."""
-        write_atomically(self.root / CURRENT, folder.name.encode(), durably=True)
+    def activate(self, folder: Path) -> None:
+        """Make a complete shard the current one. The change survives a power cut."""
+        write_atomically(self.root / CURRENT, folder.name.encode(), fsync=True)
 
     def remove(self, folder: Path) -> None:
-        """Delete a shard that does not count (any more)."""
+        """Delete a shard that is not the current one."""
         if folder != self.root:
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            self._sweep()
+            self._remove_leftovers()
 
     def release(self) -> None:
+        """Unlock the store."""
         self._lock.close()
 
-    def _sweep(self) -> None:
-        """Delete what a killed process left: everything but the shard that counts."""
+    def _remove_leftovers(self) -> None:
+        """Delete everything except the current shard."""
         current = self.current
         if current == self.root:
             return

@@ -1,1 +1,1 @@
-"""A Qdrant server or cluster."""
+"""A Qdrant server or cluster, through qdrant-client."""

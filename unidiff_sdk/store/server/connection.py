@@ -1,4 +1,4 @@
-"""The way to a Qdrant server: how to connect, what to do when it is slow or away, how a new collection is laid out."""
+"""Connecting to a Qdrant server: options, retries with back-off, and the layout of new collections."""
 
 from __future__ import annotations
 
@@ -20,34 +20,36 @@ if TYPE_CHECKING:
 __all__ = ["QUANTIZATIONS", "ServerOptions", "connect"]
 
 QUANTIZATIONS = ("scalar", "binary", "product")
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0  # seconds between tries
-# Overload, and what proxies answer while a node restarts. A 500 is the server's considered answer and is not repeated.
-_PASSING_STATUS = (429, 502, 503, 504)
+INITIAL_BACKOFF, MAX_BACKOFF = 0.25, 10.0  # seconds between two attempts
+# Overload, and what proxies answer while a node restarts. A 500 is a definite answer of the server and is not retried.
+_RETRIED_STATUS = (429, 502, 503, 504)
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How to talk to a Qdrant server or cluster, for `Catalog(url, server=ServerOptions(…))`.
+    """Connection and collection options of a Qdrant server or cluster, for `Catalog(url, server=ServerOptions(…))`.
 
-    TLS is used where the URL says https.
+    The connection uses TLS if the URL starts with https.
 
     Args:
-        grpc: use gRPC (on `grpc_port`) where there is a choice: faster for large uploads.
-        timeout: whole seconds that one request may take, at least 1.
-        retries: how often a request is repeated that found the server away, overloaded or too slow. The pause before it
-            doubles from 0.25 s to 10 s, with jitter, or is what the server asked for. All requests may be repeated
-            safely.
-        ca: a PEM file of certificate authorities to trust instead of the system's. With gRPC set the variable
+        grpc: use gRPC where both protocols can be used. It is faster for large uploads.
+        grpc_port: the port for gRPC.
+        timeout: the timeout of one request, in whole seconds, at least 1.
+        retries: how many times to retry a request if the server is unreachable, overloaded or too slow. The pause
+            doubles from 0.25 s to 10 s, with jitter, unless the server asks for another one. Every request is
+            idempotent.
+        ca: a PEM file of certificate authorities that replaces the system's. For gRPC, set the environment variable
             GRPC_DEFAULT_SSL_ROOTS_FILE_PATH instead.
-        shards, replicas: of a collection that is created; default: the server's.
-        quantization: how a collection that is created compresses its vectors for searching: "scalar" (int8, a quarter
-            of the memory), "binary" or "product"; the originals are kept on disk.
-        on_disk: whether a collection that is created keeps its vectors on disk rather than in memory.
+        shards: the number of shards of a new collection. Default: the server's.
+        replicas: the replication factor of a new collection. Default: the server's.
+        quantization: of a new collection: "scalar" (int8, a quarter of the memory), "binary" or "product". The
+            originals stay on disk. Default: none.
+        on_disk: whether a new collection keeps its vectors on disk instead of in memory.
 
     Raises:
-        OptionError: a value is not a valid one.
+        OptionError: a value is invalid.
     """
 
     grpc: bool = False
@@ -64,21 +66,22 @@ class ServerOptions:
         for name, least in {"timeout": 1, "retries": 0, "shards": 1, "replicas": 1, "grpc_port": 1}.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise OptionError(f"ServerOptions({name}={value!r}): give a whole number, at least {least}")
+                raise OptionError(f"ServerOptions({name}={value!r}): {name} must be an integer, at least {least}")
         if self.quantization not in (None, *QUANTIZATIONS):
             raise OptionError(
-                f"ServerOptions(quantization={self.quantization!r}): give one of {', '.join(QUANTIZATIONS)}, or None"
+                f"ServerOptions(quantization={self.quantization!r}): quantization must be None or one of "
+                f"{', '.join(QUANTIZATIONS)}"
             )
         if self.ca is not None and self.grpc:
             raise OptionError(
-                "ServerOptions(ca=…, grpc=True): gRPC reads its authorities from the file that the variable "
-                "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names; set that and leave ca= out"
+                "ServerOptions(ca=…, grpc=True): gRPC ignores ca. Set the environment variable "
+                "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH to the file and omit ca="
             )
         if self.ca is not None and not Path(self.ca).is_file():
-            raise OptionError(f"ServerOptions(ca={str(self.ca)!r}): there is no such file")
+            raise OptionError(f"ServerOptions(ca={str(self.ca)!r}): there is no such file. Give a PEM file")
 
-    def layout(self) -> dict[str, Any]:
-        """What `create_collection` takes for these options."""
+    def collection_parameters(self) -> dict[str, Any]:
+        """Keyword arguments of `create_collection` for these options."""
         from qdrant_client import models
 
         quantization: Any = None
@@ -99,8 +102,17 @@ class ServerOptions:
         return {name: value for name, value in given.items() if value is not None}
 
 
-def connect(url: str, options: ServerOptions, api_key: str | None = None) -> QdrantClient:
-    """A client of a server whose every method waits and tries again as `options` say. Makes no request yet."""
+def connect(
+    url: str, options: ServerOptions, api_key: str | None = None, *, sleep: Callable[[float], object] = time.sleep
+) -> QdrantClient:
+    """Return a client that retries failed requests as `options` specify. It sends no request yet.
+
+    Args:
+        url: of the server.
+        options: protocol, timeout and retries.
+        api_key: the key for the server.
+        sleep: waits for the given number of seconds between two attempts.
+    """
     from qdrant_client import QdrantClient
 
     trust: dict[str, Any] = {} if options.ca is None else {"verify": ssl.create_default_context(cafile=str(options.ca))}
@@ -110,42 +122,43 @@ def connect(url: str, options: ServerOptions, api_key: str | None = None) -> Qdr
         prefer_grpc=options.grpc,
         grpc_port=options.grpc_port,
         timeout=options.timeout,
-        check_compatibility=False,  # it asks the server for its version before anything can be retried
+        check_compatibility=False,  # the check sends a request that could not be retried
         **trust,
     )
-    return cast("QdrantClient", _Patient(client, options.retries))
+    return cast("QdrantClient", _RetryingClient(client, options.retries, sleep))
 
 
-class _Patient:
-    """A client that repeats what failed only for a while, with exponential back-off."""
+class _RetryingClient:
+    """A client that retries transient failures with exponential back-off."""
 
-    def __init__(self, client: QdrantClient, retries: int) -> None:
-        self._client, self._retries = client, retries
+    def __init__(self, client: QdrantClient, retries: int, sleep: Callable[[float], object]) -> None:
+        self._client, self._retries, self._sleep = client, retries, sleep
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._client, name)
-        return self._patiently(attribute) if callable(attribute) and name != "close" else attribute
+        return self._retrying(attribute) if callable(attribute) and name != "close" else attribute
 
-    def _patiently(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
-        def repeated(*args: Any, **kwargs: Any) -> Any:
-            for attempt in range(self._retries):
+        def attempt(*args: Any, **kwargs: Any) -> Any:
+            for attempts in range(self._retries):
                 try:
                     return call(*args, **kwargs)
                 except Exception as error:
-                    asked = _pause_asked_for(error)
-                    if asked is None:
+                    requested = _requested_pause(error)
+                    if requested is None:
                         raise
-                    pause = asked or min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1)
-                    _log.warning("%s failed (%s); trying again in %.1f s", call.__name__, _in_short(error), pause)
-                    time.sleep(pause)
+                    backoff = min(MAX_BACKOFF, INITIAL_BACKOFF * 2**attempts) * random.uniform(0.5, 1)
+                    pause = requested or backoff
+                    _log.warning("%s failed (%s). Retrying in %.1f s.", call.__name__, _first_line(error), pause)
+                    self._sleep(pause)
             return call(*args, **kwargs)
 
-        return repeated
+        return attempt
 
 
-def _pause_asked_for(error: Exception) -> float | None:
-    """None if the error will not pass by itself; else how many seconds the server asks to wait, 0 by default."""
+def _requested_pause(error: Exception) -> float | None:
+    """The pause that the server requests, in seconds; 0 if it requests none; None if the error is not transient."""
     import grpc
     import httpx
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
@@ -153,21 +166,21 @@ def _pause_asked_for(error: Exception) -> float | None:
 
     match error:
         case ResourceExhaustedResponse():
-            return min(float(error.retry_after_s), 6 * LONGEST_PAUSE)
+            return min(float(error.retry_after_s), 6 * MAX_BACKOFF)
         case UnexpectedResponse():
-            return 0.0 if error.status_code in _PASSING_STATUS else None
-        case ResponseHandlingException():  # the request failed on its way, or the answer was not readable
-            broken_tls = isinstance(error.source.__cause__, ssl.SSLError) or "CERTIFICATE" in str(error.source)
-            return 0.0 if isinstance(error.source, httpx.TransportError) and not broken_tls else None
+            return 0.0 if error.status_code in _RETRIED_STATUS else None
+        case ResponseHandlingException():  # the connection failed, or the response is not readable
+            invalid_certificate = isinstance(error.source.__cause__, ssl.SSLError) or "CERTIFICATE" in str(error.source)
+            return 0.0 if isinstance(error.source, httpx.TransportError) and not invalid_certificate else None
         case grpc.RpcError():
-            passing = (
+            transient = (
                 grpc.StatusCode.UNAVAILABLE,
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
             )
-            return 0.0 if cast(Any, error).code() in passing else None
+            return 0.0 if cast(Any, error).code() in transient else None
     return None
 
 
-def _in_short(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,18 +1,17 @@
-"""A Qdrant server or cluster, through qdrant-client."""
+"""A store in a collection of a Qdrant server or cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from typing import Any
 
 import numpy as np
 from qdrant_client import QdrantClient, models
 
 from unidiff_sdk.errors import StoreError
-from unidiff_sdk.store.filters import Box, Circle, Clause, Compare, bounds, index_kinds, translate
+from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
 from unidiff_sdk.store.protocol import (
     CANDIDATES,
@@ -27,31 +26,34 @@ from unidiff_sdk.store.protocol import (
     check_records,
 )
 
+from .conditions import condition
 from .connection import ServerOptions
 
 __all__ = ["ServerStore"]
 
-# `scoring` records what BM25 needs beside what `contains` needs.
+# `scoring` stores what BM25 needs, in addition to what `contains` needs.
 _TEXT_INDEX = models.TextIndexParams(
     type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.WORD, lowercase=True, scoring=True
 )
-
-
-# The payload index of a filter comes after the graph, which therefore has no links for it: see `edge.FULL_SCAN_KB`.
+# Payload indexes are created after the graph, which therefore has no links for them. ACORN finds the items that match a
+# filter nevertheless (`edge.shard.FULL_SCAN_KB`).
 _PARAMS = models.SearchParams(acorn=models.AcornSearchParams(enable=True))
 
 
 class ServerStore:
-    """A store in a collection, created if the server has none of that name.
+    """A `Store` in a collection, created if the server has none of that name.
 
-    The bundle's fingerprint is kept in the collection's metadata, so that everyone who opens it is warned alike.
+    The metadata of the collection hold the fingerprint of the bundle, so that every client checks it.
 
     Args:
-        client: a connected client (its local mode, `QdrantClient(":memory:")`, serves tests).
-        collection: name of the collection.
-        dim: length of the vectors.
+        client: a client, such as from `connection.connect`. The local mode `QdrantClient(":memory:")` serves tests.
+        collection: the name of the collection.
+        dim: the length of the vectors.
         fingerprint: of the bundle that makes the vectors.
-        options: how a new collection is laid out.
+        options: the layout of a new collection.
+
+    Raises:
+        StoreError: the server failed, the collection was not made by UniDiff, or it was made with another bundle.
     """
 
     def __init__(
@@ -78,34 +80,37 @@ class ServerStore:
                 self.collection,
                 vectors_config={VECTOR: vectors},
                 metadata={"unidiff": {"fingerprint": fingerprint}},
-                **options.layout(),
+                **options.collection_parameters(),
             )
         except Exception:
-            # Another process was first, or a request that seemed to fail had done it and was repeated.
+            # Another process created it first, or the request succeeded, its response was lost, and it was retried.
             if not self.client.collection_exists(self.collection):
                 raise
 
     def _check(self, fingerprint: str) -> dict[str, str]:
-        """Refuse a collection that is not of this bundle; return its payload indexes, column -> kind."""
+        """Check that the collection belongs to this bundle. Returns its payload indexes: column -> kind."""
         with self._engine():
             info = self.client.get_collection(self.collection)
         config, vectors = info.config, info.config.params.vectors
         params = vectors.get(VECTOR) if isinstance(vectors, dict) else None
         metadata = (config.metadata or {}).get("unidiff")
         if params is None or metadata is None:
-            raise StoreError(f'The collection "{self.collection}" was not made by UniDiff: choose another.')
+            raise StoreError(
+                f'The collection "{self.collection}" was not made by UniDiff. Choose another name: '
+                "Catalog(url, collection=…)."
+            )
         if metadata["fingerprint"] != fingerprint or params.size != self.dim:
             raise StoreError(
-                f'The collection "{self.collection}" was indexed with another bundle (fingerprint '
-                f"{metadata['fingerprint'][:12]}, {params.size} dimensions) than this one ({fingerprint[:12]}, "
-                f"{self.dim} dimensions). Open it with that one, or use a new collection: Catalog(url, collection=…)."
+                f'The collection "{self.collection}" was indexed with another bundle: fingerprint '
+                f"{metadata['fingerprint'][:12]} and {params.size} dimensions, not {fingerprint[:12]} and {self.dim}. "
+                "Open it with that bundle, or use a new collection: Catalog(url, collection=…)."
             )
         return {key: str(index.data_type.value) for key, index in info.payload_schema.items()}
 
     def upsert(self, records: Sequence[Record]) -> None:
         check_records(records, self.dim)
         if not records:
-            return  # which a server refuses
+            return  # the server refuses an empty request
         points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
         with self._engine():
             self.client.upsert(self.collection, points, wait=True)
@@ -117,29 +122,29 @@ class ServerStore:
         requests = [self._request(search) for search in searches]
         with self._engine():
             responses = self.client.query_batch_points(self.collection, requests)
-        return [[_found(point) for point in response.points] for response in responses]
+        return [[_scored_record(point) for point in response.points] for response in responses]
 
     def _request(self, search: VectorQuery) -> models.QueryRequest:
         check_query(search.vector, self.dim)
-        condition = self._filter(search.where, search.exclude)
+        conditions = self._filter(search.where, search.exclude)
         query: Any = search.vector.tolist()
         prefetch = None
         if search.text is not None:
-            self._indexes.need(CAPTION, "text", self)
-            lists = {VECTOR: query, CAPTION: models.TextQuery(text=search.text)}
+            self._indexes.ensure(CAPTION, "text", self)
+            rankings = {VECTOR: query, CAPTION: models.TextQuery(text=search.text)}
             prefetch = [
-                models.Prefetch(query=one, using=using, limit=CANDIDATES, filter=condition, params=_PARAMS)
-                for using, one in lists.items()
+                models.Prefetch(query=ranking, using=using, limit=CANDIDATES, filter=conditions, params=_PARAMS)
+                for using, ranking in rankings.items()
             ]
             weights = [2 * (1 - search.bm25_weight), 2 * search.bm25_weight]
-            query = models.RrfQuery(rrf=models.Rrf(k=RRF_K + 1, weights=weights))  # the engine ranks from 0
+            query = models.RrfQuery(rrf=models.Rrf(k=RRF_K + 1, weights=weights))  # + 1: ranks from 0
         return models.QueryRequest(
             query=query,
             prefetch=prefetch,
             using=None if prefetch else VECTOR,
             limit=search.limit,
             offset=search.offset,
-            filter=condition,
+            filter=conditions,
             params=_PARAMS,
             score_threshold=search.min_score,
             with_payload=search.with_payload,
@@ -149,7 +154,7 @@ class ServerStore:
     def order_by(
         self, column: str, kind: str, *, descending: bool, limit: int, offset: int, where: Clause | None = None
     ) -> list[Record]:
-        self._indexes.need(column, kind, self)
+        self._indexes.ensure(column, kind, self)
         direction = models.Direction.DESC if descending else models.Direction.ASC
         with self._engine():
             response = self.client.query_points(
@@ -164,10 +169,10 @@ class ServerStore:
         return [_record(point) for point in response.points]
 
     def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
-        self._indexes.need(column, kind, self)
-        condition = self._filter(where)
+        self._indexes.ensure(column, kind, self)
+        conditions = self._filter(where)
         with self._engine():
-            response = self.client.facet(self.collection, column, facet_filter=condition, limit=limit, exact=True)
+            response = self.client.facet(self.collection, column, facet_filter=conditions, limit=limit, exact=True)
         return {hit.value: hit.count for hit in response.hits if isinstance(hit.value, str | bool)}
 
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
@@ -176,12 +181,12 @@ class ServerStore:
         return [_record(point) for point in points]
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
-        offset, condition = None, self._filter(where)
+        offset, conditions = None, self._filter(where)
         while True:
             with self._engine():
                 points, offset = self.client.scroll(
                     self.collection,
-                    scroll_filter=condition,
+                    scroll_filter=conditions,
                     limit=batch_size,
                     offset=offset,
                     with_payload=True,
@@ -203,11 +208,11 @@ class ServerStore:
             return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
 
     def unindexed_count(self) -> int:
-        """0: a server sees to its index itself."""
+        """0: the server builds its index by itself."""
         return 0
 
     def optimize(self) -> None:
-        """Nothing to do: a server builds its index in the background."""
+        """Do nothing: the server builds its index in the background."""
 
     def close(self) -> None:
         with self._lock:
@@ -217,9 +222,9 @@ class ServerStore:
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
-        """Say every failure of the client or the server as a StoreError."""
+        """Convert every failure of the client or the server to a StoreError."""
         if self._closed:
-            raise StoreError(f'The connection to the collection "{self.collection}" is closed.')
+            raise StoreError(f'The connection to the collection "{self.collection}" is closed. Open the catalog again.')
         try:
             yield
         except StoreError:
@@ -233,8 +238,8 @@ class ServerStore:
             return None
         must: list[Any] = []
         if where is not None:
-            self._indexes.serve(index_kinds(where), self)
-            must.append(translate(where, models.Filter, _test))
+            self._indexes.ensure_for_filter(index_kinds(where), self)
+            must.append(translate(where, models.Filter, condition))
         return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=list(exclude))] if exclude else None)
 
     def create_index(self, column: str, kind: str) -> None:
@@ -247,39 +252,10 @@ class ServerStore:
             self.client.delete_payload_index(self.collection, column, wait=True)
 
 
-def _found(point: models.ScoredPoint) -> ScoredRecord:
+def _scored_record(point: models.ScoredPoint) -> ScoredRecord:
     vector = np.asarray(point.vector[VECTOR], np.float32) if isinstance(point.vector, dict) else None
     return ScoredRecord(str(point.id), point.score, point.payload or {}, vector)
 
 
 def _record(point: Any) -> Record:
     return Record(str(point.id), np.asarray(point.vector[VECTOR], np.float32), point.payload or {})
-
-
-def _test(test: Compare) -> Any:
-    key, op, value = test.key, test.op, test.value
-    if op == "empty":
-        return models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
-    if op == "null":
-        return models.IsNullCondition(is_null=models.PayloadField(key=key))
-    match value:
-        case bool():
-            return models.FieldCondition(key=key, match=models.MatchValue(value=value))
-        case str():
-            words = op == "contains"
-            match = models.MatchText(text=value) if words else models.MatchValue(value=value)
-            return models.FieldCondition(key=key, match=match)
-        case tuple():
-            return models.FieldCondition(key=key, match=models.MatchAny(any=list(value)))
-        case datetime():
-            return models.FieldCondition(key=key, range=models.DatetimeRange(**dict.fromkeys(bounds(op), value)))
-        case Circle(lat, lon, radius):
-            center = models.GeoPoint(lat=lat, lon=lon)
-            return models.FieldCondition(key=key, geo_radius=models.GeoRadius(center=center, radius=radius))
-        case Box(west, east, south, north):
-            box = models.GeoBoundingBox(
-                top_left=models.GeoPoint(lat=north, lon=west), bottom_right=models.GeoPoint(lat=south, lon=east)
-            )
-            return models.FieldCondition(key=key, geo_bounding_box=box)
-        case _:
-            return models.FieldCondition(key=key, range=models.Range(**dict.fromkeys(bounds(op), float(value))))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal.pages.charts import Line, line_chart
-from unidiff_sdk._internal.pages.html import Card, Page, Row, Section
+from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
 
 from .run_log import Log, read_log
 
@@ -129,7 +129,7 @@ def _figure(log: Log, key: str) -> list[tuple[float, float]]:
 def _samples(log: Log) -> Section:
     shown = _evenly([line["step"] for line in log.validations], SHOWN_LOOKS)
     rows = [
-        Row(prompt, [Card(log.samples[step][number], "", head=f"step {step:,}") for step in shown])
+        CardRow(prompt, [Card(log.samples[step][number], "", head=f"step {step:,}") for step in shown])
         for number, prompt in enumerate(log.validations[-1]["prompts"])
     ]
     return Section(
@@ -154,7 +154,7 @@ def _searches(log: Log) -> Iterable[Section]:
     ):
         examples = [example for example in log.examples if (example["rank"] == 1) == right]
         rows = [
-            Row(example["caption"], _hits(example), f"rank {first[example['row']]} → {example['rank']}")
+            CardRow(example["caption"], _hits(example), f"rank {first[example['row']]} → {example['rank']}")
             for example in examples
         ]
         if rows:

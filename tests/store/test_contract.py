@@ -1,25 +1,21 @@
-"""The contract of a store, over every back end."""
+"""The contract of the `Store` protocol, for every implementation."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.backends import BACKENDS, DIM, edge, record
+from support.backends import BACKENDS, DIM, record
 
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store import Record, Store, VectorQuery
 from unidiff_sdk.store.filters import parse
-from unidiff_sdk.store.indexes import PayloadIndexes
 
-# Local mode says that payload indexes have no effect on it.
+# qdrant-client's local mode warns that payload indexes have no effect.
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 
 
@@ -30,7 +26,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
-def test_empty(store: Store) -> None:
+def test_empty_store_answers_every_read(store: Store) -> None:
     assert store.count() == 0
     assert store.query(np.ones(DIM, np.float32), limit=5) == []
     assert store.retrieve([record(0).id]) == []
@@ -38,7 +34,7 @@ def test_empty(store: Store) -> None:
     store.delete([record(0).id])
 
 
-def test_round_trip(store: Store) -> None:
+def test_retrieve_returns_what_was_upserted(store: Store) -> None:
     payload = {
         "text": "größe 💡",
         "n": 3,
@@ -55,10 +51,10 @@ def test_round_trip(store: Store) -> None:
     np.testing.assert_allclose(stored.vector, original.vector, atol=1e-7)
 
 
-def test_search_is_the_dot_product_in_order(store: Store) -> None:
+def test_query_ranks_by_dot_product(store: Store) -> None:
     records = [record(n) for n in range(200)]
     store.upsert(records)
-    query = 3 * record(1000).vector  # not of unit length: a mix of queries never is
+    query = 3 * record(1000).vector  # a mix of queries does not have unit length
     scores = np.array([r.vector for r in records]) @ query
     best = np.argsort(-scores)
     found = store.query(query, limit=10)
@@ -68,7 +64,7 @@ def test_search_is_the_dot_product_in_order(store: Store) -> None:
     assert store.query(query, limit=5, offset=500) == []
 
 
-def test_a_batch_answers_like_one_by_one(store: Store) -> None:
+def test_query_batch_equals_single_queries(store: Store) -> None:
     records = [record(n, even=n % 2 == 0) for n in range(50)]
     store.upsert(records)
     searches = [
@@ -77,20 +73,20 @@ def test_a_batch_answers_like_one_by_one(store: Store) -> None:
         VectorQuery(record(102).vector, 50, exclude=(records[3].id, records[4].id)),
         VectorQuery(record(103).vector, 50, min_score=0.3),
     ]
-    plain, filtered, without, close = store.query_batch(searches)
+    plain, filtered, without, similar = store.query_batch(searches)
     assert plain == store.query(searches[0].vector, limit=5)
     assert filtered == store.query(searches[1].vector, limit=3, offset=2, where=parse({"even": True}))
     assert {r.id for r in records} - {f.id for f in without} == {records[3].id, records[4].id}
     scores = np.array([r.vector for r in records]) @ searches[3].vector
-    assert {f.id for f in close} == {r.id for r, score in zip(records, scores, strict=True) if score >= 0.3}
+    assert {f.id for f in similar} == {r.id for r, score in zip(records, scores, strict=True) if score >= 0.3}
     (found,) = store.query_batch([VectorQuery(records[7].vector, 1, with_vectors=True)])[0]
     assert found.vector is not None and plain[0].vector is None
     np.testing.assert_allclose(found.vector, records[7].vector, atol=1e-7)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2, 0.9])
-def test_hybrid_is_reciprocal_rank_fusion_of_cosine_and_bm25(store: Store, share: float) -> None:
-    """Against the two formulas themselves: Robertson and Zaragoza's BM25 and Cormack's fusion."""
+@pytest.mark.parametrize("weight", [0.5, 0.2, 0.9])
+def test_hybrid_query_is_reciprocal_rank_fusion_of_dot_product_and_bm25(store: Store, weight: float) -> None:
+    """Compared with the formulas: BM25 by Robertson and Zaragoza, and the fusion by Cormack et al."""
     captions = [
         "a red dress",
         "blue boots",
@@ -111,25 +107,25 @@ def test_hybrid_is_reciprocal_rank_fusion_of_cosine_and_bm25(store: Store, share
         for n, document in enumerate(tokens):
             often = document.count(word)
             bm25[n] += idf * often * 2.2 / (often + 1.2 * (0.25 + 0.75 * len(document) / average))
-    by_words = [n for n in np.argsort(-bm25) if bm25[n] > 0]
-    by_cosine = list(np.argsort(-np.array([r.vector for r in [*records, record(50)]]) @ query))
+    by_text = [n for n in np.argsort(-bm25) if bm25[n] > 0]
+    by_vector = list(np.argsort(-np.array([r.vector for r in [*records, record(50)]]) @ query))
     expected = {
         n: sum(
-            1 / (60 + (ranking.index(n) + 1) / weight)
-            for ranking, weight in ((by_cosine, 2 - 2 * share), (by_words, 2 * share))
+            1 / (60 + (ranking.index(n) + 1) / ranking_weight)
+            for ranking, ranking_weight in ((by_vector, 2 - 2 * weight), (by_text, 2 * weight))
             if n in ranking
         )
-        for n in by_cosine
+        for n in by_vector
     }
     ids = [*(r.id for r in records), record(50).id]
-    (found,) = store.query_batch([VectorQuery(query, 10, text="RED größe", bm25_weight=share)])
+    (found,) = store.query_batch([VectorQuery(query, 10, text="RED größe", bm25_weight=weight)])
     assert {f.id: pytest.approx(f.score, abs=1e-6) for f in found} == {ids[n]: s for n, s in expected.items()}
     assert [f.score for f in found] == sorted((f.score for f in found), reverse=True)
     (found,) = store.query_batch([VectorQuery(query, 10, text="red", where=parse({"text": {"contains": "dress"}}))])
     assert {f.id for f in found} == {ids[0], ids[3], ids[5]}
 
 
-def test_ordered(store: Store) -> None:
+def test_order_by_sorts_numbers_and_dates(store: Store) -> None:
     records = [record(n, price=n / 2, day=f"2024-05-{10 + n}", even=n % 2 == 0) for n in range(6)]
     store.upsert([*records, record(9)])
     for column, kind in (("price", "float"), ("day", "datetime")):
@@ -140,11 +136,13 @@ def test_ordered(store: Store) -> None:
         np.testing.assert_allclose(up[0].vector, records[2].vector, atol=1e-7)
 
 
-def test_facet(store: Store) -> None:
+def test_facet_counts_values(store: Store) -> None:
     store.upsert(
         [record(n, brand="Nord" if n % 3 else "Acme", tags=["a", "b"][: n % 3], sale=n == 1) for n in range(9)]
     )
-    assert store.count(parse({"brand": {"contains": "nord"}})) == 6  # which makes an index of another kind
+    assert (
+        store.count(parse({"brand": {"contains": "nord"}})) == 6
+    )  # this creates a text index, the facet needs a keyword index
     assert store.facet("brand", "keyword", limit=10) == {"Nord": 6, "Acme": 3}
     assert store.facet("tags", "keyword", limit=10, where=parse({"brand": "Nord"})) == {"a": 6, "b": 3}
     assert store.facet("sale", "bool", limit=10) == {True: 1, False: 8}
@@ -152,27 +150,7 @@ def test_facet(store: Store) -> None:
     assert store.count(parse({"brand": {"contains": "nord"}})) == 6
 
 
-def test_an_index_that_two_threads_want_is_made_once() -> None:
-    made: list[str] = []
-
-    class Slow:
-        def create_index(self, column: str, kind: str) -> None:
-            made.append(column)
-            time.sleep(0.05)
-
-        def drop_index(self, column: str) -> None:
-            raise AssertionError
-
-    indexes, store = PayloadIndexes({}), Slow()
-    threads = [threading.Thread(target=indexes.need, args=("brand", "keyword", store)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert made == ["brand"]
-
-
-def test_upsert_replaces(store: Store) -> None:
+def test_upsert_replaces_vector_and_payload(store: Store) -> None:
     store.upsert([record(1, colour="red", old=1)])
     store.upsert([Record(record(1).id, record(2).vector, {"colour": "blue"})])
     assert store.count() == 1
@@ -181,25 +159,25 @@ def test_upsert_replaces(store: Store) -> None:
     np.testing.assert_allclose(stored.vector, record(2).vector, atol=1e-7)
 
 
-def test_nothing_to_do_is_done(store: Store) -> None:
+def test_empty_arguments_are_accepted(store: Store) -> None:
     store.upsert([])
     store.delete([])
     assert store.retrieve([]) == [] and store.query_batch([]) == [] and store.count() == 0
 
 
-def test_delete(store: Store) -> None:
+def test_delete_removes_records_and_ignores_unknown_ids(store: Store) -> None:
     store.upsert([record(n) for n in range(4)])
     store.delete([record(1).id, record(3).id, record(77).id])
     assert store.count() == 2
     assert {r.id for batch in store.scroll() for r in batch} == {record(0).id, record(2).id}
 
 
-def test_count_with_a_filter(store: Store) -> None:
+def test_count_applies_the_filter(store: Store) -> None:
     store.upsert([record(n, colour="red" if n % 3 else "blue") for n in range(9)])
     assert store.count(parse({"colour": "blue"})) == 3
 
 
-def test_scroll_in_batches(store: Store) -> None:
+def test_scroll_yields_batches_ordered_by_id(store: Store) -> None:
     store.upsert([record(n, n=n) for n in range(25)])
     batches = list(store.scroll(batch_size=10))
     assert [len(batch) for batch in batches] == [10, 10, 5]
@@ -210,7 +188,7 @@ def test_scroll_in_batches(store: Store) -> None:
 
 
 @pytest.mark.parametrize("vector", [np.full(DIM, np.nan), np.full(DIM, np.inf), np.ones(DIM + 1)])
-def test_unusable_vectors_are_refused_and_lose_nothing(store: Store, vector: np.ndarray) -> None:
+def test_upsert_rejects_invalid_vectors_and_stores_nothing(store: Store, vector: np.ndarray) -> None:
     store.upsert([record(1)])
     with pytest.raises(StoreError, match=r"NaN or infinity|shape"):
         store.upsert([record(2), Record(record(3).id, vector.astype(np.float32), {"id": "bad"})])
@@ -218,29 +196,29 @@ def test_unusable_vectors_are_refused_and_lose_nothing(store: Store, vector: np.
 
 
 @pytest.mark.parametrize("vector", [np.full(DIM, np.nan), np.full(DIM, np.inf), np.ones(DIM + 1)])
-def test_unusable_queries_are_refused(store: Store, vector: np.ndarray) -> None:
+def test_query_rejects_invalid_vectors(store: Store, vector: np.ndarray) -> None:
     store.upsert([record(1)])
     with pytest.raises(StoreError, match=f"{DIM} finite numbers"):
         store.query(vector.astype(np.float32), limit=1)
 
 
-def test_optimize_keeps_everything(store: Store) -> None:
+def test_optimize_keeps_all_records(store: Store) -> None:
     store.upsert([record(n) for n in range(100)])
     store.optimize()
     assert store.count() == 100
     assert store.query(record(5).vector, limit=1)[0].id == record(5).id
 
 
-def test_closed(store: Store) -> None:
+def test_closed_store_raises(store: Store) -> None:
     store.close()
     store.close()
     with pytest.raises(StoreError, match="closed"):
         store.count()
 
 
-def test_sixteen_threads(store: Store, request: pytest.FixtureRequest) -> None:
+def test_sixteen_threads_read_and_write(store: Store, request: pytest.FixtureRequest) -> None:
     if "client" in request.node.name:
-        pytest.skip("qdrant-client's local mode is not made for threads; its HTTP client is")
+        pytest.skip("the local mode of qdrant-client is not thread-safe")
     errors: list[BaseException] = []
 
     def work(thread: int) -> None:
@@ -261,64 +239,3 @@ def test_sixteen_threads(store: Store, request: pytest.FixtureRequest) -> None:
         thread.join()
     assert errors == []
     assert store.count() == 160
-
-
-# ------------------------------------------------------------------------------------------------ Qdrant Edge alone
-
-
-def test_edge_reopens(tmp_path: Path) -> None:
-    store = edge(tmp_path)
-    store.upsert([record(1, colour="red")])
-    store.count(parse({"colour": "red"}))
-    store.close()
-    store = edge(tmp_path)
-    assert store.retrieve([record(1).id])[0].payload == {"colour": "red"}
-    store.close()
-
-
-def test_edge_in_use(tmp_path: Path) -> None:
-    store = edge(tmp_path)
-    with pytest.raises(StoreError, match="in use by another"):
-        edge(tmp_path)
-    store.close()
-    edge(tmp_path).close()
-
-
-def test_edge_survives_a_kill(tmp_path: Path) -> None:
-    script = (
-        "import os, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from support.backends import edge, record\n"
-        "edge(Path(sys.argv[1])).upsert([record(n) for n in range(50)]); os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])], check=False)
-    store = edge(tmp_path)
-    assert store.count() == 50
-    store.close()
-
-
-# ------------------------------------------------------------------------------------------------ qdrant-client alone
-
-
-def test_a_collection_of_another_bundle_is_refused() -> None:
-    from qdrant_client import QdrantClient, models
-
-    from unidiff_sdk.store.server.store import ServerStore
-
-    client = QdrantClient(":memory:")
-    ServerStore(client, "shop", DIM, "aaaa")
-    ServerStore(client, "shop", DIM, "aaaa")
-    with pytest.raises(StoreError, match="another bundle"):
-        ServerStore(client, "shop", DIM, "bbbb")
-    client.create_collection("theirs", vectors_config=models.VectorParams(size=DIM, distance=models.Distance.DOT))
-    with pytest.raises(StoreError, match="not made by UniDiff"):
-        ServerStore(client, "theirs", DIM, "aaaa")
-
-
-def test_an_unreachable_server_is_one_sentence() -> None:
-    from qdrant_client import QdrantClient
-
-    from unidiff_sdk.store.server.store import ServerStore
-
-    client = QdrantClient("http://127.0.0.1:9", check_compatibility=False)
-    with pytest.raises(StoreError, match="Qdrant server"):
-        ServerStore(client, "shop", DIM, "aaaa")
