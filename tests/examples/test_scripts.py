@@ -11,6 +11,9 @@ from types import ModuleType
 import click
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+
+from unidiff_sdk.datasets.reader import read_catalog
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -87,3 +90,26 @@ def test_clear_refuses_a_folder_that_no_example_wrote(flow: ModuleType, examples
     with pytest.raises(click.UsageError, match="other files"):
         flow.clear(foreign)
     assert (foreign / "notes.txt").is_file()
+
+
+def test_real_images_converts_stamps_to_two_splits_without_a_common_caption(examples: Path) -> None:
+    import real_images
+
+    stamps = examples / "stamps" / "animals" / "birds"
+    stamps.mkdir(parents=True)
+    for number in range(40):
+        Image.new("RGBA", (300, 100), (number, 0, 0, 128)).save(stamps / f"{number:02}.png")
+        (stamps / f"{number:02}.txt").write_text(f"Bird {number // 2}.\nfr.utf8=Oiseau.\n", encoding="utf-8")
+    (stamps / "broken.png").write_bytes(b"no image")
+    (stamps / "broken.txt").write_text("Broken.\n", encoding="utf-8")
+    Image.new("RGB", (9, 9)).save(stamps / "no-caption.png")
+
+    counts = real_images.convert(examples / "stamps", examples / "out")
+    rows = {split: list(read_catalog(examples / "out" / split)) for split in counts}
+    assert sum(counts.values()) == 40 and {split: len(found) for split, found in rows.items()} == counts
+    captions = {split: {row.text for row in found} for split, found in rows.items()}
+    assert captions["train"] | captions["test"] == {f"Bird {number}." for number in range(20)}
+    assert not captions["train"] & captions["test"]
+    assert rows["train"][0].payload["category"] == "animals" and rows["train"][0].payload["kind"] == "birds"
+    with Image.open(rows["train"][0].image()) as image:
+        assert image.size == (256, 256)
