@@ -1,4 +1,4 @@
-"""What a figure depends on, to stand beside it: versions, processor, cores, date."""
+"""Record what a figure depends on: versions, processor, cores, date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = (
     "torch",
     "diffusers",
 )
-# By the flag of /proc/cpuinfo, the widest first.
+# By the flag in /proc/cpuinfo, widest first.
 ARITHMETIC = {
     "amx_int8": "AMX",
     "avx512_vnni": "AVX-512 VNNI",
@@ -31,7 +31,7 @@ ARITHMETIC = {
 
 
 def host() -> dict[str, object]:
-    """The machine and the versions, for a result file."""
+    """Return the machine and the versions for a result file."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": processor(),
@@ -44,22 +44,23 @@ def host() -> dict[str, object]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name and the widest arithmetic that it knows, as far as /proc/cpuinfo tells them.
+    """Return the processor's name and its widest vector arithmetic, as far as /proc/cpuinfo lists them.
 
-    Virtual machines give processors of several generations one name, and 8 bits hang on the arithmetic above all.
+    Virtual machines use one name for several generations of processors, and the speed of int8 depends on the
+    arithmetic.
     """
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = told.get("flags", "").split()
+    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = entries.get("flags", "").split()
     widest = next((f", {name}" for flag, name in ARITHMETIC.items() if flag in flags), "")
-    return told.get("model name", platform.machine()) + widest
+    return entries.get("model name", platform.machine()) + widest
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:

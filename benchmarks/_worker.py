@@ -1,6 +1,6 @@
-"""The far side of a `harness.Worker`: a peer in another environment, asked for one call at a time.
+"""The process behind a `harness.Worker`: a peer in another environment that performs one call per request.
 
-It needs the standard library only. A peer's script sets up, then hands its one call over:
+This module uses only the standard library. A peer's script sets up, then passes its call to `serve`:
 
     from _worker import serve
     serve(lambda: pipeline(prompt), figures=lambda: {"psnr_db": 41.2})
@@ -19,9 +19,9 @@ PACKAGES = ("onnxruntime", "torch", "transformers", "diffusers", "optimum-onnx",
 
 
 def serve(act: Callable[[], object], figures: Callable[[], Mapping[str, float]] = dict) -> None:
-    """Answer each line on stdin with the seconds that one call took, until stdin closes; a last line holds the figures.
+    """Perform one call for each line on stdin and answer with its seconds; answer the line `figures` with the figures.
 
-    Whatever libraries print goes to stderr, so that stdout carries the answers alone.
+    Libraries' output goes to stderr, so that stdout carries only the answers. Returns when stdin closes.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -36,7 +36,7 @@ def serve(act: Callable[[], object], figures: Callable[[], Mapping[str, float]] 
 
 
 def versions() -> dict[str, str]:
-    """What is installed on this side."""
+    """Return the installed versions in this environment."""
     found = {}
     for name in PACKAGES:
         try:

@@ -1,13 +1,13 @@
-"""`make ablation`: what does each term of the joint objective earn? Declared here before anything is run.
+"""`make ablation`: measure the gain of each term of the joint objective. All runs are declared here in advance.
 
-Each arm is tuned on 200 pairs of a catalog that its base has never seen: for the synthetic ones by a base trained
-on the other two, for the real one (Debian's tuxpaint stamps) by the built-in base. Three settings an arm are tried on
-the validation pairs of one catalog, with one seed; the best is frozen and run once, with three seeds, on the test
-pairs of all. Retrieval is measured on captions and pictures that no arm was tuned on, generation by the frozen judge.
+Each arm is tuned on 200 pairs of a catalog that its base has never seen. For a synthetic catalog, the base is trained
+on the other two; for the real one (Debian's tuxpaint stamps), it is the built-in base. Three settings per arm are tried
+on the validation pairs of one catalog with one seed. The best is frozen and run once, with three seeds, on the test
+pairs of all catalogs. Retrieval is measured on pairs that no arm was tuned on, generation by the frozen judge.
 
-Resumable: each run leaves a file in WORK, RESULT is written anew from all files after each, and what RESULT holds is
-not run again. Once the search is over, several processes may share WORK, each with `--domain`s and a RESULT of its own.
-`quality.py` makes the page of it.
+Runs can be resumed: each writes a file into WORK, RESULT is rewritten from all files after each run, and runs that
+RESULT holds are skipped. After the search for settings, several processes may share WORK, each with its own `--domain`
+options and its own RESULT. `quality.py` writes the page.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SYNTHETIC = ("ecommerce-product", "fashion-man", "fashion-woman")
 DOMAINS = (*SYNTHETIC, REAL)
 SEEDS = (0, 1, 2)
 PAIRS, GALLERY, PROMPTS, PER_PROMPT = 200, 300, 60, 2
-BASE_STEPS = {"clip": 900, "unet": 1500}  # of the bases made here
-FORGETTING = 200  # products of each catalog that the base knows
+BASE_STEPS = {"clip": 900, "unet": 1500}  # of the bases trained here
+RETAINED = 200  # products of each catalog that the base was trained on
 COMMON = {"steps": 250, "batch_size": 32, "rsc_samples": 8, "save_every": 10_000}
 
-# What differs from the defaults. Tuning apart, as is done today, is "CLIP alone" for retrieval and "SD alone" (the
-# UNet, not its text encoder) for generation, each with a checkpoint of its own. "SD and text" tells what synthesis
-# alone does where it teaches the text tower too, as it does in every joint arm.
+# The differences from the defaults. Separate tuning, today's practice, is "CLIP alone" for retrieval and "SD alone"
+# (the UNet without its text encoder) for generation, with one checkpoint each. "SD and text" shows the effect of
+# synthesis alone when it trains the text tower as well, as it does in every joint arm.
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
     "CLIP alone": {"lambda_is": 0.0, "lambda_rsc": 0.0},
@@ -50,7 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ITC + IS + RSC feature": {"lambda_rsc": 0.0},
     "ITC + IS + RSC both": {},
 }
-# The search: three settings each. What RSC adds is searched at the learning rate that ITC + IS was given.
+# The search: three settings per arm. The RSC weights are searched at the learning rate chosen for ITC + IS.
 RATES = [{"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4)]
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "base": [{}],
@@ -67,13 +67,13 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
 }
 
 
-# What arms that tune one half are chosen by; the others by both.
+# The figures that decide for arms that tune one half; all others use both.
 HALVES = {"CLIP alone": ("r@1",), "SD alone": ("all_right",), "SD and text": ("all_right",)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One tuning and what came of it. phase: "development" (validation pairs) or "test"."""
+    """One tuning run and its evaluation. phase: "development" (validation pairs) or "test"."""
 
     phase: str
     domain: str
@@ -83,19 +83,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The file that it leaves."""
-        words = f"{self.phase} {self.domain} {self.arm} {self.setting} {self.seed}".lower()
-        return "-".join("".join(c if c.isalnum() else " " for c in words).split()) + ".json"
+        """The name of its file."""
+        text = f"{self.phase} {self.domain} {self.arm} {self.setting} {self.seed}".lower()
+        return "-".join("".join(c if c.isalnum() else " " for c in text).split()) + ".json"
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / "runs" / "ablation", show_default=True)
 @click.option("--result", type=click.Path(path_type=Path), default=RESULT, show_default=True)
-@click.option("--minutes", type=float, help="Stop after the run that passes this time; go on another day.")
-@click.option("--domain", "domains", multiple=True, type=click.Choice(DOMAINS), help="Only these; default: all.")
+@click.option("--minutes", type=float, help="Stop after the run that exceeds this time. Run again to continue.")
+@click.option(
+    "--domain", "domains", multiple=True, type=click.Choice(DOMAINS), help="Run only these domains. Default: all."
+)
 def main(work: Path, result: Path, minutes: float | None, domains: tuple[str, ...]) -> None:
-    """Run what has not been run, then write the result."""
-    recall(work, result)
+    """Run all declared runs that have no result, then write the result."""
+    restore(work, result)
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
     for run in declared(work):
         if domains and run.domain not in domains and run.phase == "test":
@@ -103,7 +105,7 @@ def main(work: Path, result: Path, minutes: float | None, domains: tuple[str, ..
         if (work / run.name).exists():
             continue
         if time.monotonic() > deadline:
-            sys.exit("time is up: `make ablation` goes on from here")
+            sys.exit("Out of time. Run `make ablation` again to continue.")
         click.echo(f"{run.phase}: {run.domain}, {run.arm}, setting {run.setting}, seed {run.seed}", err=True)
         measured = perform(run, work)
         _write(work / run.name, {"run": asdict(run)} | measured)
@@ -111,11 +113,11 @@ def main(work: Path, result: Path, minutes: float | None, domains: tuple[str, ..
     collect(work, result)
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
+# --- declared runs ---------------------------------------------------------------------------------------------------
 
 
 def declared(work: Path) -> Iterator[Run]:
-    """Every run in its order; those of the test only once their arm's setting is chosen."""
+    """Yield every run in order; test runs follow once the settings are chosen."""
     for arm, settings in SETTINGS.items():
         for setting in range(len(settings)):
             yield Run("development", DEVELOPMENT, arm, setting, 0)
@@ -126,7 +128,7 @@ def declared(work: Path) -> Iterator[Run]:
 
 
 def best_setting(work: Path, arm: str) -> int:
-    """The setting with the best score on the validation pairs; ties go to the first."""
+    """Return the setting with the best score on the validation pairs; ties go to the first."""
     tried = [
         json.loads((work / Run("development", DEVELOPMENT, arm, setting, 0).name).read_text("utf-8"))
         for setting in range(len(SETTINGS[arm]))
@@ -135,12 +137,12 @@ def best_setting(work: Path, arm: str) -> int:
 
 
 def score(arm: str, figures: Mapping[str, float]) -> float:
-    """What development looks at: mean R@1, and all attributes right; of arms that tune one half, that half alone."""
+    """Return the development score: the mean of R@1 and `all_right`, or the one figure of an arm's half."""
     return float(np.mean([figures[half] for half in HALVES.get(arm, ("r@1", "all_right"))]))
 
 
 def options(run: Run, work: Path) -> dict[str, Any]:
-    """The training configuration of a run."""
+    """Return the training configuration of a run."""
     chosen = COMMON | ARMS[run.arm] | {"seed": run.seed}
     if "RSC" in run.arm:
         chosen |= RATES[best_setting(work, "ITC + IS")]
@@ -151,7 +153,7 @@ def options(run: Run, work: Path) -> dict[str, Any]:
 
 
 def perform(run: Run, work: Path) -> dict[str, Any]:
-    """Tune and measure: `figures` by name, `columns` of what each query and each picture got."""
+    """Tune and measure: `figures` by name, and `columns` with the result of each query and each image."""
     from unidiff_sdk.training.config import TrainingConfig
     from unidiff_sdk.training.loop.trainer import train
 
@@ -170,7 +172,7 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
 
 
 def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[str, Any]:
-    """Retrieval, generation, collapse and forgetting of a checkpoint, by the measures of `unidiff_sdk.training`."""
+    """Measure retrieval, generation, collapse and forgetting of a checkpoint."""
     from unidiff_sdk.generation.samplers import make_table
     from unidiff_sdk.inference.schedule import Schedule
     from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
@@ -187,7 +189,7 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     attributes = evaluate.synthetic_attributes(pairs)
     keys = evaluate.meanings(pairs, attributes)
 
-    # 1. retrieval and what becomes of the embeddings
+    # 1. Retrieval and collapse of the embeddings
     u, v = evaluate.embed(model, loaded, pairs)
     relevant = evaluate.equal_keys(keys)
     hits = [metrics.first_relevant_rank(scores, relevant) == 1 for scores in ((u @ v.T).T, u @ v.T)]
@@ -198,67 +200,67 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
         "text_effective_rank": metrics.effective_rank(v),
     }
 
-    # 2. generation: noise depends on the picture's place alone, so all arms and seeds draw from the same
+    # 2. Generation: noise depends only on the position of an image, so all arms and seeds start from the same noise
     rows = [row for row in evaluate.differing(keys, PROMPTS) for _ in range(PER_PROMPT)]
     table = make_table("dpm++2m", Schedule.from_config(loaded.scheduler.config), 20)
     captions = [pairs.captions[row] for row in rows]
-    pictures = evaluate.generate(model, loaded, captions, table=table, guidance=5.0, seed=0)
+    images = evaluate.generate(model, loaded, captions, table=table, guidance=5.0, seed=0)
     judge = Judge.load()
-    real, seen = (judge.features(_arrays(one.images)) for one in (pairs, train_pairs))
-    made = judge.features(pictures)
+    real, training = (judge.features(_arrays(one.images)) for one in (pairs, train_pairs))
+    generated = judge.features(images)
     half = np.random.default_rng(0).permutation(len(real))
     halves = real[half[: len(half) // 2]], real[half[len(half) // 2 :]]
     figures |= {
-        "kid": metrics.kid(made, real),
+        "kid": metrics.kid(generated, real),
         "kid_floor": metrics.kid(*halves),
-        "cmmd": metrics.cmmd(made, real),
+        "cmmd": metrics.cmmd(generated, real),
         "cmmd_floor": metrics.cmmd(*halves),
-        "diversity": metrics.per_prompt_diversity(made, rows),
-        "nearest_training_picture": float(metrics.nearest_neighbor_similarity(made, seen)[0].mean()),
-        "nearest_training_picture_of_real": float(metrics.nearest_neighbor_similarity(real, seen)[0].mean()),
+        "diversity": metrics.per_prompt_diversity(generated, rows),
+        "nearest_training_image": float(metrics.nearest_neighbor_similarity(generated, training)[0].mean()),
+        "nearest_training_image_of_real": float(metrics.nearest_neighbor_similarity(real, training)[0].mean()),
     }
     if attributes:
-        answers = judge.attributes(pictures)
+        answers = judge.attributes(images)
         right = np.array([[answers[name][i] == value for name, value in attributes[row].items() if name in answers]
                           for i, row in enumerate(rows)])  # fmt: skip
         columns["all_right"] = right.all(axis=1).astype(int).tolist()
         figures |= {"all_right": float(right.all(axis=1).mean()), "attributes_right": float(right.mean())}
     if run.phase == "test" and run.seed == 0:
-        _sheet(pictures[: PER_PROMPT * 10 : PER_PROMPT], work / "sheets" / f"{run.name[:-5]}.webp")
+        _sheet(images[: PER_PROMPT * 10 : PER_PROMPT], work / "sheets" / f"{run.name[:-5]}.webp")
 
-    # 3. forgetting, on what the base knows
-    known = [name for name in SYNTHETIC if name != run.domain]
-    drop = []
-    for name in known:
-        kept = load_pairs(data_of(name, work)["test"], loaded, limit=FORGETTING)
-        kept_keys = evaluate.meanings(kept, evaluate.synthetic_attributes(kept))
-        ways = evaluate.retrieval(*evaluate.embed(model, loaded, kept), kept_keys)
-        drop.append(np.mean([way["R@1"] for way in ways.values()]))
-    figures["r@1_of_known"] = float(np.mean(drop))
+    # 3. Forgetting: retrieval on the catalogs that the base was trained on
+    base_catalogs = [name for name in SYNTHETIC if name != run.domain]
+    retained = []
+    for name in base_catalogs:
+        base_pairs = load_pairs(data_of(name, work)["test"], loaded, limit=RETAINED)
+        base_keys = evaluate.meanings(base_pairs, evaluate.synthetic_attributes(base_pairs))
+        directions = evaluate.retrieval(*evaluate.embed(model, loaded, base_pairs), base_keys)
+        retained.append(np.mean([direction["R@1"] for direction in directions.values()]))
+    figures["retained_r@1"] = float(np.mean(retained))
     return {"figures": figures, "columns": columns}
 
 
-def _arrays(pictures: Any) -> Iterator[Any]:
-    for chunk in pictures.split(64):
+def _arrays(images: Any) -> Iterator[Any]:
+    for chunk in images.split(64):
         yield from chunk.permute(0, 2, 3, 1).numpy()
 
 
-def _sheet(pictures: list[Any], file: Path) -> None:
-    """The first picture of each of the first ten prompts, by their index, in one row."""
+def _sheet(images: list[Any], file: Path) -> None:
+    """Write images side by side."""
     from PIL import Image
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(file, quality=85, method=6)
+    Image.fromarray(np.concatenate(images, axis=1)).save(file, quality=85, method=6)
 
 
-# --- bases and data, made once ---------------------------------------------------------------------------------------
+# --- bases and data, written once ------------------------------------------------------------------------------------
 
 
 def base_of(domain: str, work: Path) -> str | Path:
-    """A base that has never seen the domain: the built-in one, or one trained on the other synthetic catalogs.
+    """Return a base that has never seen the domain: the built-in one, or one trained on the other synthetic catalogs.
 
-    Of the built-in base these take the tokenizer and the VAE, which has seen pictures of all three; CLIP and UNet are
-    trained from nothing, for fewer steps.
+    The latter shares the tokenizer and the VAE with the built-in base, whose VAE has seen images of all three catalogs.
+    Its CLIP and UNet are trained from scratch, for fewer steps.
     """
     if domain == REAL:
         return "tiny"
@@ -267,21 +269,21 @@ def base_of(domain: str, work: Path) -> str | Path:
         from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
         from unidiff_sdk.training.recipes import tiny
 
-        known = load_checkpoint("tiny")
+        built_in = load_checkpoint("tiny")
         tiny.train_base(
             folder.with_name(f"{domain}.work"),
             folder,
             name=f"tiny without {domain}",
             catalogs=[name for name in SYNTHETIC if name != domain],
-            vae=known.vae.eval(),
-            tokenizer=known.tokenizer,
+            vae=built_in.vae.eval(),
+            tokenizer=built_in.tokenizer,
             stages={name: replace(tiny.RECIPE[name], steps=steps) for name, steps in BASE_STEPS.items()},
         )
     return folder
 
 
 def data_of(domain: str, work: Path) -> dict[str, Path]:
-    """Folders of a domain: "train", "val" and "test", which share no product."""
+    """Return the folders of a domain: "train", "val" and "test", which share no product."""
     folder = work / "data" / domain
     splits = {"train": ("train", PAIRS), "val": ("val", GALLERY), "test": ("test", GALLERY)}
     if domain == REAL:
@@ -296,7 +298,7 @@ def data_of(domain: str, work: Path) -> dict[str, Path]:
 
 
 def _real(folder: Path) -> dict[str, Path]:
-    """The stamps as `make real` splits them, the first 200 of its training part (shuffled) to train on."""
+    """Return the stamps as `make real` splits them, with 200 random pairs of its training part."""
     if not (folder / "train" / "metadata.jsonl").exists():
         sys.path.insert(0, str(ROOT / "examples"))
         from real_pictures import convert, downloaded
@@ -317,7 +319,7 @@ def _real(folder: Path) -> dict[str, Path]:
 
 
 def collect(work: Path, result: Path) -> None:
-    """All runs so far in one file, with the machine and what was declared."""
+    """Write all runs so far into one file, with the machine and the declaration."""
     runs = [json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))]
     declaration = {"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "seeds": SEEDS, "common": COMMON}
     sizes = {"pairs": PAIRS, "gallery": GALLERY, "prompts": PROMPTS, "per_prompt": PER_PROMPT, "base_steps": BASE_STEPS}
@@ -329,8 +331,8 @@ def collect(work: Path, result: Path) -> None:
     _write(result, {**host(), "declared": declaration | sizes, "complete": complete, "runs": runs})
 
 
-def recall(work: Path, result: Path) -> None:
-    """The files of runs that only RESULT knows, on a machine where they were not made."""
+def restore(work: Path, result: Path) -> None:
+    """Write the files of runs that only RESULT holds, e.g. on another machine."""
     if result.exists():
         for run in json.loads(result.read_text("utf-8"))["runs"]:
             file = work / Run(**run["run"]).name

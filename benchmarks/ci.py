@@ -1,8 +1,8 @@
-"""A short gate: the runtime must stay ahead of PyTorch on the same tiny model, in the same run, on one thread.
+"""A short performance gate: the runtime must stay faster than PyTorch with the same tiny model on one thread.
 
-Only ratios are compared (ours / PyTorch's, smaller is better), ours and theirs taking turns, and of processor time
-instead of the clock's, so that a slow or busy machine decides nothing. The bounds are in `bounds.json`, with the margin
-by which one may be exceeded; what is over it is measured once more before it counts.
+The gate compares ratios (UniDiff / PyTorch, smaller is better) of processor time, and both take turns, so that the
+speed and the load of the machine do not matter. `bounds.json` holds the bounds and the margin by which a ratio may
+exceed its bound. A ratio above that fails the gate only if a second measurement confirms it.
 """
 
 from __future__ import annotations
@@ -23,54 +23,55 @@ from harness import measure, spread
 BOUNDS = Path(__file__).with_name("bounds.json")
 ITEMS = 256
 
-Case = tuple[Callable[[], object], Callable[[], object], int]  # ours, the peer, rounds
+Case = tuple[Callable[[], object], Callable[[], object], int]  # UniDiff, PyTorch, rounds
 
 
 def main() -> None:
-    """Measure every case, print the ratios, and exit with 1 if one is over its bound twice."""
+    """Measure every case, print the ratios, and exit with 1 if one exceeds its bound twice."""
     gate = json.loads(BOUNDS.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "shop.catalog"
         fill(folder)
-        own = Path(shutil.copytree(folder, Path(temporary) / "own.catalog"))  # one process at a time holds a folder
-        cases = {"process start to first hit": processes(folder), **in_process(own)}
+        copy = Path(shutil.copytree(folder, Path(temporary) / "copy.catalog"))  # a catalog allows one process at a time
+        cases = {"process start to first hit": processes(folder), **in_process(copy)}
         failed = over(gate["bounds"], gate["margin"], lambda name: ratio_of(name, cases[name]))
     if failed:
-        sys.exit(f"over its bound twice: {', '.join(failed)}. If that is meant, change {BOUNDS.name} and say why.")
+        sys.exit(
+            f"Above the bound twice: {', '.join(failed)}. If the change is intended, raise the bound in {BOUNDS.name} "
+            "and give the reason in the commit message."
+        )
 
 
 def over(bounds: Mapping[str, float], margin: float, ratio: Callable[[str], float]) -> list[str]:
-    """The cases whose ratio is above bound · (1 + margin) in two measurements, the second taken after all others."""
+    """Return the cases with a ratio above bound · (1 + margin) twice; the second measurement follows all first ones."""
 
-    def worse(name: str) -> bool:
+    def exceeds(name: str) -> bool:
         value, limit = ratio(name), bounds[name] * (1 + margin)
         verdict = "ok" if value <= limit else "OVER"
-        print(
-            f"{name}: ratio {value:.2f} (bound {bounds[name]:.2f}, with its margin {limit:.2f}) {verdict}", flush=True
-        )
-        return not value <= limit  # so that NaN is over
+        print(f"{name}: ratio {value:.2f} (bound {bounds[name]:.2f}, with margin {limit:.2f}) {verdict}", flush=True)
+        return not value <= limit  # true for NaN
 
-    once = [name for name in bounds if worse(name)]
-    return [name for name in once if worse(name)]
+    once = [name for name in bounds if exceeds(name)]
+    return [name for name in once if exceeds(name)]
 
 
 def ratio_of(name: str, case: Case) -> float:
-    """What ours takes of what the peer takes: the median of the rounds' ratios, of processor time."""
+    """Return the median over the rounds of UniDiff's processor time divided by PyTorch's."""
     ours, peer, rounds = case
-    samples = measure({"ours": ours, "PyTorch": peer}, rounds, clock=processor_time)
-    told = ", ".join(f"{who} {1000 * spread(column)['median']:.2f} ms" for who, column in samples.items())
-    print(f"{name}: {told}", flush=True)
-    return spread([a / b for a, b in zip(samples["ours"], samples["PyTorch"], strict=True)])["median"]
+    samples = measure({"UniDiff": ours, "PyTorch": peer}, rounds, clock=processor_time)
+    medians = ", ".join(f"{who} {1000 * spread(column)['median']:.2f} ms" for who, column in samples.items())
+    print(f"{name}: {medians}", flush=True)
+    return spread([a / b for a, b in zip(samples["UniDiff"], samples["PyTorch"], strict=True)])["median"]
 
 
 def processor_time() -> float:
-    """Seconds of processor time so far, of this process and of those that it has waited for."""
+    """Return the processor time so far, in seconds, of this process and of its finished children."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def fill(folder: Path) -> None:
-    """A small catalog of synthetic products."""
+    """Write a small catalog of synthetic products."""
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
 
@@ -84,17 +85,17 @@ def fill(folder: Path) -> None:
 
 
 def processes(folder: Path) -> Case:
-    """Ours: a fresh process to its first hit. The peer: a fresh process that only imports what it would search with."""
+    """Compare the time of a new process to its first hit with that of a process that only imports PyTorch and CLIP."""
     search = f"from unidiff_sdk import Catalog; assert Catalog({str(folder)!r}).search('a red mug')"
 
-    def fresh(code: str) -> Callable[[], object]:
+    def new_process(code: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, "-c", code], check=True)
 
-    return fresh(search), fresh("import torch; from transformers import CLIPModel, CLIPTokenizer"), 3
+    return new_process(search), new_process("import torch; from transformers import CLIPModel, CLIPTokenizer"), 3
 
 
 def in_process(folder: Path) -> dict[str, Case]:
-    """Text search and a call of each graph, beside eager PyTorch with the weights that the bundle was exported from."""
+    """Compare a text search and a call of each graph with eager PyTorch and the weights behind the bundle."""
     import numpy as np
     import torch
 
@@ -106,20 +107,20 @@ def in_process(folder: Path) -> dict[str, Case]:
     checkpoint = load_checkpoint("tiny")
     catalog = Catalog(folder, bundle=bundle)
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
-    draw = np.random.default_rng(0).standard_normal
-    gallery = draw((ITEMS, bundle.dim)).astype(np.float32)
-    # Never the same text twice: ours remembers those.
-    asked, asked_in_torch = ((f"a tall red mug, {i}" for i in itertools.count()) for _ in range(2))
+    normal = np.random.default_rng(0).standard_normal
+    gallery = normal((ITEMS, bundle.dim)).astype(np.float32)
+    # Never the same text twice: the catalog caches embeddings of texts.
+    queries, queries_in_torch = ((f"a tall red mug, {i}" for i in itertools.count()) for _ in range(2))
 
     def search_in_torch() -> object:
         tokens = checkpoint.tokenizer(
-            [next(asked_in_torch)], padding="max_length", return_tensors="pt", truncation=True
+            [next(queries_in_torch)], padding="max_length", return_tensors="pt", truncation=True
         )
         pooled = clip.text_model(input_ids=tokens["input_ids"]).pooler_output
         embedding = torch.nn.functional.normalize(clip.text_projection(pooled), dim=-1)
         return np.argsort(-(gallery @ embedding[0].numpy()))[:10]
 
-    def beside(graph: str, act: Callable[..., object], **arrays: np.ndarray) -> Case:
+    def against_pytorch(graph: str, act: Callable[..., object], **arrays: np.ndarray) -> Case:
         feed = {name: array.astype(np.float32) for name, array in arrays.items()}
         tensors = [torch.from_numpy(array) for array in feed.values()]
         session = bundle.session(graph)
@@ -128,25 +129,25 @@ def in_process(folder: Path) -> dict[str, Case]:
     def inference(act: Callable[[], object]) -> Callable[[], object]:
         return torch.inference_mode()(act)
 
-    # Two samples in the UNet: one picture with guidance.
+    # The UNet computes two samples: one image with guidance.
     side, channels = unet.config.sample_size, unet.config.in_channels
-    states = draw((2, bundle.max_tokens, unet.config.cross_attention_dim))
+    states = normal((2, bundle.max_tokens, unet.config.cross_attention_dim))
     return {
-        "encode and search a text": (lambda: catalog.search(next(asked)), inference(search_in_torch), 40),
-        "encode eight pictures": beside(
+        "encode and search a text": (lambda: catalog.search(next(queries)), inference(search_in_torch), 40),
+        "encode eight images": against_pytorch(
             "image_encoder",
             lambda pixels: clip.visual_projection(clip.vision_model(pixels).pooler_output),
-            pixel_values=draw((8, 3, bundle.image_size, bundle.image_size)),
+            pixel_values=normal((8, 3, bundle.image_size, bundle.image_size)),
         ),
-        "one denoising step": beside(
+        "one denoising step": against_pytorch(
             "unet",
             lambda z, t, conditions: unet(z, t, conditions).sample,
-            sample=draw((2, channels, side, side)),
+            sample=normal((2, channels, side, side)),
             timestep=np.array([500.0, 500.0]),
             encoder_hidden_states=states,
         ),
-        "decode a picture": beside(
-            "vae_decoder", lambda z: vae.decode(z).sample, latent_sample=draw((1, channels, side, side))
+        "decode an image": against_pytorch(
+            "vae_decoder", lambda z: vae.decode(z).sample, latent_sample=normal((1, channels, side, side))
         ),
     }
 

@@ -1,7 +1,7 @@
-"""Process start to the first hit on a catalog of 1,000 items, and to the first generated picture, with the memory.
+"""Time and memory of a new process to its first hit in a catalog of 1,000 items, and to its first generated image.
 
-Every figure is of fresh processes, files in the page cache, the clock started before the process is. The peers do the
-same with the checkpoint that the built-in bundle was exported from, by the shortest way through their libraries.
+Every call starts a new process with all files in the page cache; the clock starts before the process. The peers do the
+same with the checkpoint behind the built-in bundle, in the shortest code that their libraries allow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPT = "red striped dress"
 
 OURS = {
     "hit": "from unidiff_sdk import Catalog; c = Catalog({folder!r}, create=False); assert len(c.search({prompt!r}))",
-    "picture": "from unidiff_sdk import Catalog; c = Catalog({folder!r}, create=False); "
+    "image": "from unidiff_sdk import Catalog; c = Catalog({folder!r}, create=False); "
     "assert len(c.generate({prompt!r}, seed=0, steps={steps}))",
 }
 CHECK = "; import sys; assert 'torch' not in sys.modules"
@@ -35,7 +35,7 @@ PEERS = {
         "    v = clip.text_projection(clip.text_model(tokens['input_ids']).pooler_output)[0].numpy()\n"
         "assert len(np.argsort(-(np.load({gallery!r}) @ v))[:10])",
     ),
-    "picture": (
+    "image": (
         "diffusers",
         "import torch; from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline\n"
         "torch.set_num_threads({threads})\n"
@@ -47,8 +47,8 @@ PEERS = {
 }
 
 
-def shop(folder: Path, items: int) -> Path:
-    """A catalog of synthetic products, made once."""
+def write_catalog(folder: Path, items: int) -> None:
+    """Index synthetic products."""
     from unidiff_sdk import Catalog
     from unidiff_sdk.datasets.synthetic import products, render
 
@@ -62,15 +62,14 @@ def shop(folder: Path, items: int) -> Path:
                 ids=[product.id for product in batch],
                 payloads=[{"price": product.price, "catalog": product.catalog} for product in batch],
             )
-    return folder
 
 
 @click.command()
 @options
 @click.option("--items", default=ITEMS, show_default=True, help="Size of the catalog.")
 def main(items: int, **chosen: Any) -> None:
-    """Time a fresh process to its first hit and to its first generated picture."""
-    bench = Benchmark(__file__, "How long from the start of a process to its first answer?", **chosen)
+    """Time a new process to its first hit and to its first generated image."""
+    bench = Benchmark(__file__, "How long does a new process take to its first answer?", **chosen)
     import numpy as np
 
     from unidiff_sdk import Bundle
@@ -79,22 +78,22 @@ def main(items: int, **chosen: Any) -> None:
         folder = Path(temporary) / "shop.catalog"
         gallery = Path(temporary) / "gallery.npy"
         base = Path(__file__).resolve().parent.parent / "unidiff_sdk" / "training" / "recipes" / "tiny_checkpoint"
-        facts = {"folder": str(folder), "gallery": str(gallery), "base": str(base), "clip": str(base / "clip")}
-        facts |= {"prompt": PROMPT, "steps": str(STEPS), "threads": str(bench.threads)}
+        values = {"folder": str(folder), "gallery": str(gallery), "base": str(base), "clip": str(base / "clip")}
+        values |= {"prompt": PROMPT, "steps": str(STEPS), "threads": str(bench.threads)}
         for kind, (peer, code) in PEERS.items():
             case = f"first {kind}, {items:,} items" if kind == "hit" else f"first {kind}, {STEPS} steps, 64 px"
             if not bench.wants(case):
                 continue
             if not folder.exists():
-                shop(folder, items)
+                write_catalog(folder, items)
                 dim = Bundle.open(verify=False).dim
                 np.save(gallery, np.random.default_rng(0).standard_normal((items, dim), dtype=np.float32))
             bench.row(
                 case,
-                ours={"UniDiff": Process([sys.executable, "-c", OURS[kind].format(**facts) + CHECK])},
-                peers={peer: Process([sys.executable, "-c", code.format(**facts)])},
+                ours={"UniDiff": Process([sys.executable, "-c", OURS[kind].format(**values) + CHECK])},
+                peers={peer: Process([sys.executable, "-c", code.format(**values)])},
                 parameters={"answer": kind},
-                note="The peer loads the checkpoint that the bundle was exported from; its gallery is an array.",
+                note="The peer loads the checkpoint that the bundle was exported from. Its gallery is an array.",
             )
     bench.finish()
 

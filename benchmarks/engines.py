@@ -1,7 +1,7 @@
-"""What searches vectors in this process: a catalog, qdrant-client's local mode, and a plain matrix product.
+"""Vector search engines in this process: a catalog, qdrant-client's local mode, and a plain matrix product.
 
-Each is built from float32[n, dim] of length 1 and answers a query with the numbers of the TOP rows closest to it; with
-a bucket, only among the rows whose number is that modulo PASSING.
+Each is built from unit vectors float32[n, dim] and answers a query with the indices of its TOP nearest vectors. With a
+bucket, only vectors count whose index modulo MATCHING is the bucket.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from unidiff_sdk import Catalog
 
-TOP, PASSING = 10, 10  # one item in PASSING passes the filter
+TOP, MATCHING = 10, 10  # one item in MATCHING matches the filter
 BATCH = 1000
 
 Vectors = NDArray[np.float32]
-Rows = NDArray[np.int64]
-Search = Callable[[Vectors, int | None], Rows]
+Indices = NDArray[np.int64]
+Search = Callable[[Vectors, int | None], Indices]
 
 
 class Engine:
-    """An engine, and how many seconds it took to build."""
+    """A built engine and its build time in seconds."""
 
     def __init__(self, build: Callable[[], Search], close: Callable[[], None] = lambda: None) -> None:
         started = time.perf_counter()
@@ -37,9 +37,9 @@ class Engine:
 
 
 def filled_catalog(folder: Path, vectors: Vectors, *, quantization: str | None = None) -> Catalog:
-    """A catalog that holds vectors as `add` would write them, without pictures; its bundle is never opened.
+    """Return a catalog that holds vectors as `add` writes them, without images and without an index.
 
-    The index is not built yet.
+    Its bundle is never opened.
     """
     from unidiff_sdk import Catalog
     from unidiff_sdk.catalog.catalog_file import BundleRef, CatalogFile
@@ -58,13 +58,13 @@ def _records(vectors: Vectors, start: int) -> Iterator[object]:
 
     for k, vector in enumerate(vectors, start):
         system = {"sha256": f"{k:064x}", "uri": f"images/{k:064x}.png"}
-        yield Record(key_of(k), vector, {"id": k, "bucket": k % PASSING, "_unidiff": system})
+        yield Record(key_of(k), vector, {"id": k, "bucket": k % MATCHING, "_unidiff": system})
 
 
 def search_by(catalog: Catalog) -> Search:
-    """`Catalog.search(vector=…)`."""
+    """Return a search by `Catalog.search(vector=…)`."""
 
-    def search(query: Vectors, bucket: int | None) -> Rows:
+    def search(query: Vectors, bucket: int | None) -> Indices:
         page = catalog.search(vector=query, limit=TOP, where=None if bucket is None else {"bucket": bucket})
         return np.array([hit.id for hit in page], np.int64)
 
@@ -72,7 +72,7 @@ def search_by(catalog: Catalog) -> Search:
 
 
 def unidiff(folder: Path, vectors: Vectors, *, quantization: str | None = None) -> Engine:
-    """A catalog with its index, as `add_folder` leaves it. What a filter needs, the first filtered query makes."""
+    """Return a catalog with an index, as `add_folder` leaves it; the first filtered query creates the payload index."""
     catalogs = []
 
     def build() -> Search:
@@ -85,19 +85,19 @@ def unidiff(folder: Path, vectors: Vectors, *, quantization: str | None = None) 
 
 
 def local(vectors: Vectors) -> Engine:
-    """qdrant-client's own in-memory mode, which scans."""
+    """Return qdrant-client's in-memory mode, which scans all vectors."""
     from qdrant_client import QdrantClient, models
 
     client = QdrantClient(":memory:")
 
     def build() -> Search:
         config = models.VectorParams(size=vectors.shape[1], distance=models.Distance.DOT)
-        payloads = ({"bucket": k % PASSING} for k in range(len(vectors)))
-        with warnings.catch_warnings(action="ignore"):  # that it is not made for so many
+        payloads = ({"bucket": k % MATCHING} for k in range(len(vectors)))
+        with warnings.catch_warnings(action="ignore"):  # it warns about collections of this size
             client.create_collection("c", vectors_config=config)
             client.upload_collection("c", vectors, payload=payloads, ids=range(len(vectors)))
 
-        def search(query: Vectors, bucket: int | None) -> Rows:
+        def search(query: Vectors, bucket: int | None) -> Indices:
             test = models.FieldCondition(key="bucket", match=models.MatchValue(value=bucket or 0))
             condition = None if bucket is None else models.Filter(must=[test])
             points = client.query_points("c", query=query, limit=TOP, query_filter=condition).points
@@ -109,13 +109,13 @@ def local(vectors: Vectors) -> Engine:
 
 
 def flat(vectors: Vectors) -> Engine:
-    """One matrix product and a partial sort: exact."""
+    """Return an exact search: one matrix product and a partial sort."""
 
     def build() -> Search:
-        buckets = [np.arange(bucket, len(vectors), PASSING) for bucket in range(PASSING)]
-        parts = [vectors[rows] for rows in buckets]
+        buckets = [np.arange(bucket, len(vectors), MATCHING) for bucket in range(MATCHING)]
+        parts = [vectors[indices] for indices in buckets]
 
-        def search(query: Vectors, bucket: int | None) -> Rows:
+        def search(query: Vectors, bucket: int | None) -> Indices:
             scores = (vectors if bucket is None else parts[bucket]) @ query
             best = np.argpartition(-scores, TOP)[:TOP]
             best = best[np.argsort(-scores[best])]
@@ -126,29 +126,34 @@ def flat(vectors: Vectors) -> Engine:
     return Engine(build)
 
 
-def truth(vectors: Vectors, asked: Vectors, bucket: int | None, rank: int = TOP) -> NDArray[np.float32]:
-    """The score of the TOP-th best row for each query: what scores as much is rightly found (equals count)."""
-    allowed = vectors if bucket is None else vectors[bucket::PASSING]
-    tenths = [np.partition(allowed @ query, -rank)[-rank] for query in asked]
-    return np.array(tenths, np.float32)
+def score_of_rank(vectors: Vectors, queries: Vectors, bucket: int | None, rank: int = TOP) -> NDArray[np.float32]:
+    """Return the exact score of the result at `rank` for each query: a hit with at least this score is correct."""
+    allowed = vectors if bucket is None else vectors[bucket::MATCHING]
+    scores = [np.partition(allowed @ query, -rank)[-rank] for query in queries]
+    return np.array(scores, np.float32)
 
 
-def assess(search: Search, vectors: Vectors, asked: Vectors, tenth: Vectors, bucket: int | None) -> dict[str, float]:
-    """Recall by distance, and the spread of times of one query after another, after 20 to warm up; for 20 s at most."""
+def assess(
+    search: Search, vectors: Vectors, queries: Vectors, least_scores: Vectors, bucket: int | None
+) -> dict[str, float]:
+    """Return recall by score, and the median and 99th percentile of the times of sequential queries.
+
+    20 queries warm up. After 20 seconds, the remaining queries are skipped.
+    """
     ends = time.monotonic() + 20
-    for query in asked[:20]:
+    for query in queries[:20]:
         search(query, bucket)
-    seconds, rights = [], []
-    for query, least in zip(asked, tenth, strict=True):
+    seconds, recalls = [], []
+    for query, least in zip(queries, least_scores, strict=True):
         started = time.perf_counter()
         found = search(query, bucket)
         seconds.append(time.perf_counter() - started)
-        passing = np.ones(len(found), bool) if bucket is None else found % PASSING == bucket
-        rights.append(np.sum((vectors[found] @ query >= least - 1e-6) & passing) / TOP)
+        matching = np.ones(len(found), bool) if bucket is None else found % MATCHING == bucket
+        recalls.append(np.sum((vectors[found] @ query >= least - 1e-6) & matching) / TOP)
         if time.monotonic() > ends:
             break
     return {
-        "recall@10": round(float(np.mean(rights)), 4),
+        "recall@10": round(float(np.mean(recalls)), 4),
         "p50_ms": round(1000 * float(np.quantile(seconds, 0.5)), 3),
         "p99_ms": round(1000 * float(np.quantile(seconds, 0.99)), 3),
     }

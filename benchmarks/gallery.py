@@ -1,7 +1,7 @@
-"""The built-in model's embeddings of drawn products, as a file: `python benchmarks/gallery.py --items 100300`.
+"""Embeddings of synthetic products by the built-in model: `python benchmarks/gallery.py --items 100300`.
 
-Drawing 100,000 products takes some seven minutes of two cores, so what is done is kept under `.cache/gallery`, a part
-of 500 at a time, and a run that was cut short goes on after it. Another image encoder has other files.
+Rendering and encoding 100,000 products takes about seven minutes on two cores. The embeddings are therefore cached
+under `.cache/gallery`, in parts of 500, and an interrupted run continues. Each image encoder has its own files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PART = 500
 
 
 def embeddings(count: int) -> NDArray[np.float32]:
-    """Unit embeddings float32[count, dim] of as many products, the three catalogs in turn; drawn if need be."""
+    """Return unit embeddings float32[count, dim] of products of the three catalogs; compute the missing ones."""
     import numpy as np
 
     from unidiff_sdk import Bundle
@@ -37,14 +37,14 @@ def embeddings(count: int) -> NDArray[np.float32]:
     if missing:
         with (
             ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-            click.progressbar(length=len(missing), label="Drawing and encoding") as bar,
+            click.progressbar(length=len(missing), label="Rendering and encoding") as bar,
         ):
-            for _ in pool.map(_draw, missing, [parts[number] for number in missing]):
+            for _ in pool.map(_embed_part, missing, [parts[number] for number in missing]):
                 bar.update(1)
     return np.concatenate([np.load(file) for file in parts])[:count]
 
 
-def _draw(number: int, file: Path) -> None:
+def _embed_part(number: int, file: Path) -> None:
     import numpy as np
 
     from unidiff_sdk.datasets.synthetic import CATALOGS, products, render
@@ -69,9 +69,9 @@ def _encoder() -> Encoder:
 @click.command()
 @click.option("--items", default=100_300, show_default=True, help="How many products.")
 def main(items: int) -> None:
-    """Draw and encode what is not there yet."""
+    """Render and encode the products that are not in the cache."""
     vectors = embeddings(items)
-    click.echo(f"{CACHE}: {len(vectors):,} embeddings of {vectors.shape[1]} numbers")
+    click.echo(f"{CACHE}: {len(vectors):,} embeddings of {vectors.shape[1]} dimensions")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A picture alone, many requests at once, and what the loop adds to its graphs.
+"""Generation with the built-in model: single images, concurrent requests, and the overhead of the denoising loop.
 
-The pictures of the built-in model are drawn beside diffusers' own pipeline over the checkpoint that the bundle was
-exported from: same sampler, steps and guidance. Requests come as a Poisson stream, each in a thread of its own, and
-count from their arrival to their picture. `overhead` is the share of a ranked generation's time that is spent outside
-the calls of its graphs. A model as large as SD 1.5 is in `generate_large.py`, few steps are in `few_steps.py`.
+The peer is diffusers' pipeline with the checkpoint behind the bundle, the same sampler, steps and guidance. Requests
+arrive as a Poisson stream, each in its own thread; the time of a request runs from its arrival to its image.
+`overhead` is the share of a ranked generation's time outside the calls of its graphs. `generate_large.py` measures a
+model of the size of Stable Diffusion 1.5, `few_steps.py` a distilled model.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
     from unidiff_sdk import Bundle
 
 PROMPT, GUIDANCE = "a long slim green coat with navy checks", 5.0
-SIZES = ((1, 8), (1, 25), (8, 8))  # pictures, steps
+SIZES = ((1, 8), (1, 25), (8, 8))  # images, steps
 REQUESTS, REQUEST_STEPS = 32, 12
-RATES = (0.5, 1.3)  # arrivals, as multiples of what is served one at a time
+RATES = (0.5, 1.3)  # arrivals, as multiples of the rate of sequential requests
 OURS, DIFFUSERS = "UniDiff", "diffusers, eager fp32"
 
 
 @click.command()
 @options
-@click.option("--requests", default=REQUESTS, show_default=True, help="How many come in each Poisson stream.")
+@click.option("--requests", default=REQUESTS, show_default=True, help="Requests in each Poisson stream.")
 def main(requests: int, **chosen: Any) -> None:
-    """Measure pictures of the built-in model, alone and in a stream, beside diffusers."""
-    bench = Benchmark(__file__, "How long does a picture take, alone and among many?", **chosen)
+    """Measure generation with the built-in model, alone and under load, next to diffusers."""
+    bench = Benchmark(__file__, "How long does one image take, alone and under load?", **chosen)
     from unidiff_sdk import Bundle
 
     bundle = Bundle.open("tiny", threads=bench.threads)
-    drawn_by_diffusers = diffusers_pipeline(bench.threads)
-    alone(bench, bundle, drawn_by_diffusers)
+    peer = diffusers_pipeline(bench.threads)
+    alone(bench, bundle, peer)
     overhead(bench, bundle)
-    arrivals(bench, bundle, drawn_by_diffusers, requests)
+    arrivals(bench, bundle, peer, requests)
     bench.finish()
 
 
 def diffusers_pipeline(threads: int) -> Callable[..., object]:
-    """(n pictures, steps) drawn by diffusers from the same checkpoint."""
+    """Return a function (number of images, steps) that generates with diffusers and the same checkpoint."""
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
@@ -57,35 +57,35 @@ def diffusers_pipeline(threads: int) -> Callable[..., object]:
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(n: int, steps: int) -> object:
+    def generate(n: int, steps: int) -> object:
         options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE, "num_images_per_prompt": n}
         return pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **options).images
 
-    return draw
+    return generate
 
 
 def alone(bench: Benchmark, bundle: Bundle, peer: Callable[..., object]) -> None:
-    """Pictures without ranking, as diffusers draws them."""
+    """Measure generation without ranking, as diffusers has none."""
     from unidiff_sdk.generation.generator import Generator
 
     generator = Generator(bundle)
     for n, steps in SIZES:
-        case = f"tiny, {n} picture{'s' if n > 1 else ''} of 64 px, {steps} steps"
+        case = f"tiny, {n} image{'s' if n > 1 else ''} of 64 px, {steps} steps"
         if bench.wants(case):
             bench.row(
                 case,
                 ours={OURS: lambda: generator.generate(PROMPT, n=n, steps=steps, guidance_scale=GUIDANCE)},  # noqa: B023
                 peers={DIFFUSERS: lambda: peer(n, steps)},  # noqa: B023
-                parameters={"pictures": n, "steps": steps},
+                parameters={"images": n, "steps": steps},
                 items=n,
             )
 
 
-# --- what the loop adds ----------------------------------------------------------------------------------------------
+# --- overhead of the loop --------------------------------------------------------------------------------------------
 
 
 class Clocked:
-    """A session whose calls are timed."""
+    """A session that sums up the time of its calls."""
 
     def __init__(self, session: Any) -> None:
         self.inputs, self.outputs = session.inputs, session.outputs
@@ -101,7 +101,7 @@ class Clocked:
 
 
 class Overhead:
-    """A call, and what share of its time is spent outside its graphs."""
+    """A contestant that records the share of its time outside the graphs."""
 
     def __init__(self, sessions: list[Clocked], act: Callable[[], object]) -> None:
         self.sessions, self.act = sessions, act
@@ -114,12 +114,12 @@ class Overhead:
         self.shares.append(1 - inside / (time.perf_counter() - started))
 
     def figures(self) -> dict[str, float]:
-        """The median over the calls."""
+        """Return the median share over the calls."""
         return {"overhead": round(sorted(self.shares)[len(self.shares) // 2], 4)}
 
 
 def overhead(bench: Benchmark, bundle: Bundle) -> None:
-    """`Catalog.generate`, ranked, on a small catalog: time outside the graphs' calls."""
+    """Measure the time of ranked `Catalog.generate` on a small catalog outside the calls of the graphs."""
     from unidiff_sdk import Bundle, Catalog
     from unidiff_sdk.datasets.synthetic import products, render
     from unidiff_sdk.inference.sessions import create_session
@@ -135,21 +135,23 @@ def overhead(bench: Benchmark, bundle: Bundle) -> None:
     with Catalog(bundle=clocked) as catalog:
         catalog.add([render(p) for p in shop], payloads=[{"catalog": p.catalog} for p in shop])
         for n, steps in SIZES:
-            case = f"tiny, {n} ranked, {steps} steps: outside the graphs"
+            case = f"tiny, {n} ranked image{'s' if n > 1 else ''}, {steps} steps: time outside the graphs"
             if bench.wants(case):
                 act = Overhead(sessions, lambda: catalog.generate(PROMPT, n=n, steps=steps, seed=0))  # noqa: B023
                 bench.row(case, ours={OURS: act}, peers={}, parameters={"ranked": n, "steps": steps}, rounds=21)
 
 
-# --- many at once ----------------------------------------------------------------------------------------------------
+# --- concurrent requests ---------------------------------------------------------------------------------------------
 
 
 class Stream:
-    """Requests that come when they come: how long until all are served, and how long each waited for its picture."""
+    """A contestant that serves requests at given arrival times, and records how long each waits for its image."""
 
-    def __init__(self, draw: Callable[[int], object], arrivals: list[float], lock: AbstractContextManager[Any]) -> None:
-        self.draw, self.arrivals, self.lock = draw, arrivals, lock
-        self.waited: list[float] = []
+    def __init__(
+        self, serve: Callable[[int], object], arrivals: list[float], lock: AbstractContextManager[Any]
+    ) -> None:
+        self.serve, self.arrivals, self.lock = serve, arrivals, lock
+        self.waits: list[float] = []
 
     def __call__(self) -> Seconds:
         started = time.perf_counter()
@@ -161,52 +163,52 @@ class Stream:
             thread.join()
         return Seconds(time.perf_counter() - started)
 
-    def _request(self, seed: int, came: float) -> None:
+    def _request(self, seed: int, arrival: float) -> None:
         with self.lock:
-            self.draw(seed)
-        self.waited.append(time.perf_counter() - came)
+            self.serve(seed)
+        self.waits.append(time.perf_counter() - arrival)
 
     def figures(self) -> dict[str, float]:
-        """The 99th percentile over all requests of all rounds."""
+        """Return the 99th percentile over all requests of all rounds."""
         import numpy as np
 
-        return {"p99_ms": round(1000 * float(np.percentile(self.waited, 99)), 1)}
+        return {"p99_ms": round(1000 * float(np.percentile(self.waits, 99)), 1)}
 
 
 def arrivals(bench: Benchmark, bundle: Bundle, peer: Callable[..., object], requests: int) -> None:
-    """Poisson streams that are served together, one at a time, and by diffusers behind a lock."""
+    """Measure Poisson streams: with shared calls, sequentially, and with diffusers behind a lock."""
     import numpy as np
 
     from unidiff_sdk.generation.generator import Generator
 
     generator = Generator(bundle)
 
-    def draw(seed: int) -> object:
+    def serve(seed: int) -> object:
         return generator.generate(PROMPT, seed=seed, steps=REQUEST_STEPS, guidance_scale=GUIDANCE)
 
     for rate in RATES:
-        case = f"Poisson arrivals, {rate:g} of what one at a time can do"
+        case = f"Poisson arrivals at {rate:g} of the sequential rate"
         if not bench.wants(case):
             continue
-        draw(0)
-        began = time.perf_counter()
+        serve(0)
+        started = time.perf_counter()
         for seed in range(5):
-            draw(seed)
-        gap = (time.perf_counter() - began) / 5 / rate
-        moments = list(np.cumsum(np.random.default_rng(0).exponential(gap, requests)))
+            serve(seed)
+        gap = (time.perf_counter() - started) / 5 / rate
+        times = list(np.cumsum(np.random.default_rng(0).exponential(gap, requests)))
         bench.row(
             case,
             ours={
-                "UniDiff, calls shared": Stream(draw, moments, nullcontext()),
-                "UniDiff, one at a time": Stream(draw, moments, threading.Lock()),
+                "UniDiff, shared calls": Stream(serve, times, nullcontext()),
+                "UniDiff, sequential": Stream(serve, times, threading.Lock()),
             },
             peers={
-                "diffusers behind a lock": Stream(lambda _: peer(1, REQUEST_STEPS), moments, threading.Lock()),
+                "diffusers behind a lock": Stream(lambda _: peer(1, REQUEST_STEPS), times, threading.Lock()),
             },
             parameters={"load": rate},
             items=requests,
             rounds=min(bench.rounds, 5),
-            note=f"{requests} requests for one picture in {REQUEST_STEPS} steps; the time is until the last is served.",
+            note=f"{requests} requests for one image of {REQUEST_STEPS} steps. The time runs until the last is served.",
         )
 
 

@@ -1,11 +1,11 @@
-"""Graphs and pictures of a model as large as Stable Diffusion 1.5 on an NVIDIA GPU, beside PyTorch there.
+"""Graphs and images of a model of the size of Stable Diffusion 1.5 on an NVIDIA GPU, next to PyTorch.
 
     python benchmarks/sd15.py .cache/sd15 sd15      # the checkpoint, of random weights, once
     python benchmarks/gpu.py --out benchmarks/results/h100/gpu.json
 
 Not part of `make bench`: it needs the `gpu` extra and a GPU. All contestants compute in half precision, and each call
-starts from NumPy arrays and ends with one. Which way of saying attention and normalization in ONNX runs best there is
-what the first rows are for; `unidiff-export --target cuda` writes the best of them.
+starts from NumPy arrays and ends with one. The first rows compare ways to express attention and normalization in ONNX;
+`unidiff-export --target cuda` writes the fastest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import click
 from harness import ROOT, Benchmark, options
 
-# name: flavor of the graph, whether its calls are replayed from a CUDA graph. The first two are what users get.
-OURS = {
+# name: flavor of the graph, whether its calls are replayed from a CUDA graph. The export offers the first two.
+VARIANTS = {
     "channels last": ("channels last", False),
     "channels last, captured": ("channels last", True),
     "channels first": ("channels first", False),
@@ -30,14 +30,14 @@ OURS = {
     "standard Attention": ("standard Attention", False),
     "decomposed": ("decomposed", False),
 }
-CHOSEN = ("channels last", "channels last, captured")
-# graph, batch, side of the latents (the encoders have one size only), ways
+EXPORTED = ("channels last", "channels last, captured")
+# graph, batch, side of the latents (0 for the encoders, which have one size only), variants
 CASES = (
-    ("unet", 2, 64, tuple(OURS)),
-    ("vae_decoder", 1, 64, tuple(OURS)),
-    ("text_encoder", 4, 0, ("channels first",)),  # it has no pictures, and a node that only a CPU runs
-    ("image_encoder", 32, 0, CHOSEN),
-    ("unet", 16, 64, CHOSEN),
+    ("unet", 2, 64, tuple(VARIANTS)),
+    ("vae_decoder", 1, 64, tuple(VARIANTS)),
+    ("text_encoder", 4, 0, ("channels first",)),  # no convolutions, and a node without a CUDA kernel
+    ("image_encoder", 32, 0, EXPORTED),
+    ("unet", 16, 64, EXPORTED),
 )
 EAGER, COMPILED = "PyTorch, eager fp16", "torch.compile fp16, reduce-overhead"
 PROMPT, SIDE, STEPS, GUIDANCE = "a red striped dress", 512, 25, 5.0
@@ -45,29 +45,31 @@ PROMPT, SIDE, STEPS, GUIDANCE = "a red striped dress", 512, 25, 5.0
 
 @click.command()
 @options
-@click.option("--kept", type=click.Path(path_type=Path), default=ROOT / ".cache" / "sd15", help="For the models.")
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "sd15", help="Folder for the models."
+)
 @click.option("--compile/--no-compile", "compiles", default=True, show_default=True, help="With torch.compile.")
-def main(kept: Path, compiles: bool, **chosen: Any) -> None:
-    """Time one call of every graph, then whole pictures."""
+def main(cache: Path, compiles: bool, **chosen: Any) -> None:
+    """Time one call of every graph, then whole images."""
     import torch
 
-    question = "How long do the graphs of Stable Diffusion 1.5, and its pictures, take on a GPU?"
+    question = "How long do the graphs and images of Stable Diffusion 1.5 take on a GPU?"
     here = Path(__file__).parent
     depends = [here / "gpu_graphs.py", here / "sd15.py", here / "unet_peer.py"]
     bench = Benchmark(__file__, question, device=torch.cuda.get_device_name(), depends=depends, **chosen)
     bench.report["peaks"] = peaks()
-    for graph, batch, side, ways in CASES:
+    for graph, batch, side, variants in CASES:
         case = f"{graph}, batch {batch}" + (f", {side}x{side} latents" if side else "")
         if bench.wants(case):
-            measure_graph(bench, kept, case, graph, batch, side, ways, compiles)
+            measure_graph(bench, cache, case, graph, batch, side, variants, compiles)
     case = f"{SIDE} px, {STEPS} steps, guided"
     if bench.wants(case):
-        measure_picture(bench, kept, case, compiles)
+        measure_image(bench, cache, case, compiles)
     bench.finish()
 
 
 def peaks() -> dict[str, float]:
-    """What the GPU reaches in a half-precision matrix product, in GFLOP/s, and in a copy, in GB/s, read and written."""
+    """Return the rates of a half-precision matrix product in GFLOP/s and of a copy in GB/s, read and written."""
     import torch
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
@@ -93,7 +95,14 @@ def peaks() -> dict[str, float]:
 
 
 def measure_graph(
-    bench: Benchmark, kept: Path, case: str, graph: str, batch: int, side: int, ways: tuple[str, ...], compiles: bool
+    bench: Benchmark,
+    cache: Path,
+    case: str,
+    graph: str,
+    batch: int,
+    side: int,
+    variants: tuple[str, ...],
+    compiles: bool,
 ) -> None:
     import torch
     from gpu_graphs import half_graph
@@ -101,28 +110,28 @@ def measure_graph(
     from unet_peer import inputs, module
 
     feed = inputs(graph, batch, side)
-    exact = module(graph, kept / "sd15").cuda()
+    exact = module(graph, cache / "sd15").cuda()
     with FlopCounterMode(display=False) as counter:
-        expected = called(exact, feed, torch.float32)()
+        expected = in_pytorch(exact, feed, torch.float32)()
     del exact
     figures: dict[str, dict[str, float]] = {}
     ours: dict[str, Callable[[], Any]] = {}
     notes = []
-    for name in ways:
-        flavor, capture = OURS[name]
-        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavor], check=True)
+    for name in variants:
+        flavor, capture = VARIANTS[name]
+        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), cache, graph, flavor], check=True)
         try:
-            ours[name] = act = in_onnxruntime(half_graph(kept, graph, flavor), feed, capture)
+            ours[name] = act = in_onnxruntime(half_graph(cache, graph, flavor), feed, capture)
             figures[name] = {"cosine": cosine(act(), expected)}
-        except Exception as error:  # a way that does not work there is told, not fatal
+        except Exception as error:  # a variant that fails is reported on the page
             ours.pop(name, None)
             notes.append(f"{name} failed: {str(error).strip().splitlines()[0][:160]}")
             click.echo(notes[-1], err=True)
-    eager = module(graph, kept / "sd15", "float16").cuda().to(memory_format=torch.channels_last)
-    peers = {EAGER: called(eager, feed, torch.float16)}
+    eager = module(graph, cache / "sd15", "float16").cuda().to(memory_format=torch.channels_last)
+    peers = {EAGER: in_pytorch(eager, feed, torch.float16)}
     if compiles:
         torch._dynamo.reset()
-        peers[COMPILED] = called(torch.compile(eager, mode="reduce-overhead"), feed, torch.float16)
+        peers[COMPILED] = in_pytorch(torch.compile(eager, mode="reduce-overhead"), feed, torch.float16)
         peers[COMPILED]()
     figures |= {name: {"cosine": cosine(act(), expected)} for name, act in peers.items()}
     bench.row(
@@ -144,19 +153,19 @@ def measure_graph(
 
 
 def in_onnxruntime(file: Path, feed: dict[str, Any], capture: bool) -> Callable[[], Any]:
-    """One call as `Bundle.open(device="cuda", capture=capture)` makes it."""
+    """Return a contestant that calls a graph as `Bundle.open(device="cuda", capture=capture)` does."""
     from unidiff_sdk.inference.sessions import create_session
 
     profile = {name: dict.fromkeys(("min", "opt", "max"), array.shape) for name, array in feed.items()}
     session = create_session(file, device="cuda", profile=profile, capture=capture)
     if session.captured != capture:
-        raise RuntimeError("a node of the graph runs on the CPU only, so it cannot be captured")
-    wanted = "text_embeds" if "text_embeds" in session.outputs else next(iter(session.outputs))
-    return lambda: session.run(feed, [wanted])[wanted]
+        raise RuntimeError("the graph cannot be captured, because a node runs only on the CPU")
+    output = "text_embeds" if "text_embeds" in session.outputs else next(iter(session.outputs))
+    return lambda: session.run(feed, [output])[output]
 
 
-def called(module: Any, feed: dict[str, Any], dtype: Any) -> Callable[[], Any]:
-    """A PyTorch module on the GPU, called on copies of NumPy arrays; the result is one again."""
+def in_pytorch(module: Any, feed: dict[str, Any], dtype: Any) -> Callable[[], Any]:
+    """Return a contestant that calls a PyTorch module on the GPU, from NumPy arrays to a NumPy array."""
     import torch
 
     def act() -> Any:
@@ -175,23 +184,23 @@ def cosine(a: Any, b: Any) -> float:
     return round(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)), 6)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
-def measure_picture(bench: Benchmark, kept: Path, case: str, compiles: bool) -> None:
-    """DDIM for both. Ours with the graphs that `--target cuda` writes, captured and not."""
+def measure_image(bench: Benchmark, cache: Path, case: str, compiles: bool) -> None:
+    """Measure whole images with DDIM; UniDiff runs the graphs of `--target cuda`, captured and not."""
     from unidiff_sdk import Bundle
     from unidiff_sdk.generation.generator import Generator
 
-    folder = pipeline(kept)
-    settings: dict[str, Any] = {"steps": STEPS, "guidance_scale": GUIDANCE, "sampler": "ddim"}
+    folder = pipeline(cache)
+    options: dict[str, Any] = {"steps": STEPS, "guidance_scale": GUIDANCE, "sampler": "ddim"}
     ours = {}
     for name, capture in (("UniDiff fp16", False), ("UniDiff fp16, captured", True)):
         generator = Generator(Bundle.open(folder, device="cuda", capture=capture))
-        ours[name] = lambda generator=generator: generator.generate(PROMPT, width=SIDE, height=SIDE, **settings)
-    peers = {"diffusers, eager fp16": in_diffusers(kept, compiled=False)}
+        ours[name] = lambda generator=generator: generator.generate(PROMPT, width=SIDE, height=SIDE, **options)
+    peers = {"diffusers, eager fp16": in_diffusers(cache, compiled=False)}
     if compiles:
-        peers["diffusers, torch.compile fp16, reduce-overhead"] = in_diffusers(kept, compiled=True)
+        peers["diffusers, torch.compile fp16, reduce-overhead"] = in_diffusers(cache, compiled=True)
     bench.row(
         case,
         ours=ours,
@@ -204,12 +213,12 @@ def measure_picture(bench: Benchmark, kept: Path, case: str, compiles: bool) -> 
     )
 
 
-def in_diffusers(kept: Path, *, compiled: bool) -> Callable[[], Any]:
-    """A picture by its pipeline; compiled, as its documentation advises: the UNet and the decoder."""
+def in_diffusers(cache: Path, *, compiled: bool) -> Callable[[], Any]:
+    """Return a contestant that generates with diffusers; `compiled`: UNet and decoder, as its documentation advises."""
     import torch
     from diffusers import StableDiffusionPipeline
 
-    peer = StableDiffusionPipeline.from_pretrained(kept / "sd15", torch_dtype=torch.float16, safety_checker=None)
+    peer = StableDiffusionPipeline.from_pretrained(cache / "sd15", torch_dtype=torch.float16, safety_checker=None)
     peer = peer.to("cuda")
     peer.set_progress_bar_config(disable=True)
     if compiled:
@@ -218,23 +227,23 @@ def in_diffusers(kept: Path, *, compiled: bool) -> Callable[[], Any]:
             part.to(memory_format=torch.channels_last)
         peer.unet = torch.compile(peer.unet, mode="reduce-overhead", fullgraph=True)
         peer.vae.decode = torch.compile(peer.vae.decode, mode="reduce-overhead", fullgraph=True)
-    told: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": SIDE, "height": SIDE}
-    return lambda: peer(PROMPT, **told).images
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "width": SIDE, "height": SIDE}
+    return lambda: peer(PROMPT, **options).images
 
 
-def pipeline(kept: Path) -> Path:
-    """A folder of the graphs that draw, which `Bundle` opens as it opens what another exporter wrote."""
+def pipeline(cache: Path) -> Path:
+    """Return a folder with the graphs of generation, which `Bundle` opens like the export of another tool."""
     from gpu_graphs import half_graph
-    from sd15 import DRAWING, surround
+    from sd15 import GENERATION, write_pipeline_files
 
-    folder, without_config = kept / "half-pipeline", shutil.ignore_patterns("config.json")
-    shutil.rmtree(folder, ignore_errors=True)  # of other code, perhaps; making it anew costs nothing
-    for graph in DRAWING:
+    folder, without_config = cache / "half-pipeline", shutil.ignore_patterns("config.json")
+    shutil.rmtree(folder, ignore_errors=True)  # it may be from other code; linking costs nothing
+    for graph in GENERATION:
         flavor = "channels first" if graph == "text_encoder" else "channels last"
-        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), kept, graph, flavor], check=True)
-        source = half_graph(kept, graph, flavor).parent
+        subprocess.run([sys.executable, Path(__file__).with_name("gpu_graphs.py"), cache, graph, flavor], check=True)
+        source = half_graph(cache, graph, flavor).parent
         shutil.copytree(source, folder / graph, copy_function=os.link, ignore=without_config)
-    surround(folder, kept / "sd15")
+    write_pipeline_files(folder, cache / "sd15")
     return folder
 
 

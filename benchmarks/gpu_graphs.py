@@ -1,7 +1,7 @@
-"""The half-precision graphs that `gpu.py` measures: `python gpu_graphs.py KEPT GRAPH FLAVOUR`.
+"""The half-precision graphs that `gpu.py` measures: `python gpu_graphs.py CACHE GRAPH FLAVOR`.
 
-KEPT/sd15 is the checkpoint that `sd15.py KEPT sd15` writes. A flavor is a way to say attention, normalization and
-convolutions in ONNX; all of them compute the same.
+CACHE/sd15 is the checkpoint that `sd15.py CACHE sd15` writes. A flavor is a way to express attention, normalization and
+convolutions in ONNX. All flavors compute the same function.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from pathlib import Path
 import click
 from provenance import digest
 
-FLAVOURS = {
-    "channels last": ("cuda", True),  # as `--target cuda` leaves it
+FLAVORS = {
+    "channels last": ("cuda", True),  # as `--target cuda` writes it
     "channels first": ("cuda", False),
     "standard Attention": ("portable", False),
     "decomposed": ("tensorrt", False),
 }
 
 
-def half_graph(kept: Path, graph: str, flavor: str) -> Path:
-    """Where a graph of this code is kept."""
-    return kept / f"half-{digest([Path(__file__)])}" / flavor.replace(" ", "-") / graph / "model.onnx"
+def half_graph(cache: Path, graph: str, flavor: str) -> Path:
+    """Return the path of a graph of this code in the cache."""
+    return cache / f"half-{digest([Path(__file__)])}" / flavor.replace(" ", "-") / graph / "model.onnx"
 
 
 @click.command()
-@click.argument("kept", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("graph")
-@click.argument("flavors", nargs=-1, type=click.Choice(list(FLAVOURS)))
-def main(kept: Path, graph: str, flavors: tuple[str, ...]) -> None:
-    """Lower a graph in each flavor that is not there yet."""
-    missing = [flavor for flavor in flavors if not half_graph(kept, graph, flavor).is_file()]
+@click.argument("flavors", nargs=-1, type=click.Choice(list(FLAVORS)))
+def main(cache: Path, graph: str, flavors: tuple[str, ...]) -> None:
+    """Lower a graph in each flavor that is not in the cache."""
+    missing = [flavor for flavor in flavors if not half_graph(cache, graph, flavor).is_file()]
     if not missing:
         return
     from sd15 import graph_spec
@@ -40,10 +40,10 @@ def main(kept: Path, graph: str, flavors: tuple[str, ...]) -> None:
     from unidiff_export.graphs.passes import rewrite_for_cuda
     from unidiff_export.options import TARGETS
 
-    spec = graph_spec(kept / "sd15", "sd15", graph)
+    spec = graph_spec(cache / "sd15", "sd15", graph)
     for flavor in missing:
-        file = half_graph(kept, graph, flavor)
-        target, rewritten = FLAVOURS[flavor]
+        file = half_graph(cache, graph, flavor)
+        target, rewritten = FLAVORS[flavor]
         model = lower(spec, TARGETS[target], half=True)
         if rewritten:
             rewrite_for_cuda(model)

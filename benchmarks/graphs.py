@@ -1,4 +1,4 @@
-"""Each graph of the built-in bundle alone, over batches: ONNX Runtime beside eager PyTorch with the same weights."""
+"""The graphs of the built-in bundle at several batch sizes: ONNX Runtime next to eager PyTorch with equal weights."""
 
 from __future__ import annotations
 
@@ -61,22 +61,22 @@ def _inputs(checkpoint: Any, bundle: Any) -> dict[str, Callable[[int], dict[str,
 
     unet, rng = checkpoint.unet.config, np.random.default_rng(0)
 
-    def draw(*shape: int) -> NDArray[np.float32]:
+    def normal(*shape: int) -> NDArray[np.float32]:
         return rng.standard_normal(shape, dtype=np.float32)
 
     def latents(n: int) -> NDArray[np.float32]:
-        return draw(n, unet.in_channels, unet.sample_size, unet.sample_size)
+        return normal(n, unet.in_channels, unet.sample_size, unet.sample_size)
 
     return {
         "text_encoder": lambda n: {"input_ids": rng.integers(0, len(checkpoint.tokenizer), (n, bundle.max_tokens))},
-        "image_encoder": lambda n: {"pixel_values": draw(n, 3, bundle.image_size, bundle.image_size)},
+        "image_encoder": lambda n: {"pixel_values": normal(n, 3, bundle.image_size, bundle.image_size)},
         "unet": lambda n: {
             "sample": latents(n),
             "timestep": np.full(n, 500, np.float32),
-            "encoder_hidden_states": draw(n, bundle.max_tokens, unet.cross_attention_dim),
+            "encoder_hidden_states": normal(n, bundle.max_tokens, unet.cross_attention_dim),
         },
         "vae_decoder": lambda n: {"latent_sample": latents(n)},
-        "vae_encoder": lambda n: {"sample": draw(n, 3, checkpoint.image_size, checkpoint.image_size)},
+        "vae_encoder": lambda n: {"sample": normal(n, 3, checkpoint.image_size, checkpoint.image_size)},
     }
 
 

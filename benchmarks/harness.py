@@ -1,7 +1,7 @@
-"""One way to measure for every benchmark: ours and its peers take turns, and one JSON file holds what came out.
+"""The harness of all benchmarks: UniDiff and its peers take turns, and one JSON file holds the results.
 
-A benchmark is a file with one question. It imports what is heavy inside `main`, because the number of threads is set
-before that:
+A benchmark is a script that answers one question. It imports heavy packages inside `main`, after the harness has set
+the number of threads:
 
     from harness import Benchmark, options
 
@@ -11,7 +11,7 @@ before that:
         bench = Benchmark(__file__, "How long does one call of the UNet take?", **chosen)
         for batch in (1, 2):
             name = f"tiny, batch {batch}"
-            if bench.wants(name):  # neither measured already nor left out by --only
+            if bench.wants(name):  # not measured yet, and not excluded by --only
                 bench.row(
                     name,
                     ours={"UniDiff fp32": lambda: session.run(feed)},
@@ -22,7 +22,8 @@ before that:
                 )
         bench.finish()
 
-Run again, it goes on after the last row that was measured by the same code on the same machine (`--again`: all anew).
+A second run continues after the last row that the same code measured on the same machine. `--again` measures all rows
+again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from provenance import ROOT, code_of
 RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS, WARM_UP = 7, 1
 LEAST_ROUNDS = 3
-# What a figure may be called, and which way is better. Time is measured, everything else is handed to `row`.
+# The names of figures, and which direction is better. Time is measured; all other figures are passed to `row`.
 FIGURES = {
     "accuracy": "higher",
     "attributes_right": "higher",
@@ -77,10 +78,10 @@ Contestant = Callable[[], object]
 
 
 class Seconds(float):
-    """What a contestant returns if it measured its own duration, e.g. in another process or by a GPU's events."""
+    """The duration of a call that a contestant has measured itself, e.g. in another process or with GPU events."""
 
 
-# A process counts as its own the memory of the one that it was forked from: so it is forked from one that has little.
+# The peak memory of a process includes the memory of its parent at the fork. This parent has little.
 LAUNCHER = """
 import json, resource, subprocess, sys, time
 started = time.perf_counter()
@@ -92,7 +93,7 @@ sys.exit(code)
 
 
 class Process:
-    """A fresh process each call: how long it lived, and the most memory that any of them took."""
+    """A contestant that starts a new process for each call; it reports the lifetime and the peak memory."""
 
     def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
         self.argv, self.env, self.peak_mib = [str(part) for part in argv], {**os.environ, **(env or {})}, 0.0
@@ -108,14 +109,14 @@ class Process:
         return Seconds(answer["seconds"])
 
     def figures(self) -> dict[str, float]:
-        """What is known besides the time."""
+        """Return the peak memory over all calls."""
         return {"peak_mib": round(self.peak_mib, 1)}
 
 
 class Worker:
-    """A peer that lives in a process, and perhaps an environment, of its own, and is asked for one call at a time.
+    """A contestant in a separate process, and possibly a separate environment, that performs one call per request.
 
-    Its script ends in `_worker.serve(act)`. Only the call itself is timed, over there.
+    Its script ends in `_worker.serve(act)`. The worker times the call itself, so messages do not count.
     """
 
     def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
@@ -139,19 +140,19 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _ask(self, what: str) -> dict[str, Any]:
+    def _request(self, command: str) -> dict[str, Any]:
         assert self.child.stdin is not None
-        self.child.stdin.write(what + "\n")
+        self.child.stdin.write(command + "\n")
         return self._answer()
 
     def __call__(self) -> Seconds:
-        return Seconds(self._ask("call")["seconds"])
+        return Seconds(self._request("call")["seconds"])
 
     def figures(self) -> dict[str, float]:
-        """What the peer itself reports, and the most memory that its process has held."""
+        """Return the figures that the worker reports, and the peak memory of its process."""
         status = Path(f"/proc/{self.child.pid}/status").read_text()
         peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-        return {**({"peak_mib": round(int(peak[1]) / 1024, 1)} if peak else {}), **self._ask("figures")}
+        return {**({"peak_mib": round(int(peak[1]) / 1024, 1)} if peak else {}), **self._request("figures")}
 
     def close(self) -> None:
         """End the process."""
@@ -167,10 +168,10 @@ def measure(
     budget_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, all of them in every round.
+    """Return the seconds of each contestant in each round. Every contestant runs in every round.
 
-    Who goes first changes from round to round, so that nobody always finds the caches that the same other one left.
-    The first `warm_up` rounds do not count; after `budget_s` seconds there are no more rounds than three.
+    The order rotates from round to round, so that no contestant always finds the caches that the same other one left.
+    The first `warm_up` rounds do not count. After `budget_s` seconds, no round beyond the third starts.
     """
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -189,7 +190,7 @@ def measure(
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles, extremes and number of the samples."""
+    """Return the median, the quartiles, the extremes and the number of the samples."""
     ordered = sorted(samples)
     q1, middle, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     figures = {"median": middle, "q1": q1, "q3": q3, "min": ordered[0], "max": ordered[-1]}
@@ -197,10 +198,10 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """What this machine can do at most on so many threads: fp32 GEMM in GFLOP/s and memory copies in GB/s.
+    """Return the peak rates of this machine: fp32 GEMM in GFLOP/s and memory copies in GB/s.
 
-    The larger of what NumPy's and, where installed, PyTorch's GEMM of 2048 x 2048 reach; the copy counts bytes read
-    and written.
+    The GEMM rate is the larger of NumPy's and, if installed, PyTorch's for 2048 x 2048 matrices. A copy counts bytes
+    read and written.
     """
     code = f"""
 import json, time, numpy as np
@@ -222,9 +223,9 @@ print(json.dumps({{"gemm_gflop_s": 2e-9 * 2048**3 / min(gemm), "copy_gb_s": 2e-9
 
 
 def peer_python(name: str) -> Path:
-    """The interpreter of a peer's own environment, made on first use from `benchmarks/peers/NAME.txt`.
+    """Return the interpreter of a peer's environment, created on first use from `benchmarks/peers/NAME.txt`.
 
-    `UNIDIFF_PEER_NAME=/path/to/python` names one that is there already.
+    `UNIDIFF_PEER_NAME=/path/to/python` selects an existing interpreter instead.
     """
     if given := os.environ.get(f"UNIDIFF_PEER_{name.upper()}"):
         return Path(given)
@@ -240,27 +241,28 @@ def peer_python(name: str) -> Path:
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of every benchmark; `Benchmark` takes what they give as keyword arguments."""
+    """Add the options of every benchmark to a click command; `Benchmark` accepts them as keyword arguments."""
     cores = len(os.sched_getaffinity(0))
     for option in (
         click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/NAME.json."),
-        click.option("--only", help="Measure the rows whose name holds this, and keep the others as they are."),
-        click.option("--rounds", default=ROUNDS, show_default=True, help="Rounds that count."),
-        click.option("--threads", default=cores, show_default=True, help="Threads for ours and the peers alike."),
-        click.option("--again", is_flag=True, help="Measure also what this code has measured on this machine."),
+        click.option("--only", help="Measure only the rows whose name contains this text, and keep the others."),
+        click.option("--rounds", default=ROUNDS, show_default=True, help="Measured rounds."),
+        click.option("--threads", default=cores, show_default=True, help="Threads of every contestant."),
+        click.option("--again", is_flag=True, help="Measure again what this code has measured on this machine."),
     ):
         command = option(command)
     return command
 
 
 class Benchmark:
-    """The rows of one question, written to its JSON file after each.
+    """The rows of one benchmark; each row is written to the JSON file as soon as it is measured.
 
     Args:
         script: the benchmark's `__file__`; its stem names the result.
         question: one line, with a question mark.
-        device: "cpu", or a GPU's name: results of other devices have their own section.
-        depends: further files that the figures hang on (a peer's script, a configuration).
+        device: "cpu", or the name of a GPU. Other devices have their own section on the page.
+        depends: scripts that the benchmark starts as processes; their code counts as measured code, too.
+        measure_peaks: returns the peak rates of the machine for a number of threads.
     """
 
     def __init__(
@@ -275,12 +277,13 @@ class Benchmark:
         again: bool,
         device: str = "cpu",
         depends: Sequence[Path] = (),
+        measure_peaks: Callable[[int], dict[str, float]] = peaks,
     ) -> None:
         require_this_code()
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[variable] = str(threads)
         self.script, self.only, self.rounds, self.threads = Path(script).resolve(), only, rounds, threads
-        self.again = again or only is not None  # a row that is named is wanted
+        self.again = again or only is not None  # whoever names a row wants it measured
         self.out = out or RESULTS / f"{self.script.stem}.json"
         scripts = [str(Path(file).resolve().relative_to(ROOT)) for file in depends]
         here = {
@@ -298,15 +301,16 @@ class Benchmark:
             if differing := [key for key in ("cpu", "device", "threads", "versions") if before.get(key) != here[key]]:
                 if only:
                     sys.exit(
-                        f"{self.out} was measured with another {' and '.join(differing)}: give --out, or leave --only"
+                        f"{self.out} was measured with another {' and '.join(differing)}. Pass --out to write another "
+                        "file, or omit --only to measure all rows."
                     )
             else:
                 self.rows = {row["case"]: row for row in before["rows"]}
-        self.report = {**here, "peaks": peaks(threads) if device == "cpu" else {}, "complete": False}
+        self.report = {**here, "peaks": measure_peaks(threads) if device == "cpu" else {}, "complete": False}
         self._measured: set[str] = set()
 
     def wants(self, case: str) -> bool:
-        """Whether this row is to be measured now; ask before what is dear to set up."""
+        """Return whether to measure this row now. Call it before any expensive setup."""
         if self.only is not None and self.only not in case:
             return False
         return self.again or self.rows.get(case, {}).get("code") != self.code
@@ -327,25 +331,25 @@ class Benchmark:
         budget_s: float | None = None,
         note: str | None = None,
     ) -> None:
-        """Measure one row and write it down.
+        """Measure one row and write it to the file.
 
         Args:
-            case: its name, stable: `--only` finds it by that.
-            ours, peers: what is called in turn, by the name that the table shows. One with a method `figures` is asked
-                afterwards for what it knows besides the time.
-            parameters: numbers and words that the plots go by: batch, latent, steps, model, precision, ...
-            figures: for each contestant what is known besides its time; the names are those of `FIGURES`.
-            items: how many pictures, queries or pairs one call handles: the table shows them per second.
+            case: the stable name of the row, which `--only` matches.
+            ours, peers: the contestants by the name that the table shows. If one has a method `figures`, its result is
+                added to the row after the last round.
+            parameters: numbers and strings that the plots group by: batch, latent, steps, model, precision, ...
+            figures: for each contestant, figures besides the time; their names are those of `FIGURES`.
+            items: number of images, queries or pairs in one call; the table shows items per second.
             flop, moved_bytes: floating-point operations (2 per multiply-add) and bytes of one call, for the share of
                 the machine's peak: one number, or one for each contestant.
-            rounds: that count; default: as `--rounds` says.
-            warm_up: rounds before those.
-            budget_s: no more rounds than three after so many seconds.
-            note: one sentence for the page on what is not alike.
+            rounds: measured rounds. Default: the value of `--rounds`.
+            warm_up: rounds before the measured ones.
+            budget_s: after this many seconds, no round beyond the third starts.
+            note: one sentence for the page about differences between the contestants.
         """
         figures = dict(figures or {})
         for name in (unknown for measured in figures.values() for unknown in measured if unknown not in FIGURES):
-            raise ValueError(f"{name!r} is not in harness.FIGURES: name it there, with which way is better")
+            raise ValueError(f"{name!r} is not in harness.FIGURES. Add it there, with the direction that is better.")
         contestants = {**ours, **peers}
         samples = measure(contestants, rounds or self.rounds, warm_up, budget_s)
         measured = {}
@@ -376,15 +380,15 @@ class Benchmark:
         }
         self._measured.add(case)
         self.write()
-        told = [f"{name} {figure['seconds']['median']:.4g} s" for name, figure in measured.items()]
-        click.echo(f"{self.script.stem}: {case}: {', '.join(told)}", err=True)
+        medians = [f"{name} {figure['seconds']['median']:.4g} s" for name, figure in measured.items()]
+        click.echo(f"{self.script.stem}: {case}: {', '.join(medians)}", err=True)
 
     def command(self, case: str) -> str:
-        """What a reader types to measure this row again."""
+        """Return the command that measures this row again."""
         return f'python {self.script.relative_to(ROOT)} --only "{case}" --threads {self.threads}'
 
     def write(self) -> None:
-        """The rows so far; a reader never finds half a file."""
+        """Write the rows so far. The file is replaced atomically."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**self.report, "rows": list(self.rows.values())}, indent=1, ensure_ascii=False)
         sibling = self.out.with_suffix(".json.part")
@@ -392,7 +396,7 @@ class Benchmark:
         sibling.replace(self.out)
 
     def finish(self) -> None:
-        """Every row is there; those that this code no longer measures go."""
+        """Mark the result as complete, and drop rows that this code no longer measures."""
         if self.only is None:
             self.rows = {case: row for case, row in self.rows.items() if row["code"] == self.code}
             self.report["complete"] = True
@@ -400,19 +404,22 @@ class Benchmark:
         click.echo(f"{self.out}: {len(self.rows)} rows, {len(self._measured)} measured now", err=True)
 
 
-def fresh(script: Path) -> bool:
-    """Whether a benchmark's own file holds all its rows, by this code, on this machine, with these versions."""
-    file = RESULTS / f"{script.stem}.json"
+def fresh(script: Path, results: Path = RESULTS) -> bool:
+    """Return whether a benchmark's file is complete: all rows by this code, on this machine, with these versions."""
+    file = results / f"{script.stem}.json"
     if not file.is_file():
         return False
     result, here = json.loads(file.read_text(encoding="utf-8")), host()
     code = code_of(script.stem, result.get("depends", ()))
-    alike = all(result.get(key) == here[key] for key in ("cpu", "cores", "versions"))
-    return bool(result.get("complete")) and alike and all(row["code"] == code for row in result["rows"])
+    same_machine = all(result.get(key) == here[key] for key in ("cpu", "cores", "versions"))
+    return bool(result.get("complete")) and same_machine and all(row["code"] == code for row in result["rows"])
 
 
-def require_this_code() -> None:
-    """Exit where Python would import the package from elsewhere (PYTHONPATH, another install): rows bear this hash."""
+def require_this_code(root: Path = ROOT) -> None:
+    """Exit if Python would import the package from outside `root`: rows carry the digest of the code in `root`."""
     found = find_spec("unidiff_sdk")
-    if found is None or not Path(str(found.origin)).is_relative_to(ROOT):
-        sys.exit(f"unidiff_sdk would come from {found and found.origin}, not from {ROOT}: nothing is measured")
+    if found is None or not Path(str(found.origin)).is_relative_to(root):
+        sys.exit(
+            f"Nothing was measured: unidiff_sdk would be imported from {found and found.origin}, not from {root}. "
+            f"Set PYTHONPATH={root}, or install the package from there."
+        )

@@ -1,7 +1,8 @@
-"""What drawing the query gains: R@1 with and without `imagine=`, and the milliseconds that it costs.
+"""Gain and cost of `imagine=`, which generates images from the query and searches with them as well: R@1 and time.
 
-Each synthetic catalog, its products of combinations that training never showed, queried by whole captions (a hit is
-right if all six attributes are) and by the few words that one would type (right if all is right that these tell of).
+The catalogs hold synthetic products with combinations of attributes that training has not shown. The queries are full
+captions (a hit is correct if all six attributes match) and brief captions as a user would type them (a hit is correct
+if all attributes that the caption names match).
 """
 
 from __future__ import annotations
@@ -14,71 +15,73 @@ import click
 from harness import Benchmark, options
 
 ITEMS, QUERIES = 500, 60
-PICTURES = (1, 4)
+IMAGES = (1, 4)
 
 
 @click.command()
 @options
 @click.option("--items", default=ITEMS, show_default=True, help="Size of each catalog.")
-@click.option("--queries", default=QUERIES, show_default=True, help="How many captions, and how many few words.")
+@click.option("--queries", default=QUERIES, show_default=True, help="Number of full and of brief captions.")
 def main(items: int, queries: int, **chosen: Any) -> None:
-    """Search each catalog by its own products' captions, drawn and not."""
-    bench = Benchmark(__file__, "What does a search gain by drawing its query?", **chosen)
+    """Search each catalog with its products' captions, with and without generated images."""
+    bench = Benchmark(__file__, "What does a search gain from images generated for its query?", **chosen)
     from unidiff_sdk import Bundle, Catalog
     from unidiff_sdk.datasets.synthetic import CATALOGS, Product, brief_caption, products, render
 
-    def right(wanted: Product, told: frozenset[str], found: Product) -> bool:
-        return all(found.attributes[column] == wanted.attributes[column] for column in told)
+    def correct(wanted: Product, named: frozenset[str], found: Product) -> bool:
+        return all(found.attributes[column] == wanted.attributes[column] for column in named)
 
     bundle = Bundle.open("tiny", threads=bench.threads)
     for name in CATALOGS:
-        asked = {
-            "whole captions": lambda product: (product.caption, frozenset(product.attributes)),
-            "few words": lambda product: brief_caption(product, seed=1),
+        queries_of = {
+            "full captions": lambda product: (product.caption, frozenset(product.attributes)),
+            "brief captions": lambda product: brief_caption(product, seed=1),
         }
-        if not any(bench.wants(f"{name}, {kind}") for kind in asked):
+        if not any(bench.wants(f"{name}, {kind}") for kind in queries_of):
             continue
         shop = products(name, items, seed=0, split="test-unseen")
         by_id = {product.id: product for product in shop}
         with Catalog(bundle=bundle) as catalog:
             catalog.add([render(p) for p in shop], ids=list(by_id), payloads=[{"catalog": name}] * items)
-            for kind, words in asked.items():
+            for kind, query in queries_of.items():
                 case = f"{name}, {kind}"
                 if not bench.wants(case):
                     continue
-                pairs = [words(product) for product in shop[:queries]]
+                pairs = [query(product) for product in shop[:queries]]
                 texts = [text for text, _ in pairs]
-                firsts = {
+                first_hits = {
                     n: [page[0] for page in catalog.search_batch([{"text": t, "imagine": n} for t in texts], limit=1)]
-                    for n in (0, *PICTURES)
+                    for n in (0, *IMAGES)
                 }
                 hits = {
-                    n: [right(p, told, by_id[hit.id]) for p, (_, told), hit in zip(shop, pairs, found, strict=False)]
-                    for n, found in firsts.items()
+                    n: [
+                        correct(p, named, by_id[hit.id]) for p, (_, named), hit in zip(shop, pairs, found, strict=False)
+                    ]
+                    for n, found in first_hits.items()
                 }
                 bench.row(
                     case,
-                    ours={told_as(n): search(catalog, texts, n) for n in hits},
+                    ours={label(n): search(catalog, texts, n) for n in hits},
                     peers={},
-                    parameters={"catalog": name, "words": kind, "items": items},
-                    figures={told_as(n): {"r@1": sum(column) / len(column)} for n, column in hits.items()},
+                    parameters={"catalog": name, "query": kind, "items": items},
+                    figures={label(n): {"r@1": sum(column) / len(column)} for n, column in hits.items()},
                     rounds=max(bench.rounds, 15),
                     note="; ".join(
-                        f"drawn {n} times, {sum(b > a for a, b in zip(hits[0], hits[n], strict=True))} of {queries} "
-                        f"queries are won and {sum(a > b for a, b in zip(hits[0], hits[n], strict=True))} lost"
-                        for n in PICTURES
+                        f"imagine={n}: {sum(b > a for a, b in zip(hits[0], hits[n], strict=True))} of {queries} "
+                        f"queries won, {sum(a > b for a, b in zip(hits[0], hits[n], strict=True))} lost"
+                        for n in IMAGES
                     )
                     + ".",
                 )
     bench.finish()
 
 
-def told_as(n: int) -> str:
+def label(n: int) -> str:
     return f"imagine={n}" if n else "text alone"
 
 
 def search(catalog: Any, texts: Sequence[str], n: int) -> Callable[[], object]:
-    """One search a call, each time by another text."""
+    """Return a contestant that searches with the next text at each call."""
     turn = cycle(texts)
     return lambda: catalog.search(next(turn), imagine=n)
 

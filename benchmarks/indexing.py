@@ -1,8 +1,8 @@
-"""Pictures a second into a catalog, and whether its size shows in the memory that this takes.
+"""Indexing: images per second, and peak memory for catalogs of two sizes.
 
-The encoder is shaped as CLIP's ViT-B/32 (`vit.py`), the pictures are JPEG files of 640 x 480. Ours reads them, hashes,
-decodes, encodes, makes thumbnails, copies and stores; the peers decode with PIL, process and encode with transformers
-and keep the vectors in a list.
+The encoder has the shape of CLIP's ViT-B/32 (`vit.py`); the images are JPEG files of 640 x 480 pixels. UniDiff reads,
+hashes, decodes and encodes them, makes thumbnails, copies and stores. The peers decode with PIL, preprocess and encode
+with transformers, and keep the embeddings in a list.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from unidiff_sdk import Bundle
 
 HERE = Path(__file__).parent
-PICTURES, SIZE = 64, (640, 480)
-SMALL, FACTOR = 1000, 8  # pictures of 64 px, for the memory: so many, and so many times as many
+IMAGES, SIZE = 64, (640, 480)
+SMALL, FACTOR = 1000, 8  # images of 64 px in the smaller catalog for the memory; the larger one has FACTOR times more
 INDEX = """
 import sys
 from unidiff_sdk import Catalog
@@ -34,24 +34,24 @@ with Catalog(sys.argv[2]) as catalog:
 
 @click.command()
 @options
-@click.option("--pictures", default=PICTURES, show_default=True, help="How many are indexed in a round.")
-@click.option("--small", default=SMALL, show_default=True, help="The smaller of the catalogs for the memory.")
-def main(pictures: int, small: int, **chosen: Any) -> None:
-    """Measure indexing with a ViT-B/32 beside a plain loop, and the memory of two sizes."""
-    bench = Benchmark(__file__, "How fast are pictures indexed?", depends=[HERE / "vit.py"], **chosen)
-    case = f"ViT-B/32, {pictures} pictures of {SIZE[0]} x {SIZE[1]}"
+@click.option("--images", default=IMAGES, show_default=True, help="Images indexed in a round.")
+@click.option("--small", default=SMALL, show_default=True, help="Size of the smaller catalog for the memory.")
+def main(images: int, small: int, **chosen: Any) -> None:
+    """Measure indexing with a ViT-B/32 next to a plain loop, and the memory of two sizes."""
+    bench = Benchmark(__file__, "How fast are images indexed?", depends=[HERE / "vit.py"], **chosen)
+    case = f"ViT-B/32, {images} images of {SIZE[0]} x {SIZE[1]}"
     if bench.wants(case):
         with tempfile.TemporaryDirectory() as folder:
-            rate(bench, case, pictures, Path(folder))
+            rate(bench, case, images, Path(folder))
     for count in (small, FACTOR * small):
-        if bench.wants(case := f"memory, {count:,} pictures of 64 x 64, tiny bundle"):
+        if bench.wants(case := f"memory, {count:,} images of 64 x 64, tiny bundle"):
             with tempfile.TemporaryDirectory() as folder:
                 memory(bench, case, count, Path(folder))
     bench.finish()
 
 
 def rate(bench: Benchmark, case: str, count: int, folder: Path) -> None:
-    """Index a folder anew each time, with the fp32 and the int8 bundle, beside the loop."""
+    """Index a folder into a new catalog with the fp32 and the int8 bundle, next to the plain loop."""
     import torch
     from vit import vit_bundle, vit_checkpoint
 
@@ -63,38 +63,37 @@ def rate(bench: Benchmark, case: str, count: int, folder: Path) -> None:
         precision: Bundle.open(vit_bundle(checkpoint, precision), threads=bench.threads)
         for precision in ("fp32", "int8")
     }
-    files = write_pictures(folder / "pictures", count, SIZE, "JPEG")
+    files = write_images(folder / "images", count, SIZE, "JPEG")
     bench.row(
         case,
         ours={
-            f"UniDiff {precision}": indexes(folder / "pictures", bundle, folder)
-            for precision, bundle in bundles.items()
+            f"UniDiff {precision}": indexes(folder / "images", bundle, folder) for precision, bundle in bundles.items()
         },
         peers={
-            "transformers + PIL, one by one": plain_loop(checkpoint, files, 1),
-            "transformers + PIL, 32 at once": plain_loop(checkpoint, files, 32),
+            "transformers + PIL, batch 1": plain_loop(checkpoint, files, 1),
+            "transformers + PIL, batch 32": plain_loop(checkpoint, files, 32),
         },
         parameters={"items": count},
         items=count,
-        note="Ours also hashes and copies the files, makes thumbnails and stores all of it; the peers keep a list.",
+        note="UniDiff also hashes and copies the files, makes thumbnails and stores everything. The peers keep a list.",
     )
 
 
-def indexes(pictures: Path, bundle: Bundle, folder: Path) -> Callable[[], None]:
-    """A contestant that indexes into a new catalog."""
+def indexes(images: Path, bundle: Bundle, folder: Path) -> Callable[[], None]:
+    """Return a contestant that indexes into a new catalog."""
     from unidiff_sdk import Catalog
 
     def index() -> None:
         shop = folder / "shop.catalog"
         shutil.rmtree(shop, ignore_errors=True)
         with Catalog(shop, bundle) as catalog:
-            catalog.add_folder(pictures)
+            catalog.add_folder(images)
 
     return index
 
 
 def plain_loop(checkpoint: Any, files: list[Path], batch: int) -> Callable[[], None]:
-    """What a page of transformers' documentation does."""
+    """Return a contestant that follows transformers' documentation."""
     import torch
     from PIL import Image
 
@@ -105,29 +104,29 @@ def plain_loop(checkpoint: Any, files: list[Path], batch: int) -> Callable[[], N
             pixels = checkpoint.image_processor(images, return_tensors="pt")["pixel_values"]
             with torch.inference_mode():
                 clip = checkpoint.clip
-                rows = clip.visual_projection(clip.vision_model(pixels).pooler_output)
-            vectors.extend(torch.nn.functional.normalize(rows, dim=-1).numpy())
+                embeddings = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+            vectors.extend(torch.nn.functional.normalize(embeddings, dim=-1).numpy())
 
     return encode
 
 
 def memory(bench: Benchmark, case: str, count: int, folder: Path) -> None:
-    """A process that indexes so many pictures, once; the most memory that it had is what counts."""
-    write_pictures(folder / "pictures", count, (64, 64), "PNG")
-    argv = [sys.executable, "-W", "ignore", "-c", INDEX, folder / "pictures", folder / "shop.catalog", str(count)]
+    """Measure the peak memory of a process that indexes `count` images once."""
+    write_images(folder / "images", count, (64, 64), "PNG")
+    argv = [sys.executable, "-W", "ignore", "-c", INDEX, folder / "images", folder / "shop.catalog", str(count)]
     bench.row(
         case,
         ours={"UniDiff": Process(argv)},
         peers={},
-        parameters={"pictures": count},
+        parameters={"images": count},
         items=count,
         rounds=1,
         warm_up=0,
     )
 
 
-def write_pictures(folder: Path, count: int, size: tuple[int, int], kind: str) -> list[Path]:
-    """So many different pictures, coarse noise smoothed, with their table."""
+def write_images(folder: Path, count: int, size: tuple[int, int], kind: str) -> list[Path]:
+    """Write `count` different images of smoothed noise, and their metadata.jsonl."""
     import numpy as np
     from PIL import Image
 
@@ -137,7 +136,7 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int], kind: str) -
         noise = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         file = folder / f"{k:06d}.{kind.lower()}"
         noise.resize(size, Image.Resampling.BICUBIC).save(file, kind)
-        rows.append(json.dumps({"file_name": file.name, "text": f"picture {k}", "id": k}))
+        rows.append(json.dumps({"file_name": file.name, "text": f"image {k}", "id": k}))
         files.append(file)
     (folder / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
     return files

@@ -1,10 +1,10 @@
-"""8-bit vectors beside float32 ones: a catalog of 100,000 both ways, and one of 1,000,000 with `quantization`.
+"""8-bit vectors compared with float32: a catalog of 100,000 vectors in both, and one of 1,000,000 in 8 bits.
 
-The 1,000,000 are the 100,000 embeddings of drawn products (`gallery.py`) ten times over, each with noise of its own of
-half the usual distance to the nearest neighbor, turned into 512 dimensions. Each catalog is opened by a process of
-its own, whose resident memory after all queries is told; files that it has mapped and touched count.
+The 1,000,000 vectors are ten copies of the 100,000 embeddings of synthetic products (`gallery.py`), rotated into 512
+dimensions. Each copy gets independent noise of half the median distance to the nearest neighbor. Each catalog is opened
+in its own process, and its resident memory after all queries is reported, including mapped pages that it has touched.
 
-Not part of `make bench`: the large one alone takes some fifteen minutes and 10 GB of disk.
+Not part of `make bench`: the larger catalog alone takes about fifteen minutes and 10 GB of disk.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NAMES = {None: "UniDiff, float32", "scalar": "UniDiff, 8-bit"}
 
 @click.command()
 @options
-@click.option("--items", default=100_000, show_default=True, help="The smaller catalog.")
-@click.option("--times", default=10, show_default=True, help="How many times as large the larger one is.")
+@click.option("--items", default=100_000, show_default=True, help="Size of the smaller catalog.")
+@click.option("--times", default=10, show_default=True, help="Size of the larger catalog as a multiple.")
 def main(items: int, times: int, **chosen: Any) -> None:
     """Measure catalogs of 8-bit and of float32 vectors."""
     bench = Benchmark(__file__, "What do 8-bit vectors cost and save?", depends=DEPENDS, **chosen)
@@ -41,30 +41,30 @@ def main(items: int, times: int, **chosen: Any) -> None:
 
 
 def vectors(items: int, copies: int) -> tuple[Any, Any]:
-    """Stored ones and queries, float32[items * copies, 512] and float32[QUERIES, 512], of length 1."""
+    """Return stored vectors and queries: unit vectors float32[items * copies, 512] and float32[QUERIES, 512]."""
     import numpy as np
-    from engines import truth
-    from search import drawn, turn
+    from engines import score_of_rank
+    from search import rotate, shuffled_embeddings
 
-    stored, asked = np.split(drawn(items + QUERIES), [items])
+    stored, queries = np.split(shuffled_embeddings(items + QUERIES), [items])
     if copies > 1:
         rng = np.random.default_rng(2)
-        usual = float(np.median(np.sqrt(np.maximum(0, 2 - 2 * truth(stored, asked, None, rank=1)))))
-        size = usual / 2 / np.sqrt(stored.shape[1])
-        noisy = (stored + size * rng.standard_normal(stored.shape, dtype=np.float32) for _ in range(copies))
-        stored = np.concatenate([rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in noisy])
-    return turn(stored), turn(asked)
+        distance = float(np.median(np.sqrt(np.maximum(0, 2 - 2 * score_of_rank(stored, queries, None, rank=1)))))
+        scale = distance / 2 / np.sqrt(stored.shape[1])
+        noisy = (stored + scale * rng.standard_normal(stored.shape, dtype=np.float32) for _ in range(copies))
+        stored = np.concatenate([copy / np.linalg.norm(copy, axis=1, keepdims=True) for copy in noisy])
+    return rotate(stored), rotate(queries)
 
 
 def measure(
-    bench: Benchmark, case: str, folder: Path, stored: Any, asked: Any, quantizations: tuple[str | None, ...]
+    bench: Benchmark, case: str, folder: Path, stored: Any, queries: Any, quantizations: tuple[str | None, ...]
 ) -> None:
-    """Build the catalogs one after another, then ask them and a plain matrix product in turn."""
+    """Build the catalogs one after another, then query them and a plain matrix product in turns."""
     import numpy as np
-    from engines import assess, filled_catalog, flat, truth
+    from engines import assess, filled_catalog, flat, score_of_rank
 
-    tenth = truth(stored, asked, None)
-    np.savez(folder / "questions.npz", asked=asked, tenth=tenth)
+    least_scores = score_of_rank(stored, queries, None)
+    np.savez(folder / "queries.npz", queries=queries, least_scores=least_scores)
     np.save(folder / "vectors.npy", stored)
     workers: dict[str, Worker] = {}
     figures: dict[str, dict[str, float]] = {}
@@ -78,12 +78,12 @@ def measure(
         figures[name] = {"build_s": round(time.perf_counter() - started, 1), "disk_mib": round(disk)}
         workers[name] = Worker([sys.executable, HERE / "million_worker.py", shop, folder])
     scan = flat(stored).search
-    figures["NumPy"] = assess(scan, stored, asked, tenth, None)
+    figures["NumPy"] = assess(scan, stored, queries, least_scores, None)
     try:
         bench.row(
             case,
             ours=workers,
-            peers={"NumPy": lambda: scan(asked[0], None)},
+            peers={"NumPy": lambda: scan(queries[0], None)},
             figures=figures,
             parameters={"items": len(stored)},
             rounds=30,

@@ -1,4 +1,4 @@
-"""A catalog of `million.py` in a process of its own: `python million_worker.py CATALOG FOLDER`."""
+"""Search a catalog of `million.py` in a separate process: `python million_worker.py CATALOG FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from unidiff_sdk import Catalog
 
 
 def main() -> None:
-    """Open it, answer all queries, and then one a call."""
+    """Open the catalog, answer all queries, and then one query per call."""
     shop, folder = Path(sys.argv[1]), Path(sys.argv[2])
     stored = np.load(folder / "vectors.npy", mmap_mode="r")
-    questions = np.load(folder / "questions.npz")
+    arrays = np.load(folder / "queries.npz")
+    queries, least_scores = arrays["queries"], arrays["least_scores"]
     with Catalog(shop, create=False) as catalog:
         search = search_by(catalog)
-        figures = assess(search, stored, questions["asked"], questions["tenth"], None) | {"rss_mib": resident()}
-        queries = itertools.cycle(questions["asked"])
-        serve(lambda: search(next(queries), None), figures=lambda: figures)
+        figures = assess(search, stored, queries, least_scores, None) | {"rss_mib": resident()}
+        endless = itertools.cycle(queries)
+        serve(lambda: search(next(endless), None), figures=lambda: figures)
 
 
 def resident() -> float:
-    """Memory of this process in MiB that is in RAM now."""
+    """Return the resident memory of this process in MiB."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return round(int(found[1]) / 1024)

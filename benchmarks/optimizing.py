@@ -1,8 +1,8 @@
-"""What searches and an event loop wait for while the index of 100,000 vectors is being built.
+"""Latency of searches and of an event loop while the index of 100,000 vectors is built.
 
-Each round builds the index of a fresh copy of the same catalog, while one thread searches ten times a second
-or so (300 different queries, each answer compared with the exact one) and an event loop wakes every 5 ms. A wait is how
-long a search took, or by how much the loop woke late. The peer is the engine's own `optimize`, called in a thread.
+Each round builds the index of a new copy of the same catalog. Meanwhile one thread searches about ten times a second
+(300 different queries, each answer compared with the exact one), and an event loop wakes every 5 ms. Reported are the
+times of the searches and the delays of the event loop. The peer is the engine's own `optimize`, called in a thread.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ TICK, PAUSE = 0.005, 0.1
 
 
 class Building:
-    """A contestant: builds the index of a fresh copy, and remembers the waits of all rounds.
+    """A contestant that builds the index of a new copy and records the latencies of all rounds.
 
     Args:
-        filled: the folder of a catalog whose index is not built.
-        opened: opens a copy; gives a search (query -> rows) and the call that builds.
+        filled: the folder of a catalog without an index.
+        open_copy: opens a copy; returns a search (query -> indices) and the call that builds the index.
     """
 
-    def __init__(self, filled: Path, opened: Any, vectors: Any, asked: Any, tenth: Any) -> None:
-        self.filled, self.opened, self.vectors = filled, opened, vectors
-        self.questions = list(zip(asked, tenth, strict=True))
+    def __init__(self, filled: Path, open_copy: Any, vectors: Any, queries: Any, least_scores: Any) -> None:
+        self.filled, self.open_copy, self.vectors = filled, open_copy, vectors
+        self.queries = list(zip(queries, least_scores, strict=True))
         self.searches: list[float] = []
-        self.late: list[float] = []
-        self.rights: list[float] = []
+        self.delays: list[float] = []
+        self.recalls: list[float] = []
 
     def __call__(self) -> Seconds:
         with tempfile.TemporaryDirectory(dir=self.filled.parent) as folder:
             copy = Path(shutil.copytree(self.filled, Path(folder) / "copy.catalog"))
-            with self.opened(copy) as (search, build):
+            with self.open_copy(copy) as (search, build):
                 return Seconds(asyncio.run(self._watch(search, build)))
 
     async def _watch(self, search: Callable[[Any], Any], build: Callable[[], object]) -> float:
-        search(self.questions[0][0])
+        search(self.queries[0][0])
         done = threading.Event()
         searching = threading.Thread(target=self._search, args=(search, done))
         searching.start()
@@ -58,7 +58,7 @@ class Building:
         while not building.done():
             await asyncio.sleep(TICK)
             now = time.perf_counter()
-            self.late.append(now - before - TICK)
+            self.delays.append(now - before - TICK)
             before = now
         took = time.perf_counter() - started
         done.set()
@@ -68,25 +68,25 @@ class Building:
 
     def _search(self, search: Callable[[Any], Any], done: threading.Event) -> None:
         answers = []
-        for query, least in itertools.cycle(self.questions):
+        for query, least in itertools.cycle(self.queries):
             before = time.perf_counter()
             found = search(query)
             self.searches.append(time.perf_counter() - before)
             answers.append((query, least, found))
             if done.wait(PAUSE):
                 break
-        for query, least, found in answers:  # afterwards, so that it does not slow the building down
-            self.rights.append(float((self.vectors[found] @ query >= least - 1e-6).sum()) / len(found))
+        for query, least, found in answers:  # afterwards, so that it does not slow down the build
+            self.recalls.append(float((self.vectors[found] @ query >= least - 1e-6).sum()) / len(found))
 
     def figures(self) -> dict[str, float]:
-        """The longest waits of all rounds, the usual search meanwhile, and how right it was."""
+        """Return recall, percentiles of the searches, and the longest search and delay of all rounds."""
         ordered = sorted(self.searches)
         return {
-            "recall@10": round(sum(self.rights) / len(self.rights), 4),
+            "recall@10": round(sum(self.recalls) / len(self.recalls), 4),
             "p50_ms": round(1000 * ordered[len(ordered) // 2], 3),
             "p99_ms": round(1000 * ordered[len(ordered) * 99 // 100], 3),
             "longest_search_ms": round(1000 * ordered[-1], 1),
-            "longest_tick_ms": round(1000 * max(self.late), 1),
+            "longest_tick_ms": round(1000 * max(self.delays), 1),
         }
 
 
@@ -103,7 +103,7 @@ def _catalog(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
 
 @contextmanager
 def _engine(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
-    """The engine alone, in a thread of this process, on the catalog's shard."""
+    """Open the catalog's shard with the engine alone, in this process."""
     import numpy as np
     import qdrant_edge as edge
 
@@ -122,34 +122,34 @@ def _engine(folder: Path) -> Iterator[tuple[Any, Callable[[], object]]]:
 
 @click.command()
 @options
-@click.option("--items", default=100_000, show_default=True, help="How many vectors.")
+@click.option("--items", default=100_000, show_default=True, help="Number of vectors.")
 def main(items: int, **chosen: Any) -> None:
-    """Measure the longest waits while an index is built."""
+    """Measure the longest latencies while an index is built."""
     depends = [HERE / name for name in ("engines.py", "search.py", "gallery.py")]
-    bench = Benchmark(__file__, "What waits while a search index is being built?", depends=depends, **chosen)
+    bench = Benchmark(__file__, "How long do searches wait while an index is built?", depends=depends, **chosen)
     import numpy as np
-    from engines import filled_catalog, truth
-    from search import turned
+    from engines import filled_catalog, score_of_rank
+    from search import rotated_embeddings
 
-    case = f"build the index of {items:,} x 512, embeddings"
+    case = f"build an index of {items:,} x 512 embeddings"
     if bench.wants(case):
-        vectors, asked = np.split(turned(items + QUERIES), [items])
-        tenth = truth(vectors, asked, None)
+        vectors, queries = np.split(rotated_embeddings(items + QUERIES), [items])
+        least_scores = score_of_rank(vectors, queries, None)
         with tempfile.TemporaryDirectory() as folder:
             filled = Path(folder) / "filled.catalog"
             filled_catalog(filled, vectors).close()
             contestants = {
-                name: Building(filled, opened, vectors, asked, tenth)
-                for name, opened in {"UniDiff": _catalog, "Edge, in this process": _engine}.items()
+                name: Building(filled, open_copy, vectors, queries, least_scores)
+                for name, open_copy in {"UniDiff": _catalog, "Qdrant Edge, in this process": _engine}.items()
             }
             bench.row(
                 case,
                 ours={"UniDiff": contestants["UniDiff"]},
-                peers={"Edge, in this process": contestants["Edge, in this process"]},
+                peers={"Qdrant Edge, in this process": contestants["Qdrant Edge, in this process"]},
                 parameters={"items": items},
                 rounds=min(bench.rounds, 2),
                 warm_up=0,
-                note="The median is of the whole build, which goes on beside ten searches a second.",
+                note="The time is that of the whole build, during ten searches a second.",
             )
     bench.finish()
 

@@ -1,6 +1,6 @@
 """Write QUALITY.md from quality/ablation.json: `python benchmarks/quality.py`.
 
-Nothing in the page is written by hand, so nothing in it can outlive what was run.
+The whole page is generated, so no figure in it can outlive its run.
 """
 
 from __future__ import annotations
@@ -20,58 +20,59 @@ from unidiff_sdk.training.evaluation.metrics import paired_bootstrap
 
 PAGE = RESULT.parent.parent / "QUALITY.md"
 REFERENCE = "ITC + IS"
-# Apart means two checkpoints: what the other half of each reaches was never tuned, and says nothing.
+# Separate tuning gives two checkpoints. The half that a checkpoint does not tune is not compared.
 UNTUNED = {("hit", "SD alone"), ("all_right", "CLIP alone")}
-# name, title, digits; a figure that a domain does not have is left out there
+# name, title, digits; a domain without a figure omits its column
 FIGURES = (
     ("r@1", "R@1", 3),
-    ("all_right", "all attributes right", 3),
-    ("attributes_right", "attributes right", 3),
+    ("all_right", "all attributes correct", 3),
+    ("attributes_right", "attributes correct", 3),
     ("kid", "KID", 4),
     ("cmmd", "CMMD", 3),
     ("diversity", "diversity of a prompt", 3),
-    ("nearest_training_picture", "nearest training picture", 3),
-    ("image_effective_rank", "effective rank, pictures", 1),
-    ("r@1_of_known", "R@1 on what the base knew", 3),
+    ("nearest_training_image", "nearest training image", 3),
+    ("image_effective_rank", "effective rank, images", 1),
+    ("retained_r@1", "retained R@1 on the base data", 3),
 )
 FLOORS = {
     "kid": "kid_floor",
     "cmmd": "cmmd_floor",
-    "nearest_training_picture": "nearest_training_picture_of_real",
+    "nearest_training_image": "nearest_training_image_of_real",
 }
 
-TOLD = """
-Each arm is tuned for {steps} steps of {batch_size} on {pairs} pairs of a catalog that its base has never seen, and
-measured on pairs that no arm was tuned on: a gallery of up to {gallery}, {prompts} prompts of {per_prompt} pictures,
-all from the same noise, in 20 guided steps. Three settings an arm were tried on the validation pairs of {development},
-and the best was run once on the test pairs of each catalog; RSC was searched at the learning rate of ITC + IS. The
-judge is frozen and was trained on other renderings; R@1 is the mean of both ways. The score is the mean of R@1 and of
-all attributes right, or the one that an arm's half has; ties go to the first. Figures are means over seeds, with the
-lowest and highest seed behind. The synthetic catalogs are rendered drawings. KID and CMMD are unbiased estimates, so
-below zero is as good as zero. Intervals are of a bootstrap over seeds and over pairs or prompts, not corrected for
-their number. Arms are matched in steps, not in time.
+METHOD = """
+Each arm is tuned for {steps} steps with batch size {batch_size} on {pairs} pairs of a catalog that its base has never
+seen. It is evaluated on pairs that no arm was tuned on: a gallery of up to {gallery} pairs, and {prompts} prompts with
+{per_prompt} images each, generated from the same noise in 20 guided steps. Three settings per arm were tried on the
+validation pairs of {development}. The best setting was run once on the test pairs of each catalog. RSC was searched at
+the learning rate of ITC + IS. The judge is frozen and was trained on other renderings. R@1 is the mean of both
+directions. The score is the mean of R@1 and "all attributes correct", or the one of them that the arm tunes; ties go to
+the first setting. Figures are means over seeds, followed by the lowest and the highest seed. The synthetic catalogs are
+rendered images. KID and CMMD are unbiased estimates and may be below zero. Intervals come from a bootstrap over seeds
+and over pairs or prompts, without correction for multiple comparisons. Arms have the same number of steps, not the same
+time.
 
-In the joint arms synthesis teaches the text tower too, which SD alone keeps as it is, as the usual scripts do. "SD and
-text" tells the two apart: it tunes UNet and text tower by synthesis alone, with the same three settings and seeds, and
-the picture tower as it was. It was declared after the results of the other arms were known, because of them.
+In the joint arms, synthesis trains the text tower as well. SD alone leaves it frozen, as common scripts do. "SD and
+text" separates the two effects: it tunes the UNet and the text tower by synthesis alone, with the same three settings
+and seeds, and a frozen image tower. It was declared after the results of the other arms were known, because of them.
 
-What this does not tell apart: the learning rate of SD alone was chosen among scores near zero. RSC both has a third
-term, of pictures that are generated, which was not tried alone.
+Limits: the learning rate of SD alone was chosen among scores near zero. RSC both has a third term, on generated images,
+which was not tried alone.
 
-A base that lacks one synthetic catalog is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
-{base_steps[unet]}; its VAE and tokenizer are the built-in base's, which have seen all. {real} is tuned from the
-built-in base.
+A base without one synthetic catalog is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
+{base_steps[unet]}. Its VAE and tokenizer come from the built-in base and have seen all three catalogs. {real} is tuned
+from the built-in base.
 """
 
 Result = Mapping[str, Any]
-Runs = Mapping[tuple[str, str], list[Mapping[str, Any]]]  # of a domain and an arm, by seed
+Runs = Mapping[tuple[str, str], list[Mapping[str, Any]]]  # by domain and arm; sorted by seed
 
 
 @click.command()
 @click.option("--result", type=click.Path(path_type=Path, exists=True), default=RESULT)
 @click.option("--page", type=click.Path(path_type=Path), default=PAGE)
 def main(result: Path, page: Path) -> None:
-    """Write the page, its plot and the links to its sheets."""
+    """Write the page and its plot."""
     content = json.loads(result.read_text(encoding="utf-8"))
     (result.parent / "ablation.svg").write_text(plot(content) + "\n", encoding="utf-8")
     page.write_text("\n".join(lines(content, result.parent, page)) + "\n", encoding="utf-8")
@@ -79,7 +80,7 @@ def main(result: Path, page: Path) -> None:
 
 
 def tested(content: Result) -> Runs:
-    """The runs of the test phase."""
+    """Return the runs of the test phase."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for one in sorted(content["runs"], key=lambda one: one["run"]["seed"]):
         if one["run"]["phase"] == "test":
@@ -88,22 +89,23 @@ def tested(content: Result) -> Runs:
 
 
 def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
-    """The page's lines."""
+    """Yield the lines of the page."""
     declared, runs = content["declared"], tested(content)
     common = declared["common"]
-    yield "# What each term of the joint objective earns"
+    yield "# The gain of each term of the joint objective"
     yield ""
     yield "Generated by `benchmarks/quality.py` from `benchmarks/quality/ablation.json`; `make ablation` runs it."
-    for paragraph in TOLD.format(**declared, **common, development=DEVELOPMENT, real=REAL).strip().split("\n\n"):
+    yield ""
+    for paragraph in METHOD.format(**declared, **common, development=DEVELOPMENT, real=REAL).strip().split("\n\n"):
         yield from [*textwrap.wrap(paragraph, 118), ""]
     yield from chosen(content)
     yield ""
     yield f"{content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
     if not content["complete"]:
         yield ""
-        yield "**Not complete: runs are missing.**"
+        yield "**Incomplete: runs are missing.**"
     yield ""
-    yield "![R@1 and attributes of each arm](quality/ablation.svg)"
+    yield "![R@1 and images with all attributes correct, for each arm](quality/ablation.svg)"
     for domain in declared["domains"]:
         arms = [arm for arm in declared["arms"] if (domain, arm) in runs]
         if arms:
@@ -114,29 +116,29 @@ def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
 
 
 def chosen(content: Result) -> Iterator[str]:
-    """What the search tried, the score of each on the validation pairs, and what it chose."""
+    """Yield the table of the settings tried, their scores on the validation pairs, and the chosen settings."""
     common, runs = content["declared"]["common"], tested(content)
     scores = {
         (one["run"]["arm"], one["run"]["setting"]): score(one["run"]["arm"], one["figures"])
         for one in content["runs"]
         if one["run"]["phase"] == "development"
     }
-    yield "| arm | tried: score | chosen |"
+    yield "| arm | settings and their scores | chosen options |"
     yield "|---|---|---|"
     for arm, settings in content["declared"]["settings"].items():
         ran = [one for (_, name), some in runs.items() if name == arm for one in some if "options" in one]
         if ran:
-            tried = "; ".join(f"{_told(setting)}: {scores[arm, i]:.3f}" for i, setting in enumerate(settings))
+            tried = "; ".join(f"{_format(setting)}: {scores[arm, i]:.3f}" for i, setting in enumerate(settings))
             options = {name: value for name, value in ran[0]["options"].items() if name not in {*common, "seed"}}
-            yield f"| {arm} | {tried} | {_told(options)} |"
+            yield f"| {arm} | {tried} | {_format(options)} |"
 
 
-def _told(settings: Mapping[str, Any]) -> str:
+def _format(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3g}" if not isinstance(value, bool) else name for name, value in settings.items())
 
 
 def table(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
-    """One line an arm, and what real pictures reach."""
+    """Yield one line for each arm, and one for real images."""
     shown = [figure for figure in FIGURES if figure[0] in runs[domain, arms[0]][0]["figures"]]
     yield f"| | seeds | {' | '.join(title for _, title, _ in shown)} |"
     yield f"|---|{'---|' * (1 + len(shown))}"
@@ -146,20 +148,20 @@ def table(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
         yield f"| {arm} | {len(of_seeds)} | {' | '.join(cells)} |"
     first = runs[domain, arms[0]][0]["figures"]
     floors = (f"{first[FLOORS[name]]:.{digits}f}" if name in FLOORS else "" for name, _, digits in shown)
-    yield f"| *real pictures* | | {' | '.join(floors)} |"
+    yield f"| *real images* | | {' | '.join(floors)} |"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """mean (lowest to highest)"""
-    told = f"{np.mean(values):.{digits}f}"
-    return told if len(values) == 1 else f"{told} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    """Format values as "mean (lowest to highest)"."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def differences(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
-    """Each arm against ITC + IS, by a bootstrap over seeds and prompts that both have."""
+    """Yield the difference of each arm from ITC + IS, by a bootstrap over the seeds and prompts of both."""
     if (domain, REFERENCE) not in runs:
         return
-    for column, title in (("hit", "R@1"), ("all_right", "all attributes right")):
+    for column, title in (("hit", "R@1"), ("all_right", "all attributes correct")):
         for arm in arms:
             if arm in (REFERENCE, "base") or (column, arm) in UNTUNED:
                 continue
@@ -170,15 +172,15 @@ def differences(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
             ]
             if both:
                 interval = paired_bootstrap(*(np.array(side, float) for side in zip(*both, strict=True)))
-                sure = "" if interval.low <= 0 <= interval.high else ", beyond chance"
+                significant = "" if interval.low <= 0 <= interval.high else ", excludes 0"
                 yield (
-                    f"- {title}, {arm} less {REFERENCE}: {interval.difference:+.3f} "
-                    f"(95 %: {interval.low:+.3f} to {interval.high:+.3f}{sure})"
+                    f"- {title}, {arm} minus {REFERENCE}: {interval.difference:+.3f} "
+                    f"(95% interval: {interval.low:+.3f} to {interval.high:+.3f}{significant})"
                 )
 
 
 def units(column: str, run: Mapping[str, Any]) -> list[float]:
-    """What is drawn at random: a pair, looked up both ways, or a prompt, with all its pictures."""
+    """Return the bootstrap units: pairs, with both directions, or prompts, with all their images."""
     values = np.array(run["columns"][column], float)
     return (
         values.reshape(2, -1).mean(axis=0) if column == "hit" else values.reshape(-1, PER_PROMPT).mean(axis=1)
@@ -186,7 +188,7 @@ def units(column: str, run: Mapping[str, Any]) -> list[float]:
 
 
 def sheets(domain: str, arms: Sequence[str], runs: Runs, folder: Path, page: Path) -> Iterator[str]:
-    """The first picture of the first ten prompts, by index, of each arm's first seed."""
+    """Yield links to the first image of the first ten prompts, for the first seed of each arm."""
     for arm in arms:
         name = Run(**runs[domain, arm][0]["run"]).name.removesuffix(".json") + ".webp"
         if (folder / "sheets" / name).exists():
@@ -194,9 +196,9 @@ def sheets(domain: str, arms: Sequence[str], runs: Runs, folder: Path, page: Pat
 
 
 def plot(content: Result) -> str:
-    """Each arm's mean in each domain, in the order of the arms."""
+    """Return the chart of the arms' means in each domain."""
     declared, runs = content["declared"], tested(content)
-    drawn = [
+    means = [
         Line(
             f"{domain}, {title}",
             [
@@ -207,12 +209,12 @@ def plot(content: Result) -> str:
             dashed=figure != "r@1",
         )
         for domain in declared["domains"]
-        for figure, title in (("r@1", "R@1"), ("all_right", "all right"))
+        for figure, title in (("r@1", "R@1"), ("all_right", "all correct"))
     ]
-    # Spaces that do not break, so that no name is torn apart.
+    # Non-breaking spaces keep each name on one line.
     label = ", ".join(f"{number} {arm}".replace(" ", "\u00a0") for number, arm in enumerate(declared["arms"]))
-    lines = [line for line in drawn if line.points]
-    return line_chart("What each arm reaches", lines, x_label=label, y_max=1.0)
+    lines = [line for line in means if line.points]
+    return line_chart("R@1 and images with all attributes correct", lines, x_label=label, y_max=1.0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`make bench`: every benchmark that is not fresh, each within its time, and then the page.
+"""`make bench`: run every benchmark that has no fresh result, each within its time budget, then write the page.
 
-Fresh is a complete result of the same code, machine, versions and threads. What was interrupted, by hand or by its
-time running out, goes on after its last row the next time.
+A result is fresh if it is complete and comes from the same code, machine and versions. An interrupted benchmark
+continues after its last row in the next run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 from harness import ROOT, fresh
 
-# Seconds that a benchmark may take on two cores: in all less than 90 minutes.
+# Time budgets in seconds on two cores; less than 90 minutes in total.
 BUDGETS = {
     "cold_start": 150,
     "few_steps": 660,
@@ -34,21 +34,21 @@ BUDGETS = {
     "unet": 1320,
 }
 BUDGET = 300
-# Too long for this, or in need of a GPU; their results, once measured, stand on the page.
+# Run by hand: too long, or they need a GPU. Their committed results appear on the page.
 APART = {"gpu", "million"}
 
 
 def scripts() -> list[Path]:
-    """The files here that measure by the harness."""
+    """Return the scripts in this folder that use the harness."""
     measures = re.compile(r"^from harness import (\([^)]*|[^\n]*)\bBenchmark\b", re.MULTILINE)
     files = (file for file in sorted(Path(__file__).parent.glob("*.py")) if file.stem not in APART)
     return [file for file in files if measures.search(file.read_text("utf-8"))]
 
 
 def run(argv: Sequence[str], budget: float) -> int | None:
-    """The exit status of a benchmark; None where its seconds were up.
+    """Return the exit status of a benchmark, or None if its time budget ran out.
 
-    However it ends, none of the processes that it started is left to disturb the next.
+    All processes that it started are killed at the end, so that none disturbs the next benchmark.
     """
     with subprocess.Popen(argv, cwd=ROOT, start_new_session=True) as process:
         try:
@@ -61,28 +61,28 @@ def run(argv: Sequence[str], budget: float) -> int | None:
 
 
 @click.command()
-@click.option("--only", help="Those whose name holds this.")
-@click.option("--again", is_flag=True, help="Measure also what is fresh.")
+@click.option("--only", help="Run only the benchmarks whose name contains this text.")
+@click.option("--again", is_flag=True, help="Measure fresh results again, too.")
 def main(only: str | None, again: bool) -> None:
     """Run the benchmarks one after another, then write the page."""
     chosen = [script for script in scripts() if only is None or only in script.stem]
-    late = []
+    unfinished = []
     for number, script in enumerate(chosen, start=1):
-        told = f"[{number}/{len(chosen)}] {script.stem}"
+        label = f"[{number}/{len(chosen)}] {script.stem}"
         if not again and fresh(script):
-            click.echo(f"{told}: fresh, passed over", err=True)
+            click.echo(f"{label}: fresh, skipped", err=True)
             continue
         budget, started = BUDGETS.get(script.stem, BUDGET), time.monotonic()
-        click.echo(f"{told}: at most {budget / 60:.0f} minutes", err=True)
+        click.echo(f"{label}: at most {budget / 60:.0f} minutes", err=True)
         status = run([sys.executable, str(script), *(["--again"] if again else [])], budget)
         if status is None:
-            late.append(f"{script.stem} (time is up; the rows so far are kept)")
+            unfinished.append(f"{script.stem} (out of time; the rows so far are kept)")
         elif status:
-            late.append(f"{script.stem} (failed)")
-        click.echo(f"{told}: {time.monotonic() - started:.0f} s", err=True)
+            unfinished.append(f"{script.stem} (failed)")
+        click.echo(f"{label}: {time.monotonic() - started:.0f} s", err=True)
     subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py"], check=True)
-    if late:
-        sys.exit(f"not finished: {', '.join(late)}. `make bench` goes on from there.")
+    if unfinished:
+        sys.exit(f"Not finished: {', '.join(unfinished)}. Run `make bench` again to continue.")
 
 
 if __name__ == "__main__":

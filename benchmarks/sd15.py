@@ -1,8 +1,8 @@
-"""Models of public shapes with random weights: `python sd15.py KEPT MODEL [GRAPH]`.
+"""Models of public architectures with random weights: `python sd15.py CACHE MODEL [GRAPH]`.
 
-MODEL is "sd15" (Stable Diffusion 1.5 with CLIP ViT-L/14) or "vit-b-32" (that CLIP alone). What a graph costs in time,
-memory and bytes hangs on its shape; its results mean nothing, so there is nothing of quality to verify, and the graphs
-of the benchmarks are made here, by the exporter's own lowering and quantization, beside its verification.
+MODEL is "sd15" (Stable Diffusion 1.5 with CLIP ViT-L/14) or "vit-b-32" (that CLIP alone). The time, memory and size of
+a graph depend only on its architecture. With random weights there is no quality to verify, so the graphs are made here
+by the exporter's lowering and quantization, without its verification.
 """
 
 from __future__ import annotations
@@ -38,48 +38,48 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-# (hidden size, layers) of the text and of the vision tower, pixels of a patch, width of the embedding
+# (hidden size, layers) of the text tower and of the vision tower, patch size, embedding dimension
 CLIPS = {"sd15": ((768, 12), (1024, 24), 14, 768), "vit-b-32": ((512, 12), (768, 12), 32, 512)}
 
-DRAWING = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # graphs, and the parts they are of
+GENERATION = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae"}  # graph: folder of its model
 
 
 @click.command()
-@click.argument("kept", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Choice(list(CLIPS)))
 @click.argument("graph", required=False)
-def main(kept: Path, model: str, graph: str | None) -> None:
-    """Write the checkpoint KEPT/MODEL, and GRAPH of it in fp32 and int8, where this code has not yet."""
-    if not (kept / model).is_dir():
-        write_checkpoint(kept / model, model)
+def main(cache: Path, model: str, graph: str | None) -> None:
+    """Write the checkpoint CACHE/MODEL, and its GRAPH in fp32 and int8, unless this code has already written them."""
+    if not (cache / model).is_dir():
+        write_checkpoint(cache / model, model)
     if graph:
-        maker, code = graph_file(kept, model, graph, "int8").with_name("made-by"), digest([Path(__file__)])
-        if not maker.is_file() or maker.read_text() != code:
-            write_graphs(kept, model, graph)
-            maker.write_text(code)
+        stamp, code = graph_file(cache, model, graph, "int8").with_name("made-by"), digest([Path(__file__)])
+        if not stamp.is_file() or stamp.read_text() != code:
+            write_graphs(cache, model, graph)
+            stamp.write_text(code)
 
 
-def graph_file(kept: Path, model: str, graph: str, precision: str) -> Path:
-    """Where a graph is kept."""
-    return kept / f"{model}-{precision}" / graph / "model.onnx"
+def graph_file(cache: Path, model: str, graph: str, precision: str) -> Path:
+    """Return the path of a graph in the cache."""
+    return cache / f"{model}-{precision}" / graph / "model.onnx"
 
 
-def pipeline(kept: Path, precision: str) -> Path:
-    """A folder of the graphs that draw, made where they are not there yet, with what a diffusers pipeline has around.
+def pipeline(cache: Path, precision: str) -> Path:
+    """Return a folder with the graphs of generation and the other files of a diffusers pipeline; export missing graphs.
 
-    It has no manifest, because nothing was verified: `Bundle` opens it as it opens what another exporter wrote.
+    The folder has no manifest, because nothing was verified. `Bundle` opens it like the export of another tool.
     """
-    folder, checkpoint = kept / f"sd15-{precision}", kept / "sd15"
-    for graph in DRAWING:
-        # In a process of its own, which gives its memory back.
-        subprocess.run([sys.executable, __file__, kept, "sd15", graph], check=True)
-    surround(folder, checkpoint)
+    folder, checkpoint = cache / f"sd15-{precision}", cache / "sd15"
+    for graph in GENERATION:
+        # In a separate process, which releases its memory.
+        subprocess.run([sys.executable, __file__, cache, "sd15", graph], check=True)
+    write_pipeline_files(folder, checkpoint)
     return folder
 
 
-def surround(folder: Path, checkpoint: Path) -> None:
-    """Put what a pipeline has around its graphs into the folder that has these."""
-    for graph, part in DRAWING.items():
+def write_pipeline_files(folder: Path, checkpoint: Path) -> None:
+    """Copy the other files of a diffusers pipeline next to its graphs."""
+    for graph, part in GENERATION.items():
         shutil.copy(checkpoint / part / "config.json", folder / graph)
     for name in ("scheduler", "tokenizer"):
         shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
@@ -87,7 +87,7 @@ def surround(folder: Path, checkpoint: Path) -> None:
 
 
 def write_checkpoint(folder: Path, model: str) -> None:
-    """The whole of it; of a CLIP alone, its folder."""
+    """Write a checkpoint; for a CLIP alone, write its folder."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel
@@ -123,7 +123,7 @@ def write_checkpoint(folder: Path, model: str) -> None:
 
 
 def clip_config(text: tuple[int, int], vision: tuple[int, int], patch: int, width: int) -> Any:
-    """A CLIPConfig of these towers, 64 channels a head, for pictures of 224 pixels and 77 tokens."""
+    """Return a CLIPConfig with 64 channels per head, for images of 224 pixels and 77 tokens."""
     from transformers import CLIPConfig
 
     def tower(size: int, layers: int) -> dict[str, int]:
@@ -135,31 +135,31 @@ def clip_config(text: tuple[int, int], vision: tuple[int, int], patch: int, widt
             "projection_dim": width,
         }
 
-    words = {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
+    special = {"bos_token_id": VOCABULARY - 2, "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 1}
     return CLIPConfig(
         projection_dim=width,
-        text_config=tower(*text) | words | {"vocab_size": VOCABULARY, "max_position_embeddings": 77},
+        text_config=tower(*text) | special | {"vocab_size": VOCABULARY, "max_position_embeddings": 77},
         vision_config=tower(*vision) | {"image_size": 224, "patch_size": patch},
     )
 
 
 def tokenizer() -> Any:
-    """A tokenizer with the conventions and the size of CLIP's, which knows single bytes only."""
+    """Return a tokenizer with the conventions and the size of CLIP's whose vocabulary holds single bytes only."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
-    filling = [f"<{number}>" for number in range(VOCABULARY - 2 - len(known))]
-    entries = [*known, *filling, "<|startoftext|>", "<|endoftext|>"]
+    symbols = [*alphabet, *(f"{symbol}</w>" for symbol in alphabet)]
+    filling = [f"<{number}>" for number in range(VOCABULARY - 2 - len(symbols))]
+    entries = [*symbols, *filling, "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(entries)}), "utf-8")
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(entries)}), "utf-8")
         Path(folder, "merges.txt").write_text("#version: 0.2\n", "utf-8")
         return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
-def write_graphs(kept: Path, model: str, graph: str) -> None:
-    """Lower a graph as unidiff-export does, and quantize every layer that it would, over what one random call spans."""
+def write_graphs(cache: Path, model: str, graph: str) -> None:
+    """Lower a graph as unidiff-export does, and quantize all its layers over the ranges of one random call."""
     import torch
     from unet_peer import inputs
 
@@ -168,10 +168,10 @@ def write_graphs(kept: Path, model: str, graph: str) -> None:
     from unidiff_export.quantization.calibration import observing
     from unidiff_export.quantization.qdq import LayerRanges, Range, quantize
 
-    folders = [graph_file(kept, model, graph, precision).parent for precision in ("fp32", "int8")]
+    folders = [graph_file(cache, model, graph, precision).parent for precision in ("fp32", "int8")]
     for folder in folders:
         folder.parent.mkdir(parents=True, exist_ok=True)
-    spec = graph_spec(kept / model, model, graph)
+    spec = graph_spec(cache / model, model, graph)
     lowered = lower(spec)
     write_graph(lowered.clone(), folders[0], {})
     ranges: dict[str, LayerRanges] = {}
@@ -186,7 +186,7 @@ def write_graphs(kept: Path, model: str, graph: str) -> None:
 
 
 def graph_spec(folder: Path, model: str, graph: str) -> Any:
-    """The exporter's own; of a CLIP alone, its towers."""
+    """Return the exporter's specification of a graph; for a CLIP alone, one of its towers."""
     import torch
     from transformers import CLIPModel
     from unet_peer import inputs
@@ -199,7 +199,7 @@ def graph_spec(folder: Path, model: str, graph: str) -> Any:
         return next(spec for spec in graph_specs(load_checkpoint(folder)) if spec.name == graph)
     clip = CLIPModel.from_pretrained(folder / "clip").eval()
     tower = ImageEncoder(clip) if graph == "image_encoder" else TextEmbedder(clip)
-    given, axes, result = {
+    input_name, axes, output = {
         "image_encoder": ("pixel_values", {0: "batch"}, "image_embeds"),
         "text_encoder": ("input_ids", {0: "batch", 1: "tokens"}, "text_embeds"),
     }[graph]
@@ -207,7 +207,7 @@ def graph_spec(folder: Path, model: str, graph: str) -> Any:
     def example(batch: int, scale: int) -> tuple[Any, ...]:
         return tuple(map(torch.from_numpy, inputs(graph, batch, 0).values()))
 
-    return GraphSpec(graph, tower.eval(), attention_layers(tower), {given: axes}, (result,), example)
+    return GraphSpec(graph, tower.eval(), attention_layers(tower), {input_name: axes}, (output,), example)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Search among 100,000 vectors: how fast, how right, how long to build, `Catalog` on Qdrant Edge beside other engines.
+"""Search among 100,000 vectors: speed, recall and build time of `Catalog` on Qdrant Edge and of other engines.
 
-Two kinds of vectors: isotropic noise of 512 numbers, the hardest there is, and the built-in model's embeddings of drawn
-products (`gallery.py`). Those have 128 numbers, for so wide is that model: they are turned into 512 dimensions, which
-leaves all their distances as they were. The queries are embeddings of products that are not stored. Recall goes by
-distance: a hit counts if no more than nine items are truly closer, so that equals count. One query at a time: first
-one after another (recall, p50, p99), then in turn with the other engines (median, ratio).
+Two kinds of vectors are searched: isotropic noise of 512 dimensions, the hardest case, and the built-in model's
+embeddings of synthetic products (`gallery.py`). Those have 128 dimensions; a rotation into 512 dimensions keeps all
+their distances. The queries are embeddings of products that are not stored. Recall goes by score: a hit is correct if
+at most nine items score higher, so that ties count. Each engine answers one query at a time, first on its own (recall,
+p50, p99), then in turns with the others (median, ratio).
 """
 
 from __future__ import annotations
@@ -21,75 +21,75 @@ from harness import Benchmark, Worker, options, peer_python
 HERE = Path(__file__).parent
 DEPENDS = [HERE / "search_peer.py", HERE / "engines.py", HERE / "gallery.py"]
 DIM = 512
-EF = 128  # candidates at search, of the peers that let one choose; more and fewer for the curve
+EF = 128  # candidates at search, for peers with that option; other values give the curve
 CURVE = {"faiss": (32, EF, 512), "lancedb": (EF, 512)}
 PEERS = {"faiss": "FAISS HNSW", "lancedb": "LanceDB"}
-WORDS = ("red striped dress", "a tall blue mug", "green boots, dotted", "a slim black coat", "yellow")
+TEXTS = ("red striped dress", "a tall blue mug", "green boots, dotted", "a slim black coat", "yellow")
 
 
 @click.command()
 @options
-@click.option("--items", default=100_000, show_default=True, help="How many vectors.")
-@click.option("--queries", default=300, show_default=True, help="How many different queries.")
+@click.option("--items", default=100_000, show_default=True, help="Number of vectors.")
+@click.option("--queries", default=300, show_default=True, help="Number of different queries.")
 def main(items: int, queries: int, **chosen: Any) -> None:
-    """Measure search on isotropic vectors, on embeddings, with a filter, and from words to hits."""
-    bench = Benchmark(__file__, "How fast and how right is search?", depends=DEPENDS, **chosen)
+    """Measure search in isotropic vectors and in embeddings, with and without a filter, and from text to hits."""
+    bench = Benchmark(__file__, "How fast and how accurate is search?", depends=DEPENDS, **chosen)
     import numpy as np
 
-    for kind, draw in KINDS.items():
+    for kind, vectors_of in KINDS.items():
         case = f"{kind}, {items:,}"
-        cases = {case: None, f"{case}, 10 % pass a filter": 0}
+        cases = {case: None, f"{case}, 10 % match a filter": 0}
         if any(map(bench.wants, cases)):
-            vectors, asked = np.split(draw(items + queries), [items])
+            stored, query_vectors = np.split(vectors_of(items + queries), [items])
             with tempfile.TemporaryDirectory() as folder:
-                measure(bench, cases, Path(folder), vectors, asked)
-    if bench.wants("words to hits, tiny bundle"):
-        words_to_hits(bench)
+                measure(bench, cases, Path(folder), stored, query_vectors)
+    if bench.wants("text query to hits, tiny bundle"):
+        text_to_hits(bench)
     bench.finish()
 
 
 def isotropic(count: int) -> Any:
-    """Directions without any structure: float32[count, DIM] of length 1."""
+    """Return random directions: unit vectors float32[count, DIM]."""
     import numpy as np
 
-    rows = np.random.default_rng(0).standard_normal((count, DIM), dtype=np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    vectors = np.random.default_rng(0).standard_normal((count, DIM), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def drawn(count: int) -> Any:
-    """The embeddings as they are, in any order: float32[count, 128]."""
+def shuffled_embeddings(count: int) -> Any:
+    """Return embeddings of products in random order: float32[count, 128]."""
     import numpy as np
     from gallery import embeddings
 
     return np.random.default_rng(0).permutation(embeddings(count))
 
 
-def turned(count: int) -> Any:
-    """The embeddings, turned into DIM dimensions: float32[count, DIM]."""
-    return turn(drawn(count))
+def rotated_embeddings(count: int) -> Any:
+    """Return embeddings of products, rotated into DIM dimensions: float32[count, DIM]."""
+    return rotate(shuffled_embeddings(count))
 
 
-def turn(vectors: Any) -> Any:
-    """Vectors after a random orthogonal map into DIM dimensions, always the same one."""
+def rotate(vectors: Any) -> Any:
+    """Map vectors into DIM dimensions by a fixed random orthogonal map."""
     import numpy as np
 
-    map, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((DIM, vectors.shape[1])))
-    return vectors @ map.T.astype(np.float32)
+    basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((DIM, vectors.shape[1])))
+    return vectors @ basis.T.astype(np.float32)
 
 
 KINDS: dict[str, Callable[[int], Any]] = {
-    "embeddings, 512 numbers": turned,
-    "isotropic, 512 numbers": isotropic,
+    "embeddings, 512 dimensions": rotated_embeddings,
+    "isotropic, 512 dimensions": isotropic,
 }
 
 
-def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vectors: Any, asked: Any) -> None:
-    """The rows of one kind of vectors: engines are built once, unfiltered and filtered queries asked of them."""
+def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vectors: Any, queries: Any) -> None:
+    """Measure the rows of one kind of vectors; the engines are built once for unfiltered and filtered queries."""
     import numpy as np
-    from engines import assess, flat, local, truth, unidiff
+    from engines import assess, flat, local, score_of_rank, unidiff
 
     np.save(folder / "vectors.npy", vectors)
-    np.save(folder / "queries.npy", asked)
+    np.save(folder / "queries.npy", queries)
     engines = {
         "UniDiff": unidiff(folder / "shop.catalog", vectors),
         "qdrant-client, local": local(vectors),
@@ -99,12 +99,12 @@ def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vector
         for case, bucket in cases.items():
             if not bench.wants(case):
                 continue
-            tenth = truth(vectors, asked, bucket)
+            least_scores = score_of_rank(vectors, queries, bucket)
             figures = {
-                name: assess(engine.search, vectors, asked, tenth, bucket) | {"build_s": engine.build_s}
+                name: assess(engine.search, vectors, queries, least_scores, bucket) | {"build_s": engine.build_s}
                 for name, engine in engines.items()
             }
-            contestants = {name: _one_by_one(engine.search, asked, bucket) for name, engine in engines.items()}
+            contestants = {name: _sequential(engine.search, queries, bucket) for name, engine in engines.items()}
             workers = dict(_workers(bench, folder, bucket))
             try:
                 bench.row(
@@ -113,7 +113,7 @@ def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vector
                     peers=contestants | workers,
                     figures=figures,
                     parameters={"items": len(vectors), "kind": case},
-                    rounds=len(asked),
+                    rounds=len(queries),
                     budget_s=20,
                 )
             finally:
@@ -124,9 +124,9 @@ def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vector
             engine.close()
 
 
-def _one_by_one(search: Any, asked: Any, bucket: int | None) -> Callable[[], object]:
-    queries = itertools.cycle(asked)
-    return lambda: search(next(queries), bucket)
+def _sequential(search: Any, queries: Any, bucket: int | None) -> Callable[[], object]:
+    endless = itertools.cycle(queries)
+    return lambda: search(next(endless), bucket)
 
 
 def _workers(bench: Benchmark, folder: Path, bucket: int | None) -> Iterator[tuple[str, Worker]]:
@@ -138,8 +138,8 @@ def _workers(bench: Benchmark, folder: Path, bucket: int | None) -> Iterator[tup
             yield f"{name}, ef {ef}", Worker(argv)
 
 
-def words_to_hits(bench: Benchmark) -> None:
-    """Tokenize, encode and search 1,000 products, beside the same encoder with a plain matrix product."""
+def text_to_hits(bench: Benchmark) -> None:
+    """Tokenize, encode and search 1,000 products, next to the same encoder with a plain matrix product."""
     import numpy as np
 
     from unidiff_sdk import Catalog
@@ -147,21 +147,21 @@ def words_to_hits(bench: Benchmark) -> None:
     from unidiff_sdk.inference.encoder import Encoder
 
     chosen = products("fashion-woman", 1000, seed=1, split="test")
-    # A number makes each text one that was not asked for before: ours remembers those.
-    texts, again = ((f"{words}, {i}" for i, words in enumerate(itertools.cycle(WORDS))) for _ in range(2))
+    # A number makes each text a new one: the catalog caches embeddings of texts.
+    texts, peer_texts = ((f"{text}, {i}" for i, text in enumerate(itertools.cycle(TEXTS))) for _ in range(2))
     with Catalog() as catalog:
         catalog.add([render(p) for p in chosen], payloads=[{"catalog": p.catalog} for p in chosen])
         encoder = Encoder(catalog.bundle)
         vectors = np.array([record.vector for batch in catalog._store.scroll() for record in batch])
 
-        def by_hand() -> object:
-            (query,) = encoder.encode_texts([next(again)])
+        def encode_and_scan() -> object:
+            (query,) = encoder.encode_texts([next(peer_texts)])
             return np.argsort(-(vectors @ query))[:10]
 
         bench.row(
-            "words to hits, tiny bundle",
+            "text query to hits, tiny bundle",
             ours={"UniDiff": lambda: catalog.search(next(texts))},
-            peers={"the same encoder, NumPy": by_hand},
+            peers={"the same encoder, NumPy": encode_and_scan},
             parameters={"items": len(chosen)},
             rounds=300,
         )

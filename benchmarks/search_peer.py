@@ -1,6 +1,7 @@
-"""A peer of `search.py` in an environment of its own: `python search_peer.py ENGINE FOLDER THREADS EF [BUCKET]`.
+"""A peer of `search.py` in a separate environment: `python search_peer.py ENGINE FOLDER THREADS EF BUCKET`.
 
-The index is built on the first call for a folder, and read by later ones.
+BUCKET is a number, or empty for queries without a filter. The first process for a folder builds the index; later ones
+read it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import Any
 import _worker
 import numpy as np
 from _worker import serve
-from engines import PASSING, TOP, Search, Vectors, assess, truth
+from engines import MATCHING, TOP, Search, Vectors, assess, score_of_rank
 
-# What Qdrant has by default: 16 links, and 100 candidates for each new point.
-LINKS, AT_BUILD = 16, 100
+# Defaults of Qdrant: 16 links, and 100 candidates for each new point.
+LINKS, BUILD_CANDIDATES = 16, 100
 _worker.PACKAGES = ("faiss-cpu", "lancedb", "numpy")
 
 
 def faiss_hnsw(vectors: Vectors, folder: Path, threads: int, ef: int) -> Search:
-    """FAISS's HNSW graph over plain float32 vectors; a filter is a bitmap of what passes."""
+    """Return FAISS's HNSW graph over float32 vectors; a filter is a bitmap of the matching vectors."""
     import faiss
 
     return _faiss(
@@ -33,7 +34,7 @@ def faiss_hnsw(vectors: Vectors, folder: Path, threads: int, ef: int) -> Search:
 
 
 def faiss_int8(vectors: Vectors, folder: Path, threads: int, ef: int) -> Search:
-    """The same graph over 8-bit vectors, without the originals: it cannot rank by them."""
+    """Return the same graph over 8-bit vectors, without the originals for re-scoring."""
     import faiss
 
     kind, metric = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
@@ -48,9 +49,9 @@ def _faiss(index: Any, vectors: Vectors, folder: Path, threads: int, ef: int) ->
     if file.is_file():
         index = faiss.read_index(str(file))
     else:
-        index.hnsw.efConstruction = AT_BUILD
+        index.hnsw.efConstruction = BUILD_CANDIDATES
         if not index.is_trained:
-            index.train(vectors[: 100 * AT_BUILD])
+            index.train(vectors[: 100 * BUILD_CANDIDATES])
         index.add(vectors)
         folder.mkdir()
         faiss.write_index(index, str(file))
@@ -58,7 +59,7 @@ def _faiss(index: Any, vectors: Vectors, folder: Path, threads: int, ef: int) ->
 
     def search(query: Vectors, bucket: int | None) -> Any:
         if bucket is not None and bucket not in selectors:
-            bits = np.packbits(np.arange(len(vectors)) % PASSING == bucket, bitorder="little")
+            bits = np.packbits(np.arange(len(vectors)) % MATCHING == bucket, bitorder="little")
             selectors[bucket] = faiss.IDSelectorBitmap(bits)
         parameters = faiss.SearchParametersHNSW(efSearch=ef, sel=None if bucket is None else selectors[bucket])
         found = index.search(query[None], TOP, params=parameters)[1][0]
@@ -68,7 +69,7 @@ def _faiss(index: Any, vectors: Vectors, folder: Path, threads: int, ef: int) ->
 
 
 def lancedb_hnsw(vectors: Vectors, folder: Path, threads: int, ef: int) -> Search:
-    """LanceDB's IVF_HNSW_SQ on disk, as its documentation sets it up; a filter is applied before the search."""
+    """Return LanceDB's IVF_HNSW_SQ on disk, set up as in its documentation; a filter is applied before the search."""
     import lancedb
     import pyarrow as pa
     from lancedb.index import BTree, HnswSq
@@ -81,17 +82,19 @@ def lancedb_hnsw(vectors: Vectors, folder: Path, threads: int, ef: int) -> Searc
         columns = {
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
             "id": np.arange(len(vectors)),
-            "bucket": np.arange(len(vectors)) % PASSING,
+            "bucket": np.arange(len(vectors)) % MATCHING,
         }
         table = database.create_table("items", pa.table(columns))
-        graph = HnswSq(distance_type="dot", m=LINKS, ef_construction=AT_BUILD)
+        graph = HnswSq(distance_type="dot", m=LINKS, ef_construction=BUILD_CANDIDATES)
         table.create_index("vector", config=graph)
         table.create_index("bucket", config=BTree())
 
     def search(query: Vectors, bucket: int | None) -> Any:
-        asked = table.search(query).distance_type("dot").ef(ef).refine_factor(2).select(["id", "_distance"]).limit(TOP)
-        asked = asked if bucket is None else asked.where(f"bucket = {bucket}", prefilter=True)
-        return asked.to_arrow()["id"].to_numpy()
+        request = (
+            table.search(query).distance_type("dot").ef(ef).refine_factor(2).select(["id", "_distance"]).limit(TOP)
+        )
+        request = request if bucket is None else request.where(f"bucket = {bucket}", prefilter=True)
+        return request.to_arrow()["id"].to_numpy()
 
     return search
 
@@ -104,19 +107,20 @@ ENGINES: dict[str, Callable[[Vectors, Path, int, int], Search]] = {
 
 
 def main() -> None:
-    """Build or open, measure recall and tail once, and answer one query a call."""
+    """Build or open the index, measure recall and percentiles once, and answer one query per call."""
     name, folder, threads, ef = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     bucket = int(sys.argv[5]) if sys.argv[5] else None
-    vectors, asked = np.load(folder / "vectors.npy", mmap_mode="r"), np.load(folder / "queries.npy")
-    note = folder / f"{name}.json"
+    vectors, queries = np.load(folder / "vectors.npy", mmap_mode="r"), np.load(folder / "queries.npy")
+    build_time = folder / f"{name}.json"
     started = time.perf_counter()
     search = ENGINES[name](vectors, folder / name, threads, ef)
-    if not note.is_file():
-        note.write_text(json.dumps(round(time.perf_counter() - started, 1)))
-    build_s = json.loads(note.read_text())
-    figures = assess(search, vectors, asked, truth(vectors, asked, bucket), bucket) | {"build_s": build_s}
-    queries = itertools.cycle(asked)
-    serve(lambda: search(next(queries), bucket), figures=lambda: figures)
+    if not build_time.is_file():
+        build_time.write_text(json.dumps(round(time.perf_counter() - started, 1)))
+    build_s = json.loads(build_time.read_text())
+    least_scores = score_of_rank(vectors, queries, bucket)
+    figures = assess(search, vectors, queries, least_scores, bucket) | {"build_s": build_s}
+    endless = itertools.cycle(queries)
+    serve(lambda: search(next(endless), bucket), figures=lambda: figures)
 
 
 if __name__ == "__main__":

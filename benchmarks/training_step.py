@@ -1,4 +1,4 @@
-"""A joint training step beside the two plain ones that it replaces; what caching latents gains; what RSC costs."""
+"""A joint training step next to the two plain steps that it replaces; the gain of cached latents; the cost of RSC."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
     from unidiff_sdk.training.objective.joint_model import JointModel
 
-BUDGET_S = 60  # a row
-GATED = 16  # estimates of a step that RSC decodes
+BUDGET_S = 60  # per row
+GATED = 16  # estimates per step that RSC decodes
 OURS, PLAIN = "UniDiff, ITC + IS", "transformers' CLIP step + diffusers' train_text_to_image step"
 PIXEL, FEATURE = f"{OURS} + RSC pixel", f"{OURS} + RSC feature"
 Step = Callable[[], object]
@@ -32,7 +32,7 @@ def main(**chosen: Any) -> None:
     from unidiff_sdk.training.runtime.allocator import kept_memory
 
     torch.set_num_threads(bench.threads)
-    with kept_memory():  # as in a run of ours, but for the peers as well
+    with kept_memory():  # as in a run of UniDiff, and for the peers as well
         _measure(bench)
     bench.finish()
 
@@ -58,27 +58,27 @@ def _measure(bench: Benchmark) -> None:
                 note=note,
             )
             if PIXEL in ours:
-                _tell_per_sample(bench, case, gated)
+                _add_time_per_sample(bench, case, gated)
 
 
 def _cases(make: Callable[[], Checkpoint], batch: int, gated: int) -> Iterator[tuple[str, Contestants, str | None]]:
-    """Each row's name, how to set its contestants up (ours, peers), and what is not alike between them."""
-    unlike = (
-        "All parameters learn, but for the VAE's and, in diffusers' step as in its script, the text encoder's; only "
-        "ours averages its weights. fp32, AdamW, gradients clipped. What a step frees is kept for the next, for both, "
-        "as in a run of ours."
+    """Yield each row's name, a function that sets up its contestants (ours, peers), and a note on their differences."""
+    differences = (
+        "All parameters are trained except the VAE's and, in diffusers' step as in its script, the text encoder's. "
+        "Only UniDiff averages weights. fp32, AdamW, clipped gradients. Memory that a step frees is kept for the next "
+        "in both, as in a UniDiff run."
     )
-    for told, encode in (("latents cached", False), ("latents encoded in every step", True)):
+    for case, encode in (("latents cached", False), ("latents encoded in every step", True)):
         yield (
-            told,
+            case,
             lambda encode=encode: (
                 {OURS: _ours(make(), batch, encode=encode)},
                 {PLAIN: _plain(make(), batch, encode=encode)},
             ),
-            unlike,
+            differences,
         )
     yield (
-        "what caching gains",
+        "gain of cached latents",
         lambda: (
             {f"{OURS}, latents cached": _ours(make(), batch)},
             {f"{OURS}, encoded in every step": _ours(make(), batch, encode=True)},
@@ -87,7 +87,7 @@ def _cases(make: Callable[[], Checkpoint], batch: int, gated: int) -> Iterator[t
     )
     gate = {"rsc_t_max": 999, "rsc_samples": gated, "rsc_warmup_steps": 0}
     yield (
-        "what RSC costs",
+        "cost of RSC",
         lambda: (
             {
                 PIXEL: _ours(make(), batch, lambda_rsc=0.1, **gate),
@@ -95,7 +95,7 @@ def _cases(make: Callable[[], Checkpoint], batch: int, gated: int) -> Iterator[t
             },
             {OURS: _ours(make(), batch)},
         ),
-        f"RSC pixel decodes {gated} estimates in every step here, all under the gate.",
+        f"RSC pixel decodes {gated} estimates in every step, all below the gate.",
     )
 
 
@@ -107,11 +107,11 @@ def _flop(step: Step) -> float:
     return float(counter.get_total_flops())
 
 
-def _tell_per_sample(bench: Benchmark, case: str, gated: int) -> None:
-    """What an estimate that RSC decodes costs, from the row's own medians."""
+def _add_time_per_sample(bench: Benchmark, case: str, gated: int) -> None:
+    """Add the time per estimate that RSC decodes, computed from the medians of the row."""
     measured = bench.rows[case]["measured"]
-    more = measured[PIXEL]["seconds"]["median"] - measured[OURS]["seconds"]["median"]
-    measured[PIXEL]["figures"]["ms_per_gated_sample"] = round(1000 * more / gated, 3)
+    added = measured[PIXEL]["seconds"]["median"] - measured[OURS]["seconds"]["median"]
+    measured[PIXEL]["figures"]["ms_per_gated_sample"] = round(1000 * added / gated, 3)
     bench.write()
 
 
@@ -125,7 +125,7 @@ def _tiny() -> Checkpoint:
 
 
 def _mid_size() -> Checkpoint:
-    """Random weights: a UNet of 79 M parameters for 256 px, SD's VAE at half its width, a CLIP of 29 M at 224 px."""
+    """Return random weights: a UNet of 79 M parameters for 256 px, SD's VAE at half width, a CLIP of 29 M at 224 px."""
     from dataclasses import replace
 
     import torch
@@ -136,10 +136,10 @@ def _mid_size() -> Checkpoint:
 
     torch.manual_seed(0)
     tiny = _tiny()
-    width, words = 384, tiny.clip.config.text_config
+    width, tiny_text = 384, tiny.clip.config.text_config
     tower = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 8, "num_attention_heads": 6}
-    text = {name: getattr(words, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    text |= {"max_position_embeddings": words.max_position_embeddings}
+    text = {name: getattr(tiny_text, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    text |= {"max_position_embeddings": tiny_text.max_position_embeddings}
     vision = {"image_size": 224, "patch_size": 16}
     clip = CLIPModel(CLIPConfig(projection_dim=256, text_config=tower | text, vision_config=tower | vision))
     unet = UNet2DConditionModel(
@@ -163,7 +163,7 @@ def _mid_size() -> Checkpoint:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _pictures(n: int, size: int) -> Tensor:
+def _images(n: int, size: int) -> Tensor:
     import torch
 
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(1))
@@ -177,17 +177,17 @@ def _token_ids(n: int, checkpoint: Checkpoint) -> Tensor:
 
 
 class _Pairs:
-    """One and the same batch in every step, decoded in memory; its latents too, unless each step is to encode them."""
+    """Always the same batch, decoded in memory; its latents, too, unless each step encodes them."""
 
     def __init__(self, model: JointModel, checkpoint: Checkpoint, batch: int, *, encode: bool) -> None:
         import torch
 
         self.model, self.size, self.seed, self.encode = model, batch, 0, encode
-        self.pictures = _pictures(batch, checkpoint.image_size)
-        self.clip_pixels = model.to_clip(_pictures(batch, model.clip_size))
+        self.images = _images(batch, checkpoint.image_size)
+        self.clip_pixels = model.to_clip(_images(batch, model.clip_size))
         self.input_ids = _token_ids(batch, checkpoint)
         self.groups = torch.arange(batch)
-        self.latents = torch.cat([model.encode(picture) for picture in self.pictures.split(1)])
+        self.latents = torch.cat([model.encode(image) for image in self.images.split(1)])
         self.latent_shape = tuple(self.latents.shape[1:])
 
     def choose(self, step: int) -> Any:
@@ -201,12 +201,12 @@ class _Pairs:
         from unidiff_sdk.training.objective.joint_model import Batch
 
         rows = choice.rows
-        latents = self.model.encode(self.pictures[rows]) if self.encode else self.latents[rows]
+        latents = self.model.encode(self.images[rows]) if self.encode else self.latents[rows]
         return Batch(self.clip_pixels[rows], latents[:samples], self.input_ids[rows], self.groups[rows])
 
 
 def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **settings: Any) -> Step:
-    """The product's own step: losses, gradients, clipping, AdamW, averaged weights."""
+    """Return UniDiff's step: losses, gradients, clipping, AdamW, averaged weights."""
     import torch
 
     from unidiff_sdk.training.config import TrainingConfig
@@ -227,7 +227,7 @@ def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **setting
 
 
 def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
-    """CLIP fine-tuned by its own loss, and the UNet as diffusers' script does it, each with an optimizer of its own."""
+    """Return a step that tunes CLIP with its own loss and the UNet like diffusers' script, with two optimizers."""
     from copy import deepcopy
 
     import torch
@@ -258,18 +258,18 @@ def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
         with torch.no_grad():
             latents = pairs.latents
             if encode:
-                latents = vae.encode(pairs.pictures * 2 - 1).latent_dist.sample() * vae.config.scaling_factor
+                latents = vae.encode(pairs.images * 2 - 1).latent_dist.sample() * vae.config.scaling_factor
             states = text_encoder(ids).last_hidden_state
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
-        answer = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
+        output = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
         target = noise
         if scheduler.config.prediction_type == "v_prediction":
             target = scheduler.get_velocity(latents, noise, timesteps)
         snr = compute_snr(scheduler, timesteps)
         weight = torch.minimum(snr, 5.0 * torch.ones_like(snr))
         weight = weight / (snr if scheduler.config.prediction_type == "epsilon" else snr + 1)
-        loss = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3)) * weight
+        loss = F.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3)) * weight
         update(unet, optimizers[1], loss.mean())
 
     return step

@@ -1,8 +1,8 @@
-"""Graphs of the shape of Stable Diffusion 1.5 and CLIP, beside all that runs them on a CPU.
+"""Graphs of the architectures of Stable Diffusion 1.5 and CLIP, next to other runtimes on a CPU.
 
-It makes models of random weights (`sd15.py`) into .cache/sd15 once. All contestants of a row are in memory at the same
-time, each in a process of its own: for the UNet, some 18 GB, and at 64 x 64 latents only with fewer peers. int8 keeps
-no layer back, as it keeps none of the built-in model's.
+Models with random weights (`sd15.py`) are written to .cache/sd15 once. All contestants of a row are in memory at the
+same time, each in its own process: for the UNet about 18 GB, and at 64 x 64 latents only with fewer peers. int8
+quantizes all layers, as in the built-in model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import click
 from harness import ROOT, Benchmark, Worker, options, peer_python
 
 HERE = Path(__file__).parent
-# model, graph, batch, side of the latents. The encoders have one size only.
+# model, graph, batch, side of the latents (0 for the encoders, which have one size only)
 CASES = (
     ("sd15", "unet", 2, 32),
     ("sd15", "unet", 2, 64),
@@ -32,7 +32,7 @@ CASES = (
     ("vit-b-32", "text_encoder", 4, 0),
 )
 MODELS = {"sd15": "Stable Diffusion 1.5", "vit-b-32": "CLIP ViT-B/32"}
-# Those that convert come first, while there is memory for it.
+# Peers that convert come first, while enough memory is free.
 PEERS = {
     "optimum-onnx fp32": ("optimum", "optimum"),
     "OpenVINO fp32": ("openvino", "openvino-f32"),
@@ -40,15 +40,17 @@ PEERS = {
     "diffusers, eager fp32": (None, "eager"),
     "torch.compile bf16": (None, "compiled"),
 }
-# At 64 x 64 latents there is no memory for the UNet of all: these are behind the others of their kind at 32 x 32.
+# At 64 x 64 latents memory does not suffice for all UNets. These are slower than their counterparts at 32 x 32.
 TOO_LARGE = {"optimum-onnx fp32", "OpenVINO fp32"}
-TOLD_OPERATORS = 6
+LISTED_OPERATORS = 6
 
 
 @click.command()
 @options
-@click.option("--kept", type=click.Path(path_type=Path), default=ROOT / ".cache" / "sd15", help="For the models.")
-def main(kept: Path, **chosen: Any) -> None:
+@click.option(
+    "--cache", type=click.Path(path_type=Path), default=ROOT / ".cache" / "sd15", help="Folder for the models."
+)
+def main(cache: Path, **chosen: Any) -> None:
     """Time one call of every graph, in fp32 and int8."""
     depends = [HERE / "sd15.py", HERE / "unet_peer.py"]
     question = "How long does one call of each graph of Stable Diffusion 1.5 take?"
@@ -60,14 +62,14 @@ def main(kept: Path, **chosen: Any) -> None:
         case = f"{MODELS[model]}, {graph}, batch {batch}" + (f", {side}x{side} latents" if side else "")
         if not bench.wants(case):
             continue
-        # In a process of its own, which gives its memory back.
-        subprocess.run([sys.executable, HERE / "sd15.py", kept, model, graph], check=True)
-        files = {precision: graph_file(kept, model, graph, precision) for precision in ("fp32", "int8")}
+        # In a separate process, which releases its memory.
+        subprocess.run([sys.executable, HERE / "sd15.py", cache, model, graph], check=True)
+        files = {precision: graph_file(cache, model, graph, precision) for precision in ("fp32", "int8")}
         feed = inputs(graph, batch, side)
-        with ProcessPoolExecutor(1, get_context("spawn")) as apart:
-            work = apart.submit(multiply_adds, graph, kept / model, feed).result()
-            told = [
-                f"{precision}: {apart.submit(profile, file, feed, bench.threads).result()}"
+        with ProcessPoolExecutor(1, get_context("spawn")) as separate:
+            work = separate.submit(multiply_adds, graph, cache / model, feed).result()
+            profiles = [
+                f"{precision}: {separate.submit(profile, file, feed, bench.threads).result()}"
                 for precision, file in files.items()
             ]
         sizes = {
@@ -76,22 +78,22 @@ def main(kept: Path, **chosen: Any) -> None:
         }
         left_out = TOO_LARGE if graph == "unet" and side == 64 else set()
         if model != "sd15" or graph == "image_encoder":
-            left_out = left_out | {"optimum-onnx fp32"}  # it exports pipelines
+            left_out = left_out | {"optimum-onnx fp32"}  # it exports whole pipelines only
 
         def worker(engine: str, environment: str | None, folder: Path) -> Worker:
             script, call = HERE / "unet_peer.py", f"{graph} {batch} {side}"  # noqa: B023
             python = peer_python(environment) if environment else sys.executable
-            return Worker([python, script, engine, call, kept / model, folder, str(bench.threads)])  # noqa: B023
+            return Worker([python, script, engine, call, cache / model, folder, str(bench.threads)])  # noqa: B023
 
-        with ExitStack() as open_until_the_end:
+        with ExitStack() as workers:
             peers = {
-                name: open_until_the_end.enter_context(closing(worker(engine, environment, kept / f"{model}-peers")))
+                name: workers.enter_context(closing(worker(engine, environment, cache / f"{model}-peers")))
                 for name, (environment, engine) in PEERS.items()
                 if name not in left_out
             }
             ours = {
-                f"UniDiff {precision}": open_until_the_end.enter_context(
-                    closing(worker("unidiff", None, kept / f"{model}-{precision}"))
+                f"UniDiff {precision}": workers.enter_context(
+                    closing(worker("unidiff", None, cache / f"{model}-{precision}"))
                 )
                 for precision in files
             }
@@ -104,13 +106,13 @@ def main(kept: Path, **chosen: Any) -> None:
                 items=batch,
                 flop=2 * work,
                 budget_s=200,
-                note=f"Random weights. Where the time goes, by ONNX Runtime's profile, {'; '.join(told)}.",
+                note=f"Random weights. Shares of the time by ONNX Runtime's profile, {'; '.join(profiles)}.",
             )
     bench.finish()
 
 
 def multiply_adds(graph: str, checkpoint: Path, feed: dict[str, Any]) -> int:
-    """Those of one call, by the shapes alone."""
+    """Return the multiply-adds of one call, counted by the shapes alone."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from unet_peer import module
@@ -121,7 +123,7 @@ def multiply_adds(graph: str, checkpoint: Path, feed: dict[str, Any]) -> int:
 
 
 def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
-    """The operators that take the most of a call, and their shares of it in per cent."""
+    """Return the operators that take the most time of a call, and their shares in percent."""
     import onnxruntime
 
     from unidiff_sdk.inference.onnx_runtime import avoid_saturation
@@ -141,7 +143,7 @@ def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= max(runs):
             operator = event["args"]["op_name"]
             spent[operator] = spent.get(operator, 0) + event["dur"]
-    most = sorted(spent, key=lambda name: -spent[name])[:TOLD_OPERATORS]
+    most = sorted(spent, key=lambda name: -spent[name])[:LISTED_OPERATORS]
     return ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in most)
 
 

@@ -1,6 +1,7 @@
-"""What `unet.py` compares, each in a process of its own: `python unet_peer.py ENGINE MODULE CHECKPOINT KEPT THREADS`.
+"""A contestant of `unet.py` in a separate process: `python unet_peer.py ENGINE CALL CHECKPOINT CACHE THREADS`.
 
-MODULE is a graph's name and its sizes: `unet 2 64`. What an engine exports or converts is kept in the folder KEPT.
+CALL is the name of a graph, a batch size and the side of the latents: "unet 2 64". The folder CACHE holds the graphs of
+UniDiff, and what another engine exports or converts.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ PIXELS, TOKENS = 224, 77
 
 
 def inputs(graph: str, batch: int, side: int, width: int = 768) -> dict[str, Any]:
-    """Random inputs of one call, as NumPy arrays in the order of the module's arguments.
+    """Return random inputs of one call as NumPy arrays, in the order of the module's arguments.
 
-    side: of the latents; the encoders have one size only.
+    side: side of the latents; ignored for the encoders.
     """
     import numpy as np
 
     rng = np.random.default_rng(0)
 
-    def draw(*shape: int) -> Any:
+    def normal(*shape: int) -> Any:
         return rng.standard_normal(shape, dtype=np.float32)
 
     if graph == "unet":
         return {
-            "sample": draw(batch, 4, side, side),
+            "sample": normal(batch, 4, side, side),
             "timestep": np.full(batch, 500, np.float32),
-            "encoder_hidden_states": draw(batch, TOKENS, width),
+            "encoder_hidden_states": normal(batch, TOKENS, width),
         }
     if graph == "vae_decoder":
-        return {"latent_sample": draw(batch, 4, side, side)}
+        return {"latent_sample": normal(batch, 4, side, side)}
     if graph == "image_encoder":
-        return {"pixel_values": draw(batch, 3, PIXELS, PIXELS)}
+        return {"pixel_values": normal(batch, 3, PIXELS, PIXELS)}
     return {"input_ids": rng.integers(1000, 40000, (batch, TOKENS), dtype=np.int64)}
 
 
 def module(graph: str, checkpoint: Path, dtype: str = "float32") -> Any:
-    """The PyTorch module behind a graph: tensors in, one tensor out."""
+    """Return the PyTorch module behind a graph: tensors in, one tensor out."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
@@ -70,8 +71,8 @@ def module(graph: str, checkpoint: Path, dtype: str = "float32") -> Any:
     return Call().eval()
 
 
-def eager(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
-    """diffusers or transformers as they come, in float32."""
+def eager(graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int) -> Callable[[], object]:
+    """Run diffusers or transformers without changes, in float32."""
     import torch
 
     act, tensors = module(graph, checkpoint), [torch.from_numpy(array) for array in feed.values()]
@@ -83,8 +84,8 @@ def eager(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thread
     return run
 
 
-def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
-    """The same through torch.compile in bfloat16, channels last."""
+def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int) -> Callable[[], object]:
+    """Run the same module through torch.compile in bfloat16 with channels last."""
     import torch
 
     act = module(graph, checkpoint, "bfloat16").to(memory_format=torch.channels_last)
@@ -100,16 +101,16 @@ def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, thr
     return run
 
 
-def unidiff(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
-    """Ours: the graph in the folder KEPT."""
+def unidiff(graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int) -> Callable[[], object]:
+    """Run UniDiff's graph in the cache folder."""
     from unidiff_sdk.inference.sessions import create_session
 
-    session = create_session(kept / graph / "model.onnx", threads=threads)
+    session = create_session(cache / graph / "model.onnx", threads=threads)
     return lambda: session.run(feed)
 
 
-def apart(act: Callable[..., None], *args: Any) -> None:
-    """In a process of its own, which gives its memory back: seven engines hold their weights here at a time."""
+def in_separate_process(act: Callable[..., None], *args: Any) -> None:
+    """Call a function in another process, which releases its memory: seven engines hold weights at the same time."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         process.submit(act, *args).result()
 
@@ -129,38 +130,44 @@ def convert_by_openvino(graph: str, feed: dict[str, Any], checkpoint: Path, file
         ov.save_model(ov.convert_model(module(graph, checkpoint), example_input=example), file, False)
 
 
-def optimum(graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int) -> Callable[[], object]:
-    """What optimum-onnx exports of the pipeline, in ONNX Runtime."""
+def optimum(graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int) -> Callable[[], object]:
+    """Run the export of optimum-onnx in ONNX Runtime."""
     import onnxruntime
 
-    file = kept / "optimum" / graph / "model.onnx"
+    file = cache / "optimum" / graph / "model.onnx"
     if not file.is_file():
-        apart(export_by_optimum, checkpoint, kept / "optimum")
+        in_separate_process(export_by_optimum, checkpoint, cache / "optimum")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    wanted = {value.name: value.type for value in session.get_inputs()}
-    if wanted.get("timestep") == "tensor(int64)":
+    types = {value.name: value.type for value in session.get_inputs()}
+    if types.get("timestep") == "tensor(int64)":
         feed["timestep"] = feed["timestep"].astype("int64")
     if graph == "unet":
-        feed["timestep"] = feed["timestep"][:1].reshape(())  # its graph takes one for all, without an axis
+        feed["timestep"] = feed["timestep"][:1].reshape(
+            ()
+        )  # its graph has one timestep for all samples, without an axis
     return lambda: session.run(None, feed)
 
 
 def openvino(
-    graph: str, feed: dict[str, Any], checkpoint: Path, kept: Path, threads: int, precision: str
+    graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int, precision: str
 ) -> Callable[[], object]:
-    """What OpenVINO converts from the PyTorch module, inferred in "f32" or "bf16"."""
+    """Run OpenVINO's conversion of the PyTorch module, in precision "f32" or "bf16"."""
     import openvino as ov
 
-    file = kept / "openvino" / f"{graph}.xml"
+    file = cache / "openvino" / f"{graph}.xml"
     if not file.is_file():
-        apart(convert_by_openvino, graph, feed, checkpoint, file)
+        in_separate_process(convert_by_openvino, graph, feed, checkpoint, file)
     core = ov.Core()
     model = core.read_model(file)
     model.reshape({port.get_any_name(): list(a.shape) for port, a in zip(model.inputs, feed.values(), strict=True)})
-    told = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(model, "CPU", told).create_infer_request()
+    properties = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(model, "CPU", properties).create_infer_request()
     arrays = list(feed.values())
     return lambda: request.infer(arrays)
 
@@ -175,12 +182,12 @@ ENGINES: dict[str, Callable[..., Callable[[], object]]] = {
 }
 
 if __name__ == "__main__":
-    engine, described, from_folder, kept_in, threads = sys.argv[1:]
-    name, how_many, side = described.split()
+    engine, call, checkpoint, cache, threads = sys.argv[1:]
+    name, batch, side = call.split()
     if engine in ("eager", "compiled"):
         import torch
 
         torch.set_num_threads(int(threads))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    given = inputs(name, int(how_many), int(side))
-    serve(ENGINES[engine](name, given, Path(from_folder), Path(kept_in), int(threads)))
+    feed = inputs(name, int(batch), int(side))
+    serve(ENGINES[engine](name, feed, Path(checkpoint), Path(cache), int(threads)))

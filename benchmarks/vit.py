@@ -1,6 +1,6 @@
-"""A bundle whose image encoder has the shape of CLIP's ViT-B/32, its weights drawn at random: for speed, not for hits.
+"""A bundle whose image encoder has the architecture of CLIP's ViT-B/32 with random weights: for speed, not for hits.
 
-It is exported once from the built-in checkpoint with such a CLIP in place of its own, and kept under `.cache/vit`.
+It is exported once, from the built-in checkpoint with such a CLIP instead of its own, and cached under `.cache/vit`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE, PATCH, DIM = 224, 32, 512
 
 
 def vit_checkpoint() -> Checkpoint:
-    """The checkpoint: the same weights each time."""
+    """Return the checkpoint; its weights are the same each time."""
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
@@ -46,7 +46,7 @@ def vit_checkpoint() -> Checkpoint:
 
 
 def vit_bundle(checkpoint: Checkpoint, precision: str) -> Path:
-    """The folder of its bundle, exported if it is not there yet."""
+    """Return the folder of its bundle; export it if it is not in the cache."""
     from unidiff_export.exporter import export_bundle
 
     folder = CACHE / precision

@@ -1,4 +1,4 @@
-"""The harness: who is measured when, what is kept of it, and that an interrupted benchmark goes on."""
+"""The harness: order of the rounds, stored rows, and resumed benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,25 +14,26 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import harness
 from _host import processor
-from harness import Benchmark, Process, Seconds, Worker, measure, spread
+from harness import Benchmark, Process, Seconds, Worker, measure, peer_python, require_this_code, spread
+from provenance import ROOT
 
-CHOSEN = {"only": None, "rounds": 3, "threads": 1, "again": False}
+OPTIONS = {"only": None, "rounds": 3, "threads": 1, "again": False}
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "peaks", lambda threads: {"gemm_gflop_s": 100.0, "copy_gb_s": 10.0})
-    # A benchmark sets its threads for the whole process; other tests are to have their own.
-    monkeypatch.setattr(harness.os, "environ", dict(os.environ))
+def restored_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark sets these variables for the whole process; restore them for other tests."""
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(variable, os.environ.get(variable, "1"))
 
 
-def a_benchmark(out: Path, **chosen: object) -> Benchmark:
-    return Benchmark(str(harness.ROOT / "benchmarks" / "ci.py"), "How long?", out=out, **(CHOSEN | chosen))
+def new_benchmark(out: Path, **options: object) -> Benchmark:
+    script = str(ROOT / "benchmarks" / "ci.py")
+    return Benchmark(script, "How long?", out=out, measure_peaks=lambda threads: {}, **(OPTIONS | options))
 
 
-def test_everybody_is_measured_in_every_round_and_nobody_always_goes_first():
+def test_measure_runs_every_contestant_in_every_round_in_rotating_order():
     order: list[str] = []
     samples = measure({name: lambda name=name: order.append(name) for name in "abc"}, rounds=3, warm_up=1)
     rounds = [order[start : start + 3] for start in range(0, 12, 3)]
@@ -40,16 +42,16 @@ def test_everybody_is_measured_in_every_round_and_nobody_always_goes_first():
     assert {name: len(column) for name, column in samples.items()} == {"a": 3, "b": 3, "c": 3}
 
 
-def test_the_warm_up_does_not_count():
+def test_measure_drops_the_warm_up_rounds():
     durations = iter([9.0, 1.0, 2.0])
     assert measure({"a": lambda: Seconds(next(durations))}, rounds=2, warm_up=1) == {"a": [1.0, 2.0]}
 
 
-def test_a_budget_leaves_three_rounds(monkeypatch: pytest.MonkeyPatch):
+def test_measure_stops_after_three_rounds_beyond_its_budget():
     assert len(measure({"a": lambda: None}, rounds=50, budget_s=1e-9)["a"]) == 3
 
 
-def test_the_spread_is_that_of_the_statistics_module():
+def test_spread_agrees_with_the_statistics_module():
     samples = [0.5, 0.1, 0.4, 0.2, 0.3, 9.0]
     q1, _, q3 = statistics.quantiles(samples, n=4, method="inclusive")
     expected = {"median": statistics.median(samples), "q1": q1, "q3": q3, "min": 0.1, "max": 9.0, "rounds": 6}
@@ -57,20 +59,20 @@ def test_the_spread_is_that_of_the_statistics_module():
     assert spread([2.0]) == {"median": 2.0, "q1": 2.0, "q3": 2.0, "min": 2.0, "max": 2.0, "rounds": 1}
 
 
-def test_a_ratio_is_taken_within_each_round(tmp_path: Path):
-    ours, theirs = iter([1.0, 1.0, 3.0, 10.0]), iter([1.0, 2.0, 4.0, 40.0])  # the machine slows down for both
-    bench = a_benchmark(tmp_path / "r.json")
+def test_row_computes_ratios_within_each_round(tmp_path: Path):
+    ours, theirs = iter([1.0, 1.0, 3.0, 10.0]), iter([1.0, 2.0, 4.0, 40.0])  # the machine slows down both
+    bench = new_benchmark(tmp_path / "r.json")
     bench.row("x", ours={"us": lambda: Seconds(next(ours))}, peers={"them": lambda: Seconds(next(theirs))})
     assert bench.rows["x"]["ratios"]["us"]["them"]["median"] == 0.5
 
 
-def test_an_interrupted_benchmark_goes_on_after_its_last_row(tmp_path: Path):
+def test_interrupted_benchmark_continues_after_its_last_row(tmp_path: Path):
     out = tmp_path / "r.json"
-    first = a_benchmark(out)
+    first = new_benchmark(out)
     first.row("one", ours={"us": lambda: None}, peers={})
     assert json.loads(out.read_text())["complete"] is False
 
-    second = a_benchmark(out)
+    second = new_benchmark(out)
     assert not second.wants("one") and second.wants("two")
     second.row("two", ours={"us": lambda: None}, peers={})
     second.finish()
@@ -79,57 +81,57 @@ def test_an_interrupted_benchmark_goes_on_after_its_last_row(tmp_path: Path):
     assert stored["rows"][0]["command"] == 'python benchmarks/ci.py --only "one" --threads 1'
 
 
-def test_only_measures_its_rows_again_and_keeps_the_others(tmp_path: Path):
+def test_only_option_measures_matching_rows_and_keeps_the_others(tmp_path: Path):
     out = tmp_path / "r.json"
-    first = a_benchmark(out)
+    first = new_benchmark(out)
     for case in ("one", "two"):
         first.row(case, ours={"us": lambda: None}, peers={})
-    chosen = a_benchmark(out, only="two")
-    assert chosen.wants("two") and not chosen.wants("one")
-    assert set(chosen.rows) == {"one", "two"}
+    second = new_benchmark(out, only="two")
+    assert second.wants("two") and not second.wants("one")
+    assert set(second.rows) == {"one", "two"}
 
 
-def test_rows_of_other_code_or_another_machine_are_measured_anew(tmp_path: Path):
+def test_rows_of_other_code_or_another_machine_are_measured_again(tmp_path: Path):
     out = tmp_path / "r.json"
-    a_benchmark(out).row("one", ours={"us": lambda: None}, peers={})
+    new_benchmark(out).row("one", ours={"us": lambda: None}, peers={})
     stored = json.loads(out.read_text())
     other_code = stored | {"rows": [stored["rows"][0] | {"code": "0"}]}
     for other in (other_code, stored | {"cpu": "another"}, stored | {"threads": 64}, stored | {"versions": {}}):
         out.write_text(json.dumps(other))
-        assert a_benchmark(out).wants("one")
+        assert new_benchmark(out).wants("one")
 
 
-def test_one_row_is_never_written_among_those_of_another_machine(tmp_path: Path):
+def test_only_option_is_refused_for_results_of_another_machine(tmp_path: Path):
     out = tmp_path / "r.json"
-    a_benchmark(out).row("one", ours={"us": lambda: None}, peers={})
+    new_benchmark(out).row("one", ours={"us": lambda: None}, peers={})
     out.write_text(json.dumps(json.loads(out.read_text()) | {"cpu": "another"}))
-    with pytest.raises(SystemExit, match="measured with another cpu: give --out"):
-        a_benchmark(out, only="one")
+    with pytest.raises(SystemExit, match=r"measured with another cpu\. Pass --out"):
+        new_benchmark(out, only="one")
 
 
-def test_a_peers_environment_can_be_one_that_is_there(monkeypatch: pytest.MonkeyPatch):
+def test_peer_python_can_be_an_existing_interpreter(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("UNIDIFF_PEER_OPTIMUM", "/elsewhere/bin/python")
-    assert harness.peer_python("optimum") == Path("/elsewhere/bin/python")
+    assert peer_python("optimum") == Path("/elsewhere/bin/python")
 
 
-def test_a_figure_needs_a_name_that_the_page_knows(tmp_path: Path):
-    bench = a_benchmark(tmp_path / "r.json")
+def test_row_refuses_unknown_figures(tmp_path: Path):
+    bench = new_benchmark(tmp_path / "r.json")
     with pytest.raises(ValueError, match=r"'goodness' is not in harness\.FIGURES"):
         bench.row("x", ours={"us": lambda: None}, peers={}, figures={"us": {"goodness": 1.0}})
 
 
-def test_a_fresh_process_tells_its_time_and_memory():
+def test_process_reports_time_and_peak_memory():
     process = Process([sys.executable, "-c", "x = bytearray(64 << 20); import time; time.sleep(0.05)"])
     assert 0.05 <= process() < 10
     assert 64 < process.figures()["peak_mib"] < 256
 
 
-def test_a_process_that_fails_is_named_with_what_it_said():
+def test_failed_process_is_reported_with_its_error():
     with pytest.raises(SystemExit, match="no such thing"):
         Process([sys.executable, "-c", "raise RuntimeError('no such thing')"])()
 
 
-def test_a_worker_answers_call_by_call_whatever_its_libraries_print(tmp_path: Path):
+def test_worker_answers_despite_output_on_stdout(tmp_path: Path):
     script = tmp_path / "peer.py"
     script.write_text(
         "import time\nfrom _worker import serve\n"
@@ -145,7 +147,7 @@ def test_a_worker_answers_call_by_call_whatever_its_libraries_print(tmp_path: Pa
     assert worker.child.returncode == 0
 
 
-def test_a_worker_that_dies_is_named(tmp_path: Path):
+def test_worker_that_exits_is_reported(tmp_path: Path):
     script = tmp_path / "peer.py"
     script.write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match=r"peer\.py ended with 3 instead of answering"):
@@ -153,7 +155,7 @@ def test_a_worker_that_dies_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("told", "name"),
+    ("cpuinfo", "name"),
     [
         ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 fma\n", "AMD EPYC, AVX2"),
         ("model name\t: AMD EPYC\nflags\t\t: avx2 avx512f avx512_vnni\n", "AMD EPYC, AVX-512 VNNI"),
@@ -162,8 +164,31 @@ def test_a_worker_that_dies_is_named(tmp_path: Path):
         (None, platform.processor() or platform.machine()),
     ],
 )
-def test_processors_of_one_name_are_told_apart_by_their_arithmetic(told: str | None, name: str, tmp_path: Path):
-    cpuinfo = tmp_path / "cpuinfo"
-    if told is not None:
-        cpuinfo.write_text(f"processor\t: 0\n{told}\n{told}")
-    assert processor(cpuinfo) == name
+def test_processor_adds_the_widest_arithmetic_to_the_name(cpuinfo: str | None, name: str, tmp_path: Path):
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(f"processor\t: 0\n{cpuinfo}\n{cpuinfo}")
+    assert processor(file) == name
+
+
+def test_code_from_another_folder_is_not_measured(tmp_path: Path):
+    require_this_code()
+    with pytest.raises(
+        SystemExit, match=rf"unidiff_sdk would be imported from .*, not from {tmp_path}\. Set PYTHONPATH"
+    ):
+        require_this_code(tmp_path)
+
+
+def test_benchmark_exits_before_it_measures_code_from_another_folder(tmp_path: Path):
+    (tmp_path / "unidiff_sdk").mkdir()
+    (tmp_path / "unidiff_sdk" / "__init__.py").touch()
+    out = tmp_path / "result.json"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "graphs.py", "--out", out],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not out.exists()
+    assert f"Nothing was measured: unidiff_sdk would be imported from {tmp_path}" in done.stderr

@@ -1,6 +1,6 @@
-"""One picture a call, in a process of its own: `picture_worker.py ours|diffusers FOLDER STEPS GUIDANCE THREADS`.
+"""Generate one image per call: `image_worker.py unidiff|diffusers FOLDER STEPS GUIDANCE THREADS`.
 
-FOLDER is a bundle for ours, a checkpoint for diffusers. 256 x 256 pixels, the same prompt and DDIM for both.
+FOLDER is a bundle for UniDiff and a checkpoint for diffusers. Both use 256 x 256 pixels, the same prompt and DDIM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from _worker import serve
 PROMPT, SIDE = "a red striped dress", 256
 
 
-def ours(folder: str, steps: int, guidance: float, threads: int) -> Callable[[], object]:
+def unidiff(folder: str, steps: int, guidance: float, threads: int) -> Callable[[], object]:
     from unidiff_sdk import Bundle
     from unidiff_sdk.generation.generator import Generator
 
@@ -35,6 +35,6 @@ def diffusers(folder: str, steps: int, guidance: float, threads: int) -> Callabl
 
 
 if __name__ == "__main__":
-    who, folder, steps, guidance, threads = sys.argv[1:]
-    make = {"ours": ours, "diffusers": diffusers}[who]
+    engine, folder, steps, guidance, threads = sys.argv[1:]
+    make = {"unidiff": unidiff, "diffusers": diffusers}[engine]
     serve(make(folder, int(steps), float(guidance), int(threads)))
