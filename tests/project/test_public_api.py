@@ -85,7 +85,8 @@ def parameters(value: Any) -> Iterator[str]:
             yield "    *"
         stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         annotation = "" if parameter.annotation is parameter.empty else f": {shown(parameter.annotation)}"
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        given = getattr(parameter.default, "__name__", repr(parameter.default))  # a function by name, not by address
+        default = "" if parameter.default is parameter.empty else f" = {given}"
         yield f"    {stars}{parameter.name}{annotation}{default}"
 
 
