@@ -1,4 +1,4 @@
-"""Continuous batching, with a UNet that is one line of numpy and as slow or as broken as a test needs."""
+"""Continuous batching and denoising, with a UNet that is one line of NumPy and as slow or broken as a test needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unidiff_sdk.errors import BusyError, GenerationError
-from unidiff_sdk.generation.batching import Engine, Job, Kept, Step, rescaled
+from unidiff_sdk.generation.batching import Batcher
+from unidiff_sdk.generation.denoising import Job, KnownRegion, Progress, rescale_guidance
 from unidiff_sdk.generation.samplers import SAMPLERS, advance, make_table
 from unidiff_sdk.inference.schedule import Schedule
 
@@ -24,24 +25,24 @@ SCHEDULE = Schedule(
 
 
 def unet(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Each row by itself, and so the same bit for bit in any company."""
+    """Each sample by itself, and so the same bit for bit in any batch."""
     meaning = np.stack([s.mean(dtype=np.float64) for s in states]).astype(np.float32)
     late = np.cos(timestep * np.float32(0.01))
     return np.tanh(np.float32(0.7) * sample[:, ::-1] + (meaning + late)[:, None, None, None])
 
 
 class Counted:
-    """`unet`, with how many rows each call had; the calls after the first wait until `gate` is open."""
+    """`unet` that records the batch size of each call. A call waits until `gate` is open."""
 
     def __init__(self) -> None:
-        self.rows: list[int] = []
+        self.batches: list[int] = []
         self.gate, self.started = threading.Event(), threading.Event()
         self.gate.set()
 
     def __call__(self, sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
         assert sample.dtype == timestep.dtype == states.dtype == np.float32
         assert len(sample) == len(timestep) == len(states)
-        self.rows.append(len(sample))
+        self.batches.append(len(sample))
         self.started.set()
         assert self.gate.wait(20)
         return unet(sample, timestep, states)
@@ -57,24 +58,24 @@ def job(
 ) -> Job:
     rng = np.random.default_rng(seed)
     table = make_table(sampler, SCHEDULE, steps)
-    states, without = rng.standard_normal((2, TOKENS, WIDTH), dtype=np.float32)
+    states, negative_states = rng.standard_normal((2, TOKENS, WIDTH), dtype=np.float32)
     x = rng.standard_normal(shape, dtype=np.float32) * np.float32(table.init_noise_sigma)
-    return Job(table, x, states, None if guidance == 1 else without, guidance, rescale, rng)
+    return Job(table, x, states, None if guidance == 1 else negative_states, guidance, rescale, rng)
 
 
 def alone(job: Job) -> np.ndarray:
-    """The plain loop that a textbook has."""
+    """The plain loop of a textbook."""
     x, x0 = job.x[None], None
     for step in range(len(job.table)):
         row = job.table[step]
         scaled, timestep = x * row.input_scale, np.array([row.timestep])
         output = unet(scaled, timestep, job.states[None])
-        if job.without is not None:
-            without = unet(scaled, timestep, job.without[None])
-            guided = without + np.float32(job.guidance_scale) * (output - without)
+        if job.negative_states is not None:
+            negative = unet(scaled, timestep, job.negative_states[None])
+            guided = negative + np.float32(job.guidance_scale) * (output - negative)
             rescale = np.float32(job.guidance_rescale)
-            output = rescaled(guided, output, rescale) if rescale else guided
-        noise = job.stream.standard_normal(x.shape[1:], dtype=np.float32)[None] if row.next_from_noise else None
+            output = rescale_guidance(guided, output, rescale) if rescale else guided
+        noise = job.rng.standard_normal(x.shape[1:], dtype=np.float32)[None] if row.next_from_noise else None
         x, x0 = advance(row, x, output, x0, noise)
     return x[0]
 
@@ -97,19 +98,19 @@ def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def open_when_all_have_come(counted: Counted, engine: Engine, requests: int) -> None:
+def open_gate_at(counted: Counted, batcher: Batcher, requests: int) -> None:
     ends = time.monotonic() + 20
-    while len(engine._requests) < requests and time.monotonic() < ends:
+    while len(batcher._requests) < requests and time.monotonic() < ends:
         time.sleep(0.005)
     counted.gate.set()
 
 
-def idle(engine: Engine) -> bool:
-    """Whether nothing is left and nobody leads."""
-    return not engine._led and not engine._requests
+def idle(batcher: Batcher) -> bool:
+    """Whether no request is left and no thread leads."""
+    return not batcher._has_leader and not batcher._requests
 
 
-jobs = st.builds(
+JOBS = st.builds(
     job,
     seed=st.integers(0, 99),
     sampler=st.sampled_from(sorted(SAMPLERS)),
@@ -120,44 +121,45 @@ jobs = st.builds(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.builds(lambda j: j, jobs), min_size=1, max_size=7), st.integers(1, 400), st.data())
-def test_a_job_ends_the_same_in_any_company(company: list[Job], positions: int, data: st.DataObject) -> None:
-    """Whatever samplers, steps and guidance stand beside it, and in however many threads they came."""
-    twins = [
-        Job(j.table, j.x.copy(), j.states, j.without, j.guidance_scale, j.guidance_rescale, _fork(j)) for j in company
+@given(st.lists(JOBS, min_size=1, max_size=7), st.integers(1, 400), st.data())
+def test_batching_does_not_change_the_result_of_a_job(jobs: list[Job], positions: int, data: st.DataObject) -> None:
+    """Whatever samplers, steps and guidance share its calls, and from however many threads they come."""
+    copies = [
+        Job(j.table, j.x.copy(), j.states, j.negative_states, j.guidance_scale, j.guidance_rescale, _fork(j))
+        for j in jobs
     ]
-    expected = [alone(twin) for twin in twins]
-    engine = Engine(unet, positions=positions)
-    cut = data.draw(st.integers(0, len(company)))
-    parts = [part for part in (company[:cut], company[cut:]) if part]
-    latents = np.concatenate(in_threads([lambda part=part: engine.denoise(part) for part in parts]))
+    expected = [alone(copy) for copy in copies]
+    batcher = Batcher(unet, positions=positions)
+    cut = data.draw(st.integers(0, len(jobs)))
+    parts = [part for part in (jobs[:cut], jobs[cut:]) if part]
+    latents = np.concatenate(in_threads([lambda part=part: batcher.denoise(part) for part in parts]))
     for got, wanted in zip(latents, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-6 * max(1, np.abs(wanted).max()), rtol=0)
-    assert idle(engine)
+    assert idle(batcher)
 
 
 def _fork(job: Job) -> np.random.Generator:
-    twin = np.random.default_rng()
-    twin.bit_generator.state = job.stream.bit_generator.state
-    return twin
+    fork = np.random.default_rng()
+    fork.bit_generator.state = job.rng.bit_generator.state
+    return fork
 
 
-def test_sixteen_threads_share_calls_and_get_what_one_gets() -> None:
+def test_sixteen_threads_share_calls_without_changing_results() -> None:
     wanted = [alone(job(seed, steps=3 + seed % 5)) for seed in range(16)]
     counted = Counted()
-    engine = Engine(counted, positions=2 * 8 * 24)
+    batcher = Batcher(counted, positions=2 * 8 * 24)
     counted.gate.clear()
-    calls: list[Callable[[], Any]] = [lambda s=seed: engine.denoise([job(s, steps=3 + s % 5)]) for seed in range(16)]
-    *results, _ = in_threads([*calls, lambda: open_when_all_have_come(counted, engine, 16)])
+    calls: list[Callable[[], Any]] = [lambda s=seed: batcher.denoise([job(s, steps=3 + s % 5)]) for seed in range(16)]
+    *results, _ = in_threads([*calls, lambda: open_gate_at(counted, batcher, 16)])
     for latents, expected in zip(results, wanted, strict=True):
         np.testing.assert_array_equal(latents[0], expected)
     total = sum(2 * (3 + seed % 5) for seed in range(16))
-    assert sum(counted.rows) == total
-    assert max(counted.rows) == 16  # never more than eight guided jobs
-    assert len(counted.rows) < total / 8  # and far fewer calls than one job at a time would take
+    assert sum(counted.batches) == total
+    assert max(counted.batches) == 16  # never more than eight guided jobs
+    assert len(counted.batches) < total / 8  # and far fewer calls than one job at a time would take
 
 
-def test_a_request_for_one_does_not_wait_for_anothers_hundred() -> None:
+def test_request_for_one_image_does_not_wait_for_a_large_request() -> None:
     late = job(99, guidance=1, steps=6)
     counted, served = Counted(), []
 
@@ -165,20 +167,20 @@ def test_a_request_for_one_does_not_wait_for_anothers_hundred() -> None:
         served.append(any(np.array_equal(row, late.states) for row in states))
         return counted(sample, timestep, states)
 
-    engine = Engine(watched, positions=4 * 24)
+    batcher = Batcher(watched, positions=4 * 24)
     counted.gate.clear()
     in_threads(
         [
-            lambda: engine.denoise([job(seed, guidance=1, steps=6) for seed in range(40)]),
-            lambda: (counted.started.wait(20), engine.denoise([late])),
-            lambda: open_when_all_have_come(counted, engine, 2),
+            lambda: batcher.denoise([job(seed, guidance=1, steps=6) for seed in range(40)]),
+            lambda: (counted.started.wait(20), batcher.denoise([late])),
+            lambda: open_gate_at(counted, batcher, 2),
         ]
     )
-    # the first call was under way when it came; from the next on it has a place in each
+    # the first call was running when it came; it has a place in each call after that
     assert served[:8] == [False, *[True] * 6, False] and not any(served[8:])
 
 
-def test_nor_does_it_where_a_call_holds_one_picture() -> None:
+def test_request_for_one_image_does_not_wait_where_a_call_holds_one_image() -> None:
     late = job(99, guidance=1, steps=2)
     counted, served = Counted(), []
 
@@ -186,81 +188,83 @@ def test_nor_does_it_where_a_call_holds_one_picture() -> None:
         served.append(np.array_equal(states[0], late.states))
         return counted(sample, timestep, states)
 
-    engine = Engine(watched, positions=1)
+    batcher = Batcher(watched, positions=1)
     counted.gate.clear()
     in_threads(
         [
-            lambda: engine.denoise([job(seed, guidance=1, steps=2) for seed in range(20)]),
-            lambda: (counted.started.wait(20), engine.denoise([late])),
-            lambda: open_when_all_have_come(counted, engine, 2),
+            lambda: batcher.denoise([job(seed, guidance=1, steps=2) for seed in range(20)]),
+            lambda: (counted.started.wait(20), batcher.denoise([late])),
+            lambda: open_gate_at(counted, batcher, 2),
         ]
     )
-    # the picture that was under way when it came is finished first, and no other
+    # only the image that was running when it came is finished before it
     assert served[:5] == [False, False, True, True, False] and not any(served[5:])
 
 
-def test_sizes_that_cannot_share_a_call_take_turns() -> None:
+def test_shapes_that_cannot_share_a_call_take_turns() -> None:
     shapes: list[tuple[int, ...]] = []
 
     def watched(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
         shapes.append(sample.shape[1:])
         return unet(sample, timestep, states)
 
-    engine = Engine(watched, positions=1000)
+    batcher = Batcher(watched, positions=1000)
     wide = (4, 4, 10)
-    latents = engine.denoise([job(0, steps=3), job(1, steps=3), job(2, steps=5)])
+    latents = batcher.denoise([job(0, steps=3), job(1, steps=3), job(2, steps=5)])
     assert latents.shape == (3, *SHAPE)
     shapes.clear()
     counted = [job(3, steps=4, shape=wide), job(4, steps=4)]
     small, large = threading.Event(), threading.Event()
 
-    def hold(step: Step) -> None:
+    def hold(progress: Progress) -> None:
         small.set()
         large.wait(0.2)
 
     results = in_threads(
         [
-            lambda: engine.denoise([counted[1]], hold),
-            lambda: (small.wait(20), large.set(), engine.denoise([counted[0]])),
+            lambda: batcher.denoise([counted[1]], hold),
+            lambda: (small.wait(20), large.set(), batcher.denoise([counted[0]])),
         ]
     )
     assert results[0].shape == (1, *SHAPE)
     assert shapes.count(wide) == shapes.count(SHAPE) == 4
 
 
-def test_callbacks_see_every_step_and_may_look_ahead() -> None:
+def test_callback_receives_every_step_and_the_estimates() -> None:
     seen: list[tuple[int, int]] = []
     estimates: list[np.ndarray] = []
 
-    def on_step(step: Step) -> None:
-        seen.append((step.done, step.total))
-        estimates.append(step.estimates())
+    def on_step(progress: Progress) -> None:
+        seen.append((progress.done, progress.total))
+        estimates.append(progress.estimates())
 
     work = [job(0, steps=3), job(1, steps=3)]
-    latents = Engine(unet, positions=1000).denoise(work, on_step)
+    latents = Batcher(unet, positions=1000).denoise(work, on_step)
     assert seen == [(2, 6), (4, 6), (6, 6)]
     np.testing.assert_allclose(estimates[-1], latents, rtol=0.02, atol=0.2)  # all but clean
     assert not np.shares_memory(latents, work[0].x)
 
 
-def test_cancelling_one_leaves_the_others_untouched() -> None:
+def test_cancelled_request_leaves_the_others_unchanged() -> None:
     expected = alone(job(7, steps=12))
     counted = Counted()
-    engine = Engine(counted, positions=1000)
+    batcher = Batcher(counted, positions=1000)
 
-    def stop(step: Step) -> None:
-        if step.done >= 2:
+    def stop(progress: Progress) -> None:
+        if progress.done >= 2:
             raise KeyboardInterrupt
 
-    results = in_threads([lambda: engine.denoise([job(6, steps=12)], stop), lambda: engine.denoise([job(7, steps=12)])])
+    results = in_threads(
+        [lambda: batcher.denoise([job(6, steps=12)], stop), lambda: batcher.denoise([job(7, steps=12)])]
+    )
     assert isinstance(results[0], KeyboardInterrupt)
     np.testing.assert_array_equal(results[1][0], expected)
-    assert idle(engine)
-    assert sum(counted.rows) == 2 * (12 + 2)  # nothing was done for the one that had left
+    assert idle(batcher)
+    assert sum(counted.batches) == 2 * (12 + 2)  # no step was taken for the cancelled one
 
 
-def test_an_interrupt_in_a_shared_call_leaves_the_others_untouched() -> None:
-    """Ctrl-C comes to the thread that happens to run the calls; whoever shares them goes on."""
+def test_interrupt_in_a_shared_call_leaves_the_others_unchanged() -> None:
+    """Ctrl-C reaches the thread that runs the calls; the requests that share them continue."""
     expected = [alone(job(seed, "euler_a", steps=6)) for seed in (7, 8)]
     together = 0
 
@@ -273,68 +277,68 @@ def test_an_interrupt_in_a_shared_call_leaves_the_others_untouched() -> None:
 
     counted = Counted()
     counted.gate.clear()
-    engine = Engine(interrupted, positions=1000)
+    batcher = Batcher(interrupted, positions=1000)
     results: list[Any] = []
 
     def lead() -> None:
         with pytest.raises(KeyboardInterrupt):
-            engine.denoise([job(6, steps=12)])
+            batcher.denoise([job(6, steps=12)])
         results.append("interrupted")
 
     leader = threading.Thread(target=lead)
     leader.start()
     assert counted.started.wait(20)
-    calls = [lambda seed=seed: engine.denoise([job(seed, "euler_a", steps=6)])[0] for seed in (7, 8)]
-    *others, _ = in_threads([*calls, lambda: open_when_all_have_come(counted, engine, 3)])
+    calls = [lambda seed=seed: batcher.denoise([job(seed, "euler_a", steps=6)])[0] for seed in (7, 8)]
+    *others, _ = in_threads([*calls, lambda: open_gate_at(counted, batcher, 3)])
     leader.join(20)
     assert results == ["interrupted"]
     np.testing.assert_array_equal(others, expected)
-    assert idle(engine)
+    assert idle(batcher)
 
 
-def test_a_slow_callback_holds_up_nobody_else() -> None:
-    engine = Engine(unet, positions=1000)
+def test_slow_callback_does_not_delay_other_requests() -> None:
+    batcher = Batcher(unet, positions=1000)
     released, entered = threading.Event(), threading.Event()
 
-    def slow(step: Step) -> None:
+    def slow(progress: Progress) -> None:
         entered.set()
         assert released.wait(20)
 
     def other() -> np.ndarray:
         assert entered.wait(20)
         try:
-            return engine.denoise([job(1, steps=6)])
+            return batcher.denoise([job(1, steps=6)])
         finally:
             released.set()
 
-    results = in_threads([lambda: engine.denoise([job(0, steps=2)], slow), other])
+    results = in_threads([lambda: batcher.denoise([job(0, steps=2)], slow), other])
     np.testing.assert_array_equal(results[1][0], alone(job(1, steps=6)))
     np.testing.assert_array_equal(results[0][0], alone(job(0, steps=2)))
 
 
-def test_one_request_too_many_is_refused_at_once() -> None:
+def test_request_beyond_the_limit_is_refused_at_once() -> None:
     counted = Counted()
-    engine = Engine(counted, positions=1000, max_requests=2)
+    batcher = Batcher(counted, positions=1000, max_requests=2)
     counted.gate.clear()
     refused = threading.Event()
 
     def third() -> None:
         ends = time.monotonic() + 20
-        while len(engine._requests) < 2 and time.monotonic() < ends:
+        while len(batcher._requests) < 2 and time.monotonic() < ends:
             time.sleep(0.005)
         try:
-            with pytest.raises(BusyError, match="2 requests are being drawn, as many as are taken at once"):
-                engine.denoise([job(2)])
+            with pytest.raises(BusyError, match="2 generations are running, which is the limit; try again later"):
+                batcher.denoise([job(2)])
             refused.set()
         finally:
             counted.gate.set()
 
-    results = in_threads([lambda: engine.denoise([job(0)]), lambda: engine.denoise([job(1)]), third])
+    results = in_threads([lambda: batcher.denoise([job(0)]), lambda: batcher.denoise([job(1)]), third])
     assert refused.is_set() and results[0].shape == (1, *SHAPE)
-    assert engine.denoise([job(2)]).shape == (1, *SHAPE)  # and taken when there is room again
+    assert batcher.denoise([job(2)]).shape == (1, *SHAPE)  # and accepted when there is room again
 
 
-def test_a_call_that_fails_is_told_and_the_next_one_works() -> None:
+def test_failed_call_is_reported_and_the_next_one_works() -> None:
     broken = True
 
     def fails(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
@@ -342,35 +346,35 @@ def test_a_call_that_fails_is_told_and_the_next_one_works() -> None:
             raise RuntimeError("no memory for 12345 bytes")
         return unet(sample, timestep, states)
 
-    engine = Engine(fails, positions=1000)
+    batcher = Batcher(fails, positions=1000)
     with pytest.raises(GenerationError, match=r"a call of the UNet failed \(no memory for 12345 bytes\)"):
-        engine.denoise([job(0)])
+        batcher.denoise([job(0)])
     broken = False
-    np.testing.assert_array_equal(engine.denoise([job(0)])[0], alone(job(0)))
+    np.testing.assert_array_equal(batcher.denoise([job(0)])[0], alone(job(0)))
 
 
-def test_what_is_not_finite_stays_with_its_own() -> None:
-    spoilt = job(0)
-    spoilt.x[0, 0, 0] = np.nan
-    latents = Engine(unet, positions=1000).denoise([spoilt, job(1)])
+def test_values_that_are_not_finite_do_not_spread() -> None:
+    broken_job = job(0)
+    broken_job.x[0, 0, 0] = np.nan
+    latents = Batcher(unet, positions=1000).denoise([broken_job, job(1)])
     assert not np.isfinite(latents[0]).all()
     np.testing.assert_array_equal(latents[1], alone(job(1)))
 
 
-def test_what_is_kept_is_there_at_the_end() -> None:
+def test_known_region_is_kept_to_the_end() -> None:
     work = job(0, sampler="dpm++2m", steps=5)
     rng = np.random.default_rng(5)
     clean, noise = rng.standard_normal((2, *SHAPE), dtype=np.float32)
     repaint = np.zeros((1, *SHAPE[1:]), np.float32)
     repaint[:, :, :3] = 1
-    work.kept = Kept(clean, noise, repaint)
-    latents = Engine(unet, positions=1000).denoise([work])[0]
+    work.known = KnownRegion(clean, noise, repaint)
+    latents = Batcher(unet, positions=1000).denoise([work])[0]
     np.testing.assert_array_equal(latents[:, :, 3:], clean[:, :, 3:])
     assert np.abs(latents[:, :, :3] - clean[:, :, :3]).min() > 0
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.4, 0.7, 1.0])
-def test_rescaled_guidance_equals_diffusers(amount: float) -> None:
+def test_rescale_guidance_equals_diffusers(amount: float) -> None:
     torch = pytest.importorskip("torch", reason="needs the train extra")
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
@@ -378,6 +382,6 @@ def test_rescaled_guidance_equals_diffusers(amount: float) -> None:
     guided, prompted = 3 * rng.standard_normal((3, *SHAPE), dtype=np.float32), rng.standard_normal((3, *SHAPE))
     prompted = prompted.astype(np.float32)
     expected = rescale_noise_cfg(torch.from_numpy(guided), torch.from_numpy(prompted), amount)
-    got = rescaled(guided, prompted, np.full((3, 1, 1, 1), amount, np.float32))
+    got = rescale_guidance(guided, prompted, np.full((3, 1, 1, 1), amount, np.float32))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-6)

@@ -170,7 +170,7 @@ def test_start_from_given_latents(generator: Generator) -> None:
     with pytest.raises(GenerationError, match=r"shape \[2, 4, 8, 8\]; this call needs \[3, 4, 8, 8\]"):
         generator.generate("boots", n=3, latents=latents)
     latents[0, 0, 0, 0] = np.nan
-    with pytest.raises(GenerationError, match="latents hold values that are not finite"):
+    with pytest.raises(GenerationError, match="latents holds values that are not finite"):
         generator.generate("boots", n=2, latents=latents)
 
 
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_with_the_figure(folder: Path) -> None:
     assert len(generator.generate("boots", steps=1)) == 1
     with pytest.raises(
         GenerationError,
-        match=r"^a picture of 1024 x 512 pixels would take about 128\.1 GiB of memory, and 3 MiB are left; make it",
+        match=r"^1 image of 1024 x 512 pixels needs about 128\.1 GiB of memory, but only 3 MiB is available; choose",
     ):
         generator.generate("boots", width=1024, height=512)
     assert batches(generator, "unet") == [2]
@@ -263,7 +263,7 @@ def test_run_refuses_to_select(generator: Generator) -> None:
     [
         ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
         ({"steps": 2.5}, "steps is 2.5"),
-        ({"steps": 1001}, "takes 1 to 1000"),
+        ({"steps": 1001}, "supports 1 to 1000"),
         ({"n": 0}, "n is 0"),
         ({"n": "2"}, "n is '2'"),
         ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
@@ -274,7 +274,7 @@ def test_run_refuses_to_select(generator: Generator) -> None:
         ({"guidance_scale": -1}, "guidance_scale is -1"),
         ({"guidance_scale": 51}, "guidance_scale is 51"),
         ({"guidance_scale": "7"}, "guidance_scale is '7'"),
-        ({"sampler": "ddpm"}, "'ddpm' is not known; use one of ddim, euler"),
+        ({"sampler": "ddpm"}, "sampler is 'ddpm'; use one of ddim, euler"),
         ({"width": 10}, "width is 10; give a multiple of 4 pixels, such as 8 or 12"),
         ({"height": 0}, "height is 0; give a multiple of 4 pixels, such as 4 or 8"),
         ({"height": -8}, "height is -8; give a multiple of 4 pixels, such as 4 or 8"),

@@ -15,7 +15,7 @@ import json, re, sys
 from pathlib import Path
 from unidiff_sdk import Bundle
 from unidiff_sdk.generation.generator import Generator
-from unidiff_sdk.generation.memory import picture_memory
+from unidiff_sdk.generation.memory import image_memory
 
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -26,7 +26,7 @@ generator.generate("a red mug", steps=1)
 before = peak()
 generator.generate("a red mug", steps=1, width=side, height=side)
 unet, decoder = bundle.config("unet/config.json"), bundle.config("vae_decoder/config.json")
-print(json.dumps([peak() - before, picture_memory(unet, decoder, side // 4, side // 4, 2)]))
+print(json.dumps([peak() - before, image_memory(unet, decoder, side // 4, side // 4, 2)]))
 """
 
 

@@ -192,12 +192,12 @@ def test_only_stochastic_samplers_need_noise() -> None:
 @pytest.mark.parametrize(
     ("sampler", "steps", "message"),
     [
-        ("ddpm", 5, r"'ddpm' is not known; use one of ddim, euler"),
-        ("ddim", 0, "takes 1 to 1000"),
-        ("ddim", 1001, "takes 1 to 1000"),
-        ("dpm++2m", 1000, "takes 1 to 999"),
+        ("ddpm", 5, r"sampler is 'ddpm'; use one of ddim, euler"),
+        ("ddim", 0, "supports 1 to 1000"),
+        ("ddim", 1001, "supports 1 to 1000"),
+        ("dpm++2m", 1000, "supports 1 to 999"),
         ("ddim", 1000, "use fewer"),
-        ("lcm", 51, "takes 1 to 50"),
+        ("lcm", 51, "supports 1 to 50"),
     ],
 )
 def test_impossible_requests_say_what_is_possible(sampler: str, steps: int, message: str) -> None:

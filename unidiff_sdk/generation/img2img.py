@@ -1,14 +1,16 @@
-"""Starting from a picture instead of from noise: image-to-image and inpainting (SDEdit, Meng et al. 2022).
+"""Generation that starts from an image: image-to-image and inpainting.
 
-"SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations" (arXiv:2108.01073): noise is added
-to a picture up to some step of the schedule, and taken away again under the prompt. Inpainting puts back, after each
-step, the known part with the noise of that step, as diffusers does for UNets without mask channels.
+Meng et al. 2022, "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations"
+(arXiv:2108.01073): noise is added to the image up to some step of the schedule, and removed again under the prompt.
+Inpainting restores, after each step, the known region with the noise of that step, as diffusers does for UNets without
+mask channels.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +19,56 @@ from PIL import Image, ImageOps
 from unidiff_sdk._internal.images import Fit, HasImage, ImageSource, load_image
 from unidiff_sdk.errors import ImageError, OptionError
 
-from .options import LoadsImage
+from .options import LoadsImage, ResolvedOptions
 
-__all__ = ["first_step", "fitted", "latent_mask", "load_mask", "put_back", "read_image", "to_samples"]
+__all__ = ["SourceImage", "first_step", "fit_image", "load_mask", "load_source", "to_samples"]
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
-_HALF = 128  # of 255: brighter is repainted
+BRIGHT = 128  # of 255
 
 
-def read_image(source: ImageSource | HasImage | LoadsImage) -> Image.Image:
-    """The RGB image of a file, of bytes, of pixels, or of an object that carries one. Raises ImageError."""
-    if isinstance(source, LoadsImage):
-        return source.load_image()
-    return load_image(source.image if isinstance(source, HasImage) else source)
+@dataclass(frozen=True)
+class SourceImage:
+    """The image that a generation starts from.
+
+    Attributes:
+        image: RGB, at the size of the result.
+        latents: float32[channels, height, width].
+        repaint: with a mask, where to repaint: bool[height, width], in pixels.
+    """
+
+    image: Image.Image
+    latents: Float32
+    repaint: Bool | None
+
+    def latent_mask(self, scale: int) -> Float32:
+        """Where to repaint the latents: float32[1, height / scale, width / scale]; 1 where any pixel is repainted."""
+        assert self.repaint is not None
+        height, width = self.repaint.shape
+        blocks = self.repaint.reshape(height // scale, scale, width // scale, scale)
+        touched: Bool = np.logical_or.reduce(blocks, axis=(1, 3))
+        return touched[None].astype(np.float32)
+
+    def restore(self, image: Image.Image) -> Image.Image:
+        """`image` where it was repainted; everywhere else the pixels of the source."""
+        return image if self.repaint is None else Image.composite(image, self.image, Image.fromarray(self.repaint))
+
+
+def load_source(options: ResolvedOptions, fit: Fit, encode: Callable[[Image.Image], Float32]) -> SourceImage | None:
+    """The image and the mask of the options, if there are any. `encode` returns the latents of an image.
+
+    Raises:
+        ImageError: the image or the mask cannot be read.
+        OptionError: the mask is dark everywhere.
+    """
+    if options.like is None:
+        return None
+    width, height = options.width, options.height
+    image = fit_image(_read(options.like), width, height, fit)
+    repaint = None if options.mask is None else load_mask(options.mask, width, height, fit)
+    return SourceImage(image, encode(image), repaint)
 
 
 def first_step(strength: float, steps: int) -> int:
@@ -47,12 +84,29 @@ def first_step(strength: float, steps: int) -> int:
     return steps - left
 
 
-def fitted(image: Image.Image, width: int, height: int, fit: Fit = "crop", around: str = "white") -> Image.Image:
-    """A picture brought to size without distortion: its middle ("crop"), or all of it on a plain ground ("pad")."""
+def load_mask(mask: ImageSource | HasImage | LoadsImage, width: int, height: int, fit: Fit = "crop") -> Bool:
+    """Where to repaint: bool[height, width], true where the mask is bright.
+
+    Raises:
+        ImageError: the mask cannot be read.
+        OptionError: the mask is dark everywhere.
+    """
+    try:
+        gray = fit_image(_read(mask).convert("L"), width, height, fit, "black")
+    except ImageError as error:
+        raise ImageError(f"the mask cannot be used: {error}") from error
+    repaint: Bool = np.asarray(gray) >= BRIGHT
+    if not repaint.any():
+        raise OptionError("the mask is dark everywhere, so nothing would be repainted; make it white where to repaint")
+    return repaint
+
+
+def fit_image(image: Image.Image, width: int, height: int, fit: Fit, background: str = "white") -> Image.Image:
+    """An image at a size, without distortion: its center ("crop"), or all of it on a background ("pad")."""
     if image.size == (width, height):
         return image
     if fit == "pad":
-        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=around)
+        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=background)
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -63,31 +117,7 @@ def to_samples(image: Image.Image) -> Float32:
     return samples
 
 
-def load_mask(mask: Any, width: int, height: int, fit: Fit = "crop") -> Bool:
-    """Where to repaint: bool[height, width], from a picture that is bright there.
-
-    Raises:
-        ImageError: it cannot be read as a picture.
-        OptionError: it is dark everywhere.
-    """
-    try:
-        grey = fitted(read_image(mask).convert("L"), width, height, fit, "black")
-    except ImageError as error:
-        raise ImageError(f"the mask cannot be used: {error}") from error
-    repaint: Bool = np.asarray(grey) >= _HALF
-    if not repaint.any():
-        raise OptionError("the mask is dark everywhere, so nothing would be repainted; make it white where to repaint")
-    return repaint
-
-
-def latent_mask(repaint: Bool, scale: int) -> Float32:
-    """The same in latents: float32[1, height / scale, width / scale]; 1 wherever any pixel is repainted."""
-    height, width = repaint.shape
-    blocks = repaint.reshape(height // scale, scale, width // scale, scale)
-    touched: Bool = np.logical_or.reduce(blocks, axis=(1, 3))
-    return touched[None].astype(np.float32)
-
-
-def put_back(image: Image.Image, original: Image.Image, repaint: Bool) -> Image.Image:
-    """`image` where it was repainted, and `original`, pixel for pixel, where not."""
-    return Image.composite(image, original, Image.fromarray(repaint))
+def _read(source: ImageSource | HasImage | LoadsImage) -> Image.Image:
+    if isinstance(source, LoadsImage):
+        return source.load_image()
+    return load_image(source.image if isinstance(source, HasImage) else source)

@@ -1,14 +1,14 @@
-"""A sampler is a table: from a noise schedule and a number of steps to a row of coefficients for each step.
+"""A sampler is a table: for a noise schedule and a number of steps, one row of coefficients for each step.
 
 Every sampler here is linear in the current latents x, the UNet's output, the previous estimate of the clean latents and
-fresh noise, so one step is the same two lines for all of them (see `advance`):
+fresh noise. So one step is the same two lines for all of them (see `advance`):
 
     x0 = x0_from_x * x + x0_from_output * output
     x  = next_from_x * x + next_from_x0 * x0 + next_from_previous_x0 * previous_x0 + next_from_noise * noise
 
-Each table is tested against the diffusers scheduler of the same settings over whole trajectories. Symbols are the
-papers': x = alpha * x0 + sigma * noise with alpha² + sigma² = 1 ("variance preserving"); Euler's samplers work on
-x / alpha, where the noise level alone, sigma / alpha, tells the step ("variance exploding").
+Each table is tested against the diffusers scheduler with the same settings, over whole trajectories. Symbols are those
+of the papers: x = alpha * x0 + sigma * noise with alpha² + sigma² = 1 ("variance preserving"). The Euler samplers work
+on x / alpha, where only the noise level sigma / alpha changes ("variance exploding").
 """
 
 from __future__ import annotations
@@ -23,25 +23,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.inference.schedule import (
-    Schedule,
-)
+from unidiff_sdk.inference.schedule import Schedule
 
-__all__ = ["SAMPLERS", "Row", "Table", "advance", "ddim", "dpmpp_2m", "euler", "euler_a", "lcm", "make_table"]
+__all__ = [
+    "SAMPLERS",
+    "Coefficients",
+    "Table",
+    "advance",
+    "ddim",
+    "dpmpp_2m",
+    "euler",
+    "euler_ancestral",
+    "lcm",
+    "make_table",
+]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-_SMALLEST_ALPHA_BAR = 2.0**-24  # stands for zero where sigma / alpha must stay finite; diffusers takes the same
-_LCM_SIGMA_DATA = 0.5
-_KARRAS_RHO = 7.0
+LCM_SIGMA_DATA = 0.5
+KARRAS_RHO = 7.0
 
 
 # Tables
 
 
-class Row(NamedTuple):
-    """The coefficients of one step: scalars, or arrays [batch, 1, 1, 1] when samples stand at different steps."""
+class Coefficients(NamedTuple):
+    """The coefficients of one step: scalars, or arrays [batch, 1, 1, 1] for samples at different steps."""
 
     timestep: Any
     input_scale: Any
@@ -53,16 +61,19 @@ class Row(NamedTuple):
     next_from_noise: Any
 
 
-_NEXT_FROM_X0, _NEXT_FROM_PREVIOUS_X0 = (Row._fields.index(name) for name in ("next_from_x0", "next_from_previous_x0"))
+NEXT_FROM_X0 = Coefficients._fields.index("next_from_x0")
+NEXT_FROM_PREVIOUS_X0 = Coefficients._fields.index("next_from_previous_x0")
 
 
 @dataclass(frozen=True)
 class Table:
-    """All steps of one generation.
+    """All steps of a generation.
 
-    `rows` is float32[steps, 8], its columns the fields of `Row`; `init_noise_sigma` scales the standard normal noise
-    that a generation starts from. `levels` is float32[steps + 1, 2]: before each step, and after the last, how much of
-    clean latents and of standard normal noise is in x.
+    Attributes:
+        rows: float32[steps, 8]; the columns are the fields of `Coefficients`.
+        init_noise_sigma: scale of the standard normal noise that a generation starts from.
+        levels: float32[steps + 1, 2]: the shares of clean latents and of standard normal noise in x, before each step
+            and after the last.
     """
 
     rows: Float32
@@ -72,8 +83,8 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, step: int) -> Row:
-        return Row(*self.rows[step])
+    def __getitem__(self, step: int) -> Coefficients:
+        return Coefficients(*self.rows[step])
 
     @property
     def needs_noise(self) -> bool:
@@ -81,27 +92,26 @@ class Table:
         return bool(self.rows[:, -1].any())
 
     def starting_at(self, step: int) -> Table:
-        """The table without its first `step` steps, for a generation that starts from a picture instead of noise.
+        """The table without its first `step` steps, for a generation that starts from an image.
 
-        Its first step has no step before it to look back to: x0 stands for the previous x0, which makes it a step of
-        first order.
+        The first remaining step has no previous estimate. It uses its own, which makes it a step of first order.
         """
         rows = self.rows[step:].copy()
-        rows[0, _NEXT_FROM_X0] += rows[0, _NEXT_FROM_PREVIOUS_X0]
-        rows[0, _NEXT_FROM_PREVIOUS_X0] = 0
+        rows[0, NEXT_FROM_X0] += rows[0, NEXT_FROM_PREVIOUS_X0]
+        rows[0, NEXT_FROM_PREVIOUS_X0] = 0
         return Table(rows, self.init_noise_sigma, self.levels[step:])
 
 
 def advance(
-    row: Row, x: Float32, output: Float32, previous_x0: Float32 | None, noise: Float32 | None
+    row: Coefficients, x: Float32, output: Float32, previous_x0: Float32 | None, noise: Float32 | None
 ) -> tuple[Float32, Float32]:
     """One denoising step: (next x, estimate of the clean latents).
 
     Args:
-        row: the step's coefficients.
+        row: the coefficients of the step.
         x: latents, float32[batch, channels, height, width].
-        output: what the UNet predicts from `x * row.input_scale` at `row.timestep`; the same shape.
-        previous_x0: the estimate of the step before, for samplers that look back; None at the first step.
+        output: the UNet's prediction from `x * row.input_scale` at `row.timestep`; the same shape.
+        previous_x0: the estimate of the previous step, for multistep samplers; None at the first step.
         noise: standard normal noise of the same shape; None where the step adds none.
     """
     x0 = row.x0_from_x * x + row.x0_from_output * output
@@ -114,11 +124,11 @@ def advance(
 
 
 def _table(clean: Float64 | float, noise: Float64, init_noise_sigma: float = 1.0, **columns: Any) -> Table:
-    """A table from its columns, each an array [steps] or a scalar; those not given are 0.
+    """A table from its columns, each an array [steps] or a scalar; missing ones are 0.
 
-    `clean` and `noise` are the levels before each step; after the last, nothing is left but clean latents.
+    `clean` and `noise` are the levels before each step. After the last step, only clean latents are left.
     """
-    values = [columns.pop(name, 0.0) for name in Row._fields]
+    values = [columns.pop(name, 0.0) for name in Coefficients._fields]
     assert not columns, f"not columns of a sampler table: {sorted(columns)}"
     rows = np.stack(np.broadcast_arrays(*values), axis=1).astype(np.float32)
     levels = np.stack(np.broadcast_arrays(clean, noise), axis=1)
@@ -126,11 +136,8 @@ def _table(clean: Float64 | float, noise: Float64, init_noise_sigma: float = 1.0
     return Table(rows, float(init_noise_sigma), levels)
 
 
-# The schedule that the model was trained with
-
-
 def _predict_x0(schedule: Schedule, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
-    """The coefficients of x and of the UNet's output in the estimate of the clean latents."""
+    """The coefficients of x and of the UNet's output in the estimate of the clean latents, by the prediction type."""
     if schedule.prediction_type == "v_prediction":  # v = alpha * noise - sigma * x0
         return alpha, -sigma
     if not alpha.all():
@@ -164,16 +171,16 @@ def ddim(schedule: Schedule, steps: int) -> Table:
 
 
 def euler(schedule: Schedule, steps: int, *, karras: bool = False) -> Table:
-    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", algorithm 1, no churn.
+    """Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models" (arXiv:2206.00364).
 
-    `karras` spaces the noise levels by equation 5 of the same paper (arXiv:2206.00364).
+    Algorithm 1 without churn, by Euler's method. `karras` spaces the noise levels by equation 5.
     """
     timestep, level = _euler_levels(schedule, steps, karras)
     return _euler_table(schedule, timestep, level, target=level[1:], noise=np.zeros(steps))
 
 
-def euler_a(schedule: Schedule, steps: int) -> Table:
-    """Euler's method with ancestral noise, after k-diffusion's `sample_euler_ancestral`."""
+def euler_ancestral(schedule: Schedule, steps: int) -> Table:
+    """Euler's method with ancestral noise: `sample_euler_ancestral` of k-diffusion."""
     timestep, level = _euler_levels(schedule, steps, karras=False)
     here, there = level[:-1], level[1:]
     up = there * np.sqrt(here**2 - there**2) / here
@@ -182,7 +189,7 @@ def euler_a(schedule: Schedule, steps: int) -> Table:
 
 
 def dpmpp_2m(schedule: Schedule, steps: int, *, karras: bool = False) -> Table:
-    """Lu et al. 2022, "DPM-Solver++" (arXiv:2211.01095), algorithm 2, midpoint; first and last step of first order.
+    """Lu et al. 2022, "DPM-Solver++" (arXiv:2211.01095), algorithm 2, midpoint. The first and last step are of order 1.
 
     `karras` spaces the noise levels as in `euler`, over the whole range of the model.
     """
@@ -200,7 +207,7 @@ def dpmpp_2m(schedule: Schedule, steps: int, *, karras: bool = False) -> Table:
     if steps > 2:
         log_level = np.log(level)
         h_previous, h = -np.diff(log_level)[:-1], -np.diff(log_level)[1:]
-        look_back[1:-1] = 0.5 * h / h_previous  # 1 / (2 r), the weight of x0's change since the step before
+        look_back[1:-1] = 0.5 * h / h_previous  # 1 / (2 r), the weight of the change of x0 since the previous step
     return _table(
         alpha,
         alpha * level,
@@ -215,18 +222,18 @@ def dpmpp_2m(schedule: Schedule, steps: int, *, karras: bool = False) -> Table:
 
 
 def lcm(schedule: Schedule, steps: int) -> Table:
-    """Luo et al. 2023, "Latent Consistency Models" (arXiv:2310.04378), algorithm 3, for UNets distilled that way."""
+    """Luo et al. 2023, "Latent Consistency Models" (arXiv:2310.04378), algorithm 3, for UNets distilled for it."""
     total, original = schedule.num_train_timesteps, schedule.original_inference_steps
     if not 1 <= steps <= original:
-        raise OptionError(f"steps is {steps}; the lcm sampler takes 1 to {original} with this model")
+        raise OptionError(f"steps is {steps}; the lcm sampler supports 1 to {original} with this model")
     trained = np.arange(original, 0, -1) * (total // original) - 1
     timestep = trained[np.linspace(0, original, steps, endpoint=False).astype(int)]
     bar = schedule.alphas_cumprod[timestep]
     alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
     x0_from_x, x0_from_output = _predict_x0(schedule, alpha, sigma)
     scaled = timestep * schedule.timestep_scaling
-    skip = _LCM_SIGMA_DATA**2 / (scaled**2 + _LCM_SIGMA_DATA**2)
-    out = scaled / np.sqrt(scaled**2 + _LCM_SIGMA_DATA**2)
+    skip = LCM_SIGMA_DATA**2 / (scaled**2 + LCM_SIGMA_DATA**2)
+    out = scaled / np.sqrt(scaled**2 + LCM_SIGMA_DATA**2)
     bar_next = np.append(bar[1:], 1.0)  # the last step returns what it denoised
     return _table(
         alpha,
@@ -242,7 +249,7 @@ def lcm(schedule: Schedule, steps: int) -> Table:
 
 
 def _euler_levels(schedule: Schedule, steps: int, karras: bool) -> tuple[Float64, Float64]:
-    """Timesteps (fractional) and noise levels, the latter with the final 0: float64[steps], float64[steps + 1]."""
+    """Fractional timesteps, and noise levels with a final 0: float64[steps], float64[steps + 1]."""
     levels = schedule.noise_levels
     timestep = schedule.timesteps(steps)
     level = np.interp(timestep, np.arange(len(levels)), levels)
@@ -253,7 +260,7 @@ def _euler_levels(schedule: Schedule, steps: int, karras: bool) -> tuple[Float64
 
 
 def _euler_table(schedule: Schedule, timestep: Float64, level: Float64, target: Float64, noise: Float64) -> Table:
-    """From each noise level straight to `target`, then `noise` added; x is scaled by 1 / alpha throughout."""
+    """From each noise level straight to `target`, then `noise` is added. x is scaled by 1 / alpha throughout."""
     here = level[:-1]
     alpha = 1 / np.sqrt(here**2 + 1)
     x0_from_x, x0_from_output = _predict_x0(schedule, alpha, alpha * here)
@@ -274,7 +281,7 @@ def _euler_table(schedule: Schedule, timestep: Float64, level: Float64, target: 
 
 def _karras(highest: float, lowest: float, steps: int) -> Float64:
     """Noise levels evenly spaced in their 7th root: Karras et al. 2022, equation 5."""
-    return np.linspace(highest ** (1 / _KARRAS_RHO), lowest ** (1 / _KARRAS_RHO), steps) ** _KARRAS_RHO
+    return np.linspace(highest ** (1 / KARRAS_RHO), lowest ** (1 / KARRAS_RHO), steps) ** KARRAS_RHO
 
 
 def _timestep_of(level: Float64, levels: Float64) -> Float64:
@@ -286,7 +293,7 @@ SAMPLERS: dict[str, Callable[[Schedule, int], Table]] = {
     "ddim": ddim,
     "euler": euler,
     "euler_karras": partial(euler, karras=True),
-    "euler_a": euler_a,
+    "euler_a": euler_ancestral,
     "dpm++2m": dpmpp_2m,
     "dpm++2m_karras": partial(dpmpp_2m, karras=True),
     "lcm": lcm,
@@ -297,8 +304,8 @@ def make_table(sampler: str, schedule: Schedule, steps: int) -> Table:
     """The table of the sampler of that name.
 
     Raises:
-        OptionError: there is no such sampler, or it cannot take so many steps with this schedule.
+        OptionError: there is no such sampler, or it does not support this number of steps with this schedule.
     """
     if sampler not in SAMPLERS:
-        raise OptionError(f"sampler {sampler!r} is not known; use one of {', '.join(SAMPLERS)}")
+        raise OptionError(f"sampler is {sampler!r}; use one of {', '.join(SAMPLERS)}")
     return SAMPLERS[sampler](schedule, steps)

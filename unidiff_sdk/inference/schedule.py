@@ -86,7 +86,7 @@ class Schedule:
         """
         total, points = self.num_train_timesteps, steps + left_out
         if not 1 <= steps <= total - left_out:
-            raise OptionError(f"steps is {steps}; this sampler takes 1 to {total - left_out} with this model")
+            raise OptionError(f"steps is {steps}; this sampler supports 1 to {total - left_out} with this model")
         if self.timestep_spacing == "linspace":
             return np.linspace(0, total - 1, points)[::-1][:steps]
         if self.timestep_spacing == "trailing":

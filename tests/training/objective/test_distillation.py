@@ -16,7 +16,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError  # noqa: E402
-from unidiff_sdk.generation.samplers import Row, Table, advance, make_table  # noqa: E402
+from unidiff_sdk.generation.samplers import Coefficients, Table, advance, make_table  # noqa: E402
 from unidiff_sdk.inference.schedule import Schedule  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import DistillationConfig  # noqa: E402
@@ -132,7 +132,7 @@ def test_on_gaussian_data_the_student_learns_the_exact_flow(prediction_type: str
     z = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     points, x, x0 = [z], z, None
     for step in range(200):
-        row = Row(*map(float, teacher[step]))
+        row = Coefficients(*map(float, teacher[step]))
         x, x0 = advance(row, x, denoise(x, noise.alphas_cumprod[int(row.timestep)]), x0, None)
         if (step + 1) % 50 == 0:
             points.append(x)
@@ -234,7 +234,7 @@ def test_diffusers_draws_with_it_what_we_draw(random_checkpoint: Path, small_cat
     x, states = z, fast.text_encoder(tokenize(fast.tokenizer, prompts)).last_hidden_state
     with torch.no_grad():
         for step in range(len(table)):
-            row = Row(*map(float, table[step]))
+            row = Coefficients(*map(float, table[step]))
             x, _ = advance(row, x, fast.unet(x, torch.full((2,), row.timestep), states).sample, None, None)
     torch.testing.assert_close(x, drawn, rtol=1e-4, atol=1e-4)
 
@@ -259,7 +259,11 @@ def test_the_student_comes_to_land_where_its_teacher_does(
         errors = []
         with torch.no_grad():
             for step in range(2):
-                row, z_t, z_s = Row(*map(float, student_table[step])), fresh.points[:, step], fresh.points[:, step + 1]
+                row, z_t, z_s = (
+                    Coefficients(*map(float, student_table[step])),
+                    fresh.points[:, step],
+                    fresh.points[:, step + 1],
+                )
                 landed, _ = advance(row, z_t, unet(z_t, torch.full((6,), row.timestep), states).sample, None, None)
                 errors.append(float((landed - z_s).square().mean()))
         return sum(errors)

@@ -19,7 +19,7 @@ from PIL import Image
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.datasets.synthetic import ATTRIBUTES
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.generation.samplers import Row, Table, advance, make_table
+from unidiff_sdk.generation.samplers import Coefficients, Table, advance, make_table
 from unidiff_sdk.inference.manifest import DEFAULT_SAMPLER
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -261,7 +261,7 @@ def generate(
         streams = [np.random.default_rng([seed, start + i]) for i in range(len(chunk))]
         x, x0 = _noise(streams, shape).to(device) * table.init_noise_sigma, None
         for step in range(len(table)):
-            row = Row(*map(float, table[step]))
+            row = Coefficients(*map(float, table[step]))
             scaled, t = x * row.input_scale, torch.full((len(chunk),), row.timestep, device=device)
             output: Any = model.unet(scaled, t, states).sample
             if guidance != 1:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, TrainingError
-from unidiff_sdk.generation.samplers import Row as Coefficients
-from unidiff_sdk.generation.samplers import Table, advance
+from unidiff_sdk.generation.samplers import Coefficients, Table, advance
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import (
     Checkpoint,

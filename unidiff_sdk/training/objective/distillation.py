@@ -7,7 +7,7 @@ next. It is progressive distillation (Salimans & Ho 2022, arXiv:2202.00512) of a
 arXiv:2210.03142) in one stage instead of a cascade of halvings, on pairs that the teacher draws itself (Luhman & Luhman
 2021, arXiv:2101.02388), within the segments of multistep consistency models (Heek et al. 2024, arXiv:2403.06807).
 
-A sampler's step is a `Row` of its table, the very one that the runtime denoises by, so that what is learned is what is
+A sampler's step is a row of its table, the very one that the runtime denoises by, so that what is learned is what is
 used. z_t: latents float[n, c, h, w]; ᾱ_t: the noise schedule; x̂0: the student's estimate of the clean latents.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unidiff_sdk.generation.samplers import Row, Table, make_table
+from unidiff_sdk.generation.samplers import Coefficients, Table, make_table
 from unidiff_sdk.inference.schedule import Schedule
 
 from . import losses
@@ -47,10 +47,10 @@ def tables(schedule: Schedule, student_steps: int, teacher_steps: int) -> tuple[
     return make_table(STUDENT_SAMPLER, schedule, student_steps), make_table(TEACHER_SAMPLER, schedule, teacher_steps)
 
 
-def rows_of(table: Table, step: Tensor) -> Row:
-    """The coefficients of each sample at its own step. step: int64[n]. Returns a Row of float[n, 1, 1, 1]."""
+def rows_of(table: Table, step: Tensor) -> Coefficients:
+    """The coefficients of each sample at its own step. step: int64[n]. Returns Coefficients of float[n, 1, 1, 1]."""
     rows = torch.from_numpy(table.rows).to(step.device)[step]
-    return Row(*rows.T[:, :, None, None, None])
+    return Coefficients(*rows.T[:, :, None, None, None])
 
 
 def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> Tensor:
@@ -58,7 +58,7 @@ def guided(unconditional: Tensor, conditional: Tensor, guidance_scale: float) ->
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def target_x0(row: Row, z_t: Tensor, z_s: Tensor) -> Tensor:
+def target_x0(row: Coefficients, z_t: Tensor, z_s: Tensor) -> Tensor:
     """The x̂0 with which the student's step from z_t ends in z_s.
 
     Salimans & Ho 2022, appendix G: (z_s - σ_s/σ_t·z_t) / (α_s - α_t·σ_s/σ_t), whose coefficients the row holds.
@@ -74,7 +74,7 @@ def truncated_snr_weight(alpha_bar: Tensor) -> Tensor:
     return (alpha_bar / (1 - alpha_bar)).clamp(min=1.0)
 
 
-def distillation(row: Row, z_t: Tensor, output: Tensor, z_s: Tensor, alpha_bar: Tensor) -> Tensor:
+def distillation(row: Coefficients, z_t: Tensor, output: Tensor, z_s: Tensor, alpha_bar: Tensor) -> Tensor:
     """E max(SNR, 1)·‖x̂0 - x̃0‖², x̂0 the student's estimate and x̃0 that which leads to the teacher's z_s.
 
     row: of the student's table at each sample's step (`rows_of`). output: what the UNet answers to z_t, ε or v as the

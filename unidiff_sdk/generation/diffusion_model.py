@@ -1,0 +1,125 @@
+"""The UNet and the VAE of a bundle, as functions of arrays."""
+
+from __future__ import annotations
+
+import threading
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from unidiff_sdk.errors import GenerationError, UniDiffError
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.manifest import Latent
+from unidiff_sdk.inference.schedule import Schedule
+
+from .img2img import to_samples
+
+__all__ = ["DiffusionModel"]
+
+Float32 = NDArray[np.float32]
+
+
+class DiffusionModel:
+    """The UNet and the VAE of a bundle. May be shared between threads.
+
+    Args:
+        bundle: the graphs, which load when they are first used.
+        positions: the most latent positions that the VAE decodes in one call, half as many as the UNet with guidance.
+    """
+
+    def __init__(self, bundle: Bundle, positions: int) -> None:
+        self._bundle = bundle
+        self._positions = positions
+        # Decoding at full size takes the most memory, so one thread decodes at a time.
+        self._vae_lock = threading.Lock()
+
+    def load(self) -> None:
+        """Load the graphs that every generation needs. Raises BundleError or ProviderError."""
+        for graph in ("unet", "vae_decoder"):
+            self._bundle.session(graph)
+
+    def predict(self, sample: Float32, timestep: Float32, states: Float32) -> Float32:
+        """The UNet's output for a batch: float32[batch, channels, height, width], as `sample`.
+
+        timestep is float32[batch], states are float32[batch, tokens, width]. Raises GenerationError.
+        """
+        feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
+        return self._run("unet", feeds, "out_sample")
+
+    def encode(self, image: Image.Image) -> Float32:
+        """The latents of an RGB image: float32[channels, height, width]. Raises GenerationError."""
+        with self._vae_lock:
+            encoded = self._run("vae_encoder", {"sample": to_samples(image)}, "latent_sample")[0]
+        shift, scale = np.float32(self.latent.shift_factor), np.float32(self.latent.scaling_factor)
+        latents: Float32 = (encoded - shift) * scale
+        return latents
+
+    def decode(self, latents: Float32) -> list[Image.Image]:
+        """The RGB images of latents, float32[images, channels, height, width].
+
+        Raises:
+            GenerationError: latents or pixels are not finite, or memory does not suffice.
+        """
+        self._check_finite(latents)  # an 8-bit decoder would return an image in any case
+        scaled = latents / np.float32(self.latent.scaling_factor) + np.float32(self.latent.shift_factor)
+        batch = max(1, self._positions // (2 * latents.shape[2] * latents.shape[3]))
+        images: list[Image.Image] = []
+        for start in range(0, len(scaled), batch):
+            with self._vae_lock:
+                decoded = self._run("vae_decoder", {"latent_sample": scaled[start : start + batch]}, "sample")
+            self._check_finite(decoded)
+            pixels = np.rint((decoded * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+            images += [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
+        return images
+
+    def _run(self, graph: str, feeds: dict[str, Float32], output: str) -> Float32:
+        try:
+            return self._bundle.session(graph).run(feeds, [output])[output]
+        except UniDiffError:
+            raise
+        except Exception as error:  # the exceptions of an engine have no common base class
+            raise GenerationError(f"a call of the {graph} failed ({error})") from error
+
+    def _check_finite(self, values: Float32) -> None:
+        if not np.isfinite(values).all():
+            raise GenerationError(
+                f"the {self._bundle.precision} bundle {self._bundle.path} generated values that are not finite; lower "
+                "guidance_scale, or export it at a higher precision"
+            )
+
+    # Sizes
+
+    @property
+    def latent(self) -> Latent:
+        """Sizes and scales of the latents."""
+        return self._bundle.manifest.latent
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """The shape of the latents of an image: channels, height, width."""
+        scale = self.latent.scale_factor
+        return self.latent.channels, height // scale, width // scale
+
+    @property
+    def default_side(self) -> int:
+        """The side, in pixels, that the UNet was trained at."""
+        return self.latent.size * self.latent.scale_factor
+
+    @property
+    def block(self) -> int:
+        """The sides of an image are multiples of this many pixels: each block of the UNet but the last halves them."""
+        return int(self.latent.scale_factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return self._bundle.schedule()
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        return self._bundle.config("unet/config.json")
+
+    @cached_property
+    def decoder_config(self) -> dict[str, Any]:
+        return self._bundle.config("vae_decoder/config.json")
