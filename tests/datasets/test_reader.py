@@ -1,9 +1,10 @@
-"""Reading catalog folders, whatever is in them."""
+"""Reading dataset folders and tables, valid and invalid."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,16 @@ def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
-def test_formats_say_the_same(folder: Path, write: Any) -> None:
+def test_all_formats_give_the_same_rows(folder: Path, write: Any) -> None:
     write(folder, ROWS)
     first, second = read_catalog(folder, strict=True)
     assert (first.image(), first.text) == (folder / "a.png", "a red dress")
     assert first.payload == {"price": 10, "brand": "Acme", "sale": True}
-    assert second.payload == {"price": 12.5, "sale": False}  # no brand: left out, not null
+    assert second.payload == {"price": 12.5, "sale": False}  # a missing brand is left out, not null
     assert count_rows(folder) == 2
 
 
-def test_csv_columns_keep_one_type(folder: Path) -> None:
+def test_csv_columns_have_one_type(folder: Path) -> None:
     cells = {
         "size": ["38", "M"],
         "sku": ["00123", "7"],
@@ -77,61 +78,61 @@ def test_csv_columns_keep_one_type(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "no file"}, "no file_name"),
-        ({"file_name": "a.png"}, "no caption"),
-        ({"file_name": "a.png", "text": "  "}, "no caption"),
-        ({"file_name": "a.png", "text": 7}, "no caption"),
+        ({"text": "no file"}, "file_name is missing"),
+        ({"file_name": "a.png"}, "caption (text) is missing"),
+        ({"file_name": "a.png", "text": "  "}, "caption (text) is missing"),
+        ({"file_name": "a.png", "text": 7}, "caption (text) is missing"),
         ({"file_name": "gone.png", "text": "x"}, "no such image"),
         ({"file_name": "sub", "text": "x"}, "no such image"),
         ({"file_name": "../secret.png", "text": "x"}, "leads out"),
         ({"file_name": "/etc/hostname", "text": "x"}, "leads out"),
         ({"file_name": "link.png", "text": "x"}, "leads out"),
-        ({"file_name": "a\0.png", "text": "x"}, "not a path"),
-        ({"file_name": "a" * 5000, "text": "x"}, "not a path"),
-        ("{not json", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ({"file_name": "a\0.png", "text": "x"}, "not a valid path"),
+        ({"file_name": "a" * 5000, "text": "x"}, "not a valid path"),
+        ("{not json", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[1]", "not a JSON object"),
     ],
 )
-def test_bad_rows(folder: Path, tmp_path: Path, row: Any, reason: str) -> None:
+def test_invalid_rows_are_reported_with_their_line(folder: Path, tmp_path: Path, row: Any, reason: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     write_jsonl(folder, [ROWS[0], row, ROWS[1]])
-    bad: list[InvalidRow] = []
-    good = list(read_catalog(folder, on_error=bad.append))
-    assert [r.line for r in good] == [1, 3]
-    assert [b.line for b in bad] == [2]
-    assert reason in bad[0].reason
-    with pytest.raises(DataError, match=f"line 2.*{reason}"):
+    invalid: list[InvalidRow] = []
+    valid = list(read_catalog(folder, on_error=invalid.append))
+    assert [r.line for r in valid] == [1, 3]
+    assert [r.line for r in invalid] == [2]
+    assert reason in invalid[0].reason
+    with pytest.raises(DataError, match=f"line 2.*{re.escape(reason)}"):
         list(read_catalog(folder, strict=True))
 
 
-def test_bad_rows_are_logged_otherwise(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_rows_are_logged_by_default(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_jsonl(folder, [{"file_name": "gone.png", "text": "x"}])
     assert list(read_catalog(folder)) == []
-    assert "line 1 (gone.png): there is no such image file" in caplog.text
+    assert "line 1 (gone.png): there is no such image file: skipped" in caplog.text
 
 
-def test_nan_and_null_are_missing(folder: Path) -> None:
+def test_null_and_nan_are_left_out(folder: Path) -> None:
     write_jsonl(folder, ['{"file_name": "a.png", "text": "x", "price": NaN, "brand": null, "n": 0}', ""])
     (row,) = read_catalog(folder)
     assert row.payload == {"n": 0}
 
 
-def test_missing_folder_and_metadata(tmp_path: Path, folder: Path) -> None:
+def test_missing_folder_and_metadata_are_errors(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         read_catalog(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"has no metadata\.jsonl.*file_name"):
         read_catalog(folder)
 
 
-def test_metadata_that_is_no_text(folder: Path) -> None:
+def test_metadata_that_is_not_utf8_is_an_error(folder: Path) -> None:
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xff"}')
     with pytest.raises(DataError, match="not UTF-8"):
         list(read_catalog(folder))
 
 
-def test_damaged_parquet(folder: Path) -> None:
+def test_damaged_parquet_is_an_error(folder: Path) -> None:
     pytest.importorskip("pyarrow")
     (folder / "metadata.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="not a readable parquet"):

@@ -1,4 +1,4 @@
-"""Webdataset shards: the same rows as from a folder, whatever else lies in a tar file that anyone may have made."""
+"""Webdataset shards: samples become rows, and invalid or damaged shards are reported."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from unidiff_sdk.datasets.shards import Member, read_shards
 from unidiff_sdk.errors import DataError
 
 
-def picture(colour: str = "red", kind: str = "PNG") -> bytes:
+def image_bytes(color: str = "red", kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, kind)
+    Image.new("RGB", (8, 8), color).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -36,17 +36,17 @@ def write_shard(path: Path, members: dict[str, bytes | str], **options: Any) -> 
 
 
 GOOD = {
-    "0001.png": picture("red"),
+    "0001.png": image_bytes("red"),
     "0001.txt": "a red dress\n",
     "0001.json": json.dumps({"price": 10, "brand": None, "text": "not this"}),
-    "sub/0002.JPG": picture("blue", "JPEG"),
+    "sub/0002.JPG": image_bytes("blue", "JPEG"),
     "sub/0002.json": json.dumps({"caption": "blue boots", "price": 12.5}),
 }
 
 
 def test_samples_become_rows(tmp_path: Path) -> None:
     write_shard(tmp_path / "shop-000.tar", GOOD)
-    write_shard(tmp_path / "shop-001.tar", {"0003.webp": picture("green", "WEBP"), "0003.txt": "a green mug"})
+    write_shard(tmp_path / "shop-001.tar", {"0003.webp": image_bytes("green", "WEBP"), "0003.txt": "a green mug"})
     rows = list(read_catalog(tmp_path, strict=True))
     assert [(row.text, row.payload, row.line) for row in rows] == [
         ("a red dress", {"price": 10}, 1),
@@ -58,7 +58,7 @@ def test_samples_become_rows(tmp_path: Path) -> None:
     assert [row.text for row in read_catalog(tmp_path / "shop-001.tar")] == ["a green mug"]
 
 
-def test_a_table_goes_before_shards(tmp_path: Path) -> None:
+def test_metadata_table_takes_precedence_over_shards(tmp_path: Path) -> None:
     write_shard(tmp_path / "shop.tar", GOOD)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}', encoding="utf-8")
     assert list(read_catalog(tmp_path)) == [] and count_rows(tmp_path) == 1
@@ -67,35 +67,40 @@ def test_a_table_goes_before_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ({"a.txt": "no picture"}, "it has 0 pictures (txt)"),
-        ({"a.png": picture(), "a.jpg": picture(kind="JPEG"), "a.txt": "two"}, "it has 2 pictures (jpg, png, txt)"),
-        ({"a.png": picture()}, "no caption"),
-        ({"a.png": picture(), "a.txt": "  \n"}, "no caption"),
-        ({"a.png": picture(), "a.json": '{"text": 7}'}, "no caption"),
-        ({"a.png": picture(), "a.txt": b"\xff\xfe"}, "not UTF-8"),
-        ({"a.png": picture(), "a.json": "{"}, "not JSON"),
-        ({"a.png": picture(), "a.json": "[" * 100_000}, "not JSON"),
-        ({"a.png": picture(), "a.json": "[1]"}, "not a JSON object"),
-        ({"a.png": picture(), "a.txt": "x" * 2_000_000}, "more than the 1,048,576 of any caption"),
+        ({"a.txt": "no image"}, "0 images instead of one (txt)"),
+        (
+            {"a.png": image_bytes(), "a.jpg": image_bytes(kind="JPEG"), "a.txt": "two"},
+            "2 images instead of one (jpg, png, txt)",
+        ),
+        ({"a.png": image_bytes()}, "the caption is missing"),
+        ({"a.png": image_bytes(), "a.txt": "  \n"}, "the caption is missing"),
+        ({"a.png": image_bytes(), "a.json": '{"text": 7}'}, "the caption is missing"),
+        ({"a.png": image_bytes(), "a.txt": b"\xff\xfe"}, "not UTF-8"),
+        ({"a.png": image_bytes(), "a.json": "{"}, "not valid JSON"),
+        ({"a.png": image_bytes(), "a.json": "[" * 100_000}, "not valid JSON"),
+        ({"a.png": image_bytes(), "a.json": "[1]"}, "not a JSON object"),
+        ({"a.png": image_bytes(), "a.txt": "x" * 2_000_000}, "at most 1,048,576 are allowed"),
     ],
 )
-def test_broken_samples(tmp_path: Path, members: dict[str, bytes | str], reason: str) -> None:
-    write_shard(tmp_path / "s.tar", {"0.png": picture(), "0.txt": "first", **members, "z.png": picture(), "z.txt": "z"})
-    bad: list[InvalidRow] = []
-    assert [row.text for row in read_catalog(tmp_path, on_error=bad.append)] == ["first", "z"]
-    assert [(row.line, row.file_name) for row in bad] == [(2, "s.tar/a")] and reason in bad[0].reason
+def test_invalid_samples_are_reported(tmp_path: Path, members: dict[str, bytes | str], reason: str) -> None:
+    write_shard(
+        tmp_path / "s.tar", {"0.png": image_bytes(), "0.txt": "first", **members, "z.png": image_bytes(), "z.txt": "z"}
+    )
+    invalid: list[InvalidRow] = []
+    assert [row.text for row in read_catalog(tmp_path, on_error=invalid.append)] == ["first", "z"]
+    assert [(row.line, row.file_name) for row in invalid] == [(2, "s.tar/a")] and reason in invalid[0].reason
     with pytest.raises(DataError, match=r"line 2 \(s\.tar/a\)"):
         list(read_catalog(tmp_path, strict=True))
 
 
-def test_what_is_no_part_of_a_sample_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_and_links_are_ignored(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for name, kind in (("folder", tarfile.DIRTYPE), ("a.png", tarfile.SYMTYPE), ("b.png", tarfile.LNKTYPE)):
             header = tarfile.TarInfo(name)
             header.type, header.linkname = kind, "/etc/hostname"
             tar.addfile(header)
         for name in ("README", ".hidden", "c.png", "c.cls", "c.txt"):
-            data = picture() if name == "c.png" else b"text"
+            data = image_bytes() if name == "c.png" else b"text"
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
@@ -103,49 +108,49 @@ def test_what_is_no_part_of_a_sample_is_passed_over(tmp_path: Path) -> None:
     assert (row.name, row.text) == ("c.png", "text")
 
 
-def test_a_shard_that_is_cut_short_gives_what_came_before(tmp_path: Path) -> None:
+def test_truncated_shard_gives_the_samples_before(tmp_path: Path) -> None:
     whole = write_shard(tmp_path / "s.tar", GOOD).read_bytes()
     second = next(sample.image for sample in read_shards([tmp_path / "s.tar"]) if "0002" in sample.name)
     assert second is not None
     (tmp_path / "s.tar").write_bytes(whole[: second.offset + 10])
-    write_shard(tmp_path / "t.tar", {"0003.png": picture(), "0003.txt": "a green mug"})
-    bad: list[InvalidRow] = []
-    texts = [row.text for row in read_catalog(tmp_path, on_error=bad.append)]
-    assert texts == ["a red dress", "a green mug"], "the next shard is read all the same"
-    assert any("the shard is damaged" in row.reason for row in bad)
+    write_shard(tmp_path / "t.tar", {"0003.png": image_bytes(), "0003.txt": "a green mug"})
+    invalid: list[InvalidRow] = []
+    texts = [row.text for row in read_catalog(tmp_path, on_error=invalid.append)]
+    assert texts == ["a red dress", "a green mug"], "the next shard is read"
+    assert any("the shard is damaged" in row.reason for row in invalid)
 
 
-def test_a_shard_with_rubbish_in_the_middle_does_not_end_silently(tmp_path: Path) -> None:
+def test_damage_in_the_middle_of_a_shard_is_reported(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", GOOD)
     content = bytearray(shard.read_bytes())
     place = next(sample.image for sample in read_shards([shard]) if "0002" in sample.name)
     assert place is not None
     content[place.offset - tarfile.BLOCKSIZE : place.offset] = b"\x7f" * tarfile.BLOCKSIZE
     shard.write_bytes(content)
-    bad: list[InvalidRow] = []
-    assert len(list(read_catalog(tmp_path, on_error=bad.append))) == 1
-    assert "no header at byte" in bad[-1].reason
+    invalid: list[InvalidRow] = []
+    assert len(list(read_catalog(tmp_path, on_error=invalid.append))) == 1
+    assert "no header at byte" in invalid[-1].reason
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar file " * 100])
-def test_what_is_no_shard_at_all(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_tar_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "s.tar").write_bytes(content)
-    with pytest.raises(DataError, match="not a tar file"):
+    with pytest.raises(DataError, match="not an uncompressed tar file"):
         list(read_catalog(tmp_path))
 
 
-def test_a_compressed_shard_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_compressed_shard_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "s.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
     with pytest.raises(DataError, match="decompress"):
         list(read_catalog(tmp_path))
 
 
-def test_a_shard_that_changed_meanwhile(tmp_path: Path) -> None:
+def test_shard_that_changed_is_an_error(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "s.tar", GOOD)
     row = next(read_catalog(tmp_path))
     shard.write_bytes(b"short")
-    with pytest.raises(DataError, match=r"0001\.png is no longer in it"):
+    with pytest.raises(DataError, match=r"no longer contains 0001\.png"):
         row.image()
     shard.unlink()
     with pytest.raises(DataError, match="cannot be read"):
@@ -155,27 +160,27 @@ def test_a_shard_that_changed_meanwhile(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(
     names=st.lists(st.text(st.sampled_from("ab/é 1"), min_size=1, max_size=120), min_size=1, max_size=4, unique=True),
-    layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    tar_format=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-def test_a_picture_is_read_from_where_it_lies(tmp_path_factory: Any, names: list[str], layout: int) -> None:
-    """Long and foreign names take extra headers, of which each format of tar has its own."""
+def test_image_is_read_at_its_offset(tmp_path_factory: Any, names: list[str], tar_format: int) -> None:
+    """Long and non-ASCII names need extra headers, which differ between the formats of tar."""
     names = [f"{name.strip('/') or 'x'}{number}" for number, name in enumerate(names)]
-    content = {name: picture(["red", "blue", "green", "pink"][number]) for number, name in enumerate(names)}
+    content = {name: image_bytes(["red", "blue", "green", "pink"][number]) for number, name in enumerate(names)}
     path = tmp_path_factory.mktemp("shard") / "s.tar"
     try:
-        write_shard(path, {f"{name}.png": data for name, data in content.items()}, format=layout)
+        write_shard(path, {f"{name}.png": data for name, data in content.items()}, format=tar_format)
     except ValueError:  # ustar cannot hold every name
         return
     places = [sample.image for sample in read_shards([path])]
     assert {place.name.removesuffix(".png"): place.read() for place in places if isinstance(place, Member)} == content
 
 
-def test_a_catalog_takes_a_folder_of_shards(tmp_path: Path) -> None:
-    write_shard(tmp_path / "s.tar", GOOD | {"9.png": b"no picture", "9.txt": "broken"})
+def test_catalog_adds_a_folder_of_shards(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", GOOD | {"9.png": b"no image", "9.txt": "broken"})
     with Catalog() as catalog:
         report = catalog.add_folder(tmp_path, copy=False)
         assert (report.added, report.skipped) == (2, 0)
         assert [(bad.line, bad.file_name) for bad in report.failed] == [(3, "9.png")]
         hit = catalog.search("a red dress", limit=1)[0]
-        assert hit.load_image().size == (8, 8), "what lies in a shard is copied, whatever copy says"
+        assert hit.load_image().size == (8, 8), "images in shards are always copied"
         assert catalog.add_folder(tmp_path).skipped == 2

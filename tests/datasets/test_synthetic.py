@@ -1,4 +1,4 @@
-"""The synthetic catalogs: deterministic, disjoint, honest about what a picture shows."""
+"""The synthetic catalogs are deterministic and disjoint, and their images show what the captions say."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", CATALOGS)
-def test_every_value_of_every_attribute_is_shown(name: str) -> None:
+def test_every_value_of_every_attribute_occurs(name: str) -> None:
     chosen = products(name, 1500)
     assert len(ATTRIBUTES[name]["type"]) >= 8 and len(ATTRIBUTES[name]["colour"]) == 10
     assert len(ATTRIBUTES[name]["pattern"]) == 5 and len(ATTRIBUTES[name]) == 6
@@ -43,7 +43,7 @@ def test_every_value_of_every_attribute_is_shown(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CATALOGS)
-def test_unseen_combinations_are_never_shown_elsewhere(name: str) -> None:
+def test_unseen_combinations_occur_in_no_other_split(name: str) -> None:
     def combinations(split: str) -> set[tuple[str, ...]]:
         chosen = products(name, 1500, split=split)
         return {tuple(p.attributes[c] for c in ("type", "colour", "pattern")) for p in chosen}
@@ -54,20 +54,20 @@ def test_unseen_combinations_are_never_shown_elsewhere(name: str) -> None:
         assert not unseen & combinations(split)
 
 
-def test_a_product_depends_on_its_index_alone_and_streams_differ() -> None:
+def test_product_depends_only_on_its_stream_and_index() -> None:
     assert products("fashion-man", 3) == products("fashion-man", 9)[:3]
     streams = [(name, seed, split) for name in CATALOGS for seed in (0, 1) for split in SPLITS]
-    pictures = {render(products(name, 1, seed, split)[0]).tobytes() for name, seed, split in streams}
-    assert len(pictures) == len(streams)
+    images = {render(products(name, 1, seed, split)[0]).tobytes() for name, seed, split in streams}
+    assert len(images) == len(streams)
 
 
-def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
+def test_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
     first, again = (write_catalog("fashion-woman", tmp_path / f, n=5, seed=3, split="val") for f in "ab")
     assert _digest(first) == _digest(again)
     assert _digest(first) != _digest(write_catalog("fashion-woman", tmp_path / "c", n=5, seed=4, split="val"))
 
 
-def test_rows_name_their_pictures_and_carry_the_payload(tmp_path: Path) -> None:
+def test_metadata_rows_have_image_caption_and_attributes(tmp_path: Path) -> None:
     folder = write_catalog("ecommerce-product", tmp_path / "out", n=6, size=96)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 6
@@ -77,7 +77,7 @@ def test_rows_name_their_pictures_and_carry_the_payload(tmp_path: Path) -> None:
         assert row["text"] == product.caption and row["price"] > 0 and row["brand"]
 
 
-def test_captions_vary_and_name_what_they_show() -> None:
+def test_captions_vary_and_name_the_colors() -> None:
     chosen = products("fashion-woman", 800)
     assert len({p.caption for p in chosen}) > 700
     openings = Counter(p.caption.split()[0] for p in chosen)
@@ -95,22 +95,22 @@ def test_captions_vary_and_name_what_they_show() -> None:
     seed=st.integers(0, 10**6),
     size=st.sampled_from([64, 100, 128, 256]),
 )
-def test_the_main_colour_fills_the_product(name: str, seed: int, size: int) -> None:
-    """Whatever the pose and the pattern, the named color covers more of the picture than the pattern's color does."""
+def test_main_color_covers_more_than_the_pattern(name: str, seed: int, size: int) -> None:
+    """For every pose and pattern, the main color covers more of the image than the color of the pattern."""
     product = products(name, 1, seed)[0]
     pixels = np.asarray(render(product, size), np.float32).reshape(-1, 3)
     assert pixels.shape == (size * size, 3)
 
-    def near(colour: str) -> float:
-        return float((np.linalg.norm(pixels - np.asarray(COLORS[colour], np.float32), axis=1) < 45).mean())
+    def near(color: str) -> float:
+        return float((np.linalg.norm(pixels - np.asarray(COLORS[color], np.float32), axis=1) < 45).mean())
 
     second = product.attributes["colour2"]
     assert near(product.attributes["colour"]) > 0.015
-    if second not in ("none", "white"):  # white is the studio's color too
+    if second not in ("none", "white"):  # the studio is white, too
         assert near(product.attributes["colour"]) > near(second)
 
 
-def test_a_larger_picture_is_the_same_picture() -> None:
+def test_rendering_at_another_size_gives_the_same_image() -> None:
     product = products("ecommerce-product", 1, 7)[0]
     small = np.asarray(render(product, 64), np.float32)
     large = np.asarray(render(product, 256).resize((64, 64), Image.Resampling.BOX), np.float32)
@@ -118,7 +118,7 @@ def test_a_larger_picture_is_the_same_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "accepted"),
     [
         ({"name": "fashion-child"}, "fashion-man, fashion-woman, ecommerce-product"),
         ({"name": "fashion-man", "split": "dev"}, "train, val, test, test-unseen"),
@@ -126,24 +126,24 @@ def test_a_larger_picture_is_the_same_picture() -> None:
         ({"name": "fashion-man", "size": 32}, "64 to 512"),
     ],
 )
-def test_wrong_arguments_are_told_the_right_ones(tmp_path: Path, arguments: dict, told: str) -> None:
-    with pytest.raises(OptionError, match=told):
+def test_invalid_arguments_raise_and_list_the_valid_ones(tmp_path: Path, arguments: dict, accepted: str) -> None:
+    with pytest.raises(OptionError, match=accepted):
         write_catalog(out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_existing_catalog_is_not_overwritten(tmp_path: Path) -> None:
+def test_existing_catalog_is_not_overwritten(tmp_path: Path) -> None:
     write_catalog("fashion-man", tmp_path, n=1)
-    with pytest.raises(DataError, match="already holds a catalog"):
+    with pytest.raises(DataError, match="already contains a catalog"):
         write_catalog("fashion-man", tmp_path, n=2)
 
 
 @given(name=st.sampled_from(CATALOGS), index=st.integers(0, 50), seed=st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_a_brief_caption_tells_only_of_its_columns(name: str, index: int, seed: int) -> None:
+def test_brief_caption_describes_only_its_columns(name: str, index: int, seed: int) -> None:
     product = products(name, index + 1)[index]
-    text, told = brief_caption(product, seed)
-    assert (text, told) == brief_caption(product, seed)
-    assert "type" in told and told <= set(product.attributes) and len(told) < len(product.attributes)
-    if "colour" not in told and product.attributes["colour"] != product.attributes["colour2"]:
+    text, columns = brief_caption(product, seed)
+    assert (text, columns) == brief_caption(product, seed)
+    assert "type" in columns and columns <= set(product.attributes) and len(columns) < len(product.attributes)
+    if "colour" not in columns and product.attributes["colour"] != product.attributes["colour2"]:
         assert product.attributes["colour"] not in text.split()

@@ -151,11 +151,11 @@ def test_facet_counts_values(store: Store) -> None:
 
 
 def test_upsert_replaces_vector_and_payload(store: Store) -> None:
-    store.upsert([record(1, colour="red", old=1)])
-    store.upsert([Record(record(1).id, record(2).vector, {"colour": "blue"})])
+    store.upsert([record(1, color="red", old=1)])
+    store.upsert([Record(record(1).id, record(2).vector, {"color": "blue"})])
     assert store.count() == 1
     (stored,) = store.retrieve([record(1).id])
-    assert stored.payload == {"colour": "blue"}
+    assert stored.payload == {"color": "blue"}
     np.testing.assert_allclose(stored.vector, record(2).vector, atol=1e-7)
 
 
@@ -173,8 +173,8 @@ def test_delete_removes_records_and_ignores_unknown_ids(store: Store) -> None:
 
 
 def test_count_applies_the_filter(store: Store) -> None:
-    store.upsert([record(n, colour="red" if n % 3 else "blue") for n in range(9)])
-    assert store.count(parse({"colour": "blue"})) == 3
+    store.upsert([record(n, color="red" if n % 3 else "blue") for n in range(9)])
+    assert store.count(parse({"color": "blue"})) == 3
 
 
 def test_scroll_yields_batches_ordered_by_id(store: Store) -> None:

@@ -17,11 +17,11 @@ from unidiff_sdk.store.filters import parse
 
 def test_reopened_store_holds_its_records(tmp_path: Path) -> None:
     store = edge(tmp_path)
-    store.upsert([record(1, colour="red")])
-    store.count(parse({"colour": "red"}))  # creates an index
+    store.upsert([record(1, color="red")])
+    store.count(parse({"color": "red"}))  # creates an index
     store.close()
     store = edge(tmp_path)
-    assert store.retrieve([record(1).id])[0].payload == {"colour": "red"}
+    assert store.retrieve([record(1).id])[0].payload == {"color": "red"}
     store.close()
 
 

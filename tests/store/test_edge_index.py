@@ -76,7 +76,7 @@ def test_selective_filter_finds_its_items_through_the_graph(tmp_path: Path) -> N
 
 def test_reindexed_catalog_keeps_its_quantization(tmp_path: Path) -> None:
     with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "a"), quantization="scalar") as catalog:
-        catalog.add([Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")], ids=[1, 2, 3])
+        catalog.add([Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")], ids=[1, 2, 3])
         assert catalog.reindex(make_toy_bundle(tmp_path / "b", seed=1)) == 3
         assert len(catalog.search(like=1)) == 2
     configurations = [file.read_text() for file in (tmp_path / "shop").rglob("edge_config.json")]

@@ -199,7 +199,7 @@ def test_lost_upsert_is_repeated_with_the_same_ids(server: FakeServer, pauses: l
     store = open_store(server, pauses)
     server.requests.clear()
     server.failures = ["reset"]
-    store.upsert([record(1, colour="red")])
+    store.upsert([record(1, color="red")])
     first, second = (body for _, path, body, _ in server.requests if "/points" in path)
     assert first == second and first["points"][0]["id"] == record(1).id
 

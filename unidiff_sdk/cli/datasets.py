@@ -117,9 +117,9 @@ def m5product(src: Path, out: Path, **settings: Any) -> None:
 
 
 def _tell(converted: Converted, out: Path) -> None:
-    for row in converted.bad[:SHOWN_BAD]:
+    for row in converted.invalid[:SHOWN_BAD]:
         click.echo(f"Passed over: {row}", err=True)
-    if len(converted.bad) > SHOWN_BAD:
-        click.echo(f"… and {len(converted.bad) - SHOWN_BAD:,} more.", err=True)
+    if len(converted.invalid) > SHOWN_BAD:
+        click.echo(f"… and {len(converted.invalid) - SHOWN_BAD:,} more.", err=True)
     counts = ", ".join(f"{count:,} {split}" for split, count in converted.counts.items())
     click.echo(f"{counts} pairs are in {out}. Next: unidiff-train {out / 'train'} --base tiny -o CKPT")

@@ -1,1 +1,1 @@
-"""Catalogs on disk: reading anyone's (`reader`), and drawing the synthetic ones (`synthetic`)."""
+"""Product data on disk: reading it, converting public datasets, and rendering synthetic catalogs."""

@@ -1,13 +1,17 @@
-"""Public sets of product pictures, as they are downloaded, into catalog folders with splits that anyone can repeat.
+"""Convert public product datasets to folders that `reader` reads, with reproducible splits.
 
-What is written: OUT/train, OUT/val and OUT/test, each a folder that `datasets.reader` reads, and OUT/split.json with
-the rule. A pair's split follows from its group alone (for DeepFashion the garment, so that no garment is in two splits;
-for M5Product the product): the first 8 bytes of SHA-256("SEED:GROUP") as a fraction of 2^64 fall into [0, 0.8) train,
-[0.8, 0.9) val or [0.9, 1) test. So a part of a set has the same splits as the whole, and `n` pairs are those with the
-lowest SHA-256("SEED:ID"), whatever else is there. The published seed is 0.
+    OUT/train/metadata.jsonl        {"file_name": "….jpg", "text": "…", "id": "…", …}, next to the images
+    OUT/val/…
+    OUT/test/…
+    OUT/split.json                  source, seed, shares and counts
 
-The layouts that are expected are described in the functions, with where they are documented. They were rebuilt from
-that documentation and from programs that read the sets: neither set can be had without its owners' terms.
+The split of a pair depends only on its group and the seed. The group is the garment for DeepFashion-MultiModal, so that
+no garment is in two splits, and the product for M5Product. The first 8 bytes of SHA-256("SEED:GROUP"), as a fraction of
+2^64, are in [0, 0.8) for train, [0.8, 0.9) for val and [0.9, 1) for test. A part of a dataset therefore has the same
+splits as the whole. `n` keeps the pairs with the lowest SHA-256("SEED:ID"). The published seed is 0.
+
+Each function documents the layout that it expects and its source. Both datasets require the consent of their owners, so
+the layouts were reconstructed from their documentation and from programs that read them.
 """
 
 from __future__ import annotations
@@ -36,11 +40,20 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture, its caption, its columns; `group` is what must not be in two splits, `line` its place in the set."""
+    """An image with its caption.
+
+    Attributes:
+        id: unique in the dataset.
+        group: pairs of one group are in the same split.
+        image: the file.
+        text: the caption.
+        columns: further columns.
+        line: the position in the dataset, from 1.
+    """
 
     id: str
     group: str
-    picture: Path
+    image: Path
     text: str
     columns: dict[str, Any]
     line: int
@@ -48,18 +61,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class Converted:
-    """How many pairs each split got, and what was passed over."""
+    """The result of `convert`.
+
+    Attributes:
+        counts: split -> number of pairs.
+        invalid: the pairs that were skipped.
+    """
 
     counts: dict[str, int]
-    bad: list[InvalidRow] = field(default_factory=list)
+    invalid: list[InvalidRow] = field(default_factory=list)
 
 
 def split_of(group: str, seed: int = SEED) -> str:
-    """The split of a group: "train", "val" or "test"."""
-    place = int.from_bytes(_digest(group, seed)[:8], "big") / 2**64
-    if place < SHARES["train"]:
+    """Return the split of a group: "train", "val" or "test"."""
+    fraction = int.from_bytes(_digest(group, seed)[:8], "big") / 2**64
+    if fraction < SHARES["train"]:
         return "train"
-    return "val" if place < SHARES["train"] + SHARES["val"] else "test"
+    return "val" if fraction < SHARES["train"] + SHARES["val"] else "test"
 
 
 def convert(
@@ -71,23 +89,23 @@ def convert(
     n: int | None = None,
     strict: bool = False,
 ) -> Converted:
-    """Write pairs as catalog folders, pictures linked where the file system can, else copied.
+    """Write pairs as three folders. Images are hard-linked if the file system allows it, and copied otherwise.
 
     Args:
         pairs: from `deepfashion_multimodal` or `m5product`.
-        out: a folder that does not exist yet; it appears once everything is in it.
-        source: the set's name, for split.json.
-        seed: of the splits and of the choice of `n`; the published one by default.
-        n: keep this many pairs of train, chosen by the seed alone; val and test stay whole.
-        strict: raise at the first pair that cannot be used.
+        out: a folder that does not exist yet. It appears when it is complete.
+        source: the name of the dataset, for split.json.
+        seed: of the splits and of the choice of `n` pairs. Default: the published seed.
+        n: the number of training pairs to keep. Default: all. val and test are always complete.
+        strict: raise DataError at the first invalid pair instead of skipping it.
 
     Raises:
-        DataError: `out` exists, nothing is usable, the disk is full, or in strict mode a bad pair.
+        DataError: `out` exists, no pair is valid, the disk is full, or in strict mode a pair is invalid.
     """
     out = Path(out)
     if out.exists():
-        raise DataError(f"{out} exists already: name a folder that does not, or remove it")
-    bad: list[InvalidRow] = []
+        raise DataError(f"{out} exists already. Choose another folder, or remove it.")
+    invalid: list[InvalidRow] = []
     chosen: dict[str, list[Pair]] = {split: [] for split in SHARES}
     for pair in pairs:
         if isinstance(pair, Pair):
@@ -95,10 +113,10 @@ def convert(
         elif strict:
             raise DataError(f"{source}, {pair}")
         else:
-            bad.append(pair)
+            invalid.append(pair)
     if not any(chosen.values()):
-        why = f"the first of {len(bad):,} problems: {bad[0]}" if bad else "the source lists none"
-        raise DataError(f"{source}: there is no usable pair of picture and caption ({why})")
+        why = f"the first of {len(invalid):,} problems: {invalid[0]}" if invalid else "the source lists none"
+        raise DataError(f"{source}: there is no valid pair of image and caption ({why})")
     if n is not None:
         chosen["train"] = sorted(chosen["train"], key=lambda pair: _digest(pair.id, seed))[:n]
     counts = {split: len(pairs) for split, pairs in chosen.items()}
@@ -108,33 +126,40 @@ def convert(
             whole = Path(temporary) / out.name
             for split, kept in chosen.items():
                 _write(kept, whole / split)
-            rule = {"source": source, "seed": seed, "shares": SHARES, "n": n, "pairs": counts, "passed_over": len(bad)}
+            rule = {
+                "source": source,
+                "seed": seed,
+                "shares": SHARES,
+                "n": n,
+                "pairs": counts,
+                "passed_over": len(invalid),
+            }
             (whole / "split.json").write_text(json.dumps(rule, indent=2) + "\n", encoding="utf-8")
             whole.rename(out)
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
-    return Converted(counts, bad)
+    return Converted(counts, invalid)
 
 
 def _write(pairs: list[Pair], folder: Path) -> None:
     folder.mkdir(parents=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as table:
         for pair in pairs:
-            name = f"{_safe(pair.id)}{pair.picture.suffix.lower()}"
-            _link(pair.picture, folder / name)
+            name = f"{_file_name(pair.id)}{pair.image.suffix.lower()}"
+            _link(pair.image, folder / name)
             row = {"file_name": name, "text": pair.text, "id": pair.id, **pair.columns}
             table.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _link(picture: Path, target: Path) -> None:
+def _link(image: Path, target: Path) -> None:
     try:
-        os.link(picture.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(picture, target)
+        os.link(image.resolve(), target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(image, target)
 
 
-def _safe(id: str) -> str:
-    """An id as a file name; two ids never get the same one."""
+def _file_name(id: str) -> str:
+    """A file name without extension for an id. Different ids have different names."""
     plain = re.sub(r"[^\w.-]", "_", id)[:100]
     return plain if plain == id else f"{plain}-{hashlib.sha256(id.encode()).hexdigest()[:8]}"
 
@@ -145,7 +170,7 @@ def _digest(key: str, seed: int) -> bytes:
 
 # -------------------------------------------------------------------------------------------- DeepFashion-MultiModal
 
-# The label files' columns, and the words that their numbers stand for; None is "not visible", which is left out.
+# The columns of the label files and the meaning of their numbers. None means "not visible" and is left out.
 _SHAPE: dict[str, tuple[str | None, ...]] = {
     "sleeve_length": ("sleeveless", "short", "medium", "long", "not long", None),
     "lower_length": ("three-point", "medium short", "three-quarter", "long", None),
@@ -168,46 +193,49 @@ _LABELS: dict[str, dict[str, tuple[str | None, ...]]] = {
     "texture/fabric_ann.txt": {f"{garment}_fabric": _FABRICS for garment in _GARMENTS},
     "texture/pattern_ann.txt": {f"{garment}_pattern": _PATTERNS for garment in _GARMENTS},
 }
-# MEN-Denim-id_00000080-01_7_additional.jpg: gender, category, garment, color, number and name of the view.
-_NAME = re.compile(r"(?P<gender>MEN|WOMEN)-(?P<category>\w+)-(?P<garment>id_\d+)-(?P<colour>\d+)_\d+_(?P<view>\w+)")
+# MEN-Denim-id_00000080-01_7_additional.jpg: gender, category, garment, color, and number and name of the view.
+_NAME = re.compile(r"(?P<gender>MEN|WOMEN)-(?P<category>\w+)-(?P<garment>id_\d+)-(?P<color>\d+)_\d+_(?P<view>\w+)")
 
 
 def deepfashion_multimodal(source: str | Path, gender: Literal["men", "women"]) -> Iterator[Pair | InvalidRow]:
-    """The pairs of DeepFashion-MultiModal (Jiang et al. 2022, "Text2Human") that show men, or women.
+    """Iterate over the pairs of DeepFashion-MultiModal (Jiang et al. 2022, "Text2Human") that show men or women.
 
-    Expected in `source`: `images/`, `captions.json` (an object from file name to caption) and, if its columns are
-    wanted, `labels/` with `shape/shape_anno_all.txt`, `texture/fabric_ann.txt` and `texture/pattern_ann.txt` (lines of
-    a file name and numbers). The numbers' meaning is documented at https://github.com/yumingj/DeepFashion-MultiModal.
+    The meaning of the labels is documented at https://github.com/yumingj/DeepFashion-MultiModal. Layout:
 
-    Columns: gender, category, garment (the group), color (its number), view, and the labels as words, those that are
-    not visible left out.
+        SOURCE/images/MEN-Denim-id_00000080-01_7_additional.jpg
+        SOURCE/captions.json                        {"MEN-Denim-….jpg": "The man wears …", …}
+        SOURCE/labels/shape/shape_anno_all.txt      optional, as are the next two: a file name and numbers per line
+        SOURCE/labels/texture/fabric_ann.txt
+        SOURCE/labels/texture/pattern_ann.txt
+
+    The columns are gender, category, garment (the group), colour (its number), view, and the labels in words.
 
     Raises:
-        DataError: captions.json or images/ is not there or is not of this form.
+        DataError: captions.json or images/ is missing or has another format.
     """
     source = Path(source)
     captions = _captions(source / "captions.json")
     images = source / "images"
     if not images.is_dir():
-        raise DataError(f"{images}: there is no such folder; unpack the images of DeepFashion-MultiModal there")
+        raise DataError(f"{images}: there is no such folder. Unpack the images of DeepFashion-MultiModal there.")
     labels = _labels(source / "labels")
     for line, (name, text) in enumerate(captions.items(), start=1):
-        told = _NAME.fullmatch(Path(name).stem)
-        if told is None:
-            yield InvalidRow(line, name, "the name is not like MEN-Denim-id_00000080-01_7_additional.jpg")
+        parts = _NAME.fullmatch(Path(name).stem)
+        if parts is None:
+            yield InvalidRow(line, name, "the name does not have the form MEN-Denim-id_00000080-01_7_additional.jpg")
             continue
-        if told["gender"].lower() != gender:
+        if parts["gender"].lower() != gender:
             continue
-        picture = images / Path(name).name
+        image = images / Path(name).name
         if not isinstance(text, str) or not text.strip():
-            yield InvalidRow(line, name, "it has no caption")
-        elif not picture.is_file():
-            yield InvalidRow(line, name, "there is no such picture in images/")
+            yield InvalidRow(line, name, "the caption is missing")
+        elif not image.is_file():
+            yield InvalidRow(line, name, "there is no such image in images/")
         else:
-            garment = f"{told['gender']}-{told['category']}-{told['garment']}"
-            columns = {"gender": gender, "category": told["category"], "garment": garment}
-            columns |= {"colour": told["colour"], "view": told["view"], **labels.get(picture.name, {})}
-            yield Pair(picture.stem, garment, picture, text.strip(), columns, line)
+            garment = f"{parts['gender']}-{parts['category']}-{parts['garment']}"
+            columns = {"gender": gender, "category": parts["category"], "garment": garment}
+            columns |= {"colour": parts["color"], "view": parts["view"], **labels.get(image.name, {})}
+            yield Pair(image.stem, garment, image, text.strip(), columns, line)
 
 
 def _captions(file: Path) -> dict[str, Any]:
@@ -215,33 +243,33 @@ def _captions(file: Path) -> dict[str, Any]:
         captions = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(
-            f"{file}: there is no such file; it is DeepFashion-MultiModal's textual descriptions"
+            f"{file}: there is no such file. It holds the textual descriptions of DeepFashion-MultiModal."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({error})") from error
+        raise DataError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(captions, dict):
         raise DataError(f"{file}: must hold an object from file name to caption, not {type(captions).__name__}")
     return captions
 
 
 def _labels(folder: Path) -> dict[str, dict[str, str]]:
-    """Of each picture the labels that are visible, by its file name."""
+    """Read the visible labels: file name -> column -> word."""
     found: dict[str, dict[str, str]] = {}
     for name, columns in _LABELS.items():
         file = folder / name
         if not file.is_file():
             continue
         for line, content in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            picture, *numbers = content.split()
-            words = found.setdefault(picture, {})
+            image, *numbers = content.split()
+            words = found.setdefault(image, {})
             try:
                 for (column, meanings), number in zip(columns.items(), numbers, strict=True):
                     if meaning := meanings[int(number)]:
                         words[column] = meaning
             except (ValueError, IndexError) as error:
                 raise DataError(
-                    f"{file}, line {line}: expected a file name and {len(columns)} numbers that stand for "
-                    f"{', '.join(columns)}, not {content!r}"
+                    f"{file}, line {line}: {content!r}. Expected a file name and {len(columns)} numbers for "
+                    f"{', '.join(columns)}."
                 ) from error
     return found
 
@@ -249,49 +277,52 @@ def _labels(folder: Path) -> dict[str, dict[str, str]]:
 # -------------------------------------------------------------------------------------------- M5Product
 
 _ANNOTATIONS = "*id_label.json"
-_CHUNK, _LONGEST_ENTRY = 1 << 20, 1 << 24  # characters
+_CHUNK, _MAX_ENTRY = 1 << 20, 1 << 24  # characters
 _OPENING, _COLON, _COMMA = re.compile(r"\s*\{\s*"), re.compile(r"\s*:\s*"), re.compile(r"\s*(,\s*|(?=\}))")
 
 
 def m5product(source: str | Path) -> Iterator[Pair | InvalidRow]:
-    """The pairs of M5Product (Dong et al. 2022, "M5Product: Self-harmonized Contrastive Learning").
+    """Iterate over the pairs of M5Product (Dong et al. 2022, "M5Product: Self-harmonized Contrastive Learning").
 
-    Expected in `source`: the annotations, `product1m_product5m_id_label.json` or another single file that ends so (an
-    object from product id to `title`, `label`, `url` and `pv`, the properties as `key#:#value#;#key#:#value`), read
-    piece by piece as they take gigabytes; and `images/` with the main picture as `ID.jpg` of those products that
-    are wanted, fetched from their `url` beforehand. The set is described at
-    https://xiaodongsuper.github.io/M5Product_dataset/, the annotations' keys by the programs that read them, of
-    https://github.com/Xiaodongsuper/M5Product_toolkit.
+    The dataset is described at https://xiaodongsuper.github.io/M5Product_dataset/, and the annotations in the programs
+    of https://github.com/Xiaodongsuper/M5Product_toolkit. Layout:
 
-    Titles are Chinese: the CLIP that is tuned must know it. Columns: label (the category), attributes (from name to the
-    list of its values).
+        SOURCE/product1m_product5m_id_label.json    or one other file *id_label.json, read in chunks (gigabytes)
+        SOURCE/images/ID.jpg                        the main images, downloaded from the `url` of each product
+
+        {"ID": {"title": "…", "label": "…", "url": "…", "pv": "name#:#value#;#name#:#value"}, …}
+
+    Only products with an image are converted. Titles are Chinese, so the CLIP that is tuned must support Chinese. The
+    columns are label (the category) and attributes (name -> list of values).
 
     Raises:
-        DataError: the annotations or images/ are not there or are not of this form.
+        DataError: the annotations or images/ are missing or have another format.
     """
     source = Path(source)
     whole = source / "product1m_product5m_id_label.json"
     files = [whole] if whole.is_file() else sorted(source.glob(_ANNOTATIONS))
     if len(files) != 1:
-        raise DataError(f"{source}: expected one file of annotations that ends in id_label.json, found {len(files)}")
+        raise DataError(f"{source}: found {len(files)} annotation files. Expected one file that ends in id_label.json.")
+    (annotations,) = files
     images = source / "images"
     if not images.is_dir():
-        raise DataError(f"{images}: there is no such folder; put each product's main picture there as ID.jpg")
-    pictures = {picture.stem: picture for picture in images.iterdir() if picture.suffix.lower() in IMAGE_SUFFIXES}
-    for line, (id, product) in enumerate(_entries(files[0]), start=1):
-        if id not in pictures:  # few will have fetched all six million
+        raise DataError(f"{images}: there is no such folder. Put the main image of each product there as ID.jpg.")
+    files_by_id = {image.stem: image for image in images.iterdir() if image.suffix.lower() in IMAGE_SUFFIXES}
+    for line, (id, product) in enumerate(read_members(annotations), start=1):
+        if id not in files_by_id:  # usually only some of the six million images are downloaded
             continue
-        picture = pictures.pop(id)
+        image = files_by_id.pop(id)
         if not isinstance(product, dict) or not isinstance(title := product.get("title"), str) or not title.strip():
-            yield InvalidRow(line, id, "it has no title")
+            yield InvalidRow(line, id, "the title is missing")
         else:
             columns = {"label": str(product.get("label", "")), "attributes": _properties(str(product.get("pv", "")))}
-            yield Pair(id, id, picture, title.strip(), columns, line)
-    for picture in pictures.values():
-        yield InvalidRow(0, picture.name, f"{files[0].name} has no such product")
+            yield Pair(id, id, image, title.strip(), columns, line)
+    for image in files_by_id.values():
+        yield InvalidRow(0, image.name, f"{annotations.name} has no such product")
 
 
 def _properties(pv: str) -> dict[str, list[str]]:
+    """Parse "name#:#value#;#name#:#value". A name can have several values."""
     found: dict[str, list[str]] = {}
     for item in pv.split("#;#"):
         name, separator, value = item.partition("#:#")
@@ -300,11 +331,19 @@ def _properties(pv: str) -> dict[str, list[str]]:
     return found
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Any]]:
-    """The members of the object that a JSON file holds, one at a time: the file may be larger than the memory."""
+def read_members(file: Path, chunk_size: int = _CHUNK) -> Iterator[tuple[str, Any]]:
+    """Iterate over the members of the JSON object in a file, which can be larger than the memory.
+
+    Args:
+        file: UTF-8.
+        chunk_size: characters to read at a time.
+
+    Raises:
+        DataError: the file is truncated or does not hold a JSON object.
+    """
     decode = json.JSONDecoder().raw_decode
     with file.open(encoding="utf-8") as stream:
-        text, place = stream.read(_CHUNK), 0
+        text, place = stream.read(chunk_size), 0
         opening = _OPENING.match(text)
         if opening is None:
             raise DataError(f"{file}: must hold a JSON object from product id to its annotation")
@@ -315,9 +354,9 @@ def _entries(file: Path) -> Iterator[tuple[str, Any]]:
                 value, end = decode(text, _after(_COLON, text, end))
                 end = _after(_COMMA, text, end)
             except (json.JSONDecodeError, RecursionError) as error:
-                more = stream.read(_CHUNK)  # the chunk may have ended within the entry
-                if not more or len(text) - place > _LONGEST_ENTRY:
-                    raise DataError(f"{file}: is cut short or is not JSON near {text[place : place + 60]!r}") from error
+                more = stream.read(chunk_size)  # the chunk may end within the member
+                if not more or len(text) - place > _MAX_ENTRY:
+                    raise DataError(f"{file}: truncated or not valid JSON near {text[place : place + 60]!r}") from error
                 text, place = (text[place:] + more).lstrip(), 0
                 continue
             yield str(key), value

@@ -1,7 +1,7 @@
-"""Product pictures drawn from outlines: soft light, cloth patterns, a shadow on a studio background.
+"""Rendering product images from outlines, with cloth patterns, soft light and a shadow on a studio background.
 
-Coordinates are fractions of the picture, x to the right and y down. A product is a list of parts painted back to front;
-a part is an outline with a paint: the product's own cloth (color and pattern), a shade of it, or a fixed material.
+Coordinates are fractions of the image, x to the right and y down. A product is a list of parts, rendered back to front.
+A part is an outline with a paint: the cloth of the product (color and pattern), a darker shade of it, or a material.
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ MATERIALS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """An outline and its paint: "cloth", "shade" (the cloth's color, darker, without pattern) or a material's name."""
+    """One part of a product.
+
+    Attributes:
+        outline: a closed polygon.
+        paint: "cloth", "shade" (the color of the cloth, darker and without pattern) or a key of `MATERIALS`.
+        relief: how strongly the light shows its shape; 0 is flat.
+    """
 
     outline: Points
     paint: str = "cloth"
@@ -59,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the product stands: shift in fractions of the picture, turn in radians, and scale."""
+    """The position of a product: shift in fractions of the image, rotation in radians, and scale."""
 
     dx: float = 0.0
     dy: float = 0.0
@@ -71,28 +77,28 @@ class Pose:
 
 
 def curve(points: Points, steps: int = 8) -> Points:
-    """A closed Catmull-Rom spline through `points`; a point given twice is a corner."""
+    """A closed Catmull-Rom spline through `points`. A repeated point is a corner."""
     p = np.asarray(points, dtype=np.float64)
     before, after, beyond = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
     t = np.linspace(0, 1, steps, endpoint=False)[None, :, None]
     a, b, c, d = (q[:, None] for q in (before, p, after, beyond))
     spline = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
-    spline = spline[(p != after).any(axis=1)]  # between a corner's two copies the spline would make a loop
+    spline = spline[(p != after).any(axis=1)]  # between the two copies of a corner, the spline would make a loop
     return [(float(x), float(y)) for x, y in spline.reshape(-1, 2)]
 
 
 def mirrored(half: Points) -> Points:
-    """The outline whose right half, from top to bottom, is `half` as (distance from the middle, y)."""
+    """The symmetric outline with the right half `half`: (distance from the center, y), from top to bottom."""
     return [(0.5 + x, y) for x, y in half] + [(0.5 - x, y) for x, y in reversed(half)]
 
 
 def flipped(points: Points) -> Points:
-    """The outline seen in a mirror that stands in the middle of the picture."""
+    """The outline mirrored at the vertical center line of the image."""
     return [(1 - x, y) for x, y in points]
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, n: int = 28) -> Points:
-    """An ellipse about (x, y)."""
+    """An ellipse around (x, y)."""
     angle = np.linspace(0, 2 * np.pi, n, endpoint=False)
     return [(float(x + rx * c), float(y + ry * s)) for c, s in zip(np.cos(angle), np.sin(angle), strict=True)]
 
@@ -103,7 +109,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> Points:
 
 
 def band(points: Sequence[tuple[float, float]], width: float) -> Points:
-    """A ribbon of `width` along a path."""
+    """A band of `width` along a path."""
     p = np.asarray(points, dtype=np.float64)
     along = np.gradient(p, axis=0)
     along /= np.linalg.norm(along, axis=1, keepdims=True)
@@ -112,13 +118,13 @@ def band(points: Sequence[tuple[float, float]], width: float) -> Points:
 
 
 def arc(x: float, y: float, rx: float, ry: float, start: float, stop: float, n: int = 16) -> Points:
-    """A piece of an ellipse, angles in degrees, clockwise from the right."""
+    """An arc of an ellipse. Angles are in degrees, clockwise from the right."""
     angle = np.radians(np.linspace(start, stop, n))
     return [(float(x + rx * np.cos(a)), float(y + ry * np.sin(a))) for a in angle]
 
 
 # ---------------------------------------------------------------------------------------------------- garments
-# `wide` and `long` run from 0 to 1: slim to loose and short to long, or slim to wide and low to tall.
+# `wide` and `long` are from 0 to 1: slim to loose and short to long, or slim to wide and low to tall.
 
 
 def _torso(wide: float, long: float, *, flare: float = 0.0, neck: float = 0.07) -> tuple[Points, float, float]:
@@ -130,7 +136,7 @@ def _torso(wide: float, long: float, *, flare: float = 0.0, neck: float = 0.07) 
 
 
 def _sleeves(half: float, end: float, *, cuff: float = 0.055, spread: float = 0.0) -> list[Part]:
-    """Two sleeves, hanging from the shoulders to the height `end`."""
+    """Two sleeves from the shoulders down to y = `end`."""
     out = half + 0.095 + 0.16 * (end - 0.35) + spread
     arm = [
         (0.5 + half - 0.02, 0.19),
@@ -456,7 +462,7 @@ def teapot(wide: float, long: float) -> list[Part]:
 
 
 def curve_through(points: Points, n: int = 12) -> Points:
-    """A quadratic Bézier curve from the first to the last of three points, pulled by the middle one."""
+    """A quadratic Bézier curve with three control points."""
     a, b, c = (np.asarray(p) for p in points)
     t = np.linspace(0, 1, n)[:, None]
     return [(float(x), float(y)) for x, y in (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c]
@@ -490,17 +496,17 @@ SHAPES: dict[str, Callable[[float, float], list[Part]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- painting
+# ---------------------------------------------------------------------------------------------------- rendering
 
 
 def _weave(pattern: str, x: Floats, y: Floats, pixel: float) -> Floats:
-    """How much of the second color shows at each place, from 0 to 1, with edges about a pixel soft.
+    """The share of the second color at each position, from 0 to 1, with soft edges of about a pixel.
 
-    About a quarter to a third of the cloth takes the second color, so that the first stays the main one.
+    The second color covers about a quarter to a third of the cloth, so that the first color stays the main one.
     """
 
     def stripes(u: Floats, period: float, share: float) -> Floats:
-        distance = np.abs((u / period) % 1.0 - 0.5) * period  # to the middle of the stripe
+        distance = np.abs((u / period) % 1.0 - 0.5) * period  # to the center of the stripe
         return soft(share * period / 2 - distance)
 
     def soft(inside: Floats) -> Floats:
@@ -534,10 +540,10 @@ def _mask(outline: Points, pose: Pose, side: int) -> tuple[Image.Image, tuple[in
     return mask, mask.getbbox() or (0, 0, 1, 1)
 
 
-def paint(
+def render_product(
     type: str,
-    colour: str,
-    colour2: str | None,
+    color: str,
+    second_color: str | None,
     pattern: str,
     *,
     wide: float,
@@ -548,31 +554,32 @@ def paint(
     tint: tuple[float, float, float] = (1.0, 1.0, 1.0),
     size: int = 64,
 ) -> Image.Image:
-    """Paint one product.
+    """Render one product.
 
     Args:
         type: a key of `SHAPES`.
-        color, color2: keys of `COLORS`; `color2` is the pattern's color and unused when the cloth is solid.
+        color: a key of `COLORS`.
+        second_color: a key of `COLORS`, the color of the pattern. Unused if the pattern is "solid".
         pattern: "solid", "striped", "diagonal", "checked" or "dotted".
         wide, long: the cut, from 0 (slim, short) to 1 (loose, long).
         background: a key of `BACKGROUNDS`.
-        pose: shift, turn and scale.
-        light: where the light comes from, from 0 (left) to 1 (right).
-        tint: factors on the red, green and blue of the cloth: no two dyes are the same.
-        size: side of the square picture in pixels.
+        pose: position, rotation and scale.
+        light: the position of the light, from 0 (left) to 1 (right).
+        tint: factors on the red, green and blue of the cloth, because dyes differ.
+        size: width and height in pixels.
 
     Returns:
         An RGB image.
     """
-    side = size * (3 if size <= 128 else 2)  # supersampled; box filtering below is the anti-aliasing
+    side = size * (3 if size <= 128 else 2)  # supersampling; the box filter at the end is the anti-aliasing
     v, u = np.meshgrid(*[(np.arange(side, dtype=np.float32) + 0.5) / side] * 2, indexing="ij")
 
-    # 1. The studio: a soft gradient, brighter where the light is, and a floor
+    # 1. The studio: a soft gradient that is brighter near the light
     wall = np.asarray(BACKGROUNDS[background], np.float32)
     glow = 1.03 - 0.10 * np.hypot(u - light, v - 0.3)[..., None]
     canvas = wall * glow.astype(np.float32)
 
-    # 2. The product's parts, and the shadow that they cast together
+    # 2. The parts of the product, and their common shadow
     parts = SHAPES[type](wide, long)
     masks = [_mask(part.outline, pose, side) for part in parts]
     silhouette = Image.new("L", (side, side))
@@ -584,34 +591,34 @@ def paint(
     cast.paste(shadow, offset)
     canvas *= 1.0 - 0.30 * (np.asarray(cast, np.float32) / 255)[..., None]
 
-    # 3. The cloth, in the product's own turned coordinates
+    # 3. The cloth, in the rotated coordinates of the product
     c, s = np.cos(-pose.turn), np.sin(-pose.turn)
     du, dv = (u - 0.5 - pose.dx) / pose.scale, (v - 0.5 - pose.dy) / pose.scale
     x, y = (du * c - dv * s).astype(np.float32) + 0.5, (du * s + dv * c).astype(np.float32) + 0.5
-    base = np.asarray(COLORS[colour], np.float32) * np.asarray(tint, np.float32)
+    base = np.asarray(COLORS[color], np.float32) * np.asarray(tint, np.float32)
     cloth = np.broadcast_to(base, (side, side, 3))
-    if pattern != "solid" and colour2 is not None:
+    if pattern != "solid" and second_color is not None:
         second = _weave(pattern, x, y, 1.5 / size)[..., None]
-        cloth = cloth * (1 - second) + np.asarray(COLORS[colour2], np.float32) * second
+        cloth = cloth * (1 - second) + np.asarray(COLORS[second_color], np.float32) * second
 
-    # 4. Back to front: each part is lit as a soft relief, its blurred mask being its height
+    # 4. Back to front: each part is lit as a soft relief whose height is its blurred mask
     for part, (mask, (left, top, right, bottom)) in zip(parts, masks, strict=True):
         area = np.s_[top:bottom, left:right]
         alpha = np.asarray(mask, np.float32)[area][..., None] / 255
         match part.paint:
             case "cloth":
-                colours = cloth[area]
+                pixels = cloth[area]
             case "shade":
-                colours = np.broadcast_to(base * 0.72 + 6, (*alpha.shape[:2], 3))
+                pixels = np.broadcast_to(base * 0.72 + 6, (*alpha.shape[:2], 3))
             case material:
-                colours = np.broadcast_to(np.asarray(MATERIALS[material], np.float32), (*alpha.shape[:2], 3))
+                pixels = np.broadcast_to(np.asarray(MATERIALS[material], np.float32), (*alpha.shape[:2], 3))
         lit: Any = 1.0
         if part.relief:
             height = np.asarray(mask.filter(ImageFilter.GaussianBlur(side * 0.035)), np.float32) / 255
             slope_y, slope_x = np.gradient(height, 1 / side)
             toward = (0.5 - light) * 1.2 * slope_x + 0.6 * slope_y
             lit = (0.80 + 0.24 * height + 0.018 * part.relief * toward)[area][..., None]
-        canvas[area] = canvas[area] * (1 - alpha) + np.clip(colours * lit, 0, 255) * alpha
+        canvas[area] = canvas[area] * (1 - alpha) + np.clip(pixels * lit, 0, 255) * alpha
 
     big: Any = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
     return Image.fromarray(big).resize((size, size), Image.Resampling.BOX)

@@ -1,4 +1,4 @@
-"""The way to pyarrow, which only those need who keep tables or archives in parquet."""
+"""Opening parquet files. pyarrow is an optional dependency and is imported on first use."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["open_parquet", "pyarrow_parquet"]
 
 
 def pyarrow_parquet(purpose: str) -> Any:
-    """The module `pyarrow.parquet`. Raises DataError, which names the extra that brings it."""
+    """Return the module `pyarrow.parquet`. Raises DataError if pyarrow is not installed."""
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{purpose}: parquet needs pyarrow: pip install 'unidiff-sdk[parquet]'") from error
+        raise DataError(f"{purpose}: parquet needs pyarrow. Run: pip install 'unidiff-sdk[parquet]'") from error
     return pyarrow.parquet
 
 
 def open_parquet(path: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`. Raises DataError if it cannot be read."""
+    """Open a `pyarrow.parquet.ParquetFile`. Raises DataError if the file cannot be read."""
     parquet = pyarrow_parquet(str(path))
     import pyarrow
 

@@ -1,8 +1,21 @@
-"""Read a catalog: images with captions and columns, from a folder with a table or from webdataset shards.
+"""Read a dataset: images with captions and columns, from a folder with a metadata table or from webdataset shards.
 
-The folder's convention is Hugging Face's `imagefolder`: `metadata.jsonl`, `metadata.csv` or `metadata.parquet`, in
-which `file_name` is the image's path inside the folder and `text` its caption; every other column is payload. A folder
-of `.tar` files without such a table, or one `.tar`, is read as shards (`datasets.shards`).
+The folder follows the `imagefolder` convention of Hugging Face:
+
+    products/
+        metadata.jsonl          or metadata.csv, or metadata.parquet
+        boots.png
+        shirts/0001.jpg
+
+    {"file_name": "boots.png", "text": "red leather boots", "price": 79.0, "tags": ["new", "sale"]}
+    {"file_name": "shirts/0001.jpg", "text": "a striped shirt", "id": "S-1", "price": 25}
+
+`file_name` is the path of the image in the folder and `text` its caption. Both are required. `id` is optional. Every
+other column becomes payload. Null, NaN and empty csv cells are left out. A csv column becomes numeric or boolean only
+if all of its cells are, so an article number such as 00123 stays a string. Files are UTF-8.
+
+The table can also be a file of any name (`spring.csv`) with its images in another folder. A folder of `.tar` files
+without a table, or a single `.tar`, is read as webdataset shards (`shards` has their format).
 """
 
 from __future__ import annotations
@@ -31,31 +44,45 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One product: an image that exists inside the folder or a shard of it, its caption, its other columns."""
+    """One valid row of a dataset.
+
+    Attributes:
+        source: the image: an existing file in the folder, or a member of a shard.
+        text: the caption.
+        payload: the other columns.
+        line: the line in the table, from 1 (the header of a csv is line 1), or the number of the sample in the shards.
+    """
 
     source: Path | Member
     text: str
     payload: dict[str, Any] = field(default_factory=dict)
-    line: int = 0  # in the metadata file, from 1; the header of a csv is line 1; of shards, the sample's number
+    line: int = 0
 
     @property
     def name(self) -> str:
-        """The image file's name, for messages."""
+        """The name of the image file, for messages."""
         return self.source.name
 
     def image(self) -> Path | bytes:
-        """What `load_image` takes: the file's path, or its bytes where it lies in a shard (may raise DataError)."""
+        """The image for `load_image`: a path, or bytes from a shard. Raises DataError if the shard cannot be read."""
         return self.source.read() if isinstance(self.source, Member) else self.source
 
 
 @dataclass(frozen=True)
 class InvalidRow:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used.
+
+    Attributes:
+        line: as `Row.line`.
+        file_name: the image, as far as it is known.
+        reason: what is wrong.
+        hides_later_rows: whether the rows after it could not be read either, because a shard is damaged.
+    """
 
     line: int
     file_name: str
     reason: str
-    hides_later_rows: bool = False  # it stands for all that would have followed
+    hides_later_rows: bool = False
 
     def __str__(self) -> str:
         return f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}"
@@ -68,28 +95,31 @@ def read_catalog(
     strict: bool = False,
     on_error: Callable[[InvalidRow], None] | None = None,
 ) -> Iterator[Row]:
-    """Read the rows of a catalog, one at a time and in order.
+    """Iterate over the valid rows of a dataset, in order.
 
     Args:
-        path: a folder that holds images and a metadata file, a folder of `.tar` shards, one shard, or a table by
-            itself: a `.jsonl`, `.csv` or `.parquet` file of any name.
-        images: the folder that the paths of a table start from, and must not lead out of. Default: the table's own.
-        strict: raise at the first bad row instead of passing it over.
-        on_error: called with each bad row; without it, bad rows are logged as warnings.
+        path: a folder with images and a metadata table, a folder of `.tar` shards, one shard, or a table (a `.jsonl`,
+            `.csv` or `.parquet` file of any name).
+        images: the folder that the paths in a table are relative to and must stay inside. Default: the folder of the
+            table.
+        strict: raise DataError at the first invalid row instead of skipping it.
+        on_error: called with each invalid row. By default, invalid rows are logged as warnings.
 
     Raises:
-        DataError: the folder or its metadata file is missing or unreadable; in strict mode, a bad row.
+        DataError: the folder or its table is missing or unreadable, or in strict mode a row is invalid.
     """
     metadata, shards = _find(path)
     where = metadata or Path(path)
     if images is not None and not (metadata and Path(images).is_dir()):
-        raise DataError(f"images={str(images)!r}: there is no such folder" if metadata else f"{path} is no table")
+        if metadata:
+            raise DataError(f"images={str(images)!r}: there is no such folder. Give the folder with the images.")
+        raise DataError(f"images= needs a table ({', '.join(TABLES)}), and {path} is not one. Omit images=.")
     rows = _read_metadata(metadata, Path(images or metadata.parent)) if metadata else _read_shards(shards)
-    return _checked(where, rows, strict, on_error or (lambda bad: _log.warning("%s, %s", where, bad)))
+    return _checked(where, rows, strict, on_error or (lambda invalid: _log.warning("%s, %s: skipped", where, invalid)))
 
 
 def count_rows(path: str | Path) -> int:
-    """How many rows a catalog has, good and bad. Raises DataError as `read_catalog` does."""
+    """Count the rows of a dataset, valid and invalid. Raises DataError as `read_catalog` does."""
     metadata, shards = _find(path)
     if metadata is None:
         return count_samples(shards)
@@ -99,14 +129,14 @@ def count_rows(path: str | Path) -> int:
 
 
 def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
-    """The metadata file, or without one the shards."""
+    """The table, or else the shards."""
     root = Path(path)
     if root.is_file() and root.suffix.lower() in TABLES:
         return root, []
     if not root.is_dir() and not find_shards(root):
         raise DataError(
-            f"{root}: there is no such folder, or table (.jsonl, .csv, .parquet). A catalog is a folder of images "
-            "with a metadata file, or of webdataset shards (.tar)."
+            f"{root}: there is no such folder or table ({', '.join(TABLES)}). Give a folder with images and a metadata "
+            "table, or with webdataset shards (.tar)."
         )
     for name in METADATA:
         if (root / name).is_file():
@@ -114,8 +144,8 @@ def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
     if shards := find_shards(root):
         return None, shards
     raise DataError(
-        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, and no .tar shards. Each row of the metadata "
-        'names an image and its caption: {"file_name": "boots.png", "text": "red leather boots", "price": 79.0}'
+        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, and no .tar shards. Add a metadata.jsonl with a "
+        'line for each image: {"file_name": "boots.png", "text": "red leather boots", "price": 79.0}'
     )
 
 
@@ -141,17 +171,17 @@ def _check(root: Path, line: int, columns: dict[str, Any]) -> Row | InvalidRow:
     text, payload = _text_and_payload(columns)
     name = payload.pop("file_name", None)
     if not isinstance(name, str) or not name.strip():
-        return InvalidRow(line, "", "it has no file_name")
+        return InvalidRow(line, "", "file_name is missing")
     if text is None:
-        return InvalidRow(line, name, "it has no caption (text)")
+        return InvalidRow(line, name, "the caption (text) is missing")
     try:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            return InvalidRow(line, name, "the path leads out of the catalog's folder")
+            return InvalidRow(line, name, "the path leads out of the folder of the images")
         if not path.is_file():
             return InvalidRow(line, name, "there is no such image file")
-    except (OSError, ValueError) as error:  # a name with a null byte, or too long for the file system
-        return InvalidRow(line, name[:80], f"this is not a path ({error})")
+    except (OSError, ValueError) as error:  # a name with a null byte, or one too long for the file system
+        return InvalidRow(line, name[:80], f"file_name is not a valid path ({error})")
     return Row(path, text, payload, line)
 
 
@@ -165,12 +195,12 @@ def _check_sample(number: int, sample: Sample) -> Row | InvalidRow:
     if sample.image is None:
         return InvalidRow(number, sample.name, sample.problem, sample.hides_later_rows)
     if text is None:
-        return InvalidRow(number, sample.name, "it has no caption (.txt, or text in its .json)")
+        return InvalidRow(number, sample.name, "the caption is missing (.txt, or text in the .json)")
     return Row(sample.image, text, payload, number)
 
 
 def _text_and_payload(columns: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The caption, None where there is none, and the other columns that are not missing."""
+    """The caption, or None, and the other columns that have a value."""
     payload = {key: value for key, value in columns.items() if not _is_missing(value)}
     text = payload.pop("text", None)
     return text.strip() or None if isinstance(text, str) else None, payload
@@ -181,7 +211,7 @@ def _is_missing(value: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ formats
-# Each yields (line, columns), or (line, what is wrong with it).
+# Each reader yields (line, columns), or (line, error message).
 
 _Rows = Iterator[tuple[int, dict[str, Any] | str]]
 
@@ -193,13 +223,13 @@ def _read_jsonl(path: Path) -> _Rows:
         try:
             columns = json.loads(content)
         except (json.JSONDecodeError, RecursionError) as error:
-            yield line, f"this is not JSON ({error})"
+            yield line, f"the line is not valid JSON ({error})"
             continue
-        yield line, columns if isinstance(columns, dict) else "this is not a JSON object"
+        yield line, columns if isinstance(columns, dict) else "the line is not a JSON object"
 
 
 def _read_csv(path: Path) -> _Rows:
-    """Two passes: a column is numeric or boolean only if all of its cells are."""
+    """Read twice: the first pass finds out which columns are numeric or boolean in all of their cells."""
     converters: dict[str, Callable[[str], Any]] = {}
     for _, cells in _read_cells(path):
         if isinstance(cells, dict):
@@ -220,7 +250,7 @@ def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
             if not cells:
                 continue
             if len(cells) != len(header):
-                yield reader.line_num, f"it has {len(cells)} cells where the header has {len(header)}"
+                yield reader.line_num, f"the row has {len(cells)} cells and the header has {len(header)}"
             else:
                 yield reader.line_num, {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
     except csv.Error as error:
@@ -232,7 +262,7 @@ def _to_bool(cell: str) -> bool:
 
 
 def _to_int(cell: str) -> int:
-    if str(int(cell)) != cell:  # an article number such as 00123 must not lose its zeros
+    if str(int(cell)) != cell:  # an article number such as 00123 must keep its zeros
         raise ValueError(cell)
     return int(cell)
 
@@ -248,7 +278,7 @@ _KINDS: tuple[Callable[[str], Any], ...] = (_to_bool, _to_int, _to_float, str)
 
 
 def _narrowest(cell: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The first kind, from `kind` on, that can hold this cell."""
+    """The first kind, starting at `kind`, that can represent the cell."""
     for candidate in _KINDS[_KINDS.index(kind) :]:
         try:
             candidate(cell)
@@ -271,7 +301,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             yield from enumerate(file, start=1)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+        raise DataError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -1,7 +1,13 @@
-"""Read webdataset shards: tar files in which consecutive members of one name, up to its first dot, are one sample.
+"""Read webdataset shards: uncompressed tar files in which files with the same name, up to its first dot, form a sample.
 
-`0001.jpg`, `0001.txt`, `0001.json` make a picture, its caption and its other columns. Nothing is unpacked: a picture is
-a place in its shard, and is read from there when it is wanted, in any order.
+    shop-000.tar
+        0001.jpg        the image: .jpg, .jpeg, .png or .webp
+        0001.txt        the caption; without it, "text" or "caption" in the .json
+        0001.json       the other columns: {"price": 79.0, "brand": "Acme"}
+        0002.jpg        the next sample
+
+The files of a sample must be consecutive. Other extensions are ignored. Nothing is unpacked: an image is a position in
+its shard and is read from there on demand, in any order.
 """
 
 from __future__ import annotations
@@ -20,12 +26,12 @@ __all__ = ["Member", "Sample", "count_samples", "find_shards", "read_shards"]
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION, COLUMNS = "txt", "json"
-LONGEST_TEXT = 1 << 20  # bytes of a caption or of columns; a shard may come from anyone
+MAX_TEXT_SIZE = 1 << 20  # bytes of a caption or of the columns, because a shard can come from an untrusted source
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a shard: `size` bytes from `offset` on."""
+    """A file in a shard: `size` bytes at `offset`."""
 
     shard: Path
     name: str
@@ -33,7 +39,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
-        """Its content. Raises DataError if the shard is gone or has become shorter."""
+        """Read the content. Raises DataError if the shard is missing or has become shorter."""
         try:
             with self.shard.open("rb") as file:
                 file.seek(self.offset)
@@ -41,23 +47,33 @@ class Member:
         except OSError as error:
             raise DataError(f"{self.shard}: cannot be read ({error.strerror})") from error
         if len(content) != self.size:
-            raise DataError(f"{self.shard}: was changed since it was opened; {self.name} is no longer in it")
+            raise DataError(
+                f"{self.shard}: the shard changed while it was read and no longer contains {self.name}. Read it again."
+            )
         return content
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a shard holds under one name: a picture and columns, of which `text` is the caption; or what is wrong."""
+    """One sample of a shard, valid or not.
+
+    Attributes:
+        name: the shard and the name of the sample.
+        image: the image; None if the sample is invalid.
+        columns: the columns; `text` is the caption.
+        problem: what is wrong with an invalid sample.
+        hides_later_rows: whether the rest of the shard could not be read.
+    """
 
     name: str
     image: Member | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
-    hides_later_rows: bool = False  # it stands for all that would have followed
+    hides_later_rows: bool = False
 
 
 def find_shards(path: str | Path) -> list[Path]:
-    """The shards at a path, in the order of their names: the file itself, or every .tar of a folder; none if none."""
+    """The shards at a path, sorted by name: the file itself, or every `.tar` in the folder."""
     path = Path(path)
     if path.suffix == ".tar" and path.is_file():
         return [path]
@@ -65,10 +81,9 @@ def find_shards(path: str | Path) -> list[Path]:
 
 
 def read_shards(shards: Sequence[Path]) -> Iterator[Sample]:
-    """The samples of each shard in order. What is broken is a sample with a `problem`; a damaged shard ends with one.
+    """Iterate over the samples of each shard in order.
 
-    Members with other endings than `.jpg`, `.jpeg`, `.png`, `.webp`, `.txt` and `.json` are passed over. The caption is
-    the `.txt`, else `text`, else `caption` in the `.json`.
+    An invalid sample has a `problem`. A damaged shard ends with such a sample, and the next shard follows.
 
     Raises:
         DataError: a shard is not an uncompressed tar file.
@@ -79,15 +94,14 @@ def read_shards(shards: Sequence[Path]) -> Iterator[Sample]:
                 yield from _samples(shard, tar)
         except tarfile.ReadError as error:
             raise DataError(
-                f"{shard}: is not a tar file that can be read in place ({error}). Shards are plain .tar: decompress "
-                "a .tar.gz first"
+                f"{shard}: not an uncompressed tar file ({error}). If it is a .tar.gz, decompress it first."
             ) from error
         except OSError as error:
             raise DataError(f"{shard}: cannot be read ({error.strerror})") from error
 
 
 def count_samples(shards: Sequence[Path]) -> int:
-    """How many samples the shards have, good and bad. Raises DataError as `read_shards` does."""
+    """Count the samples of the shards, valid and invalid. Raises DataError as `read_shards` does."""
     return sum(1 for _ in read_shards(shards))
 
 
@@ -96,18 +110,18 @@ def _samples(shard: Path, tar: tarfile.TarFile) -> Iterator[Sample]:
     for name, members in groupby(_members(tar, damage), key=lambda member: _split(member.name)[0]):
         yield _sample(shard, tar, f"{shard.name}/{name}", list(members))
     if damage:
-        problem = f"the shard is damaged, and what follows is lost ({damage[0]})"
+        problem = f"the shard is damaged and the rest of it is skipped ({damage[0]})"
         yield Sample(shard.name, problem=problem, hides_later_rows=True)
 
 
 def _members(tar: tarfile.TarFile, damage: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The regular files with a name and an ending, up to the end or to the first damage, which is noted."""
+    """The regular files with a name and an extension, up to the first damage, which is appended to `damage`."""
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # or it keeps every header that it has read
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header in memory
             if member.isfile() and not member.issparse() and all(_split(member.name)):
                 yield member
-        # At a header that makes no sense, tarfile ends as if the archive did.
+        # At an invalid header, tarfile stops as if the archive ended there.
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -119,30 +133,32 @@ def _members(tar: tarfile.TarFile, damage: list[str]) -> Iterator[tarfile.TarInf
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The sample's name and the ending, lower case; webdataset cuts the file's name at its first dot."""
+    """Split at the first dot of the file name: the name of the sample, and the extension in lower case."""
     folder, slash, file = name.rpartition("/")
-    stem, _, ending = file.partition(".")
-    return (f"{folder}{slash}{stem}", ending.lower()) if stem else ("", "")
+    stem, _, extension = file.partition(".")
+    return (f"{folder}{slash}{stem}", extension.lower()) if stem else ("", "")
 
 
 def _sample(shard: Path, tar: tarfile.TarFile, name: str, members: list[tarfile.TarInfo]) -> Sample:
-    by_ending = {_split(member.name)[1]: member for member in members}
-    images = [by_ending[ending] for ending in IMAGES if ending in by_ending]
+    by_extension = {_split(member.name)[1]: member for member in members}
+    images = [by_extension[extension] for extension in IMAGES if extension in by_extension]
     if len(images) != 1:
-        return Sample(name, problem=f"it has {len(images)} pictures ({', '.join(sorted(by_ending))}) instead of one")
+        return Sample(
+            name, problem=f"the sample has {len(images)} images instead of one ({', '.join(sorted(by_extension))})"
+        )
     columns: dict[str, Any] = {}
     try:
-        if COLUMNS in by_ending:
-            loaded: Any = json.loads(_text(tar, by_ending[COLUMNS]))
+        if COLUMNS in by_extension:
+            loaded: Any = json.loads(_text(tar, by_extension[COLUMNS]))
             if not isinstance(loaded, dict):
-                return Sample(name, problem="its .json is not a JSON object")
+                return Sample(name, problem="the .json is not a JSON object")
             columns = loaded
-        if CAPTION in by_ending:
-            columns["text"] = _text(tar, by_ending[CAPTION])
+        if CAPTION in by_extension:
+            columns["text"] = _text(tar, by_extension[CAPTION])
     except UnicodeDecodeError as error:
-        return Sample(name, problem=f"its text is not UTF-8 ({error})")
+        return Sample(name, problem=f"the text is not UTF-8 ({error})")
     except (json.JSONDecodeError, RecursionError) as error:
-        return Sample(name, problem=f"its .json is not JSON ({error})")
+        return Sample(name, problem=f"the .json is not valid JSON ({error})")
     except DataError as error:
         return Sample(name, problem=str(error))
     if "text" not in columns and "caption" in columns:
@@ -151,8 +167,8 @@ def _sample(shard: Path, tar: tarfile.TarFile, name: str, members: list[tarfile.
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    if member.size > LONGEST_TEXT:
-        raise DataError(f"{member.name} has {member.size:,} bytes, more than the {LONGEST_TEXT:,} of any caption")
+    if member.size > MAX_TEXT_SIZE:
+        raise DataError(f"{member.name} has {member.size:,} bytes; at most {MAX_TEXT_SIZE:,} are allowed")
     file = tar.extractfile(member)
     assert file is not None  # it is a regular file
     return file.read().decode("utf-8-sig")

@@ -1,7 +1,18 @@
-"""Three synthetic catalogs: rendered products with exact attributes, captions in varied wording, brand and price.
+"""Three synthetic catalogs: rendered products with exact attributes, varied captions, brands and prices.
 
-They mirror the kinds of data that UniDiff is about (men's and women's fashion, general goods) and are *synthetic*: no
-photograph and no real brand is in them. Every product follows from (catalog, split, seed, index) alone.
+    write_catalog("fashion-woman", "products", n=300)
+
+    products/images/fashion-woman-train-0-00000.png
+    products/metadata.jsonl
+
+    {"file_name": "images/fashion-woman-train-0-00000.png",
+     "text": "product picture: blue polka dot tank top with pink, cropped slim", "id": "fashion-woman-train-0-00000",
+     "type": "tank top", "colour": "blue", "colour2": "pink", "pattern": "dotted", "length": "short", "fit": "slim",
+     "background": "rose", "brand": "Maren", "price": 20.13, "catalog": "fashion-woman"}
+
+The catalogs are fashion-man, fashion-woman and ecommerce-product. They contain no photographs and no real brands. A
+product depends only on (catalog, split, seed, index). The columns and caption words are fixed, because the built-in
+model is trained on them.
 """
 
 from __future__ import annotations
@@ -9,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +29,7 @@ from PIL import Image
 
 from unidiff_sdk.errors import DataError, OptionError
 
-from .drawing import BACKGROUNDS, COLORS, Pose, paint
+from .drawing import BACKGROUNDS, COLORS, Pose, render_product
 
 SPLITS = ("train", "val", "test", "test-unseen")
 SIZES = (64, 512)
@@ -26,7 +37,7 @@ MAIN_COLORS = tuple(COLORS)[:10]
 SECOND_COLORS = ("white", "black", "yellow", "navy", "pink")
 PATTERNS = ("solid", "striped", "diagonal", "checked", "dotted")
 
-TYPES: dict[str, dict[str, float]] = {  # each type's usual price
+TYPES: dict[str, dict[str, float]] = {  # the median price of each type
     "fashion-man": {
         "t-shirt": 20, "shirt": 45, "sweater": 60, "hoodie": 55, "jacket": 120, "vest": 50, "trousers": 70,
         "shorts": 30,
@@ -46,7 +57,7 @@ _BRANDS = {
     "fashion-woman": ("Lumière Nine", "Maren", "Ottilie", "Sable & Fern", "Petra K", "Vellum"),
     "ecommerce-product": ("Hearthly", "Oakmoor", "Plain Goods", "Kilnworks", "Dovetail", "Ambit"),
 }
-# How a caption calls the two cuts; the columns bear the same names.
+# The two cuts: column -> the words in captions.
 _CUTS: dict[str, dict[str, tuple[str, str]]] = {
     "fashion-man": {"length": ("short", "long"), "fit": ("slim", "loose")},
     "fashion-woman": {"length": ("short", "long"), "fit": ("slim", "loose")},
@@ -62,8 +73,8 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     | _CUTS[name]
     for name in CATALOGS
 }
-"""What a caption tells, per catalog: column name -> the values that it takes. Two products are the same in meaning,
-and relevant to one another's captions, when they are equal in all of these."""
+"""The attributes that captions describe: catalog -> column -> values. Products that are equal in all of them have the
+same meaning, so each is relevant to the captions of the others."""
 
 _SYNONYMS = {
     "t-shirt": ("t-shirt", "tee"),
@@ -104,49 +115,57 @@ _NOUNS = {
     "checked": "checks",
     "dotted": "dots",
 }
-# {cuts} is "long slim", {cloth} "striped" or "plain", {second} "with white stripes" or "in one color", {tail} "with
-# white" or nothing.
+# {cuts} is "long slim", {cloth} is "striped" or "plain", {second} is "with white stripes" or "in one colour", {tail} is
+# "with white" or empty.
 _WORDINGS = (
-    "a {cuts} {colour} {type} {second}",
-    "{colour} {type}, {cuts}, {second}",
-    "a photo of a {cuts} {cloth} {colour} {type} {tail}",
-    "{cuts} {type} in {colour} {second}",
-    "product picture: {colour} {cloth} {type} {tail}, {cuts}",
-    "{type}, {colour} and {cuts}, {second}",
-    "this {type} is {colour}, {cuts}, {second}",
-    "new in: {cuts} {colour} {cloth} {type} {tail}",
-    "buy a {colour} {type} {second} in a {cuts} cut",
-    "{cloth} {type} in {colour} {tail}, {cuts}",
-    "our {cuts} {type}, coloured {colour}, {second}",
-    "a {cloth} {type}, {cuts}, mainly {colour} {tail}",
-    "{cuts} {type}, {colour} {cloth} {tail}",
-    "a {colour} {type} {second} on {background}, {cuts}",
-    "the {cuts} {type} shown here comes in {colour} {second}",
-    "{cuts} {cloth} {type} | {colour} {tail}",
+    "a {cuts} {color} {type} {second}",
+    "{color} {type}, {cuts}, {second}",
+    "a photo of a {cuts} {cloth} {color} {type} {tail}",
+    "{cuts} {type} in {color} {second}",
+    "product picture: {color} {cloth} {type} {tail}, {cuts}",
+    "{type}, {color} and {cuts}, {second}",
+    "this {type} is {color}, {cuts}, {second}",
+    "new in: {cuts} {color} {cloth} {type} {tail}",
+    "buy a {color} {type} {second} in a {cuts} cut",
+    "{cloth} {type} in {color} {tail}, {cuts}",
+    "our {cuts} {type}, coloured {color}, {second}",
+    "a {cloth} {type}, {cuts}, mainly {color} {tail}",
+    "{cuts} {type}, {color} {cloth} {tail}",
+    "a {color} {type} {second} on {background}, {cuts}",
+    "the {cuts} {type} shown here comes in {color} {second}",
+    "{cuts} {cloth} {type} | {color} {tail}",
 )
-# What people type into a search box: some of the attributes, in few words.
+# Search queries: some of the attributes in a few words.
 _BRIEF_WORDINGS = (
     "{type}",
-    "{colour} {type}",
-    "a {colour} {type}",
+    "{color} {type}",
+    "a {color} {type}",
     "{cloth} {type}",
-    "{colour} {cloth} {type}",
-    "a {cloth} {colour} {type}",
+    "{color} {cloth} {type}",
+    "a {cloth} {color} {type}",
     "{type} {second}",
-    "{colour} {type} {second}",
-    "{cuts} {colour} {type}",
+    "{color} {type} {second}",
+    "{cuts} {color} {type}",
     "{cuts} {type}",
 )
 
 
 @dataclass(frozen=True)
 class Product:
-    """One product of a synthetic catalog; `render` draws it.
+    """One product of a synthetic catalog. `render` makes its image.
 
     Attributes:
         id: unique over catalogs, splits and seeds.
-        attributes: column -> value, the columns of `ATTRIBUTES[catalog]` in their order.
-        cut: exact (wide, long) within the named cuts, each from 0 to 1.
+        catalog: the name of the catalog.
+        attributes: column -> value, in the order of `ATTRIBUTES[catalog]`.
+        caption: describes all attributes.
+        background: a key of `drawing.BACKGROUNDS`.
+        brand: a fictional brand.
+        price: a price around the median of the type.
+        cut: the exact width and length, each from 0 to 1.
+        pose: position, rotation and scale.
+        light: the position of the light, from 0 (left) to 1 (right).
+        tint: factors on the red, green and blue of the cloth.
     """
 
     id: str
@@ -162,9 +181,9 @@ class Product:
     tint: tuple[float, float, float]
 
     def row(self) -> dict[str, str | float]:
-        """The product as a metadata row without its `file_name`."""
-        told: dict[str, str | float] = {"text": self.caption, "id": self.id, **self.attributes}
-        return told | {
+        """The product as a row of metadata.jsonl, without `file_name`."""
+        columns: dict[str, str | float] = {"text": self.caption, "id": self.id, **self.attributes}
+        return columns | {
             "background": self.background,
             "brand": self.brand,
             "price": self.price,
@@ -173,50 +192,63 @@ class Product:
 
 
 def brief_caption(product: Product, seed: int = 0) -> tuple[str, frozenset[str]]:
-    """A few words that suit the product, as one would type them to find it, and the columns that they tell of.
+    """A short search query for a product.
 
-    Another product suits the same words if it is equal in those columns.
+    Args:
+        product: the product.
+        seed: selects the wording.
+
+    Returns:
+        The query, and the columns that it describes. Products that are equal in these columns match the query, too.
     """
     rng = np.random.default_rng([seed, *hashlib.sha256(product.id.encode()).digest()[:8]])
     wording = _BRIEF_WORDINGS[rng.integers(len(_BRIEF_WORDINGS))]
-    told = {"type": ("type",), "colour": ("colour",), "cloth": ("pattern",), "second": ("pattern", "colour2")}
-    told["cuts"] = tuple(_CUTS[product.catalog])
-    columns = frozenset(column for field in re.findall(r"{(\w+)}", wording) for column in told[field])
+    described = {"type": ("type",), "color": ("colour",), "cloth": ("pattern",), "second": ("pattern", "colour2")}
+    described["cuts"] = tuple(_CUTS[product.catalog])
+    columns = frozenset(column for field in re.findall(r"{(\w+)}", wording) for column in described[field])
     return _caption(product, _chooser(rng), wording), columns
 
 
 def products(name: str, n: int, seed: int = 0, split: str = "train") -> list[Product]:
-    """The first `n` products of a split.
+    """Return the first `n` products of a split.
 
-    Product i is the same whatever `n` is. Splits and seeds never share a random stream. The split "test-unseen" holds
-    only the one in eight combinations of (type, color, pattern) that the other splits never show.
+    Product i does not depend on `n`. Every split and seed has its own random stream.
+
+    Args:
+        name: fashion-man, fashion-woman or ecommerce-product.
+        n: the number of products, at least 1.
+        seed: at least 0.
+        split: train, val, test or test-unseen. test-unseen has only the combinations of type, color and pattern, one
+            in eight, that the other splits never contain.
 
     Raises:
-        OptionError: for an unknown catalog or split, or `n` < 1.
+        OptionError: the catalog or split does not exist, or a number is out of range.
     """
     if name not in CATALOGS:
-        raise OptionError(f"There is no synthetic catalog {name!r}; choose one of {', '.join(CATALOGS)}.")
+        raise OptionError(f"There is no synthetic catalog {name!r}. Choose one of {', '.join(CATALOGS)}.")
     if split not in SPLITS:
-        raise OptionError(f"There is no split {split!r}; choose one of {', '.join(SPLITS)}.")
+        raise OptionError(f"There is no split {split!r}. Choose one of {', '.join(SPLITS)}.")
     if n < 1 or seed < 0:
-        raise OptionError(f"A catalog needs n >= 1 and seed >= 0, not n={n} and seed={seed}.")
+        raise OptionError(f"n={n} and seed={seed}: a catalog needs n >= 1 and seed >= 0.")
     stream = [CATALOGS.index(name), SPLITS.index(split), seed]
-    return [_draw(name, split, f"{name}-{split}-{seed}-{i:05d}", np.random.default_rng([*stream, i])) for i in range(n)]
+    return [
+        _sample(name, split, f"{name}-{split}-{seed}-{i:05d}", np.random.default_rng([*stream, i])) for i in range(n)
+    ]
 
 
-def held_out(type: str, colour: str, pattern: str) -> bool:
-    """Whether a combination belongs to "test-unseen" alone: one in eight does, by a fixed hash."""
-    return hashlib.sha256(f"{type}/{colour}/{pattern}".encode()).digest()[0] % 8 == 0
+def held_out(type: str, color: str, pattern: str) -> bool:
+    """Whether a combination occurs only in the split test-unseen. A fixed hash selects one in eight."""
+    return hashlib.sha256(f"{type}/{color}/{pattern}".encode()).digest()[0] % 8 == 0
 
 
-def _draw(name: str, split: str, id: str, rng: np.random.Generator) -> Product:
+def _sample(name: str, split: str, id: str, rng: np.random.Generator) -> Product:
     choose = _chooser(rng)
     attributes = {column: choose(values) for column, values in ATTRIBUTES[name].items()}
     while held_out(attributes["type"], attributes["colour"], attributes["pattern"]) != (split == "test-unseen"):
         attributes |= {column: choose(ATTRIBUTES[name][column]) for column in ("type", "colour", "pattern")}
     if attributes["pattern"] == "solid":
         attributes["colour2"] = "none"
-    while attributes["pattern"] != "solid" and (attributes["colour2"] == "none" or _alike(attributes)):
+    while attributes["pattern"] != "solid" and (attributes["colour2"] == "none" or _too_similar(attributes)):
         attributes["colour2"] = choose(SECOND_COLORS)
     long_name, wide_name = _CUTS[name]
     background = choose(tuple(BACKGROUNDS))
@@ -248,8 +280,8 @@ def _chooser(rng: np.random.Generator) -> Callable[[tuple[str, ...]], str]:
     return lambda values: values[rng.integers(len(values))]
 
 
-def _alike(attributes: dict[str, str]) -> bool:
-    """Whether the pattern would be hard to tell from the cloth that it lies on."""
+def _too_similar(attributes: dict[str, str]) -> bool:
+    """Whether the two colors are too similar for a visible pattern."""
     return (attributes["colour"], attributes["colour2"]) in {
         ("black", "black"), ("black", "navy"), ("yellow", "yellow"), ("pink", "pink"), ("blue", "navy"),
         ("brown", "black"), ("brown", "navy"), ("purple", "navy"), ("orange", "yellow"), ("purple", "black"),
@@ -257,42 +289,46 @@ def _alike(attributes: dict[str, str]) -> bool:
 
 
 def _within(rng: np.random.Generator, high: bool) -> float:
-    # The middle third stays empty: what a caption calls long must be visibly longer than what it calls short.
+    # Nothing is in the middle, so that a "long" product is visibly longer than a "short" one.
     return float(rng.uniform(0.7, 1.0) if high else rng.uniform(0.0, 0.3))
 
 
 def _caption(product: Product, choose: Callable[[tuple[str, ...]], str], wording: str) -> str:
-    def say(value: str) -> str:
+    def synonym(value: str) -> str:
         return choose(_SYNONYMS.get(value, (value,)))
 
     attributes = product.attributes
-    cuts = [say(attributes[column]) for column in _CUTS[product.catalog]]
+    cuts = [synonym(attributes[column]) for column in _CUTS[product.catalog]]
     plain, second = attributes["pattern"] == "solid", attributes["colour2"]
-    told = wording.format(
+    text = wording.format(
         cuts=" ".join(cuts),
-        colour=say(attributes["colour"]),
-        type=say(attributes["type"]),
-        cloth=say(attributes["pattern"]),
+        color=synonym(attributes["colour"]),
+        type=synonym(attributes["type"]),
+        cloth=synonym(attributes["pattern"]),
         second=choose(("in one colour", "without pattern"))
         if plain
         else f"with {second} {_NOUNS[attributes['pattern']]}",
         tail="" if plain else f"with {second}",
         background=f"{product.background} ground",
     )
-    return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(told.split()).replace(" ,", ","))
+    return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(text.split()).replace(" ,", ","))
 
 
 def render(product: Product, size: int = 64) -> Image.Image:
-    """Draw a product as an RGB picture of `size` x `size` pixels, 64 to 512.
+    """Render the image of a product, RGB.
+
+    Args:
+        product: the product.
+        size: width and height in pixels, 64 to 512.
 
     Raises:
-        OptionError: for a size outside that range.
+        OptionError: the size is out of range.
     """
     if not SIZES[0] <= size <= SIZES[1]:
-        raise OptionError(f"A synthetic picture is {SIZES[0]} to {SIZES[1]} pixels wide, not {size}.")
+        raise OptionError(f"size={size}: a synthetic image has {SIZES[0]} to {SIZES[1]} pixels on each side.")
     attributes = product.attributes
     wide, long = product.cut
-    return paint(
+    return render_product(
         attributes["type"],
         attributes["colour"],
         attributes["colour2"] if attributes["colour2"] != "none" else None,
@@ -310,29 +346,31 @@ def render(product: Product, size: int = 64) -> Image.Image:
 def write_catalog(
     name: str, out: str | Path, n: int = 400, seed: int = 0, split: str = "train", size: int = 64
 ) -> Path:
-    """Write a catalog as an image folder: `images/*.png` and `metadata.jsonl` (`file_name`, `text` and the payload).
+    """Write a catalog as a folder of images with metadata.jsonl. The same arguments write the same bytes.
 
-    The same arguments give the same bytes. Returns the folder.
+    Args:
+        name, n, seed, split: as for `products`.
+        out: the folder.
+        size: width and height of the images in pixels, 64 to 512.
+
+    Returns:
+        The folder.
 
     Raises:
-        DataError: when the folder holds a catalog already.
-        OptionError: as `products` and `render`.
+        DataError: the folder already contains a catalog.
+        OptionError: an argument is out of range.
     """
     folder = Path(out)
     metadata = folder / "metadata.jsonl"
     if metadata.exists():
-        raise DataError(f"{folder} already holds a catalog (metadata.jsonl); choose a new folder or remove that one.")
+        raise DataError(f"{folder} already contains a catalog (metadata.jsonl). Choose another folder, or remove it.")
     chosen = products(name, n, seed, split)
-    render(chosen[0], size)  # a wrong size fails before anything is written
+    render(chosen[0], size)  # fails for an invalid size before anything is written
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = []
-    for file, product in _named(chosen):
+    for product in chosen:
+        file = f"images/{product.id}.png"
         render(product, size).save(folder / file)
         lines.append(json.dumps({"file_name": file} | product.row(), ensure_ascii=False))
     metadata.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
-
-
-def _named(chosen: list[Product]) -> Iterator[tuple[str, Product]]:
-    for product in chosen:
-        yield f"images/{product.id}.png", product
