@@ -43,7 +43,8 @@ def test_paths_are_found() -> None:
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_paths_exist(guide: str) -> None:
-    assert [path for path in sorted(paths_in(read(guide))) if not (ROOT / path).exists()] == []
+    gone = [path for path in sorted(paths_in(read(guide))) if not (ROOT / path).exists()]
+    assert not gone, f"{guide} names files that do not exist: {gone}"
 
 
 def test_the_layout_lists_existing_folders() -> None:
@@ -64,7 +65,8 @@ def test_each_step_of_a_recipe_names_files_and_symbols_in_them(title: str) -> No
         assert files, f"{title}: no file in the step {step!r}"
         source = "\n".join(read(file) for file in files)
         symbols = {code for code in _CODE.findall(step) if code.isidentifier()}
-        assert {symbol for symbol in symbols if not re.search(rf"\b{symbol}\b", source)} == set()
+        gone = {symbol for symbol in symbols if not re.search(rf"\b{symbol}\b", source)}
+        assert not gone, f"CONTRIBUTING.md, {title}: {gone} not in {files}"
     assert any(path.startswith("tests/") for path in paths_in(recipes()[title])), f"{title}: no test to write"
     assert any(path.startswith("docs/") for path in paths_in(recipes()[title])), f"{title}: nothing to document"
 
