@@ -1,4 +1,4 @@
-"""The catalog under asyncio: the same answers, an event loop that goes on, and what cancelling does."""
+"""The async variants of a catalog: same results, a responsive event loop, and cancellation."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import asyncio
 import contextvars
 import inspect
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.toy_bundle import make_toy_bundle
+from support.color_bundle import make_color_bundle
+from support.recorded import open_watched
 
-from unidiff_sdk import Catalog, OptionError, StoreError
+from unidiff_sdk import Bundle, Catalog, OptionError, StoreError
 from unidiff_sdk.catalog.aio import in_thread
-from unidiff_sdk.inference.encoder import Encoder
 
 pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
-PATIENCE = 30  # seconds until a blocked event loop is taken for one
+TIMEOUT = 30  # seconds after which an event loop counts as blocked
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_color_bundle(tmp_path_factory.mktemp("bundles") / "colors")
 
 
 def shade(n: int) -> Image.Image:
     return Image.new("RGB", (24, 24), (9 * n, 255 - 9 * n, 90))
 
 
-def test_every_twin_is_its_method(toy: Path) -> None:
+def test_async_variants_return_the_same_results(toy: Path) -> None:
     async def use() -> None:
         async with Catalog.aopen(":memory:", toy) as catalog:
             columns = [{"n": n, "kind": "even" if n % 2 == 0 else "odd"} for n in range(9)]
@@ -54,14 +59,14 @@ def test_every_twin_is_its_method(toy: Path) -> None:
         catalog = await Catalog.aopen(":memory:", toy)
         assert await catalog.acount() == 0
         await catalog.aclose()
-        with pytest.raises(StoreError, match="no catalog"):
+        with pytest.raises(StoreError, match="There is no catalog"):
             async with Catalog.aopen("nowhere", create=False):
                 pytest.fail("it is not there")
 
     asyncio.run(use())
 
 
-def test_twins_look_like_their_methods() -> None:
+def test_async_variants_have_the_signatures_of_their_methods() -> None:
     pairs = [
         (getattr(Catalog, name), getattr(Catalog, name[1:]))
         for name in dir(Catalog)
@@ -73,47 +78,47 @@ def test_twins_look_like_their_methods() -> None:
         assert awaited.__name__ == f"a{method.__name__}" and f"`{method.__name__}`" in awaited.__doc__
 
 
-ENCODING: dict[str, Callable[[Catalog, Path], Awaitable[Any]]] = {
-    "asearch": lambda catalog, folder: catalog.asearch(image=shade(1)),
-    "aadd": lambda catalog, folder: catalog.aadd(shade(99), ids="new"),
-    "aadd_folder": lambda catalog, folder: catalog.aadd_folder(folder),
-    "agenerate": lambda catalog, folder: catalog.agenerate("red", steps=2, seed=0),
-    "areindex": lambda catalog, folder: catalog.areindex(make_toy_bundle(folder.parent / "other", seed=1)),
+ENCODING: dict[str, Callable[[Catalog, Path, Bundle], Awaitable[Any]]] = {
+    "asearch": lambda catalog, folder, other: catalog.asearch(image=shade(1)),
+    "aadd": lambda catalog, folder, other: catalog.aadd(shade(99), ids="new"),
+    "aadd_folder": lambda catalog, folder, other: catalog.aadd_folder(folder),
+    "agenerate": lambda catalog, folder, other: catalog.agenerate("red", steps=2, seed=0),
+    "areindex": lambda catalog, folder, other: catalog.areindex(other),
 }
 
 
 @pytest.mark.parametrize("name", ENCODING)
-def test_the_loop_goes_on_meanwhile(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The encoder goes on only when the loop has ticked ten times since it was asked: blocked, it would never."""
+def test_event_loop_is_not_blocked(tmp_path: Path, colors: Path, name: str) -> None:
+    """The encoder waits until the event loop has run ten times, which a blocked loop never would."""
     (tmp_path / "products").mkdir()
     shade(8).save(tmp_path / "products" / "8.png")
     (tmp_path / "products" / "metadata.jsonl").write_text('{"file_name": "8.png", "text": "x"}\n')
-    asked, ticked = threading.Event(), threading.Event()
-    encode = Encoder.encode_pixels
+    encoding, ticked, watching = threading.Event(), threading.Event(), threading.Event()
 
-    def waits(self: Encoder, pixels: np.ndarray) -> np.ndarray:
-        asked.set()
-        assert ticked.wait(PATIENCE), "the event loop was blocked"
-        return encode(self, pixels)
+    def wait(graph: str, feeds: Mapping[str, np.ndarray]) -> None:
+        if graph == "image_encoder" and watching.is_set():
+            encoding.set()
+            assert ticked.wait(TIMEOUT), "the event loop was blocked"
 
     async def tick() -> None:
         since = 0
         while since < 10:
             await asyncio.sleep(0.001)
-            since += asked.is_set()
+            since += encoding.is_set()
         ticked.set()
 
     async def use() -> None:
-        async with Catalog(bundle=toy) as catalog:
+        other = open_watched(make_color_bundle(tmp_path / "other", variant=1), wait)
+        async with Catalog(bundle=open_watched(colors, wait)) as catalog:
             await catalog.aadd([shade(n) for n in range(3)])
-            monkeypatch.setattr(Encoder, "encode_pixels", waits)
-            await asyncio.gather(ENCODING[name](catalog, tmp_path / "products"), tick())
+            watching.set()
+            await asyncio.gather(ENCODING[name](catalog, tmp_path / "products", other), tick())
 
     asyncio.run(use())
-    assert asked.is_set() and ticked.is_set()
+    assert encoding.is_set() and ticked.is_set()
 
 
-def test_calls_at_the_same_time(toy: Path) -> None:
+def test_concurrent_calls_return_their_own_results(toy: Path) -> None:
     async def use() -> list[Any]:
         async with Catalog(bundle=toy) as catalog:
             await asyncio.gather(*(catalog.aadd(shade(n), ids=n, payloads={"n": n}) for n in range(24)))
@@ -123,14 +128,13 @@ def test_calls_at_the_same_time(toy: Path) -> None:
     assert asyncio.run(use()) == list(range(24))
 
 
-def test_a_cancelled_generation_stops_drawing(toy: Path) -> None:
-    began, steps = threading.Event(), list[int]()
+def test_cancelled_generation_stops(toy: Path) -> None:
+    steps: list[int] = []
 
     def callback(done: int, total: int) -> None:
         steps.append(done)
-        began.set()
         if done == 2:
-            assert cancelled.wait(PATIENCE)
+            assert cancelled.wait(TIMEOUT)
 
     async def use() -> None:
         async with Catalog(bundle=toy) as catalog:
@@ -141,14 +145,14 @@ def test_a_cancelled_generation_stops_drawing(toy: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             cancelled.set()
-            assert len(await catalog.agenerate("red boots", steps=2, seed=0)) == 1  # and the model is free again
+            assert len(await catalog.agenerate("red boots", steps=2, seed=0)) == 1  # the model is free again
 
     cancelled = threading.Event()
     asyncio.run(use())
     assert max(steps) <= 3
 
 
-def test_context_variables_come_along() -> None:
+def test_context_variables_are_passed_to_the_thread() -> None:
     request: contextvars.ContextVar[str] = contextvars.ContextVar("request")
 
     async def use() -> str:

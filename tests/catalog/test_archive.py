@@ -1,4 +1,4 @@
-"""A catalog in one parquet file: there and back over the back ends, refusals, and what a kill leaves."""
+"""Archives: export and restore over all back ends, damaged files, and killed processes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.local_qdrant import URL, use_local_qdrant
+from support.recorded import open_watched
 from support.toy_bundle import make_toy_bundle
 
-import unidiff_sdk.catalog.archive
-from unidiff_sdk import BundleError, Catalog, DataError, Hit, ImageError, StoreError
+from unidiff_sdk import Bundle, BundleError, Catalog, DataError, Hit, ImageError, StoreError
+from unidiff_sdk.catalog.archive import ROW_GROUP_BYTES
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.store.edge.store import EdgeStore
+from unidiff_sdk.store.images import ImageStore
 
-pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect", 'ignore:The bundle "toy" was trained')
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Payload indexes have no effect",
+    "ignore:Local mode performs exact",
+    'ignore:The bundle "toy" was trained',
+)
 
 
 def shade(n: int) -> Image.Image:
@@ -31,7 +39,7 @@ def shade(n: int) -> Image.Image:
 
 
 def fill(catalog: Catalog, tmp_path: Path) -> None:
-    """Items of every kind: of a folder, a reference, bytes, an array, twins, both kinds of ids, generated ones."""
+    """Items of every kind: from a folder, a reference, bytes, arrays, the same image twice, generated images."""
     folder = tmp_path / "products"
     folder.mkdir()
     for n in range(40):
@@ -42,7 +50,7 @@ def fill(catalog: Catalog, tmp_path: Path) -> None:
     shade(90).save(tmp_path / "outside.jpg", quality=90)
     nested: dict[str, Any] = {"size": {"cm": 3, "exact": 3.0}, "tags": ["größe", "💡"], "none": None, "sale": True}
     catalog.add(tmp_path / "outside.jpg", "referenced", "7", {"price": 1}, copy=False)
-    catalog.add((tmp_path / "outside.jpg").read_bytes(), "a twin in bytes", "twin", nested)
+    catalog.add((tmp_path / "outside.jpg").read_bytes(), "the same image as bytes", "copy", nested)
     catalog.add([np.asarray(shade(91)), shade(92)], ids=["array", -9])
     catalog.add(catalog.generate("red boots", n=2, seed=7, steps=2))
 
@@ -57,7 +65,11 @@ def pixels(hit: Hit) -> bytes:
 
 
 def vectors(catalog: Catalog) -> dict[str, list[float]]:
-    return {r.id: np.round(r.vector, 5).tolist() for batch in catalog._store.scroll() for r in batch}
+    file = catalog.folder / "vectors.parquet"
+    catalog.export(file)
+    table = pq.read_table(file)
+    file.unlink()
+    return {row["id"]: np.round(row["vector"], 5).tolist() for row in table.select(["id", "vector"]).to_pylist()}
 
 
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -70,52 +82,62 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The code of the server path, over qdrant-client's local mode."""
-    import qdrant_client
-
-    local = qdrant_client.QdrantClient(":memory:")
-    monkeypatch.setattr(local, "close", lambda: None)
-    monkeypatch.setattr(qdrant_client, "QdrantClient", lambda **_: local)
-    return {"location": "http://qdrant:6333", "images": tmp_path / "pictures"}
+    """The code for servers, over qdrant-client's local mode."""
+    use_local_qdrant(monkeypatch)
+    return {"location": URL, "images": tmp_path / "images"}
 
 
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A real server, where QDRANT_URL names one."""
+    """The server at QDRANT_URL, if set."""
     collection = f"restored-{uuid.uuid4()}"
-    return {"location": os.environ["QDRANT_URL"], "images": tmp_path / "pictures", "collection": collection}
+    return {"location": os.environ["QDRANT_URL"], "images": tmp_path / "images", "collection": collection}
 
 
 BACKENDS = [folder, memory, client] + ([server] if "QDRANT_URL" in os.environ else [])
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda make: make.__name__)
-def test_there_and_back(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Callable[..., dict[str, Any]]
+def test_restored_catalog_equals_the_exported_one(
+    catalog: Catalog, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Callable[..., dict[str, Any]]
 ) -> None:
     fill(catalog, tmp_path)
-    monkeypatch.setattr(unidiff_sdk.catalog.archive, "ROW_GROUP", 2000)
     assert catalog.export(tmp_path / "shop.parquet") == catalog.count() == 46
-    assert pq.ParquetFile(tmp_path / "shop.parquet").num_row_groups > 3
     place = backend(tmp_path, monkeypatch)
-    monkeypatch.setattr(Encoder, "encode_pixels", lambda *_: pytest.fail("a picture was encoded again"))
-    with Catalog.restore(tmp_path / "shop.parquet", **place) as restored:
+    runs: list[str] = []
+    bundle = open_watched(toy, lambda graph, feeds: runs.append(graph))
+    with Catalog.restore(tmp_path / "shop.parquet", bundle=bundle, **place) as restored:
         assert contents(restored) == contents(catalog)
         assert vectors(restored) == vectors(catalog)
         assert restored.bundle.fingerprint == catalog.bundle.fingerprint
         assert restored.count({"generated": True}) == 2
-        # The restored one stands alone, and is in step with where its items came from.
+        # It references no file, and is up to date with the folder that its items came from.
         assert all(hit.uri.startswith("images/") for hit in restored.browse(limit=100))
         report = restored.add_folder(tmp_path / "products", prune=True)
         assert (report.added, report.skipped, report.removed) == (0, 40, 0)
-        # A second time would mix two catalogs.
+        # Restoring twice would mix two catalogs.
         if place["location"] != ":memory:":
             with pytest.raises(StoreError, match=r"already|not empty"):
-                Catalog.restore(tmp_path / "shop.parquet", **place)
+                Catalog.restore(tmp_path / "shop.parquet", bundle=bundle, **place)
         assert restored.export(tmp_path / "again.parquet") == 46
+    assert runs == []  # no image was encoded again
     assert not list(tmp_path.glob(".*"))
 
 
-def test_other_tools_read_it(catalog: Catalog, tmp_path: Path) -> None:
+def test_export_limits_the_size_of_row_groups(catalog: Catalog, tmp_path: Path) -> None:
+    files = [tmp_path / f"{n}.bmp" for n in range(3)]
+    for n, file in enumerate(files):
+        shade(n).resize((2400, 2400)).save(file)
+    size = files[0].stat().st_size
+    assert size < ROW_GROUP_BYTES < 2 * size
+    catalog.add(files, copy=False)
+    assert catalog.export(tmp_path / "shop.parquet") == 3
+    metadata = pq.ParquetFile(tmp_path / "shop.parquet").metadata
+    assert [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)] == [2, 1]
+    with Catalog.restore(tmp_path / "shop.parquet") as restored:
+        assert contents(restored) == contents(catalog)
+
+
+def test_export_is_readable_by_other_tools(catalog: Catalog, tmp_path: Path) -> None:
     fill(catalog, tmp_path)
     assert catalog.export(tmp_path / "some.parquet", where={"price": {"lt": 1}}) == 4
     rows = pq.read_table(tmp_path / "some.parquet").to_pylist()
@@ -127,11 +149,11 @@ def test_other_tools_read_it(catalog: Catalog, tmp_path: Path) -> None:
     np.testing.assert_allclose(row["vector"], expected, atol=1e-6)
 
 
-def test_another_bundle(catalog: Catalog, tmp_path: Path) -> None:
+def test_restore_with_another_bundle_needs_reencode(catalog: Catalog, tmp_path: Path) -> None:
     fill(catalog, tmp_path)
     catalog.export(tmp_path / "shop.parquet")
     other = make_toy_bundle(tmp_path / "other", seed=1)
-    with pytest.raises(StoreError, match=r"another one.*reencode=True"):
+    with pytest.raises(StoreError, match=r"is another bundle.*reencode=True"):
         Catalog.restore(tmp_path / "shop.parquet", tmp_path / "new.catalog", other)
     assert not (tmp_path / "new.catalog").exists()
     with Catalog.restore(tmp_path / "shop.parquet", tmp_path / "new.catalog", other, reencode=True) as restored:
@@ -142,19 +164,19 @@ def test_another_bundle(catalog: Catalog, tmp_path: Path) -> None:
         assert restored.search(vector=encoded, limit=1)[0].score == pytest.approx(1, abs=1e-4)
 
 
-def test_a_bundle_that_has_moved(tmp_path: Path) -> None:
+def test_restore_with_a_moved_bundle(tmp_path: Path) -> None:
     bundle = make_toy_bundle(tmp_path / "bundle")
     with Catalog(bundle=bundle) as catalog:
         catalog.add(shade(1))
         catalog.export(tmp_path / "one.parquet")
     bundle.rename(tmp_path / "moved")
-    with pytest.raises(BundleError, match=r"is not at .*bundle: say where"):
+    with pytest.raises(BundleError, match=r"is not at .*bundle\. Give its new place"):
         Catalog.restore(tmp_path / "one.parquet")
     with Catalog.restore(tmp_path / "one.parquet", bundle=tmp_path / "moved") as restored:
         assert restored.count() == 1
 
 
-def test_nothing_is_lost_by_a_bad_export(catalog: Catalog, tmp_path: Path) -> None:
+def test_failed_export_keeps_the_previous_file(catalog: Catalog, tmp_path: Path) -> None:
     fill(catalog, tmp_path)
     file = tmp_path / "shop.parquet"
     catalog.export(file)
@@ -169,29 +191,37 @@ def test_nothing_is_lost_by_a_bad_export(catalog: Catalog, tmp_path: Path) -> No
     with pytest.raises(DataError, match="not a readable parquet"):
         catalog.export(tmp_path / "products" / "metadata.jsonl")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "foreign.parquet")
-    with pytest.raises(DataError, match=r"not what Catalog\.export writes"):
+    with pytest.raises(DataError, match=r"was not written by Catalog\.export"):
         catalog.export(tmp_path / "foreign.parquet")
     with pytest.raises(StoreError, match="cannot be written"):
         catalog.export(tmp_path / "products" / "0.png" / "shop.parquet")
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_items_that_go_while_they_are_exported(
-    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    catalog.add([shade(n) for n in range(9)], ids=list(range(9)))
-    original = unidiff_sdk.catalog.archive._original
-    changed: list[str] = []
+class InterferingImages(ImageStore):
+    """Calls a function before the path of an image is first requested."""
 
-    def interfered(path: Path, *arguments: Any) -> bytes:
-        if not changed:
-            changed.append("now")
+    interfere: Callable[[], Any] | None = None
+
+    def path(self, uri: str) -> Path:
+        if self.interfere is not None:
+            interfere, self.interfere = self.interfere, None
+            interfere()
+        return super().path(uri)
+
+
+def test_export_while_items_are_deleted_and_replaced(toy: Path, tmp_path: Path) -> None:
+    bundle, images = Bundle.open(toy), InterferingImages(tmp_path / "images")
+    with Catalog.from_parts(EdgeStore(tmp_path / "vectors", bundle.dim), images, bundle) as catalog:
+        catalog.add([shade(n) for n in range(9)], ids=list(range(9)))
+
+        def interfere() -> None:
             catalog.delete([1, 2, 3])
             catalog.add([shade(50), shade(51)], ids=[4, 5])
-        return original(path, *arguments)
 
-    monkeypatch.setattr(unidiff_sdk.catalog.archive, "_original", interfered)
-    catalog.export(tmp_path / "shop.parquet")
+        images.interfere = interfere
+        catalog.export(tmp_path / "shop.parquet")
+        assert images.interfere is None
     with Catalog.restore(tmp_path / "shop.parquet") as restored:
         assert {hit.id for hit in restored.browse()} >= {0, 4, 5, 6, 7, 8}
         assert restored.get(4).load_image().getpixel((0, 0)) == (100, 155, 90)
@@ -212,15 +242,15 @@ def change(file: Path, **columns: Callable[[list[Any]], list[Any]]) -> Path:
     [
         ({"vector": lambda rows: [[float("nan")] * 8, *rows[1:]]}, StoreError, "NaN or infinity"),
         ({"image": lambda rows: [rows[1], *rows[1:]]}, ImageError, "its hash differs"),
-        ({"image": lambda rows: [b"no picture", *rows[1:]]}, ImageError, "not an image"),
+        ({"image": lambda rows: [b"no image", *rows[1:]]}, ImageError, "not an image"),
         ({"sha256": lambda rows: ["../../../etc/passwd", *rows[1:]]}, ImageError, "its hash differs"),
-        ({"payload": lambda rows: ["[1]", *rows[1:]]}, DataError, "is no object of other columns"),
+        ({"payload": lambda rows: ["[1]", *rows[1:]]}, DataError, "is not an object of other columns"),
         ({"payload": lambda rows: ["{", *rows[1:]]}, DataError, "a row is damaged"),
-        ({"payload": lambda rows: ['{"_unidiff": {}}', *rows[1:]]}, DataError, "of other columns"),
+        ({"payload": lambda rows: ['{"_unidiff": {}}', *rows[1:]]}, DataError, "is not an object of other columns"),
         ({"id": lambda rows: ["seven", *rows[1:]]}, DataError, "a row is damaged"),
     ],
 )
-def test_a_damaged_file_leaves_nothing(
+def test_restore_of_a_damaged_file_leaves_nothing(
     catalog: Catalog, tmp_path: Path, columns: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     catalog.add([shade(n) for n in range(3)], ids=[0, 1, 2])
@@ -231,7 +261,7 @@ def test_a_damaged_file_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"shop.catalog", "shop.parquet"}
 
 
-def test_files_that_are_none(catalog: Catalog, tmp_path: Path) -> None:
+def test_restore_refuses_other_files(catalog: Catalog, tmp_path: Path) -> None:
     catalog.add(shade(1))
     file = tmp_path / "shop.parquet"
     catalog.export(file)
@@ -251,27 +281,27 @@ def test_files_that_are_none(catalog: Catalog, tmp_path: Path) -> None:
         Catalog.restore(tmp_path / "less.parquet")
 
 
-def test_a_kill_while_restoring_leaves_no_catalog(catalog: Catalog, tmp_path: Path) -> None:
+def test_killed_restore_leaves_no_catalog(catalog: Catalog, tmp_path: Path) -> None:
     catalog.add([shade(n) for n in range(100)])
     catalog.export(tmp_path / "shop.parquet")
     script = (
-        "import os, sys; from unidiff_sdk import Catalog; from unidiff_sdk.catalog.writer import Writer\n"
-        "commit, calls = Writer._commit, []\n"
-        "def dying(self, *rest):\n"
-        "    commit(self, *rest); calls.append(1)\n"
+        "import os, sys; from unidiff_sdk import Catalog; from unidiff_sdk.store.edge.store import EdgeStore\n"
+        "upsert, calls = EdgeStore.upsert, []\n"
+        "def upsert_and_die(self, records):\n"
+        "    upsert(self, records); calls.append(1)\n"
         "    if len(calls) == 2: os.kill(os.getpid(), 9)\n"
-        "Writer._commit = dying\n"
+        "EdgeStore.upsert = upsert_and_die\n"
         "Catalog.restore(*sys.argv[1:])"
     )
     argv = [sys.executable, "-c", script, str(tmp_path / "shop.parquet"), str(tmp_path / "new.catalog")]
     run = subprocess.run(argv, capture_output=True, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert not (tmp_path / "new.catalog").exists()
-    with pytest.raises(StoreError, match=r"\.new\.catalog\.restoring is there.*delete it"):
+    with pytest.raises(StoreError, match=r"\.new\.catalog\.restoring exists.*delete it"):
         Catalog.restore(tmp_path / "shop.parquet", tmp_path / "new.catalog")
 
 
-def test_without_pyarrow_the_extra_is_named(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_names_the_extra(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=r"pip install 'unidiff-sdk\[parquet\]'"):

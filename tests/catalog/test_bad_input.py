@@ -1,4 +1,4 @@
-"""What catalogs meet in the wild: pictures of every kind and none, endless captions, paths that lead astray."""
+"""Unusual and invalid input: image formats, captions, columns, arguments and paths."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.recorded import open_recorded, recorded
 
-from unidiff_sdk import Catalog, FilterError, ImageError, OptionError, StoreError
-from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk import Bundle, BundleError, Catalog, FilterError, ImageError, OptionError
+from unidiff_sdk.store.edge.store import EdgeStore
+from unidiff_sdk.store.images import ImageStore
 
 pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -35,21 +37,21 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def rotated() -> bytes:
-    """Stored lying on its side, with a note that it is to be turned a quarter clockwise."""
+    """Stored rotated, with an EXIF orientation of a quarter turn clockwise."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encoded(halves().rotate(90, expand=True), "JPEG", exif=exif, quality=95)
 
 
 def deep() -> bytes:
-    """16 bits a pixel: white above, black below."""
+    """16 bits per pixel: white above, black below."""
     grey = np.zeros((64, 32), np.uint16)
     grey[:32] = 65535
     return encoded(Image.fromarray(grey), "PNG")
 
 
 def bomb() -> bytes:
-    """A PNG of 120 bytes that says it is 50,000 pixels wide and high."""
+    """A PNG of 120 bytes whose header declares 50,000 x 50,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -72,7 +74,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[Any, Any]]] = {  # file -> its 
     "a jpeg.png": (lambda: encoded(halves(), "JPEG", quality=95), (RED, BLUE)),
     "größe 💡.webp": (lambda: encoded(halves(), "WEBP", lossless=True), (RED, BLUE)),
 }
-BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # file -> its bytes, what is said of it
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {  # file -> its bytes, the error message
     "bomb.png": (bomb, "too large to decode safely"),
     "cut.png": (lambda: encoded(halves(), "PNG")[:-40], "damaged or truncated"),
     "cut.jpg": (lambda: encoded(halves(), "JPEG")[:500], "damaged or truncated"),
@@ -87,18 +89,18 @@ def write(folder: Path, files: dict[str, bytes], **columns: Any) -> Path:
     rows = []
     for name, data in files.items():
         (folder / name).write_bytes(data)
-        rows.append({"file_name": name, "text": f"picture {name}", "id": name, **columns})
+        rows.append({"file_name": name, "text": f"image {name}", "id": name, **columns})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 @pytest.mark.parametrize("copy", [True, False])
-def test_every_picture_is_right_or_refused(catalog: Catalog, tmp_path: Path, copy: bool) -> None:
+def test_every_image_is_decoded_or_refused(catalog: Catalog, tmp_path: Path, copy: bool) -> None:
     files = {name: make() for name, (make, _) in (GOOD | BAD).items()}
     report = catalog.add_folder(write(tmp_path / "products", files), copy=copy)
-    assert {bad.file_name for bad in report.failed} == BAD.keys()
-    for bad in report.failed:
-        assert BAD[bad.file_name][1] in bad.reason and bad.file_name in bad.reason
+    assert {row.file_name for row in report.failed} == BAD.keys()
+    for row in report.failed:
+        assert BAD[row.file_name][1] in row.reason and row.file_name in row.reason
     assert report.added == catalog.count() == len(GOOD)
     for name, (_, (above, below)) in GOOD.items():
         hit = catalog.get(name)
@@ -107,13 +109,13 @@ def test_every_picture_is_right_or_refused(catalog: Catalog, tmp_path: Path, cop
             assert image.size == (32, 64)
             np.testing.assert_allclose(image.getpixel((16, 8)), above, atol=12)
             np.testing.assert_allclose(image.getpixel((16, 56)), below, atol=12)
-    # What is found by looks is found whatever its file format.
-    looks = {hit.id for hit in catalog.search(image=halves(), limit=len(GOOD) - 1)}
-    assert looks == GOOD.keys() - {"deep.png"}
+    # Search by image does not depend on the file format.
+    found = {hit.id for hit in catalog.search(image=halves(), limit=len(GOOD) - 1)}
+    assert found == GOOD.keys() - {"deep.png"}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_picture_as_a_query_or_alone(catalog: Catalog, name: str) -> None:
+def test_unusable_image_is_refused_by_add_and_search(catalog: Catalog, name: str) -> None:
     make, says = BAD[name]
     for call in (lambda: catalog.add(make()), lambda: catalog.search(image=make())):
         with pytest.raises(ImageError, match=says):
@@ -121,7 +123,7 @@ def test_a_bad_picture_as_a_query_or_alone(catalog: Catalog, name: str) -> None:
     assert catalog.count() == 0 and not list((catalog.folder).rglob("*.part"))
 
 
-def test_endless_and_strange_captions(catalog: Catalog, tmp_path: Path) -> None:
+def test_long_and_unusual_captions(catalog: Catalog, tmp_path: Path) -> None:
     captions = {
         "long": "größe 💡 " + "red linen dress " * 6500,
         "zero": "a\0b",
@@ -146,7 +148,7 @@ def test_endless_and_strange_captions(catalog: Catalog, tmp_path: Path) -> None:
     assert len(page._repr_html_()) < 10_000 and "<b>&amp;" not in page._repr_html_()
 
 
-def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) -> None:
+def test_columns_may_be_nested_32_levels_deep(tmp_path: Path, toy: Path) -> None:
     def nested(depth: int) -> Any:
         value: Any = "bottom"
         for level in range(depth):
@@ -156,11 +158,11 @@ def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) ->
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
         catalog.add(halves(), ids="deep", payloads={"column": nested(31)})
         for depth in (32, 3000):
-            with pytest.raises(OptionError, match="nested more than 32 deep"):
+            with pytest.raises(OptionError, match="nested more than 32 levels deep"):
                 catalog.add(halves(), payloads={"column": nested(depth)})
         endless: list[Any] = []
         endless.append(endless)
-        with pytest.raises(OptionError, match="nested more than 32 deep"):
+        with pytest.raises(OptionError, match="nested more than 32 levels deep"):
             catalog.add(halves(), payloads={"column": endless})
     with Catalog(tmp_path / "shop.catalog") as catalog:
         hit = catalog.get("deep")
@@ -184,18 +186,18 @@ def test_columns_may_be_nested_but_not_without_end(tmp_path: Path, toy: Path) ->
         (lambda c: c.delete(1.5), "1.5 is not an id"),
         (lambda c: c.generate(None), "prompt is None"),
         (lambda c: c.generate("x", seed="a"), "seed is 'a'"),
-        (lambda c: c.reindex(None), "needs the bundle"),
+        (lambda c: c.reindex(None), "needs a bundle: give a folder"),
     ],
 )
-def test_arguments_of_the_wrong_kind(catalog: Catalog, call: Callable[[Catalog], Any], says: str) -> None:
+def test_arguments_of_the_wrong_type_are_refused(catalog: Catalog, call: Callable[[Catalog], Any], says: str) -> None:
     catalog.add(halves(), ids="kept", payloads={"x": "y"})
     with pytest.raises((OptionError, FilterError), match=says):
         call(catalog)
     assert catalog.count() == 1
 
 
-def test_half_a_character_is_refused(catalog: Catalog, tmp_path: Path) -> None:
-    """JSON can say it, and neither UTF-8 nor the engine can hold it."""
+def test_unpaired_surrogates_are_refused(catalog: Catalog, tmp_path: Path) -> None:
+    """JSON can represent them; UTF-8 and the engine cannot."""
     half: Any = "half of a pair: \ud83d"
     for arguments in ({"texts": half}, {"ids": half}, {"payloads": {"a": [half]}}, {"payloads": {half: 1}}):
         with pytest.raises(OptionError, match="not valid Unicode"):
@@ -204,38 +206,47 @@ def test_half_a_character_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     rows = [{"file_name": "a.png", "text": half}, {"file_name": "b.png", "text": "b", "note": half}]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = catalog.add_folder(folder)
-    assert [bad.line for bad in report.failed] == [1, 2] and catalog.count() == 0
+    assert [row.line for row in report.failed] == [1, 2] and catalog.count() == 0
     for call in (lambda: catalog.search(half), lambda: catalog.get(half), lambda: catalog.delete(half)):
         with pytest.raises(OptionError, match="not valid Unicode"):
             call()
 
 
-def test_vectors_that_are_not_finite(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    catalog.add(halves(), ids="kept")
+def test_embeddings_that_are_not_finite_are_refused(toy: Path, tmp_path: Path) -> None:
+    bundle, images = Bundle.open(toy), ImageStore(tmp_path / "images")
+
+    def parts(bundle: Bundle) -> Catalog:
+        return Catalog.from_parts(EdgeStore(tmp_path / "vectors", bundle.dim), images, bundle)
+
+    with parts(bundle) as catalog:
+        catalog.add(halves(), ids="kept")
     for value in (np.nan, np.inf):
-        monkeypatch.setattr(
-            Encoder, "encode_pixels", lambda self, pixels, v=value: np.full((len(pixels), 8), v, np.float32)
-        )
-        with pytest.raises(StoreError, match="NaN or infinity"):
-            catalog.add(Image.new("RGB", (9, 9)), ids="lost")
-        with pytest.raises(StoreError, match="finite numbers"):
-            catalog.search(image=Image.new("RGB", (9, 9)))
-        with pytest.raises(OptionError, match="finite numbers"):
-            catalog.search(vector=[value] * 8)
-    assert catalog.count() == 1 and len(catalog.search("x")) == 1
+        overflowing = open_recorded(toy)
+        recorded(overflowing, "image_encoder").alter_outputs = lambda outputs, value=value: {
+            name: np.full_like(array, value) for name, array in outputs.items()
+        }
+        with parts(overflowing) as catalog:
+            for call in (lambda: catalog.add(halves(), ids="lost"), lambda: catalog.search(image=halves())):
+                with pytest.raises(BundleError, match="zero or not finite"):
+                    call()
+            with pytest.raises(OptionError, match="finite numbers"):
+                catalog.search(vector=[value] * 8)
+            assert catalog.count() == 1
+    with parts(bundle) as catalog:
+        assert catalog.count() == 1 and len(catalog.search("x")) == 1
 
 
 @pytest.mark.parametrize(
     "name", ["../secret.png", "/etc/hostname", "sub/../../secret.png", "link.png", "a\0b.png", "x" * 5000]
 )
-def test_metadata_does_not_lead_out_of_its_folder(catalog: Catalog, tmp_path: Path, name: str) -> None:
+def test_metadata_paths_must_not_leave_the_folder(catalog: Catalog, tmp_path: Path, name: str) -> None:
     halves().save(tmp_path / "secret.png")
     folder = write(tmp_path / "products", {"in.png": encoded(halves(), "PNG")})
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     rows = [{"file_name": name, "text": "out"}, {"file_name": "in.png", "text": "in", "id": "../../in"}]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = catalog.add_folder(folder)
-    assert [bad.line for bad in report.failed] == [1] and report.added == 1
+    assert [row.line for row in report.failed] == [1] and report.added == 1
     hit = catalog.get("../../in")
     assert hit and (catalog.folder / hit.uri).resolve().is_relative_to(catalog.folder.resolve())
     catalog.delete("../../in")

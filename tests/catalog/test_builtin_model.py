@@ -1,4 +1,4 @@
-"""The built-in model is what it is said to be: it finds, and it draws what it is asked for."""
+"""The built-in model: recall of captions and short queries, and attributes of generated images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def embedded(bundle: Bundle) -> tuple[Encoder, list, np.ndarray]:
     return encoder, shop, encoder.encode_images([render(product) for product in shop])
 
 
-def test_captions_find_combinations_that_training_never_showed(embedded: tuple) -> None:
+def test_captions_find_combinations_unseen_in_training(embedded: tuple) -> None:
     encoder, shop, images = embedded
     texts = encoder.encode_texts([product.caption for product in shop])
     meanings = np.array([hash(tuple(product.attributes.values())) for product in shop])
@@ -38,25 +38,25 @@ def test_captions_find_combinations_that_training_never_showed(embedded: tuple) 
     assert found[10] >= 0.95
 
 
-def test_a_few_words_find_what_they_tell_of(embedded: tuple) -> None:
-    """Of the first hits of the few words that a person types, nearly all are what was asked for."""
+def test_short_queries_find_what_they_describe(embedded: tuple) -> None:
+    """The first hits of short queries, as a person types them, match in nearly all cases."""
     encoder, shop, images = embedded
     briefs = [brief_caption(product, seed=1) for product in shop[:200]]
     best = (encoder.encode_texts([text for text, _ in briefs]) @ images.T).argmax(axis=1)
     right = [
-        all(shop[hit].attributes[column] == product.attributes[column] for column in told)
-        for hit, product, (_, told) in zip(best, shop, briefs, strict=False)
+        all(shop[hit].attributes[column] == product.attributes[column] for column in named)
+        for hit, product, (_, named) in zip(best, shop, briefs, strict=False)
     ]
     assert np.mean(right) >= 0.9
 
 
-def test_pictures_show_the_type_and_the_color_that_were_asked_for(bundle: Bundle) -> None:
-    asked = [p for name in CATALOGS for p in products(name, 12, seed=3, split="test-unseen")]
-    pictures = Generator(bundle).generate([p.caption for p in asked], seed=0)
-    seen = Judge.load().attributes(pictures)
+def test_generated_images_show_the_type_and_color_of_the_prompt(bundle: Bundle) -> None:
+    wanted = [p for name in CATALOGS for p in products(name, 12, seed=3, split="test-unseen")]
+    images = Generator(bundle).generate([p.caption for p in wanted], seed=0)
+    found = Judge.load().attributes(images)
     right = [
-        seen["type"][i] == p.attributes["type"] and seen["colour"][i] == p.attributes["colour"]
-        for i, p in enumerate(asked)
+        found["type"][i] == p.attributes["type"] and found["colour"][i] == p.attributes["colour"]
+        for i, p in enumerate(wanted)
     ]
     assert np.mean(right) >= 0.75  # of 36; over 200 it is in the README
 
@@ -65,7 +65,7 @@ def test_pictures_show_the_type_and_the_color_that_were_asked_for(bundle: Bundle
 def shop() -> Iterator[Catalog]:
     chosen = products("fashion-woman", 60)
     with Catalog() as catalog, warnings.catch_warnings():
-        warnings.simplefilter("error")  # a synthetic catalog is what the model knows: no warning
+        warnings.simplefilter("error")  # no warning for a synthetic catalog
         catalog.add(
             [render(p) for p in chosen],
             texts=[p.caption for p in chosen],
@@ -75,9 +75,9 @@ def shop() -> Iterator[Catalog]:
         yield catalog
 
 
-def test_the_nearest_item_of_a_drawn_product_is_told(shop: Catalog) -> None:
-    drawn = shop.generate("purple dotted boots", n=3, seed=7)
-    assert [p.score for p in drawn] == sorted((p.score for p in drawn), reverse=True)
-    assert all(p.nearest is not None and -1 <= p.nearest.score <= 1 for p in drawn)
+def test_generated_images_report_their_nearest_item(shop: Catalog) -> None:
+    generated = shop.generate("purple dotted boots", n=3, seed=7)
+    assert [p.score for p in generated] == sorted((p.score for p in generated), reverse=True)
+    assert all(p.nearest is not None and -1 <= p.nearest.score <= 1 for p in generated)
     again = shop.generate("purple dotted boots", n=3, seed=7)
-    assert [p.image.tobytes() for p in drawn] == [p.image.tobytes() for p in again]
+    assert [p.image.tobytes() for p in generated] == [p.image.tobytes() for p in again]

@@ -263,7 +263,7 @@ def test_export_and_restore(shop: Path, toy: Path) -> None:
     shirts = json.loads(run("export", new, file, "--where", '{"price": {"lt": 40}}', "--json").stdout)
     assert 0 < shirts["items"] < 12 and shirts["bytes"] == file.stat().st_size
     other = make_toy_bundle(shop / "other", seed=1)
-    refused(run("restore", file, shop / "more", "--bundle", other), "another one", "reencode")
+    refused(run("restore", file, shop / "more", "--bundle", other), "is another bundle", "reencode")
     again = json.loads(run("restore", file, shop / "more", "--bundle", other, "--reencode", "--json").stdout)
     assert again == {"items": shirts["items"]}
     refused(run("restore", file, new), "There is a catalog at")
@@ -313,7 +313,7 @@ def test_a_changed_bundle_is_told_and_nothing_is_lost(shop: Path, toy: Path) -> 
     bundle = Path(shutil.copytree(toy, shop / "bundle"))
     other = make_toy_bundle(shop / "other", seed=1)
     index = ("index", shop / "products", shop / "shop.catalog", "--bundle")
-    refused(run(*index, other), "another one", "reindex")
+    refused(run(*index, other), "is another bundle", "reindex")
     graph = bundle / "image_encoder" / "model.onnx"
     data = bytearray(graph.read_bytes())
     data[-1] ^= 1

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.toy_bundle import make_toy_bundle
+from support.recorded import open_watched
+from support.toy_bundle import DIM, make_toy_bundle
 
 from unidiff_sdk import Catalog, OptionError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.retrieval.query import MAX_IMAGINED
+from unidiff_sdk.store import Store
+from unidiff_sdk.store.edge.store import EdgeStore
+from unidiff_sdk.store.images import ImageStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:The bundle .toy. was trained")
 
@@ -22,34 +26,46 @@ TEXT = "red boots"
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return EdgeStore(tmp_path_factory.mktemp("shop") / "vectors", DIM)
+
+
+@pytest.fixture(scope="module")
+def all_runs() -> list[int]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory, store: Store, all_runs: list[int]) -> Iterator[Catalog]:
     colors = np.random.default_rng(0).integers(0, 256, (40, 3))
-    bundle = make_toy_bundle(tmp_path_factory.mktemp("toy") / "bundle")
-    with Catalog(":memory:", bundle) as catalog:
+    folder = tmp_path_factory.mktemp("toy")
+    bundle = open_watched(make_toy_bundle(folder / "bundle"), record_unet(all_runs))
+    with Catalog.from_parts(store, ImageStore(folder / "images"), bundle) as catalog:
         catalog.add([Image.new("RGB", (16, 16), tuple(map(int, c))) for c in colors], ids=list(range(40)))
         yield catalog
 
 
 @pytest.fixture
-def generated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
-    """The calls of the generator."""
-    calls: list[tuple[tuple[str, ...], dict[str, Any]]] = []
-    generate = Generator.generate
-
-    def recorded(self: Generator, prompts: Any, **options: Any) -> list[Image.Image]:
-        calls.append((tuple(prompts), options))
-        return generate(self, prompts, **options)
-
-    monkeypatch.setattr(Generator, "generate", recorded)
-    return calls
+def unet_runs(all_runs: list[int]) -> list[int]:
+    """The batch sizes of the UNet's runs in this test."""
+    all_runs.clear()
+    return all_runs
 
 
-def test_imagine_adds_z_scores_of_generated_images(shop: Catalog) -> None:
+def record_unet(runs: list[int]) -> Callable[[str, Mapping[str, np.ndarray]], None]:
+    def record(graph: str, feeds: Mapping[str, np.ndarray]) -> None:
+        if graph == "unet":
+            runs.append(len(feeds["sample"]))
+
+    return record
+
+
+def test_imagine_adds_z_scores_of_generated_images(shop: Catalog, store: Store) -> None:
     """The ranking is that of summed z-scores, each part standardized over all items."""
     images = Generator(shop.bundle).generate(TEXT, n=3, seed=0, steps=4)
     encoder = Encoder(shop.bundle)
-    items = np.array([record.vector for batch in shop._store.scroll() for record in batch])
-    ids = [record.payload["id"] for batch in shop._store.scroll() for record in batch]
+    records = [record for batch in store.scroll() for record in batch]
+    items, ids = np.array([record.vector for record in records]), [record.payload["id"] for record in records]
     embeddings, text = encoder.encode_images(images), encoder.encode_texts([TEXT])[0]
     agreement = np.exp(10 * embeddings @ text)  # the toy's logit scale
     direction = (agreement / agreement.sum()) @ embeddings
@@ -81,24 +97,26 @@ def test_imagine_is_deterministic(shop: Catalog) -> None:
     assert [hit.id for hit in one] != [hit.id for hit in shop.search(TEXT, limit=40)]
 
 
-def test_imagine_generates_once_per_search_in_few_steps(shop: Catalog, generated: list[Any], tmp_path: Path) -> None:
+def test_imagine_generates_once_per_search_in_few_steps(shop: Catalog, unet_runs: list[int], tmp_path: Path) -> None:
     first = shop.search(TEXT, imagine=2, limit=15)
     rest = shop.search(TEXT, imagine=2, limit=30, cursor=first.cursor)
-    assert generated == [((TEXT,), {"n": 2, "seed": 0, "steps": 4})]  # the bundle's own four
+    assert unet_runs == [4, 4, 4, 4]  # the four steps of the bundle, for two images with guidance
     assert sorted(hit.id for page in (first, rest) for hit in page) == list(range(40))
     with pytest.raises(OptionError, match="belongs to another search"):
         shop.search(TEXT, imagine=3, limit=15, cursor=first.cursor)
     sampler = {"name": "ddim", "steps": 25, "guidance_scale": 3.0, "prediction_type": "epsilon"}
-    with Catalog(":memory:", make_toy_bundle(tmp_path / "bundle", sampler=sampler)) as catalog:
+    slow: list[int] = []
+    bundle = open_watched(make_toy_bundle(tmp_path / "bundle", sampler=sampler), record_unet(slow))
+    with Catalog(":memory:", bundle) as catalog:
         catalog.add(Image.new("RGB", (16, 16)), ids="a")
         catalog.search(TEXT, imagine=1)
-    assert generated[1][1]["steps"] == 6
+    assert slow == [2] * 6  # not the 25 steps of the bundle
 
 
-def test_search_batch_generates_for_all_texts_at_once(shop: Catalog, generated: list[Any]) -> None:
+def test_search_batch_generates_for_all_texts_at_once(shop: Catalog, unet_runs: list[int]) -> None:
     queries: list[Any] = [{"text": TEXT, "imagine": 2}, "coat", {"text": "coat", "imagine": 2}]
     pages = shop.search_batch(queries, limit=40)
-    assert generated == [((TEXT, "coat"), {"n": 2, "seed": 0, "steps": 4})]
+    assert unet_runs == [8, 8, 8, 8]
     for query, page in zip(queries, pages, strict=True):
         alone = shop.search(**({"text": query} if isinstance(query, str) else query), limit=40)
         scores = {hit.id: hit.score for hit in alone}
@@ -117,8 +135,8 @@ def test_search_batch_generates_for_all_texts_at_once(shop: Catalog, generated: 
     ],
 )
 def test_imagine_refuses_invalid_arguments(
-    shop: Catalog, generated: list[Any], arguments: dict[str, Any], says: str
+    shop: Catalog, unet_runs: list[int], arguments: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(OptionError, match=says):
         shop.search(**arguments)
-    assert generated == []
+    assert unet_runs == []

@@ -56,3 +56,18 @@ def recorded(bundle: Bundle, graph: str) -> RecordedSession:
     session = bundle.session(graph)
     assert isinstance(session, RecordedSession)
     return session
+
+
+def open_watched(folder: Path, before_run: Callable[[str, Arrays], None]) -> Bundle:
+    """Open a bundle that calls `before_run(graph, feeds)` before each call of a graph: to count, delay or fail it."""
+
+    def watched_session(file: Path, **options: Any) -> RecordedSession:
+        def watch(feeds: Arrays) -> Arrays:
+            before_run(file.parent.name, feeds)
+            return feeds
+
+        session = recorded_session(file, **options)
+        session.alter_feeds = watch
+        return session
+
+    return Bundle(folder, Manifest.read(folder), session_factory=watched_session)

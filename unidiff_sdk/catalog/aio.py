@@ -1,4 +1,4 @@
-"""The methods of a catalog for asyncio: each runs in a thread, and the event loop goes on meanwhile."""
+"""Async variants of methods: each call runs in a thread, so the event loop is not blocked."""
 
 from __future__ import annotations
 
@@ -7,42 +7,63 @@ import threading
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from unidiff_sdk.errors import GenerationError
 
-__all__ = ["Opening", "cancellable", "in_thread", "twin"]
+__all__ = ["Opening", "Resource", "async_variant", "cancellable", "in_thread"]
 
-Self = TypeVar("Self")
+S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Not the event loop's own few threads: an application needs those, and reindexing may take hours. A thread is started
-# only when all others are busy; calls beyond these wait for their turn.
+# A pool of our own: the event loop's default pool has few threads, which the application needs, and a reindexing may
+# take hours. A thread starts only when all others are busy; calls beyond the limit are queued.
 _THREADS = 64
 _pool = ThreadPoolExecutor(_THREADS, "unidiff")
 
 
 async def in_thread(call: Callable[[], R]) -> R:
-    """What a call returns, made in a thread with the caller's context variables.
+    """Run a call in a thread with the caller's context variables, and return its result.
 
-    A task that is cancelled waits no longer; the call itself, once begun, goes on to its end.
+    Cancelling the task stops the waiting. A call that has started runs to its end.
     """
-    import asyncio  # 20 ms at the start of all who do not await
+    import asyncio  # 20 ms that synchronous applications do not pay at import
 
     context = contextvars.copy_context()
     return await asyncio.get_running_loop().run_in_executor(_pool, lambda: context.run(call))
 
 
-class _Closes(Protocol):
-    async def aclose(self) -> None: ...
+class Resource:
+    """An object to open and close: with `with`, `async with`, or `await`."""
+
+    def close(self) -> None:
+        """Release the resource."""
+        raise NotImplementedError
+
+    @classmethod
+    def aopen(cls: type[C], *args: Any, **kwargs: Any) -> Opening[C]:
+        """Open in a thread: `await Catalog.aopen(…)`, or `async with Catalog.aopen(…) as catalog`."""
+        return Opening(partial(cls, *args, **kwargs))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await in_thread(self.close)
 
 
-C = TypeVar("C", bound=_Closes)
+C = TypeVar("C", bound=Resource)
 
 
 class Opening(Generic[C]):
-    """Something that is opened in a thread: by `await`, or by `async with`, which also closes it."""
+    """Opens a resource in a thread: with `await`, or with `async with`, which also closes it."""
 
     def __init__(self, open: Callable[[], C]) -> None:
         self._open = open
@@ -55,37 +76,37 @@ class Opening(Generic[C]):
         return self._opened
 
     async def __aexit__(self, *exception: object) -> None:
-        await self._opened.aclose()
+        await in_thread(self._opened.close)
 
 
-def twin(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]:
-    """The same method for `await`, with the same arguments, result and errors."""
+def async_variant(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """The async variant of a method, with the same arguments, result and errors."""
 
     @wraps(method)
-    async def awaited(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def variant(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await in_thread(partial(method, self, *args, **kwargs))
 
-    awaited.__name__ = f"a{method.__name__}"
-    awaited.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{awaited.__name__}"
-    awaited.__doc__ = f"`{method.__name__}`, for `await`: the same arguments, result and errors."
-    return awaited
+    variant.__name__ = f"a{method.__name__}"
+    variant.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{variant.__name__}"
+    variant.__doc__ = f"The async variant of `{method.__name__}`, with the same arguments, result and errors."
+    return variant
 
 
 def cancellable(
-    method: Callable[Concatenate[Self, P], R],
-) -> Callable[Concatenate[Self, P], Coroutine[Any, Any, R]]:
-    """As `twin`, of a method that takes a `callback=` between its steps: cancelling the task ends the work, too."""
+    method: Callable[Concatenate[S, P], R],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """As `async_variant`, for a method with a `callback=`. Cancelling the task stops the work at the next callback."""
 
-    plain = twin(method)
+    plain = async_variant(method)
 
     @wraps(plain)
-    async def awaited(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def variant(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         given: Callable[..., None] | None = kwargs.pop("callback", None)  # type: ignore[assignment]
-        stopped = threading.Event()
+        cancelled = threading.Event()
 
         def callback(*progress: Any) -> None:
-            if stopped.is_set():
-                raise GenerationError("the task that waited for these pictures was cancelled")
+            if cancelled.is_set():
+                raise GenerationError("the task that awaited these images was cancelled")
             if given is not None:
                 given(*progress)
 
@@ -93,6 +114,6 @@ def cancellable(
         try:
             return await plain(self, *args, **kwargs)
         finally:
-            stopped.set()
+            cancelled.set()
 
-    return awaited
+    return variant

@@ -1,51 +1,65 @@
-"""A whole catalog in one parquet file, to keep, to move to another back end, or to read with other tools.
+"""Archives: a whole catalog in one parquet file, as a backup, for another back end, or for other tools.
 
-One row an item:
+One row per item:
 
-    id         string                   the caller's id, an integer as its digits
-    id_is_int  bool                     7 and "7" are two different ids
+    id         string                   the id; an integer as its digits
+    id_is_int  bool                     whether the id is an integer: 7 and "7" are different ids
     text       string                   the caption; null if there is none
-    payload    string                   the other columns, the marks of generated pictures too, as a JSON object
-    vector     fixed_size_list<float>   the embedding of the bundle that the file names
-    image      binary                   the original picture file, byte for byte, also where it was only referenced
-    sha256     string                   of its content, by which the catalog knows it
-    source     string                   the folder or table it was indexed from; null if it was added by hand
+    payload    string                   the other columns, including those of generated images, as a JSON object
+    vector     fixed_size_list<float>   the embedding by the bundle that the metadata names
+    image      binary                   the original image file, byte for byte, also if it was only referenced
+    sha256     string                   the content hash of the image
+    source     string                   the folder, shard or table that was indexed; null for items added one by one
 
-Thumbnails, payload indexes and the search index are made anew by restoring. The file's metadata hold, under the key
-"unidiff", the format's version and the bundle as JSON.
+Restoring creates thumbnails, payload indexes and the search index again. The metadata of the file hold, under the key
+"unidiff", the version of the format and the bundle as JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unidiff_sdk._internal.files import atomic_file
+from unidiff_sdk._internal.parallel import buffered_map
+from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet
 from unidiff_sdk.errors import BundleError, DataError, ImageError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.store import Record, Store, Vector
-from unidiff_sdk.store.filters import Clause
+from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.images import ImageStore, ItemImage
-from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.payload import RESERVED, SYSTEM
 
-__all__ = ["Archive", "ArchivedItem", "write_archive"]
+from .catalog_file import restore_place
+from .items import item_of
+from .snapshot import Snapshot
+from .writer import BATCH_SIZE, PreparedBatch
+
+if TYPE_CHECKING:
+    from .catalog import Catalog
+
+__all__ = ["Archive", "ArchivedItem", "restore_archive", "write_archive"]
+
+_RESERVED = set(RESERVED)  # keys of a stored payload that have their own columns
 
 KEY, FORMAT, SCHEMA_VERSION = b"unidiff", "unidiff-export", 1
-ROW_GROUP = 32 << 20  # bytes of pictures that are held in memory, here and by readers
-BATCH_SIZE = 64
-_OWN = {"id", "text", SYSTEM}  # of a stored payload, what has a column of its own here
+ROW_GROUP_BYTES = 32 << 20  # size of the images of a row group, which writer and readers hold in memory
+ROW_GROUP_ROWS = 1024
+READ_SIZE = 64  # records read from the store at once
 
 
 @dataclass(frozen=True)
 class ArchivedItem:
-    """One row of an archive."""
+    """One row of an archive; the attributes are its columns."""
 
     id: str | int
     text: str | None
@@ -55,56 +69,60 @@ class ArchivedItem:
     sha256: str
     source: str | None
 
-    def picture(self) -> ItemImage:
-        """The picture, which is certainly the one that was archived. Raises ImageError."""
-        picture = ItemImage(self.image)
-        if picture.sha256 != self.sha256:  # the hash of an array or a PIL image is that of its pixels
-            picture = ItemImage(picture.decoded)
-        if picture.sha256 != self.sha256:
-            raise ImageError(f"the picture of {self.id!r} is not the one that was exported: its hash differs")
-        return picture
+    def open_image(self) -> ItemImage:
+        """The image, with its hash verified. Raises ImageError."""
+        image = ItemImage(self.image)
+        if image.sha256 != self.sha256:  # arrays and PIL images are hashed by their pixels
+            image = ItemImage(image.decoded)
+        if image.sha256 != self.sha256:
+            raise ImageError(f"The image of {self.id!r} is not the one that was exported: its hash differs.")
+        return image
 
 
 # ------------------------------------------------------------------------------------------------ writing
 
 
 def write_archive(
-    path: Path,
-    store: Store,
-    images: ImageStore,
-    bundle: dict[str, Any],
-    where: Clause | None,
-    advance: Callable[[int], None],
+    path: str | Path, snapshot: Snapshot, images: ImageStore, where: Mapping[str, Any] | None, *, progress: bool
 ) -> int:
-    """Write what passes a filter, a row group at a time; the file is there whole or not at all. Returns how many.
+    """Write the items that match a filter, one row group at a time. The file is complete or absent.
 
     Args:
-        path: a file of that name is replaced if it is an archive.
-        bundle: name, path, fingerprint and dim of what made the vectors.
-        advance: called with how many are written.
+        path: the file; an existing archive is replaced.
+        snapshot: the items.
+        images: the image store.
+        where: the filter; None writes all items.
+        progress: show a progress bar.
+
+    Returns:
+        The number of items.
 
     Raises:
-        DataError: pyarrow is missing, or `path` is another file.
-        ImageError: a picture is gone or has changed since it was indexed.
+        DataError: pyarrow is missing, or `path` is not an archive.
+        FilterError: `where` is invalid.
+        ImageError: an image is missing or has changed since it was indexed.
         StoreError: the file cannot be written.
     """
+    path, clause = Path(path), parse(where)
     parquet = pyarrow_parquet("export")
     if path.exists():
-        Archive.open(path)  # whatever else lies there is not to be lost
-    schema = _schema(store.dim).with_metadata(
-        {KEY: json.dumps({"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle})}
-    )
-    count = 0
+        Archive.open(path)  # raises for any other file, which must not be overwritten
+    store, reference = snapshot.store, snapshot.file.bundle
+    bundle = reference.describe(reference.portable(snapshot.folder))
+    metadata = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle}
+    schema = _schema(store.dim).with_metadata({KEY: json.dumps(metadata)})
+    total, count = store.count(clause), 0
     with (
+        progress_bar("Exporting", progress) as advance,
         atomic_file(path) as temporary,
         parquet.ParquetWriter(
             temporary, schema, compression="zstd", use_dictionary=False, write_statistics=False
         ) as writer,
     ):
-        for group in _groups(_rows(store, images, where)):
+        for group in _groups(_rows(store, images, clause)):
             writer.write_table(_table(group, schema))
             count += len(group)
-            advance(count)
+            advance(count, total)
     return count
 
 
@@ -127,12 +145,12 @@ def _schema(dim: int) -> Any:
 
 
 def _rows(store: Store, images: ImageStore, where: Clause | None) -> Iterator[dict[str, Any]]:
-    for batch in store.scroll(BATCH_SIZE, where):
+    for batch in store.scroll(READ_SIZE, where):
         for record in batch:
             try:
                 yield _row(record, images)
             except ImageError:
-                # Replaced or deleted a moment ago, and with it the picture?
+                # The item may have been replaced or deleted in the meantime, together with its image.
                 for now in store.retrieve([record.id]):
                     yield _row(now, images)
 
@@ -144,7 +162,7 @@ def _row(record: Record, images: ImageStore) -> dict[str, Any]:
         "id": str(id),
         "id_is_int": isinstance(id, int),
         "text": record.payload.get("text"),
-        "payload": json.dumps({k: v for k, v in record.payload.items() if k not in _OWN}, ensure_ascii=False),
+        "payload": json.dumps({k: v for k, v in record.payload.items() if k not in _RESERVED}, ensure_ascii=False),
         "vector": record.vector,
         "image": _original(images.path(system["uri"]), system["sha256"], id),
         "sha256": system["sha256"],
@@ -156,10 +174,10 @@ def _original(path: Path, sha256: str, id: str | int) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ImageError(f"the picture of {id!r} cannot be read: {path} ({error.strerror})") from error
-    # A copy lies under its hash; a file outside may have become another one.
+        raise ImageError(f"The image of {id!r} cannot be read: {path} ({error.strerror}).") from error
+    # Copies are named by their hash; a referenced file may have changed.
     if sha256 not in path.name and hashlib.sha256(data).hexdigest() != sha256:
-        raise ImageError(f"the picture of {id!r} has changed since it was indexed: index {path} again")
+        raise ImageError(f"The image of {id!r} has changed since it was indexed. Index {path} again.")
     return data
 
 
@@ -169,7 +187,7 @@ def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     for row in rows:
         group.append(row)
         size += len(row["image"])
-        if size >= ROW_GROUP or len(group) == 1024:
+        if size >= ROW_GROUP_BYTES or len(group) == ROW_GROUP_ROWS:
             yield group
             group, size = [], 0
     if group:
@@ -188,11 +206,13 @@ def _table(rows: Sequence[dict[str, Any]], schema: Any) -> Any:
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that `write_archive` wrote, looked at.
+    """The header of a file that `write_archive` wrote.
 
     Attributes:
-        bundle: name, path and fingerprint of the bundle that made the vectors, of `dim` numbers each.
-        rows: how many there are.
+        path: the file.
+        bundle: name, path and fingerprint of the bundle that produced the embeddings.
+        dim: the number of dimensions of the embeddings.
+        rows: the number of items.
     """
 
     path: Path
@@ -202,7 +222,7 @@ class Archive:
 
     @classmethod
     def open(cls, path: str | Path) -> Archive:
-        """Raises DataError if it is no such file, or one of a later version."""
+        """Read the header. Raises DataError if the file is not an archive, or one of a later version."""
         path = Path(path)
         file = open_parquet(path)
         try:
@@ -211,10 +231,10 @@ class Archive:
             bundle = {name: str(head["bundle"][name]) for name in ("name", "path", "fingerprint")}
             dim = int(head["bundle"]["dim"])
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is not what Catalog.export writes: it has no such metadata") from error
+            raise DataError(f"{path} was not written by Catalog.export: it lacks the metadata") from error
         if version != SCHEMA_VERSION:
             raise DataError(
-                f"{path} has schema version {version!r} and this version of unidiff-sdk reads {SCHEMA_VERSION}. "
+                f"{path} has schema version {version!r}; this version of unidiff-sdk reads {SCHEMA_VERSION}. "
                 "Upgrade unidiff-sdk."
             )
         if not file.schema_arrow.equals(_schema(dim)):
@@ -222,30 +242,30 @@ class Archive:
         return cls(path, bundle, dim, file.metadata.num_rows)
 
     def bundle_for(self, given: Bundle | str | Path | None, reencode: bool) -> Bundle:
-        """The bundle that was given, or else the one of the export, if it may go with these vectors.
+        """Open the given bundle, or by default the one of the export, and check that it fits the embeddings.
 
         Raises:
-            BundleError: it is missing or damaged.
-            StoreError: it is another one than that of the export, and the pictures are not to be encoded anew.
+            BundleError: the bundle is missing or damaged.
+            StoreError: it is not the bundle of the export, and `reencode` is False.
         """
         path = self.bundle["path"]
         if given is None and path != "tiny" and not Path(path).is_dir():
             raise BundleError(
-                f'The bundle "{self.bundle["name"]}" that {self.path} was exported with is not at {path}: say where it '
-                "is now, bundle=…"
+                f'The bundle "{self.bundle["name"]}" that {self.path} was exported with is not at {path}. Give its new '
+                "place as bundle=."
             )
         bundle = given if isinstance(given, Bundle) else Bundle.open(given or path)
         if not reencode and bundle.fingerprint != self.bundle["fingerprint"]:
             raise StoreError(
-                f'{self.path} holds vectors of the bundle "{self.bundle["name"]}" (fingerprint '
-                f"{self.bundle['fingerprint'][:12]}), and {bundle.path} is another one (fingerprint "
-                f"{bundle.fingerprint[:12]}): their vectors do not compare. Restore it with that bundle, or with "
-                "reencode=True, which encodes the pictures anew."
+                f'{self.path} holds embeddings of the bundle "{self.bundle["name"]}" (fingerprint '
+                f"{self.bundle['fingerprint'][:12]}), but {bundle.path} is another bundle (fingerprint "
+                f"{bundle.fingerprint[:12]}). Embeddings of different bundles cannot be compared. Restore with the "
+                "bundle of the export, or with reencode=True to encode the images again."
             )
         return bundle
 
     def batches(self, size: int) -> Iterator[list[ArchivedItem]]:
-        """All rows, in lists of at most `size`, a row group at a time. Raises DataError at a damaged one."""
+        """All items, in lists of at most `size`, one row group at a time. Raises DataError at a damaged row."""
         import pyarrow as pa
 
         file = open_parquet(self.path)
@@ -257,10 +277,61 @@ class Archive:
                 raise DataError(f"{self.path}: a row is damaged ({error})") from error
 
 
+def restore_archive(
+    create: Callable[[str | Path, Bundle], Catalog],
+    path: str | Path,
+    location: str | Path,
+    bundle: Bundle | str | Path | None,
+    *,
+    reencode: bool,
+    progress: bool,
+) -> Catalog:
+    """Create a catalog from an archive; see `Catalog.restore`. `create` opens a catalog at a place with a bundle."""
+    archive = Archive.open(path)
+    opened = archive.bundle_for(bundle, reencode)
+    with restore_place(location) as place:
+        catalog = create(place, opened)
+        try:
+            if len(catalog):
+                raise StoreError(f"{location} is not empty. Restore into another collection.")
+            _load(archive, catalog, reencode, progress)
+        except BaseException:
+            catalog.close()
+            raise
+        if place == location:
+            return catalog
+        catalog.close()
+    return create(location, opened)
+
+
+def _load(archive: Archive, catalog: Catalog, reencode: bool, progress: bool) -> None:
+    """Store the items of an archive in an empty catalog."""
+    snapshot, images = catalog._current.get(), catalog._images
+
+    def prepare(batch: list[ArchivedItem]) -> PreparedBatch:
+        items = []
+        for archived in batch:
+            item = item_of(archived.open_image(), archived.text, archived.id, archived.payload)
+            images.add(item.image)
+            source = None if archived.source is None else images.reference(Path(archived.source))
+            pixels = snapshot.encoder.pixels(item.image.decoded) if reencode else None
+            items.append(replace(item, source=source, pixels=pixels, vector=None if reencode else archived.vector))
+            item.image.release()
+        return PreparedBatch(snapshot, [], items, [], [])
+
+    done = 0
+    batches = buffered_map(prepare, archive.batches(BATCH_SIZE), workers=os.cpu_count() or 1)
+    with progress_bar("Restoring", progress) as advance, closing(batches):
+        for batch in catalog._writer.store(batches, copy=True):
+            done += len(batch.changed)
+            advance(done, archive.rows)
+    snapshot.optimize_if_large()
+
+
 def _item(row: dict[str, Any]) -> ArchivedItem:
     payload = json.loads(row["payload"])
-    if not isinstance(payload, dict) or payload.keys() & _OWN:
-        raise ValueError(f"the payload of {row['id']!r} is no object of other columns")
+    if not isinstance(payload, dict) or payload.keys() & _RESERVED:
+        raise ValueError(f"the payload of {row['id']!r} is not an object of other columns")
     return ArchivedItem(
         id=int(row["id"]) if row["id_is_int"] else row["id"],
         text=row["text"],

@@ -1,105 +1,111 @@
-"""`catalog.json`: what a catalog's folder must remember to be opened again, from anywhere."""
+"""Where a catalog is, and its file `catalog.json`, which names its bundle and its vectors."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unidiff_sdk._internal.files import write_atomically
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.errors import OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
-from unidiff_sdk.store.location import VECTORS
+from unidiff_sdk.store.location import VECTORS, Location
 
-__all__ = ["CHANGING", "FILE_NAME", "BundleRef", "CatalogFile", "new_place"]
+if TYPE_CHECKING:
+    from unidiff_sdk.store.server.connection import ServerOptions
+
+__all__ = ["FILE_LOCK", "FILE_NAME", "MEMORY", "BundleRef", "CatalogFile", "CatalogPlace", "restore_place"]
 
 FILE_NAME = "catalog.json"
 FORMAT = "unidiff-catalog"
 SCHEMA_VERSION = 1
 
 TINY_NAME = "tiny"
+MEMORY = ":memory:"
 
-CHANGING = threading.Lock()
-"""Held from reading a `catalog.json` to writing it. No other lock is taken under it."""
+FILE_LOCK = threading.Lock()
+"""Held from reading a `catalog.json` to writing it. No other lock is acquired while it is held."""
+
+
+# ------------------------------------------------------------------------------------------------ places
 
 
 @dataclass(frozen=True)
-class BundleRef:
-    """The bundle that made a catalog's vectors.
+class CatalogPlace:
+    """Where the parts of a catalog are.
 
     Attributes:
-        path: "tiny" for the built-in one; relative to the catalog's folder if it lies in or beside it, so that both
-            can move together; else absolute.
-        absolute: where it was, for a catalog that has moved alone.
+        location: as given to `Catalog`.
+        folder: the folder of the images and of `catalog.json`.
+        stores: opens a store of vectors by the name in `catalog.json`.
+        temporary: whether the folder is deleted with the catalog.
     """
 
-    name: str
-    path: str
-    absolute: str
-    fingerprint: str
-    dim: int
+    location: str
+    folder: Path
+    stores: Location
+    temporary: bool = False
 
     @classmethod
-    def of(cls, bundle: Bundle, folder: Path) -> BundleRef:
-        path, folder = bundle.path.resolve(), folder.resolve()
-        where = absolute = TINY_NAME if path == TINY.resolve() else str(path)
-        if path.is_relative_to(folder.parent) and where != TINY_NAME:
-            where = Path(os.path.relpath(path, folder)).as_posix()
-        return cls(bundle.name, where, absolute, bundle.fingerprint, bundle.dim)
+    def resolve(
+        cls,
+        location: str | Path,
+        quantization: str | None,
+        images: str | Path | None,
+        collection: str,
+        api_key: str | None,
+        server: ServerOptions | None,
+    ) -> CatalogPlace:
+        """Interpret the arguments of `Catalog`. Creates a temporary folder for ":memory:".
 
-    def check(self, bundle: Bundle, folder: Path) -> None:
-        """Raise StoreError if the vectors of the catalog in `folder` were made by another bundle than this one."""
-        if bundle.fingerprint == self.fingerprint:
-            return
-        sizes = f" and of {self.dim} dimensions, not {bundle.dim}" if bundle.dim != self.dim else ""
-        raise StoreError(
-            f'{folder} was indexed with the bundle "{self.name}" (fingerprint {self.fingerprint[:12]}), and '
-            f"{bundle.path} is another one (fingerprint {bundle.fingerprint[:12]}){sizes}: their vectors do not "
-            "compare. To re-encode the catalog, open it without bundle= and call "
-            f"catalog.reindex({str(bundle.path)!r})."
-        )
-
-    def portable(self, folder: Path) -> str:
-        """What `Bundle.open` takes, from anywhere on this machine."""
-        return TINY_NAME if self.path == TINY_NAME else str(self.locate(folder))
-
-    def locate(self, folder: Path) -> Path:
-        """Where the bundle is, for a catalog that is now at `folder`."""
-        if self.path == TINY_NAME:
-            return TINY
-        beside = Path(os.path.normpath(folder.resolve() / self.path))
-        return beside if beside.is_dir() else Path(self.absolute)
+        Raises:
+            OptionError: with a URL, `images` is missing or `quantization` is given.
+        """
+        name = str(location)
+        if not _is_url(name):
+            temporary = name == MEMORY
+            folder = Path(tempfile.mkdtemp(prefix="unidiff-")) if temporary else Path(location)
+            return cls(name, folder, Location(folder, quantization), temporary)
+        if quantization is not None:
+            raise OptionError(
+                f"quantization={quantization!r} applies to a folder. For a server, give the quantization of the "
+                "collection: server=ServerOptions(quantization=…)"
+            )
+        if images is None:
+            raise OptionError("A Qdrant server stores no images. Give a folder for them: Catalog(url, images='folder')")
+        return cls(name, Path(images), Location(Path(images), None, name, collection, api_key, server))
 
 
 @contextmanager
-def new_place(location: str | Path) -> Iterator[str | Path]:
-    """Where to build a catalog that is to be there whole or not at all: beside its folder, which it then becomes.
+def restore_place(location: str | Path) -> Iterator[str | Path]:
+    """Where to restore a catalog so that its folder is complete or absent: in a sibling folder, renamed at the end.
 
-    A URL and ":memory:" are built where they are.
+    A URL and ":memory:" are restored in place.
 
     Raises:
-        StoreError: the folder is not empty, or is just being built.
+        StoreError: the folder is not empty, or a restore into it is running.
     """
-    if str(location) == ":memory:" or str(location).startswith(("http://", "https://")):
+    if str(location) == MEMORY or _is_url(str(location)):
         yield location
         return
     folder = Path(location)
     if CatalogFile.read(folder) is not None:
-        raise StoreError(f"There is a catalog at {folder} already: restore into a new folder.")
+        raise StoreError(f"There is a catalog at {folder} already. Restore into a new folder.")
     building = folder.parent / f".{folder.name}.restoring"
     try:
         building.mkdir(parents=True)
     except FileExistsError:
         raise StoreError(
-            f"{building} is there: {folder} is being restored by another process, or was by one that was killed. "
-            "If so, delete it."
+            f"{building} exists: another process is restoring {folder}, or was killed while doing so. In the latter "
+            "case, delete it."
         ) from None
     except OSError as error:
         raise StoreError(f"{building} cannot be written: {error.strerror}.") from error
@@ -111,9 +117,78 @@ def new_place(location: str | Path) -> Iterator[str | Path]:
         raise
 
 
+def _is_url(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
+# ------------------------------------------------------------------------------------------------ catalog.json
+
+
+@dataclass(frozen=True)
+class BundleRef:
+    """A reference to the bundle that produced the embeddings of a catalog.
+
+    Attributes:
+        name: the name of the bundle.
+        path: "tiny" for the built-in bundle. Relative to the folder of the catalog if the bundle is in it or next to
+            it, so that both can be moved together; otherwise absolute.
+        absolute: the absolute path, for a catalog that was moved alone.
+        fingerprint: identifies the content of the bundle.
+        dim: the number of dimensions of its embeddings.
+    """
+
+    name: str
+    path: str
+    absolute: str
+    fingerprint: str
+    dim: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, folder: Path) -> BundleRef:
+        """The reference to a bundle from the catalog in `folder`."""
+        path, folder = bundle.path.resolve(), folder.resolve()
+        where = absolute = TINY_NAME if path == TINY.resolve() else str(path)
+        if path.is_relative_to(folder.parent) and where != TINY_NAME:
+            where = Path(os.path.relpath(path, folder)).as_posix()
+        return cls(bundle.name, where, absolute, bundle.fingerprint, bundle.dim)
+
+    def check(self, bundle: Bundle, folder: Path) -> None:
+        """Raise StoreError if `bundle` is not the one that the catalog in `folder` was indexed with."""
+        if bundle.fingerprint == self.fingerprint:
+            return
+        sizes = f"; {bundle.dim} dimensions instead of {self.dim}" if bundle.dim != self.dim else ""
+        raise StoreError(
+            f'{folder} was indexed with the bundle "{self.name}" (fingerprint {self.fingerprint[:12]}), but '
+            f"{bundle.path} is another bundle (fingerprint {bundle.fingerprint[:12]}{sizes}). Embeddings of different "
+            "bundles cannot be compared. To re-encode the catalog, open it without bundle= and call "
+            f"catalog.reindex({str(bundle.path)!r})."
+        )
+
+    def portable(self, folder: Path) -> str:
+        """A path for `Bundle.open` that is valid everywhere on this machine."""
+        return TINY_NAME if self.path == TINY_NAME else str(self.locate(folder))
+
+    def locate(self, folder: Path) -> Path:
+        """The path of the bundle, for a catalog that is now in `folder`."""
+        if self.path == TINY_NAME:
+            return TINY
+        relative = Path(os.path.normpath(folder.resolve() / self.path))
+        return relative if relative.is_dir() else Path(self.absolute)
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """The reference as JSON, with `path` as the path of the bundle."""
+        return {"name": self.name, "path": path, "fingerprint": self.fingerprint, "dim": self.dim}
+
+
 @dataclass(frozen=True)
 class CatalogFile:
-    """The content of `catalog.json`; `vectors` names the current store (`store.location`)."""
+    """The content of `catalog.json`.
+
+    Attributes:
+        bundle: the bundle that produced the embeddings.
+        vectors: the name of the current store (`store.location`).
+        created: the date and time of creation, ISO 8601.
+    """
 
     bundle: BundleRef
     vectors: str
@@ -121,18 +196,21 @@ class CatalogFile:
 
     @classmethod
     def new(cls, bundle: Bundle, folder: Path) -> CatalogFile:
+        """The content for a new catalog."""
         return cls(BundleRef.of(bundle, folder), VECTORS, datetime.now(UTC).isoformat(timespec="seconds"))
 
     @classmethod
     def read(cls, folder: Path) -> CatalogFile | None:
-        """None if the folder is missing or empty. Raises StoreError if it holds something that is not a catalog."""
+        """The content in `folder`; None if the folder is missing or empty.
+
+        Raises:
+            StoreError: the folder holds something else, or the file is damaged or of a later version.
+        """
         path = folder / FILE_NAME
         try:
             if not path.is_file():
                 if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                    raise StoreError(
-                        f"{folder} exists and is not a catalog: it has no {FILE_NAME}. Choose a new folder."
-                    )
+                    raise StoreError(f"{folder} is not a catalog: it has no {FILE_NAME}. Choose a new folder.")
                 return None
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version = content["schema_version"]
@@ -141,18 +219,19 @@ class CatalogFile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} is damaged ({error}). Restore it from a backup.") from error
         raise StoreError(
-            f"{path} has schema version {version!r} and this version of unidiff-sdk reads {SCHEMA_VERSION}. "
+            f"{path} has schema version {version!r}; this version of unidiff-sdk reads {SCHEMA_VERSION}. "
             "Upgrade unidiff-sdk, or index into a new folder."
         )
 
     def adopt(self, bundle: Bundle, folder: Path) -> CatalogFile:
-        """Remember where the bundle is now. Raises StoreError if it is another one."""
+        """Record the current path of the bundle. Raises StoreError if it is another bundle."""
         self.bundle.check(bundle, folder)
-        found = replace(self, bundle=BundleRef.of(bundle, folder))
-        if found != self:
-            found.write(folder)
-        return found
+        current = replace(self, bundle=BundleRef.of(bundle, folder))
+        if current != self:
+            current.write(folder)
+        return current
 
     def write(self, folder: Path) -> None:
+        """Write `catalog.json` durably. Raises StoreError."""
         content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
         write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode(), fsync=True)

@@ -21,7 +21,7 @@ from .results import Generated, Generation
 if TYPE_CHECKING:
     from unidiff_sdk.generation.generator import Generator, Preview
 
-    from .snapshot import Serving
+    from .snapshot import Snapshot
 
 __all__ = ["Candidate", "Selection", "draw_queries", "generate", "select"]
 
@@ -37,7 +37,7 @@ _REASONS = {
 
 
 def generate(
-    snapshot: Serving,
+    snapshot: Snapshot,
     prompt: Any,
     options: GenerationOptions,
     to_hit: ToHit,
@@ -133,7 +133,7 @@ def _read(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]
 
 
 def _judge(
-    snapshot: Serving, to_hit: ToHit, prompts: Sequence[str], images: Sequence[Image.Image]
+    snapshot: Snapshot, to_hit: ToHit, prompts: Sequence[str], images: Sequence[Image.Image]
 ) -> list[tuple[float, Hit | None]]:
     """For each image its cosine with its prompt, and the nearest catalog item."""
     if not images:

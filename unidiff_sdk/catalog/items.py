@@ -1,4 +1,4 @@
-"""What is given to `Catalog.add`, row by row: checked, with its picture, and as it is stored."""
+"""Items on their way into a catalog: checked, and in the form in which they are stored."""
 
 from __future__ import annotations
 
@@ -26,70 +26,85 @@ from unidiff_sdk.store.payload import RESERVED, SYSTEM
 
 from .results import Generated
 
-__all__ = ["Item", "item_of", "items_of", "pictures_of"]
+__all__ = ["Item", "images_of", "item_of", "items_of"]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row on its way in, checked."""
+    """One checked item.
+
+    Attributes:
+        id: the id of the caller, or a content hash.
+        image: the image.
+        columns: id, text and payload, as they are stored.
+        name, line: the name of the image file and the line in the metadata file, for messages.
+        source: the URI of the folder, shard or table that the item comes from.
+        vector: the embedding, if it is known: the item is stored already with the same image.
+        pixels: the preprocessed image, float32[3, size, size], of an item from a source that must be encoded.
+    """
 
     id: str | int
-    picture: ItemImage
-    columns: dict[str, Any]  # id, text and payload, as they are stored
-    name: str = ""  # of the image file, and the line in the metadata file of a folder
+    image: ItemImage
+    columns: dict[str, Any]
+    name: str = ""
     line: int = 0
-    source: str | None = None  # the folder or table it comes from
-    vector: Vector | None = None  # where it is stored already, with the same picture and other columns
-    pixels: NDArray[np.float32] | None = None  # for the encoder, of what is read from a folder and has no vector yet
+    source: str | None = None
+    vector: Vector | None = None
+    pixels: NDArray[np.float32] | None = None
 
     @property
     def key(self) -> str:
+        """The id in the store."""
         return key_of(self.id)
 
     def payload(self, uri: str) -> dict[str, Any]:
-        """What is stored beside the vector."""
+        """The stored payload; `uri` is the location of the image."""
         source = {"source": self.source} if self.source else {}
-        return {**self.columns, SYSTEM: {"sha256": self.picture.sha256, "uri": uri, **source}}
+        return {**self.columns, SYSTEM: {"sha256": self.image.sha256, "uri": uri, **source}}
 
 
-def item_of(picture: ItemImage, text: str | None, id: Any, payload: Mapping[str, Any]) -> Item:
-    """One item; without an id it gets one of its picture and caption. Raises OptionError for what cannot be stored."""
+def item_of(image: ItemImage, text: str | None, id: Any, payload: Mapping[str, Any]) -> Item:
+    """Check one item. Without an id, its id is a hash of image and caption. Raises OptionError."""
     for name in RESERVED:
         if name in payload:
-            raise OptionError(f'"{name}" cannot be a column of a payload: captions go into texts=, ids into ids=')
+            raise OptionError(f'"{name}" is a reserved column name: give captions as texts= and ids as ids=')
     if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise OptionError(f"the caption {text!r} is empty; leave texts= out where there are no captions")
+        raise OptionError(f"the caption {text!r} is not a non-empty string: give None for an image without a caption")
     checked_text(text or "")
     if id is None:
-        id = hashlib.sha256(f"{picture.sha256}\0{text or ''}".encode()).hexdigest()[:32]
+        id = hashlib.sha256(f"{image.sha256}\0{text or ''}".encode()).hexdigest()[:32]
     key_of(id)
     columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | _jsonable(payload, "payload")
-    return Item(id, picture, columns)
+    return Item(id, image, columns)
 
 
 def items_of(images: Any, texts: Any, ids: Any, payloads: Any) -> Iterator[Item]:
-    """One item for each picture; every argument may be one value or a sequence."""
+    """One item for each image. Every argument may be a single value or a sequence. Raises OptionError, ImageError."""
     sources = [images] if _is_single(images) else list(images)
     columns: dict[str, list[Any]] = {}
     for name, values in {"texts": texts, "ids": ids, "payloads": payloads}.items():
         single = values is None or isinstance(values, (str, int, Mapping)) or not isinstance(values, Iterable)
         columns[name] = [values] * (len(sources) if values is None else 1) if single else list(values)
         if len(columns[name]) != len(sources):
-            raise OptionError(f"{len(sources)} images but {len(columns[name])} {name}: give one for each image")
+            raise OptionError(f"got {len(sources)} images and {len(columns[name])} {name}: give one for each image")
     ids = [id.item() if isinstance(id, np.generic) else id for id in columns.pop("ids")]
     for key, times in Counter(key_of(id) for id in ids if id is not None).items():
         if times > 1:
-            raise OptionError(f"the id {next(id for id in ids if key_of(id) == key)!r} is given {times} times")
+            raise OptionError(
+                f"the id {next(id for id in ids if key_of(id) == key)!r} occurs {times} times: ids must be unique"
+            )
     for source, text, payload, id in zip(sources, *columns.values(), ids, strict=True):
-        picture, payload = open_image(source), {} if payload is None else payload
+        image, payload = open_image(source), {} if payload is None else payload
         if not isinstance(payload, Mapping):
-            raise OptionError(f"a payload is a dictionary of columns, not {payload!r}")
+            raise OptionError(
+                f"payload {payload!r:.60} is not a dictionary: give the columns of each item as a dictionary"
+            )
         if isinstance(source, Generated):
             text, payload = text or source.prompt, {**source.payload, **payload}
         elif isinstance(source, Hit):
             text, payload, id = text or source.text, {**source.payload, **payload}, source.id if id is None else id
-        yield item_of(picture, text, id, payload)
-        picture.release()  # a long list of files is hashed here and read again, a batch at a time
+        yield item_of(image, text, id, payload)
+        image.release()  # only hashed here; long lists of files are read again in batches
 
 
 def _is_single(images: Any) -> bool:
@@ -100,15 +115,15 @@ def _is_single(images: Any) -> bool:
     ) or not isinstance(images, Iterable)
 
 
-def pictures_of(records: Iterable[Record]) -> dict[str, str]:
-    """The pictures that records show: sha256 -> uri."""
+def images_of(records: Iterable[Record]) -> dict[str, str]:
+    """The images of records: sha256 -> uri."""
     return {record.payload[SYSTEM]["sha256"]: record.payload[SYSTEM]["uri"] for record in records}
 
 
 def _jsonable(value: Any, name: str, depth: int = 0) -> Any:
-    """A payload as JSON holds it: numpy scalars and arrays unwrapped, dates as ISO 8601."""
+    """A payload as JSON values: numpy scalars and arrays converted, dates as ISO 8601."""
     if depth > MAX_DEPTH:
-        raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} deep")
+        raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} levels deep: flatten it")
     if isinstance(value, str):
         return checked_text(value)
     if value is None or isinstance(value, bool):
@@ -126,5 +141,5 @@ def _jsonable(value: Any, name: str, depth: int = 0) -> Any:
     if hasattr(value, "isoformat"):
         return value.isoformat()
     raise OptionError(
-        f"{name} is {value!r:.60}: a column holds JSON values (strings, finite numbers, true, null, lists, objects)"
+        f"{name} is {value!r:.60}: give a JSON value (string, finite number, boolean, None, list or dictionary)"
     )

@@ -1,78 +1,183 @@
-"""Re-encoding a store with another bundle into a second one, while the first is searched and written to."""
+"""Reindexing: re-encode a catalog with another bundle while it is searched and written to."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+import shutil
+import weakref
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from unidiff_sdk._internal.parallel import batched, buffered_map
-from unidiff_sdk.errors import ImageError
+from unidiff_sdk._internal.progress import progress_bar
+from unidiff_sdk.errors import ImageError, OptionError, StoreError
+from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, Store
+from unidiff_sdk.store.images import ImageStore
+from unidiff_sdk.store.location import VECTORS, Location
+from unidiff_sdk.store.payload import SYSTEM
 
-__all__ = ["Reencoder"]
+from .catalog_file import FILE_LOCK, BundleRef
+from .snapshot import CurrentSnapshot, Snapshot
+from .writer import BATCH_SIZE
+
+__all__ = ["Reencoder", "reindex"]
+
+_log = logging.getLogger(__name__)
+
+CATCH_UP_ROUNDS = 8  # rounds over concurrent writes before writers have to wait
+
+
+def reindex(
+    current: CurrentSnapshot,
+    images: ImageStore,
+    stores: Location | None,
+    bundle: Bundle | str | Path | None,
+    *,
+    progress: bool,
+) -> int:
+    """Re-encode a catalog and make the new bundle its own; see `Catalog.reindex`.
+
+    Args:
+        current: the snapshot to replace.
+        images: the image store.
+        stores: opens the new store; None for a catalog built from parts.
+        bundle: the new bundle.
+        progress: show a progress bar.
+
+    Returns:
+        The number of items; 0 if the bundle is the current one.
+    """
+    if bundle is None:  # which would open the built-in bundle
+        raise OptionError('reindex() needs a bundle: give a folder, a Bundle, or "tiny"')
+    if stores is None:
+        raise StoreError(
+            "A catalog built by from_parts cannot open a second store. Add the items to a new catalog instead."
+        )
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if not current.reindexing.acquire(blocking=False):
+        raise StoreError(f"{current.location} is being reindexed already. Wait until that has finished.")
+    try:
+        if opened.fingerprint == current.get().file.bundle.fingerprint:
+            return 0
+        return _reindex(current, images, stores, opened, progress)
+    finally:
+        current.stop_tracking()
+        current.reindexing.release()
+
+
+def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bundle: Bundle, progress: bool) -> int:
+    before = current.get()
+    after = _new_snapshot(before, stores, bundle)
+    try:
+        # 1. Re-encode what the new store lacks, and record concurrent writes.
+        reencoder = Reencoder(before.store, after.store, images, after.encoder)
+        current.track_changes()
+        total, done = before.store.count(), 0
+        with progress_bar("Re-encoding", progress) as advance:
+            for count in reencoder.copy_all():
+                done += count
+                advance(done, total)
+        after.optimize_if_large()
+
+        # 2. Catch up with concurrent writes: with most of them while writing goes on, with the rest during the swap.
+        for _ in range(CATCH_UP_ROUNDS):
+            written = current.take_changes()
+            reencoder.copy(written)
+            if len(written) <= BATCH_SIZE:
+                break
+        with current.lock:
+            current.get()  # raises if the catalog was closed
+            reencoder.copy(current.take_changes())
+
+            # 3. Swap. The one write of catalog.json decides which store and bundle the catalog has.
+            with FILE_LOCK:
+                after.file.write(after.folder)
+            current.replace(after)
+    except BaseException:
+        after.store.close()
+        raise
+    # Searches that are still running hold the old snapshot; its store is deleted with the last of them.
+    weakref.finalize(before, _delete_store, before.store, before.folder / before.file.vectors)
+    _log.info("%s: reindexed %d items with the bundle %s", current.location, done, bundle.name)
+    return after.store.count()
+
+
+def _new_snapshot(before: Snapshot, stores: Location, bundle: Bundle) -> Snapshot:
+    """The snapshot to re-encode into. Its store holds the progress of an interrupted reindexing with this bundle."""
+    folder, vectors = before.folder, f"{VECTORS}-{bundle.fingerprint[:12]}"
+    # Left by an interrupted reindexing with another bundle, or by one that was killed after the swap.
+    for left in folder.glob(f"{VECTORS}*"):
+        if left.name not in (before.file.vectors, vectors):
+            shutil.rmtree(left)
+    stores = replace(stores, quantization=getattr(before.store, "quantization", None))
+    store = stores.open(vectors, bundle.dim, bundle.fingerprint)
+    return Snapshot(store, folder, replace(before.file, bundle=BundleRef.of(bundle, folder), vectors=vectors), bundle)
+
+
+def _delete_store(store: Store, folder: Path) -> None:
+    store.close()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Reencoder:
-    """Brings records from one store to another, with vectors of another encoder.
+    """Copies records from one store to another, with the embeddings of another encoder.
 
     Args:
-        old, new: the stores. What `new` holds already with the same payload is not encoded again, so that a run which
-            was cut short goes on where it stopped.
-        load: the picture of a record.
-        encoder: makes the vectors of `new`.
-        batch_size: how many pictures are encoded at once.
+        old, new: the stores. Records that `new` holds with the same payload are not encoded again, so an interrupted
+            run continues where it stopped.
+        images: the image store.
+        encoder: produces the embeddings of `new`.
     """
 
-    def __init__(
-        self, old: Store, new: Store, load: Callable[[Record], Image.Image], encoder: Encoder, batch_size: int
-    ) -> None:
-        self.old, self.new, self.encoder, self.batch_size = old, new, encoder, batch_size
-        self._load = load
+    def __init__(self, old: Store, new: Store, images: ImageStore, encoder: Encoder) -> None:
+        self.old, self.new, self.images, self.encoder = old, new, images, encoder
 
-    def all(self) -> Iterator[int]:
-        """Bring over what the old store holds; yields, batch by batch, how many more are done."""
-        yield from self._bring(self.old.scroll(self.batch_size))
-        for batch in self.new.scroll():  # what was deleted since a run that was cut short
+    def copy_all(self) -> Iterator[int]:
+        """Copy all records of the old store; yields the number of records of each finished batch."""
+        yield from self._copy(self.old.scroll(BATCH_SIZE))
+        for batch in self.new.scroll():  # delete what was deleted since an interrupted run
             kept = {record.id for record in self.old.retrieve([record.id for record in batch])}
             self.new.delete([record.id for record in batch if record.id not in kept])
 
-    def some(self, keys: Collection[str]) -> None:
-        """Bring over what was written or deleted in the meantime."""
-        for batch in batched(sorted(keys), self.batch_size):
+    def copy(self, keys: Collection[str]) -> None:
+        """Copy the records with these keys, and delete those that the old store no longer holds."""
+        for batch in batched(sorted(keys), BATCH_SIZE):
             records = self.old.retrieve(batch)
             self.new.delete(sorted(set(batch) - {record.id for record in records}))
-            for _ in self._bring([records]):
+            for _ in self._copy([records]):
                 pass
 
-    def _bring(self, batches: Iterable[list[Record]]) -> Iterator[int]:
-        with closing(buffered_map(self._read, batches, workers=os.cpu_count() or 1)) as read:
-            for seen, records, pixels in read:
+    def _copy(self, batches: Iterable[list[Record]]) -> Iterator[int]:
+        with closing(buffered_map(self._prepare, batches, workers=os.cpu_count() or 1)) as prepared:
+            for count, records, pixels in prepared:
                 if records:
                     vectors = self.encoder.encode_pixels(np.stack(pixels))
                     self.new.upsert(
                         [replace(record, vector=vector) for record, vector in zip(records, vectors, strict=True)]
                     )
-                yield seen
+                yield count
 
-    def _read(self, batch: list[Record]) -> tuple[int, list[Record], list[NDArray[np.float32]]]:
-        there = {record.id: record.payload for record in self.new.retrieve([record.id for record in batch])}
+    def _prepare(self, batch: list[Record]) -> tuple[int, list[Record], list[NDArray[np.float32]]]:
+        """The size of a batch, the records of it that must be encoded, and their preprocessed images."""
+        stored = {record.id: record.payload for record in self.new.retrieve([record.id for record in batch])}
         records, pixels = [], []
         for record in batch:
-            if there.get(record.id) == record.payload:
+            if stored.get(record.id) == record.payload:
                 continue
             try:
-                pixels.append(self.encoder.pixels(self._load(record)))
+                pixels.append(self.encoder.pixels(self.images.load(record.payload[SYSTEM]["uri"])))
                 records.append(record)
             except ImageError:
                 now = self.old.retrieve([record.id])
                 if now and now[0].payload == record.payload:
                     raise
-                # Deleted or replaced a moment ago, and with it the picture: `some` will see to it.
+                # The item was deleted or replaced in the meantime, together with its image; `copy` handles it.
         return len(batch), records, pixels

@@ -1,69 +1,118 @@
-"""What a catalog answers with at a moment: a store, and the bundle that made its vectors."""
+"""Snapshots, each a store and the bundle that produced its embeddings; and an open catalog, which has a current one."""
 
 from __future__ import annotations
 
+import logging
+import shutil
 import threading
+import weakref
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
-from unidiff_sdk.errors import BundleError
+from unidiff_sdk.errors import BundleError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.retrieval.columns import column_kinds
+from unidiff_sdk.retrieval.results import Hit
+from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Store
+from unidiff_sdk.store.images import ImageStore
+from unidiff_sdk.store.location import Location
 
-from .catalog_file import CHANGING, BundleRef, CatalogFile
+from .aio import Resource, async_variant
+from .catalog_file import FILE_LOCK, CatalogFile, CatalogPlace
+from .generating import draw_queries
 
 if TYPE_CHECKING:
     from unidiff_sdk.generation.generator import Generator
+    from unidiff_sdk.store.server.connection import ServerOptions
 
-__all__ = ["Serving"]
+__all__ = ["CurrentSnapshot", "OpenCatalog", "Snapshot"]
+
+_log = logging.getLogger(__name__)
+
+# Building a graph index of 20,000 vectors takes 10 s and does not speed up searches; with 100,000 it does tenfold.
+OPTIMIZE_FROM = 50_000
 
 
-class Serving:
-    """The vectors of a catalog and the model that made them: what a reindexing replaces as one.
+class Snapshot:
+    """A store and the bundle that produced its embeddings. Reindexing replaces both as one.
 
-    Whatever needs both takes them from one of these, so that a query of the old bundle never meets the new vectors.
+    Code that needs both takes them from the same snapshot, so that a query encoded by the old bundle never meets the
+    embeddings of the new one.
 
     Args:
-        store: the vectors.
-        folder: of the catalog, from which the bundle is found.
-        reference: the bundle that the vectors are of.
-        bundle: the same, where it is open already; else it is opened when it is first needed.
+        store: embeddings and payloads.
+        folder: the folder of the catalog; relative paths to the bundle start here.
+        file: the content of `catalog.json`, which names the bundle.
+        bundle: the bundle, if it is open already. Otherwise it is opened when first needed.
     """
 
-    def __init__(self, store: Store, folder: Path, reference: BundleRef, bundle: Bundle | None = None) -> None:
-        self.store, self.reference = store, reference
-        self._folder, self._bundle = folder, bundle
+    def __init__(self, store: Store, folder: Path, file: CatalogFile, bundle: Bundle | None = None) -> None:
+        self.store, self.folder, self.file = store, folder, file
+        self._bundle = bundle
         self._encoder: Encoder | None = None
         self._generator: Generator | None = None
         self._lock = threading.RLock()
 
+    @classmethod
+    def open(cls, place: CatalogPlace, bundle: Bundle | str | Path | None, *, create: bool) -> Snapshot:
+        """Open the catalog at a place, or create it there.
+
+        Args:
+            place: where its parts are.
+            bundle: the bundle. Default: the one in `catalog.json`, or the built-in one for a new catalog.
+            create: whether to create a missing catalog.
+
+        Raises:
+            StoreError: there is no catalog, it is in use, or another bundle created it.
+            BundleError: the bundle is missing or damaged.
+        """
+        file = CatalogFile.read(place.folder)
+        if file is None and not create:
+            raise StoreError(f"There is no catalog at {place.folder}. Create one: unidiff index FOLDER {place.folder}")
+        opened: Bundle | None = None
+        if bundle is not None or file is None:
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if file is None:
+            assert opened is not None
+            file = CatalogFile.new(opened, place.folder)
+            file.write(place.folder)
+        elif opened is not None:
+            file = file.adopt(opened, place.folder)
+        store = place.stores.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
+        _log.debug("opened %s, indexed with the bundle %s", place.location, file.bundle.name)
+        return cls(store, place.folder, file, opened)
+
     @property
     def bundle(self) -> Bundle:
-        """The model. Raises BundleError if it is missing, StoreError if it is not the one that it was."""
+        """The bundle. Raises BundleError if it is missing, StoreError if it is not the one that was indexed with."""
         with self._lock:
             if self._bundle is None:
-                self._bundle = self._opened()
+                self._bundle = self._open_bundle()
             return self._bundle
 
-    def _opened(self) -> Bundle:
-        path = self.reference.locate(self._folder)
+    def _open_bundle(self) -> Bundle:
+        reference = self.file.bundle
+        path = reference.locate(self.folder)
         if not path.is_dir():
             raise BundleError(
-                f'The bundle "{self.reference.name}" that {self._folder} was indexed with is not at {path}. '
-                "Put it back, or say where it is now: Catalog(location, bundle=…)."
+                f'The bundle "{reference.name}" that {self.folder} was indexed with is not at {path}. '
+                "Move it back, or give its new place: Catalog(location, bundle=…)."
             )
         bundle = Bundle.open(path)
-        self.reference.check(bundle, self._folder)
-        with CHANGING:
-            file = CatalogFile.read(self._folder)
-            if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # reindexed since, it has another
-                file.adopt(bundle, self._folder)
+        reference.check(bundle, self.folder)
+        with FILE_LOCK:
+            file = CatalogFile.read(self.folder)
+            if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # not reindexed in the meantime
+                self.file = file.adopt(bundle, self.folder)
         return bundle
 
     @property
     def encoder(self) -> Encoder:
-        """Of the bundle."""
+        """The encoder of the bundle."""
         with self._lock:
             if self._encoder is None:
                 self._encoder = Encoder(self.bundle)
@@ -71,10 +120,183 @@ class Serving:
 
     @property
     def generator(self) -> Generator:
-        """Of the bundle."""
-        from unidiff_sdk.generation.generator import Generator  # with its samplers, not needed for most searches
+        """The generator of the bundle."""
+        from unidiff_sdk.generation.generator import Generator  # most searches need neither it nor its samplers
 
         with self._lock:
             if self._generator is None:
                 self._generator = Generator(self.bundle)
             return self._generator
+
+    def optimize(self) -> None:
+        """Build the search index."""
+        self.store.optimize()
+
+    def optimize_if_large(self) -> None:
+        """Build the search index if searches would be slow without it."""
+        if self.store.unindexed_count() >= OPTIMIZE_FROM:
+            self.store.optimize()
+
+    def describe(self) -> dict[str, Any]:
+        """The number of items, date of creation, columns and bundle, as in `Catalog.info`."""
+        reference = self.file.bundle
+        return {
+            "items": self.store.count(),
+            "created": self.file.created,
+            "columns": column_kinds(self.store),
+            "bundle": reference.describe(str(reference.locate(self.folder))),
+        }
+
+
+class CurrentSnapshot:
+    """The current snapshot of an open catalog, the searcher over it, and the changes during a reindexing.
+
+    Args:
+        snapshot: the first one; `replace` exchanges it.
+        images: the images of the items.
+        location: the location of the catalog, for messages.
+
+    Attributes:
+        lock: held while the store is changed or the snapshot is replaced.
+        reindexing: held during a reindexing.
+        make_hit: (payload, score) to a hit.
+        warned: whether a warning about real images was issued.
+    """
+
+    def __init__(self, snapshot: Snapshot, images: ImageStore, location: str) -> None:
+        self.snapshot, self.location = snapshot, location
+        self.lock = threading.RLock()
+        self.reindexing = threading.Lock()
+        self.make_hit = partial(Hit.from_payload, images=images)  # holds no reference to the catalog
+        self._searcher: Searcher | None = None
+        self._searcher_lock = threading.Lock()
+        self._written: set[str] | None = None  # keys, while a reindexing tracks changes
+        self._closed = False
+        self.warned = False
+
+    def get(self) -> Snapshot:
+        """The current snapshot. Raises StoreError if the catalog is closed.
+
+        Keep a reference to it while using its store: the store of a replaced snapshot is closed with the last one.
+        """
+        if self._closed:
+            raise StoreError(f"The catalog {self.location} is closed.")
+        return self.snapshot
+
+    def searcher(self) -> Searcher:
+        """The searcher over the current snapshot. Raises StoreError if the catalog is closed."""
+        with self._searcher_lock:
+            snapshot = self.get()
+            if self._searcher is None:
+                self._searcher = Searcher(
+                    snapshot.store,
+                    lambda: snapshot.encoder,
+                    self.make_hit,
+                    lambda texts, n: draw_queries(snapshot.generator, texts, n),
+                )
+            return self._searcher
+
+    def replace(self, snapshot: Snapshot) -> None:
+        """Answer with another snapshot from now on. Call it under `lock`."""
+        with self._searcher_lock:
+            self.snapshot, self._searcher = snapshot, None
+
+    def track_changes(self) -> None:
+        """Start recording the keys of all items that are written or deleted."""
+        with self.lock:
+            self._written = set()
+
+    def record_changes(self, keys: Iterable[str]) -> None:
+        """Record changed keys if a reindexing tracks them. Call it under `lock`."""
+        if self._written is not None:
+            self._written.update(keys)
+
+    def take_changes(self) -> set[str]:
+        """The keys recorded since the last call."""
+        with self.lock:
+            written, self._written = self._written or set(), set()
+        return written
+
+    def stop_tracking(self) -> None:
+        """Stop recording keys."""
+        with self.lock:
+            self._written = None
+
+    def close(self) -> bool:
+        """Close the store. Returns False if it was closed before."""
+        with self.lock:
+            if self._closed:
+                return False
+            self._closed = True
+            self.snapshot.store.close()
+            return True
+
+
+class OpenCatalog(Resource):
+    """The parts of an open catalog: how it is opened, built from given parts, and closed."""
+
+    def __init__(
+        self,
+        location: str | Path = ":memory:",
+        bundle: Bundle | str | Path | None = None,
+        *,
+        create: bool = True,
+        quantization: str | None = None,
+        images: str | Path | None = None,
+        collection: str = "catalog",
+        api_key: str | None = None,
+        server: ServerOptions | None = None,
+    ) -> None:
+        place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
+        if place.temporary:
+            self._remove_temporary = weakref.finalize(self, shutil.rmtree, place.folder, ignore_errors=True)
+        snapshot = Snapshot.open(place, bundle, create=create)
+        self._assemble(place.location, snapshot, ImageStore(place.folder), place.stores)
+
+    @classmethod
+    def from_parts(cls, store: Store, images: ImageStore, bundle: Bundle) -> Self:
+        """Build a catalog from its parts, for a store of your own or for tests.
+
+            catalog = Catalog.from_parts(EdgeStore(Path("vectors"), bundle.dim), ImageStore(Path("shop")), bundle)
+
+        There is no `catalog.json`: the caller keeps track of which bundle belongs to which store. `close` closes the
+        store. `reindex` is not available, because it opens a second store.
+
+        Args:
+            store: embeddings and payloads; any implementation of the protocol `store.Store`.
+            images: the image store.
+            bundle: the bundle that produced the embeddings in the store.
+
+        Raises:
+            StoreError: the store and the bundle have different dimensions.
+        """
+        if store.dim != bundle.dim:
+            raise StoreError(f"The store has {store.dim} dimensions, the bundle {bundle.dim}: give a matching pair.")
+        catalog = cls.__new__(cls)
+        snapshot = Snapshot(store, images.root, CatalogFile.new(bundle, images.root), bundle)
+        catalog._assemble(str(images.root), snapshot, images, None)
+        return catalog
+
+    def _assemble(self, location: str, snapshot: Snapshot, images: ImageStore, stores: Location | None) -> None:
+        self.location, self.folder = location, images.root
+        self._images, self._stores = images, stores
+        self._current = CurrentSnapshot(snapshot, images, location)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle, opened when first needed. Raises BundleError if it is missing, StoreError if it was replaced."""
+        return self._current.snapshot.bundle
+
+    @property
+    def _store(self) -> Store:
+        return self._current.snapshot.store
+
+    def close(self) -> None:
+        """Write all data and release the folder. Closing twice is allowed; any other call after it is an error."""
+        if self._current.close() and hasattr(self, "_remove_temporary"):
+            self._remove_temporary()
+
+    aclose = async_variant(close)
+
+    def __repr__(self) -> str:
+        return f"Catalog({self.location!r}, bundle={self._current.snapshot.file.bundle.name!r})"

@@ -1,149 +1,177 @@
-"""The way into a catalog: rows and pictures are read, sorted out, encoded and stored, batch beside batch."""
+"""Adding and deleting items: rows are read, compared with the store, encoded and stored in overlapping batches."""
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
+import time
 import uuid
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from unidiff_sdk._internal.compact_set import CompactSet
 from unidiff_sdk._internal.parallel import batched, buffered_map
+from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.datasets.reader import InvalidRow, Row
-from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError, UniDiffError
+from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, count_rows, read_catalog
+from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.store import Record, Vector
 from unidiff_sdk.store.filters import Compare
+from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import SYSTEM
 
-from .items import Item, item_of, pictures_of
-from .snapshot import Serving
+from .items import Item, images_of, item_of
+from .results import AddReport
+from .snapshot import CurrentSnapshot, Snapshot
 
-__all__ = ["BATCH_SIZE", "Prepared", "Writer"]
+__all__ = ["BATCH_SIZE", "PreparedBatch", "Writer"]
 
-BATCH_SIZE = 32
-_COMMITTED = 256  # records in one call of the store
+BATCH_SIZE = 32  # images encoded at once
+_COMMIT_SIZE = 256  # records in one call of the store
 
 _NO_VECTOR = np.zeros(0, np.float32)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A batch of rows, read and sorted out."""
+class PreparedBatch:
+    """A batch of rows, read and compared with the store.
 
-    serving: Serving
+    Attributes:
+        snapshot: the snapshot that the rows were compared with.
+        unchanged: items stored already.
+        changed: items to store.
+        repeated: items with the id of an earlier row.
+        invalid: rows that cannot be used.
+    """
+
+    snapshot: Snapshot
     unchanged: list[Item]
-    fresh: list[Item]  # what must be stored
-    repeated: list[Item]  # what an earlier row has the id of
-    failed: list[InvalidRow]
+    changed: list[Item]
+    repeated: list[Item]
+    invalid: list[InvalidRow]
 
 
 class Writer:
-    """Adds items to a catalog and removes them, with their pictures.
+    """Adds items with their images to a catalog and deletes them.
 
     Args:
-        serving: what the catalog answers with; a reindexing puts another in its place, under the lock.
-        images: the pictures.
-        location: the catalog's, for what is said of it.
-
-    Attributes:
-        lock: held by whatever changes the store.
-        closed: after which StoreError is raised by all.
-        written: None; or, while a reindexing goes on, the keys that it must look at again, under the lock.
+        current: the snapshot to write to.
+        images: the image store.
     """
 
-    def __init__(self, serving: Serving, images: ImageStore, location: str) -> None:
-        self.serving = serving
-        self.lock = threading.RLock()
-        self.closed = False
-        self.written: set[str] | None = None
-        self._images, self._location = images, location
-        self._warned = False
-
-    def check_open(self) -> None:
-        """Raise StoreError once the catalog is closed."""
-        if self.closed:
-            raise StoreError(f"The catalog {self._location} is closed.")
-
-    def serving_now(self) -> Serving:
-        """To be held for as long as its store is asked: a reindexing closes that with the last that holds it."""
-        self.check_open()
-        return self.serving
+    def __init__(self, current: CurrentSnapshot, images: ImageStore) -> None:
+        self._current, self._images = current, images
 
     def add(self, items: Sequence[Item], *, copy: bool) -> None:
         """Store items, all of them or none."""
-        serving = self.serving_now()
-        fresh: list[Item] = []
+        snapshot = self._current.get()
+        changed: list[Item] = []
         records: list[Record] = []
         for batch in batched(items, BATCH_SIZE):
-            changed = self._changed(batch, copy)
-            records += self._encode(serving, changed, copy)
-            fresh += changed
-        self._commit(serving, records, fresh, copy)
+            some = self._changed(batch, copy)
+            records += self._encode(snapshot, some, copy)
+            changed += some
+        self._commit(snapshot, records, changed, copy)
 
-    def add_rows(
-        self, rows: Iterable[Row], source: str, seen: CompactSet, *, strict: bool, copy: bool
-    ) -> Generator[Prepared, None, None]:
-        """Store rows of a catalog on disk; yields what is stored, batch by batch.
+    def add_table(
+        self, path: str | Path, images: str | Path | None, *, prune: bool, strict: bool, progress: bool, copy: bool
+    ) -> AddReport:
+        """Store the rows of a table; see `Catalog.add_table`."""
+        if not Path(path).is_file() or Path(path).suffix.lower() not in TABLES:
+            raise DataError(f"{path} is not a table ({', '.join(TABLES)}). For a folder, use add_folder.")
+        return self.add_source(path, images, prune=prune, strict=strict, progress=progress, copy=copy)
 
-        Batches are read, decoded and thumbnailed on all cores, while one is encoded and another one is stored.
+    def add_source(
+        self,
+        path: str | Path,
+        images: str | Path | None = None,
+        *,
+        prune: bool,
+        strict: bool,
+        progress: bool,
+        copy: bool,
+    ) -> AddReport:
+        """Store the rows of a folder, shard or table; see `Catalog.add_folder`."""
+        started = time.perf_counter()
+        source = self._images.reference(Path(path))
+        invalid: list[InvalidRow] = []
+        added = skipped = 0
+        keys = CompactSet()
+        rows = read_catalog(path, images=images, strict=strict, on_error=invalid.append)
+        total = count_rows(path) if progress else 0
+
+        # 1. Store what is new or has changed.
+        with (
+            progress_bar("Indexing", progress) as advance,
+            closing(self._add_rows(rows, source, keys, strict=strict, copy=copy)) as stored,
+        ):
+            for batch in stored:
+                added, skipped = added + len(batch.changed), skipped + len(batch.unchanged)
+                invalid.extend(batch.invalid)
+                advance(added + skipped + len(invalid), total)
+
+        # 2. Delete what is no longer in the source.
+        if prune and (hiding := next((row for row in invalid if row.hides_later_rows), None)):
+            raise DataError(f"{source}: {hiding.reason}. Nothing was pruned; all readable rows are stored.")
+        removed = self._prune(source, keys) if prune else 0
+
+        # 3. Build the search index if searches would be slow without it.
+        self._current.get().optimize_if_large()
+        invalid.sort(key=lambda row: row.line)
+        report = AddReport(added, skipped, tuple(invalid), time.perf_counter() - started, removed)
+        _log.info("%s: %s from %s", self._current.location, report, source)
+        return report
+
+    def store(self, prepared: Iterable[PreparedBatch], *, copy: bool) -> Generator[PreparedBatch, None, None]:
+        """Encode and store batches; each is encoded while the previous one is stored. Yields the stored batches."""
+        with closing(buffered_map(lambda b: (b, self._encode_prepared(b, copy)), prepared, workers=1)) as encoded:
+            for batch, records in encoded:
+                self._commit(batch.snapshot, records, batch.changed, copy, batch.repeated)
+                yield batch
+
+    def delete(self, ids: Sequence[str | int]) -> int:
+        """Delete items and the images that no other item uses. Returns the number of items that existed."""
+        with self._current.lock:
+            records = self._current.get().store.retrieve([key_of(id) for id in ids])
+            self._delete_records(records)
+        return len(records)
+
+    # -------------------------------------------------------------------------------------------- stages
+
+    def _add_rows(
+        self, rows: Iterable[Row], source: str, keys: CompactSet, *, strict: bool, copy: bool
+    ) -> Generator[PreparedBatch, None, None]:
+        """Store rows; yields the stored batches.
+
+        Batches are read, decoded and reduced to thumbnails on all cores, while one is encoded and another is stored.
 
         Args:
-            rows: what `read_catalog` gives.
-            source: where they come from.
-            seen: gets the keys of all good rows.
-            strict: raise DataError at the first bad row.
-            copy: whether the images are copied into the catalog.
+            rows: the rows from `read_catalog`.
+            source: the URI of the folder, shard or table.
+            keys: collects the keys of all valid rows.
+            strict: raise DataError at the first invalid row.
+            copy: whether to copy the images into the catalog.
         """
         prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
         prepared = buffered_map(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
         with closing(prepared):
-            yield from self.store((_distinct(batch, seen, strict) for batch in prepared), copy=copy)
+            yield from self.store((_without_repeated_ids(batch, keys, strict) for batch in prepared), copy=copy)
 
-    def store(self, prepared: Iterable[Prepared], *, copy: bool) -> Generator[Prepared, None, None]:
-        """Encode and store batches, one being encoded while the one before it is stored; yields what is stored."""
-        with closing(buffered_map(lambda b: (b, self._encode_prepared(b, copy)), prepared, workers=1)) as encoded:
-            for batch, records in encoded:
-                self._commit(batch.serving, records, batch.fresh, copy, batch.repeated)
-                yield batch
-
-    def remove(self, records: Sequence[Record]) -> None:
-        """Delete items and the pictures that no other shows; under the lock."""
-        keys = [record.id for record in records]
-        self._note_written(keys)
-        self.serving.store.delete(keys)
-        self._release(pictures_of(records))
-
-    def prune(self, source: str, seen: CompactSet) -> int:
-        """Delete what came from a source and is not among the keys. Returns how many."""
-        if not seen:
-            raise DataError(f"{source} has not one good row: prune=True would delete everything that came from it")
-        gone: list[Record] = []
-        serving = self.serving_now()
-        for batch in serving.store.scroll(where=Compare(f"{SYSTEM}.source", "eq", source)):
-            kept = seen.has(uuid.UUID(record.id).bytes for record in batch)
-            gone += [replace(record, vector=_NO_VECTOR) for record, is_in in zip(batch, kept, strict=True) if not is_in]
-        with self.lock:
-            for some in batched(gone, _COMMITTED):
-                self.remove(some)
-        return len(gone)
-
-    # -------------------------------------------------------------------------------------------- its stages
-
-    def _prepare(self, rows: list[Row], source: str, strict: bool, copy: bool) -> Prepared:
-        """Read rows, drop those that are stored already, decode the others and keep their pixels."""
+    def _prepare(self, rows: list[Row], source: str, strict: bool, copy: bool) -> PreparedBatch:
+        """Read rows, drop those stored already, and decode and preprocess the images of the others."""
         items: list[Item] = []
-        failed: list[InvalidRow] = []
-        serving = self.serving
+        invalid: list[InvalidRow] = []
+        snapshot = self._current.get()
 
-        def fail(name: str, line: int, error: UniDiffError) -> None:
-            failed.append(_bad_row(line, name, str(error), strict))
+        def reject(name: str, line: int, error: UniDiffError) -> None:
+            invalid.append(_invalid_row(line, name, str(error), strict))
 
         for row in rows:
             payload = dict(row.payload)
@@ -151,130 +179,146 @@ class Writer:
                 item = item_of(ItemImage(row.image()), row.text, payload.pop("id", None), payload)
                 items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
-                fail(row.name, row.line, error)
-        changed = self._changed(items, copy)
-        lines = {item.line for item in changed}
-        fresh: list[Item] = []
-        for item in changed:
+                reject(row.name, row.line, error)
+        pending = self._changed(items, copy)
+        lines = {item.line for item in pending}
+        changed: list[Item] = []
+        for item in pending:
             try:
-                self._images.add(item.picture, copy=copy)
-                encodable = serving.encoder.pixels(item.picture.decoded) if item.vector is None else None
-                fresh.append(replace(item, pixels=encodable))
+                self._images.add(item.image, copy=copy)
+                pixels = snapshot.encoder.pixels(item.image.decoded) if item.vector is None else None
+                changed.append(replace(item, pixels=pixels))
             except ImageError as error:
-                fail(item.name, item.line, error)
-            item.picture.release()  # what waits to be encoded is small, whatever the size of the picture
-        return Prepared(serving, [item for item in items if item.line not in lines], fresh, [], failed)
+                reject(item.name, item.line, error)
+            item.image.release()  # only the preprocessed pixels wait to be encoded, whatever the size of the image
+        return PreparedBatch(snapshot, [item for item in items if item.line not in lines], changed, [], invalid)
 
     def _changed(self, items: Sequence[Item], copy: bool) -> list[Item]:
-        """The items that are not stored yet just so.
+        """The items that differ from what is stored.
 
-        Of those whose picture is stored under the same id, only with other columns or kept elsewhere, the vector comes
-        along.
+        An item that is stored with the same image, but with other columns or another location of the image, keeps its
+        stored vector.
         """
-        serving = self.serving_now()
-        stored = {record.id: record for record in serving.store.retrieve([item.key for item in items])}
-        fresh: list[Item] = []
+        snapshot = self._current.get()
+        stored = {record.id: record for record in snapshot.store.retrieve([item.key for item in items])}
+        changed: list[Item] = []
         for item in items:
             old = stored.get(item.key)
-            if old is None or old.payload[SYSTEM]["sha256"] != item.picture.sha256:
-                fresh.append(item)
-            elif old.payload != item.payload(
-                self._images.expected_uri(item.picture, old.payload[SYSTEM]["uri"], copy=copy)
-            ):
-                fresh.append(replace(item, vector=old.vector))
-        return fresh
+            if old is None or old.payload[SYSTEM]["sha256"] != item.image.sha256:
+                changed.append(item)
+                continue
+            uri = self._images.expected_uri(item.image, old.payload[SYSTEM]["uri"], copy=copy)
+            if old.payload != item.payload(uri):
+                changed.append(replace(item, vector=old.vector))
+        return changed
 
-    def _encode_prepared(self, batch: Prepared, copy: bool) -> list[Record]:
-        pixels = [item.pixels for item in batch.fresh if item.pixels is not None]
-        vectors = batch.serving.encoder.encode_pixels(np.stack(pixels)) if pixels else ()
-        return self._records(batch.fresh, vectors, copy)
+    def _encode_prepared(self, batch: PreparedBatch, copy: bool) -> list[Record]:
+        pixels = [item.pixels for item in batch.changed if item.pixels is not None]
+        vectors = batch.snapshot.encoder.encode_pixels(np.stack(pixels)) if pixels else ()
+        return self._records(batch.changed, vectors, copy)
 
-    def _encode(self, serving: Serving, items: Sequence[Item], copy: bool) -> list[Record]:
-        pictures = [item.picture.decoded for item in items if item.vector is None]
-        vectors = serving.encoder.encode_images(pictures) if pictures else ()
+    def _encode(self, snapshot: Snapshot, items: Sequence[Item], copy: bool) -> list[Record]:
+        images = [item.image.decoded for item in items if item.vector is None]
+        vectors = snapshot.encoder.encode_images(images) if images else ()
         return self._records(items, vectors, copy)
 
     def _records(self, items: Sequence[Item], vectors: Iterable[Vector], copy: bool) -> list[Record]:
-        """What is stored of items; `vectors` are of those that bring none."""
+        """The records of items; `vectors` are those of the items without a vector."""
         encoded = iter(vectors)
         records = []
         for item in items:
             vector = next(encoded) if item.vector is None else item.vector
-            records.append(Record(item.key, vector, item.payload(self._images.add(item.picture, copy=copy))))
-            item.picture.release()
+            records.append(Record(item.key, vector, item.payload(self._images.add(item.image, copy=copy))))
+            item.image.release()
         return records
 
     def _commit(
         self,
-        serving: Serving,
+        snapshot: Snapshot,
         records: list[Record],
         items: Sequence[Item],
         copy: bool,
         repeated: Sequence[Item] = (),
     ) -> None:
-        """Store records of items, and let go of the pictures that they take the place of, and of `repeated` ones."""
-        self._warn_of_real_pictures(items)
-        with self.lock:
-            now = self.serving_now()
-            for item in items:  # once more, as a `delete` may have removed the same picture meanwhile
-                self._images.add(item.picture, copy=copy)
-            if serving is not now:  # reindexed since: these vectors are of the bundle before
+        """Store the records of items; delete the images that they replace, and those of `repeated` items."""
+        self._warn_about_real_images(items)
+        with self._current.lock:
+            now = self._current.get()
+            for item in items:  # again, because a concurrent delete may have removed the same image
+                self._images.add(item.image, copy=copy)
+            if snapshot is not now:  # reindexed in the meantime: these vectors are from the previous bundle
                 records = []
                 for some in batched(items, BATCH_SIZE):
                     records += self._encode(now, [replace(item, vector=None) for item in some], copy)
-            self._note_written([record.id for record in records])
-            left = {item.picture.sha256: self._images.add(item.picture, copy=copy) for item in repeated}
-            for batch in batched(records, _COMMITTED):
-                # Looked up here and not when the rows were read: another thread may have written since.
-                left |= pictures_of(now.store.retrieve([record.id for record in batch]))
+            self._current.record_changes(record.id for record in records)
+            unused = {item.image.sha256: self._images.add(item.image, copy=copy) for item in repeated}
+            for batch in batched(records, _COMMIT_SIZE):
+                # Read here and not when the rows were read, because another thread may have written since.
+                unused |= images_of(now.store.retrieve([record.id for record in batch]))
                 now.store.upsert(batch)
-            shown = {item.picture.sha256 for item in items}
-            self._release({sha256: uri for sha256, uri in left.items() if sha256 not in shown})
+            used = {item.image.sha256 for item in items}
+            self._release_images({sha256: uri for sha256, uri in unused.items() if sha256 not in used})
 
-    def _note_written(self, keys: Iterable[str]) -> None:
-        """Tell a reindexing in another thread; under the lock."""
-        if self.written is not None:
-            self.written.update(keys)
+    def _prune(self, source: str, keys: CompactSet) -> int:
+        """Delete the items of a source whose keys are not in `keys`. Returns their number."""
+        if not keys:
+            raise DataError(f"{source} has no valid row: prune=True would delete all items that came from it")
+        removed: list[Record] = []
+        snapshot = self._current.get()
+        for batch in snapshot.store.scroll(where=Compare(f"{SYSTEM}.source", "eq", source)):
+            kept = keys.has(uuid.UUID(record.id).bytes for record in batch)
+            removed += [replace(r, vector=_NO_VECTOR) for r, is_kept in zip(batch, kept, strict=True) if not is_kept]
+        with self._current.lock:
+            for some in batched(removed, _COMMIT_SIZE):
+                self._delete_records(some)
+        return len(removed)
 
-    def _release(self, pictures: dict[str, str]) -> None:
-        """Delete pictures (sha256 -> uri) that no item shows any more."""
-        store = self.serving.store
-        for sha256, uri in pictures.items():
+    def _delete_records(self, records: Sequence[Record]) -> None:
+        """Delete records and the images that no other item uses; under the lock."""
+        keys = [record.id for record in records]
+        self._current.record_changes(keys)
+        self._current.get().store.delete(keys)
+        self._release_images(images_of(records))
+
+    def _release_images(self, images: dict[str, str]) -> None:
+        """Delete the images (sha256 -> uri) that no item uses."""
+        store = self._current.get().store
+        for sha256, uri in images.items():
             if not store.count(Compare(f"{SYSTEM}.sha256", "eq", sha256)):
                 self._images.remove(sha256, uri)
 
-    def _warn_of_real_pictures(self, items: Sequence[Item]) -> None:
-        bundle = self.serving.bundle
-        if self._warned or not bundle.synthetic:
+    def _warn_about_real_images(self, items: Sequence[Item]) -> None:
+        bundle = self._current.get().bundle
+        if self._current.warned or not bundle.synthetic:
             return
         from unidiff_sdk.datasets.synthetic import CATALOGS
 
         if any(item.columns.get("catalog") not in CATALOGS and not item.columns.get("generated") for item in items):
-            self._warned = True
+            self._current.warned = True
             warn(
-                f'The bundle "{bundle.name}" was trained on drawn, synthetic products only: on other pictures '
-                "its results mean little. Fine-tune on your own data (unidiff-train, unidiff-export), use that bundle."
+                f'The bundle "{bundle.name}" was trained on rendered, synthetic products only. On other images its '
+                "results are not meaningful: fine-tune it on your own data (unidiff-train, unidiff-export)."
             )
 
 
-def _distinct(batch: Prepared, seen: CompactSet, strict: bool) -> Prepared:
-    """A batch without the rows whose id came by before: two pictures for one id would take turns at every run."""
-    items = sorted(batch.unchanged + batch.fresh, key=lambda item: item.line)
-    known = seen.add(uuid.UUID(item.key).bytes for item in items)
+def _without_repeated_ids(batch: PreparedBatch, keys: CompactSet, strict: bool) -> PreparedBatch:
+    """Reject the rows with the id of an earlier row. Two images of one id would otherwise alternate with every run."""
+    items = sorted(batch.unchanged + batch.changed, key=lambda item: item.line)
+    known = keys.add(uuid.UUID(item.key).bytes for item in items)
     repeated = [item for item, is_known in zip(items, known, strict=True) if is_known]
-    reason = "an earlier row has the same id, or without an id the same picture and caption"
+    reason = "an earlier row has the same id, or the same image and caption and no id"
     lines = {item.line for item in repeated}
-    return Prepared(
-        batch.serving,
+    return PreparedBatch(
+        batch.snapshot,
         [item for item in batch.unchanged if item.line not in lines],
-        [item for item in batch.fresh if item.line not in lines],
+        [item for item in batch.changed if item.line not in lines],
         repeated,
-        batch.failed + [_bad_row(item.line, item.name, reason, strict) for item in repeated],
+        batch.invalid + [_invalid_row(item.line, item.name, reason, strict) for item in repeated],
     )
 
 
-def _bad_row(line: int, name: str, reason: str, strict: bool) -> InvalidRow:
-    bad = InvalidRow(line, name, reason)
+def _invalid_row(line: int, name: str, reason: str, strict: bool) -> InvalidRow:
+    row = InvalidRow(line, name, reason)
     if strict:
-        raise DataError(str(bad))
-    return bad
+        raise DataError(str(row))
+    return row

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,10 +14,12 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.protocol import CANDIDATES
 
-__all__ = ["DEFAULT_HYBRID", "MAX_LIMIT", "SearchOptions", "check_page"]
+__all__ = ["MAX_LIMIT", "SearchOptions", "call_with", "check_page"]
+
+T = TypeVar("T")
 
 MAX_LIMIT = 10_000
-DEFAULT_HYBRID = 0.5  # the share of the caption ranking for hybrid=True
+_DEFAULT_HYBRID = 0.5  # the share of the caption ranking for hybrid=True
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,16 @@ class SearchOptions:
     Attributes:
         limit: the maximum number of hits, 1 to 10,000.
         offset: the number of best hits to skip.
-        cursor: `Page.cursor` of the previous page, instead of `offset`.
-        where: a filter on the columns (`store.filters`).
-        min_score: the lowest score of a hit.
-        diversity: 0 to 1, the weight of variety against similarity (`ranking.diversify`).
-        group_by: a column; only the best item of each of its values is a hit.
-        hybrid: the share of the caption ranking (BM25), from 0 to below 1. True means 0.5, False means 0.
+        cursor: instead of `offset`: `Page.cursor` of the previous page. Items added or deleted between two pages then
+            neither repeat nor hide a hit. All other arguments of the search except `limit` must be the same.
+        where: a filter on the columns (`store.filters`): `{"price": {"lt": 80}, "brand": ["a", "b"]}`.
+        min_score: exclude hits with a lower score.
+        diversity: 0 to 1, the weight of variety against similarity among the best max(100, 5 * limit) items
+            (`ranking.diversify`). Start with 0.3.
+        group_by: a column of single values; only the best item of each value is a hit. Items without it are kept.
+        hybrid: also rank by the words of the captions (BM25) and fuse both rankings; for names and numbers that an
+            encoder does not know. The share of the captions, from 0 to below 1; True means 0.5, False means 0. Scores
+            are then ranks. With it, offset + limit is at most 500.
         clause: `where`, parsed.
 
     Raises:
@@ -61,7 +68,7 @@ class SearchOptions:
             raise OptionError(f"group_by={self.group_by!r:.60}: give the name of a column")
         if self.diversity is not None and self.group_by is not None:
             raise OptionError("diversity= and group_by= exclude each other: choose one")
-        hybrid = DEFAULT_HYBRID if self.hybrid is True else self.hybrid
+        hybrid = _DEFAULT_HYBRID if self.hybrid is True else self.hybrid
         if not (_is_finite(hybrid) and 0 <= hybrid < 1):
             raise OptionError(f"hybrid={hybrid!r:.60}: give True, False, or a number from 0 to below 1")
         if hybrid and self.min_score is not None:
@@ -85,6 +92,16 @@ def check_page(limit: int, offset: int) -> None:
         raise OptionError(f"limit={limit}: give an integer from 1 to {MAX_LIMIT:,}")
     if offset < 0:
         raise OptionError(f"offset={offset}: give an integer of at least 0")
+
+
+def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:
+    """Call with keyword arguments given by the user. Raises OptionError for unknown ones."""
+    valid = list(inspect.signature(factory).parameters)
+    if not isinstance(arguments, Mapping):
+        raise OptionError(f"{name} is {arguments!r:.60}: give a dictionary with keys from {', '.join(valid)}")
+    if unknown := [argument for argument in arguments if argument not in valid]:
+        raise OptionError(f"{name} has no argument {', '.join(map(repr, unknown))}. Arguments: {', '.join(valid)}")
+    return factory(**arguments)
 
 
 def _is_finite(value: Any) -> bool:

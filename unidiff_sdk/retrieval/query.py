@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,9 +19,10 @@ from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ItemImage
 
 from .mixing import WEIGHTS
+from .options import call_with
 from .results import Hit
 
-__all__ = ["MAX_IMAGINED", "Query", "checked_ids", "open_image"]
+__all__ = ["MAX_IMAGINED", "Query", "batch_of", "checked_ids", "open_image"]
 
 MAX_IMAGINED = 16  # images generated from one text
 
@@ -55,7 +56,6 @@ class Query:
     def of(
         cls,
         text: str | None = None,
-        *,
         imagine: int = 0,
         image: Any = None,
         like: Any = None,
@@ -106,6 +106,13 @@ class Query:
         image = "" if self.image is None else self.image.sha256
         content = (self.text, self.imagine, image, self.like, self.unlike, self.without, sorted(self.weights.items()))
         return hashlib.sha256(repr(content).encode() + vector).digest()[:8]
+
+
+def batch_of(queries: Any) -> list[Query]:
+    """The queries of `Catalog.search_batch`, each a text or a dictionary of query arguments. Raises OptionError."""
+    if isinstance(queries, (str, Mapping)) or not isinstance(queries, Iterable):
+        raise OptionError(f"queries is {queries!r:.60}: give a list of queries; for a single one, use search")
+    return [call_with(Query.of, {"text": one} if isinstance(one, str) else one, "a query") for one in queries]
 
 
 def open_image(source: Any) -> ItemImage:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,17 @@ from PIL.Image import Image
 
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.encoder import Encoder
-from unidiff_sdk.store import ScoredRecord, Store, Vector, VectorQuery
-from unidiff_sdk.store.filters import AllOf, AnyOf, Clause, Compare, Not, column_path
+from unidiff_sdk.store import Record, ScoredRecord, Store, Vector, VectorQuery
+from unidiff_sdk.store.filters import AllOf, AnyOf, Clause, Compare, Not, column_path, parse
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CANDIDATES
 
-from .columns import value_at
+from .columns import facet_counts, ordered, value_at, warn_about_unknown_columns
 from .cursors import Cursor
+from .duplicates import near_duplicates
 from .mixing import NEUTRAL_TEXTS, ModalityGap, add_imagined, consensus, mean_direction, mix
-from .options import MAX_LIMIT, SearchOptions
+from .options import MAX_LIMIT, SearchOptions, check_page
 from .query import Query, open_image
 from .ranking import diversify, group_of
 from .results import Hit, Page
@@ -47,7 +48,7 @@ class _Sample:
 
 
 class Searcher:
-    """Searches one store with one encoder. Safe to use from several threads.
+    """Searches and lists the items of one store, with one encoder. Safe to use from several threads.
 
     Args:
         store: the items.
@@ -91,10 +92,50 @@ class Searcher:
 
         # 4. Pages.
         took_ms = 1000 * (time.perf_counter() - started)
+        if not any(results):
+            warn_about_unknown_columns(self.store, options.clause)
         return [
             self._page(query, search, options, cursor, found, took_ms)
             for query, search, cursor, found in zip(queries, searches, cursors, results, strict=True)
         ]
+
+    def browse(self, where: Mapping[str, Any] | None, order_by: str | None, limit: int, offset: int) -> Page:
+        """A page of the items that match a filter, in the order of a column. Raises OptionError, FilterError."""
+        started = time.perf_counter()
+        check_page(limit, offset)
+        clause = parse(where)
+        records: Iterable[Record]
+        if order_by is None:
+            records = islice(chain.from_iterable(self.store.scroll(where=clause)), offset, offset + limit)
+        else:
+            records = ordered(self.store, order_by, clause, limit, offset)
+        hits = tuple(self._make_hit(record.payload, 1.0) for record in records)
+        if not hits:
+            warn_about_unknown_columns(self.store, clause)
+        return Page(hits, offset, limit, 1000 * (time.perf_counter() - started))
+
+    def facets(self, column: str, where: Mapping[str, Any] | None, limit: int) -> dict[str | bool | int | float, int]:
+        """Count the items with each value of a column. Raises OptionError, FilterError."""
+        check_page(limit, 0)
+        return facet_counts(self.store, column, parse(where), limit)
+
+    def duplicates(self, threshold: float, where: Mapping[str, Any] | None) -> list[tuple[Hit, ...]]:
+        """Groups of near-duplicates, largest first. Raises OptionError, FilterError."""
+        groups = near_duplicates(self.store, threshold, parse(where))
+        return [tuple(self._make_hit(found.payload, found.score) for found in group) for group in groups]
+
+    def get(self, id: str | int) -> Hit | None:
+        """The item with an id, or None. Raises OptionError."""
+        records = self.store.retrieve([key_of(id)])
+        return self._make_hit(records[0].payload, 1.0) if records else None
+
+    def count(self, where: Mapping[str, Any] | None) -> int:
+        """The number of items that match a filter. Raises FilterError."""
+        clause = parse(where)
+        count = self.store.count(clause)
+        if not count:
+            warn_about_unknown_columns(self.store, clause)
+        return count
 
     # -------------------------------------------------------------------------------------------- the query vector
 
@@ -195,7 +236,7 @@ class Searcher:
         return vector
 
     def _gap(self, with_text: bool) -> ModalityGap:
-        """The sample that a mix is scaled by; drawn again when the catalog has doubled or halved in size."""
+        """The sample that a mix is scaled by; taken again when the catalog has doubled or halved in size."""
         count = self.store.count()
         with self._lock:
             if self._sample is None or not self._sample.count / 2 < count < 2 * self._sample.count:
