@@ -21,62 +21,65 @@ __all__ = ["Conditioner"]
 
 Float32 = NDArray[np.float32]
 
-_CACHED_PROMPTS = 256
-_MOST_CHUNKS = 8
+CACHED_PROMPTS = 256
+MAX_WINDOWS = 8
 
 
 class Conditioner:
-    """The text encoder in front of a bundle's UNet; remembers the last prompts. May be shared between threads."""
+    """The text encoder of a bundle's UNet. Caches the last prompts. May be shared between threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._windows = lru_cache(maxsize=_CACHED_PROMPTS)(weak_method(self._tokens))
-        self._encoded = lru_cache(maxsize=_CACHED_PROMPTS)(weak_method(self._encode))
+        self._windows = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._tokenize))
+        self._encoded = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode))
 
     def states(self, prompt: str, long_prompts: str = "truncate") -> Float32:
-        """Token states of a prompt: float32[tokens, width], not to be written to.
+        """The token states of a prompt: float32[tokens, width], read-only.
 
         Args:
             prompt: any text.
-            long_prompts: what happens past `bundle.prompt_tokens` tokens: "truncate" leaves the rest out, with a
-                warning; "chunk" encodes it in windows of that many and puts their states one after the other.
+            long_prompts: for a prompt longer than `bundle.prompt_tokens` tokens: "truncate" ignores the rest, with a
+                warning; "chunk" encodes it in windows of that length and concatenates their states.
 
         Raises:
-            OptionError: the prompt is too long even for that.
+            OptionError: the prompt is too long even for windows.
         """
         windows = self._windows(prompt)
         if len(windows) > 1 and long_prompts == "truncate":
-            kept = self._bundle.prompt_tokens
             warn(
-                f"the prompt is longer than {kept} tokens; the rest is ignored (long_prompts='chunk' would keep it): "
-                f"{prompt!r:.200}"
+                f"the prompt is longer than {self._bundle.prompt_tokens} tokens, so its end is ignored "
+                f"(long_prompts='chunk' keeps it): {prompt!r:.200}"
             )
             windows = windows[:1]
-        if len(windows) > _MOST_CHUNKS:
+        if len(windows) > MAX_WINDOWS:
             raise OptionError(
-                f"the prompt takes {len(windows)} windows of {self._bundle.prompt_tokens} tokens; "
-                f"at most {_MOST_CHUNKS} can be chunked: {prompt!r:.80}"
+                f"the prompt takes {len(windows)} windows of {self._bundle.prompt_tokens} tokens; give one of at most "
+                f"{MAX_WINDOWS} windows: {prompt!r:.80}"
             )
         return self._encoded(windows)
 
     def pair(self, prompt: str, negative_prompt: str, long_prompts: str) -> tuple[Float32, Float32]:
-        """The states of both, of one length: the shorter one is filled up with those of the empty prompt."""
-        pair = [self.states(text, long_prompts) for text in (prompt, negative_prompt)]
-        longest, empty = max(map(len, pair)), self.states("")
-        if len(pair[0]) == len(pair[1]):
-            return pair[0], pair[1]
-        first, second = (np.concatenate([p, *[empty] * ((longest - len(p)) // len(empty))]) for p in pair)
-        return first, second
+        """The states of both, of the same length: the shorter ones are padded with those of the empty prompt."""
+        states, negative = (self.states(text, long_prompts) for text in (prompt, negative_prompt))
+        if len(states) == len(negative):
+            return states, negative
+        longest = max(len(states), len(negative))
+        return self._padded(states, longest), self._padded(negative, longest)
 
-    def _tokens(self, prompt: str) -> tuple[tuple[int, ...], ...]:
+    def _padded(self, states: Float32, length: int) -> Float32:
+        empty = self.states("")
+        return np.concatenate([states, *[empty] * ((length - len(states)) // len(empty))])
+
+    def _tokenize(self, prompt: str) -> tuple[tuple[int, ...], ...]:
+        """Token ids, in windows of `bundle.prompt_tokens`."""
         encoding = self._tokenizer.encode(prompt)
-        return tuple(tuple(part.ids) for part in (encoding, *encoding.overflowing))
+        return tuple(tuple(window.ids) for window in (encoding, *encoding.overflowing))
 
     def _encode(self, windows: tuple[tuple[int, ...], ...]) -> Float32:
-        inputs = {"input_ids": np.array(windows, np.int64)}
-        states: Float32 = self._bundle.session("text_encoder").run(inputs, ["last_hidden_state"])["last_hidden_state"]
+        feeds = {"input_ids": np.array(windows, np.int64)}
+        states: Float32 = self._bundle.session("text_encoder").run(feeds, ["last_hidden_state"])["last_hidden_state"]
         states = states.reshape(-1, states.shape[-1])
-        states.flags.writeable = False  # shared by all who ask for the same prompt
+        states.flags.writeable = False  # shared by all that use the same prompt
         return states
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Where a picture comes from, written into its file: that a model drew it, and what makes it again.
+"""Provenance of a generated image, in its file: that a model generated it, and how to generate it again.
 
-The file carries an XMP packet, in PNG and WebP alike, with the IPTC property that search engines and shops read to tell
-drawn pictures from photographs (`Iptc4xmpExt:DigitalSourceType`, IPTC Photo Metadata Standard 2023.1), and the recipe
-as JSON. A lossless file, so that drawing it again can be compared bit by bit.
+PNG and WebP files carry an XMP packet. It holds the IPTC property by which search engines and shops tell generated
+images from photographs (`Iptc4xmpExt:DigitalSourceType`, IPTC Photo Metadata Standard 2023.1), and the recipe as JSON.
+The files are lossless, so that an image generated again can be compared bit by bit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from unidiff_sdk.errors import ImageError, OptionError
 
 __all__ = ["Recipe", "read_recipe", "save"]
 
-_DRAWN = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-_PARTLY_DRAWN = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_PARTLY_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 _PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 ><rdf:Description rdf:about="" xmlns:xmp="http://ns.adobe.com/xap/1.0/"
@@ -35,18 +35,18 @@ _PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
  unidiff:recipe="{recipe}"/></rdf:RDF></x:xmpmeta>
 <?xpacket end="w"?>"""
 _RECIPE = re.compile(rb'\sunidiff:recipe="([^"]*)"')
-_IDENTITIES = ("bundle", "like", "mask", "replaced")  # what a recipe names, but cannot hold
+_IDENTITIES = ("bundle", "like", "mask", "replaced")  # a recipe names them, but does not contain them
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a picture again.
+    """How to generate an image again.
 
     Attributes:
-        arguments: of `Catalog.generate`: `catalog.generate(**recipe.arguments)` draws this picture alone.
-        bundle: fingerprint of the bundle that drew it.
-        like, mask: SHA-256 of the pictures that must be given as well, as `Hit.sha256` is, if it was made from some.
-        replaced: whether a safety hook put this picture in the place of the drawn one, so that it cannot be repeated.
+        arguments: of `Catalog.generate`: `catalog.generate(**recipe.arguments)` generates this image alone.
+        bundle: fingerprint of the bundle that generated it.
+        like, mask: SHA-256 of the images to give as well, if it was made from some. `Hit.sha256` is the same hash.
+        replaced: whether a safety hook returned this image for the generated one, so that it cannot be repeated.
     """
 
     arguments: dict[str, Any]
@@ -57,15 +57,15 @@ class Recipe:
 
 
 def save(image: Image.Image, recipe: Mapping[str, Any], path: str | PathLike[str]) -> None:
-    """Write a picture with its recipe; PNG or WebP, by the name's ending, without loss.
+    """Write an image with its recipe, without loss. The suffix of the path decides between PNG and WebP.
 
     Raises:
-        OptionError: the name ends otherwise.
+        OptionError: the path has another suffix.
         StoreError: the file cannot be written.
     """
     path = Path(path)
     packet = _PACKET.format(
-        source=_PARTLY_DRAWN if recipe.get("mask") else _DRAWN,
+        source=_PARTLY_GENERATED if recipe.get("mask") else _GENERATED,
         version=version("unidiff-sdk"),
         recipe=html.escape(json.dumps(recipe, ensure_ascii=True, sort_keys=True)),
     )
@@ -79,7 +79,7 @@ def save(image: Image.Image, recipe: Mapping[str, Any], path: str | PathLike[str
     elif path.suffix.lower() == ".webp":
         image.save(buffer, "WEBP", lossless=True, xmp=packet.encode())
     else:
-        raise OptionError(f"{path}: a picture is saved with its recipe as .png or .webp; give such a name")
+        raise OptionError(f"{path}: an image is saved with its recipe as .png or .webp; choose one of these suffixes")
     write_atomically(path, buffer.getvalue())
 
 
@@ -87,7 +87,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     """The recipe in a file that `Generated.save` wrote.
 
     Raises:
-        ImageError: the file is no picture, or holds no recipe.
+        ImageError: the file is not an image, or holds no recipe.
     """
     try:
         with Image.open(path, formats=("PNG", "WEBP")) as image:
@@ -96,8 +96,8 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
         found = _RECIPE.search(packet)
         recipe = json.loads(html.unescape(found[1].decode())) if found else None
     except Exception as error:  # decoders raise nearly every built-in exception on damaged files
-        raise ImageError(f"{path}: cannot be read as a PNG or WebP picture with a recipe ({error})") from error
+        raise ImageError(f"{path}: cannot be read as a PNG or WebP image with a recipe ({error})") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("bundle"), str):
-        raise ImageError(f"{path}: holds no recipe; Generated.save(…) writes one")
+        raise ImageError(f"{path}: holds no recipe; Generated.save writes one")
     arguments = {name: value for name, value in recipe.items() if name not in _IDENTITIES}
     return Recipe(arguments, **{name: recipe[name] for name in _IDENTITIES if name in recipe})

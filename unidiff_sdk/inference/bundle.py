@@ -1,4 +1,4 @@
-"""A bundle: the folder of ONNX graphs that `unidiff-export` wrote, its manifest, and the checks that it is whole."""
+"""A bundle: a folder of ONNX graphs that `unidiff-export` wrote, and its manifest."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["TINY", "Bundle"]
 
 TINY = Path(__file__).parents[1] / "models" / "tiny"
-"""The default bundle, which comes with the package."""
+"""The built-in bundle."""
 
 
 class Bundle:
-    """An opened bundle. Its graphs load when they are first used, each once; it may be shared between threads.
+    """An open bundle. Each graph loads when it is first used. May be shared between threads.
+
+    `Bundle.open` opens a folder. The constructor takes a manifest that is read already, and may replace sessions.
+
+    Args:
+        session_factory: loads a graph; `create_session` by default.
 
     Attributes:
         path: the folder.
-        manifest: what `manifest.json` says.
+        manifest: the content of its `manifest.json`.
         device: where the graphs run: "cpu", "cuda" or "tensorrt".
     """
 
@@ -75,20 +80,20 @@ class Bundle:
         threads: int | None = None,
         capture: bool = False,
     ) -> Bundle:
-        """Open a bundle folder, or one that optimum exported from Stable Diffusion, which can only generate.
+        """Open a bundle folder, or a Stable Diffusion pipeline that optimum exported, which can only generate.
 
         Args:
-            path: the folder; None or "tiny" is the default bundle that comes with the package.
-            verify: compare the SHA-256 of every file with the manifest's (about a second for each 1.5 GB).
+            path: the folder. None or "tiny": the built-in bundle.
+            verify: compare the SHA-256 of every file with the manifest (about a second for each 1.5 GB).
             device: "cpu", "cuda" or "tensorrt".
-            threads: how many threads one call uses on the CPU; by default one for each core.
-            capture: with "cuda", replay calls of the usual shapes (see `profile`) from a CUDA graph, for the graphs
-                that run on the GPU alone; `warmup` says which.
+            threads: number of threads for one call on the CPU. None: one for each core.
+            capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs of
+                which all nodes run on the GPU. `warmup` reports which.
 
         Raises:
             BundleError: the folder is not a bundle, is incomplete, was changed after its export, or was exported for
-                a target that `device` cannot run.
-            OptionError: `device` is not known.
+                another device.
+            OptionError: the device is unknown.
         """
         folder = TINY if path is None or path == "tiny" else Path(path)
         if (folder / MANIFEST).is_file():
@@ -145,7 +150,7 @@ class Bundle:
         return report
 
     def profile(self, graph: str) -> Profile | None:
-        """For each input of a graph its smallest, usual and largest shape ("min", "opt", "max"), if they are known."""
+        """The smallest, usual and largest shape ("min", "opt", "max") of each input of a graph, if they are known."""
         described = self._graph(graph)
         if described.profile is None and described.inputs:
             return shape_profile(graph, described.inputs, self.manifest)

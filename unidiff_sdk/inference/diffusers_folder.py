@@ -1,7 +1,7 @@
-"""A diffusers pipeline of ONNX graphs that has no manifest of ours, as optimum exports it: opened for generation.
+"""A diffusers pipeline of ONNX graphs without our manifest, as optimum exports it: opened for generation only.
 
-The manifest is derived from the configuration files, and each graph is called by the interface of our own bundles. Such
-a folder holds no CLIP, so nothing can be searched with it.
+The manifest is derived from the configuration files, and each graph is called like those of our own bundles. Such a
+folder holds no CLIP, so it cannot search.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PIPELINE_FORMAT = "onnx-pipeline"
 
 PIPELINE_INDEX = "model_index.json"
 GRAPHS = ("text_encoder", "unet", "vae_decoder")  # "vae_encoder" may be missing
-# What a UNet's configuration holds only if it wants more than latents, a timestep and text states.
+# Set in the configuration of a UNet only if it takes more than latents, a timestep and token states.
 EXTRA_CONDITIONS = (
     "addition_embed_type",
     "class_embed_type",
@@ -51,16 +51,15 @@ EXTRA_CONDITIONS = (
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether the folder holds what generation needs: a pipeline's index and its graphs."""
+    """Whether the folder holds what generation needs: the index of a pipeline and its graphs."""
     needed = (PIPELINE_INDEX, *(f"{graph}/{GRAPH_FILE}" for graph in GRAPHS))
     return all((folder / name).is_file() for name in needed)
 
 
 def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | None) -> str | None:
-    """Why a UNet, by its configuration, is driven by more than latents, a timestep and the text encoder's states.
+    """Why a UNet is not supported, by its configuration. None for one of Stable Diffusion 1 or 2.
 
-    latent_channels: of the VAE; width: of the text encoder's states; None where they are not known. Returns None for a
-    UNet that is driven by these.
+    latent_channels is that of the VAE, width that of the text encoder's states; None where they are unknown.
     """
     extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if unet.get(name) is not None]
     channels, states = unet.get("in_channels"), unet.get("cross_attention_dim")
@@ -68,13 +67,13 @@ def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | N
         extra.append(f"in_channels {channels}")
     if extra:
         return (
-            f"the UNet takes extra conditions ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
-            "do; only text-to-image models of the shape of Stable Diffusion 1 and 2 are supported"
+            f"the UNet takes additional inputs ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
+            "do; use a text-to-image model with the architecture of Stable Diffusion 1 or 2"
         )
     if None not in (states, width) and states != width:
         return (
-            f"the UNet is conditioned by states of width {states}, but text_encoder/ gives {width}: they belong to "
-            "different models"
+            f"the UNet takes token states of width {states}, but text_encoder/ returns {width}: they belong to "
+            "different models; export the pipeline again"
         )
     return None
 

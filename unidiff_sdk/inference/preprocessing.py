@@ -1,4 +1,4 @@
-"""An RGB image to the pixel values that an image encoder takes."""
+"""RGB images to the pixel values that the image encoder takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def preprocess(
     """An RGB image as the image encoder takes it: float32[3, size, size], normalized by `mean` and `std` (each [3]).
 
     "crop" is the same as transformers' `CLIPImageProcessorPil`: shorter edge to `size` (bicubic), center crop,
-    normalize. "pad" brings the longer edge to `size` instead and centers the picture on white.
+    normalize. "pad" brings the longer edge to `size` instead and centers the image on white.
     """
     square = _cropped(image, size) if fit == "crop" else _padded(image, size)
     pixels = np.asarray(square, np.float32).transpose(2, 0, 1) / np.float32(255)

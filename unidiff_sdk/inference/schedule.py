@@ -1,4 +1,4 @@
-"""The noise schedule that a UNet was trained with, and the timesteps that samplers take from it."""
+"""The noise schedule that a UNet was trained with, and the timesteps that samplers use."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Schedule:
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Read a diffusers scheduler configuration of any class.
 
-        `clip_sample` is ignored, as diffusers' own Stable Diffusion pipeline ignores it: it is meant for pixels.
+        `clip_sample` is ignored, as in diffusers' Stable Diffusion pipeline: it is meant for pixels.
 
         Raises:
-            BundleError: the configuration asks for something that is not supported.
+            BundleError: a setting is not supported.
         """
         prediction_type = config.get("prediction_type", "epsilon")
         spacing = config.get("timestep_spacing", "leading")
@@ -82,7 +82,7 @@ class Schedule:
     def timesteps(self, steps: int, *, left_out: int = 0) -> Float64:
         """`steps` descending timesteps, spaced as in table 2 of Lin et al. 2023 (arXiv:2305.08891).
 
-        `left_out` timesteps at the clean end are counted in the spacing, but not returned (except by "trailing").
+        `left_out` timesteps at the clean end count in the spacing, but are not returned (except by "trailing").
         """
         total, points = self.num_train_timesteps, steps + left_out
         if not 1 <= steps <= total - left_out:
@@ -95,12 +95,12 @@ class Schedule:
         spaced = np.arange(points, dtype=np.float64) * (total // points)
         timesteps = spaced[::-1][:steps] + self.steps_offset
         if timesteps[0] >= total:
-            raise OptionError(f"steps is {steps}, which starts beyond the model's {total} timesteps; use fewer")
+            raise OptionError(f"steps is {steps}, which starts beyond the model's {total} timesteps; give fewer")
         return timesteps
 
 
 def _alphas_cumprod(config: Mapping[str, Any]) -> Float64:
-    """alpha-bar in the float32 arithmetic of training: rounding in 1 - alpha-bar is what the model has seen."""
+    """alpha-bar in the float32 arithmetic of training, because the model was trained with its rounding errors."""
     total = int(config.get("num_train_timesteps", 1000))
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     kind = config.get("beta_schedule", "linear")
@@ -141,5 +141,5 @@ def _zero_terminal_snr(alphas_cumprod: Float32) -> Float32:
     root = np.sqrt(alphas_cumprod)
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     bar = root**2
-    # diffusers goes back to betas and multiplies them up again: repeated for the same rounding
+    # diffusers converts to betas and multiplies them again: repeated here for the same rounding
     return _cumprod32(np.concatenate([bar[:1], bar[1:] / bar[:-1]]))

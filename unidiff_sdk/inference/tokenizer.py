@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from its vocabulary and merges, for folders without tokenizer.json, as transformers 4 wrote them."""
+"""CLIP's tokenizer from its vocabulary and merges, for folders of transformers 4, which have no tokenizer.json."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 __all__ = ["clip_tokenizer"]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# What counts as a word before bytes are merged (Radford et al. 2021, arXiv:2103.00020; openai/CLIP, simple_tokenizer).
+# The words that bytes are merged in (Radford et al. 2021, arXiv:2103.00020; openai/CLIP, simple_tokenizer).
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def clip_tokenizer(vocabulary: Path, merges: Path) -> Tokenizer:
-    """A lower-casing byte-level BPE that puts a start and an end token around each text."""
+    """A lower-casing byte-level BPE that adds a start and an end token to each text."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     ids: dict[str, int] = json.loads(vocabulary.read_text(encoding="utf-8"))
