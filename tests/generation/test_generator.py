@@ -38,7 +38,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
-def test_a_graph_that_fails_is_an_error_of_ours(generator: Generator) -> None:
+def test_failing_graph_raises_generation_error(generator: Generator) -> None:
     def fail(outputs: object) -> None:
         raise RuntimeError("Failed to allocate memory")
 
@@ -47,7 +47,7 @@ def test_a_graph_that_fails_is_an_error_of_ours(generator: Generator) -> None:
         generator.generate("boots", steps=1)
 
 
-def test_no_negative_prompt_is_an_empty_one(generator: Generator) -> None:
+def test_missing_negative_prompt_equals_an_empty_one(generator: Generator) -> None:
     same = [generator.generate("boots", guidance_scale=4, steps=2, negative_prompt=none) for none in (None, "")]
     np.testing.assert_array_equal(pixels(same[0]), pixels(same[1]))
     for wrong, message in ((7, "negative_prompt is 7; give a text"), ("\ud83d", "not valid Unicode")):
@@ -57,7 +57,7 @@ def test_no_negative_prompt_is_an_empty_one(generator: Generator) -> None:
         generator.generate("\ud83d")
 
 
-def test_what_is_let_go_of_leaves_at_once(folder: Path) -> None:
+def test_bundle_generator_and_encoder_are_freed_without_garbage_collection(folder: Path) -> None:
     bundle = Bundle.open(folder, threads=1)
     generator, encoder = Generator(bundle), Encoder(bundle)
     generator.generate("boots", steps=1)
@@ -71,7 +71,7 @@ def test_what_is_let_go_of_leaves_at_once(folder: Path) -> None:
         gc.enable()
 
 
-def test_pictures_of_the_first_prompt_come_first(generator: Generator) -> None:
+def test_generate_returns_images_in_the_order_of_prompts(generator: Generator) -> None:
     images = generator.generate(["red boots", "a blue coat"], n=3, seed=5)
     assert len(images) == 6
     assert all(image.mode == "RGB" and image.size == (IMAGE_SIZE, IMAGE_SIZE) for image in images)
@@ -79,7 +79,7 @@ def test_pictures_of_the_first_prompt_come_first(generator: Generator) -> None:
     np.testing.assert_array_equal(pixels(images[3:]), pixels(generator.generate("a blue coat", n=3, seed=5)))
 
 
-def test_seed_index_and_prompt_decide_the_picture(generator: Generator) -> None:
+def test_image_depends_on_seed_and_prompt(generator: Generator) -> None:
     first, second = pixels(generator.generate("red boots", n=2, seed=1))
     for other in (
         second,
@@ -92,7 +92,7 @@ def test_seed_index_and_prompt_decide_the_picture(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++2m", "euler_a", "lcm"])
-def test_a_picture_is_the_same_whatever_it_is_drawn_beside(generator: Generator, sampler: str) -> None:
+def test_batching_changes_no_pixel_by_more_than_one_level(generator: Generator, sampler: str) -> None:
     together = pixels(generator.generate(["coat", "red boots"], n=7, seed=3, sampler=sampler))[7:]
     alone = pixels(generator.generate("red boots", n=1, seed=3, sampler=sampler))
     threes = Generator(generator.bundle, positions=2 * 3 * LATENT_SIZE**2)
@@ -101,8 +101,8 @@ def test_a_picture_is_the_same_whatever_it_is_drawn_beside(generator: Generator,
     assert np.abs(together - in_threes).max() <= 1
 
 
-def test_sixteen_threads_get_what_one_gets(folder: Path) -> None:
-    """On ONNX Runtime's own sessions, with samplers, steps, guidance and numbers of pictures of all kinds at once."""
+def test_sixteen_threads_receive_the_images_of_one(folder: Path) -> None:
+    """With ONNX Runtime, and different samplers, steps, guidance and numbers of images at the same time."""
     generator = Generator(Bundle.open(folder, threads=1))
     samplers = ("ddim", "euler", "dpm++2m", "euler_a")
     calls: list[dict[str, Any]] = [
@@ -120,15 +120,15 @@ def test_sixteen_threads_get_what_one_gets(folder: Path) -> None:
         together = list(threads.map(lambda call: pixels(generator.generate("red boots", **call)), calls))
     for one, other in zip(alone, together, strict=True):
         assert np.abs(one - other).max() <= 1
-    lonely = Generator(generator.bundle, positions=1)
-    exact = [pixels(lonely.generate("red boots", **call)) for call in calls]
+    separate = Generator(generator.bundle, positions=1)
+    exact = [pixels(separate.generate("red boots", **call)) for call in calls]
     with ThreadPoolExecutor(16) as threads:
-        again = list(threads.map(lambda call: pixels(lonely.generate("red boots", **call)), calls))
+        again = list(threads.map(lambda call: pixels(separate.generate("red boots", **call)), calls))
     for one, other in zip(exact, again, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_large_requests_are_cut_into_calls_that_fit(generator: Generator) -> None:
+def test_large_requests_are_split_into_calls(generator: Generator) -> None:
     threes = Generator(generator.bundle, positions=2 * 3 * LATENT_SIZE**2)
     assert len(threes.generate("boots", n=7, steps=2)) == 7
     assert batches(generator, "unet") == [6, 6, 6, 6, 2, 2] and batches(generator, "vae_decoder") == [3, 3, 1]
@@ -136,7 +136,7 @@ def test_large_requests_are_cut_into_calls_that_fit(generator: Generator) -> Non
     assert batches(generator, "unet")[6:] == [2, 2]
 
 
-def test_no_guidance_is_half_the_work(generator: Generator) -> None:
+def test_generation_without_guidance_halves_the_batch(generator: Generator) -> None:
     generator.generate("boots", n=2, steps=3, guidance_scale=1)
     assert batches(generator, "unet") == [2, 2, 2]
     generator.generate("boots", n=2, steps=3, guidance_scale=1.5)
@@ -155,13 +155,13 @@ def test_guidance_leads_from_the_negative_prompt_to_the_prompt(generator: Genera
     assert np.abs(pixels(generator.generate("boots", guidance_scale=7, **options)) - plain).max() > 3
 
 
-def test_a_prompt_is_encoded_once(generator: Generator) -> None:
+def test_prompt_is_encoded_once(generator: Generator) -> None:
     generator.generate(["boots", "coat"], n=3)
     generator.generate("coat", n=2, seed=9)
     assert batches(generator, "text_encoder") == [1, 1, 1]  # two prompts and the empty negative one
 
 
-def test_start_from_given_latents(generator: Generator) -> None:
+def test_generate_starts_from_given_latents(generator: Generator) -> None:
     latents = np.random.default_rng(0).standard_normal((2, CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)
     before = latents.copy()
     pair = pixels(generator.generate("boots", n=2, latents=latents))
@@ -174,12 +174,12 @@ def test_start_from_given_latents(generator: Generator) -> None:
         generator.generate("boots", n=2, latents=latents)
 
 
-def test_other_sizes(generator: Generator) -> None:
+def test_generate_supports_other_sizes(generator: Generator) -> None:
     assert generator.generate("boots", width=24, height=8)[0].size == (24, 8)
     assert generator.generate("boots", width=32, height=32)[0].size == (32, 32)
 
 
-def test_progress_and_cancellation_between_steps(generator: Generator) -> None:
+def test_callback_receives_progress_and_may_cancel(generator: Generator) -> None:
     generator = Generator(generator.bundle, positions=2 * LATENT_SIZE**2)
     seen: list[tuple[int, int]] = []
     generator.generate("boots", n=2, steps=2, callback=lambda done, total: seen.append((done, total)))
@@ -194,23 +194,23 @@ def test_progress_and_cancellation_between_steps(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm++2m"])
-def test_previews_end_in_the_picture(generator: Generator, sampler: str) -> None:
-    """Samplers whose last step goes to what it foresees: the last preview is the result."""
+def test_last_preview_is_the_result(generator: Generator, sampler: str) -> None:
+    """For samplers whose last step goes to the estimate of the clean latents."""
     seen: list[tuple[int, int]] = []
     shown: list[list[Image.Image]] = []
 
-    def look(preview: Preview) -> None:
+    def on_preview(preview: Preview) -> None:
         seen.append((preview.done, preview.total))
         shown.append(preview.images())
 
-    images = generator.generate("boots", n=2, seed=1, steps=3, sampler=sampler, preview=look)
+    images = generator.generate("boots", n=2, seed=1, steps=3, sampler=sampler, preview=on_preview)
     assert seen == [(2, 6), (4, 6), (6, 6)]
     assert all([image.size for image in pair] == [(IMAGE_SIZE, IMAGE_SIZE)] * 2 for pair in shown)
     assert np.abs(pixels(shown[-1]) - pixels(images)).max() <= 1
     assert np.abs(pixels(shown[0]) - pixels(images)).max() > 1
 
 
-def test_a_preview_may_end_it(generator: Generator) -> None:
+def test_exception_from_preview_ends_the_generation(generator: Generator) -> None:
 
     def stop(preview: Preview) -> None:
         raise KeyboardInterrupt
@@ -220,7 +220,7 @@ def test_a_preview_may_end_it(generator: Generator) -> None:
     assert batches(generator, "unet") == [2] and batches(generator, "vae_decoder") == []
 
 
-def test_what_does_not_fit_is_refused_with_the_figure(folder: Path) -> None:
+def test_generation_beyond_the_available_memory_is_refused(folder: Path) -> None:
     generator = Generator(open_recorded(folder), available_memory=lambda: 3 * 2**20)
     assert len(generator.generate("boots", steps=1)) == 1
     with pytest.raises(
@@ -231,12 +231,12 @@ def test_what_does_not_fit_is_refused_with_the_figure(folder: Path) -> None:
     assert batches(generator, "unet") == [2]
 
 
-def test_masks_that_cannot_be_used(generator: Generator) -> None:
-    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+def test_mask_that_is_unreadable_or_dark_is_refused(generator: Generator) -> None:
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
     with pytest.raises(ImageError, match=r"the mask cannot be used: .*not an image"):
-        generator.generate("boots", like=picture, mask=b"no picture")
+        generator.generate("boots", like=image, mask=b"no image")
     with pytest.raises(OptionError, match="the mask is dark everywhere"):
-        generator.generate("boots", like=picture, mask=picture)
+        generator.generate("boots", like=image, mask=image)
 
 
 def test_resolve_fills_in_the_defaults_of_the_bundle(generator: Generator) -> None:
@@ -261,12 +261,12 @@ def test_run_refuses_to_select(generator: Generator) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps is 0; give a whole number of at least 1"),
+        ({"steps": 0}, "steps is 0; give an integer of at least 1"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"steps": 1001}, "supports 1 to 1000"),
         ({"n": 0}, "n is 0"),
         ({"n": "2"}, "n is '2'"),
-        ({"seed": -1}, "seed is -1; give a whole number of at least 0"),
+        ({"seed": -1}, "seed is -1; give an integer of at least 0"),
         ({"seed": 2**63}, "give at most 9223372036854775807"),
         ({"seed": 2**63 - 1, "n": 2}, "and 2 images may use the seeds from it on; give at most 9223372036854775806"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan; give a number from 0 to 50"),
@@ -287,7 +287,9 @@ def test_run_refuses_to_select(generator: Generator) -> None:
         ({"negative_prompt": "blurry", "guidance_scale": 1}, "negative_prompt has no effect at guidance_scale 1"),
     ],
 )
-def test_impossible_options_say_what_is_possible(generator: Generator, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_before_the_unet_runs(
+    generator: Generator, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
         generator.generate("boots", **options)
     assert batches(generator, "unet") == []
@@ -300,19 +302,19 @@ def test_prompts_must_be_strings(generator: Generator) -> None:
     assert generator.generate([]) == []
 
 
-def test_what_is_cut_off_a_prompt_is_told(generator: Generator) -> None:
-    with pytest.warns(UserWarning, match="longer than 12 tokens; the rest is ignored .*: 'boots with laces'"):
+def test_truncated_prompt_warns(generator: Generator) -> None:
+    with pytest.warns(UserWarning, match="longer than 12 tokens, so its end is ignored .*: 'boots with laces'"):
         generator.generate("boots with laces")
 
 
-def test_too_many_windows_are_refused(generator: Generator) -> None:
+def test_prompt_with_too_many_windows_is_refused(generator: Generator) -> None:
     assert len(generator.generate("boots with laces and more " * 3, steps=1, long_prompts="chunk")) == 1
-    with pytest.raises(OptionError, match=r"takes \d+ windows of 12 tokens; at most 8 can be chunked: 'boots with"):
+    with pytest.raises(OptionError, match=r"takes \d+ windows of 12 tokens; give one of at most 8 windows"):
         generator.generate("boots with laces " * 30, long_prompts="chunk")
 
 
 @pytest.mark.parametrize("graph", ["unet", "vae_decoder"])
-def test_a_result_that_is_not_finite_is_an_error(generator: Generator, graph: str) -> None:
+def test_result_that_is_not_finite_raises(generator: Generator, graph: str) -> None:
     recorded(generator.bundle, graph).alter_outputs = lambda outputs: {
         name: np.full_like(array, np.nan) for name, array in outputs.items()
     }

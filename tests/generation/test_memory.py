@@ -1,4 +1,4 @@
-"""What a picture is said to take of memory, against what a process grows by when it draws it."""
+"""The estimated memory of an image, against the growth of a process that generates it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ print(json.dumps([peak() - before, image_memory(unet, decoder, side // 4, side /
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("side", [256, 384])
-def test_the_estimate_is_near_what_is_taken_and_rather_above(side: int) -> None:
+def test_estimate_is_close_to_the_growth_and_rather_above(side: int) -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(side)], capture_output=True, text=True, check=True)
-    taken, estimated = json.loads(run.stdout)
-    assert 0.9 * taken < estimated < 1.7 * taken
+    growth, estimated = json.loads(run.stdout)
+    assert 0.9 * growth < estimated < 1.7 * growth
 
 
-def test_what_is_left_is_less_than_the_machine_has() -> None:
-    left = available_memory()
-    assert left is None or 2**20 < left < 2**50
+def test_available_memory_is_plausible() -> None:
+    available = available_memory()
+    assert available is None or 2**20 < available < 2**50
 
 
-@pytest.mark.parametrize(("size", "said"), [(3 * 2**20, "3 MiB"), (1.5e9, "1.4 GiB"), (2**41, "2,048.0 GiB")])
-def test_sizes_are_told_in_words(size: float, said: str) -> None:
-    assert readable_size(size) == said
+@pytest.mark.parametrize(("size", "expected"), [(3 * 2**20, "3 MiB"), (1.5e9, "1.4 GiB"), (2**41, "2,048.0 GiB")])
+def test_readable_size(size: float, expected: str) -> None:
+    assert readable_size(size) == expected

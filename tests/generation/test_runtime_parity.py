@@ -1,4 +1,4 @@
-"""The runtime on a really exported bundle against transformers and diffusers on the checkpoint that it came from."""
+"""The runtime with an exported bundle against transformers and diffusers with the checkpoint that it came from."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def test_encoder_equals_transformers(bundle: Bundle, random_checkpoint: Path) ->
 
     clip = CLIPModel.from_pretrained(random_checkpoint / "clip").eval()
     processor = CLIPImageProcessorPil.from_pretrained(random_checkpoint / "clip")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     with torch.no_grad():
-        expected = clip(input_ids=ids, **processor(picture, return_tensors="pt"))
+        expected = clip(input_ids=ids, **processor(image, return_tensors="pt"))
     np.testing.assert_allclose(encoder.encode_texts(TEXTS), expected.text_embeds.numpy(), atol=2e-5)
-    np.testing.assert_allclose(encoder.encode_images([picture]), expected.image_embeds.numpy(), atol=2e-5)
+    np.testing.assert_allclose(encoder.encode_images([image]), expected.image_embeds.numpy(), atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def pipeline(random_checkpoint: Path) -> Any:
     ("sampler", "guidance_scale", "negative_prompt"),
     [("ddim", 5.0, ""), ("euler", 1.0, ""), ("dpm++2m", 3.0, "blurry")],
 )
-def test_pictures_equal_diffusers(
+def test_images_equal_diffusers(
     bundle: Bundle, pipeline: Any, sampler: str, guidance_scale: float, negative_prompt: str
 ) -> None:
     import diffusers
@@ -114,7 +114,7 @@ SCHEDULERS = {
 
 
 def edited_by_diffusers(kind: str, pipeline: Any, sampler: str, seed: int, monkeypatch: Any, **options: Any) -> Any:
-    """What a diffusers pipeline draws from a picture with our noise and the VAE's mean instead of draws of its own."""
+    """The result of a diffusers pipeline for a source image, with our noise and the mean of the VAE."""
     import diffusers
 
     editing = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**pipeline.components, requires_safety_checker=False)
@@ -134,7 +134,7 @@ def edited_by_diffusers(kind: str, pipeline: Any, sampler: str, seed: int, monke
     return editing("green dotted boots", negative_prompt="blurry", guidance_scale=3.0, **options).images[0]
 
 
-PICTURE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8)).resize((32, 32))
+SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8)).resize((32, 32))
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -142,7 +142,7 @@ PICTURE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3),
 def test_image_to_image_equals_diffusers(
     bundle: Bundle, pipeline: Any, sampler: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"image": PICTURE, "strength": strength, "num_inference_steps": 7}
+    options = {"image": SOURCE, "strength": strength, "num_inference_steps": 7}
     expected = edited_by_diffusers("Img2Img", pipeline, sampler, 5, monkeypatch, **options)
     ours = Generator(bundle).generate(
         "green dotted boots",
@@ -151,7 +151,7 @@ def test_image_to_image_equals_diffusers(
         steps=7,
         sampler=sampler,
         seed=5,
-        like=PICTURE,
+        like=SOURCE,
         strength=strength,
     )[0]
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(expected)).max() <= 1
@@ -159,13 +159,13 @@ def test_image_to_image_equals_diffusers(
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
 @pytest.mark.parametrize("strength", [0.72, 1.0])
-def test_inpainting_equals_diffusers_where_it_repaints(
+def test_inpainting_equals_diffusers_inside_the_mask(
     bundle: Bundle, pipeline: Any, sampler: str, strength: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repaint = np.zeros((32, 32), np.uint8)
     repaint[8:24, 4:20] = 255
     mask = Image.fromarray(repaint)
-    options = {"image": PICTURE, "mask_image": mask, "strength": strength, "num_inference_steps": 7}
+    options = {"image": SOURCE, "mask_image": mask, "strength": strength, "num_inference_steps": 7}
     expected = edited_by_diffusers("Inpaint", pipeline, sampler, 5, monkeypatch, height=32, width=32, **options)
     ours = Generator(bundle).generate(
         "green dotted boots",
@@ -174,13 +174,13 @@ def test_inpainting_equals_diffusers_where_it_repaints(
         steps=7,
         sampler=sampler,
         seed=5,
-        like=PICTURE,
+        like=SOURCE,
         mask=mask,
         strength=strength,
     )[0]
     inside = repaint > 0
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(expected))[inside].max() <= 1
-    np.testing.assert_array_equal(np.asarray(ours)[~inside], np.asarray(PICTURE)[~inside])
+    np.testing.assert_array_equal(np.asarray(ours)[~inside], np.asarray(SOURCE)[~inside])
 
 
 def test_long_prompts_in_windows_equal_transformers(bundle: Bundle, random_checkpoint: Path) -> None:
@@ -203,6 +203,6 @@ def test_long_prompts_in_windows_equal_transformers(bundle: Bundle, random_check
     np.testing.assert_allclose(states, expected.reshape(-1, states.shape[-1]), atol=2e-5)
 
 
-def test_a_picture_is_the_same_whatever_it_is_drawn_beside(bundle: Bundle) -> None:
+def test_batching_changes_no_pixel_by_more_than_one_level(bundle: Bundle) -> None:
     shared, own = batch_differences(bundle)
     assert shared <= 1 and own == 0

@@ -1,4 +1,4 @@
-"""Each table against the diffusers scheduler of the same settings, over whole trajectories."""
+"""Each table against the diffusers scheduler with the same settings, over whole trajectories."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reference(sampler: str, config: dict[str, Any]) -> Any:
 
 
 def model(x: np.ndarray, timestep: float) -> np.ndarray:
-    """Stands for a UNet: not linear, and different at every step."""
+    """Replaces a UNet: not linear, and different at every step."""
     return np.tanh(0.7 * x[:, ::-1] + np.cos(timestep * 0.01)).astype(np.float32)
 
 
@@ -53,10 +53,10 @@ def reference_trajectory(
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
-    drawn = iter(noises)
+    noise = iter(noises)
     module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
     if hasattr(module, "randn_tensor"):
-        monkeypatch.setattr(module, "randn_tensor", lambda *_args, **_kw: torch.from_numpy(next(drawn)))
+        monkeypatch.setattr(module, "randn_tensor", lambda *_args, **_kw: torch.from_numpy(next(noise)))
     x = torch.from_numpy(start) * scheduler.init_noise_sigma
     trajectory = []
     for timestep in scheduler.timesteps[:steps]:
@@ -99,7 +99,7 @@ def assert_same(sampler: str, config: dict[str, Any], steps: int, seed: int = 0,
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_equals_diffusers_on_stable_diffusions_schedule(sampler: str, prediction: str, spacing: str) -> None:
+def test_table_equals_diffusers_for_stable_diffusion(sampler: str, prediction: str, spacing: str) -> None:
     config = STABLE_DIFFUSION | {"prediction_type": prediction, "timestep_spacing": spacing}
     for steps in (1, 2, 3, 8, 25, 50):
         assert_same(sampler, config, steps, tolerance=2e-5)
@@ -119,7 +119,7 @@ def test_equals_diffusers_on_stable_diffusions_schedule(sampler: str, prediction
     steps=st.integers(1, 50),
     seed=st.integers(0, 1000),
 )
-def test_equals_diffusers_whatever_the_schedule(
+def test_table_equals_diffusers_for_any_schedule(
     sampler: str,
     prediction: str,
     spacing: str,
@@ -150,7 +150,7 @@ def test_equals_diffusers_whatever_the_schedule(
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_a", "dpm++2m", "lcm"])
-def test_zero_terminal_snr(sampler: str) -> None:
+def test_table_equals_diffusers_for_zero_terminal_snr(sampler: str) -> None:
     config = STABLE_DIFFUSION | {
         "prediction_type": "v_prediction",
         "timestep_spacing": "trailing",
@@ -171,8 +171,8 @@ def test_schedule_is_bit_equal_to_diffusers(beta_schedule: str) -> None:
         np.testing.assert_array_equal(Schedule.from_config(config).alphas_cumprod, expected)
 
 
-def test_different_steps_share_one_call() -> None:
-    """Rows of two tables, stacked, give bit for bit what each gives alone."""
+def test_advance_combines_rows_of_different_tables() -> None:
+    """Stacked rows of two tables return bit for bit what each returns alone."""
     schedule = Schedule.from_config(STABLE_DIFFUSION)
     tables = [make_table("ddim", schedule, 5), make_table("dpm++2m", schedule, 9)]
     rng = np.random.default_rng(0)
@@ -196,11 +196,11 @@ def test_only_stochastic_samplers_need_noise() -> None:
         ("ddim", 0, "supports 1 to 1000"),
         ("ddim", 1001, "supports 1 to 1000"),
         ("dpm++2m", 1000, "supports 1 to 999"),
-        ("ddim", 1000, "use fewer"),
+        ("ddim", 1000, "give fewer"),
         ("lcm", 51, "supports 1 to 50"),
     ],
 )
-def test_impossible_requests_say_what_is_possible(sampler: str, steps: int, message: str) -> None:
+def test_invalid_sampler_or_steps_is_refused(sampler: str, steps: int, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make_table(sampler, Schedule.from_config(STABLE_DIFFUSION), steps)
 

@@ -30,7 +30,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any], checksum: bool =
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_open_tells_what_the_bundle_is(toy: Path) -> None:
+def test_open_reads_the_manifest(toy: Path) -> None:
     bundle = Bundle.open(toy)
     assert (bundle.name, bundle.precision, bundle.dim, bundle.image_size, bundle.max_tokens) == (
         "toy",
@@ -46,7 +46,7 @@ def test_open_tells_what_the_bundle_is(toy: Path) -> None:
     assert bundle.has_graph("unet") and not bundle.has_graph("clip_text_encoder")
 
 
-def test_graphs_load_once_and_only_when_used(toy: Path) -> None:
+def test_graphs_load_once_when_first_used(toy: Path) -> None:
     loaded = []
 
     def create(file: Path, **options: Any) -> Session:
@@ -62,7 +62,7 @@ def test_graphs_load_once_and_only_when_used(toy: Path) -> None:
         bundle.session("mask")
 
 
-def test_a_changed_byte_anywhere_names_the_file(toy: Path) -> None:
+def test_open_names_a_file_that_was_changed(toy: Path) -> None:
     for file in [file for file in toy.rglob("*") if file.is_file()]:
         original = file.read_bytes()
         changed = bytearray(original)
@@ -74,7 +74,7 @@ def test_a_changed_byte_anywhere_names_the_file(toy: Path) -> None:
     Bundle.open(toy)
 
 
-def test_a_changed_entry_of_the_manifest_is_found(toy: Path) -> None:
+def test_open_finds_a_changed_manifest(toy: Path) -> None:
     edit(toy, lambda manifest: manifest["sampler"].update(steps=5), checksum=True)
     with pytest.raises(BundleError, match=r"manifest.json: was changed after the export"):
         Bundle.open(toy)
@@ -85,7 +85,7 @@ def test_a_changed_entry_of_the_manifest_is_found(toy: Path) -> None:
         Bundle.open(toy)
 
 
-def test_without_verify_only_presence_is_checked(toy: Path) -> None:
+def test_open_without_verify_checks_only_presence(toy: Path) -> None:
     (toy / "vae_decoder" / "model.onnx").write_bytes(b"no graph")
     bundle = Bundle.open(toy, verify=False)
     with pytest.raises(BundleError, match=r"vae_decoder.model.onnx: ONNX Runtime cannot load this graph"):
@@ -95,21 +95,21 @@ def test_without_verify_only_presence_is_checked(toy: Path) -> None:
         Bundle.open(toy, verify=False)
 
 
-def test_the_fingerprint_follows_the_weights_not_the_name(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_weights_not_the_name(tmp_path: Path) -> None:
     first = Bundle.open(make_toy_bundle(tmp_path / "a"))
     renamed = Bundle.open(make_toy_bundle(tmp_path / "b", name="other"))
     trained = Bundle.open(make_toy_bundle(tmp_path / "c", seed=1))
     assert first.fingerprint == renamed.fingerprint != trained.fingerprint
 
 
-def test_files_outside_the_folder_are_refused(toy: Path) -> None:
+def test_open_refuses_files_outside_the_folder(toy: Path) -> None:
     for name in ("../secret", "/etc/hostname"):
         edit(toy, lambda manifest, name=name: manifest["files"].update({name: "0"}))
         with pytest.raises(BundleError, match="lies outside the bundle"):
             Bundle.open(toy)
 
 
-def test_what_is_not_a_bundle_says_so(tmp_path: Path, toy: Path) -> None:
+def test_open_explains_why_a_folder_is_not_a_bundle(tmp_path: Path, toy: Path) -> None:
     with pytest.raises(BundleError, match="there is no such folder"):
         Bundle.open(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"has no manifest.json"):
@@ -123,12 +123,12 @@ def test_what_is_not_a_bundle_says_so(tmp_path: Path, toy: Path) -> None:
             Bundle.open(toy)
 
 
-def test_device_is_checked_before_anything_loads(toy: Path) -> None:
+def test_open_checks_the_device(toy: Path) -> None:
     with pytest.raises(OptionError, match="device is 'gpu'; use one of cpu, cuda, tensorrt"):
         Bundle.open(toy, device="gpu")
 
 
-def test_a_missing_default_bundle_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_reports_a_missing_builtin_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundle_module, "TINY", tmp_path / "tiny")
     for path in (None, "tiny"):
         with pytest.raises(BundleError, match="default bundle is missing from this installation"):
@@ -137,7 +137,7 @@ def test_a_missing_default_bundle_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert Bundle.open().name == "toy"
 
 
-def test_sealing_again_opens_again(toy: Path) -> None:
+def test_unsupported_schedule_is_reported_when_used(toy: Path) -> None:
     (toy / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "flow"}')
     seal(toy, json.loads((toy / "manifest.json").read_text()))
     with pytest.raises(BundleError, match="'flow' is not supported"):

@@ -1,6 +1,6 @@
-"""A folder as optimum exports it, here of toy graphs: its manifest is derived, and it generates what ours would.
+"""A folder as optimum exports it, here with toy graphs: it generates the same images as our own bundle.
 
-What optimum really writes is tested against optimum in test_optimum.py.
+Folders that optimum itself wrote are tested in test_optimum.py.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def as_exported_by_optimum(bundle: Bundle, folder: Path) -> Path:
-    """The toy bundle without what optimum does not write, with its single timestep and its VAE encoder's moments."""
+    """The toy bundle as optimum writes one: a single timestep, mean and variance from the VAE encoder, no manifest."""
     shutil.copytree(bundle.path, folder)
     (folder / "manifest.json").unlink()
     shutil.rmtree(folder / "image_encoder")
@@ -51,7 +51,7 @@ def as_exported_by_optimum(bundle: Bundle, folder: Path) -> Path:
         (folder / name).write_text(json.dumps(config))
     unet = onnx.load(folder / "unet" / "model.onnx")
     timestep = next(value for value in unet.graph.input if value.name == "timestep")
-    timestep.name = "the timestep"
+    timestep.name = "renamed"
     timestep.type.tensor_type.ClearField("shape")
     timestep.type.tensor_type.shape.SetInParent()
     timestep.type.tensor_type.elem_type = onnx.TensorProto.INT64
@@ -81,7 +81,7 @@ def folder(toy: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return as_exported_by_optimum(toy, tmp_path_factory.mktemp("optimum") / "shop")
 
 
-def test_it_generates_what_our_bundle_generates(toy: Bundle, folder: Path) -> None:
+def test_folder_generates_the_images_of_our_bundle(toy: Bundle, folder: Path) -> None:
     opened = Bundle.open(folder, threads=1)
     assert (opened.name, opened.precision, opened.prompt_tokens) == ("shop", "fp32", 12)
     assert opened.manifest.latent == toy.manifest.latent
@@ -93,14 +93,14 @@ def test_it_generates_what_our_bundle_generates(toy: Bundle, folder: Path) -> No
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_it_varies_a_picture(toy: Bundle, folder: Path) -> None:
+def test_folder_supports_image_to_image(toy: Bundle, folder: Path) -> None:
     settings: dict[str, Any] = {"seed": 5, "steps": 4, "sampler": "ddim", "guidance_scale": 3.0, "strength": 0.6}
     settings["like"] = np.full((16, 16, 3), 90, np.uint8)
     (ours,), (theirs,) = (Generator(bundle).generate("a coat", **settings) for bundle in (toy, Bundle.open(folder)))
     np.testing.assert_array_equal(np.asarray(theirs), np.asarray(ours))
 
 
-def test_requests_at_different_steps_may_share_a_call(toy: Bundle, folder: Path) -> None:
+def test_samples_at_different_timesteps_share_a_call(toy: Bundle, folder: Path) -> None:
     rng = np.random.default_rng(0)
     inputs = {
         "sample": rng.standard_normal((5, 4, 8, 8), dtype=np.float32),
@@ -111,13 +111,13 @@ def test_requests_at_different_steps_may_share_a_call(toy: Bundle, folder: Path)
     np.testing.assert_allclose(theirs, ours, atol=1e-6)
 
 
-def test_the_vae_encoder_gives_the_mean(toy: Bundle, folder: Path) -> None:
+def test_vae_encoder_returns_the_mean(toy: Bundle, folder: Path) -> None:
     pixels = {"sample": np.random.default_rng(0).standard_normal((2, 3, 16, 16), dtype=np.float32)}
     ours, theirs = (bundle.session("vae_encoder").run(pixels)["latent_sample"] for bundle in (toy, Bundle.open(folder)))
     np.testing.assert_array_equal(theirs, ours)
 
 
-def test_it_warms_up(folder: Path) -> None:
+def test_folder_warms_up(folder: Path) -> None:
     assert [line.graph for line in Bundle.open(folder, threads=1).warmup()] == [
         "text_encoder",
         "unet",
@@ -126,7 +126,7 @@ def test_it_warms_up(folder: Path) -> None:
     ]
 
 
-def test_it_cannot_search_and_says_so(folder: Path) -> None:
+def test_folder_refuses_to_search(folder: Path) -> None:
     encoder = Encoder(Bundle.open(folder))
     for search in (
         lambda: encoder.encode_texts(["a coat"]),
@@ -137,7 +137,7 @@ def test_it_cannot_search_and_says_so(folder: Path) -> None:
             search()
 
 
-def test_the_fingerprint_follows_the_files(folder: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_files(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     before = Bundle.open(folder).fingerprint
     assert Bundle.open(tmp_path / "copy").fingerprint == before
@@ -153,7 +153,7 @@ def test_the_fingerprint_follows_the_files(folder: Path, tmp_path: Path) -> None
         ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
     ],
 )
-def test_what_cannot_be_derived_is_named(
+def test_unsupported_or_damaged_configuration_is_named(
     folder: Path, tmp_path: Path, file: str, change: dict[str, Any] | None, message: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "copy")
@@ -163,7 +163,7 @@ def test_what_cannot_be_derived_is_named(
         Bundle.open(tmp_path / "copy")
 
 
-def test_a_graph_without_what_is_needed_says_what_it_gives(folder: Path, tmp_path: Path) -> None:
+def test_missing_output_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="the graph has no output text_embeds; it has last_hidden_state"):
         Bundle.open(folder).session("text_encoder").run({"input_ids": np.zeros((1, 12), np.int64)}, ["text_embeds"])
 
@@ -180,7 +180,7 @@ def test_tokenizer_from_vocabulary_and_merges_equals_tokenizer_json(tmp_path: Pa
     assert clip_tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt").get_vocab() == theirs.get_vocab()
 
 
-def test_a_damaged_vocabulary_is_named(tmp_path: Path) -> None:
+def test_damaged_vocabulary_is_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(BundleError, match="the tokenizer cannot be read"):
         load_tokenizer(tmp_path, 20)

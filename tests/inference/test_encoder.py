@@ -25,7 +25,7 @@ def encoder(folder: Path) -> Encoder:
     return Encoder(Bundle.open(folder, threads=1))
 
 
-def test_texts_become_unit_rows_whatever_the_batch(encoder: Encoder) -> None:
+def test_encode_texts_returns_unit_vectors_for_any_batch_size(encoder: Encoder) -> None:
     texts = [f"text {i}" for i in range(7)]
     rows = encoder.encode_texts(texts)
     assert rows.shape == (7, DIM) and rows.dtype == np.float32
@@ -42,22 +42,22 @@ def test_single_text_is_encoded_once(folder: Path) -> None:
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     with pytest.raises(ValueError, match="read-only"):
-        first[0] = 0  # it would spoil what others are given
+        first[0] = 0  # other callers share it
     with pytest.raises(OptionError, match="strings"):
         encoder.encode_text(7)  # type: ignore[arg-type]
 
 
-def test_images_become_unit_rows_whatever_the_batch_and_source(encoder: Encoder, tmp_path: Path) -> None:
+def test_encode_images_returns_unit_vectors_for_any_source(encoder: Encoder, tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 30), (200, 30, 90))
-    image.save(tmp_path / "picture.png")
-    sources = [image, np.asarray(image), str(tmp_path / "picture.png"), (tmp_path / "picture.png").read_bytes()]
+    image.save(tmp_path / "image.png")
+    sources = [image, np.asarray(image), str(tmp_path / "image.png"), (tmp_path / "image.png").read_bytes()]
     rows = encoder.encode_images(iter(sources), batch_size=3)
     assert rows.shape == (4, DIM) and rows.dtype == np.float32
     np.testing.assert_allclose(rows, np.repeat(rows[:1], 4, axis=0), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
 
 
-def test_images_reach_the_graph_as_preprocessed(encoder: Encoder) -> None:
+def test_encode_images_preprocesses(encoder: Encoder) -> None:
     bundle = encoder.bundle
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 30, 3), dtype=np.uint8))
     pixels = preprocess(image, IMAGE_SIZE, bundle.image_mean, bundle.image_std)
@@ -65,7 +65,7 @@ def test_images_reach_the_graph_as_preprocessed(encoder: Encoder) -> None:
     np.testing.assert_allclose(encoder.encode_images([image]), expected / np.linalg.norm(expected), rtol=1e-6)
 
 
-def test_a_bundle_trained_on_padded_pictures_pads(tmp_path: Path) -> None:
+def test_images_are_padded_for_a_bundle_trained_on_padded_images(tmp_path: Path) -> None:
     image = {"size": IMAGE_SIZE, "mean": [0.5] * 3, "std": [0.5] * 3, "fit": "pad"}
     encoder = Encoder(Bundle.open(make_toy_bundle(tmp_path / "padding", image=image)))
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 48, 3), dtype=np.uint8))
@@ -75,7 +75,7 @@ def test_a_bundle_trained_on_padded_pictures_pads(tmp_path: Path) -> None:
     assert not np.allclose(encoder.encode_images([wide]), encoder.encode_images([wide.crop((20, 0, 28, 8))]), atol=0.1)
 
 
-def test_tokens_are_cut_and_padded_with_the_pad_token(encoder: Encoder) -> None:
+def test_tokenize_truncates_and_pads_with_the_pad_token(encoder: Encoder) -> None:
     short, long = encoder.tokenize(["ab", "abcdefghijklmnopqrstuvwxyz"])
     vocabulary = json.loads((encoder.bundle.path / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     start, end, pad = (vocabulary[token] for token in ("<|startoftext|>", "<|endoftext|>", "!"))
@@ -84,19 +84,19 @@ def test_tokens_are_cut_and_padded_with_the_pad_token(encoder: Encoder) -> None:
     assert long[0] == start and long[-1] == end and pad not in long
 
 
-def test_nothing_in_nothing_out(encoder: Encoder) -> None:
+def test_empty_lists_return_empty_arrays(encoder: Encoder) -> None:
     assert encoder.encode_texts([]).shape == encoder.encode_images([]).shape == (0, DIM)
     assert encoder.tokenize([]).shape == (0, TOKENS)
 
 
 @pytest.mark.parametrize("texts", ["a single text", [3], [None], ["fine", b"bytes"]])
-def test_what_is_not_a_list_of_texts_is_refused(encoder: Encoder, texts: object) -> None:
+def test_encode_texts_refuses_anything_but_a_list_of_texts(encoder: Encoder, texts: object) -> None:
     with pytest.raises(OptionError, match=r"list of texts|must be strings"):
         encoder.encode_texts(texts)  # type: ignore[arg-type]
 
 
-def test_what_is_not_a_list_of_images_is_refused(encoder: Encoder) -> None:
-    for single in ("picture.png", Path("picture.png"), np.zeros((4, 4, 3), np.uint8), Image.new("RGB", (4, 4))):
+def test_encode_images_refuses_a_single_image(encoder: Encoder) -> None:
+    for single in ("image.png", Path("image.png"), np.zeros((4, 4, 3), np.uint8), Image.new("RGB", (4, 4))):
         with pytest.raises(OptionError, match="put a single one in a list"):
             encoder.encode_images(single)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="no such file"):
@@ -105,20 +105,20 @@ def test_what_is_not_a_list_of_images_is_refused(encoder: Encoder) -> None:
         encoder.encode_texts(["text"], batch_size=0)
 
 
-def test_embeddings_that_are_not_finite_are_an_error(encoder: Encoder) -> None:
+def test_embeddings_that_are_zero_or_not_finite_raise(encoder: Encoder) -> None:
     for bad in (np.nan, np.inf, 0.0):
         with pytest.raises(BundleError, match=r"text encoder .* zero or not finite"):
-            encoder._unit_rows([np.full((1, DIM), bad, np.float32)], "text")
+            encoder._unit_vectors([np.full((1, DIM), bad, np.float32)], "text")
 
 
-def test_a_dim_that_the_manifest_does_not_tell_is_an_error(tmp_path: Path) -> None:
+def test_embedding_of_another_dimension_than_the_manifest_states_raises(tmp_path: Path) -> None:
     changed = {"dim": DIM + 1, "shared_text_encoder": True, "max_tokens": TOKENS, "logit_scale": 10.0}
     encoder = Encoder(Bundle.open(make_toy_bundle(tmp_path / "toy", embedding=changed), threads=1))
-    with pytest.raises(BundleError, match=r"gives 8 numbers, but the manifest says 9"):
+    with pytest.raises(BundleError, match=r"embeddings of 8 dimensions, but the manifest states 9"):
         encoder.encode_texts(["text"])
 
 
-def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
+def test_damaged_tokenizer_raises(tmp_path: Path) -> None:
     folder = make_toy_bundle(tmp_path / "toy")
     (folder / "tokenizer" / "tokenizer_config.json").write_text('{"pad_token": "[none]"}')
     with pytest.raises(BundleError, match=r"no pad token \('\[none\]'\)"):

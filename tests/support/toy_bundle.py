@@ -1,7 +1,7 @@
-"""A bundle of graphs of one or two nodes, made without torch: what the runtime's own tests need, in milliseconds.
+"""A bundle with graphs of a few nodes, made without torch in milliseconds, for the tests of the runtime.
 
-Its names, shapes and files are those of a real bundle (16 px, latents 4x8x8, embeddings of 8, 12 tokens); what it draws
-depends on the prompt, the noise and the timestep, which is all that can be asked of it.
+Names, shapes and files are those of a real bundle (16 px, latents 4x8x8, embeddings of 8 dimensions, 12 tokens). Its
+images depend on the prompt, the noise and the timestep.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from unidiff_sdk.inference.manifest import FORMAT, SCHEMA_VERSION, file_sha256, fingerprint_of, manifest_checksum
 
 DIM, TOKENS, IMAGE_SIZE, LATENT_SIZE, CHANNELS = 8, 12, 16, 8, 4
-PICTURE, LATENTS = ["batch", 3, "height", "width"], ["batch", CHANNELS, "height", "width"]
+IMAGE, LATENTS = ["batch", 3, "height", "width"], ["batch", CHANNELS, "height", "width"]
 STATES = ["batch", "tokens", DIM]
 INPUTS = {
     "text_encoder": {"input_ids": {"dtype": "int64", "shape": ["batch", "tokens"]}},
@@ -27,13 +27,13 @@ INPUTS = {
         "encoder_hidden_states": {"dtype": "float32", "shape": STATES},
     },
     "vae_decoder": {"latent_sample": {"dtype": "float32", "shape": LATENTS}},
-    "vae_encoder": {"sample": {"dtype": "float32", "shape": PICTURE}},
+    "vae_encoder": {"sample": {"dtype": "float32", "shape": IMAGE}},
 }
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_toy_bundle(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Write a bundle into `folder`; `changes` replace parts of its manifest before it is sealed."""
+    """Write a bundle into `folder`. `changes` replace parts of its manifest before it is sealed."""
     rng = np.random.default_rng(seed)
     _write_graphs(folder, rng)
     _write_tokenizer(folder / "tokenizer")
@@ -77,7 +77,7 @@ def make_toy_bundle(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 
 def seal(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest with the hashes of what lies in `folder` now."""
+    """Write the manifest with the hashes of the files in `folder`."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json")
     manifest = manifest | {"files": {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}}
     manifest["fingerprint"] = fingerprint_of(manifest["files"])
@@ -90,9 +90,9 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     helper, floats, ints = onnx.helper, onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     node, value = helper.make_node, helper.make_tensor_value_info
 
-    def write(name: str, takes: list[Any], gives: list[Any], nodes: list[Any], **weights: np.ndarray) -> None:
+    def write(name: str, inputs: list[Any], outputs: list[Any], nodes: list[Any], **weights: np.ndarray) -> None:
         initializers = [onnx.numpy_helper.from_array(array, key) for key, array in weights.items()]
-        graph = helper.make_graph(nodes, name, takes, gives, initializers)
+        graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
         onnx.checker.check_model(model)
         (folder / name).mkdir(parents=True)
@@ -101,13 +101,13 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=np.float32)
 
-    def inputs(name: str) -> list[Any]:
+    def inputs_of(name: str) -> list[Any]:
         kinds = {"float32": floats, "int64": ints}
         return [value(key, kinds[given["dtype"]], given["shape"]) for key, given in INPUTS[name].items()]
 
     write(
         "text_encoder",
-        inputs("text_encoder"),
+        inputs_of("text_encoder"),
         [value("last_hidden_state", floats, STATES), value("text_embeds", floats, ["batch", DIM])],
         [
             node("Gather", ["table", "input_ids"], ["last_hidden_state"]),
@@ -117,7 +117,7 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "image_encoder",
-        inputs("image_encoder"),
+        inputs_of("image_encoder"),
         [value("image_embeds", floats, ["batch", DIM])],
         [
             node("GlobalAveragePool", ["pixel_values"], ["mean"]),
@@ -129,16 +129,16 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "unet",
-        inputs("unet"),
+        inputs_of("unet"),
         [value("out_sample", floats, LATENTS)],
         [
             node("Conv", ["sample", "kernel"], ["mixed"], pads=[1, 1, 1, 1]),
-            node("ReduceMean", ["encoder_hidden_states"], ["meaning"], axes=[1], keepdims=0),
-            node("MatMul", ["meaning", "weight"], ["wanted"]),
+            node("ReduceMean", ["encoder_hidden_states"], ["prompt"], axes=[1], keepdims=0),
+            node("MatMul", ["prompt", "weight"], ["by_prompt"]),
             node("Unsqueeze", ["timestep", "last_axis"], ["time"]),
-            node("Mul", ["time", "per_step"], ["late"]),
-            node("Add", ["wanted", "late"], ["offset"]),
-            node("Unsqueeze", ["offset", "picture_axes"], ["everywhere"]),
+            node("Mul", ["time", "per_step"], ["by_time"]),
+            node("Add", ["by_prompt", "by_time"], ["offset"]),
+            node("Unsqueeze", ["offset", "image_axes"], ["everywhere"]),
             node("Add", ["mixed", "everywhere"], ["sum"]),
             node("Tanh", ["sum"], ["out_sample"]),
         ],
@@ -146,12 +146,12 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
         weight=normal(DIM, CHANNELS),
         per_step=np.array(0.001, np.float32),
         last_axis=np.array([1], np.int64),
-        picture_axes=np.array([2, 3], np.int64),
+        image_axes=np.array([2, 3], np.int64),
     )
     write(
         "vae_decoder",
-        inputs("vae_decoder"),
-        [value("sample", floats, PICTURE)],
+        inputs_of("vae_decoder"),
+        [value("sample", floats, IMAGE)],
         [
             node("ConvTranspose", ["latent_sample", "kernel"], ["wide"], strides=[2, 2]),
             node("Tanh", ["wide"], ["sample"]),
@@ -160,7 +160,7 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
     )
     write(
         "vae_encoder",
-        inputs("vae_encoder"),
+        inputs_of("vae_encoder"),
         [value("latent_sample", floats, LATENTS)],
         [node("Conv", ["sample", "kernel"], ["latent_sample"], strides=[2, 2])],
         kernel=normal(CHANNELS, 3, 2, 2),
@@ -168,7 +168,7 @@ def _write_graphs(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """CLIP's conventions over single letters: start token, text, end token; padded with "!" as in SD 2."""
+    """CLIP's conventions with single letters as tokens: start token, text, end token; padded with "!" as in SD 2."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]

@@ -122,11 +122,11 @@ class GenerationOptions:
         )
 
     def _check_numbers(self) -> None:
-        self._set(n=_whole_number("n", self.n, at_least=1))
+        self._set(n=_integer("n", self.n, at_least=1))
         if self.seed is not None:
-            self._set(seed=_whole_number("seed", self.seed, at_least=0))
+            self._set(seed=_integer("seed", self.seed, at_least=0))
         if self.steps is not None:
-            self._set(steps=_whole_number("steps", self.steps, at_least=1))
+            self._set(steps=_integer("steps", self.steps, at_least=1))
         if self.guidance_scale is not None:
             self._set(guidance_scale=_number("guidance_scale", self.guidance_scale, at_most=MAX_GUIDANCE_SCALE))
         self._set(guidance_rescale=_number("guidance_rescale", self.guidance_rescale, at_most=1.0))
@@ -146,7 +146,7 @@ class GenerationOptions:
         for name, least in (("best_of", self.n), ("budget", self.first_round)):
             value = getattr(self, name)
             if value is not None:
-                self._set(**{name: _whole_number(name, value, at_least=least)})
+                self._set(**{name: _integer(name, value, at_least=least)})
         for name in ("min_score", "max_similarity"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and -1 <= value <= 1):
@@ -217,12 +217,12 @@ def _number(name: str, value: Any, *, at_most: float) -> float:
     return float(value)
 
 
-def _whole_number(name: str, value: Any, *, at_least: int) -> int:
-    """`value` as an int; any type of integer is accepted."""
+def _integer(name: str, value: Any, *, at_least: int) -> int:
+    """`value` as an int. Integers of NumPy are accepted, booleans are not."""
     try:
         number = operator.index(value)
     except TypeError:
         number = at_least - 1
     if isinstance(value, bool) or number < at_least:
-        raise OptionError(f"{name} is {value!r}; give a whole number of at least {at_least}")
+        raise OptionError(f"{name} is {value!r}; give an integer of at least {at_least}")
     return number

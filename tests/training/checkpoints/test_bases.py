@@ -83,7 +83,7 @@ def test_stable_diffusion_2_is_conditioned_by_the_last_layer_but_one(apart: tupl
     [
         ("unet", {"addition_embed_type": "text_time"}, r"additional inputs \(addition_embed_type text_time\), as SDXL"),
         ("unet", {"in_channels": 9}, r"additional inputs \(in_channels 9\)"),
-        ("unet", {"cross_attention_dim": 768}, "states of width 768, but text_encoder/ gives 32"),
+        ("unet", {"cross_attention_dim": 768}, "states of width 768, but text_encoder/ returns 32"),
         ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'; epsilon and v_prediction can be trained"),
     ],
 )
