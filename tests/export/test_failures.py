@@ -196,7 +196,7 @@ def test_attention_that_is_not_one_node_is_refused(random_checkpoint: Path) -> N
         ({"num_class_embeds": 10}, r"\(num_class_embeds 10\)"),
         ({"class_embed_type": "timestep", "in_channels": 7}, r"\(class_embed_type timestep, in_channels 7\)"),
         ({"time_cond_proj_dim": 256}, r"\(time_cond_proj_dim 256\)"),
-        ({"cross_attention_dim": 768}, "states of width 768, but text_encoder/ gives 32: they belong to different"),
+        ({"cross_attention_dim": 768}, "states of width 768, but text_encoder/ returns 32: they belong to different"),
     ],
 )
 def test_models_of_another_shape_are_refused(random_checkpoint: Path, changes: dict[str, Any], message: str) -> None:
