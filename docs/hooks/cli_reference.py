@@ -27,8 +27,8 @@ def _script(name: str) -> Iterator[str]:
     yield from _section(getattr(import_module(module), attribute), name, level=2)
 
 
-def _section(command: click.Command, name: str, level: int) -> Iterator[str]:
-    context = click.Context(command, info_name=name, max_content_width=100)
+def _section(command: click.Command, name: str, level: int, parent: click.Context | None = None) -> Iterator[str]:
+    context = click.Context(command, parent, info_name=name, max_content_width=100)
     yield f"{'#' * level} `{name}` {{#{name.replace(' ', '-')}}}\n"
     yield f"```text\n{name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
     yield textwrap.dedent(command.help or "").strip() + "\n"
@@ -39,7 +39,7 @@ def _section(command: click.Command, name: str, level: int) -> Iterator[str]:
     if command.epilog:
         yield f"```bash\n{textwrap.dedent(command.epilog).strip()}\n```\n"
     for child, other in _children(command, context):
-        yield from _section(other, f"{name} {child}", level + 1)
+        yield from _section(other, f"{name} {child}", level + 1, context if isinstance(command, click.Group) else None)
 
 
 def _options(command: click.Command, context: click.Context) -> dict[str, list[tuple[str, str]]]:

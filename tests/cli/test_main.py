@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +25,16 @@ from unidiff_sdk.errors import StoreError
 from unidiff_sdk.generation.provenance import read_recipe
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner(catch_exceptions=False).invoke(main, [str(argument) for argument in arguments])
+def run(*arguments: object, columns: int | None = None) -> Result:
+    """Run `unidiff` in this process, in a terminal of this width."""
+    return CliRunner(catch_exceptions=False).invoke(
+        main, [str(argument) for argument in arguments], terminal_width=columns
+    )
 
 
-def refused(result: Result, *says: str) -> None:
-    """One line on stderr, exit code 1, no traceback."""
-    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("Note:")]
+def check_error(result: Result, *says: str) -> None:
+    """One error line on stderr apart from warnings, exit code 1, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("Warning:")]
     assert result.exit_code == 1, result.output
     assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
     for part in says:
@@ -35,7 +43,7 @@ def refused(result: Result, *says: str) -> None:
 
 @pytest.fixture(scope="session")
 def indexed(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
-    """A folder with `products` and `shop.catalog`; copied for tests that change it."""
+    """A folder with `products` and `shop.catalog`. Tests that change it use `shop`."""
     root = tmp_path_factory.mktemp("shop")
     result = run("dataset", "fashion-man", root / "products", "--n", 12, "--seed", 3)
     assert result.exit_code == 0, result.output
@@ -48,10 +56,26 @@ def indexed(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
 
 @pytest.fixture
 def shop(indexed: Path, tmp_path: Path) -> Path:
+    """A copy of `indexed`."""
     return Path(shutil.copytree(indexed, tmp_path / "shop"))
 
 
-def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
+def all_commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The arguments that select each command, the group itself included."""
+    yield path
+    for name, child in getattr(command, "commands", {}).items():
+        yield from all_commands(child, (*path, name))
+
+
+@pytest.mark.parametrize("path", list(all_commands(main)), ids=" ".join)
+def test_help_has_examples_and_fits_80_columns(path: tuple[str, ...]) -> None:
+    texts = [run(*path, name, columns=80) for name in ("-h", "--help")]
+    assert texts[0].stdout == texts[1].stdout and texts[0].exit_code == 0
+    assert "Examples:" in texts[0].stdout
+    assert max(map(len, texts[0].stdout.splitlines())) <= 80
+
+
+def test_help_lists_the_commands_in_order_of_use() -> None:
     text = run("--help").stdout
     places = [
         text.index(f"\n  {name} ")
@@ -69,13 +93,29 @@ def test_help_lists_the_commands_in_order_of_use_and_shows_examples() -> None:
         )
     ]
     assert places == sorted(places)
-    assert '  unidiff search shop.catalog "red striped dress" --where' in text
-    for name, command in main.commands.items():
-        assert command.help and command.epilog, name
-        assert "Examples:" in run(name, "--help").stdout
+    assert '  unidiff search shop.catalog "red striped dress" --limit 5' in text
 
 
-def test_search(indexed: Path) -> None:
+def test_module_runs_as_a_script() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "unidiff_sdk", "info", "nowhere"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: There is no catalog at nowhere")
+
+
+@pytest.mark.parametrize("script", ["unidiff", "unidiff-train", "unidiff-evaluate", "unidiff-export"])
+def test_every_script_has_a_version(script: str) -> None:
+    module, _, attribute = entry_points(group="console_scripts")[script].value.partition(":")
+    result = CliRunner().invoke(getattr(import_module(module), attribute), ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"unidiff-sdk {version('unidiff-sdk')}\n")
+
+
+def test_subcommands_have_no_version() -> None:
+    assert run("info", "--version").exit_code == 2
+
+
+def test_search_prints_a_table_or_json(indexed: Path) -> None:
     result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 3)
     assert result.exit_code == 0, result.output
     assert "3 hits in" in result.stdout
@@ -86,7 +126,7 @@ def test_search(indexed: Path) -> None:
     assert run("search", indexed / "shop.catalog", "red shirt", "--imagine", 2).exit_code == 0
 
 
-def test_search_by_image_and_filter(indexed: Path) -> None:
+def test_search_by_image_with_a_filter(indexed: Path) -> None:
     image = next((indexed / "products").rglob("*.png"))
     arguments: list[Any] = ["search", indexed / "shop.catalog", "--image", image, "--json"]
     hits = json.loads(run(*arguments).stdout)["hits"]
@@ -98,14 +138,14 @@ def test_search_by_image_and_filter(indexed: Path) -> None:
     assert both.exit_code == 0
 
 
-def test_search_by_items_in_pages(indexed: Path) -> None:
+def test_search_by_items_and_pages(indexed: Path) -> None:
     search: list[Any] = ["search", indexed / "shop.catalog"]
     first = json.loads(run(*search, "red shirt", "--limit", 5, "--json").stdout)
     ids = [hit["id"] for hit in first["hits"]]
     second = json.loads(run(*search, "red shirt", "--limit", 5, f"--cursor={first['cursor']}", "--json").stdout)
     assert second["offset"] == 5 and not set(ids) & {hit["id"] for hit in second["hits"]}
     table = run(*search, "red shirt", "--limit", 5)
-    assert f"next page: --cursor={first['cursor']}" in table.stdout
+    assert f"Next page: --cursor={first['cursor']}" in table.stdout
     liked = [hit["id"] for hit in json.loads(run(*search, "--like", ids[0], "--like", ids[1], "--json").stdout)["hits"]]
     assert len(liked) == 10 and not {ids[0], ids[1]} & set(liked)
     brands = json.loads(
@@ -116,39 +156,39 @@ def test_search_by_items_in_pages(indexed: Path) -> None:
     assert json.loads(run(*search, "red", "--min-score", 2, "--json").stdout)["hits"] == []
 
 
-def test_a_url_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run("index", tmp_path, "http://localhost:6333")
-    assert result.exit_code == 2 and "is a URL, and commands work on folders" in result.stderr
+    assert result.exit_code == 2 and "is a URL. Give a folder" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_ids_may_be_numbers(tmp_path: Path, toy: Path) -> None:
+def test_ids_can_be_integers_or_strings(tmp_path: Path, toy: Path) -> None:
     from unidiff_sdk import Catalog
 
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
-        pictures = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue", "lime")]
-        catalog.add(pictures, ids=[7, "8", -9], payloads=[{"catalog": "fashion-man"}] * 3)
+        images = [Image.new("RGB", (20, 20), color) for color in ("red", "blue", "lime")]
+        catalog.add(images, ids=[7, "8", -9], payloads=[{"catalog": "fashion-man"}] * 3)
     for id, left in (("7", {"8", -9}), ("8", {7, -9}), ("-9", {7, "8"})):
         hits = json.loads(run("search", tmp_path / "shop.catalog", f"--like={id}", "--json").stdout)["hits"]
         assert {hit["id"] for hit in hits} == left
-        drawn = ("generate", tmp_path / "shop.catalog", "a shirt", "--steps", 2, f"--like={id}", "-o", tmp_path / id)
-        assert len(json.loads(run(*drawn, "--json").stdout)[0]["like"]) == 64
-    refused(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
+        generate = ("generate", tmp_path / "shop.catalog", "a shirt", "--steps", 2, f"--like={id}", "-o", tmp_path / id)
+        assert len(json.loads(run(*generate, "--json").stdout)[0]["like"]) == 64
+    check_error(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
     assert json.loads(run("delete", tmp_path / "shop.catalog", "007", "7", "--json").stdout) == {
         "removed": 1,
         "items": 2,
     }
 
 
-def test_pictures_in_the_terminal(indexed: Path) -> None:
-    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 2, "--pictures")
+def test_search_shows_thumbnails_on_request(indexed: Path) -> None:
+    result = run("search", indexed / "shop.catalog", "red shirt", "--limit", 2, "--thumbnails")
     assert result.exit_code == 0, result.output
     assert len(re.findall(r"\x1b\[38;2;[\d;]+m▀", result.stdout)) == 2 * 14 * 7 and "1. 0." in result.stdout
     assert "▀" not in run("search", indexed / "shop.catalog", "red shirt").stdout
 
 
-def test_captions_do_not_command_the_terminal(tmp_path: Path, toy: Path) -> None:
+def test_control_characters_in_payloads_are_removed(tmp_path: Path, toy: Path) -> None:
     from unidiff_sdk import Catalog
 
     with Catalog(tmp_path / "shop.catalog", toy) as catalog:
@@ -156,30 +196,30 @@ def test_captions_do_not_command_the_terminal(tmp_path: Path, toy: Path) -> None
         catalog.add(
             Image.new("RGB", (20, 20)), "[bold]red\x1b[2J\n\u202e größe 💡 " + "dress " * 20_000, "\x1b[5m", columns
         )
-    for pictures in ("--pictures", "--no-pictures"):
-        shown = run("search", tmp_path / "shop.catalog", "red", pictures).stdout
-        for command in ("\x1b[2J", "\x1b]0;", "\x1b[5m", "\u202e", "\x07"):
-            assert command not in shown
+    for option in ("--thumbnails", "--no-thumbnails"):
+        shown = run("search", tmp_path / "shop.catalog", "red", option).stdout
+        for control in ("\x1b[2J", "\x1b]0;", "\x1b[5m", "\u202e", "\x07"):
+            assert control not in shown
         assert len(shown) < 8_000
         assert "[bold]red" in shown and "größe" in shown and "💡" in shown
 
 
-def test_duplicates(shop: Path) -> None:
-    pictures = sorted((shop / "products").rglob("*.png"))
-    twins = shop / "twins"
-    twins.mkdir()
-    shutil.copy(pictures[0], twins / "twin.png")
-    (twins / "metadata.jsonl").write_text('{"file_name": "twin.png", "text": "a twin", "id": "twin"}\n')
-    assert run("index", twins, shop / "shop.catalog").exit_code == 0
+def test_duplicates_lists_groups(shop: Path) -> None:
+    images = sorted((shop / "products").rglob("*.png"))
+    copies = shop / "copies"
+    copies.mkdir()
+    shutil.copy(images[0], copies / "copy.png")
+    (copies / "metadata.jsonl").write_text('{"file_name": "copy.png", "text": "a copy", "id": "copy"}\n')
+    assert run("index", copies, shop / "shop.catalog").exit_code == 0
     groups = json.loads(run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--json").stdout)
-    (group,) = [group for group in groups if "twin" in {hit["id"] for hit in group}]
+    (group,) = [group for group in groups if "copy" in {hit["id"] for hit in group}]
     assert len(group) >= 2 and group[0]["score"] == pytest.approx(1, abs=1e-4)
     table = run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--limit", 1)
-    assert "groups of" in table.stdout and "a cosine of 1 or more" in table.stdout
-    refused(run("duplicates", shop / "shop.catalog", "--threshold", "2"), "threshold=2.0")
+    assert "Found 1 group with 2 items" in table.stdout and "a cosine similarity of 1 or more" in table.stdout
+    check_error(run("duplicates", shop / "shop.catalog", "--threshold", "2"), "threshold=2.0")
 
 
-def test_index_again_and_report_bad_rows(shop: Path) -> None:
+def test_index_skips_unchanged_rows_and_reports_invalid_ones(shop: Path) -> None:
     with (shop / "products" / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "nowhere.png", "text": "[bold]x[/bold]"}\n')
     result = run("index", shop / "products", shop / "shop.catalog")
@@ -188,10 +228,10 @@ def test_index_again_and_report_bad_rows(shop: Path) -> None:
     assert "nowhere.png" in result.stdout and "no such image" in result.stdout
     report = json.loads(run("index", shop / "products", shop / "shop.catalog", "--json").stdout)
     assert (report["skipped"], report["failed"][0]["line"], report["items"]) == (12, 13, 12)
-    refused(run("index", shop / "products", shop / "shop.catalog", "--strict"), "line 13", "no such image")
+    check_error(run("index", shop / "products", shop / "shop.catalog", "--strict"), "line 13", "no such image")
 
 
-def test_index_prunes_and_takes_tables(shop: Path) -> None:
+def test_index_prunes_and_accepts_tables(shop: Path) -> None:
     lines = (shop / "products" / "metadata.jsonl").read_text().splitlines()
     (shop / "products" / "metadata.jsonl").write_text("\n".join(lines[:9]) + "\n")
     report = json.loads(run("index", shop / "products", shop / "shop.catalog", "--prune", "--json").stdout)
@@ -199,27 +239,27 @@ def test_index_prunes_and_takes_tables(shop: Path) -> None:
     (shop / "spring.jsonl").write_text("\n".join(lines[9:]) + "\n")
     result = run("index", shop / "spring.jsonl", shop / "shop.catalog", "--images", shop / "products")
     assert result.exit_code == 0 and "3 added" in result.stdout and "12 items" in result.stdout
-    refused(run("index", shop / "products", shop / "shop.catalog", "--images", shop), "--images goes with a table")
+    check_error(run("index", shop / "products", shop / "shop.catalog", "--images", shop), "--images needs a table")
 
 
-def test_generate(shop: Path, toy: Path) -> None:
+def test_generate_writes_images_with_their_recipes(shop: Path, toy: Path) -> None:
     arguments = ["generate", shop / "shop.catalog", "red boots", "-n", 2, "--seed", 7, "--steps", 2]
     result = run(*arguments, "-o", shop / "out", "--add")
     assert result.exit_code == 0, result.output
-    assert "2 pictures in" in result.stdout and "seed 7, 2 steps of ddim" in result.stdout
-    pictures = sorted((shop / "out").glob("0*.png"))
-    assert len(pictures) == 2 and Image.open(pictures[0]).size == (16, 16)
-    assert read_recipe(pictures[0]).arguments["prompt"] == "red boots"
+    assert "Kept 2 of 2 generated images in" in result.stdout and "seed 7, 2 steps, sampler ddim" in result.stdout
+    images = sorted((shop / "out").glob("0*.png"))
+    assert len(images) == 2 and Image.open(images[0]).size == (16, 16)
+    assert read_recipe(images[0]).arguments["prompt"] == "red boots"
     assert Image.open(shop / "out" / "contact-sheet.png").width > 2 * 256
     recipe = json.loads((shop / "out" / "generation.json").read_text())
-    assert {made["seed"] for made in recipe} == {7, 8}
+    assert {image["seed"] for image in recipe} == {7, 8}
     assert recipe[0]["score"] >= recipe[1]["score"] and recipe[0]["nearest"]["text"]
     assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 14
     alone = run("generate", "red boots", "--bundle", toy, "-o", shop / "alone", "--steps", 2, "--seed", 7, "--json")
     assert json.loads(alone.stdout)[0]["nearest"] is None
 
 
-def test_generate_from_an_item_within_a_mask(shop: Path) -> None:
+def test_generate_starts_from_an_item_with_a_mask(shop: Path) -> None:
     first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)["hits"][0]["id"]
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
@@ -229,123 +269,123 @@ def test_generate_from_an_item_within_a_mask(shop: Path) -> None:
     made = json.loads(result.stdout)[0]
     assert made["strength"] == 1.0 and len(made["like"]) == len(made["mask"]) == 64
     result = run(*arguments, "--strength", "0.7", "--best-of", 3, "-n", 2, "-o", shop / "varied")
-    assert "2 pictures in" in result.stdout and "the best of 3" in result.stdout
-    refused(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "like: nobody")
+    assert "Kept 2 of 3 generated images in" in result.stdout
+    check_error(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "like: nobody")
     result = run(*arguments, "--min-score", 1, "-o", shop / "none", "--json")
-    refused(result, "none of the 4 pictures that were drawn passed")
+    check_error(result, "No image was written: 4 candidates rejected")
     assert "4 scored below min_score=1.0" in result.stderr and not (shop / "none").exists()
 
 
-def test_info_and_delete(shop: Path) -> None:
+def test_info_and_delete_report_the_items(shop: Path) -> None:
     result = run("info", shop / "shop.catalog")
-    assert "12 items" in result.stdout and "bundle toy" in result.stdout
-    assert re.search(r"column +holds", result.stdout) and re.search(r"price +number", result.stdout)
+    assert "12 items" in result.stdout and "Bundle:  toy" in result.stdout
+    assert re.search(r"column +type", result.stdout) and re.search(r"price +number", result.stdout)
     first = json.loads(run("search", shop / "shop.catalog", "red", "--json").stdout)["hits"][0]["id"]
-    assert "1 removed; 11 items are left" in run("delete", shop / "shop.catalog", first, "nobody").stdout
+    assert "1 item deleted" in run("delete", shop / "shop.catalog", first, "nobody").stdout
     assert json.loads(run("delete", shop / "shop.catalog", first, "--json").stdout) == {"removed": 0, "items": 11}
 
 
-def test_reindex(shop: Path) -> None:
+def test_reindex_encodes_all_items_once(shop: Path) -> None:
     other = make_toy_bundle(shop / "other", seed=1)
-    assert "12 items re-encoded" in run("reindex", shop / "shop.catalog", other).stdout
-    assert "made with it already" in run("reindex", shop / "shop.catalog", other).stdout
+    assert "12 items encoded with" in run("reindex", shop / "shop.catalog", other).stdout
+    assert "already uses" in run("reindex", shop / "shop.catalog", other).stdout
     assert json.loads(run("reindex", shop / "shop.catalog", other, "--json").stdout) == {"reindexed": 0}
     assert run("search", shop / "shop.catalog", "red").exit_code == 0
 
 
-def test_export_and_restore(shop: Path, toy: Path) -> None:
+def test_export_and_restore_keep_all_items(shop: Path, toy: Path) -> None:
     file, new = shop / "shop.parquet", shop / "new.catalog"
     result = run("export", shop / "shop.catalog", file)
     assert result.exit_code == 0, result.output
-    assert "12 items in" in result.stdout and " MB)" in result.stdout
-    assert "holds 12 items" in run("restore", file, new).stdout
+    assert "12 items written to" in result.stdout and " MB)" in result.stdout
+    assert "has 12 items" in run("restore", file, new).stdout
     assert json.loads(run("info", new, "--json").stdout)["items"] == 12
     shirts = json.loads(run("export", new, file, "--where", '{"price": {"lt": 40}}', "--json").stdout)
     assert 0 < shirts["items"] < 12 and shirts["bytes"] == file.stat().st_size
     other = make_toy_bundle(shop / "other", seed=1)
-    refused(run("restore", file, shop / "more", "--bundle", other), "is another bundle", "reencode")
+    check_error(run("restore", file, shop / "more", "--bundle", other), "is another bundle", "reencode")
     again = json.loads(run("restore", file, shop / "more", "--bundle", other, "--reencode", "--json").stdout)
     assert again == {"items": shirts["items"]}
-    refused(run("restore", file, new), "There is a catalog at")
-    refused(run("restore", shop / "nowhere.parquet", shop / "none"), "nowhere.parquet")
+    check_error(run("restore", file, new), "There is a catalog at")
+    check_error(run("restore", shop / "nowhere.parquet", shop / "none"), "nowhere.parquet")
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------ errors
 
 
-def test_refusals(indexed: Path, toy: Path, tmp_path: Path) -> None:
+def test_invalid_arguments_print_one_line(indexed: Path, toy: Path, tmp_path: Path) -> None:
     catalog = indexed / "shop.catalog"
-    refused(run("search", tmp_path / "none", "x"), "There is no catalog at", "unidiff index")
+    check_error(run("search", tmp_path / "none", "x"), "There is no catalog at", "unidiff index")
     assert not (tmp_path / "none").exists()
-    refused(run("search", catalog), "say what to look for")
-    refused(run("search", catalog, "x", "--where", "{price"), "--where is not JSON")
-    refused(run("search", catalog, "x", "--where", '{"price": {"below": 3}}'), "Valid operators")
-    refused(run("search", catalog, "x", "--where", "[1]"), "A filter is a dictionary")
-    refused(run("search", catalog, "x", "--limit", 0), "limit=0")
-    refused(run("search", catalog, "--image", tmp_path / "none.png"), "none.png")
-    refused(run("index", tmp_path / "none", tmp_path / "new", "--bundle", toy), "no such folder")
+    check_error(run("search", catalog), "The query is empty")
+    check_error(run("search", catalog, "x", "--where", "{price"), "--where is not valid JSON")
+    check_error(run("search", catalog, "x", "--where", '{"price": {"below": 3}}'), "Valid operators")
+    check_error(run("search", catalog, "x", "--where", "[1]"), "A filter is a dictionary")
+    check_error(run("search", catalog, "x", "--limit", 0), "limit=0")
+    check_error(run("search", catalog, "--image", tmp_path / "none.png"), "none.png")
+    check_error(run("index", tmp_path / "none", tmp_path / "new", "--bundle", toy), "no such folder")
     assert not (tmp_path / "new").exists()
-    refused(run("index", indexed / "products", tmp_path / "new", "--bundle", tmp_path / "none"), "no such folder")
+    check_error(run("index", indexed / "products", tmp_path / "new", "--bundle", tmp_path / "none"), "no such folder")
     assert not (tmp_path / "new").exists()
-    refused(run("generate", catalog, "red", "--steps", 0, "-o", tmp_path / "out"), "steps")
-    refused(run("generate", catalog, "red", "--sampler", "magic", "-o", tmp_path / "out"), "magic")
-    refused(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
-    refused(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
-    refused(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
-    refused(run("info", toy), "is not a catalog")
+    check_error(run("generate", catalog, "red", "--steps", 0, "-o", tmp_path / "out"), "steps")
+    check_error(run("generate", catalog, "red", "--sampler", "magic", "-o", tmp_path / "out"), "magic")
+    check_error(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
+    check_error(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
+    check_error(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
+    check_error(run("info", toy), "is not a catalog")
     assert json.loads(run("info", catalog, "--json").stdout)["items"] == 12
 
 
-def test_an_empty_catalog_is_told(tmp_path: Path, toy: Path) -> None:
+def test_search_in_an_empty_catalog_is_an_error(tmp_path: Path, toy: Path) -> None:
     from unidiff_sdk import Catalog
 
     Catalog(tmp_path / "shop.catalog", toy).close()
-    refused(run("search", tmp_path / "shop.catalog", "x"), "is empty", "unidiff index")
+    check_error(run("search", tmp_path / "shop.catalog", "x"), "is empty", "unidiff index")
 
 
-def test_nothing_usable_is_a_failure(tmp_path: Path, toy: Path) -> None:
+def test_index_without_a_valid_row_is_an_error(tmp_path: Path, toy: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png"}\n')
     result = run("index", tmp_path, tmp_path.parent / "shop.catalog", "--bundle", toy)
-    refused(result, "None of the 1 rows")
+    check_error(result, "no valid row: 1 row invalid")
 
 
-def test_a_changed_bundle_is_told_and_nothing_is_lost(shop: Path, toy: Path) -> None:
+def test_changed_bundle_is_an_error_and_nothing_is_lost(shop: Path, toy: Path) -> None:
     bundle = Path(shutil.copytree(toy, shop / "bundle"))
     other = make_toy_bundle(shop / "other", seed=1)
     index = ("index", shop / "products", shop / "shop.catalog", "--bundle")
-    refused(run(*index, other), "is another bundle", "reindex")
+    check_error(run(*index, other), "is another bundle", "reindex")
     graph = bundle / "image_encoder" / "model.onnx"
     data = bytearray(graph.read_bytes())
     data[-1] ^= 1
     graph.write_bytes(bytes(data))
-    refused(run(*index, bundle), "model.onnx", "changed")
+    check_error(run(*index, bundle), "model.onnx", "changed")
     assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 12
 
 
-def test_in_use(shop: Path) -> None:
+def test_catalog_in_use_is_an_error(shop: Path) -> None:
     from unidiff_sdk import Catalog
 
     with Catalog(shop / "shop.catalog"):
-        refused(run("search", shop / "shop.catalog", "x"), "in use")
+        check_error(run("search", shop / "shop.catalog", "x"), "in use")
 
 
-def test_real_pictures_get_a_note(tmp_path: Path, toy: Path) -> None:
+def test_photographs_give_a_warning(tmp_path: Path, toy: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "x.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "x.png", "text": "a real photograph"}\n')
     result = run("index", tmp_path, tmp_path / "shop.catalog", "--bundle", toy)
     assert result.exit_code == 0
-    assert result.stderr.startswith("Note: ") and "synthetic" in result.stderr
+    assert result.stderr.startswith("Warning: ") and "synthetic" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("raised", "keeps", "code", "line"),
     [
         (StoreError("two\n lines"), False, 1, "Error: two lines"),
-        (KeyboardInterrupt(), True, 130, "Interrupted. What was finished is kept."),
+        (KeyboardInterrupt(), True, 130, "Interrupted. Finished work is kept."),
         (KeyboardInterrupt(), False, 130, "Interrupted."),
     ],
 )
-def test_the_shared_group(raised: BaseException, keeps: bool, code: int, line: str) -> None:
+def test_errors_and_interrupts_print_one_line(raised: BaseException, keeps: bool, code: int, line: str) -> None:
     @click.group(cls=Group)
     def tool() -> None:
         """A tool."""

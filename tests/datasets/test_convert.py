@@ -221,8 +221,8 @@ def test_reading_in_chunks_equals_reading_at_once(
 def test_convert_commands(deepfashion: Path, m5: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     arguments = ["dataset", "convert", "deepfashion-multimodal", str(deepfashion), str(tmp_path / "men")]
-    refused = run(main, arguments)
-    assert refused.exit_code == 2 and "--gender" in refused.stderr
+    incomplete = run(main, arguments)
+    assert incomplete.exit_code == 2 and "--gender" in incomplete.stderr
     done = run(main, [*arguments, "--gender", "men", "--n", "10"])
     assert done.exit_code == 0 and "10 train" in done.stdout, done.output
     done = run(main, ["dataset", "convert", "m5product", str(m5), str(tmp_path / "m5-out")])
@@ -230,6 +230,6 @@ def test_convert_commands(deepfashion: Path, m5: Path, tmp_path: Path) -> None:
     again = run(main, ["dataset", "convert", "m5product", str(m5), str(tmp_path / "m5-out")])
     assert again.exit_code == 1 and again.stderr.startswith("Error: ") and "exists already" in again.stderr
     help_text = run(main, ["dataset", "--help"]).stdout
-    assert "draw" in help_text and "convert" in help_text
-    drawn = run(main, ["dataset", "--n", "3", "fashion-man", str(tmp_path / "drawn")])
-    assert drawn.exit_code == 0 and "3 synthetic products" in drawn.stdout
+    assert "render" in help_text and "convert" in help_text
+    rendered = run(main, ["dataset", "--n", "3", "fashion-man", str(tmp_path / "rendered")])
+    assert rendered.exit_code == 0 and "3 synthetic products" in rendered.stdout

@@ -21,6 +21,7 @@ ALLOWED = {
     "generation": {"inference"},
     "catalog": {"retrieval", "generation", "inference", "store", "datasets"},
     "cli": {"catalog", "retrieval", "generation", "inference", "store", "datasets"},
+    "__main__": {"cli"},
 }
 # The same within `training`, from the lowest to the highest: a package imports only those before it.
 TRAINING = [

@@ -108,17 +108,20 @@ def shown(annotation: Any) -> str:
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
-def commands(path: str, command: click.Command) -> Iterator[str]:
-    """A command with its arguments and options, and its subcommands."""
-    arguments = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
-    yield " ".join([path, *(argument.make_metavar(click.Context(command)) for argument in arguments)])
-    for option in sorted((p for p in command.params if isinstance(p, click.Option)), key=lambda option: option.opts):
+def commands(path: str, command: click.Command, parent: click.Context | None = None) -> Iterator[str]:
+    """A command with its arguments and options except --help, and its subcommands."""
+    context = click.Context(command, parent)
+    own = [parameter for parameter in command.get_params(context) if "--help" not in parameter.opts]
+    arguments = [parameter for parameter in own if isinstance(parameter, click.Argument)]
+    yield " ".join([path, *(argument.make_metavar(context) for argument in arguments)])
+    for option in sorted((p for p in own if isinstance(p, click.Option)), key=lambda option: option.opts):
         names = ", ".join([*option.opts, *option.secondary_opts])
         kind = "flag" if option.is_flag else option.type.name
         yield f"    {names}: {kind}{', repeatable' if option.multiple else ''}"
-    subcommands = getattr(command, "commands", {}) | getattr(command, "others", {})
-    for name, sub in sorted(subcommands.items()):
-        yield from commands(f"{path} {name}", sub)
+    for name, sub in sorted(getattr(command, "commands", {}).items()):
+        yield from commands(f"{path} {name}", sub, context)
+    for name, other in sorted(getattr(command, "others", {}).items()):
+        yield from commands(f"{path} {name}", other)
 
 
 def test_the_public_api_is_the_recorded_one() -> None:

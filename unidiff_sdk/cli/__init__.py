@@ -1,1 +1,1 @@
-"""The `unidiff` command line."""
+"""The `unidiff` command line, and the command classes that all console scripts share."""

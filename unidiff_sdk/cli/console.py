@@ -1,4 +1,4 @@
-"""What the console scripts share: errors in one line, examples under the help."""
+"""What the console scripts share: one-line errors and warnings, `-h` and `--version`, and examples in the help."""
 
 from __future__ import annotations
 
@@ -15,22 +15,49 @@ from unidiff_sdk.errors import UniDiffError
 
 __all__ = ["Command", "Group", "MainCommand", "Option"]
 
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _show_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"unidiff-sdk {version('unidiff-sdk')}")
+        ctx.exit()
+
+
+_VERSION_OPTION = click.Option(
+    ["--version"],
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
+
 
 class Option(click.Option):
-    """An option under a heading of its own in the help. theme: the heading; options are listed in their order."""
+    """An option that is listed under its own heading in the help.
+
+    Args:
+        theme: the heading. Headings and their options are listed in the order of definition.
+    """
 
     def __init__(self, *args: Any, theme: str = "Options", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.theme = theme
 
 
-class _Polite(click.Command):
-    """A command that ends a refused run with one line on stderr and exit code 1, and an interrupted one with 130.
+class _ScriptCommand(click.Command):
+    """A command that prints an error in one line and exits with 1, or with 130 if it is interrupted.
 
-    keeps: whether what an interrupted run has finished is there afterwards, which it then says.
+    Args:
+        keeps: whether an interrupted run keeps its finished work. The message then says so.
+        epilog: examples, one per line.
     """
 
     def __init__(self, *args: Any, keeps: bool = False, **kwargs: Any) -> None:
+        kwargs["context_settings"] = CONTEXT | (kwargs.get("context_settings") or {})
         super().__init__(*args, **kwargs)
         self.keeps = keeps
 
@@ -46,11 +73,16 @@ class _Polite(click.Command):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("Interrupted." + " What was finished is kept." * self.keeps, err=True)
+            click.echo("Interrupted." + " Finished work is kept." * self.keeps, err=True)
             sys.exit(130)
 
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The parameters of the command, with `--version` if it is a console script and not a subcommand."""
+        parameters = super().get_params(ctx)
+        return parameters if ctx.parent else [*parameters[:-1], _VERSION_OPTION, parameters[-1]]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Options by theme, as listing them all under one heading would bury the few that most need."""
+        """List the options under the headings of their themes."""
         themes: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
@@ -63,33 +95,21 @@ class _Polite(click.Command):
             self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Examples, as they are written: click would wrap them into one paragraph."""
+        """Print the examples as they are written. click would wrap them into one paragraph."""
         if self.epilog:
             with formatter.section("Examples"):
                 for line in self.epilog.strip().splitlines():
                     formatter.write(f"{'':>{formatter.current_indent}}{line.strip()}\n")
 
 
-class CatalogFolder(click.Path):
-    """The folder of a catalog; a URL, of which a path would make a folder of that name, is refused."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value).startswith(("http://", "https://")):
-            self.fail(f"{value} is a URL, and commands work on folders; in Python, Catalog(url, images=…) opens it")
-        return super().convert(value, param, ctx)
-
-
-class Command(_Polite):
-    """A console script of one command; `epilog` holds its examples, one a line."""
+class Command(_ScriptCommand):
+    """A console script without subcommands, or a subcommand."""
 
 
 class MainCommand(Command):
-    """A console script of one command that has others beside it: `unidiff-train DATA …`, `unidiff-train distill …`.
+    """A console script with a main command and further ones: `unidiff-train DATA …`, `unidiff-train distill …`.
 
-    The first word chooses; what is no name of another command is the main one's first argument.
+    If the first argument is the name of another command, that command runs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,7 +117,7 @@ class MainCommand(Command):
         self.others: dict[str, click.Command] = {}
 
     def add(self, command: click.Command) -> None:
-        """Put a command beside this one, under its own name."""
+        """Add another command under its own name."""
         self.others[str(command.name)] = command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **kwargs: Any) -> Any:
@@ -113,18 +133,18 @@ class MainCommand(Command):
         super().format_epilog(ctx, formatter)
 
 
-class Group(_Polite, click.Group):
-    """A console script of several commands; those are `Command`s by default."""
+class Group(_ScriptCommand, click.Group):
+    """A console script with subcommands, listed in the order of definition. Subcommands are `Command`s by default."""
 
     command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of their definition, which is the order of use
+        return list(self.commands)
 
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """Show warnings as a sentence for users instead of a place in the source."""
+    """Print warnings in one line, without the position in the source code."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"Note: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
         yield

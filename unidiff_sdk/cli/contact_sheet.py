@@ -1,4 +1,4 @@
-"""All pictures of a generation on one sheet, each with its nearest catalog item, so that copies are seen at once."""
+"""A contact sheet: all images of a generation with their scores, seeds and nearest catalog items."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ if TYPE_CHECKING:
 
 __all__ = ["contact_sheet"]
 
-_PICTURE, _NEAREST, _GAP, _LINE = 256, 96, 12, 18
-_MOST_COLUMNS = 4
+_IMAGE, _NEAREST, _GAP, _LINE = 256, 96, 12, 18  # pixels
+_MAX_COLUMNS = 4
 
 
 def contact_sheet(generation: Generation) -> Image.Image:
-    """The pictures in their order, up to four in a row, with score, seed and nearest item below each; RGB."""
-    columns = min(_MOST_COLUMNS, max(1, len(generation)))
-    width, height = _PICTURE + _GAP, _PICTURE + _NEAREST + 2 * _GAP
+    """Lay out the images in rows of up to four, each above its score, seed, prompt and nearest item. Returns RGB."""
+    columns = min(_MAX_COLUMNS, max(1, len(generation)))
+    width, height = _IMAGE + _GAP, _IMAGE + _NEAREST + 2 * _GAP
     rows = math.ceil(len(generation) / columns)
     sheet = Image.new("RGB", (columns * width + _GAP, max(1, rows) * height + _GAP), "white")
     font = ImageFont.load_default(13)
-    for i, picture in enumerate(generation):
-        _paste(sheet, picture, _GAP + i % columns * width, _GAP + i // columns * height, font)
+    for i, generated in enumerate(generation):
+        _paste_card(sheet, generated, _GAP + i % columns * width, _GAP + i // columns * height, font)
     return sheet
 
 
-def _paste(sheet: Image.Image, picture: Generated, left: int, top: int, font: FreeTypeFont | BitmapFont) -> None:
-    _place(sheet, picture.image, left, top, _PICTURE)
-    below = top + _PICTURE + _GAP // 2
-    lines = [f"score {picture.score:.3f}   seed {picture.seed}", picture.prompt]
+def _paste_card(sheet: Image.Image, generated: Generated, left: int, top: int, font: FreeTypeFont | BitmapFont) -> None:
+    _paste_image(sheet, generated.image, left, top, _IMAGE)
+    below = top + _IMAGE + _GAP // 2
+    lines = [f"score {generated.score:.3f}   seed {generated.seed}", generated.prompt]
     text_left = left
-    if picture.nearest is not None:
-        _place(sheet, picture.nearest.thumbnail(), left, below, _NEAREST)
+    if generated.nearest is not None:
+        _paste_image(sheet, generated.nearest.thumbnail(), left, below, _NEAREST)
         text_left += _NEAREST + _GAP // 2
-        lines += [f"nearest {picture.nearest.score:.3f}", picture.nearest.text or str(picture.nearest.id)]
+        lines += [f"nearest {generated.nearest.score:.3f}", generated.nearest.text or str(generated.nearest.id)]
     draw = ImageDraw.Draw(sheet)
     for n, line in enumerate(lines):
-        shown = _shortened(draw, line, left + _PICTURE - text_left, font)
-        draw.text((text_left, below + n * _LINE), shown, "black", font)
+        draw.text((text_left, below + n * _LINE), _truncate(draw, line, left + _IMAGE - text_left, font), "black", font)
 
 
-def _place(sheet: Image.Image, image: Image.Image, left: int, top: int, side: int) -> None:
-    """A picture in a square, as large as fits; small ones enlarged by whole pixels."""
+def _paste_image(sheet: Image.Image, image: Image.Image, left: int, top: int, side: int) -> None:
+    """Paste an image centered in a square, as large as fits. Small images are enlarged with sharp pixels."""
     factor = side / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    kind = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-    sheet.paste(image.resize(size, kind), (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
+    resampling = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
+    sheet.paste(image.resize(size, resampling), (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
 
 
-def _shortened(draw: ImageDraw.ImageDraw, text: str, width: int, font: FreeTypeFont | BitmapFont) -> str:
+def _truncate(draw: ImageDraw.ImageDraw, text: str, width: int, font: FreeTypeFont | BitmapFont) -> str:
+    """The text on one line, with an ellipsis if it is wider than `width` pixels."""
     text = " ".join(text.split())
     if draw.textlength(text, font) <= width:
         return text

@@ -1,4 +1,4 @@
-"""`unidiff dataset`: draw a synthetic catalog, or convert a public set of product pictures."""
+"""`unidiff dataset`: render a synthetic catalog, or convert a public dataset."""
 
 from __future__ import annotations
 
@@ -7,81 +7,81 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .console import Group
+from .console import Command, Group
 
 if TYPE_CHECKING:
     from unidiff_sdk.datasets.convert import Converted
 
 __all__ = ["dataset"]
 
-SHOWN_BAD = 5
+LISTED_ROWS = 5  # invalid rows that are printed
 
 
-class _DrawUnlessNamed(Group):
-    """`unidiff dataset fashion-man OUT` is short for `unidiff dataset draw fashion-man OUT`."""
+class _RenderByDefault(Group):
+    """`unidiff dataset fashion-man OUT` is short for `unidiff dataset render fashion-man OUT`."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        return super().resolve_command(ctx, args if args and args[0] in self.commands else ["draw", *args])
+        return super().resolve_command(ctx, args if args and args[0] in self.commands else ["render", *args])
 
 
 @click.group(
-    cls=_DrawUnlessNamed,
-    short_help="Draw a synthetic catalog, or convert a public one.",
+    cls=_RenderByDefault,
+    short_help="Render a synthetic catalog, or convert a public dataset.",
     context_settings={"ignore_unknown_options": True},
     subcommand_metavar="NAME OUT [OPTIONS] | COMMAND [ARGS]...",
     epilog="""
     unidiff dataset fashion-man shirts --n 400
     unidiff dataset ecommerce-product unseen --split test-unseen --size 128
-    unidiff dataset convert deepfashion-multimodal downloads/deepfashion women --gender women
+    unidiff dataset convert deepfashion-multimodal downloads women --gender women
     """,
 )
 def dataset() -> None:
-    """Make a catalog folder to try things on: `draw` a synthetic one, or `convert` a public set.
+    """Create a folder of product images: `render` a synthetic catalog, or `convert` a public dataset.
 
-    NAME OUT alone draws the synthetic catalog NAME: fashion-man, fashion-woman or ecommerce-product.
+    NAME OUT without a command renders the synthetic catalog NAME: fashion-man, fashion-woman or ecommerce-product.
     """
 
 
 @dataset.command(
-    short_help="Draw a synthetic catalog.",
+    short_help="Render a synthetic catalog.",
     epilog="""
-    unidiff dataset draw fashion-man shirts --n 400
-    unidiff dataset draw ecommerce-product unseen --split test-unseen --size 128
+    unidiff dataset render fashion-man shirts --n 400
+    unidiff dataset render ecommerce-product unseen --split test-unseen --size 128
     """,
 )
 @click.argument("name")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--n", default=400, show_default=True, type=click.IntRange(min=1), help="How many products.")
+@click.option("--n", default=400, show_default=True, type=click.IntRange(min=1), help="Number of products.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same products.")
-@click.option("--split", default="train", show_default=True, help="train, val, test, or test-unseen.")
-@click.option("--size", default=64, show_default=True, help="Side of the pictures in pixels.")
-def draw(name: str, out: Path, n: int, seed: int, split: str, size: int) -> None:
-    """Draw the synthetic catalog NAME into the folder OUT: fashion-man, fashion-woman or ecommerce-product."""
+@click.option("--split", default="train", show_default=True, help="train, val, test or test-unseen.")
+@click.option("--size", default=64, show_default=True, help="Width and height of the images in pixels, 64 to 512.")
+def render(name: str, out: Path, n: int, seed: int, split: str, size: int) -> None:
+    """Render the synthetic catalog NAME to the folder OUT: fashion-man, fashion-woman or ecommerce-product."""
     from unidiff_sdk.datasets.synthetic import write_catalog
 
     write_catalog(name, out, n=n, seed=seed, split=split, size=size)
-    click.echo(f"{n:,} synthetic products of {name} ({split}) are in {out}. Next: unidiff index {out} CATALOG")
+    click.echo(f"{n:,} synthetic products of {name} ({split}) written to {out}. Next: unidiff index {out} CATALOG")
 
 
 @dataset.group(
     cls=Group,
-    short_help="Turn a downloaded public set into catalog folders.",
+    short_help="Convert a downloaded public dataset.",
     epilog="""
-    unidiff dataset convert deepfashion-multimodal downloads/deepfashion men --gender men --n 200
-    unidiff dataset convert m5product downloads/m5product products
+    unidiff dataset convert deepfashion-multimodal downloads men --gender men
+    unidiff dataset convert m5product downloads products --n 1000
     """,
 )
 def convert() -> None:
-    """Turn a downloaded public set into OUT/train, OUT/val and OUT/test, with splits that anyone can repeat."""
+    """Convert a downloaded public dataset to OUT/train, OUT/val and OUT/test, with reproducible splits."""
 
 
-def _options(command: Any) -> Any:
+def _convert_options(command: Any) -> Any:
     for option in (
-        click.option("--strict", is_flag=True, help="Stop at the first pair that cannot be used."),
-        click.option("--n", type=click.IntRange(min=1), help="Pairs of train, chosen by the seed; default: all."),
-        click.option("--seed", default=0, show_default=True, help="Of the splits; 0 is the published one."),
+        click.option("--strict", is_flag=True, help="Fail on the first invalid pair instead of skipping it."),
+        click.option("--n", type=click.IntRange(min=1), help="Number of training pairs to keep. Default: all."),
+        click.option("--seed", default=0, show_default=True, help="Seed of the splits; 0: the published one."),
         click.argument("out", type=click.Path(path_type=Path)),
         click.argument("src", type=click.Path(path_type=Path)),
     ):
@@ -91,35 +91,40 @@ def _options(command: Any) -> Any:
 
 @convert.command(
     "deepfashion-multimodal",
-    short_help="Men's or women's fashion, with captions.",
-    epilog="unidiff dataset convert deepfashion-multimodal downloads/deepfashion women --gender women",
+    cls=Command,
+    short_help="Fashion images of men or women, with captions.",
+    epilog="unidiff dataset convert deepfashion-multimodal downloads women --gender women",
 )
-@_options
-@click.option("--gender", required=True, type=click.Choice(["men", "women"]), help="Whose pictures.")
-def deepfashion_multimodal(src: Path, out: Path, gender: Literal["men", "women"], **settings: Any) -> None:
-    """Convert DeepFashion-MultiModal: SRC holds its images/, captions.json and labels/. No garment is in two splits."""
+@_convert_options
+@click.option("--gender", required=True, type=click.Choice(["men", "women"]), help="Images to convert.")
+def deepfashion_multimodal(src: Path, out: Path, gender: Literal["men", "women"], **options: Any) -> None:
+    """Convert DeepFashion-MultiModal. SRC contains its images/, captions.json and labels/.
+
+    All images of a garment are in the same split.
+    """
     from unidiff_sdk.datasets.convert import convert, deepfashion_multimodal
 
     name = f"deepfashion-multimodal, {gender}"
-    _tell(convert(deepfashion_multimodal(src, gender), out, source=name, **settings), out)
+    _report(convert(deepfashion_multimodal(src, gender), out, source=name, **options), out)
 
 
 @convert.command(
+    cls=Command,
     short_help="E-commerce products, with Chinese titles.",
-    epilog="unidiff dataset convert m5product downloads/m5product products --n 1000",
+    epilog="unidiff dataset convert m5product downloads products --n 1000",
 )
-@_options
-def m5product(src: Path, out: Path, **settings: Any) -> None:
-    """Convert M5Product: SRC holds product1m_product5m_id_label.json and images/ID.jpg of the products wanted."""
+@_convert_options
+def m5product(src: Path, out: Path, **options: Any) -> None:
+    """Convert M5Product. SRC contains product1m_product5m_id_label.json and images/ID.jpg for the products to keep."""
     from unidiff_sdk.datasets.convert import convert, m5product
 
-    _tell(convert(m5product(src), out, source="m5product", **settings), out)
+    _report(convert(m5product(src), out, source="m5product", **options), out)
 
 
-def _tell(converted: Converted, out: Path) -> None:
-    for row in converted.invalid[:SHOWN_BAD]:
-        click.echo(f"Passed over: {row}", err=True)
-    if len(converted.invalid) > SHOWN_BAD:
-        click.echo(f"… and {len(converted.invalid) - SHOWN_BAD:,} more.", err=True)
+def _report(converted: Converted, out: Path) -> None:
+    for row in converted.invalid[:LISTED_ROWS]:
+        click.echo(f"Skipped: {row}", err=True)
+    if len(converted.invalid) > LISTED_ROWS:
+        click.echo(f"… and {len(converted.invalid) - LISTED_ROWS:,} more.", err=True)
     counts = ", ".join(f"{count:,} {split}" for split, count in converted.counts.items())
-    click.echo(f"{counts} pairs are in {out}. Next: unidiff-train {out / 'train'} --base tiny -o CKPT")
+    click.echo(f"{counts} pairs written to {out}. Next: unidiff-train {out / 'train'} --base tiny -o CKPT")

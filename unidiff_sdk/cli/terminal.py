@@ -1,62 +1,125 @@
-"""Pictures in a terminal: by its own protocol where it has one, else as colored half blocks. And words, tamed."""
+"""Printing results: tables, hits with their images, and JSON."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unidiff_sdk._internal.text import shorten, terminal_safe
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["graphics_protocol", "render_image"]
+    from unidiff_sdk.retrieval.results import Hit
 
-ROWS = 7  # lines of text that a picture takes up
-_KITTY_CHUNK = 4096  # the most that one escape sequence of kitty's protocol may carry
+__all__ = ["counted", "graphics_protocol", "hit_as_dict", "print_hits", "print_table", "render_image"]
+
+LINES = 7  # lines of text that a thumbnail takes
+_KITTY_CHUNK = 4096  # bytes that one escape sequence of the kitty protocol can carry
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 item", "1,200 items"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table that fits the width of the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in header:
+        table.add_column(name, overflow="fold")  # a truncated id could not be used in another command
+    for row in rows:
+        table.add_row(*(escape(terminal_safe(cell)) for cell in row))
+    Console().print(table)
+
+
+def print_hits(hits: Sequence[Hit], offset: int = 0, thumbnails: bool | None = None) -> None:
+    """Print hits as a table, or one below the other with their thumbnails.
+
+    Args:
+        hits: the hits.
+        offset: the number of hits on earlier pages.
+        thumbnails: None shows them if the terminal supports a graphics protocol.
+    """
+    if not hits:
+        return
+    protocol = graphics_protocol(os.environ) if sys.stdout.isatty() else ""
+    if not (bool(protocol) if thumbnails is None else thumbnails):
+        print_table(
+            ["", "score", "id", "caption", "columns"],
+            (
+                [n, f"{hit.score:.3f}", hit.id, shorten(hit.text), _columns(hit)]
+                for n, hit in enumerate(hits, offset + 1)
+            ),
+        )
+        return
+    for n, hit in enumerate(hits, offset + 1):
+        click.echo(render_image(hit.thumbnail(), protocol), color=True)
+        click.echo(f"{n}. {hit.score:.3f}  {shorten(hit.id)}  {shorten(hit.text)}")
+        click.echo(f"   {_columns(hit)}\n")
+
+
+def hit_as_dict(hit: Hit) -> dict[str, Any]:
+    """A hit for JSON output."""
+    return {"id": hit.id, "score": hit.score, "text": hit.text, "payload": hit.payload, "uri": hit.uri}
+
+
+def _columns(hit: Hit) -> str:
+    return shorten(", ".join(f"{name}: {value}" for name, value in hit.payload.items()))
 
 
 def graphics_protocol(environ: Mapping[str, str]) -> str:
-    """How the terminal of these environment variables shows pictures: "kitty", "iterm", or "" for not at all."""
+    """The graphics protocol of the terminal with these environment variables: "kitty", "iterm", or "" for none."""
     if "TMUX" in environ or environ.get("TERM", "").startswith("screen"):
-        return ""  # a multiplexer swallows what it does not know
+        return ""  # a terminal multiplexer does not pass the escape sequences on
     if "KITTY_WINDOW_ID" in environ or environ.get("TERM") in ("xterm-kitty", "xterm-ghostty"):
         return "kitty"
     return "iterm" if environ.get("TERM_PROGRAM") in ("iTerm.app", "WezTerm") else ""
 
 
-def render_image(image: Image.Image, how: str, rows: int = ROWS) -> str:
-    """A picture as characters to print, `rows` lines high.
+def render_image(image: Image.Image, protocol: str, lines: int = LINES) -> str:
+    """An image as text to print.
 
     Args:
         image: RGB.
-        how: "kitty" (the kitty graphics protocol) or "iterm" (iTerm2's inline images): the terminal draws it; "" draws
-            it with half blocks in 24-bit colors, which nearly every terminal knows.
-        rows: its height in lines.
+        protocol: "kitty" (the kitty graphics protocol), "iterm" (inline images of iTerm2), or "" for half blocks in
+            24-bit colors, which nearly every terminal supports.
+        lines: the height in lines of text.
     """
-    if how not in ("kitty", "iterm"):
-        return _half_blocks(image, rows)
+    if protocol not in ("kitty", "iterm"):
+        return _half_blocks(image, lines)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    if how == "iterm":
-        return f"\x1b]1337;File=inline=1;height={rows};preserveAspectRatio=1:{data}\x07"
+    if protocol == "iterm":
+        return f"\x1b]1337;File=inline=1;height={lines};preserveAspectRatio=1:{data}\x07"
     chunks = [data[start : start + _KITTY_CHUNK] for start in range(0, len(data), _KITTY_CHUNK)]
-    heads = [f"a=T,f=100,r={rows},", *[""] * (len(chunks) - 1)]
+    heads = [f"a=T,f=100,r={lines},", *[""] * (len(chunks) - 1)]
     more = [1] * (len(chunks) - 1) + [0]
     return "".join(f"\x1b_G{head}m={m};{chunk}\x1b\\" for head, m, chunk in zip(heads, more, chunks, strict=True))
 
 
-def _half_blocks(image: Image.Image, rows: int) -> str:
-    """Two pixels a character: a line's upper half has the foreground color, its lower half the background's."""
-    columns = max(1, min(8 * rows, round(2 * rows * image.width / image.height)))
-    pixels = image.convert("RGB").resize((columns, 2 * rows)).load()
+def _half_blocks(image: Image.Image, lines: int) -> str:
+    """Two pixels per character: the foreground color is the upper half, the background color the lower half."""
+    columns = max(1, min(8 * lines, round(2 * lines * image.width / image.height)))
+    pixels = image.convert("RGB").resize((columns, 2 * lines)).load()
     assert pixels is not None
-    lines = []
-    for y in range(0, 2 * rows, 2):
+    text = []
+    for y in range(0, 2 * lines, 2):
         cells = []
         for x in range(columns):
             upper, lower = (";".join(map(str, pixels[x, y + half])) for half in (0, 1))  # type: ignore[arg-type]
             cells.append(f"\x1b[38;2;{upper};48;2;{lower}m▀")
-        lines.append("".join(cells) + "\x1b[0m")
-    return "\n".join(lines)
+        text.append("".join(cells) + "\x1b[0m")
+    return "\n".join(text)

@@ -1,0 +1,195 @@
+"""The commands that manage a catalog: index, info, delete, reindex, export and restore."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from unidiff_sdk.errors import DataError, OptionError
+
+from .console import Command
+from .parameters import CatalogFolder, json_option, parse_where, stored_id, where_option
+from .terminal import counted, print_table
+
+__all__ = ["delete", "export", "index", "info", "reindex", "restore"]
+
+
+@click.command(
+    cls=Command,
+    keeps=True,
+    short_help="Add a folder of images to a catalog.",
+    epilog="""
+    unidiff index products shop.catalog
+    unidiff index photos shop.catalog --bundle bundles/shop --reference
+    unidiff index products shop.catalog --prune
+    unidiff index spring.csv shop.catalog --images photos
+    """,
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
+@click.option("--bundle", help="Bundle for a new catalog: a folder, or tiny (default) for the built-in model.")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="With a table: folder that its file names are relative to. Default: the folder of the table.",
+)
+@click.option("--reference", is_flag=True, help="Reference the image files where they are instead of copying them.")
+@click.option("--prune", is_flag=True, help="Delete items that were indexed from FOLDER and are no longer in it.")
+@click.option("--strict", is_flag=True, help="Fail on the first invalid row instead of skipping it.")
+@json_option
+def index(
+    folder: Path,
+    catalog: Path,
+    bundle: str | None,
+    images: Path | None,
+    reference: bool,
+    prune: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Add the images in FOLDER to CATALOG, which is created if it does not exist.
+
+    FOLDER contains images and a metadata.jsonl, metadata.csv or metadata.parquet. Each row names an image (file_name)
+    and its caption (text). The other columns are stored for filters. FOLDER can also contain webdataset shards (.tar),
+    be one shard, or be a table (.jsonl, .csv, .parquet) of any name.
+
+    Rows that have not changed since the last run are skipped. Invalid rows are skipped and listed at the end.
+    """
+    from unidiff_sdk.catalog.catalog import Catalog
+    from unidiff_sdk.datasets.reader import TABLES, count_rows
+
+    if images is not None and folder.suffix.lower() not in TABLES:
+        raise OptionError(f"--images needs a table ({', '.join(TABLES)}), and {folder} is not one. Omit --images.")
+    count_rows(folder)  # fails before an empty catalog is created
+    with Catalog(catalog, bundle) as opened:
+        options: dict[str, bool] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
+        if folder.suffix.lower() in TABLES:
+            report = opened.add_table(folder, images=images, **options)
+        else:
+            report = opened.add_folder(folder, **options)
+        items = opened.count()
+    if as_json:
+        failed = [{"line": row.line, "file_name": row.file_name, "reason": row.reason} for row in report.failed]
+        counts: dict[str, float] = {"added": report.added, "skipped": report.skipped, "removed": report.removed}
+        counts |= {"items": items, "seconds": report.seconds}
+        click.echo(json.dumps(counts | {"failed": failed}))
+    else:
+        if report.failed:
+            print_table(["line", "file", "problem"], ([row.line, row.file_name, row.reason] for row in report.failed))
+        click.echo(f"{report}. {catalog} has {counted(items, 'item')}.")
+    if report.failed and not report.added + report.skipped:
+        raise DataError(
+            f"{folder} has no valid row: {counted(len(report.failed), 'row')} invalid. Fix the problems listed above."
+        )
+
+
+@click.command(cls=Command, short_help="Show what a catalog contains.", epilog="unidiff info shop.catalog --json")
+@click.argument("catalog", type=CatalogFolder())
+@json_option
+def info(catalog: Path, as_json: bool) -> None:
+    """Show the number of items in CATALOG, its columns, and the bundle that it was indexed with."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        facts = opened.info()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    bundle = facts["bundle"]
+    click.echo(f"Catalog: {facts['location']}, {counted(facts['items'], 'item')}, created {facts['created']}")
+    click.echo(f"Bundle:  {bundle['name']}, {bundle['dim']} dimensions, fingerprint {bundle['fingerprint'][:12]}")
+    click.echo(f"         {bundle['path']}")
+    if facts["columns"]:
+        print_table(["column", "type"], facts["columns"].items())
+
+
+@click.command(cls=Command, short_help="Delete items.", epilog="unidiff delete shop.catalog boots-17 boots-18")
+@click.argument("catalog", type=CatalogFolder())
+@click.argument("ids", nargs=-1, required=True)
+@json_option
+def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
+    """Delete the items with these IDS from CATALOG, and their images. Unknown ids are ignored."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        removed = opened.delete([stored_id(opened, id) for id in ids])
+        items = opened.count()
+    if as_json:
+        click.echo(json.dumps({"removed": removed, "items": items}))
+    else:
+        click.echo(f"{counted(removed, 'item')} deleted. {catalog} has {counted(items, 'item')}.")
+
+
+@click.command(
+    cls=Command,
+    short_help="Encode a catalog with another bundle.",
+    epilog="unidiff reindex shop.catalog bundles/tuned",
+)
+@click.argument("catalog", type=CatalogFolder())
+@click.argument("bundle")
+@json_option
+def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
+    """Encode all images of CATALOG with BUNDLE, which becomes the bundle of the catalog."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        count = opened.reindex(bundle, progress=not as_json)
+    if as_json:
+        click.echo(json.dumps({"reindexed": count}))
+    elif count:
+        click.echo(f"{counted(count, 'item')} encoded with {bundle}.")
+    else:
+        click.echo(f"{catalog} already uses {bundle}.")
+
+
+@click.command(
+    cls=Command,
+    short_help="Write a catalog to one parquet file.",
+    epilog="""
+    unidiff export shop.catalog shop.parquet
+    unidiff export shop.catalog generated.parquet --where '{"generated": true}'
+    """,
+)
+@click.argument("catalog", type=CatalogFolder())
+@click.argument("file", type=click.Path(path_type=Path))
+@where_option
+@json_option
+def export(catalog: Path, file: Path, where: str | None, as_json: bool) -> None:
+    """Write all items of CATALOG, with their vectors and images, to the parquet FILE. `unidiff restore` reads it."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        count = opened.export(file, where=parse_where(where), progress=not as_json)
+    size = file.stat().st_size
+    if as_json:
+        click.echo(json.dumps({"items": count, "bytes": size}))
+    else:
+        click.echo(f"{counted(count, 'item')} written to {file} ({size / 1e6:,.1f} MB).")
+
+
+@click.command(
+    cls=Command,
+    short_help="Create a catalog from an exported file.",
+    epilog="""
+    unidiff restore shop.parquet shop.catalog
+    unidiff restore shop.parquet tuned.catalog --bundle bundles/tuned --reencode
+    """,
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("catalog", type=CatalogFolder())
+@click.option("--bundle", help="Bundle folder, if it has moved since the export. Another bundle needs --reencode.")
+@click.option("--reencode", is_flag=True, help="Encode the images again instead of using the vectors in FILE.")
+@json_option
+def restore(file: Path, catalog: Path, bundle: str | None, reencode: bool, as_json: bool) -> None:
+    """Create CATALOG from FILE, which was written by `unidiff export`."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog.restore(file, catalog, bundle, reencode=reencode, progress=not as_json) as opened:
+        items = opened.count()
+    if as_json:
+        click.echo(json.dumps({"items": items}))
+    else:
+        click.echo(f"{catalog} has {counted(items, 'item')}.")

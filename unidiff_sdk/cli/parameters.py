@@ -1,0 +1,47 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from unidiff_sdk.errors import FilterError
+
+if TYPE_CHECKING:
+    from unidiff_sdk.catalog.catalog import Catalog
+
+__all__ = ["CatalogFolder", "json_option", "parse_where", "stored_id", "where_option"]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+where_option = click.option("--where", metavar="JSON", help='Filter on columns: \'{"brand": "Acme"}\'.')
+
+
+class CatalogFolder(click.Path):
+    """The folder of a catalog. Rejects URLs, which would otherwise create a folder of that name."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).startswith(("http://", "https://")):
+            self.fail(f"{value} is a URL. Give a folder, or open the server in Python: Catalog(url, images=…).")
+        return super().convert(value, param, ctx)
+
+
+def parse_where(where: str | None) -> Any:
+    """The filter in a `--where` option. Raises FilterError if it is not JSON."""
+    try:
+        return None if where is None else json.loads(where)
+    except ValueError as error:
+        raise FilterError(f'--where is not valid JSON ({error}). Example: \'{{"price": {{"lt": 80}}}}\'') from error
+
+
+def stored_id(catalog: Catalog, id: str) -> str | int:
+    """The id of an item as it is stored: 7 can be the integer 7 or the string "7". An unknown id is returned as is."""
+    number = id.removeprefix("-")
+    is_integer = number.isdecimal() and len(id) < 19 and id == str(int(id))
+    candidates: list[str | int] = [id, int(id)] if is_integer else [id]
+    return next((candidate for candidate in candidates if catalog.get(candidate)), id)

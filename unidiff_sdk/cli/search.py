@@ -1,0 +1,142 @@
+"""`unidiff search` and `unidiff duplicates`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unidiff_sdk.errors import OptionError, StoreError
+
+from .console import Command
+from .parameters import CatalogFolder, json_option, parse_where, stored_id, where_option
+from .terminal import counted, hit_as_dict, print_hits
+
+__all__ = ["duplicates", "search"]
+
+thumbnails_option = click.option(
+    "--thumbnails/--no-thumbnails",
+    default=None,
+    help="Show thumbnails. Default: if the terminal supports images.",
+)
+
+
+@click.command(
+    cls=Command,
+    short_help="Search by text, image, or both.",
+    epilog="""
+    unidiff search shop.catalog "red striped dress"
+    unidiff search shop.catalog "but in blue" --image dress.jpg --weights 0.6 0.4
+    unidiff search shop.catalog --like D-17 --unlike D-4 --without stripes
+    unidiff search shop.catalog "a long slim coat with navy checks" --imagine 4
+    unidiff search shop.catalog "model QX-7719" --hybrid --group-by brand
+    unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}}'
+    """,
+)
+@click.argument("catalog", type=CatalogFolder())
+@click.argument("text", required=False)
+@click.option("--image", type=click.Path(path_type=Path), help="Image to search with.")
+@click.option("--like", multiple=True, metavar="ID", help="Find items similar to this item. Repeatable.")
+@click.option("--unlike", multiple=True, metavar="ID", help="Avoid items similar to this item. Repeatable.")
+@click.option("--without", multiple=True, metavar="TEXT", help="Avoid items that match this text. Repeatable.")
+@click.option(
+    "--imagine",
+    default=0,
+    metavar="N",
+    help="Generate N images from the query and search with them as well. 1 to 16; 0 (default): off.",
+)
+@click.option(
+    "--weights",
+    type=float,
+    nargs=2,
+    metavar="FLOAT FLOAT",
+    help="Weights of TEXT and --image. Only their ratio matters. Default: equal.",
+)
+@where_option
+@click.option("--limit", default=10, show_default=True, help="Maximum number of hits, 1 to 10000.")
+@click.option("--offset", default=0, show_default=True, help="Number of best hits to skip.")
+@click.option("--cursor", help="Continue after a page: the cursor that it printed, with the same other options.")
+@click.option("--min-score", type=float, help="Minimum score: the cosine similarity, -1 to 1.")
+@click.option("--diversity", type=float, help="0 (rank by similarity alone) to 1 (prefer variety). Default: 0.")
+@click.option("--group-by", metavar="COLUMN", help="Return only the best hit for each value of this column.")
+@click.option("--hybrid", is_flag=True, help="Also rank by the words of the captions (BM25).")
+@thumbnails_option
+@json_option
+def search(
+    catalog: Path,
+    text: str | None,
+    like: Sequence[str],
+    unlike: Sequence[str],
+    offset: int,
+    thumbnails: bool | None,
+    as_json: bool,
+    where: str | None,
+    **options: Any,
+) -> None:
+    """Find the items in CATALOG that are most similar to TEXT, to an image, to other items, or to a mix of these."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    if text is None and not (options["image"] or like or unlike or options["without"]):
+        raise OptionError("The query is empty. Give TEXT, --image, --like, --unlike or --without.")
+    with Catalog(catalog, create=False) as opened:
+        if not opened.count():
+            raise StoreError(f"{catalog} is empty. Add items with: unidiff index FOLDER {catalog}")
+        page = opened.search(
+            text,
+            like=[stored_id(opened, id) for id in like],
+            unlike=[stored_id(opened, id) for id in unlike],
+            where=parse_where(where),
+            offset=offset,
+            **options,
+        )
+    if as_json:
+        facts = {"offset": page.offset, "limit": page.limit, "took_ms": page.took_ms, "cursor": page.cursor}
+        click.echo(json.dumps({"hits": [hit_as_dict(hit) for hit in page]} | facts, ensure_ascii=False))
+        return
+    print_hits(page, page.offset, thumbnails)
+    click.echo(f"{counted(len(page), 'hit')} in {page.took_ms:.1f} ms")
+    if page.cursor:
+        click.echo(f"Next page: --cursor={page.cursor}")
+
+
+@click.command(
+    cls=Command,
+    short_help="List groups of near-duplicates.",
+    epilog="""
+    unidiff duplicates shop.catalog
+    unidiff duplicates shop.catalog --threshold 0.999 --json
+    """,
+)
+@click.argument("catalog", type=CatalogFolder())
+@click.option(
+    "--threshold", default=0.95, show_default=True, help="Minimum cosine similarity of two duplicates, up to 1."
+)
+@where_option
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(min=1), help="Maximum number of groups to print."
+)
+@thumbnails_option
+@json_option
+def duplicates(
+    catalog: Path, threshold: float, where: str | None, limit: int, thumbnails: bool | None, as_json: bool
+) -> None:
+    """List the groups of items in CATALOG with (almost) the same image, the largest first.
+
+    The score of an item is its cosine similarity to the most similar other item. A good threshold depends on the
+    bundle: start high.
+    """
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        groups = opened.duplicates(threshold, where=parse_where(where))
+    if as_json:
+        click.echo(json.dumps([[hit_as_dict(hit) for hit in group] for group in groups], ensure_ascii=False))
+        return
+    for group in groups[:limit]:
+        print_hits(group, thumbnails=thumbnails)
+    found = f"{counted(len(groups), 'group')} with {counted(sum(map(len, groups)), 'item')}"
+    listed = f" The first {limit} are listed." if len(groups) > limit else ""
+    click.echo(f"Found {found} and a cosine similarity of {threshold:g} or more.{listed}")
