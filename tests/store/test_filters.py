@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -394,3 +396,37 @@ def test_column_of_numbers_and_dates_is_compared_with_both(store: Store) -> None
         assert store.count(parse({"mixed": {"gt": 2}})) == 1
         assert store.count(parse({"mixed": {"gt": "2024-05-02"}})) == 1
         assert store.count(parse({"or": [{"mixed": {"lt": 2}}, {"mixed": {"lt": "2024-05-02"}}]})) == 2
+
+
+class Brand(enum.StrEnum):
+    ACME = "Acme"
+
+
+@pytest.mark.parametrize(
+    ("foreign", "plain"),
+    [
+        ({"brand": Brand.ACME}, {"brand": "Acme"}),
+        ({"brand": np.array(["Acme", "Nord"])}, {"brand": ["Acme", "Nord"]}),
+        ({"price": {"lt": np.float32(0.5)}}, {"price": {"lt": 0.5}}),
+        ({"price": {"in": np.array([1, 2])}}, {"price": {"in": [1, 2]}}),
+        ({"price": Decimal("79.90")}, {"price": 79.9}),
+        ({"sale": np.bool_(True)}, {"sale": True}),
+        ({"took": {"gte": timedelta(seconds=3)}}, {"took": {"gte": 3.0}}),
+        ({"day": {"gte": np.datetime64("2026-03-05")}}, {"day": {"gte": date(2026, 3, 5)}}),
+        ({"day": np.datetime64("2026-03-05T10:00:00", "ns")}, {"day": datetime(2026, 3, 5, 10)}),
+    ],
+    ids=repr,
+)
+def test_parse_converts_foreign_values_as_stored_ones(foreign: dict[str, Any], plain: dict[str, Any]) -> None:
+    assert parse(foreign) == parse(plain)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, np.datetime64("NaT"), Decimal("NaN"), np.float64("nan"), b"Acme", 1j],
+    ids=lambda value: type(value).__name__,
+)
+def test_parse_refuses_values_that_no_column_holds(value: Any) -> None:
+    for where in ({"price": value}, {"price": {"in": [value]}}, {"price": {"lt": value}}):
+        with pytest.raises(FilterError):
+            parse(where)

@@ -1,16 +1,21 @@
-"""Atomic file writes: a file appears complete or not at all."""
+"""Files: atomic writes, where a file appears complete or not at all, and reads of regular files of limited size."""
 
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.errors import StoreError, UniDiffError
 
-__all__ = ["atomic_file", "write_atomically"]
+__all__ = ["atomic_file", "open_regular_file", "read_regular_file", "write_atomically"]
+
+# Opening a FIFO or a device waits for its other end unless this flag is set. Windows has neither.
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
 @contextmanager
@@ -51,3 +56,37 @@ def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:
         if fsync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def open_regular_file(path: Path, error: type[UniDiffError]) -> BinaryIO:
+    """Open a file for reading bytes, if it is a regular one.
+
+    Raises:
+        error: the file is missing, cannot be read, or is a folder, a FIFO, a socket or a device.
+    """
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))  # noqa: SIM115
+    except (FileNotFoundError, NotADirectoryError) as reason:
+        raise error(f"{path}: there is no such file. Check the path.") from reason
+    except (OSError, ValueError) as reason:  # ValueError: a NUL byte in the name
+        raise error(f"{path}: cannot be read ({getattr(reason, 'strerror', None) or reason})") from reason
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise error(f"{path}: not a regular file. Give a file on disk, not a pipe or a device.")
+    return file
+
+
+def read_regular_file(path: Path, max_size: int, error: type[UniDiffError]) -> bytes:
+    """Read a regular file. Its size is checked before memory is allocated: a sparse file can claim any.
+
+    Raises:
+        error: as `open_regular_file`, or the file has more than `max_size` bytes.
+    """
+    with open_regular_file(path, error) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_size:
+            raise error(f"{path}: has {size:,} bytes; at most {max_size:,} are allowed")
+        try:
+            return file.read(max_size)
+        except OSError as reason:
+            raise error(f"{path}: cannot be read ({reason.strerror})") from reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unidiff_sdk._internal.json_values import to_json
 from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.retrieval.query import open_image
 from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.store import Record, Vector
-from unidiff_sdk.store.filters import MAX_DEPTH
-from unidiff_sdk.store.ids import key_of
+from unidiff_sdk.store.filters import is_column_name
+from unidiff_sdk.store.ids import checked_id, key_of
 from unidiff_sdk.store.images import ItemImage
 from unidiff_sdk.store.payload import RESERVED, SYSTEM
 
@@ -70,11 +70,11 @@ def item_of(image: ItemImage, text: str | None, id: Any, payload: Mapping[str, A
             raise OptionError(f'"{name}" is a reserved column name: give captions as texts= and ids as ids=')
     if text is not None and (not isinstance(text, str) or not text.strip()):
         raise OptionError(f"the caption {text!r} is not a non-empty string: give None for an image without a caption")
-    checked_text(text or "")
+    text = None if text is None else checked_text(str.__str__(text))  # a plain string, not of a subclass
     if id is None:
         id = hashlib.sha256(f"{image.sha256}\0{text or ''}".encode()).hexdigest()[:32]
-    key_of(id)
-    columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | _jsonable(payload, "payload")
+    id = checked_id(id)
+    columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | _checked_columns(payload)
     return Item(id, image, columns)
 
 
@@ -87,7 +87,7 @@ def items_of(images: Any, texts: Any, ids: Any, payloads: Any) -> Iterator[Item]
         columns[name] = [values] * (len(sources) if values is None else 1) if single else list(values)
         if len(columns[name]) != len(sources):
             raise OptionError(f"got {len(sources)} images and {len(columns[name])} {name}: give one for each image")
-    ids = [id.item() if isinstance(id, np.generic) else id for id in columns.pop("ids")]
+    ids = [id if id is None else checked_id(id) for id in columns.pop("ids")]
     for key, times in Counter(key_of(id) for id in ids if id is not None).items():
         if times > 1:
             raise OptionError(
@@ -120,26 +120,14 @@ def images_of(records: Iterable[Record]) -> dict[str, str]:
     return {record.payload[SYSTEM]["sha256"]: record.payload[SYSTEM]["uri"] for record in records}
 
 
-def _jsonable(value: Any, name: str, depth: int = 0) -> Any:
-    """A payload as JSON values: numpy scalars and arrays converted, dates as ISO 8601."""
-    if depth > MAX_DEPTH:
-        raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} levels deep: flatten it")
-    if isinstance(value, str):
-        return checked_text(value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, (np.generic, np.ndarray)):
-        return _jsonable(value.tolist(), name, depth)
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {checked_text(key): _jsonable(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item, name, depth + 1) for item in value]
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise OptionError(
-        f"{name} is {value!r:.60}: give a JSON value (string, finite number, boolean, None, list or dictionary)"
-    )
+def _checked_columns(payload: Mapping[str, Any]) -> dict[str, Any]:
+    """A payload in the form in which it is stored."""
+    columns: dict[str, Any] = {}
+    for name, value in payload.items():
+        if not is_column_name(name):
+            raise OptionError(
+                f"{name!r:.60} cannot be the name of a column, because a filter could not refer to it. Give a "
+                "non-empty string without double quotes."
+            )
+        columns[checked_text(str.__str__(name))] = to_json(value, f"column {name!r}", depth=1)
+    return columns

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from unidiff_sdk._internal.compact_set import CompactSet
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import warn
+from unidiff_sdk.datasets.compact_set import CompactSet
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.store import Record, Vector

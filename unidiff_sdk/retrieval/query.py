@@ -15,7 +15,7 @@ from unidiff_sdk._internal.images import HasImage
 from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Vector
-from unidiff_sdk.store.ids import key_of
+from unidiff_sdk.store.ids import checked_id, key_of
 from unidiff_sdk.store.images import ItemImage
 
 from .mixing import WEIGHTS
@@ -127,9 +127,7 @@ def checked_ids(examples: Any) -> tuple[str | int, ...]:
     ids = []
     for example in _as_list(examples):
         id = example.id if isinstance(example, Hit) else example
-        id = id.item() if isinstance(id, np.generic) else id
-        key_of(id)
-        ids.append(id)
+        ids.append(checked_id(id))
     return tuple(ids)
 
 

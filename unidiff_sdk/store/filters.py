@@ -60,6 +60,9 @@ from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from unidiff_sdk._internal.json_values import MAX_DEPTH, to_json
 from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import FilterError, OptionError
 
@@ -75,6 +78,7 @@ __all__ = [
     "Not",
     "column_path",
     "index_kinds",
+    "is_column_name",
     "parse",
     "path_segments",
     "range_bounds",
@@ -86,7 +90,6 @@ CONNECTIVES = ("and", "or", "not")
 RANGE_OPERATORS = ("gt", "gte", "lt", "lte")
 OPERATORS = ("eq", "ne", "in", *RANGE_OPERATORS, "contains", "near", "box", "exists", "null")
 
-MAX_DEPTH = 32  # the engine is recursive: 1,000 levels crash the process
 MAX_COMPARISONS = 1024
 MAX_CHOICES = 65_536  # strings in one "in"; the engine looks them up in its index in one step
 MAX_SEARCH_TEXT = 10_000  # characters in one "contains"
@@ -220,6 +223,8 @@ _LISTS = (list, tuple, set, frozenset)
 
 def _parse_column(key: str, condition: Any) -> list[Clause]:
     path = column_path(key)
+    if isinstance(condition, np.ndarray) and condition.ndim == 1:
+        condition = list(condition)
     if not isinstance(condition, Mapping):
         operator = "in" if isinstance(condition, _LISTS) else "eq"
         condition = {operator: condition}
@@ -258,6 +263,8 @@ def _parse_comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
 
 def _parse_in(path: str, key: str, values: Any) -> Clause:
     """One lookup for all strings, and one comparison for every other value."""
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        values = list(values)
     if not isinstance(values, _LISTS) or not values:
         raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_short_repr(values)}.')
     if isinstance(values, (set, frozenset)):
@@ -274,7 +281,21 @@ def _parse_in(path: str, key: str, values: Any) -> Clause:
     return tests[0] if len(tests) == 1 else AnyOf(tuple(tests))
 
 
+def _plain(value: Any) -> Any:
+    """A value of numpy, a `Decimal`, an enumeration or a duration as it is stored; other values as they are."""
+    if type(value) in (str, bool, int, float) or isinstance(value, (Mapping, *_LISTS)):
+        return value
+    if isinstance(value, date) and value == value:  # NaT of pandas differs from itself
+        return value
+    try:
+        plain = to_json(value, "value")
+    except OptionError:
+        return value
+    return datetime.fromisoformat(plain) if isinstance(value, np.datetime64) and plain else plain
+
+
 def _scalar(key: str, value: Any) -> str | bool | int | float | datetime:
+    value = _plain(value)
     if isinstance(value, str):
         return _valid_text(value)
     if _is_number(value):
@@ -288,6 +309,7 @@ def _scalar(key: str, value: Any) -> str | bool | int | float | datetime:
 
 
 def _bound(key: str, operator: str, value: Any) -> int | float | datetime:
+    value = _plain(value)
     if _is_number(value) and not isinstance(value, bool):
         return value  # type: ignore[no-any-return]
     if isinstance(value, date):
@@ -367,7 +389,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-_repr = reprlib.Repr()  # bounded output, however long or deep the value
+class _Repr(reprlib.Repr):
+    """Bounded output, however long or deep the value. Python refuses to print integers of more than 4,300 digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 4096 else f"an integer of {x.bit_length():,} bits"
+
+
+_repr = _Repr()
 _repr.maxstring = _repr.maxother = 60
 _short_repr = _repr.repr
 
@@ -392,6 +421,11 @@ def column_path(key: str) -> str:
             f"{_short_repr(key)} is not a column. A dot separates two names, and quotes must be balanced."
         )
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
+
+
+def is_column_name(name: Any) -> bool:
+    """Whether a filter can refer to a column of this name, in quotes if it has dots."""
+    return isinstance(name, str) and bool(name.strip()) and '"' not in name
 
 
 @lru_cache(maxsize=64)  # called for every item that a ranking reads

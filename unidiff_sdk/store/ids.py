@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import uuid
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
+
+from unidiff_sdk._internal.json_values import is_missing, to_json
 from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import OptionError
 
-__all__ = ["key_of"]
+__all__ = ["checked_id", "key_of"]
 
+_ID_TYPES = (str, int, np.integer, Decimal, uuid.UUID)
 _NAMESPACE = uuid.UUID("6f1c1f0e-6a52-5c0e-9d5a-3b8f0a1c7e42")
 
 
-def key_of(id: Any) -> str:
-    """Return the UUID that an item id is stored under. 7 and "7" are different ids.
+def checked_id(id: Any) -> str | int:
+    """Return an id as a plain string or integer. 7 and "7" are different ids.
+
+    A member of a StrEnum, a string of numpy and other subclasses are the plain value that they equal. A UUID is its
+    string, and a whole `Decimal` (an integer column of a database) is an integer.
 
     Raises:
         OptionError: `id` is neither a non-empty string nor a 64-bit integer.
     """
-    if isinstance(id, bool) or not isinstance(id, (str, int)) or id == "":
-        raise OptionError(f"{id!r} is not an id: give a string that is not empty, or an integer")
-    if isinstance(id, str):
-        checked_text(id)
-    if isinstance(id, int) and not -(2**63) <= id < 2**63:
-        raise OptionError(f"the id {id} does not fit into 64 bits: give it as a string")
-    return str(uuid.uuid5(_NAMESPACE, f"{type(id).__name__}:{id}"))
+    if type(id) is str or type(id) is int:
+        plain: Any = id
+    elif isinstance(id, (bool, np.bool_)) or is_missing(id):
+        plain = None
+    else:
+        plain = to_json(id, "id") if isinstance(id, _ID_TYPES) else None
+    if type(plain) not in (str, int) or plain == "":
+        raise OptionError(f"{id!r:.60} is not an id. Give a string that is not empty, or an integer.")
+    if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
+        raise OptionError(f"The id is an integer of {plain.bit_length()} bits; at most 64 are allowed. Give a string.")
+    return checked_text(plain) if isinstance(plain, str) else plain
+
+
+def key_of(id: Any) -> str:
+    """Return the UUID that an item id is stored under. Raises OptionError as `checked_id` does."""
+    plain = checked_id(id)
+    return str(uuid.uuid5(_NAMESPACE, f"{type(plain).__name__}:{plain}"))

@@ -7,7 +7,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unidiff_sdk._internal.compact_set import CompactSet
+from unidiff_sdk.datasets.compact_set import CompactSet
 
 
 @given(batches=st.lists(st.lists(st.integers(0, 60), max_size=20), max_size=12))

@@ -1,0 +1,222 @@
+"""JSON from outside: one loader with limits, and one conversion of Python and numpy values to JSON values."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unidiff_sdk.errors import DataError, OptionError, UniDiffError
+
+from .files import read_regular_file
+from .text import checked_text
+
+__all__ = ["MAX_DEPTH", "MAX_JSON_DEPTH", "is_missing", "parse_json", "read_json", "to_json"]
+
+MAX_DEPTH = 32
+"""The deepest nesting of a stored value and of a filter. The engine is recursive: 1,000 levels crash it."""
+
+MAX_JSON_DEPTH = 100
+"""The deepest nesting of a JSON document. Each level of a filter takes up to three of them."""
+
+MAX_DIGITS = 100
+"""The longest integer in a JSON document. Python refuses 4,300 digits with a bare error; tokenizers write 31."""
+
+MAX_DOCUMENT = 64 << 20
+"""The largest JSON file in bytes. The largest one that models have, a tokenizer.json, takes about 35 MB."""
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def read_json(path: Path, *, error: type[UniDiffError] = DataError, max_size: int = MAX_DOCUMENT) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Args:
+        path: a regular file, UTF-8.
+        error: the class of the error that is raised.
+        max_size: the largest size in bytes.
+
+    Raises:
+        error: the file is missing, is not a regular file or too large, or `parse_json` refuses its content.
+    """
+    content: dict[str, Any] = parse_json(read_regular_file(path, max_size, error), str(path), error=error)
+    return content
+
+
+def parse_json(
+    content: bytes | str, name: str, *, error: type[UniDiffError] = DataError, kind: type = dict, nan: bool = False
+) -> Any:
+    """Parse JSON within the limits of this module.
+
+    Args:
+        content: the text, or its bytes in UTF-8.
+        name: what the text is, for messages.
+        error: the class of the error that is raised.
+        kind: the type that the value must have.
+        nan: whether NaN and infinity are accepted as numbers. JSON does not have them, but Python writes them.
+
+    Raises:
+        error: the text is not valid JSON, exceeds a limit, or holds a value of another type.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        value = json.loads(text, parse_int=_parse_int, parse_constant=None if nan else _refuse_constant)
+        _check_depth(value)
+    except UnicodeDecodeError as reason:
+        raise error(f"{name}: not UTF-8 text ({reason}). Save it as UTF-8.") from None
+    except RecursionError:
+        raise error(f"{name}: not valid JSON (nested more than {MAX_JSON_DEPTH} levels deep). Flatten it.") from None
+    except ValueError as reason:
+        raise error(f"{name}: not valid JSON ({reason})") from None
+    if not isinstance(value, kind):
+        wanted = "a JSON object" if kind is dict else f"a JSON {kind.__name__}"
+        raise error(f"{name}: not {wanted} but {type(value).__name__} {value!r:.60}")
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer has {len(digits):,} digits; at most {MAX_DIGITS} are allowed")
+    return int(digits)
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_JSON_DEPTH):
+        members = (member for outer in level for member in (outer.values() if isinstance(outer, dict) else outer))
+        level = [member for member in members if isinstance(member, (dict, list))]
+        if not level:
+            return
+    raise RecursionError
+
+
+# ------------------------------------------------------------------------------------------------ converting
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: None, NaN, NaT of numpy or pandas, or NA of pandas."""
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    if isinstance(value, (np.datetime64, np.timedelta64)):
+        return bool(np.isnat(value))
+    return isinstance(value, (float, np.floating, Decimal, datetime, timedelta)) and bool(value != value)
+
+
+def to_json(value: Any, name: str, depth: int = 0) -> Any:
+    """Convert a value to what JSON holds: None, bool, int, float, str, list or dict, each of exactly that type.
+
+    | from | to |
+    |---|---|
+    | numpy scalars and arrays, subclasses of str, int and float | the plain value |
+    | enumerations | their value |
+    | `date`, `datetime`, `time`, `numpy.datetime64`, timestamps of pandas | ISO 8601, with all nanoseconds |
+    | `timedelta`, `numpy.timedelta64` | seconds |
+    | `Decimal` | a number, if it has no more digits than a 64-bit float |
+    | `uuid.UUID` | a string |
+    | NaT and pandas.NA | None |
+
+    Args:
+        value: any value.
+        name: what holds it, for messages.
+        depth: how deep it is nested.
+
+    Raises:
+        OptionError: the value has no exact equal in JSON: bytes, NaN, infinity, an integer beyond 64 bits.
+    """
+    if depth > MAX_DEPTH:
+        raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} levels deep. Flatten it.")
+    if isinstance(value, enum.Enum) and not isinstance(value, (str, int, float)):
+        value = value.value
+    match value:
+        case None | bool():
+            return value
+        case np.bool_():
+            return bool(value)
+        case str():
+            return checked_text(str.__str__(value))
+        case Mapping():
+            return {_key(key, name): to_json(item, f"{name}.{key}", depth + 1) for key, item in value.items()}
+        case list() | tuple():
+            return [to_json(item, name, depth + 1) for item in value]
+        case np.ndarray():
+            # Not tolist(): it turns dates with nanoseconds into integers.
+            return [to_json(item, name, depth + 1) for item in value] if value.ndim else to_json(value[()], name, depth)
+        case uuid.UUID():
+            return str(value)
+        case date() | time() | np.datetime64():
+            return None if is_missing(value) else _iso_8601(value, name)
+    number = _number(value, name)
+    if isinstance(number, int) and not -(2**63) <= number < 2**63:
+        raise OptionError(f"{name} is an integer of {number.bit_length()} bits; at most 64 are allowed. Give a string.")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise OptionError(f"{name} is {number}. Give a finite number, or leave the value out.")
+    return number
+
+
+def _key(key: Any, name: str) -> str:
+    if not isinstance(key, str):
+        raise OptionError(f"{name} has the key {key!r:.60}. The keys of a JSON object are strings.")
+    return checked_text(str.__str__(key))
+
+
+def _number(value: Any, name: str) -> int | float | None:
+    match value:
+        case np.timedelta64() | timedelta():
+            return None if is_missing(value) else _seconds(value, name)
+        case int() | np.integer():
+            return int(value)
+        case float() | np.floating():
+            return float(value)
+        case Decimal():
+            if not value.is_finite():
+                return float(str(value).lower().removeprefix("s"))
+            if value == value.to_integral_value() and value.as_tuple().exponent >= 0:  # type: ignore[operator]
+                return int(value) if value.adjusted() < MAX_DIGITS else math.inf
+            if Decimal(repr(float(value))) != value:
+                raise OptionError(f"{name} is {value}, which has more digits than a 64-bit float. Give it as a string.")
+            return float(value)
+    if is_missing(value):
+        return None
+    raise OptionError(
+        f"{name} is {value!r:.60} ({type(value).__name__}). Give a JSON value: a string, a finite number, true, null, "
+        "a list or an object. Dates, durations, decimals and numpy values are converted."
+    )
+
+
+def _seconds(value: Any, name: str) -> float:
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    unit = np.datetime_data(value.dtype)[0]
+    if unit in ("Y", "M", "generic"):
+        raise OptionError(f"{name} is {value!r}, which is no fixed number of seconds. Give a number with its unit.")
+    return float(value / np.timedelta64(1, "s"))
+
+
+def _iso_8601(value: Any, name: str) -> str:
+    """A date or time as the engine parses it: a time zone requires seconds, and has no seconds itself."""
+    if isinstance(value, np.datetime64):
+        if not 1 <= int(value.astype("M8[Y]").astype(np.int64)) + 1970 <= 9999:
+            raise OptionError(f"{name} is {value!r}, which is outside the years 1 to 9999.")
+        unit = np.datetime_data(value.dtype)[0]
+        if unit in ("Y", "M", "W", "D"):
+            return str(value.astype("M8[D]"))
+        text, _, fraction = str(value.astype("M8[s]") if unit in ("h", "m") else value).partition(".")
+        fraction = fraction.rstrip("0")
+        return f"{text}.{fraction}" if fraction else text
+    offset = value.utcoffset() if isinstance(value, datetime) else None
+    if offset is not None and offset % timedelta(minutes=1):
+        value = value.astimezone(UTC)  # a local mean time such as +00:53:28
+    return str(value.isoformat())
