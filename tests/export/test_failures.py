@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -45,19 +45,24 @@ from unidiff_export.verification import (
 )
 from unidiff_sdk.errors import CheckpointError, ExportError
 from unidiff_sdk.generation import generator
+from unidiff_sdk.inference.manifest import TensorSpec
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 SPEC = GraphSpec("half", torch.nn.Tanh(), 0, {"x": {}}, ("y",), lambda batch, scale: (torch.ones(batch, scale),))
 
 
 class Session:
-    """A graph that computes whatever it is told to."""
+    """A session of a graph whose output y is `result(x)`."""
+
+    inputs: ClassVar[dict[str, TensorSpec]] = {"x": TensorSpec("float32", ("batch", 1))}
+    outputs: ClassVar[dict[str, TensorSpec]] = {"y": TensorSpec("float32", ("batch", 1))}
+    providers, captured = ("NumPy",), False
 
     def __init__(self, result: Any) -> None:
         self.result = result
 
-    def run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [self.result(inputs["x"])]
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        return {"y": self.result(feeds["x"])}
 
 
 def test_graph_that_agrees_carries_its_figures() -> None:
