@@ -12,21 +12,19 @@ from PIL import Image
 
 from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.retrieval.options import SearchOptions, call_with
 from unidiff_sdk.retrieval.query import Query, batch_of, checked_ids
 from unidiff_sdk.retrieval.results import Hit, Page
 
 from .aio import async_variant, cancellable
-from .generating import generate
-from .items import items_of
 from .results import AddReport, Generated, Generation
 from .snapshot import OpenCatalog
-from .writer import Writer
 
 if TYPE_CHECKING:
     from unidiff_sdk.generation.generator import Preview
+
+    from .writer import Writer
 
 __all__ = ["Catalog"]
 
@@ -61,6 +59,8 @@ class Catalog(OpenCatalog):
 
     @property
     def _writer(self) -> Writer:
+        from .writer import Writer  # imported here, as all that a first search does not need
+
         return Writer(self._current, self._images)
 
     def __len__(self) -> int:
@@ -98,6 +98,8 @@ class Catalog(OpenCatalog):
             ImageError: an image cannot be read.
             StoreError: an embedding is not finite, or the disk is full.
         """
+        from .items import items_of
+
         items = list(items_of(images, texts, ids, payloads))
         self._writer.add(items, copy=copy)
         return [item.id for item in items]
@@ -352,6 +354,10 @@ class Catalog(OpenCatalog):
             GenerationError: memory does not suffice, or the result is not finite.
             BusyError: too many generations are running.
         """
+        from unidiff_sdk.generation.options import GenerationOptions
+
+        from .generating import generate
+
         options = GenerationOptions(
             negative_prompt=negative_prompt,
             n=n,

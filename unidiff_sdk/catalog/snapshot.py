@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,9 +23,10 @@ from unidiff_sdk.store.location import Location
 
 from .aio import Resource, async_variant
 from .catalog_file import FILE_LOCK, CatalogFile, CatalogPlace
-from .generating import draw_queries
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from unidiff_sdk.generation.generator import Generator
     from unidiff_sdk.store.server.connection import ServerOptions
 
@@ -128,6 +129,12 @@ class Snapshot:
                 self._generator = Generator(self.bundle)
             return self._generator
 
+    def generate_queries(self, texts: Sequence[str], n: int) -> list[Image.Image]:
+        """Generate `n` images of each text to search with, in the order of the texts."""
+        from .generating import draw_queries
+
+        return draw_queries(self.generator, texts, n)
+
     def optimize(self) -> None:
         """Build the search index."""
         self.store.optimize()
@@ -189,10 +196,7 @@ class CurrentSnapshot:
             snapshot = self.get()
             if self._searcher is None:
                 self._searcher = Searcher(
-                    snapshot.store,
-                    lambda: snapshot.encoder,
-                    self.make_hit,
-                    lambda texts, n: draw_queries(snapshot.generator, texts, n),
+                    snapshot.store, lambda: snapshot.encoder, self.make_hit, snapshot.generate_queries
                 )
             return self._searcher
 
