@@ -176,9 +176,10 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     from unidiff_sdk.generation.samplers import make_table
     from unidiff_sdk.inference.schedule import Schedule
     from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
-    from unidiff_sdk.training.data.batches import load_pairs
-    from unidiff_sdk.training.evaluation import evaluate, metrics
+    from unidiff_sdk.training.data.pairs import load_pairs
+    from unidiff_sdk.training.evaluation import metrics, retrieval
     from unidiff_sdk.training.evaluation.judge import Judge
+    from unidiff_sdk.training.evaluation.sampling import generate_images
     from unidiff_sdk.training.objective.joint_model import JointModel
 
     loaded = load_checkpoint(tuned)
@@ -186,12 +187,12 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     data = data_of(run.domain, work)
     pairs = load_pairs(data["val" if run.phase == "development" else "test"], loaded)
     train_pairs = load_pairs(data["train"], loaded)
-    attributes = evaluate.synthetic_attributes(pairs)
-    keys = evaluate.meanings(pairs, attributes)
+    attributes = retrieval.synthetic_attributes(pairs)
+    keys = retrieval.meaning_keys(pairs, attributes)
 
     # 1. Retrieval and collapse of the embeddings
-    u, v = evaluate.embed(model, loaded, pairs)
-    relevant = evaluate.equal_keys(keys)
+    u, v = retrieval.embed_pairs(model, loaded, pairs)
+    relevant = retrieval.equal_keys(keys)
     hits = [metrics.first_relevant_rank(scores, relevant) == 1 for scores in ((u @ v.T).T, u @ v.T)]
     columns: dict[str, Any] = {"hit": np.concatenate(hits).astype(int).tolist()}
     figures = {
@@ -201,10 +202,10 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     }
 
     # 2. Generation: noise depends only on the position of an image, so all arms and seeds start from the same noise
-    rows = [row for row in evaluate.differing(keys, PROMPTS) for _ in range(PER_PROMPT)]
+    rows = [row for row in retrieval.distinct_rows(keys, PROMPTS) for _ in range(PER_PROMPT)]
     table = make_table("dpm++2m", Schedule.from_config(loaded.scheduler.config), 20)
     captions = [pairs.captions[row] for row in rows]
-    images = evaluate.generate(model, loaded, captions, table=table, guidance=5.0, seed=0)
+    images = generate_images(model, loaded, captions, table=table, guidance=5.0, seed=0)
     judge = Judge.load()
     real, training = (judge.features(_arrays(one.images)) for one in (pairs, train_pairs))
     generated = judge.features(images)
@@ -233,8 +234,8 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     retained = []
     for name in base_catalogs:
         base_pairs = load_pairs(data_of(name, work)["test"], loaded, limit=RETAINED)
-        base_keys = evaluate.meanings(base_pairs, evaluate.synthetic_attributes(base_pairs))
-        directions = evaluate.retrieval(*evaluate.embed(model, loaded, base_pairs), base_keys)
+        base_keys = retrieval.meaning_keys(base_pairs, retrieval.synthetic_attributes(base_pairs))
+        directions = retrieval.retrieval_figures(*retrieval.embed_pairs(model, loaded, base_pairs), base_keys)
         retained.append(np.mean([direction["R@1"] for direction in directions.values()]))
     figures["retained_r@1"] = float(np.mean(retained))
     return {"figures": figures, "columns": columns}

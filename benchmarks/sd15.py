@@ -92,7 +92,8 @@ def write_checkpoint(folder: Path, model: str) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPModel, CLIPTextModel
 
-    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor, save_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
+    from unidiff_sdk.training.checkpoints.saving import save_checkpoint
 
     torch.manual_seed(0)
     clip = CLIPModel(clip_config(*CLIPS[model]))

@@ -29,10 +29,10 @@ def main(**chosen: Any) -> None:
     bench = Benchmark(__file__, "What does a joint training step cost?", **chosen)
     import torch
 
-    from unidiff_sdk.training.runtime.allocator import kept_memory
+    from unidiff_sdk.training.runtime.allocator import keep_freed_memory
 
     torch.set_num_threads(bench.threads)
-    with kept_memory():  # as in a run of UniDiff, and for the peers as well
+    with keep_freed_memory():  # as in a run of UniDiff, and for the peers as well
         _measure(bench)
     bench.finish()
 
@@ -171,7 +171,7 @@ def _images(n: int, size: int) -> Tensor:
 
 def _token_ids(n: int, checkpoint: Checkpoint) -> Tensor:
     from unidiff_sdk.datasets.synthetic import products
-    from unidiff_sdk.training.data.batches import tokenize
+    from unidiff_sdk.training.data.captions import tokenize
 
     return tokenize(checkpoint.tokenizer, [str(product.row()["text"]) for product in products("fashion-woman", n)])
 
@@ -190,17 +190,17 @@ class _Pairs:
         self.latents = torch.cat([model.encode(image) for image in self.images.split(1)])
         self.latent_shape = tuple(self.latents.shape[1:])
 
-    def choose(self, step: int) -> Any:
+    def indices(self, step: int) -> Any:
         import torch
 
-        from unidiff_sdk.training.data.batches import Choice
+        from unidiff_sdk.training.data.batches import BatchIndices
 
-        return Choice(torch.arange(self.size), torch.zeros(self.size, dtype=torch.bool))
+        return BatchIndices(torch.arange(self.size), torch.zeros(self.size, dtype=torch.bool))
 
-    def load(self, choice: Any, samples: int) -> Any:
-        from unidiff_sdk.training.objective.joint_model import Batch
+    def load(self, indices: Any, samples: int) -> Any:
+        from unidiff_sdk.training.objective.batch import Batch
 
-        rows = choice.rows
+        rows = indices.rows
         latents = self.model.encode(self.images[rows]) if self.encode else self.latents[rows]
         return Batch(self.clip_pixels[rows], latents[:samples], self.input_ids[rows], self.groups[rows])
 
@@ -210,16 +210,16 @@ def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **setting
     import torch
 
     from unidiff_sdk.training.config import TrainingConfig
-    from unidiff_sdk.training.data.batches import tokenize
+    from unidiff_sdk.training.data.captions import tokenize
     from unidiff_sdk.training.loop.learner import Learner
     from unidiff_sdk.training.objective.joint_model import JointModel
-    from unidiff_sdk.training.objective.tuning import choose_trainable
+    from unidiff_sdk.training.objective.tuning import set_trainable
     from unidiff_sdk.training.runtime.processes import Processes
 
     config = TrainingConfig(**{"batch_size": batch, "lambda_rsc": 0.0, "learning_rate": 1e-5, **settings})
     model = JointModel(checkpoint).train()
     model.vae.eval()
-    choose_trainable(model, config)
+    set_trainable(model, config)
     pairs = _Pairs(model, checkpoint, batch, encode=encode)
     learner = Learner(model, config, Processes(0, 1, torch.device("cpu")))
     empty = tokenize(checkpoint.tokenizer, [""])

@@ -22,7 +22,7 @@ def vit_checkpoint() -> Checkpoint:
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-    from unidiff_sdk.training.checkpoints.checkpoint import TINY, ImageProcessor, assemble, load_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import TINY, ImageProcessor, assemble_checkpoint, load_checkpoint
 
     tiny = load_checkpoint("tiny").clip
     vision = CLIPVisionConfig(
@@ -42,7 +42,7 @@ def vit_checkpoint() -> Checkpoint:
         clip = CLIPModel(config).eval()
     clip.text_model.load_state_dict(tiny.text_model.state_dict())
     processor = ImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return assemble(TINY, clip, processor)
+    return assemble_checkpoint(TINY, clip, processor)
 
 
 def vit_bundle(checkpoint: Checkpoint, precision: str) -> Path:

@@ -47,7 +47,8 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel
 
-    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor, save_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
+    from unidiff_sdk.training.checkpoints.saving import save_checkpoint
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(CAPTIONS)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk.errors import ExportError, GenerationError
-from unidiff_sdk.training.data.batches import normalize_caption, tokenize
-from unidiff_sdk.training.evaluation.evaluate import retrieval
+from unidiff_sdk.training.data.captions import normalize_caption, tokenize
+from unidiff_sdk.training.evaluation.retrieval import retrieval_figures
 
 from .bundle_folder import clip_tokenizer
 from .graphs.lowering import GraphSpec
@@ -315,7 +315,7 @@ def compare_search(bundle: Bundle, reference: Reference, tolerance: Tolerance) -
 
 def recall_at_1(texts: NDArray[np.float32], images: NDArray[np.float32], captions: Sequence[str]) -> float:
     """The mean of both ways; pairs whose captions say the same are all right answers."""
-    ways = retrieval(images, texts, [(normalize_caption(caption),) for caption in captions])
+    ways = retrieval_figures(images, texts, [(normalize_caption(caption),) for caption in captions])
     return float(np.mean([way["R@1"] for way in ways.values()]))
 
 

@@ -33,7 +33,8 @@ def checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     from diffusers import UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+    from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
+    from unidiff_sdk.training.checkpoints.saving import save_checkpoint
 
     torch.manual_seed(1)
     base = load_checkpoint(random_checkpoint)

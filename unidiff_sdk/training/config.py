@@ -1,23 +1,46 @@
-"""Every number that decides a training run. The defaults suit two hundred pairs, the tiny base and two CPU cores."""
+"""Settings of training and distillation runs. The defaults suit 200 pairs, the tiny base and two CPU cores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import OptionError
 
-__all__ = ["DistillationConfig", "Part", "Precision", "Prior", "Teacher", "TrainingConfig"]
+__all__ = [
+    "TERM_TITLES",
+    "Component",
+    "DistillationConfig",
+    "Precision",
+    "PriorConfig",
+    "RscTeacher",
+    "TrainingConfig",
+    "with_current_names",
+]
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Teacher = Literal["tuned", "ema", "frozen"]
+RscTeacher = Literal["tuned", "ema", "frozen"]
+
+# Title of each term of the objective; the weight of term T is the field lambda_T.
+TERM_TITLES = {
+    "itc": "ITC: image-text contrast",
+    "is": "IS: image synthesis",
+    "rsc": "RSC pixel: the generator learns from the encoder",
+    "rsc_generated": "RSC generated: the encoder learns from the generator",
+    "rsc_feature": "RSC feature: encoder and generator learn from each other's features",
+    "feature_distillation": "Feature distillation: CLIP embeddings stay close to the base's",
+}
+
+# Fields that had another name in configurations recorded by earlier versions.
+_RENAMED_FIELDS = {"lambda_leash": "lambda_feature_distillation"}
 
 
-class Part(StrEnum):
-    """What can be tuned apart: see `tuning`."""
+class Component(StrEnum):
+    """A component of the joint model that can be tuned, adapted or locked separately. See `objective.tuning`."""
 
     UNET = "unet"
     TEXT = "text"
@@ -26,201 +49,320 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """L = λ_itc·ITC + λ_is·IS + λ_rsc·RSC, and how it is descended. A term whose λ is zero is not computed at all."""
+    """Settings of a training run. The objective is a weighted sum of terms; a term with weight 0 is not computed.
 
-    # how long
+        L = λ_itc·ITC + λ_is·IS + λ_rsc·RSC + …
+
+    Raises OptionError when a value is out of range or the combination cannot be trained.
+    """
+
+    # --- Duration
+
     steps: int = 400
-    batch_size: int = 64  # pairs a step that go through the UNet; fewer where the data has fewer
-    contrastive_batch: int = 0  # pairs a step that are contrasted; 0: those of batch_size, else at least as many
-    micro_batch: int = 0  # pairs in memory at a time, with the same gradients; 0: all of a step
-    checkpoint_activations: bool = False  # compute them again on the way back: slower, in a fraction of the memory
+    """Optimizer steps, above 0."""
+    batch_size: int = 64
+    """Pairs per step that pass through the UNet, above 0. Smaller if the data has fewer pairs."""
+    contrastive_batch: int = 0
+    """Pairs per step in the contrastive term, at least `batch_size`. 0: the same pairs as `batch_size`."""
+    micro_batch: int = 0
+    """Pairs in memory at a time, at least 0. The gradients stay those of the whole batch. 0: the whole batch."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: slower, but uses a fraction of the memory."""
     seed: int = 0
-    precision: Precision = "fp32"  # of the models' passes; weights, losses and the optimizer are always fp32
+    """Seed of all random choices, at least 0. On the CPU, the same seed gives the same weights."""
+    precision: Precision = "fp32"
+    """Precision of the forward passes. Weights, losses and optimizer state are always fp32."""
 
-    # how fast: AdamW, linear warm-up, then a cosine down to zero
+    # --- Optimizer: AdamW with linear warm-up, then a cosine to zero
+
     learning_rate: float = 2e-4
+    """Peak learning rate, above 0."""
     warmup_steps: int = 20
-    weight_decay: float = 0.01  # of matrices only, not of biases, norms or the temperature
-    gradient_clip: float = 1.0  # of the global norm
-    ema_decay: float = 0.99  # of the weights that are saved; ramped up from zero over the first steps
+    """Steps of linear warm-up, at least 0."""
+    weight_decay: float = 0.01
+    """AdamW weight decay of matrices, at least 0. Biases, norms and the temperature do not decay."""
+    gradient_clip: float = 1.0
+    """Maximum global gradient norm, above 0."""
+    ema_decay: float = 0.99
+    """Decay of the averaged weights (EMA) that are saved, in [0, 1). It ramps up during the first steps."""
 
-    # what is tuned; a learning rate of 0 is that above, a rank of 0 tunes the part in full, else by LoRA
+    # --- Components: UNet, text side, image side
+
     learning_rate_unet: float = 0.0
+    """Peak learning rate of the UNet, at least 0. 0: `learning_rate`."""
     learning_rate_text: float = 0.0
+    """Peak learning rate of the text side, at least 0. 0: `learning_rate`."""
     learning_rate_image: float = 0.0
+    """Peak learning rate of the image side, at least 0. 0: `learning_rate`."""
     lora_unet: int = 0
+    """LoRA rank of the UNet, at least 0. 0: tune all its weights."""
     lora_text: int = 0
+    """LoRA rank of the text side, at least 0. 0: tune all its weights."""
     lora_image: int = 0
+    """LoRA rank of the image side, at least 0. 0: tune all its weights."""
     lock_unet: bool = False
+    """Do not tune the UNet."""
     lock_text: bool = False
+    """Do not tune the text side."""
     lock_image: bool = False
+    """Do not tune the image side."""
 
-    # image-text contrast
+    # --- ITC: image-text contrast
+
     lambda_itc: float = 1.0
-    group: tuple[str, ...] = ()  # columns that make two pairs mean the same; default: equal captions
+    """Weight of ITC, at least 0."""
+    group: tuple[str, ...] = ()
+    """Columns whose equal values make two pairs positives of each other. Empty: pairs with equal captions."""
 
-    # image synthesis
+    # --- IS: image synthesis
+
     lambda_is: float = 1.0
-    min_snr_gamma: float = 5.0  # 0 weighs all timesteps alike
-    caption_dropout: float = 0.1  # share of captions left out, for classifier-free guidance
+    """Weight of IS, at least 0."""
+    min_snr_gamma: float = 5.0
+    """γ of the min-SNR weighting of timesteps, at least 0. 0: weight all timesteps equally."""
+    caption_dropout: float = 0.1
+    """Fraction of captions replaced by the empty caption, in [0, 1). Classifier-free guidance needs it."""
 
-    # reciprocal semantic consistency
-    lambda_rsc: float = 0.1  # the generator learns from the encoder, through pixels
-    lambda_rsc_generated: float = 0.0  # the encoder learns from the generator's pictures
-    lambda_rsc_feature: float = 0.0  # both learn from each other's features, without decoding
-    rsc_t_max: int = 400  # the gate: noisier estimates than this timestep's are left out
-    rsc_samples: int = 16  # at most so many estimates are decoded a step: they are what RSC costs
+    # --- RSC: reciprocal semantic consistency
+
+    lambda_rsc: float = 0.1
+    """Weight of RSC pixel: the generator learns from the encoder through decoded estimates. At least 0."""
+    lambda_rsc_generated: float = 0.0
+    """Weight of RSC generated: the encoder learns from the generator's estimates. At least 0."""
+    lambda_rsc_feature: float = 0.0
+    """Weight of RSC feature: UNet and CLIP features learn from each other, without decoding. At least 0."""
+    rsc_t_max: int = 400
+    """Highest timestep whose denoising estimate RSC uses, at least 0."""
+    rsc_samples: int = 16
+    """Maximum number of estimates decoded per step, above 0. Decoding is the main cost of RSC."""
     rsc_warmup_steps: int = 100
-    rsc_teacher: Teacher = "tuned"  # f̄: the tuned encoder under stopped gradients, its EMA, or the base's encoder
+    """Steps over which the RSC weights rise linearly from 0, at least 0."""
+    rsc_teacher: RscTeacher = "tuned"
+    """Image encoder that RSC pixel uses: the tuned one without gradients, its EMA, or the frozen base's."""
 
-    # against the dangers of small data; the last two need pairs to validate on
-    lambda_leash: float = 0.0  # CLIP's embeddings of the pairs stay near the base's
-    lambda_prior: float = 1.0  # what a pair of the base's own world counts against one of the catalog, if there are any
-    prior_batch: int = 0  # such pairs a step; 0: as many as batch_size
-    patience: int = 0  # looks in a row without a better one that end the run, with the best one's weights; 0: never
-    wise_ft: bool = False  # end between the base's weights and the tuned ones, where the looks are best
+    # --- Overfitting and forgetting
 
-    # data
-    fit: Fit | None = None  # how pictures become squares; None: as the base's were
-    flip: bool = False  # mirror half of the pictures; wrong where they bear text, or captions say left and right
+    lambda_feature_distillation: float = 0.0
+    """Weight of feature distillation: keep CLIP embeddings of the pairs close to the base's. At least 0."""
+    lambda_prior: float = 1.0
+    """Weight of a prior pair relative to a pair of the catalog, at least 0. Used only with a prior."""
+    prior_batch: int = 0
+    """Prior pairs per step, at least 0. 0: `batch_size`."""
+    patience: int = 0
+    """Stop after this many validations in a row without improvement and keep the best weights. 0: never stop early.
+    Needs validation."""
+    wise_ft: bool = False
+    """Interpolate between base and tuned weights (WiSE-FT) to the point that validates best. Needs validation."""
 
-    # housekeeping
-    save_every: int = 100  # steps between checkpoints; the last good one survives whatever stops the run
-    keep: int = 1  # checkpoints that are kept; older ones than the last lie in OUT.history
-    validate_every: int = 100  # steps between validations, where there is something to validate on
+    # --- Data
+
+    fit: Fit | None = None
+    """How images become square: "crop" or "pad". None: as for the base."""
+    flip: bool = False
+    """Mirror half of the images. Do not use it for images with text or captions that say left and right."""
+
+    # --- Checkpoints and validation
+
+    save_every: int = 100
+    """Steps between saved checkpoints, above 0."""
+    keep: int = 1
+    """Number of checkpoints to keep, above 0. Older ones move to `OUT.history`."""
+    validate_every: int = 100
+    """Steps between validations, above 0."""
 
     def __post_init__(self) -> None:
-        positive = (
+        _require_positive(
+            self,
             *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
             *("save_every", "keep", "validate_every"),
         )
-        non_negative = (
+        _require_non_negative(
+            self,
             *("contrastive_batch", "micro_batch"),
             *("learning_rate_unet", "learning_rate_text", "learning_rate_image"),
             *("lora_unet", "lora_text", "lora_image"),
             *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
-            *("lambda_leash", "lambda_prior", "prior_batch"),
+            *("lambda_feature_distillation", "lambda_prior", "prior_batch"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
         )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise OptionError(f"{name} must be above zero, not {getattr(self, name)}")
-        for name in non_negative:
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("ema_decay", "caption_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name, choices in {"precision": get_args(Precision), "rsc_teacher": get_args(Teacher)}.items():
-            if getattr(self, name) not in choices:
-                raise OptionError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if self.fit not in (None, *get_args(Fit)):
-            raise OptionError(f"fit must be one of {', '.join(get_args(Fit))}, not {self.fit!r}")
+        _require_below_one(self, "ema_decay", "caption_dropout")
+        _require_choice(self, "precision", get_args(Precision))
+        _require_choice(self, "rsc_teacher", get_args(RscTeacher))
+        if self.fit is not None:
+            _require_choice(self, "fit", get_args(Fit))
+        self._require_trainable_batches()
+        if not (self.trains_encoder or self.trains_generator):
+            raise OptionError("All term weights are 0, so there is nothing to train. Set at least one lambda above 0.")
+
+    def _require_trainable_batches(self) -> None:
         if 0 < self.contrastive_batch < self.batch_size:
             raise OptionError(
-                f"contrastive_batch holds the pairs of batch_size, so it must be 0 or at least {self.batch_size}, "
-                f"not {self.contrastive_batch}"
+                f"contrastive_batch is {self.contrastive_batch}. It includes the pairs of batch_size, so it must be 0 "
+                f"or at least {self.batch_size}."
             )
         if self.lambda_itc and max(self.batch_size, self.contrastive_batch) < 2:
             raise OptionError(
-                "a contrast needs at least two pairs in a batch: give a batch_size (in micro-batches of 1, if memory "
-                "is short) or a contrastive_batch, or switch it off (lambda_itc 0)"
+                f"batch_size is {self.batch_size}, but the contrastive term needs at least two pairs in a batch. Raise "
+                "batch_size (micro_batch=1 saves memory), set contrastive_batch, or turn the term off (lambda_itc=0)."
             )
-        if not (self.trains_encoder or self.trains_generator):
-            raise OptionError("every λ is zero: there is nothing to train")
+
+    @classmethod
+    def from_dict(cls, recorded: Mapping[str, Any]) -> TrainingConfig:
+        """Build a configuration from a JSON object, such as "config" in a checkpoint's unidiff.json.
+
+        Names of earlier versions are accepted. Raises OptionError for an unknown name or a value out of range.
+        """
+        current = with_current_names(recorded)
+        known = [field.name for field in fields(cls)]
+        if unknown := current.keys() - set(known):
+            raise OptionError(f"Unknown setting {min(unknown)!r}. Settings: {', '.join(known)}.")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in current.items()
+        }
+        return cls(**values)
 
     @property
-    def locked(self) -> set[Part]:
-        """The parts that stay as they are: on request, or because no term reaches them."""
-        locked = {part for part in Part if getattr(self, f"lock_{part}")}
-        unreached = {Part.UNET: not self.trains_generator, Part.IMAGE: not self.trains_encoder}
-        return locked | {part for part, alone in unreached.items() if alone}
+    def locked(self) -> set[Component]:
+        """The components that keep their weights: locked by a setting, or not reached by any term."""
+        locked = {component for component in Component if getattr(self, f"lock_{component}")}
+        if not self.trains_generator:
+            locked.add(Component.UNET)
+        if not self.trains_encoder:
+            locked.add(Component.IMAGE)
+        return locked
 
-    def lora_rank(self, part: Part) -> int:
-        """0 where the part is tuned in full or not at all."""
-        return 0 if part in self.locked else int(getattr(self, f"lora_{part}"))
+    def lora_rank(self, component: Component) -> int:
+        """LoRA rank of a component. 0 if it is locked or all its weights are tuned."""
+        return 0 if component in self.locked else int(getattr(self, f"lora_{component}"))
 
-    def peak_learning_rate(self, part: Part) -> float:
-        """The part's own learning rate, else that of all."""
-        return float(getattr(self, f"learning_rate_{part}")) or self.learning_rate
+    def peak_learning_rate(self, component: Component) -> float:
+        """Peak learning rate of a component: its own, or `learning_rate`."""
+        return float(getattr(self, f"learning_rate_{component}")) or self.learning_rate
 
     @property
     def trains_generator(self) -> bool:
-        """Whether the UNet is run at all."""
+        """Whether any term runs the UNet."""
         return any((self.lambda_is, self.lambda_rsc, self.lambda_rsc_generated, self.lambda_rsc_feature))
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether pictures go through CLIP for their own sake."""
+        """Whether any term needs CLIP embeddings of images with gradients."""
         return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature))
 
     @property
     def embeds_texts(self) -> bool:
-        """Whether captions go through CLIP for their own sake."""
-        return self.trains_encoder or self.lambda_leash > 0
+        """Whether any term needs CLIP embeddings of captions."""
+        return self.trains_encoder or self.lambda_feature_distillation > 0
 
     @property
     def embeds_generator(self) -> bool:
-        """Whether terms between samples need what the UNet makes of them."""
+        """Whether any pairwise term needs the output of the UNet."""
         return any((self.lambda_rsc_generated, self.lambda_rsc_feature))
 
     @property
     def decodes(self) -> bool:
-        """Whether denoising estimates are decoded to pixels."""
+        """Whether any term decodes denoising estimates to pixels."""
         return any((self.lambda_rsc, self.lambda_rsc_generated))
 
 
 @dataclass(frozen=True)
-class Prior:
-    """Pairs of the base's own world: a catalog folder. prompts: what the base draws into it, in turn, before it is
-    tuned, until the folder holds so many `pairs`."""
+class PriorConfig:
+    """Prior pairs: examples of what the base already does well, trained on together with the catalog.
+
+    Raises OptionError when `pairs` is below 1.
+    """
 
     folder: Path
+    """A catalog folder."""
     prompts: tuple[str, ...] = ()
+    """Prompts that the base generates images for, in turn, before training. Empty: use the folder as it is."""
     pairs: int = 200
+    """Number of pairs that the folder holds after generation, at least 1. Used only with `prompts`."""
 
     def __post_init__(self) -> None:
         if self.pairs < 1:
-            raise OptionError(f"a prior needs at least one pair, not {self.pairs}")
+            raise OptionError(f"The prior has pairs={self.pairs}, but it needs at least 1.")
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Every number that decides a distillation. The defaults suit the tiny model and two CPU cores."""
+    """Settings of a distillation run: a teacher of many guided steps, a student of few steps without guidance.
 
-    # what is learned
+    Raises OptionError when a value is out of range.
+    """
+
+    # --- Student and teacher
+
     student_steps: int = 4
-    teacher_steps: int = 12  # a multiple of the student's
-    guidance_scale: float | None = None  # of the teacher; None: the checkpoint's own
-    trajectories: int = 2048  # of the teacher, recorded once; each gives a pair for every step of the student
+    """Denoising steps of the student, above 0."""
+    teacher_steps: int = 12
+    """Denoising steps of the teacher, a multiple of `student_steps` and above it."""
+    guidance_scale: float | None = None
+    """Guidance scale of the teacher, at least 1 (no guidance). None: the checkpoint's own."""
+    trajectories: int = 2048
+    """Teacher trajectories to record, above 0. Each gives one training pair per student step."""
 
-    # how long
+    # --- Duration
+
     steps: int = 1500
-    batch_size: int = 32  # pairs a step
+    """Optimizer steps, above 0."""
+    batch_size: int = 32
+    """Latent pairs per step, above 0."""
     seed: int = 0
+    """Seed of all random choices, at least 0."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward passes. Weights, losses and optimizer state are always fp32."""
 
-    # how fast: AdamW, linear warm-up, then a cosine down to zero
+    # --- Optimizer: AdamW with linear warm-up, then a cosine to zero
+
     learning_rate: float = 5e-4
+    """Peak learning rate, above 0."""
     warmup_steps: int = 50
+    """Steps of linear warm-up, at least 0."""
     gradient_clip: float = 1.0
+    """Maximum global gradient norm, above 0."""
     ema_decay: float = 0.99
+    """Decay of the averaged weights (EMA) that are saved, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        for name in ("student_steps", "trajectories", "steps", "batch_size", "learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"{name} must be above zero, not {getattr(self, name)}")
-        for name in ("seed", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise OptionError(f"{name} must not be negative, but is {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise OptionError(f"ema_decay must lie in [0, 1), not {self.ema_decay}")
+        _require_positive(
+            self, *("student_steps", "trajectories", "steps", "batch_size", "learning_rate", "gradient_clip")
+        )
+        _require_non_negative(self, "seed", "warmup_steps")
+        _require_below_one(self, "ema_decay")
+        _require_choice(self, "precision", ("fp32", "bf16"))
         if self.guidance_scale is not None and not self.guidance_scale >= 1:
-            raise OptionError(f"guidance_scale must be at least 1, which is none, not {self.guidance_scale}")
-        if self.precision not in ("fp32", "bf16"):
-            raise OptionError(f"precision must be fp32 or bf16, not {self.precision!r}")
+            raise OptionError(f"guidance_scale is {self.guidance_scale}, but must be at least 1 (no guidance).")
         if not self.student_steps < self.teacher_steps or self.teacher_steps % self.student_steps:
             raise OptionError(
-                f"{self.teacher_steps} steps of the teacher cannot be divided among {self.student_steps} of the "
-                f"student; give a multiple, e.g. {3 * self.student_steps}"
+                f"teacher_steps is {self.teacher_steps}, but must be a multiple of student_steps "
+                f"({self.student_steps}) and above it, for example {3 * self.student_steps}."
             )
+
+
+def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded training configuration under the field names of this version."""
+    return {_RENAMED_FIELDS.get(name, name): value for name, value in recorded.items()}
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise OptionError(f"{name} is {getattr(config, name)}, but must be above 0.")
+
+
+def _require_non_negative(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise OptionError(f"{name} is {getattr(config, name)}, but must be at least 0.")
+
+
+def _require_below_one(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise OptionError(f"{name} is {getattr(config, name)}, but must be in [0, 1).")
+
+
+def _require_choice(config: object, name: str, choices: Iterable[str]) -> None:
+    if getattr(config, name) not in choices:
+        raise OptionError(f"{name} is {getattr(config, name)!r}, but must be one of {', '.join(choices)}.")

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from unidiff_export.bundle_folder import clip_tokenizer
 from unidiff_export.graphs.lowering import GraphSpec, quiet
 from unidiff_sdk.errors import ExportError
-from unidiff_sdk.training.data.batches import load_pairs, normalize_caption, tokenize
+from unidiff_sdk.training.data.captions import normalize_caption, tokenize
+from unidiff_sdk.training.data.pairs import load_pairs
 
 from .qdq import LayerRanges, Range
 

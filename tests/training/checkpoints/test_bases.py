@@ -1,4 +1,4 @@
-"""Where fine-tuning starts: what a Stable Diffusion and a CLIP have in common is found, shared, and trained by both."""
+"""Bases: text layers that Stable Diffusion and CLIP share, unsupported models, and hub ids."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint, require_supported  # noqa: E402
+from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import tokenize  # noqa: E402
+from unidiff_sdk.training.data.captions import tokenize  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
-from unidiff_sdk.training.objective.joint_model import Batch, JointModel  # noqa: E402
+from unidiff_sdk.training.objective.batch import Batch  # noqa: E402
+from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 
 COMPAT = Path(__file__).parents[2] / "compat"
 
 
 @pytest.fixture
-def apart(random_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """(a diffusers folder, a transformers CLIP folder) as the hub has them: nothing of this project in them."""
+def separate(random_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """(a diffusers folder, a transformers CLIP folder) as on the hub, without any file of this project."""
     pipeline, clip = tmp_path / "sd", tmp_path / "clip"
     shutil.copytree(random_checkpoint / "clip", clip)
     shutil.copytree(random_checkpoint, pipeline, ignore=shutil.ignore_patterns("clip", "unidiff.json"))
     return pipeline, clip
 
 
-def cut_last_layer(pipeline: Path) -> None:
-    """As Stable Diffusion 2.x: the text encoder lacks the last layer of the tower that it comes from."""
+def remove_last_layer(pipeline: Path) -> None:
+    """As in Stable Diffusion 2.x: the text encoder lacks the last layer of CLIP's text tower."""
     file, config = (pipeline / "text_encoder" / name for name in ("model.safetensors", "config.json"))
     content = json.loads(config.read_text(encoding="utf-8"))
     content["num_hidden_layers"] -= 1
@@ -54,23 +56,23 @@ def change(pipeline: Path, tensor: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_a_pipeline_and_its_clip_share_the_whole_tower(apart: tuple[Path, Path]) -> None:
-    checkpoint = load_base(*apart)
+def test_pipeline_and_its_clip_share_the_whole_tower(separate: tuple[Path, Path]) -> None:
+    checkpoint = load_base(*separate)
     assert checkpoint.shared and (checkpoint.shared_layers, checkpoint.conditioning_layer) == (2, -1)
-    assert "2 of the text encoder's 2 layers are CLIP's (2)" in checkpoint.describe_sharing()
+    assert "shares 2 of its 2 layers with CLIP (2 layers)" in checkpoint.describe_sharing()
 
 
-def test_stable_diffusion_2_is_conditioned_by_the_last_layer_but_one(apart: tuple[Path, Path]) -> None:
-    cut_last_layer(apart[0])
-    checkpoint = load_base(*apart)
+def test_stable_diffusion_2_is_conditioned_by_the_second_to_last_layer(separate: tuple[Path, Path]) -> None:
+    remove_last_layer(separate[0])
+    checkpoint = load_base(*separate)
     assert not checkpoint.shared and (checkpoint.shared_layers, checkpoint.conditioning_layer) == (1, -2)
-    assert "last but one conditions the UNet" in checkpoint.describe_sharing()
+    assert "second-to-last layer of CLIP conditions the UNet" in checkpoint.describe_sharing()
     model = JointModel(checkpoint).eval()
     ids = tokenize(checkpoint.tokenizer, ["a red dress", "green boots"])
     batch = Batch(torch.rand(2, 3, 32, 32), torch.randn(2, 4, 16, 16), ids, torch.arange(2))
     empty = tokenize(checkpoint.tokenizer, [""])
-    states, pooled = model.read(batch, torch.tensor([False, True]), empty, pooled=True)
-    theirs = StableDiffusionPipeline.from_pretrained(apart[0]).text_encoder
+    states, pooled = model.encode_captions(batch, torch.tensor([False, True]), empty, pooled=True)
+    theirs = StableDiffusionPipeline.from_pretrained(separate[0]).text_encoder
     expected = theirs(torch.cat([ids[:1], empty])).last_hidden_state
     torch.testing.assert_close(states, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pooled, checkpoint.clip.text_model(ids).pooler_output)
@@ -84,50 +86,49 @@ def test_stable_diffusion_2_is_conditioned_by_the_last_layer_but_one(apart: tupl
         ("unet", {"addition_embed_type": "text_time"}, r"additional inputs \(addition_embed_type text_time\), as SDXL"),
         ("unet", {"in_channels": 9}, r"additional inputs \(in_channels 9\)"),
         ("unet", {"cross_attention_dim": 768}, "states of width 768, but text_encoder/ returns 32"),
-        ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'; epsilon and v_prediction can be trained"),
+        ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'. Training supports epsilon and v_prediction"),
     ],
 )
-def test_models_that_cannot_be_tuned_are_told_before_any_picture_is_read(
-    random_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    part: str,
-    changes: dict[str, Any],
-    message: str,
+def test_unsupported_models_are_refused(
+    random_checkpoint: Path, part: str, changes: dict[str, Any], message: str
 ) -> None:
-    def opened(path: Path) -> Checkpoint:
-        checkpoint = load_checkpoint(path)
-        getattr(checkpoint, part).register_to_config(**changes)
-        return checkpoint
-
-    monkeypatch.setattr("unidiff_sdk.training.checkpoints.bases.load_checkpoint", opened)
+    checkpoint = load_checkpoint(random_checkpoint)
+    getattr(checkpoint, part).register_to_config(**changes)
     with pytest.raises(CheckpointError, match=message):
-        train(tmp_path / "no data", random_checkpoint, tmp_path / "run", TrainingConfig(steps=1), device="cpu")
+        require_supported(checkpoint)
 
 
-def test_what_differs_from_some_layer_on_is_kept_apart_from_there(apart: tuple[Path, Path]) -> None:
-    change(apart[0], "encoder.layers.1.mlp.fc1.bias")
-    checkpoint = load_base(*apart)
+def test_unsupported_base_is_refused_before_data_is_read(random_checkpoint: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "sample"}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="predicts 'sample'"):
+        train(tmp_path / "no data", base, tmp_path / "run", TrainingConfig(steps=1), device="cpu")
+
+
+def test_layers_after_the_first_difference_stay_separate(separate: tuple[Path, Path]) -> None:
+    change(separate[0], "encoder.layers.1.mlp.fc1.bias")
+    checkpoint = load_base(*separate)
     assert (checkpoint.shared_layers, checkpoint.conditioning_layer) == (1, None)
-    assert "the others are kept apart" in checkpoint.describe_sharing()
+    assert "The other layers stay separate" in checkpoint.describe_sharing()
 
 
-def test_nothing_in_common(apart: tuple[Path, Path]) -> None:
-    change(apart[0], "embeddings.position_embedding.weight")
-    checkpoint = load_base(*apart)
+def test_text_encoders_without_a_common_layer(separate: tuple[Path, Path]) -> None:
+    change(separate[0], "embeddings.position_embedding.weight")
+    checkpoint = load_base(*separate)
     assert (checkpoint.shared_layers, checkpoint.conditioning_layer) == (0, None)
-    assert "no layer in common" in checkpoint.describe_sharing()
+    assert "share no layer" in checkpoint.describe_sharing()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", ["whole", "cut", "own"])
 @pytest.mark.parametrize("lora", [0, 2])
-def test_each_kind_of_base_trains_saves_and_opens_again(
-    apart: tuple[Path, Path], small_catalog: Path, tmp_path: Path, prediction: str, kind: str, lora: int
+def test_each_kind_of_base_trains_and_saves(
+    separate: tuple[Path, Path], small_catalog: Path, tmp_path: Path, prediction: str, kind: str, lora: int
 ) -> None:
-    pipeline, clip = apart
+    pipeline, clip = separate
     if kind == "cut":
-        cut_last_layer(pipeline)
+        remove_last_layer(pipeline)
     if kind == "own":
         change(pipeline, "encoder.layers.1.mlp.fc1.bias")
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
@@ -145,61 +146,69 @@ def test_each_kind_of_base_trains_saves_and_opens_again(
     assert StableDiffusionPipeline.from_pretrained(out).scheduler.config.prediction_type == prediction
 
 
-def test_a_base_without_a_clip_says_which(apart: tuple[Path, Path]) -> None:
-    with pytest.raises(CheckpointError, match="no CLIP beside it: name one with --clip"):
-        load_base(apart[0])
-    config = apart[0] / "text_encoder" / "config.json"
+def test_base_without_a_clip_is_refused_with_a_suggestion(separate: tuple[Path, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"has no CLIP model\. Name one with --clip"):
+        load_base(separate[0])
+    config = separate[0] / "text_encoder" / "config.json"
     config.write_text(
         json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"hidden_size": 768}), encoding="utf-8"
     )
     with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14"):
-        load_base(apart[0])
+        load_base(separate[0])
 
 
-def test_a_hub_id_that_cannot_be_had(apart: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_that_cannot_be_downloaded_is_an_error(
+    separate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*_: object, **__: object) -> str:
         raise OSError("no connection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(CheckpointError, match="some/model is no folder, and cannot be had from the hub: no connection"):
-        load_base("some/model", apart[1])
+    with pytest.raises(
+        CheckpointError, match="some/model is not a folder, and the hub did not provide it: no connection"
+    ):
+        load_base("some/model", separate[1])
 
 
-def test_a_hub_id_is_downloaded_without_pickles(apart: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict] = []
+def test_hub_id_is_downloaded_without_pickles_and_recorded(
+    separate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[dict] = []
 
     def snapshot(name: str, **patterns: list[str]) -> str:
-        asked.append(patterns)
-        return str(apart[0])
+        requests.append(patterns)
+        return str(separate[0])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert load_base("some/model", apart[1]).shared
-    assert "*.bin" in asked[0]["ignore_patterns"] and "unet/*" in asked[0]["allow_patterns"]
+    checkpoint = load_base("some/model", separate[1])
+    assert checkpoint.shared and checkpoint.name == "some/model"
+    assert checkpoint.meta["base_model"] == ["some/model"], "a local CLIP has no hub id"
+    assert "*.bin" in requests[0]["ignore_patterns"] and "unet/*" in requests[0]["allow_patterns"]
 
 
 @pytest.mark.parametrize(
     ("clip", "message"),
     [
-        ("open_clip:nothing", "neither open_clip:ARCHITECTURE/TAG-or-file"),
-        ("nowhere", "no checkpoint at nowhere"),
+        ("open_clip:nothing", "names no OpenCLIP model. Write open_clip:ARCHITECTURE/TAG"),
+        ("nowhere", "no checkpoint folder nowhere"),
     ],
 )
-def test_a_clip_that_is_none(apart: tuple[Path, Path], clip: str, message: str) -> None:
+def test_unknown_clip_is_refused(separate: tuple[Path, Path], clip: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_base(apart[0], clip)
+        load_base(separate[0], clip)
 
 
-def test_partly_shared_checkpoints_keep_their_tokenizers(apart: tuple[Path, Path], tmp_path: Path) -> None:
-    checkpoint = load_base(*apart)
-    shorter = replace(checkpoint, clip_tokenizer=load_base(*apart).clip_tokenizer)
+def test_checkpoint_keeps_both_tokenizers(separate: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint = load_base(*separate)
+    shorter = replace(checkpoint, clip_tokenizer=load_base(*separate).clip_tokenizer)
     shorter.clip_tokenizer.model_max_length = 9
     saved = load_checkpoint(save_checkpoint(tmp_path / "saved", **shorter.parts(), meta={}))
     assert (saved.tokenizer.model_max_length, saved.clip_tokenizer.model_max_length) == (16, 9)
 
 
 @pytest.mark.slow
-def test_converted_open_clip_models_are_equal_to_open_clip() -> None:
-    """In an environment of its own that stays for the next time: open_clip needs a torchvision that fits its torch."""
+def test_converted_open_clip_models_equal_open_clip() -> None:
+    """In a separate environment that is kept for later runs: open_clip needs a torchvision that matches its torch."""
     environment = COMPAT.parents[1] / ".venv-openclip"
     python = environment / "bin" / "python"
     if not (environment / ".ready").exists():

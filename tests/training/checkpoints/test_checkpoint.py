@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved opens again, here and in the libraries' own loaders, or is refused with a reason."""
+"""Checkpoints: saved ones load here and in the libraries, and broken ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError  # noqa: E402
-from unidiff_sdk.training.checkpoints import checkpoint as module  # noqa: E402
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 
 COMPAT = Path(__file__).parents[2] / "compat"
 PARTS = ("unet", "vae", "clip", "text_encoder", "tokenizer", "scheduler", "image_processor", "meta")
@@ -33,7 +33,7 @@ def copy(random_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(random_checkpoint, tmp_path / "copy"))
 
 
-def test_text_encoder_is_the_tower_of_clip(random_checkpoint: Path) -> None:
+def test_text_encoder_shares_the_tower_of_clip(random_checkpoint: Path) -> None:
     loaded = load_checkpoint(random_checkpoint)
     assert loaded.shared
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_text_encoder_is_the_tower_of_clip(random_checkpoint: Path) -> None:
     assert (loaded.image_size, loaded.latent_factor) == (32, 2)
 
 
-def test_text_encoder_of_its_own_stays_its_own(copy: Path) -> None:
+def test_separate_text_encoder_stays_separate(copy: Path) -> None:
     weights = copy / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
     tensors["text_model.final_layer_norm.weight"] += 1.0
@@ -69,7 +69,7 @@ def test_libraries_load_every_tensor(random_checkpoint: Path, tmp_path: Path) ->
     assert pipeline("a red dress", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_text_encoder_keys_carry_the_prefix_and_the_tokenizer_its_three_files(random_checkpoint: Path) -> None:
+def test_text_encoder_keys_have_the_prefix_and_tokenizers_have_all_files(random_checkpoint: Path) -> None:
     keys = load_file(random_checkpoint / "text_encoder" / "model.safetensors")
     assert all(key.startswith("text_model.") for key in keys)
     for folder in ("tokenizer", "clip"):
@@ -77,7 +77,7 @@ def test_text_encoder_keys_carry_the_prefix_and_the_tokenizer_its_three_files(ra
         assert {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= present
 
 
-def test_half_precision_is_stored_once_and_loaded_as_float(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_half_precision_weights_load_as_float(random_checkpoint: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(random_checkpoint)
     saved = save_checkpoint(tmp_path / "half", **parts(loaded), dtype=torch.float16)
     stored = load_file(saved / "unet" / "diffusion_pytorch_model.safetensors")
@@ -87,7 +87,7 @@ def test_half_precision_is_stored_once_and_loaded_as_float(random_checkpoint: Pa
     for model in (again.unet, again.vae, again.clip):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert StableDiffusionPipeline.from_pretrained(saved).text_encoder.dtype == torch.float32
-    assert loaded.unet.dtype == torch.float32, "saving leaves the model itself alone"
+    assert loaded.unet.dtype == torch.float32, "saving does not change the model"
 
 
 def test_no_path_of_this_machine_is_written(random_checkpoint: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_no_path_of_this_machine_is_written(random_checkpoint: Path, tmp_path: P
         assert str(random_checkpoint) not in file.read_text(encoding="utf-8"), file
 
 
-def test_meta_comes_back(random_checkpoint: Path) -> None:
+def test_metadata_is_loaded(random_checkpoint: Path) -> None:
     meta = load_checkpoint(random_checkpoint).meta
     assert meta["format"] == "unidiff-checkpoint" and meta["name"] == "random" and meta["synthetic"] is True
 
@@ -109,11 +109,11 @@ def test_missing_part_is_named(copy: Path, part: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
         load_checkpoint(tmp_path / "nowhere")
 
 
-def test_missing_tensor_is_refused_not_left_random(copy: Path) -> None:
+def test_missing_tensor_is_refused(copy: Path) -> None:
     weights = copy / "clip" / "model.safetensors"
     tensors = load_file(weights)
     del tensors["visual_projection.weight"]
@@ -122,54 +122,58 @@ def test_missing_tensor_is_refused_not_left_random(copy: Path) -> None:
         load_checkpoint(copy)
 
 
-def test_pickled_weights_are_not_opened(copy: Path) -> None:
+def test_pickled_weights_are_refused(copy: Path) -> None:
     (copy / "unet" / "diffusion_pytorch_model.safetensors").rename(copy / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="only safetensors"):
+    with pytest.raises(CheckpointError, match="Only safetensors"):
         load_checkpoint(copy)
 
 
-def test_truncated_weights(copy: Path) -> None:
+def test_truncated_weights_are_refused(copy: Path) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="Cannot read"):
         load_checkpoint(copy)
 
 
-def test_unreadable_json(copy: Path) -> None:
+def test_unreadable_json_is_refused(copy: Path) -> None:
     (copy / "unidiff.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"unidiff\.json"):
         load_checkpoint(copy)
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_replaced(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_folder_that_is_not_a_checkpoint_is_not_replaced(random_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         save_checkpoint(tmp_path, **parts(load_checkpoint(random_checkpoint)))
     assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "precious"
 
 
-def test_full_disk_leaves_the_previous_checkpoint(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_the_previous_checkpoint(copy: Path) -> None:
     loaded = load_checkpoint(copy)
     before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    class FullDisk:
+        """An image processor that cannot be written, after the models were."""
 
-    monkeypatch.setattr(module, "_save_transformer", full)
+        def save_pretrained(self, folder: Path) -> None:
+            raise OSError(28, "No space left on device")
+
     with pytest.raises(CheckpointError, match="No space left"):
-        save_checkpoint(copy, **parts(loaded))
+        save_checkpoint(copy, **(parts(loaded) | {"image_processor": FullDisk()}))
     assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
-    assert [path.name for path in copy.parent.iterdir()] == [copy.name], "nothing half-written is left beside it"
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name], "no incomplete folder is left"
 
 
-def test_replacing_keeps_only_the_new_one(copy: Path) -> None:
+def test_new_checkpoint_replaces_the_previous_one(copy: Path) -> None:
     saved = save_checkpoint(copy, **(parts(load_checkpoint(copy)) | {"meta": {"run": 2}}))
     assert json.loads((saved / "unidiff.json").read_text(encoding="utf-8"))["run"] == 2
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float", "half"])
-def test_the_compatibility_check_passes_on_these_versions(random_checkpoint: Path, tmp_path: Path, half: bool) -> None:
+def test_compatibility_check_passes_on_the_installed_versions(
+    random_checkpoint: Path, tmp_path: Path, half: bool
+) -> None:
     dtype = torch.float16 if half else None
     saved = save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)), dtype=dtype)
     check_compatibility(sys.executable, saved)
@@ -178,7 +182,7 @@ def test_the_compatibility_check_passes_on_these_versions(random_checkpoint: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True], ids=["float", "half"])
 def test_older_libraries_load_every_tensor(random_checkpoint: Path, tmp_path: Path, half: bool) -> None:
-    """transformers 4.57 and diffusers 0.36, in an environment of their own that stays for the next time."""
+    """transformers 4.57 and diffusers 0.36, in a separate environment that is kept for later runs."""
     environment = COMPAT.parents[1] / ".venv-compat"
     python = environment / "bin" / "python"
     if not (environment / ".ready").exists():

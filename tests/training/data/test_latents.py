@@ -1,4 +1,4 @@
-"""Latents on disk: found again by content, made anew when damaged, never those of another picture or VAE."""
+"""Latents on disk: found by content, computed again if damaged, never those of another image or VAE."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from unidiff_sdk.errors import DataError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
-from unidiff_sdk.training.data.batches import load_pairs  # noqa: E402
-from unidiff_sdk.training.data.images import Pictures  # noqa: E402
 from unidiff_sdk.training.data.latents import LatentCache, encode_latents  # noqa: E402
+from unidiff_sdk.training.data.pairs import load_pairs  # noqa: E402
+from unidiff_sdk.training.data.square_images import SquareImages  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 
 
 @pytest.fixture
-def model(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> JointModel:
-    """With `calls`: how many pictures its VAE has encoded."""
+def model(random_checkpoint: Path) -> JointModel:
+    """With `encoded`: the number of images that its VAE has encoded."""
     model = JointModel(load_checkpoint(random_checkpoint))
-    plain = model.encode
-    model.calls = 0
+    model.encoded = 0
 
-    def counting(pixels: torch.Tensor) -> torch.Tensor:
-        model.calls += len(pixels)
-        return plain(pixels)
+    def count(encoder: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        model.encoded += len(inputs[0])
 
-    monkeypatch.setattr(model, "encode", counting)
+    model.vae.encoder.register_forward_pre_hook(count)
     return model
 
 
 @pytest.fixture
-def images(random_checkpoint: Path, small_catalog: Path) -> Pictures:
+def images(random_checkpoint: Path, small_catalog: Path) -> SquareImages:
     return load_pairs(small_catalog, load_checkpoint(random_checkpoint), limit=4).images
 
 
-def test_each_picture_is_encoded_once(model: JointModel, images: Pictures, tmp_path: Path) -> None:
+def test_each_image_is_encoded_once(model: JointModel, images: SquareImages, tmp_path: Path) -> None:
     first = encode_latents(model, images, LatentCache(tmp_path, model))
     second = encode_latents(model, images, LatentCache(tmp_path, model))
-    assert model.calls == 4 and torch.equal(first, second)
+    assert model.encoded == 4 and torch.equal(first, second)
     assert torch.equal(first, encode_latents(model, images))
     alone = torch.cat([model.encode(images[torch.tensor([n])].float() / 255) for n in range(4)])
-    assert torch.equal(first, alone), "whichever others are encoded with it"
+    assert torch.equal(first, alone), "independent of the other images"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "changed", "other"])
-def test_damaged_entries_are_made_anew(model: JointModel, images: Pictures, tmp_path: Path, damage: str) -> None:
+def test_damaged_entries_are_computed_again(
+    model: JointModel, images: SquareImages, tmp_path: Path, damage: str
+) -> None:
     first = encode_latents(model, images, LatentCache(tmp_path, model))
     entry = sorted(tmp_path.rglob("*.safetensors"))[0]
     whole = entry.read_bytes()
@@ -58,19 +58,19 @@ def test_damaged_entries_are_made_anew(model: JointModel, images: Pictures, tmp_
         changed = whole[:-4] + bytes(b ^ 1 for b in whole[-4:])
         entry.write_bytes({"cut": whole[:-9], "empty": b"", "garbage": b"x" * 500, "changed": changed}[damage])
     assert torch.equal(encode_latents(model, images, LatentCache(tmp_path, model)), first)
-    assert model.calls == 5 and load_file(entry).keys() == {"latents"}
+    assert model.encoded == 5 and load_file(entry).keys() == {"latents"}
     assert entry.read_bytes() == whole
 
 
-def test_another_vae_has_entries_of_its_own(model: JointModel, images: Pictures, tmp_path: Path) -> None:
+def test_another_vae_has_other_entries(model: JointModel, images: SquareImages, tmp_path: Path) -> None:
     first = encode_latents(model, images, LatentCache(tmp_path, model))
     with torch.no_grad():
         model.vae.quant_conv.bias += 1.0
     assert not torch.equal(encode_latents(model, images, LatentCache(tmp_path, model)), first)
-    assert model.calls == 8
+    assert model.encoded == 8
 
 
-def test_a_place_that_cannot_be_written_is_told(model: JointModel, images: Pictures, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_is_an_error(model: JointModel, images: SquareImages, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match=r"cannot keep latents in .*file"):
+    with pytest.raises(DataError, match=r"Cannot write latents to .*file"):
         encode_latents(model, images, LatentCache(tmp_path / "file", model))

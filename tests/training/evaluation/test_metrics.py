@@ -1,4 +1,4 @@
-"""Each metric against an independent computation: brute force or a closed form."""
+"""Each metric compared with an independent computation: brute force or a closed form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(seed: int, n: int, d: int, shift: float = 0.0) -> np.ndarray:
 
 
 def retrieval(seed: int, n: int = 12, m: int = 15, levels: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Few levels of similarity, so that ties are the rule; at least one relevant item a query."""
+    """Few levels of similarity, so that ties are common, and at least one relevant item per query."""
     random = np.random.default_rng(seed)
     relevant = random.random((n, m)) < 0.15
     relevant[np.arange(n), random.integers(0, m, n)] = True
@@ -87,7 +87,7 @@ def test_recall_is_a_share_that_grows_with_k_and_reaches_one(seed: int) -> None:
     assert values[-1] == 1.0
 
 
-def test_perfect_retrieval_and_collapse_stand_at_the_two_ends() -> None:
+def test_ranks_of_perfect_retrieval_and_of_collapse() -> None:
     truth = np.eye(20, dtype=bool)
 
     assert metrics.recall_at_k(truth.astype(float), truth)[1] == 1.0
@@ -96,9 +96,9 @@ def test_perfect_retrieval_and_collapse_stand_at_the_two_ends() -> None:
     assert metrics.median_rank(np.ones((20, 20)), truth) == 20.0
 
 
-def test_recall_refuses_what_has_no_answer() -> None:
+def test_recall_refuses_invalid_input() -> None:
     truth = np.eye(3, dtype=bool)
-    with pytest.raises(OptionError, match=r"no relevant item, e\.g\. query 1"):
+    with pytest.raises(OptionError, match=r"no relevant item, for example query 1"):
         metrics.recall_at_k(np.eye(3), truth & (np.arange(3) != 1)[:, None])
     with pytest.raises(OptionError, match="at least 1"):
         metrics.recall_at_k(np.eye(3), truth, ks=(0, 1))
@@ -148,7 +148,7 @@ def test_kid_of_two_gaussians_equals_its_closed_form() -> None:
 
 
 @pytest.mark.parametrize("distance", [metrics.kid, metrics.cmmd])
-def test_distances_are_unbiased_symmetric_and_blind_to_order(distance) -> None:
+def test_distances_are_unbiased_symmetric_and_independent_of_order(distance) -> None:
     x, y = sample(1, 40, 8), sample(2, 30, 8, shift=0.3)
     assert distance(x, y) == pytest.approx(distance(y, x), rel=1e-12)
     assert distance(x[::-1], y[::-1]) == pytest.approx(distance(x, y), rel=1e-9)
@@ -159,19 +159,19 @@ def test_distances_are_unbiased_symmetric_and_blind_to_order(distance) -> None:
     assert min(same) < 0.0 < max(same)
 
 
-def test_cmmd_does_not_see_the_length_of_features() -> None:
+def test_cmmd_does_not_depend_on_the_length_of_features() -> None:
     x, y = sample(1, 20, 8), sample(2, 20, 8, shift=0.3)
     lengths = np.random.default_rng(3).uniform(0.1, 10.0, (20, 1))
     assert metrics.cmmd(x * lengths, y) == pytest.approx(metrics.cmmd(x, y), rel=1e-9)
 
 
 @pytest.mark.parametrize("distance", [metrics.kid, metrics.cmmd])
-def test_distances_refuse_what_cannot_be_compared(distance) -> None:
+def test_distances_refuse_invalid_input(distance) -> None:
     with pytest.raises(OptionError, match="n at least 2"):
         distance(sample(0, 1, 4), sample(0, 5, 4))
-    with pytest.raises(OptionError, match="4 and of 3 dimensions"):
+    with pytest.raises(OptionError, match="4 and 3 dimensions"):
         distance(sample(0, 5, 4), sample(0, 5, 3))
-    with pytest.raises(OptionError, match="finite: 1 rows"):
+    with pytest.raises(OptionError, match="finite, but 1 rows"):
         distance(np.where(np.arange(5)[:, None] == 2, np.nan, sample(0, 5, 4)), sample(0, 5, 4))
 
 
@@ -186,14 +186,14 @@ def test_psnr_of_a_constant_error(offset: int) -> None:
     assert metrics.psnr(black * 2.0 - 1.0, (black + offset) / 127.5 - 1.0, peak=2.0) == pytest.approx(expected)
 
 
-def test_psnr_of_uniform_noise_and_of_equal_pictures() -> None:
+def test_psnr_of_uniform_noise_and_of_equal_images() -> None:
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, (400, 400))
     assert metrics.psnr(noise, np.zeros_like(noise)) == pytest.approx(-10 * math.log10(0.1**2 / 3), abs=0.05)
     assert metrics.psnr(noise, noise) == math.inf
 
 
-def test_psnr_refuses_mixed_pictures() -> None:
-    with pytest.raises(OptionError, match="one shape and type"):
+def test_psnr_refuses_different_shapes_and_types() -> None:
+    with pytest.raises(OptionError, match="one shape and dtype"):
         metrics.psnr(np.zeros((2, 2), np.uint8), np.zeros((2, 2)))
     with pytest.raises(OptionError, match="peak="):
         metrics.psnr(np.zeros((2, 2), np.int32), np.zeros((2, 2), np.int32))
@@ -206,7 +206,7 @@ def test_psnr_refuses_mixed_pictures() -> None:
 
 @brief
 @given(seeds, st.lists(st.floats(0.1, 5.0), min_size=1, max_size=5))
-def test_effective_rank_from_singular_values_that_we_chose(seed: int, singular: list[float]) -> None:
+def test_effective_rank_of_given_singular_values(seed: int, singular: list[float]) -> None:
     u, v = (np.linalg.qr(sample(seed + i, 6, 6))[0] for i in range(2))  # orthogonal
     x = u[:, : len(singular)] @ np.diag(singular) @ v[: len(singular)]
 
@@ -217,14 +217,14 @@ def test_effective_rank_from_singular_values_that_we_chose(seed: int, singular: 
 
 @brief
 @given(seeds, st.integers(1, 8), st.integers(1, 8))
-def test_effective_rank_is_bounded_and_blind_to_order_and_scale(seed: int, n: int, d: int) -> None:
+def test_effective_rank_is_bounded_and_independent_of_order_and_scale(seed: int, n: int, d: int) -> None:
     x = sample(seed, n, d)
     rank = metrics.effective_rank(x)
     assert 1 - 1e-9 <= rank <= min(n, d) + 1e-9
     assert metrics.effective_rank(-3 * x[::-1]) == pytest.approx(rank)
 
 
-def test_effective_rank_at_its_two_ends() -> None:
+def test_effective_rank_extremes() -> None:
     assert metrics.effective_rank(np.outer(np.arange(1, 9), np.ones(5))) == pytest.approx(1.0)
     assert metrics.effective_rank(np.eye(7)) == pytest.approx(7.0)
     with pytest.raises(OptionError, match="all zero"):
@@ -242,7 +242,7 @@ def test_mean_pairwise_cosine_equals_a_loop_over_pairs(positive: np.ndarray, see
     assert metrics.mean_pairwise_cosine(x[::-1] * 2.0) == pytest.approx(cosine, abs=1e-9)
 
 
-def test_a_zero_vector_has_no_cosine() -> None:
+def test_zero_vector_is_refused() -> None:
     with pytest.raises(OptionError, match=r"zero vector.*\[1\]"):
         metrics.mean_pairwise_cosine([[1.0, 0.0], [0.0, 0.0]])
 
@@ -259,7 +259,7 @@ def test_per_prompt_diversity_is_the_mean_over_prompts(seed: int) -> None:
     assert metrics.per_prompt_diversity(x[order], [prompts[i] for i in order]) == pytest.approx(expected)
 
 
-def test_per_prompt_diversity_of_one_picture_over_and_over_is_zero() -> None:
+def test_per_prompt_diversity_of_a_repeated_image_is_zero() -> None:
     x = sample(0, 2, 4)[[0, 0, 1, 1]]
     assert metrics.per_prompt_diversity(x, ["a", "a", "b", "b"]) == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(OptionError, match="at least two"):
@@ -279,7 +279,7 @@ def test_nearest_neighbor_equals_a_loop_over_pairs(seed: int) -> None:
     np.testing.assert_array_equal(nearest, distances.argmin(axis=1))
 
 
-def test_a_copy_is_its_own_nearest_neighbor() -> None:
+def test_nearest_neighbor_of_a_copy_is_its_original() -> None:
     gallery = sample(0, 30, 6)
     similarity, nearest = metrics.nearest_neighbor_similarity(5 * gallery[[3, 17]], gallery)
     np.testing.assert_allclose(similarity, 1.0)
@@ -332,7 +332,7 @@ def test_paired_bootstrap_is_bounded_antisymmetric_and_deterministic(ours: np.nd
     assert interval == metrics.paired_bootstrap(ours, baseline, resamples=200, seed=seed)
 
 
-def test_a_constant_gain_has_no_width() -> None:
+def test_paired_bootstrap_of_a_constant_gain_has_no_width() -> None:
     baseline = np.random.default_rng(0).random(25)
     interval = metrics.paired_bootstrap(baseline + 0.25, baseline)
     assert (interval.difference, interval.low, interval.high) == pytest.approx((0.25, 0.25, 0.25))

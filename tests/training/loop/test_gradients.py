@@ -1,4 +1,4 @@
-"""The gradients of a step: the same however its batch is cut into parts and spread over processes."""
+"""Gradients of a step: independent of micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -13,64 +13,43 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
+from support.training_step import prepare_step  # noqa: E402
+
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import Batches, group_keys, load_pairs, tokenize  # noqa: E402
-from unidiff_sdk.training.loop.gradients import backpropagate  # noqa: E402
+from unidiff_sdk.training.data.batches import BatchLoader  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
 from unidiff_sdk.training.objective import losses  # noqa: E402
-from unidiff_sdk.training.objective.joint_model import Draws, JointModel, joint_losses  # noqa: E402
-from unidiff_sdk.training.objective.tuning import choose_trainable  # noqa: E402
-from unidiff_sdk.training.runtime.processes import Processes  # noqa: E402
-from unidiff_sdk.training.runtime.randomness import Purpose, generator  # noqa: E402
+from unidiff_sdk.training.objective.batch import RandomInputs  # noqa: E402
+from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
+from unidiff_sdk.training.objective.terms import joint_losses  # noqa: E402
+from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator  # noqa: E402
 
-ALONE = Processes(0, 1, torch.device("cpu"))
 EVERYTHING = {
     "lambda_rsc": 0.3,
     "lambda_rsc_generated": 0.5,
     "lambda_rsc_feature": 0.2,
-    "lambda_leash": 0.4,
+    "lambda_feature_distillation": 0.4,
     "rsc_t_max": 800,
     "rsc_samples": 3,
     "caption_dropout": 0.3,
     "flip": True,
 }
 ROUNDING = 2.5e-7  # of a term in fp32: two units in the last place of the cosines near 1 that it is made of
-TERMS = ("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature", "lambda_leash")
-STEP = 10_000  # long after the warm-up
+TERMS = (
+    "lambda_itc",
+    "lambda_is",
+    "lambda_rsc",
+    "lambda_rsc_generated",
+    "lambda_rsc_feature",
+    "lambda_feature_distillation",
+)
+STEP = 10_000  # after the warm-up
 
 
 def gradients(base: Path, data: Path, **settings: object) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Of one step, by parameter; and the terms' values."""
-    config = TrainingConfig(**settings)
-    model, batches, empty_ids = prepare(base, data, config)
-    values = backpropagate(model, batches, config, step=STEP, empty_ids=empty_ids, teacher=None, processes=ALONE)
-    return collect(model), values
-
-
-def prepare(base: Path, data: Path, config: TrainingConfig) -> tuple[JointModel, Batches, torch.Tensor]:
-    checkpoint = load_checkpoint(base)
-    model = JointModel(checkpoint).train()
-    choose_trainable(model, config)
-    pairs = load_pairs(data, checkpoint)
-    ids = tokenize(checkpoint.tokenizer, pairs.captions)
-    size = max(config.batch_size, config.contrastive_batch)
-    leash = config.lambda_leash > 0
-    batches = Batches(model, pairs, ids, group_keys(pairs), size=size, flip=config.flip, seed=config.seed, leash=leash)
-    if leash:  # at the base itself it pulls nowhere
-        disturb(model)
-    return model, batches, tokenize(checkpoint.tokenizer, [""])
-
-
-def disturb(model: JointModel) -> None:
-    random = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.clip.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=random)
-
-
-def collect(model: JointModel) -> dict[str, torch.Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    """Gradients of one step by parameter, and the values of its terms. CLIP differs from the base's."""
+    return prepare_step(base, data, TrainingConfig(**settings), disturbed=True).backpropagate(STEP)
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -81,23 +60,24 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         )
 
 
-def test_a_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, random_checkpoint: Path) -> None:
-    """Against one graph from the pictures to the weighted sum, differentiated at once."""
+def test_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, random_checkpoint: Path) -> None:
+    """Compared with one graph from the images to the weighted sum, differentiated at once."""
     config = TrainingConfig(**EVERYTHING, batch_size=9)
-    model, batches, empty_ids = prepare(random_checkpoint, small_catalog, config)
-    noise = generator(config.seed, Purpose.NOISE, STEP)
-    draws = Draws.of(noise, 9, batches.latent_shape, len(model.alpha_bar), config, pairs=9)
-    batch = batches.load(batches.choose(STEP), 9)
-    terms = joint_losses(model, batch, config, draws=draws, empty_ids=empty_ids, step=STEP)
+    prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=True)
+    model, batches = prepared.model, prepared.batches
+    noise = seeded_generator(config.seed, Purpose.NOISE, STEP)
+    random = RandomInputs.sample(noise, 9, batches.latent_shape, len(model.alpha_bar), config, pairs=9)
+    batch = batches.load(batches.indices(STEP), 9)
+    terms = joint_losses(model, batch, config, random=random, empty_ids=prepared.empty_ids, step=STEP)
     sum(weight * value for weight, value in terms.values()).backward()
     ours, values = gradients(random_checkpoint, small_catalog, **EVERYTHING, batch_size=9)
-    assert_equal(ours, collect(model))
+    assert_equal(ours, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert values == pytest.approx({name: value.item() for name, (_, value) in terms.items()}, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [{"batch_size": 9}, {"batch_size": 4, "contrastive_batch": 11}], ids=["9", "4-of-11"])
 @pytest.mark.parametrize("micro", [1, 3, 5])
-def test_parts_of_a_batch_have_the_gradients_of_the_whole(
+def test_micro_batches_have_the_gradients_of_the_whole_batch(
     small_catalog: Path, random_checkpoint: Path, batch: dict, micro: int
 ) -> None:
     whole, values = gradients(random_checkpoint, small_catalog, **EVERYTHING, **batch)
@@ -109,18 +89,21 @@ def test_parts_of_a_batch_have_the_gradients_of_the_whole(
 @pytest.mark.parametrize(
     "term", ["lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"]
 )
-def test_each_term_alone_survives_the_cutting(small_catalog: Path, random_checkpoint: Path, term: str) -> None:
+def test_micro_batches_have_the_gradients_of_each_single_term(
+    small_catalog: Path, random_checkpoint: Path, term: str
+) -> None:
     settings = EVERYTHING | dict.fromkeys(TERMS, 0.0) | {term: 1.0, "batch_size": 6}
     whole, _ = gradients(random_checkpoint, small_catalog, **settings)
     parts, _ = gradients(random_checkpoint, small_catalog, **settings, micro_batch=2)
     assert_equal(parts, whole)
 
 
-def test_the_contrast_is_over_the_larger_batch(small_catalog: Path, random_checkpoint: Path) -> None:
-    """ITC of 11 pairs by hand, while 4 of them go through the UNet."""
+def test_contrastive_batch_larger_than_the_unet_batch(small_catalog: Path, random_checkpoint: Path) -> None:
+    """ITC of 11 pairs computed by hand, while 4 of them pass through the UNet."""
     config = TrainingConfig(batch_size=4, contrastive_batch=11, lambda_rsc=0.0)
-    model, batches, _ = prepare(random_checkpoint, small_catalog, config)
-    batch = batches.load(batches.choose(STEP), 4)
+    prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=True)
+    model, batches = prepared.model, prepared.batches
+    batch = batches.load(batches.indices(STEP), 4)
     with torch.no_grad():
         u, v = model.f(batch.clip_pixels), model.text_embeds(model.clip.text_model(batch.input_ids).pooler_output)
         expected = losses.itc(u, v, model.clip.logit_scale, losses.same_meaning(batch.groups, batch.groups))
@@ -129,22 +112,24 @@ def test_the_contrast_is_over_the_larger_batch(small_catalog: Path, random_check
     assert len(batch) == 11 and values["itc"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_only_a_part_is_in_memory_at_a_time(
-    small_catalog: Path, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = TrainingConfig(batch_size=4, contrastive_batch=11, micro_batch=3, lambda_rsc=0.0)
-    model, batches, empty_ids = prepare(random_checkpoint, small_catalog, config)
-    seen: list[tuple[int, int]] = []
-    load = batches.load
+class RecordingLoader(BatchLoader):
+    """Records the sizes of the batches that it loads."""
 
-    def spy(*arguments):
-        batch = load(*arguments)
-        seen.append((len(batch), len(batch.latents)))
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.sizes: list[tuple[int, int]] = []
+
+    def load(self, *arguments):
+        batch = super().load(*arguments)
+        self.sizes.append((len(batch), len(batch.latents)))
         return batch
 
-    monkeypatch.setattr(batches, "load", spy)
-    backpropagate(model, batches, config, step=0, empty_ids=empty_ids, teacher=None, processes=ALONE)
-    assert seen == 2 * [(3, 3), (3, 1), (3, 0), (2, 0)], "once for the embeddings, once with a graph"
+
+def test_one_micro_batch_is_in_memory_at_a_time(small_catalog: Path, random_checkpoint: Path) -> None:
+    config = TrainingConfig(batch_size=4, contrastive_batch=11, micro_batch=3, lambda_rsc=0.0)
+    step = prepare_step(random_checkpoint, small_catalog, config, loader=RecordingLoader)
+    step.backpropagate()
+    assert step.batches.sizes == 2 * [(3, 3), (3, 1), (3, 0), (2, 0)], "once for the embeddings, once with a graph"
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
@@ -157,14 +142,14 @@ from unidiff_sdk.training.loop.trainer import train
 data, base, out, settings, losses = sys.argv[1:]
 reports = []
 train(data, base, out, TrainingConfig(**json.loads(settings)), device="cpu", on_step=lambda r: reports.append(r.losses))
-if reports:  # the main process alone reports
+if reports:  # only the main process reports
     with open(losses, "x") as file:
         json.dump(reports, file)
 """
 
 
-def test_two_processes_train_as_one(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
-    """Two real processes over gloo, an odd batch between them: the losses and the weights of a single process."""
+def test_two_processes_train_like_one(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    """Two processes over gloo that share an odd batch have the losses and weights of a single process."""
     settings = EVERYTHING | {
         "steps": 3,
         "batch_size": 5,

@@ -1,4 +1,4 @@
-"""Never lost: whatever stops a run, the last checkpoint is whole, and the run goes on as if nothing had happened."""
+"""Resuming: whatever stops a run, the last checkpoint is complete, and the resumed run has the same result."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.errors import CheckpointError, TrainingError  # noqa: E402
-from unidiff_sdk.training.checkpoints import checkpoint as saving  # noqa: E402
-from unidiff_sdk.training.checkpoints.checkpoint import TRAINING_STATE, load_checkpoint, recover  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.saving import (  # noqa: E402
+    TRAINING_STATE,
+    recover_interrupted_save,
+    save_checkpoint,
+)
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
+from unidiff_sdk.training.runtime.callbacks import ModelSnapshot, StepReport, ValidationResult  # noqa: E402
 
 SETTINGS = {
     "steps": 5,
@@ -32,30 +37,33 @@ SETTINGS = {
     "flip": True,
 }
 
-# A run that is killed as by `kill -9`: before step AT ends, or in the midst of saving, where no handler can run.
+# A run that is killed as by `kill -9`: during step AT, or while it saves, where no handler can run.
 KILLED = """
 import json, os, signal, sys
-from unidiff_sdk.training import checkpoint, learner, trainer
-from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training import TrainingConfig, train
 
 data, base, out, where, at, settings = sys.argv[1:]
-calls = []
+steps = []
 
-def kill_at(function):
-    def wrapped(*arguments, **options):
-        calls.append(1)
-        if len(calls) == int(at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return wrapped
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-if where == "step":
-    learner.backpropagate = kill_at(learner.backpropagate)
-elif where == "write":
-    checkpoint._write_json = kill_at(checkpoint._write_json)
-else:
-    checkpoint._retire = kill_at(checkpoint._retire)
-trainer.train(data, base, out, TrainingConfig(**json.loads(settings)), device="cpu", resume=True)
+def on_audit(event, arguments):
+    if where == "write" and event == "open" and str(arguments[0]).endswith(".tmp/unidiff.json") and arguments[1] == "w":
+        kill()  # in the first save, before its last file is written
+    if where == "replace" and event == "shutil.rmtree" and str(arguments[0]).endswith(".old"):
+        kill()  # in the second save, when the new checkpoint is in place and the old one still set aside
+
+def count_step(*_):
+    steps.append(1)
+    if where == "step" and len(steps) == int(at):
+        kill()
+
+def on_start(checkpoint):
+    checkpoint.unet.register_forward_pre_hook(count_step)
+
+sys.addaudithook(on_audit)
+train(data, base, out, TrainingConfig(**json.loads(settings)), device="cpu", resume=True, on_start=on_start)
 """
 
 
@@ -77,15 +85,15 @@ def uninterrupted(small_catalog: Path, random_checkpoint: Path, tmp_path_factory
 
 @pytest.mark.parametrize(
     ("where", "at"),
-    [("step", 1), ("step", 4), ("step", 5), ("write", 2), ("retire", 1)],
+    [("step", 1), ("step", 4), ("step", 5), ("write", 0), ("replace", 0)],
     ids=["before-any-save", "after-a-save", "last-step", "while-writing", "while-replacing"],
 )
-def test_a_killed_run_resumes_bit_for_bit(
+def test_killed_run_resumes_bit_for_bit(
     small_catalog: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict, where: str, at: int
 ) -> None:
     out = tmp_path / "run"
     arguments = [small_catalog, random_checkpoint, out, where, at, json.dumps(SETTINGS)]
-    # Sums are split over threads: bit for bit is meant for as many of them.
+    # Sums are split over threads, so equal weights need an equal number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", KILLED, *map(str, arguments)]
     killed = subprocess.run(command, capture_output=True, text=True, env=threads)
@@ -93,18 +101,18 @@ def test_a_killed_run_resumes_bit_for_bit(
     result = train(small_catalog, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
     assert result.steps == 5
     assert equal(weights(out), uninterrupted)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"], "nothing half-written is left beside it"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"], "no incomplete folder is left"
     assert not (out / TRAINING_STATE).exists(), "a finished run needs no state"
 
 
-def test_an_interrupted_run_resumes_bit_for_bit_with_other_numbers_of_saves(
+def test_interrupted_run_resumes_bit_for_bit_with_another_save_interval(
     small_catalog: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
 ) -> None:
     out = tmp_path / "run"
     interrupt_after(3, small_catalog, random_checkpoint, out)
     assert load_checkpoint(out).meta["step"] == 3
     config = TrainingConfig(**(SETTINGS | {"save_every": 100}))
-    seen: list[int] = []
+    steps: list[int] = []
     train(
         small_catalog,
         random_checkpoint,
@@ -112,44 +120,93 @@ def test_an_interrupted_run_resumes_bit_for_bit_with_other_numbers_of_saves(
         config,
         device="cpu",
         resume=True,
-        on_step=lambda r: seen.append(r.step),
+        on_step=lambda report: steps.append(report.step),
     )
-    assert seen == [4, 5]
+    assert steps == [4, 5]
     assert equal(weights(out), uninterrupted)
 
 
 def interrupt_after(step: int, data: Path, base: Path, out: Path, **settings: object) -> None:
-    def interrupt(report) -> None:
+    config = TrainingConfig(**(SETTINGS | settings))
+    with pytest.raises(KeyboardInterrupt):
+        train(data, base, out, config, device="cpu", on_step=interrupt_at(step))
+
+
+def interrupt_at(step: int):
+    """A callback that interrupts after a step."""
+
+    def on_step(report: StepReport) -> None:
         if report.step == step:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        train(data, base, out, TrainingConfig(**(SETTINGS | settings)), device="cpu", on_step=interrupt)
+    return on_step
 
 
-def test_a_run_resumes_only_as_what_it_was(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_run_resumes_only_with_its_own_settings_and_base(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     interrupt_after(1, small_catalog, random_checkpoint, out)
 
     def again(data: Path = small_catalog, base: Path = random_checkpoint, resume: bool = True, **settings: object):
         return train(data, base, out, TrainingConfig(**(SETTINGS | settings)), device="cpu", resume=resume)
 
-    with pytest.raises(TrainingError, match=r"not finished.*--resume"):
+    with pytest.raises(TrainingError, match=r"unfinished run.*--resume"):
         again(resume=False)
     with pytest.raises(TrainingError, match="has seed 0, not 1"):
         again(seed=1)
     with pytest.raises(TrainingError, match="has base"):
         again(base=other_base(random_checkpoint, tmp_path))
     (out / TRAINING_STATE / "weights.safetensors").write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+    with pytest.raises(CheckpointError, match="Cannot resume from"):
         again()
     (out / TRAINING_STATE / "state.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"cannot read .*state\.json"):
+    with pytest.raises(CheckpointError, match=r"Cannot read .*state\.json"):
         again()
 
 
-def test_columns_that_pair_are_part_of_the_run(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
-    """The same pictures and captions, told apart by other values of the grouping column."""
+def test_run_saved_by_an_earlier_version_resumes_bit_for_bit(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Schema 2 had other names for a setting, a term and the state of the validations."""
+    settings = {"lambda_feature_distillation": 0.5, "patience": 3, "validate_every": 1}
+    config = TrainingConfig(**(SETTINGS | settings))
+
+    def run(name: str, **options: object) -> None:
+        def validate(snapshot: ModelSnapshot) -> ValidationResult:
+            return ValidationResult(float(snapshot.step), data_fingerprint="pairs")
+
+        train(small_catalog, random_checkpoint, tmp_path / name, config, on_validate=validate, device="cpu", **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("run", on_step=interrupt_at(2))
+    file = tmp_path / "run" / TRAINING_STATE / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    selection = state.pop("selection")
+    selection.pop("latest")
+    names = {"validated_step": "looked", "data_fingerprint": "measured_on", "validations_since_best": "since_best"}
+    looks = {names.get(name, name): value for name, value in selection.items()}
+    state["config"]["lambda_leash"] = state["config"].pop("lambda_feature_distillation")
+    losses = state["progress"]["losses"]
+    losses["leash"] = losses.pop("feature_distillation")
+    file.write_text(json.dumps(state | {"schema_version": 2, "looks": looks}), encoding="utf-8")
+
+    run("run", resume=True)
+    run("uninterrupted")
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "uninterrupted"))
+
+
+def test_state_of_an_unknown_schema_is_refused(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    interrupt_after(1, small_catalog, random_checkpoint, out)
+    file = out / TRAINING_STATE / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 99}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"schema 99; this version reads schemas 2 and 3"):
+        train(small_catalog, random_checkpoint, out, TrainingConfig(**SETTINGS), device="cpu", resume=True)
+
+
+def test_run_resumes_only_with_its_own_groups(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    """The same images and captions with other values in the grouping column."""
     folders = [shutil.copytree(small_catalog, tmp_path / name) for name in ("then", "now")]
     for folder, kinds in zip(folders, (4, 3), strict=True):
         rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text("utf-8").splitlines()]
@@ -167,10 +224,10 @@ def other_base(checkpoint: Path, folder: Path) -> Path:
     loaded = load_checkpoint(checkpoint)
     with torch.no_grad():
         loaded.unet.conv_out.weight += 1.0
-    return saving.save_checkpoint(folder / "other", **loaded.parts(), meta=loaded.meta)
+    return save_checkpoint(folder / "other", **loaded.parts(), meta=loaded.meta)
 
 
-def test_a_finished_run_is_not_run_again(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_finished_run_is_not_repeated(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**(SETTINGS | {"steps": 2}))
     first = train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu")
     steps: list[int] = []
@@ -189,7 +246,7 @@ def test_a_finished_run_is_not_run_again(small_catalog: Path, random_checkpoint:
         train(small_catalog, random_checkpoint, tmp_path / "run", longer, device="cpu", resume=True)
 
 
-def test_older_checkpoints_rotate(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_older_checkpoints_move_to_the_history(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     config = TrainingConfig(**(SETTINGS | {"save_every": 1, "keep": 3}))
     train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu")
     history = tmp_path / "run.history"
@@ -198,24 +255,24 @@ def test_older_checkpoints_rotate(small_catalog: Path, random_checkpoint: Path, 
     assert not (history / "step-000004" / TRAINING_STATE).exists()
 
 
-def test_a_disk_that_refuses_leaves_the_last_checkpoint(random_checkpoint: Path, tmp_path: Path) -> None:
-    """A real refusal by the kernel, in the midst of a file, through whatever layer writes it."""
-    out = saving.save_checkpoint(tmp_path / "out", **load_checkpoint(random_checkpoint).parts(), meta={"step": 1})
+def test_failed_write_leaves_the_last_checkpoint(random_checkpoint: Path, tmp_path: Path) -> None:
+    """The kernel refuses a write within a file, whatever library writes it."""
+    out = save_checkpoint(tmp_path / "out", **load_checkpoint(random_checkpoint).parts(), meta={"step": 1})
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     largest = max(map(len, before.values()))
     loaded = load_checkpoint(out)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot save .*untouched"):
-            saving.save_checkpoint(out, **loaded.parts(), meta={"step": 2})
+        with pytest.raises(CheckpointError, match=r"Cannot save .*previous one is unchanged"):
+            save_checkpoint(out, **loaded.parts(), meta={"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
+def test_run_that_filled_the_disk_resumes_from_its_last_checkpoint(
     small_catalog: Path, random_checkpoint: Path, tmp_path: Path, uninterrupted: dict
 ) -> None:
     out = tmp_path / "run"
@@ -226,7 +283,7 @@ def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
 
     try:
-        with pytest.raises(CheckpointError, match=r"cannot save .*untouched"):
+        with pytest.raises(CheckpointError, match=r"Cannot save .*previous one is unchanged"):
             train(
                 small_catalog,
                 random_checkpoint,
@@ -243,13 +300,13 @@ def test_a_run_that_filled_the_disk_goes_on_from_its_last_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_a_killed_save_left_is_put_back_or_cleared(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_restored_or_removed(random_checkpoint: Path, tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     pid = int(dead.stdout)
     out = tmp_path / "out"
-    aside = saving.save_checkpoint(tmp_path / f".out.{pid}.old", **load_checkpoint(random_checkpoint).parts(), meta={})
+    aside = save_checkpoint(tmp_path / f".out.{pid}.old", **load_checkpoint(random_checkpoint).parts(), meta={})
     (tmp_path / f".out.{pid}.tmp").mkdir()
-    (tmp_path / ".out.1.tmp").mkdir()  # of a process that runs: it may be saving at this very moment
-    recover(out)
+    (tmp_path / ".out.1.tmp").mkdir()  # of a running process, which may be saving now
+    recover_interrupted_save(out)
     assert not aside.exists() and load_checkpoint(out).shared
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.1.tmp", "out"]

@@ -1,4 +1,4 @@
-"""The training loop: what it leaves behind when it ends, is interrupted, or blows up."""
+"""The training loop: its checkpoints when it ends, is interrupted, or fails."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
+
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError  # noqa: E402
-from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import group_keys, recorded  # noqa: E402
-from unidiff_sdk.training.loop import gradients  # noqa: E402
+from unidiff_sdk.training.data.captions import group_keys, representative_captions  # noqa: E402
 from unidiff_sdk.training.loop.learner import Ema, learning_rate_factor  # noqa: E402
-from unidiff_sdk.training.loop.trainer import StepReport, train  # noqa: E402
+from unidiff_sdk.training.loop.trainer import train  # noqa: E402
+from unidiff_sdk.training.runtime.callbacks import StepReport  # noqa: E402
 
 FEW = {"steps": 3, "batch_size": 6, "warmup_steps": 1, "learning_rate": 1e-3}
 
@@ -33,7 +36,9 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_checkpoint_says_what_an_export_goes_by(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_checkpoint_records_captions_and_sampler_for_export(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
     base = load_checkpoint(random_checkpoint)
     sampler = {"name": "euler", "steps": 7, "guidance_scale": 3.0}
     captions = [json.loads(line)["text"] for line in (small_catalog / "metadata.jsonl").read_text().splitlines()]
@@ -45,18 +50,18 @@ def test_a_checkpoint_says_what_an_export_goes_by(small_catalog: Path, random_ch
         assert tuned.meta.get("sampler") == (None if teacher else sampler)
 
 
-def test_recorded_captions_come_from_all_over() -> None:
+def test_representative_captions_are_evenly_spaced() -> None:
     captions = [f"caption {n}" for n in range(1000)]
-    some = recorded(captions + captions)
+    some = representative_captions(captions + captions)
     assert len(some) == 250 and some == captions[::4]
-    assert recorded(captions[:256]) == captions[:256] and recorded([]) == []
+    assert representative_captions(captions[:256]) == captions[:256] and representative_captions([]) == []
 
 
-def test_a_run_tunes_everything_but_the_vae(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_run_tunes_everything_except_the_vae(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     reports: list[StepReport] = []
     config = TrainingConfig(**FEW, rsc_warmup_steps=1, rsc_t_max=999, lambda_rsc_feature=0.1)
     result = train(small_catalog, random_checkpoint, tmp_path / "tuned", config, device="cpu", on_step=reports.append)
-    assert (result.path, result.steps, result.pairs, result.bad) == (tmp_path / "tuned", 3, 12, [])
+    assert (result.path, result.steps, result.pairs, result.invalid_rows) == (tmp_path / "tuned", 3, 12, [])
     assert [report.step for report in reports] == [1, 2, 3]
     assert set(reports[0].losses) == {"itc", "is", "rsc", "rsc_feature"}
     assert reports[0].learning_rate == 1e-3 > reports[2].learning_rate > 0
@@ -68,10 +73,10 @@ def test_a_run_tunes_everything_but_the_vae(small_catalog: Path, random_checkpoi
     assert equal(tuned.vae.state_dict(), tensors(random_checkpoint, "vae"))
     assert tuned.meta["config"]["lambda_rsc_feature"] == 0.1 and tuned.meta["step"] == 3
     assert tuned.meta["base"] == "random" and tuned.meta["data"]["pairs"] == 12
-    assert tuned.meta["synthetic"] is False, "these pictures are not of the synthetic catalogs"
+    assert tuned.meta["synthetic"] is False, "these images are not from the synthetic catalogs"
 
 
-def test_eight_pictures_are_enough(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_eight_images_are_enough(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     lines = (small_catalog / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     (tmp_path / "few").mkdir()
     for line in lines:
@@ -82,7 +87,7 @@ def test_eight_pictures_are_enough(small_catalog: Path, random_checkpoint: Path,
     result = train(tmp_path / "few", random_checkpoint, tmp_path / "tuned", config, device="cpu")
     assert result.pairs == 8
     tuned = load_checkpoint(result.path)
-    assert tuned.fit == "pad" and tuned.meta["fit"] == "pad", "who uses it later must make pictures square alike"
+    assert tuned.fit == "pad" and tuned.meta["fit"] == "pad", "later users must make images square in the same way"
 
 
 def test_the_same_seed_gives_the_same_weights(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
@@ -92,60 +97,84 @@ def test_the_same_seed_gives_the_same_weights(small_catalog: Path, random_checkp
     assert equal(a, b) and not equal(a, c)
 
 
-def test_clip_alone_leaves_the_unet_as_it_was(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_training_clip_alone_leaves_the_unet_unchanged(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
     train(small_catalog, random_checkpoint, tmp_path / "clip", TrainingConfig(**FEW, lambda_is=0, lambda_rsc=0))
     assert equal(tensors(tmp_path / "clip", "unet"), tensors(random_checkpoint, "unet"))
     assert not equal(tensors(tmp_path / "clip", "clip"), tensors(random_checkpoint, "clip"))
 
 
+class BaseOfRun:
+    """Keeps the base that a run tunes, to disturb it from a callback: `train(…, on_start=base)`."""
+
+    checkpoint: Checkpoint
+
+    def __call__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+
 @pytest.mark.parametrize("at", [1, 4])
-def test_nan_stops_the_run_and_the_last_good_checkpoint_stays(
-    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, at: int
 ) -> None:
-    plain, calls = gradients.forward, []
+    class Poison(BaseOfRun):
+        """Puts a NaN into the UNet before step `at`."""
 
-    def poisoned(*arguments: object, **options: object) -> object:
-        calls.append(1)
-        result = plain(*arguments, **options)
-        if len(calls) == at:
-            result.means["is"] *= float("nan")
-        return result
+        def __call__(self, checkpoint: Checkpoint) -> None:
+            super().__call__(checkpoint)
+            self.after_step(0)
 
-    monkeypatch.setattr(gradients, "forward", poisoned)
-    out = tmp_path / "tuned"
-    with pytest.raises(TrainingError, match=rf"step {at} is not finite \(itc .*, is nan") as caught:
-        train(small_catalog, random_checkpoint, out, TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0))
+        def after_step(self, step: int) -> None:
+            if step == at - 1:
+                self.checkpoint.unet.conv_out.bias.data.fill_(float("nan"))
+
+    poison, out = Poison(), tmp_path / "tuned"
+    config = TrainingConfig(**FEW | {"steps": 8}, save_every=2, lambda_rsc=0)
+    with pytest.raises(TrainingError, match=rf"Step {at} is not finite \(itc .*, is nan") as caught:
+        train(
+            *(small_catalog, random_checkpoint, out, config),
+            on_start=poison,
+            on_step=lambda report: poison.after_step(report.step),
+        )
     if at == 1:
-        assert "nothing had been saved" in str(caught.value) and not out.exists()
+        assert "No checkpoint had been saved" in str(caught.value) and not out.exists()
     else:
-        assert "step 2 is kept" in str(caught.value)
+        assert "checkpoint of step 2 is kept" in str(caught.value)
         kept = load_checkpoint(out)
         assert kept.meta["step"] == 2
         assert all(tensor.isfinite().all() for tensor in kept.unet.state_dict().values())
 
 
-def test_a_device_that_is_too_small_says_what_helps(
-    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_error_of_a_device_without_memory_states_what_helps(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    real = gradients.forward
+    base = BaseOfRun()
 
-    def forward(*arguments, **options):
+    def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     def on_step(report: StepReport) -> None:
-        monkeypatch.setattr(gradients, "forward", forward if report.step == 2 else real)
+        if report.step == 2:
+            base.checkpoint.unet.register_forward_pre_hook(out_of_memory)
 
     config = TrainingConfig(**FEW, save_every=1)
-    with pytest.raises(TrainingError, match="cpu has too little memory for step 3; the checkpoint of step 2 is kept"):
-        train(small_catalog, random_checkpoint, tmp_path / "run", config, device="cpu", on_step=on_step)
+    expected = r"cpu has too little memory for step 3\. The checkpoint of step 2 is kept .* Use --micro-batch"
+    with pytest.raises(TrainingError, match=expected):
+        train(
+            *(small_catalog, random_checkpoint, tmp_path / "run", config),
+            device="cpu",
+            on_start=base,
+            on_step=on_step,
+        )
     assert load_checkpoint(tmp_path / "run").meta["step"] == 2
 
 
 MEMORY = """
 import resource, numpy as np
-from unidiff_sdk.training.runtime.allocator import kept_memory
+from unidiff_sdk.training.runtime.allocator import keep_freed_memory
 
-def step():  # twelve times 20 MB, as large as activations are
+def step():  # twelve times 20 MB, the size of activations
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     rows = [np.full(20 << 20, 1, np.uint8) for _ in range(12)]
     del rows
@@ -154,7 +183,7 @@ def step():  # twelve times 20 MB, as large as activations are
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-with kept_memory():
+with keep_freed_memory():
     faults, held = [step() for _ in range(3)], resident()
 print(faults, held - resident())
 assert faults[0] > 100 * max(faults[1:], default=0), faults
@@ -163,33 +192,38 @@ assert held - resident() > 100 << 20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is managed by another allocator")
-def test_what_a_step_frees_stays_at_hand_until_the_run_is_over() -> None:
+def test_freed_memory_is_kept_for_the_next_step_and_returned_at_the_end() -> None:
     subprocess.run([sys.executable, "-c", MEMORY], check=True)
 
 
-def test_an_interruption_within_a_step_saves_nothing_torn(
-    small_catalog: Path, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_second_interrupt_within_a_step_keeps_the_last_checkpoint(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    update = Ema.update
+    """Interrupted twice in step 3, after the weights were updated and before their average is."""
+    updates: list[int] = []
 
-    def impatient(ema: Ema, model: torch.nn.Module) -> None:
-        if ema.updates == 2:  # the weights have been stepped, their average has not
+    def interrupt_twice(*_: object) -> None:
+        updates.append(1)
+        if len(updates) == 3:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-        update(ema, model)
 
-    monkeypatch.setattr(Ema, "update", impatient)
-    with pytest.raises(KeyboardInterrupt):
-        train(small_catalog, random_checkpoint, tmp_path / "tuned", TrainingConfig(**FEW, save_every=1))
-    assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
-    monkeypatch.undo()
     config = TrainingConfig(**FEW, save_every=1)
+    hook = register_optimizer_step_post_hook(interrupt_twice)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(small_catalog, random_checkpoint, tmp_path / "tuned", config)
+    finally:
+        hook.remove()
+    assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
     train(small_catalog, random_checkpoint, tmp_path / "tuned", config, resume=True)
     train(small_catalog, random_checkpoint, tmp_path / "straight", config)
     assert equal(tensors(tmp_path / "tuned", "unet"), tensors(tmp_path / "straight", "unet"))
 
 
-def test_a_pipeline_of_others_is_not_replaced(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_pipeline_that_is_not_a_checkpoint_is_not_replaced(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "downloaded").mkdir()
     (tmp_path / "downloaded" / "model_index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="exists and is not a checkpoint"):
@@ -197,14 +231,14 @@ def test_a_pipeline_of_others_is_not_replaced(small_catalog: Path, random_checkp
     assert (tmp_path / "downloaded" / "model_index.json").read_text() == "{}"
 
 
-def test_a_contrast_of_one_is_refused() -> None:
-    with pytest.raises(OptionError, match="at least two pairs in a batch"):
+def test_contrastive_batch_of_one_pair_is_refused() -> None:
+    with pytest.raises(OptionError, match="needs at least two pairs in a batch"):
         TrainingConfig(batch_size=1)
     TrainingConfig(batch_size=1, contrastive_batch=2)
     TrainingConfig(batch_size=1, lambda_itc=0.0)
 
 
-def test_rows_without_the_group_go_by_their_captions() -> None:
+def test_rows_without_the_group_column_are_grouped_by_caption() -> None:
     payloads = [{"sku": "7"}, {"sku": 7}, {}, {"sku": None}, {"other": 1}, {"sku": "None"}]
     pairs = SimpleNamespace(captions=["a", "b", "A red hat", "a red hat.", "boots", "c"], payloads=payloads)
     keys = group_keys(pairs, ("sku",))
@@ -212,7 +246,7 @@ def test_rows_without_the_group_go_by_their_captions() -> None:
     assert len({keys[0], keys[2], keys[4], keys[5]}) == 4
 
 
-def test_interruption_saves_what_was_learned(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_interrupt_saves_the_steps_done(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     def interrupt(report: StepReport) -> None:
         if report.step == 2:
             raise KeyboardInterrupt
@@ -222,7 +256,7 @@ def test_interruption_saves_what_was_learned(small_catalog: Path, random_checkpo
     assert load_checkpoint(tmp_path / "tuned").meta["step"] == 2
 
 
-def test_what_cannot_be_trained_is_refused_before_it_starts(
+def test_invalid_requests_are_refused_before_training(
     small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
@@ -236,7 +270,7 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(
     one.mkdir()
     (one / "0.png").write_bytes((small_catalog / "0.png").read_bytes())
     (one / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "alone"}), encoding="utf-8")
-    with pytest.raises(TrainingError, match="too few usable pairs, 1"):
+    with pytest.raises(TrainingError, match="too few valid pairs: 1"):
         train(one, random_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -259,7 +293,7 @@ def test_averaged_weights_follow_the_closed_form() -> None:
     assert model.weight.item() == 3.0
 
 
-def test_learning_rate_rises_and_falls() -> None:
+def test_learning_rate_warms_up_and_decays() -> None:
     config = TrainingConfig(steps=100, warmup_steps=10)
     factors = [learning_rate_factor(step, config) for step in range(101)]
     assert factors[0] == 0.1 and factors[9] == factors[10] == 1.0 and factors[55] == pytest.approx(0.5)

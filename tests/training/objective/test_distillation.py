@@ -1,4 +1,4 @@
-"""Distillation: the jump against closed forms and diffusers' scheduler; the run, against diffusers' pipeline."""
+"""Distillation: a step compared with closed forms and diffusers' scheduler, a run with diffusers' pipeline."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from unidiff_sdk.generation.samplers import Coefficients, Table, advance, make_t
 from unidiff_sdk.inference.schedule import Schedule  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import DistillationConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import tokenize  # noqa: E402
-from unidiff_sdk.training.loop import distiller  # noqa: E402
-from unidiff_sdk.training.loop.distiller import distill, few_step_scheduler, record  # noqa: E402
+from unidiff_sdk.training.data.captions import tokenize  # noqa: E402
+from unidiff_sdk.training.loop.distiller import distill, few_step_scheduler  # noqa: E402
+from unidiff_sdk.training.loop.trajectories import record_trajectories  # noqa: E402
 from unidiff_sdk.training.objective import distillation  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 
@@ -48,36 +48,36 @@ def alpha_bars(table: Table, noise: Schedule) -> torch.Tensor:
     return torch.tensor([noise.alphas_cumprod[int(t)] for t in table.rows[:, 0]], dtype=torch.float32)
 
 
-# --- one jump --------------------------------------------------------------------------------------------------------
+# --- one step --------------------------------------------------------------------------------------------------------
 
 
 @PREDICTIONS
-def test_the_target_leads_diffusers_scheduler_to_where_the_teacher_landed(prediction_type: str) -> None:
+def test_target_makes_the_diffusers_scheduler_end_at_the_teachers_latents(prediction_type: str) -> None:
     noise = schedule(prediction_type=prediction_type)
-    student, _ = distillation.tables(noise, 4, 12)
+    student, _ = distillation.sampler_tables(noise, 4, 12)
     scheduler = DDIMScheduler.from_config(CONFIG | {"prediction_type": prediction_type})
     scheduler.set_timesteps(4)
     z_t, z_s = torch.randn(2, 4, 4, 5, 5, generator=torch.Generator().manual_seed(0))
-    row = distillation.rows_of(student, torch.arange(4))
-    assert scheduler.timesteps.tolist() == row.timestep.flatten().tolist()
-    x0 = distillation.target_x0(row, z_t, z_s)
+    coefficients = distillation.coefficients_at(student, torch.arange(4))
+    assert scheduler.timesteps.tolist() == coefficients.timestep.flatten().tolist()
+    x0 = distillation.target_x0(coefficients, z_t, z_s)
     alpha_bar = alpha_bars(student, noise)
     alpha, sigma = alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
     epsilon = (z_t - alpha * x0) / sigma
     output = epsilon if prediction_type == "epsilon" else alpha * epsilon - sigma * x0
     for i, t in enumerate(scheduler.timesteps):
-        landed = scheduler.step(output[i : i + 1], t, z_t[i : i + 1]).prev_sample
-        torch.testing.assert_close(landed, z_s[i : i + 1], atol=2e-4, rtol=2e-4)
-    # with that answer there is nothing left to learn, and with any other there is
-    assert distillation.distillation(row, z_t, output, z_s, alpha_bar) < 1e-5
-    assert distillation.distillation(row, z_t, output + 0.1, z_s, alpha_bar) > 1e-3
+        end = scheduler.step(output[i : i + 1], t, z_t[i : i + 1]).prev_sample
+        torch.testing.assert_close(end, z_s[i : i + 1], atol=2e-4, rtol=2e-4)
+    # the loss is zero for this output and positive for any other
+    assert distillation.distillation_loss(coefficients, z_t, output, z_s, alpha_bar) < 1e-5
+    assert distillation.distillation_loss(coefficients, z_t, output + 0.1, z_s, alpha_bar) > 1e-3
 
 
 @PREDICTIONS
-def test_the_loss_is_the_papers_formula(prediction_type: str) -> None:
-    """Salimans & Ho 2022, by hand for one sample: max(SNR, 1)·mean (x̂0 - x̃0)²."""
+def test_loss_is_the_formula_of_the_paper(prediction_type: str) -> None:
+    """Salimans & Ho 2022, computed by hand for one sample: max(SNR, 1)·mean (x̂0 - x̃0)²."""
     noise = schedule(prediction_type=prediction_type)
-    student, _ = distillation.tables(noise, 4, 8)
+    student, _ = distillation.sampler_tables(noise, 4, 8)
     z_t, output, z_s = torch.randn(3, 1, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     for step, t, s in ((0, 999, 749), (2, 499, 249)):
         bar_t, bar_s = noise.alphas_cumprod[t], noise.alphas_cumprod[s]
@@ -85,44 +85,44 @@ def test_the_loss_is_the_papers_formula(prediction_type: str) -> None:
         target = (z_s - s_s / s_t * z_t) / (a_s - a_t * s_s / s_t)
         x0 = (z_t - s_t * output) / a_t if prediction_type == "epsilon" else a_t * z_t - s_t * output
         expected = max(bar_t / (1 - bar_t), 1.0) * (x0 - target).square().mean()
-        row = distillation.rows_of(student, torch.tensor([step]))
-        loss = distillation.distillation(row, z_t, output, z_s, torch.tensor([bar_t], dtype=torch.float32))
+        coefficients = distillation.coefficients_at(student, torch.tensor([step]))
+        loss = distillation.distillation_loss(
+            coefficients, z_t, output, z_s, torch.tensor([bar_t], dtype=torch.float32)
+        )
         torch.testing.assert_close(loss, expected.float(), rtol=1e-3, atol=1e-6)
 
 
-def test_guidance_of_one_is_none_and_of_zero_the_unconditional() -> None:
+def test_guidance_of_one_is_conditional_and_of_zero_unconditional() -> None:
     unconditional, conditional = torch.randn(2, 3)
-    torch.testing.assert_close(distillation.guided(unconditional, conditional, 1.0), conditional)
-    torch.testing.assert_close(distillation.guided(unconditional, conditional, 0.0), unconditional)
+    torch.testing.assert_close(distillation.apply_guidance(unconditional, conditional, 1.0), conditional)
+    torch.testing.assert_close(distillation.apply_guidance(unconditional, conditional, 0.0), unconditional)
     expected = 5 * conditional - 4 * unconditional
-    torch.testing.assert_close(distillation.guided(unconditional, conditional, 5.0), expected)
+    torch.testing.assert_close(distillation.apply_guidance(unconditional, conditional, 5.0), expected)
 
 
 @settings(max_examples=40, deadline=None)
 @given(student_steps=st.integers(1, 12), quotient=st.integers(2, 8), total=st.integers(200, 1000))
-def test_every_step_of_the_student_starts_where_one_of_the_teacher_does(
-    student_steps: int, quotient: int, total: int
-) -> None:
+def test_every_student_step_starts_at_a_teacher_step(student_steps: int, quotient: int, total: int) -> None:
     noise = schedule(num_train_timesteps=total)
-    student, teacher = distillation.tables(noise, student_steps, student_steps * quotient)
+    student, teacher = distillation.sampler_tables(noise, student_steps, student_steps * quotient)
     assert student.rows[0, 0] == total - 1
     apart = student.rows[:, 0] - teacher.rows[::quotient, 0]
-    assert abs(apart).max() <= 1, "a half timestep is rounded up by one and down by the other"
+    assert abs(apart).max() <= 1, "half a timestep is rounded up by one sampler and down by the other"
     if total % student_steps == 0:
         assert not apart.any()
-        # elsewhere diffusers' DDIM, and so ours, may end a timestep early
-        assert student[student_steps - 1].next_from_x == 0.0, "the last step returns what it denoised"
+        # otherwise DDIM in diffusers, and here, may end one timestep early
+        assert student[student_steps - 1].next_from_x == 0.0, "the last step returns the clean estimate"
     assert teacher[len(teacher) - 1].next_from_x == 0.0
 
 
 @PREDICTIONS
-def test_on_gaussian_data_the_student_learns_the_exact_flow(prediction_type: str) -> None:
+def test_student_target_on_gaussian_data_is_the_exact_flow(prediction_type: str) -> None:
     """Data N(0, c²) has a linear denoiser, and a flow in closed form: z_s/z_t = √(ᾱ_s·c² + 1-ᾱ_s)/√(ᾱ_t·c² + 1-ᾱ_t).
 
-    A teacher of many steps follows it, and the best linear student (which exists for every step) then lands on it.
+    A teacher with many steps follows it. The best linear student, which exists for every step, then ends on it.
     """
     c, noise = 0.7, schedule(prediction_type=prediction_type)
-    student, teacher = distillation.tables(noise, 4, 200)
+    student, teacher = distillation.sampler_tables(noise, 4, 200)
 
     def denoise(z: torch.Tensor, bar: float) -> torch.Tensor:
         x0 = bar**0.5 * c**2 / (bar * c**2 + 1 - bar) * z
@@ -132,25 +132,25 @@ def test_on_gaussian_data_the_student_learns_the_exact_flow(prediction_type: str
     z = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     points, x, x0 = [z], z, None
     for step in range(200):
-        row = Coefficients(*map(float, teacher[step]))
-        x, x0 = advance(row, x, denoise(x, noise.alphas_cumprod[int(row.timestep)]), x0, None)
+        coefficients = Coefficients(*map(float, teacher[step]))
+        x, x0 = advance(coefficients, x, denoise(x, noise.alphas_cumprod[int(coefficients.timestep)]), x0, None)
         if (step + 1) % 50 == 0:
             points.append(x)
     deviation = [(bar * c**2 + 1 - bar) ** 0.5 for bar in [*alpha_bars(student, noise).tolist(), 1.0]]
     for step in range(4):
         expected = deviation[step + 1] / deviation[0] * z
         torch.testing.assert_close(points[step + 1], expected, rtol=0.02, atol=0.01)
-        # the student's estimate that the loss asks for is linear in z_t too: no noise is left to regress to a mean
-        row = distillation.rows_of(student, torch.tensor([step]))
-        ratio = distillation.target_x0(row, points[step], points[step + 1]) / points[step]
+        # the target estimate is linear in z_t too, so no noise remains to average over
+        coefficients = distillation.coefficients_at(student, torch.tensor([step]))
+        ratio = distillation.target_x0(coefficients, points[step], points[step + 1]) / points[step]
         assert ratio.std() < 1e-2 * ratio.abs().mean()
 
 
 # --- the teacher's trajectories --------------------------------------------------------------------------------------
 
 
-def test_trajectories_are_those_of_diffusers_pipeline(random_checkpoint: Path) -> None:
-    """From the recorded noise, the pipeline with DPM-Solver++ and guidance draws the recorded end."""
+def test_trajectories_equal_those_of_the_diffusers_pipeline(random_checkpoint: Path) -> None:
+    """From the recorded noise, the pipeline with DPM-Solver++ and guidance reaches the recorded end."""
     from diffusers import DPMSolverMultistepScheduler
 
     checkpoint = load_checkpoint(random_checkpoint)
@@ -158,40 +158,40 @@ def test_trajectories_are_those_of_diffusers_pipeline(random_checkpoint: Path) -
     config = DistillationConfig(**FEW | {"trajectories": 5})
     model = JointModel(checkpoint).eval()
     scheduler = few_step_scheduler(checkpoint)
-    _, teacher = distillation.tables(Schedule.from_config(scheduler.config), 2, 4)
+    _, teacher = distillation.sampler_tables(Schedule.from_config(scheduler.config), 2, 4)
     ids, empty = tokenize(checkpoint.tokenizer, captions), tokenize(checkpoint.tokenizer, [""])
-    recorded = record(model, ids, empty, teacher, config, guidance_scale=3.0)
+    recorded = record_trajectories(model, ids, empty, teacher, config, guidance_scale=3.0)
     assert recorded.points.shape == (5, 3, 4, 16, 16)
-    assert sorted(recorded.captions[:3].tolist()) == [0, 1, 2], "every caption has its turn"
+    assert sorted(recorded.captions[:3].tolist()) == [0, 1, 2], "every caption is used in turn"
     pipeline = pipeline_of(checkpoint, DPMSolverMultistepScheduler.from_config(scheduler.config))
-    drawn = pipeline(
+    latents = pipeline(
         [captions[row] for row in recorded.captions],
         latents=recorded.points[:, 0].clone(),
         num_inference_steps=4,
         guidance_scale=3.0,
         output_type="latent",
     ).images
-    torch.testing.assert_close(recorded.points[:, 2], drawn, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(recorded.points[:, 2], latents, rtol=1e-3, atol=1e-3)
 
 
-def test_a_guidance_of_one_asks_the_unet_once_a_step(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_of_one_calls_the_unet_once_per_step(random_checkpoint: Path) -> None:
     checkpoint = load_checkpoint(random_checkpoint)
     model = JointModel(checkpoint).eval()
-    calls, plain = [], checkpoint.unet.forward
-    monkeypatch.setattr(checkpoint.unet, "forward", lambda *arguments: calls.append(1) or plain(*arguments))
+    calls: list[int] = []
+    checkpoint.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     config = DistillationConfig(**FEW | {"trajectories": 2})
-    _, teacher = distillation.tables(Schedule.from_config(few_step_scheduler(checkpoint).config), 2, 4)
+    _, teacher = distillation.sampler_tables(Schedule.from_config(few_step_scheduler(checkpoint).config), 2, 4)
     ids, empty = (tokenize(checkpoint.tokenizer, [text]) for text in ("a red dress", ""))
     for guidance_scale, expected in ((1.0, 4), (2.0, 8)):
         calls.clear()
-        record(model, ids, empty, teacher, config, guidance_scale=guidance_scale)
+        record_trajectories(model, ids, empty, teacher, config, guidance_scale=guidance_scale)
         assert len(calls) == expected
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- a run -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_changes_the_unet_and_the_sampler_alone(
+def test_run_changes_only_the_unet_and_the_sampler(
     random_checkpoint: Path, small_catalog: Path, tmp_path: Path
 ) -> None:
     reports, batches = [], []
@@ -209,7 +209,7 @@ def test_a_run_changes_the_unet_and_the_sampler_alone(
         on_trajectories=counted,
         on_step=reports.append,
     )
-    assert (result.path, result.steps, result.captions, result.bad) == (tmp_path / "fast", 3, 12, [])
+    assert (result.path, result.steps, result.captions, result.invalid_rows) == (tmp_path / "fast", 3, 12, [])
     assert sum(map(len, batches)) == 6 and [report.step for report in reports] == [1, 2, 3]
     fast, before = load_checkpoint(result.path), load_checkpoint(random_checkpoint)
     for part in ("vae", "clip", "text_encoder"):
@@ -220,52 +220,57 @@ def test_a_run_changes_the_unet_and_the_sampler_alone(
     assert fast.meta["base"] == "random" and fast.meta["teacher"] == {"name": "random", "guidance_scale": 5.0}
 
 
-def test_diffusers_draws_with_it_what_we_draw(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
-    """The folder as it is, in diffusers' own pipeline: its scheduler's few steps are the table that was learned."""
+def test_diffusers_pipeline_gives_the_same_latents(
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path
+) -> None:
+    """The checkpoint loads in the diffusers pipeline, whose scheduler takes the steps of the learned table."""
     distill(random_checkpoint, small_catalog, tmp_path / "fast", DistillationConfig(**FEW), device="cpu")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "fast")
     pipeline.set_progress_bar_config(disable=True)
     fast = load_checkpoint(tmp_path / "fast")
     z = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     prompts = ["a red dress", "green boots"]
-    drawn = pipeline(prompts, latents=z, num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
+    latents = pipeline(prompts, latents=z, num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
     sampler = fast.meta["sampler"]
     table = make_table(sampler["name"], Schedule.from_config(fast.scheduler.config), sampler["steps"])
     x, states = z, fast.text_encoder(tokenize(fast.tokenizer, prompts)).last_hidden_state
     with torch.no_grad():
         for step in range(len(table)):
-            row = Coefficients(*map(float, table[step]))
-            x, _ = advance(row, x, fast.unet(x, torch.full((2,), row.timestep), states).sample, None, None)
-    torch.testing.assert_close(x, drawn, rtol=1e-4, atol=1e-4)
+            coefficients = Coefficients(*map(float, table[step]))
+            x, _ = advance(
+                coefficients, x, fast.unet(x, torch.full((2,), coefficients.timestep), states).sample, None, None
+            )
+    torch.testing.assert_close(x, latents, rtol=1e-4, atol=1e-4)
 
 
 @PREDICTIONS
-def test_the_student_comes_to_land_where_its_teacher_does(
+def test_student_learns_the_end_points_of_its_teacher(
     random_checkpoint: Path, small_catalog: Path, tmp_path: Path, prediction_type: str
 ) -> None:
-    """On trajectories that it has not learned from, its jumps end nearer to the teacher's points than before."""
+    """On new trajectories, its steps end closer to the teacher's points than before."""
     base = with_prediction(random_checkpoint, tmp_path / "base", prediction_type)
     settings = DistillationConfig(**FEW | {"trajectories": 64, "steps": 150, "batch_size": 16})
     distill(base, small_catalog, tmp_path / "fast", settings, device="cpu")
     teacher = load_checkpoint(base)
     noise = Schedule.from_config(few_step_scheduler(teacher).config)
-    student_table, teacher_table = distillation.tables(noise, 2, 4)
+    student_table, teacher_table = distillation.sampler_tables(noise, 2, 4)
     ids, empty = (tokenize(teacher.tokenizer, texts) for texts in (["a red dress", "a blue dress"], [""]))
     model = JointModel(teacher).eval()
-    fresh = record(model, ids, empty, teacher_table, DistillationConfig(**FEW, seed=99), guidance_scale=5.0)
+    fresh = record_trajectories(
+        model, ids, empty, teacher_table, DistillationConfig(**FEW, seed=99), guidance_scale=5.0
+    )
 
     def distance(unet: torch.nn.Module) -> float:
         states = model.text_encoder(ids).last_hidden_state[fresh.captions]
         errors = []
         with torch.no_grad():
             for step in range(2):
-                row, z_t, z_s = (
-                    Coefficients(*map(float, student_table[step])),
-                    fresh.points[:, step],
-                    fresh.points[:, step + 1],
+                coefficients = Coefficients(*map(float, student_table[step]))
+                z_t, z_s = fresh.points[:, step], fresh.points[:, step + 1]
+                end, _ = advance(
+                    coefficients, z_t, unet(z_t, torch.full((6,), coefficients.timestep), states).sample, None, None
                 )
-                landed, _ = advance(row, z_t, unet(z_t, torch.full((6,), row.timestep), states).sample, None, None)
-                errors.append(float((landed - z_s).square().mean()))
+                errors.append(float((end - z_s).square().mean()))
         return sum(errors)
 
     assert distance(load_checkpoint(tmp_path / "fast").unet) < 0.7 * distance(teacher.unet)
@@ -278,7 +283,7 @@ def test_the_same_seed_gives_the_same_weights(random_checkpoint: Path, small_cat
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_interruption_saves_what_was_learned(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+def test_interrupt_saves_the_steps_done(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     def interrupt(report: object) -> None:
         raise KeyboardInterrupt
 
@@ -287,9 +292,7 @@ def test_interruption_saves_what_was_learned(random_checkpoint: Path, small_cata
     assert load_checkpoint(tmp_path / "fast").meta["step"] == 1
 
 
-def test_what_cannot_be_distilled_is_refused(
-    random_checkpoint: Path, small_catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_requests_are_refused(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     few = DistillationConfig(**FEW)
     with pytest.raises(TrainingError, match="teacher itself"):
         distill(random_checkpoint, small_catalog, random_checkpoint, few)
@@ -298,15 +301,30 @@ def test_what_cannot_be_distilled_is_refused(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a dress"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"no usable caption.*gone\.png"):
+    with pytest.raises(DataError, match=r"no valid caption.*gone\.png"):
         distill(random_checkpoint, empty, tmp_path / "out", few)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("precious", encoding="utf-8")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         distill(random_checkpoint, small_catalog, tmp_path / "notes", few)
-    monkeypatch.setattr(distiller, "distillation", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    with pytest.raises(TrainingError, match="loss became nan at step 1"):
-        distill(random_checkpoint, small_catalog, tmp_path / "out", few)
+    assert not (tmp_path / "out").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+    teachers = []
+
+    def spoil(batches: Iterable) -> Iterable:
+        """Record the trajectories, then put a NaN into the UNet, which is the student from now on."""
+        yield from batches
+        teachers[0].unet.conv_out.bias.data.fill_(float("nan"))
+
+    few = DistillationConfig(**FEW)
+    with pytest.raises(TrainingError, match=r"loss is nan at step 1\. Nothing was saved"):
+        distill(
+            *(random_checkpoint, small_catalog, tmp_path / "out", few),
+            on_start=teachers.append,
+            on_trajectories=spoil,
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -326,8 +344,8 @@ def test_what_cannot_be_distilled_is_refused(
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused(wrong: dict) -> None:
-    with pytest.raises(OptionError, match=next(iter(wrong)) if "teacher_steps" not in wrong else "give a multiple"):
+def test_invalid_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong)) if "teacher_steps" not in wrong else "must be a multiple"):
         DistillationConfig(**wrong)
 
 
@@ -350,7 +368,7 @@ def pipeline_of(checkpoint, scheduler) -> StableDiffusionPipeline:
 
 
 def with_prediction(checkpoint: Path, folder: Path, prediction_type: str) -> Path:
-    """A copy of the checkpoint whose UNet's answer is read as that prediction type."""
+    """A copy of the checkpoint with another prediction type."""
     shutil.copytree(checkpoint, folder)
     file = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | {"prediction_type": prediction_type}

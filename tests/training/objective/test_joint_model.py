@@ -1,4 +1,4 @@
-"""The joint loss: which part learns from which term, what is not computed, and what a closed gate does."""
+"""The joint loss: the parts that each term trains, skipped computation, and an empty gate."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch.nn.functional as F  # noqa: E402
 from unidiff_sdk.errors import CheckpointError, OptionError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
-from unidiff_sdk.training.data.batches import tokenize  # noqa: E402
-from unidiff_sdk.training.objective.joint_model import Batch, Draws, JointModel, joint_losses  # noqa: E402
+from unidiff_sdk.training.data.captions import tokenize  # noqa: E402
+from unidiff_sdk.training.objective.batch import Batch, RandomInputs  # noqa: E402
+from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
+from unidiff_sdk.training.objective.terms import joint_losses  # noqa: E402
 
 OFF = {name: 0.0 for name in ("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature")}
 PARTS = {
@@ -49,13 +51,15 @@ def run(checkpoint: Checkpoint, config: TrainingConfig, *, step: int = 10_000, n
         groups=torch.tensor([0, 1, 2, 0, 4, 5])[:n],
     )
     empty_ids = tokenize(checkpoint.tokenizer, [""])
-    draws = Draws.of(torch.Generator().manual_seed(seed), n, (4, 16, 16), len(model.alpha_bar), config, pairs=n)
+    random = RandomInputs.sample(
+        torch.Generator().manual_seed(seed), n, (4, 16, 16), len(model.alpha_bar), config, pairs=n
+    )
     ema = {name: p.detach() for name, p in model.named_parameters()} if config.rsc_teacher == "ema" else None
-    return model, joint_losses(model, batch, config, draws=draws, empty_ids=empty_ids, step=step, teacher=ema)
+    return model, joint_losses(model, batch, config, random=random, empty_ids=empty_ids, step=step, teacher=ema)
 
 
-def taught(model: JointModel) -> set[str]:
-    """The parts that a backward pass has reached."""
+def trained_parts(model: JointModel) -> set[str]:
+    """The parts with a gradient."""
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     return {part for name in reached for prefix, part in PARTS.items() if name.startswith(prefix)}
 
@@ -72,96 +76,91 @@ def taught(model: JointModel) -> set[str]:
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
-def test_each_term_teaches_its_parts_and_no_other(checkpoint: Checkpoint, term: dict, parts: set[str]) -> None:
+def test_each_term_trains_its_parts_only(checkpoint: Checkpoint, term: dict, parts: set[str]) -> None:
     model, terms = run(checkpoint, TrainingConfig(**(OFF | term), rsc_t_max=999))
     assert len(terms) == 1
     ((weight, value),) = terms.values()
     (weight * value).backward()
-    assert taught(model) == parts
+    assert trained_parts(model) == parts
 
 
-def test_without_a_common_tower_the_two_text_encoders_learn_apart(checkpoint: Checkpoint) -> None:
-    apart = replace(checkpoint, text_encoder=deepcopy(checkpoint.text_encoder))
-    assert not apart.shared
-    model, terms = run(apart, TrainingConfig(**(OFF | {"lambda_itc": 1.0, "lambda_is": 1.0})))
+def test_separate_text_encoders_are_trained_separately(checkpoint: Checkpoint) -> None:
+    separate = replace(checkpoint, text_encoder=deepcopy(checkpoint.text_encoder))
+    assert not separate.shared
+    model, terms = run(separate, TrainingConfig(**(OFF | {"lambda_itc": 1.0, "lambda_is": 1.0})))
     terms["itc"][1].backward()
     assert all(p.grad is None for p in model.text_encoder.parameters())
     model.zero_grad(set_to_none=True)
     terms["is"][1].backward()
     assert all(p.grad is None for p in model.clip.parameters())
-    assert taught(model) == {"unet", "text tower"}
+    assert trained_parts(model) == {"unet", "text tower"}
 
 
-def test_terms_are_the_formulas_of_their_inputs(checkpoint: Checkpoint) -> None:
-    """ITC of a whole batch against open_clip's formula with SupCon targets, by hand."""
+def test_itc_term_is_the_formula_of_open_clip(checkpoint: Checkpoint) -> None:
+    """ITC of a batch compared with open_clip's formula with SupCon targets."""
     config = TrainingConfig(**(OFF | {"lambda_itc": 0.7}))
     model, terms = run(checkpoint, config)
     torch.manual_seed(0)
     pixels = model.to_clip(torch.rand(6, 3, 32, 32))
     captions = ["a red dress", "a blue shirt", "green boots", "a red dress", "a teal mug", "yellow trousers"]
-    answer = checkpoint.clip(input_ids=tokenize(checkpoint.tokenizer, captions), pixel_values=pixels)
+    output = checkpoint.clip(input_ids=tokenize(checkpoint.tokenizer, captions), pixel_values=pixels)
     target = torch.eye(6)
     target[[0, 0, 3, 3], [0, 3, 0, 3]] = 0.5
-    expected = sum(F.cross_entropy(logits, target) for logits in (answer.logits_per_image, answer.logits_per_text)) / 2
+    expected = sum(F.cross_entropy(logits, target) for logits in (output.logits_per_image, output.logits_per_text)) / 2
     weight, value = terms["itc"]
     assert weight == 0.7
     torch.testing.assert_close(value, expected)
 
 
-def test_nothing_under_the_gate_is_a_finite_step(checkpoint: Checkpoint) -> None:
+def test_empty_gate_gives_zero_terms(checkpoint: Checkpoint) -> None:
     consistency = {"lambda_rsc": 1.0, "lambda_rsc_generated": 1.0, "lambda_rsc_feature": 1.0}
     config = TrainingConfig(**(OFF | consistency), rsc_t_max=0)
     model, terms = run(checkpoint, config)
     assert {name: value.item() for name, (_, value) in terms.items()} == dict.fromkeys(terms, 0.0)
     torch.stack([weight * value for weight, value in terms.values()]).sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    assert taught(model) == set()
+    assert trained_parts(model) == set()
 
 
-def test_consistency_warms_up(checkpoint: Checkpoint) -> None:
+def test_rsc_weight_warms_up(checkpoint: Checkpoint) -> None:
     config = TrainingConfig(lambda_rsc=0.2, rsc_warmup_steps=100)
     assert [run(checkpoint, config, step=step, n=2)[1]["rsc"][0] for step in (0, 50, 100)] == [0.0, 0.1, 0.2]
 
 
-def test_switched_off_terms_are_not_computed(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("computed although switched off")
+def count_calls(*modules: torch.nn.Module) -> list[int]:
+    """A list that receives the batch size of each forward pass."""
+    calls: list[int] = []
+    for module in modules:
+        module.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    return calls
 
-    monkeypatch.setattr(checkpoint.vae, "decode", refuse)
-    for config in (TrainingConfig(**(OFF | {"lambda_itc": 1.0})), TrainingConfig(lambda_rsc=0.0)):
-        run(checkpoint, config, n=2)
-    monkeypatch.setattr(checkpoint.unet, "forward", refuse)
+
+def test_inactive_terms_are_not_computed(checkpoint: Checkpoint) -> None:
+    decoder, unet, tower = (
+        count_calls(module) for module in (checkpoint.vae.decoder, checkpoint.unet, checkpoint.clip.visual_projection)
+    )
+    run(checkpoint, TrainingConfig(lambda_rsc=0.0), n=2)
+    assert not decoder and unet
+    unet.clear()
     assert set(run(checkpoint, TrainingConfig(**(OFF | {"lambda_itc": 1.0})), n=2)[1]) == {"itc"}
-    monkeypatch.undo()
-    monkeypatch.setattr(checkpoint.clip.vision_model, "forward", refuse)
+    assert not decoder and not unet and tower
+    tower.clear()
     assert set(run(checkpoint, TrainingConfig(**(OFF | {"lambda_is": 1.0})), n=2)[1]) == {"is"}
+    assert not decoder and not tower and unet
 
 
-def test_at_most_rsc_samples_are_decoded(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[int] = []
-    plain = JointModel.decode
-
-    def counting(self: JointModel, latents: torch.Tensor) -> torch.Tensor:
-        decoded.append(len(latents))
-        return plain(self, latents)
-
-    monkeypatch.setattr(JointModel, "decode", counting)
+def test_at_most_rsc_samples_are_decoded(checkpoint: Checkpoint) -> None:
+    decoded = count_calls(checkpoint.vae.decoder)
     run(checkpoint, TrainingConfig(rsc_t_max=999, rsc_samples=2))
     assert decoded == [2]
 
 
-def test_dropped_captions_are_the_empty_caption(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.Tensor] = []
-    plain = checkpoint.unet.forward
-
-    def spy(sample: torch.Tensor, t: torch.Tensor, states: torch.Tensor):
-        seen.append(states)
-        return plain(sample, t, states)
-
-    monkeypatch.setattr(checkpoint.unet, "forward", spy)
+def test_dropped_captions_become_the_empty_caption(checkpoint: Checkpoint) -> None:
+    conditions: list[torch.Tensor] = []
+    checkpoint.unet.register_forward_pre_hook(lambda _, inputs: conditions.append(inputs[2]))
     model, _ = run(checkpoint, TrainingConfig(**(OFF | {"lambda_is": 1.0}), caption_dropout=0.5))
     empty = model.text_encoder(tokenize(checkpoint.tokenizer, [""])).last_hidden_state[0]
-    dropped = [torch.allclose(states, empty, atol=1e-5) for states in seen[0]]
+    dropped = [torch.allclose(states, empty, atol=1e-5) for states in conditions[0]]
     assert 0 < sum(dropped) < len(dropped)
 
 
@@ -183,7 +182,7 @@ def test_latents_decode_to_what_was_encoded(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(model.decode(latents), reconstruction / 2 + 0.5, atol=1e-4, rtol=1e-4)
 
 
-def test_pixels_for_clip_are_the_image_processors(checkpoint: Checkpoint) -> None:
+def test_pixels_for_clip_equal_those_of_the_image_processor(checkpoint: Checkpoint) -> None:
     pixels = (torch.rand(1, 3, 32, 32) * 255).to(torch.uint8)
     expected = checkpoint.image_processor(pixels[0].permute(1, 2, 0).numpy(), return_tensors="pt").pixel_values
     torch.testing.assert_close(JointModel(checkpoint).to_clip(pixels.float() / 255), expected, atol=1e-5, rtol=1e-5)
@@ -213,6 +212,6 @@ def test_unknown_prediction_type_is_refused(checkpoint: Checkpoint) -> None:
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused(wrong: dict) -> None:
+def test_invalid_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(OptionError):
         TrainingConfig(**wrong)

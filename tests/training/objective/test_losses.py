@@ -1,4 +1,4 @@
-"""The losses against formulas written down independently: open_clip's, the papers', closed forms."""
+"""The losses compared with independent formulas: open_clip's, the papers', and closed forms."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_clip_loss(image_features: torch.Tensor, text_features: torch.Tensor, sc
     return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 
-def test_itc_is_open_clips_loss_where_all_pairs_differ() -> None:
+def test_itc_of_different_pairs_is_the_loss_of_open_clip() -> None:
     u, v, scale = unit(7, 5), unit(7, 5, seed=1), torch.tensor(2.3)
     expected = open_clip_loss(u, v, math.exp(2.3))
     torch.testing.assert_close(losses.itc(u, v, scale), expected)
@@ -48,7 +48,7 @@ def test_itc_is_open_clips_loss_where_all_pairs_differ() -> None:
     torch.testing.assert_close(losses.itc(u, v, scale, losses.same_meaning(groups, groups)), expected)
 
 
-def test_itc_shares_the_target_among_pairs_that_mean_the_same() -> None:
+def test_itc_divides_the_target_among_pairs_of_equal_meaning() -> None:
     u, v, scale = unit(4, 6), unit(4, 6, seed=1), torch.tensor(1.0)
     groups = torch.tensor([5, 5, 8, 9])
     logits = math.e * u @ v.T
@@ -58,7 +58,7 @@ def test_itc_shares_the_target_among_pairs_that_mean_the_same() -> None:
 
 
 def test_equal_pairs_do_not_repel_each_other() -> None:
-    """Two equal pairs in a batch: as positives they are at the optimum, as false negatives they would push."""
+    """Two equal pairs are at the optimum as positives. As false negatives they would have a gradient."""
     u = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]), dim=1).requires_grad_()
     groups = torch.tensor([0, 0, 1])
     losses.itc(u, u.detach(), torch.tensor(4.6), losses.same_meaning(groups, groups)).backward()
@@ -81,11 +81,18 @@ def test_temperature_is_learned_and_clamped() -> None:
         assert logit_scale.item() == pytest.approx(expected)
 
 
+def test_feature_distillation_is_the_mean_cosine_distance() -> None:
+    u, base = unit(5, 6), unit(5, 6, seed=1)
+    torch.testing.assert_close(losses.feature_distillation(u, base), (1 - F.cosine_similarity(u, base)).mean())
+    assert losses.feature_distillation(u, u) == pytest.approx(0.0, abs=1e-6)
+    assert losses.feature_distillation(u, -u) == pytest.approx(2.0, abs=1e-6)
+
+
 # --- IS --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_noise_target_and_estimate_are_diffusers(prediction_type: str) -> None:
+def test_noise_target_and_estimate_equal_those_of_diffusers(prediction_type: str) -> None:
     reference = scheduler(prediction_type)
     z, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
     t = torch.tensor([0, 17, 400, 700, 999])
@@ -99,14 +106,14 @@ def test_noise_target_and_estimate_are_diffusers(prediction_type: str) -> None:
     torch.testing.assert_close(estimate, z, atol=1e-4, rtol=1e-4)
     answer = torch.randn(5, 4, 3, 3)
     reference.set_timesteps(1000)
-    for i in range(5):  # diffusers takes one timestep a call
+    for i in range(5):  # diffusers accepts one timestep per call
         step = reference.step(answer[i : i + 1], int(t[i]), z_t[i : i + 1])
         ours = losses.predict_original(z_t[i : i + 1], answer[i : i + 1], alpha_bar[i : i + 1], prediction_type)
         torch.testing.assert_close(ours.clamp(-1, 1), step.pred_original_sample, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_the_closed_form(gamma: float) -> None:
+def test_min_snr_weight_is_the_closed_form(gamma: float) -> None:
     reference = scheduler()
     t = torch.arange(0, 1000, 7)
     snr = compute_snr(reference, t)
@@ -117,13 +124,13 @@ def test_min_snr_is_the_closed_form(gamma: float) -> None:
     assert losses.min_snr_weight(alpha_bar, 0.0, "epsilon").eq(1).all()
 
 
-def test_min_snr_is_finite_at_zero_terminal_snr() -> None:
+def test_min_snr_weight_is_finite_at_zero_terminal_snr() -> None:
     alpha_bar = scheduler(zero_snr=True).alphas_cumprod[[0, 500, 999]]
     for prediction_type in ("epsilon", "v_prediction"):
         assert losses.min_snr_weight(alpha_bar, 5.0, prediction_type).isfinite().all()
 
 
-def test_synthesis_weighs_samples_not_elements() -> None:
+def test_synthesis_weights_samples_not_elements() -> None:
     output, target = torch.zeros(2, 1, 2, 2), torch.stack([torch.ones(1, 2, 2), 2 * torch.ones(1, 2, 2)])
     assert losses.synthesis(output, target, torch.tensor([1.0, 0.25])) == pytest.approx((1.0 + 0.25 * 4.0) / 2)
 
@@ -140,7 +147,7 @@ def test_rsc_pixel_is_the_closed_form() -> None:
     assert losses.rsc_pixel(u_hat, u, alpha_bar) == pytest.approx(expected, abs=1e-6)
 
 
-def test_rsc_pixel_leaves_the_real_picture_alone() -> None:
+def test_rsc_pixel_has_no_gradient_for_the_real_image() -> None:
     u, u_hat = unit(3, 4).requires_grad_(), unit(3, 4, seed=1).requires_grad_()
     losses.rsc_pixel(u_hat, u, torch.ones(3)).backward()
     assert u.grad is None and u_hat.grad is not None and u_hat.grad.abs().sum() > 0
@@ -148,13 +155,13 @@ def test_rsc_pixel_leaves_the_real_picture_alone() -> None:
 
 def test_generated_positives_are_the_image_to_text_half_of_itc() -> None:
     u, v, scale = unit(5, 6), unit(5, 6, seed=1), torch.tensor(2.0)
-    passed, alpha_bar = torch.tensor([1, 4]), torch.tensor([0.9, 0.3])
-    rows = F.cross_entropy(math.exp(2.0) * u[passed] @ v.T, passed, reduction="none")
-    ours = losses.generated_positives(u[passed], v, scale, torch.eye(5)[passed], alpha_bar)
+    gated, alpha_bar = torch.tensor([1, 4]), torch.tensor([0.9, 0.3])
+    rows = F.cross_entropy(math.exp(2.0) * u[gated] @ v.T, gated, reduction="none")
+    ours = losses.generated_positives(u[gated], v, scale, torch.eye(5)[gated], alpha_bar)
     torch.testing.assert_close(ours, (alpha_bar * rows).sum() / 2)
 
 
-def test_nothing_under_the_gate_is_a_finite_zero_with_finite_gradients() -> None:
+def test_empty_gate_gives_zero_with_finite_gradients() -> None:
     u_hat, v = torch.zeros(0, 4, requires_grad=True), unit(3, 4).requires_grad_()
     none = torch.zeros(0)
     total = (
@@ -168,11 +175,11 @@ def test_nothing_under_the_gate_is_a_finite_zero_with_finite_gradients() -> None
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_feature_variant_needs_three_pictures(n: int) -> None:
+def test_rsc_feature_of_fewer_than_three_images_is_zero(n: int) -> None:
     assert losses.rsc_feature(torch.randn(n, 6), unit(n, 4)) == 0.0
 
 
-def test_feature_variant_is_zero_for_the_same_structure_and_symmetric() -> None:
+def test_rsc_feature_is_zero_for_equal_structure_and_symmetric() -> None:
     u = unit(8, 5)
     rotation = torch.linalg.qr(torch.randn(5, 5))[0]
     assert losses.rsc_feature(3.0 * u @ rotation, u) == pytest.approx(0.0, abs=1e-5)
@@ -181,7 +188,7 @@ def test_feature_variant_is_zero_for_the_same_structure_and_symmetric() -> None:
     torch.testing.assert_close(losses.rsc_feature(h, u), losses.rsc_feature(u, h))
 
 
-def test_feature_variant_is_the_kl_divergence_written_out() -> None:
+def test_rsc_feature_is_the_explicit_kl_divergence() -> None:
     h, u, temperature = torch.randn(4, 6), unit(4, 5), 0.2
 
     def neighbors(features: torch.Tensor) -> list[torch.Tensor]:
@@ -198,12 +205,12 @@ def test_feature_variant_is_the_kl_divergence_written_out() -> None:
     torch.testing.assert_close(losses.rsc_feature(h, u, temperature), torch.stack(kl).mean() / 2)
 
 
-def test_warm_up() -> None:
-    assert [losses.warm_up(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
-    assert losses.warm_up(0, 0) == 1.0
+def test_linear_warmup() -> None:
+    assert [losses.linear_warmup(step, 4) for step in (0, 1, 4, 9)] == [0.0, 0.25, 1.0, 1.0]
+    assert losses.linear_warmup(0, 0) == 1.0
 
 
-def test_gradient_passes_a_frozen_tower_to_its_input_only() -> None:
+def test_gradient_only_through_input_leaves_the_tower_without_gradient() -> None:
     tower, pixels = torch.nn.Linear(3, 2), torch.randn(4, 3, requires_grad=True)
     doubled = {name: 2 * weight for name, weight in tower.named_parameters()}
     answer = losses.gradient_only_through_input(tower, doubled, pixels)

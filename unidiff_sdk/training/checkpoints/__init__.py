@@ -1,1 +1,1 @@
-"""Checkpoints on disk, and the base models that fine-tuning starts from."""
+"""Checkpoints on disk: loading, saving, model cards, and the bases that fine-tuning starts from."""

@@ -1,64 +1,88 @@
-"""Where fine-tuning starts: a checkpoint, or a Stable Diffusion and a CLIP that are brought together here."""
+"""Bases that fine-tuning starts from: a checkpoint, or a Stable Diffusion pipeline combined with a CLIP model."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unidiff_sdk.errors import CheckpointError
 
-from .checkpoint import Checkpoint, ImageProcessor, assemble, load_checkpoint, load_clip, require_supported
+from .checkpoint import Checkpoint, ImageProcessor, assemble_checkpoint, load_checkpoint, load_clip, require_supported
 from .open_clip import PREFIX, load_open_clip
 
 __all__ = ["load_base"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PIPELINE_FILES = [f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
-# Repositories hold the same weights several times; what is needed of them is one float copy, and nothing pickled.
-NOT_NEEDED = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*openvino*"]
+# Repositories hold the same weights several times. One float copy is enough, and pickles are never read.
+IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*openvino*"]
 # The CLIP whose text tower a Stable Diffusion was trained with, by the width of its text encoder.
-ITS_CLIP = {768: "openai/clip-vit-large-patch14", 1024: f"{PREFIX}ViT-H-14/laion2b_s32b_b79k"}
+MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: f"{PREFIX}ViT-H-14/laion2b_s32b_b79k"}
 
 
 def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
-    """Open what fine-tuning starts from, its text layers shared as far as both models have them in common.
+    """Load the model that fine-tuning starts from, with the text layers shared that both text models have in common.
 
-    base: "tiny"; a checkpoint folder; a diffusers Stable Diffusion (1.x, 2.x, Turbo) as a folder or hub id. clip: where
-    the base has no CLIP beside it, or instead of it: a transformers CLIP as a folder or hub id, or an OpenCLIP model,
-    see `openclip`. Only a hub id is ever downloaded, as safetensors.
+    Hub ids are the only sources that are downloaded, as safetensors. Their names become the checkpoint's name and
+    "base_model" metadata.
 
-    Raises CheckpointError where either is missing, incomplete or of another architecture.
+    Args:
+        base: "tiny"; a checkpoint folder; or a diffusers Stable Diffusion (1.x, 2.x, Turbo) as a folder or hub id.
+        clip: CLIP model for a base without one, or to replace the base's: a transformers CLIP as a folder or hub id,
+            or an OpenCLIP model (see `open_clip`).
+
+    Raises:
+        CheckpointError: Either is missing, incomplete or of an unsupported architecture.
     """
     if clip is None and (str(base) == "tiny" or (Path(base) / "clip").is_dir()):
         return require_supported(load_checkpoint(base))
-    folder = _folder(base, ["model_index.json", *PIPELINE_FILES])
+    folder = _local_folder(base, ["model_index.json", *PIPELINE_FILES])
     if clip is None:
-        raise CheckpointError(f"{base} has no CLIP beside it: name one with --clip{_hint(folder)}")
+        raise CheckpointError(f"{base} has no CLIP model. Name one with --clip{_matching_clip(folder)}.")
     if str(clip).startswith(PREFIX):
         model = load_open_clip(str(clip))
-        checkpoint = assemble(folder, model.clip, _image_processor(model.image_size, model.mean, model.std))
+        checkpoint = assemble_checkpoint(folder, model.clip, _image_processor(model.image_size, model.mean, model.std))
     else:
-        clip_folder = _folder(clip, ["*"])
-        checkpoint = assemble(folder, *load_clip(clip_folder))
-    words, known = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
-    if words != known:
-        raise CheckpointError(f"{clip} knows {known:,} tokens, but the tokenizer has {words:,}: it needs another")
-    return require_supported(checkpoint)
+        checkpoint = assemble_checkpoint(folder, *load_clip(_local_folder(clip, ["*"])))
+    tokens, embedded = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
+    if tokens != embedded:
+        raise CheckpointError(
+            f"The tokenizer of {base} has {tokens:,} tokens, but {clip} embeds {embedded:,}. Choose a CLIP that was "
+            "trained with this tokenizer."
+        )
+    return require_supported(_with_hub_names(checkpoint, base, clip))
 
 
-def _folder(source: str | Path, files: list[str]) -> Path:
-    """The folder itself, or that of a hub repository's files, downloaded if they are not there yet."""
-    if Path(source).is_dir() or not HUB_ID.fullmatch(str(source)):
+def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) -> Checkpoint:
+    """Record the hub ids that a base was loaded from, as its folder in the cache has no telling name."""
+    hub_ids = [str(source) for source in (base, clip) if _is_hub_id(source)]
+    if not hub_ids:
+        return checkpoint
+    named = {"name": str(base)} if _is_hub_id(base) else {}
+    return replace(checkpoint, meta={"base_model": hub_ids} | named | checkpoint.meta)
+
+
+def _is_hub_id(source: str | Path) -> bool:
+    return not Path(source).is_dir() and bool(HUB_ID.fullmatch(str(source)))
+
+
+def _local_folder(source: str | Path, files: list[str]) -> Path:
+    """The folder itself, or the folder of a hub repository's files, downloaded if they are not in the cache."""
+    if not _is_hub_id(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=files, ignore_patterns=NOT_NEEDED))
-    except Exception as error:  # whatever the hub's client and the network raise
+        return Path(snapshot_download(str(source), allow_patterns=files, ignore_patterns=IGNORED_FILES))
+    except Exception as error:  # the hub's client and the network raise many kinds
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{source} is no folder, and cannot be had from the hub: {first_line}") from error
+        raise CheckpointError(
+            f"{source} is not a folder, and the hub did not provide it: {first_line}. Check the name, or use a local "
+            "folder."
+        ) from error
 
 
 def _image_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
@@ -67,10 +91,10 @@ def _image_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...])
     )
 
 
-def _hint(folder: Path) -> str:
-    """Which CLIP suits, where that is known."""
+def _matching_clip(folder: Path) -> str:
+    """Hint naming the CLIP that fits the pipeline's text encoder, if it is known."""
     try:
         width = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f"; its text encoder comes from {ITS_CLIP[width]}" if width in ITS_CLIP else ""
+    return f", for example {MATCHING_CLIP[width]}, where its text encoder comes from" if width in MATCHING_CLIP else ""

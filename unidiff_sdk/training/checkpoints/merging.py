@@ -1,4 +1,4 @@
-"""A model's weights as a model without adapters has them."""
+"""State dicts with low-rank adapters merged into the weights that they adapt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["merged_state_dict"]
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of `model`, its low-rank adapters (peft's) added to the weights that they adapt.
+    """State dict of `model` with its low-rank adapters (peft) added to the adapted weights: W + ΔW.
 
-    The model itself stays as it is, so that it can go on learning.
+    The names are those of a model without adapters. The model itself stays unchanged, so training can continue.
     """
     tensors = {
         name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name

@@ -1,1 +1,1 @@
-"""From a catalog on disk to training batches."""
+"""Training data: image-caption pairs, their latents and embeddings, and the batches of each step."""

@@ -1,7 +1,6 @@
-"""The leash: what the base's CLIP made of every pair, once and for all, for the tuned one to stay near.
+"""Embeddings of all pairs by the base's CLIP, computed once, as the targets of feature distillation.
 
-Feature distillation from the frozen base (as Li & Hoiem 2016, "Learning without forgetting", for features). The base's
-embeddings do not change, so no second model is kept: two rows a pair are.
+They never change, so no second model is kept: one image row and one text row per pair are enough.
 """
 
 from __future__ import annotations
@@ -13,34 +12,39 @@ from torch import Tensor
 
 from unidiff_sdk.training.objective.joint_model import JointModel
 
-from .dataset_rows import empty_rows
-from .images import Pictures
+from .mapped_tensor import MEMORY_LIMIT, allocate_rows
+from .square_images import SquareImages
 
-__all__ = ["embed_pictures", "embed_texts"]
+__all__ = ["embed_images", "embed_texts"]
 
-AT_ONCE = 64
-
-
-def embed_pictures(model: JointModel, clip_images: Pictures, scratch: Path | None) -> Tensor:
-    """float[n, d] on the CPU, unit rows: f of n pictures. scratch: see `rows`."""
-    device = model.alpha_bar.device
-    with model.at_rest():
-        found = (model.f(model.to_clip(chunk.to(device).float() / 255)) for chunk in clip_images.split(AT_ONCE))
-        return _collect(found, len(clip_images), scratch)
+CHUNK = 64  # images or texts per forward pass
 
 
-def embed_texts(model: JointModel, clip_ids: Tensor, scratch: Path | None) -> Tensor:
-    """float[n, d] on the CPU, unit rows: g of n captions. clip_ids: int64[n, tokens]."""
-    device = model.alpha_bar.device
-    with model.at_rest():
-        pooled = (model.clip.text_model(ids.to(device)).pooler_output for ids in clip_ids.split(AT_ONCE))
-        return _collect((model.text_embeds(state) for state in pooled), len(clip_ids), scratch)
+def embed_images(
+    model: JointModel, clip_images: SquareImages, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
+) -> Tensor:
+    """Embed n images: float[n, d] on the CPU, unit rows. scratch, memory_limit: see `allocate_rows`."""
+    with model.evaluating():
+        chunks = (model.f(model.to_clip(chunk.to(model.device).float() / 255)) for chunk in clip_images.split(CHUNK))
+        return _collect(chunks, len(clip_images), scratch, memory_limit)
 
 
-def _collect(chunks: Iterator[Tensor], n: int, scratch: Path | None) -> Tensor:
+def embed_texts(
+    model: JointModel, clip_ids: Tensor, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
+) -> Tensor:
+    """Embed n captions, int64[n, tokens]: float[n, d] on the CPU, unit rows.
+
+    scratch, memory_limit: see `allocate_rows`.
+    """
+    with model.evaluating():
+        pooled = (model.clip.text_model(ids.to(model.device)).pooler_output for ids in clip_ids.split(CHUNK))
+        return _collect((model.text_embeds(states) for states in pooled), len(clip_ids), scratch, memory_limit)
+
+
+def _collect(chunks: Iterator[Tensor], n: int, scratch: Path | None, memory_limit: int) -> Tensor:
     first = next(chunks)
-    rows = empty_rows(n, (first.shape[1],), scratch)
+    rows = allocate_rows(n, (first.shape[1],), scratch, memory_limit=memory_limit)
     rows[: len(first)] = first.cpu()
     for number, chunk in enumerate(chunks, start=1):
-        rows[number * AT_ONCE : number * AT_ONCE + len(chunk)] = chunk.cpu()
+        rows[number * CHUNK : number * CHUNK + len(chunk)] = chunk.cpu()
     return rows

@@ -1,8 +1,8 @@
-"""The VAE's latents of pictures, computed once; on disk, if wanted, for the next run as well.
+"""VAE latents of images, computed once per run, and optionally kept on disk for later runs.
 
-    FOLDER/ab/abcdef….safetensors    one picture's latents, by the content of picture and VAE
+    FOLDER/ab/abcdef….safetensors    latents of one image, named by the content of the image and of the VAE
 
-So a changed picture or another VAE is another entry, never a wrong one; an entry that is damaged is made anew.
+A changed image or VAE has another entry, never a wrong one. A damaged entry is computed again.
 """
 
 from __future__ import annotations
@@ -20,70 +20,76 @@ from torch import Tensor
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.training.objective.joint_model import JointModel
 
-from .dataset_rows import empty_rows
-from .images import Pictures
+from .mapped_tensor import MEMORY_LIMIT, allocate_rows
+from .square_images import SquareImages
 
 __all__ = ["LatentCache", "encode_latents"]
 
-READ_AT_ONCE = 16  # pictures
+CHUNK = 16  # images read at a time
 
 
 @torch.no_grad()
 def encode_latents(
-    model: JointModel, images: Pictures, cache: LatentCache | None = None, *, scratch: Path | None = None
+    model: JointModel,
+    images: SquareImages,
+    cache: LatentCache | None = None,
+    *,
+    scratch: Path | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Tensor:
-    """n ≥ 1 pictures of side s -> float[n, c, s/f, s/f] on the CPU, scaled as the UNet sees them.
+    """Encode n ≥ 1 images of side s: float[n, c, s/f, s/f] on the CPU, scaled as the UNet expects.
 
-    One picture at a time: PyTorch's results depend on the batch in their last bits, and a picture's latents must be the
-    same whichever others are encoded with it. scratch: a folder for those that do not fit in memory, see `rows`.
-    Raises DataError where a folder cannot be written.
+    Images are encoded one at a time. The last bits of PyTorch's results depend on the batch, and the latents of an
+    image must not depend on the other images.
+
+    scratch, memory_limit: see `allocate_rows`. Raises DataError if a folder cannot be written.
     """
-    device = model.alpha_bar.device
-
-    def encode(picture: Tensor) -> Tensor:
-        return model.encode(picture.to(device).float() / 255).cpu()
-
     rows: Tensor | None = None
-    pictures = (picture for chunk in images.split(READ_AT_ONCE) for picture in chunk.split(1))
-    for number, picture in enumerate(pictures):
-        latents = cache.read(picture) if cache else None
+    singles = (image for chunk in images.split(CHUNK) for image in chunk.split(1))
+    for number, image in enumerate(singles):
+        latents = cache.read(image) if cache else None
         if latents is None:
-            latents = encode(picture)
+            latents = model.encode(image.to(model.device).float() / 255).cpu()
             if cache:
-                cache.write(picture, latents)
+                cache.write(image, latents)
         if rows is None:
-            rows = empty_rows(len(images), tuple(latents.shape[1:]), scratch)
+            rows = allocate_rows(len(images), tuple(latents.shape[1:]), scratch, memory_limit=memory_limit)
         rows[number] = latents[0]
     assert rows is not None
     return rows
 
 
 class LatentCache:
-    """Latents on disk. folder: made if it is not there. model: whose VAE and device they are of."""
+    """Latents on disk.
+
+    Args:
+        folder: Folder of the entries. Created if missing.
+        model: Provides the VAE and the device that the entries belong to.
+    """
 
     def __init__(self, folder: Path, model: JointModel) -> None:
         self.folder = folder
-        digest = hashlib.sha256(model.alpha_bar.device.type.encode())
+        digest = hashlib.sha256(model.device.type.encode())
         for name, tensor in model.vae.state_dict().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         digest.update(repr((model.vae.config.scaling_factor, getattr(model.vae.config, "shift_factor", None))).encode())
         self._vae = digest.digest()
 
-    def read(self, picture: Tensor) -> Tensor | None:
-        """float[1, c, h, w] of uint8[1, 3, s, s]; None where there is no whole entry."""
-        file = self._file(picture)
+    def read(self, image: Tensor) -> Tensor | None:
+        """Latents, float[1, c, h, w], of uint8[1, 3, s, s]. None if there is no complete entry."""
+        file = self._file(image)
         if not file.is_file():
             return None
         try:
             with safe_open(file, framework="pt") as entry:
                 latents: Tensor = entry.get_tensor("latents")
                 return latents if entry.metadata()["crc32"] == _crc32(latents) else None
-        except (SafetensorError, OSError, KeyError, TypeError):  # cut off, overwritten, or of another program
+        except (SafetensorError, OSError, KeyError, TypeError):  # truncated, overwritten, or written by something else
             return None
 
-    def write(self, picture: Tensor, latents: Tensor) -> None:
-        """Add an entry; it appears whole or not at all. Raises DataError where the disk refuses."""
-        file = self._file(picture)
+    def write(self, image: Tensor, latents: Tensor) -> None:
+        """Add an entry. It appears complete or not at all. Raises DataError if it cannot be written."""
+        file = self._file(image)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +98,10 @@ class LatentCache:
         except OSError as error:
             if temporary.parent.is_dir():
                 temporary.unlink(missing_ok=True)
-            raise DataError(f"cannot keep latents in {self.folder}: {error}") from error
+            raise DataError(f"Cannot write latents to {self.folder}: {error}. Choose another --latents.") from error
 
-    def _file(self, picture: Tensor) -> Path:
-        name = hashlib.sha256(self._vae + picture.numpy().tobytes()).hexdigest()
+    def _file(self, image: Tensor) -> Path:
+        name = hashlib.sha256(self._vae + image.numpy().tobytes()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: metrics, the frozen judge, validation during training."""
+"""Evaluation of checkpoints: metrics, retrieval, generation, the frozen judge, and validation during training."""

@@ -1,4 +1,4 @@
-"""How good a model is while it learns, always by the same pairs, noise, timesteps and prompts: looks compare."""
+"""Validation during training, always with the same pairs, noise, timesteps and prompts, so that results compare."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,167 +15,234 @@ from torch import Tensor
 
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import DataError
-from unidiff_sdk.generation.samplers import make_table
-from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-from unidiff_sdk.training.config import Part
-from unidiff_sdk.training.data.batches import Pairs, load_pairs, tokenize
+from unidiff_sdk.training.config import Component
+from unidiff_sdk.training.data.captions import tokenize
 from unidiff_sdk.training.data.latents import encode_latents
+from unidiff_sdk.training.data.pairs import Pairs, load_pairs
 from unidiff_sdk.training.objective import losses
 from unidiff_sdk.training.objective.joint_model import JointModel
-from unidiff_sdk.training.runtime.callbacks import Moment, StepReport, Validated
-from unidiff_sdk.training.runtime.randomness import Purpose, generator
+from unidiff_sdk.training.runtime.callbacks import ModelSnapshot, StepReport, ValidationResult
+from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator
 
 from . import metrics
-from .evaluate import differing, embed, equal_keys, generate, meanings, retrieval, synthetic_attributes
+from .retrieval import distinct_rows, embed_pairs, equal_keys, meaning_keys, retrieval_figures, synthetic_attributes
+from .sampling import ImageArray, generate_images, sampler_settings, sampler_table
 
-__all__ = ["Example", "Validation", "Validator", "Watcher", "denoising_loss", "draw"]
+__all__ = [
+    "RunCallback",
+    "SearchExample",
+    "SearchHit",
+    "ValidationRecord",
+    "Validator",
+    "denoising_loss",
+    "generate_by_own_sampler",
+]
 
-LOSS_PAIRS = 64  # of the validation pairs the first so many are denoised,
-LOSS_TIMESTEPS = 4  # each from so many timesteps
-LOSS_BATCH = 16
+LOSS_PAIRS = 64  # validation pairs in the denoising loss
+LOSS_TIMESTEPS = 4  # timesteps per pair
+LOSS_BATCH = 16  # samples per UNet call
 SAMPLES, EXAMPLES, HITS = 8, 4, 6
-SAMPLER = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
-
-Picture = NDArray[np.uint8]  # [h, w, 3]
 
 
 @dataclass(frozen=True)
-class Example:
-    """A caption that was searched with: its row, the rank of the first relevant picture, the best hits.
+class SearchHit:
+    """One image that a search found.
 
-    hits: (row, picture, caption, cosine, relevant), best first. sought: the caption's own picture.
+    Attributes:
+        row: Row of the validation data.
+        image: uint8[h, w, 3].
+        caption: Caption of the image.
+        score: Cosine to the query.
+        relevant: Whether the image has the meaning of the query.
+    """
+
+    row: int
+    image: ImageArray
+    caption: str
+    score: float
+    relevant: bool
+
+
+@dataclass(frozen=True)
+class SearchExample:
+    """A search with a validation caption.
+
+    Attributes:
+        row: Row of the caption.
+        caption: The query.
+        rank: Rank of the first relevant image, from 1.
+        expected: The caption's own image, uint8[h, w, 3].
+        hits: The best hits, best first.
     """
 
     row: int
     caption: str
     rank: int
-    sought: Picture
-    hits: list[tuple[int, Picture, str, float, bool]]
+    expected: ImageArray
+    hits: list[SearchHit]
 
 
 @dataclass(frozen=True)
-class Validation:
-    """One look at the model. ranks: of every validation caption, that of its first relevant picture, from 1."""
+class ValidationRecord:
+    """Everything that one validation produces.
+
+    Attributes:
+        step: Steps done.
+        figures: Metrics by name.
+        prompts: Prompts of the samples.
+        samples: One generated image per prompt, uint8[h, w, 3].
+        ranks: Rank of the first relevant image for each validation caption, from 1.
+        examples: The first captions whose best hit is relevant, then the first whose best hit is not.
+    """
 
     step: int
     figures: dict[str, float]
     prompts: list[str]
-    samples: list[Picture]  # one for each prompt
+    samples: list[ImageArray]
     ranks: list[int]
-    examples: list[Example]  # the first few captions that are found at once, then the first few that are not
+    examples: list[SearchExample]
 
 
-class Watcher(Protocol):
-    """Who keeps or shows what a run tells."""
+class RunCallback(Protocol):
+    """Receives the events of a run, for example to log or display them."""
 
     def on_step(self, report: StepReport) -> None: ...
-    def on_validation(self, validation: Validation) -> None: ...
+    def on_validation(self, record: ValidationRecord) -> None: ...
 
 
 class Validator:
-    """Looks at the model whenever the trainer asks (`train(on_validate=…)`), and tells the watchers.
+    """Validates the model when the trainer asks for it: `train(…, on_validate=Validator("products-val"))`.
 
-    data: pairs that are not trained on. prompts: what to draw; default: the first captions of `data` that differ in
-    meaning. on_bad_rows: told of the rows of `data` that are passed over, as soon as they are read.
+    The score is the mean of R@1, R@5 and R@10 in both directions. If the encoder is not trained, it is the negative
+    denoising loss.
 
-    The score is the mean of R@1, R@5 and R@10 both ways where the encoder is trained, else the denoising loss, negated.
+    Args:
+        data: A catalog of pairs that are not trained on.
+        callbacks: Receive each validation.
+        prompts: Prompts to generate samples for. Default: the first captions with different meanings.
+        steps: Denoising steps of the samples. Default: the checkpoint's own, else 20.
+        strict: Raise for the first invalid row instead of skipping it.
+        on_invalid_rows: Called with the skipped rows once the data is read.
     """
 
     def __init__(
         self,
         data: str | Path,
-        watchers: Sequence[Watcher] = (),
+        callbacks: Sequence[RunCallback] = (),
         *,
         prompts: Sequence[str] = (),
+        steps: int | None = None,
         strict: bool = False,
-        on_bad_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
+        on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     ) -> None:
-        self.data = data
-        self.watchers = watchers
+        self.data = Path(data)
+        self.callbacks = callbacks
         self.prompts = list(prompts)
+        self.steps = steps
         self.strict = strict
-        self.on_bad_rows = on_bad_rows
-        self._pairs: Pairs | None = None
-        self._latents: Tensor | None = None
+        self.on_invalid_rows = on_invalid_rows
+        self._data: _ValidationData | None = None
 
-    def __call__(self, moment: Moment) -> Validated:
+    def __call__(self, snapshot: ModelSnapshot) -> ValidationResult:
         started = time.perf_counter()
-        model, checkpoint = moment.model, moment.checkpoint
+        data = self._data = self._data or self._read(snapshot)
+        u, v = embed_pairs(snapshot.model, snapshot.checkpoint, data.pairs)
+        figures = self._figures(snapshot, data, u, v)
+        config = snapshot.config
+        trains_clip = config.trains_encoder and not config.locked >= {Component.IMAGE, Component.TEXT}
+        score = figures["mean_recall"] if trains_clip else -figures["denoising_loss"]
+        if not snapshot.score_only:
+            self._notify(snapshot, data, v @ u.T, figures, started)
+        return ValidationResult(score, figures, self.data.name, data.pairs.sha256)
 
-        # 1. what is looked at, read at the first look
-        pairs = self._read(moment)
-        attributes = synthetic_attributes(pairs)
-        keys = meanings(pairs, attributes)
+    def _read(self, snapshot: ModelSnapshot) -> _ValidationData:
+        pairs = load_pairs(self.data, snapshot.checkpoint, strict=self.strict, fit=snapshot.config.fit)
+        if pairs.invalid_rows:
+            self.on_invalid_rows(self.data, pairs.invalid_rows)
+        if len(pairs) < 2:
+            raise DataError(f"{self.data} holds {len(pairs)} valid pair, but validation needs at least 2.")
+        latents = encode_latents(snapshot.model, pairs.images.first(LOSS_PAIRS))
+        return _ValidationData(pairs, meaning_keys(pairs, synthetic_attributes(pairs)), latents)
 
-        # 2. retrieval, and whether embeddings collapse
-        u, v = embed(model, checkpoint, pairs)
-        found = retrieval(u, v, keys)
-        recalls = {f"{way} {name}": value for way, figures in found.items() for name, value in figures.items()}
-        mean_recall = float(np.mean([value for name, value in recalls.items() if "R@" in name]))
-        relevant = equal_keys(keys)
-
-        # 3. denoising
-        assert self._latents is not None
-        loss = denoising_loss(model, self._latents, tokenize(checkpoint.tokenizer, pairs.captions[:LOSS_PAIRS]))
-        figures = {
-            "mean_recall": mean_recall,
-            **recalls,
-            "denoising_loss": loss,
+    def _figures(
+        self, snapshot: ModelSnapshot, data: _ValidationData, u: NDArray[np.float32], v: NDArray[np.float32]
+    ) -> dict[str, float]:
+        by_direction = retrieval_figures(u, v, data.keys)
+        retrieval = {
+            f"{direction} {name}": value for direction, found in by_direction.items() for name, value in found.items()
+        }
+        captions = tokenize(snapshot.checkpoint.tokenizer, data.pairs.captions[:LOSS_PAIRS])
+        return {
+            "mean_recall": float(np.mean([value for name, value in retrieval.items() if "R@" in name])),
+            **retrieval,
+            "denoising_loss": denoising_loss(snapshot.model, data.latents, captions),
             "image_effective_rank": metrics.effective_rank(u),
             "text_effective_rank": metrics.effective_rank(v),
             "image_mean_cosine": metrics.mean_pairwise_cosine(u),
         }
-        retrieves = moment.config.trains_encoder and not moment.config.locked >= {Part.IMAGE, Part.TEXT}
-        validated = Validated(mean_recall if retrieves else -loss, figures, pairs.fingerprint())
-        if moment.quick:
-            return validated
 
-        # 4. samples and searches, for those who watch
-        prompts = self.prompts or [pairs.captions[row] for row in differing(keys, SAMPLES)]
-        samples = draw(model, checkpoint, prompts, seed=0)
-        similarity = v @ u.T
+    def _notify(
+        self,
+        snapshot: ModelSnapshot,
+        data: _ValidationData,
+        similarity: NDArray[np.float32],
+        figures: dict[str, float],
+        started: float,
+    ) -> None:
+        """Generate samples and search examples and pass everything to the callbacks. similarity: float[n, n]."""
+        prompts = self.prompts or [data.pairs.captions[row] for row in distinct_rows(data.keys, SAMPLES)]
+        samples = generate_by_own_sampler(snapshot.model, snapshot.checkpoint, prompts, seed=0, steps=self.steps)
+        relevant = equal_keys(data.keys)
         ranks = metrics.first_relevant_rank(similarity, relevant).tolist()
-        examples = _examples(pairs, similarity, relevant, ranks)
+        examples = _search_examples(data.pairs, similarity, relevant, ranks)
         figures["seconds"] = time.perf_counter() - started
-        for watcher in self.watchers:
-            watcher.on_validation(Validation(moment.step, figures, prompts, samples, ranks, examples))
-        return validated
-
-    def _read(self, moment: Moment) -> Pairs:
-        if self._pairs is None:
-            pairs = load_pairs(self.data, moment.checkpoint, strict=self.strict, fit=moment.config.fit)
-            if pairs.bad:
-                self.on_bad_rows(Path(self.data), pairs.bad)
-            if len(pairs) < 2:
-                raise DataError(f"{self.data} holds a single usable pair: validation needs at least two")
-            self._latents = encode_latents(moment.model, pairs.images.first(LOSS_PAIRS))
-            self._pairs = pairs
-        return self._pairs
+        record = ValidationRecord(snapshot.step, figures, prompts, samples, ranks, examples)
+        for callback in self.callbacks:
+            callback.on_validation(record)
 
 
-def draw(model: JointModel, checkpoint: Checkpoint, prompts: Sequence[str], *, seed: int) -> list[Picture]:
-    """A picture for each prompt, by the checkpoint's own sampler, else by one that suits most."""
-    sampler = SAMPLER | checkpoint.meta.get("sampler", {})
-    table = make_table(sampler["name"], Schedule.from_config(checkpoint.scheduler.config), sampler["steps"])
-    return generate(model, checkpoint, prompts, table=table, guidance=sampler["guidance_scale"], seed=seed)
+@dataclass(frozen=True)
+class _ValidationData:
+    """The validation pairs, the keys of their meanings, and the latents of the first `LOSS_PAIRS`."""
+
+    pairs: Pairs
+    keys: list[tuple[Any, ...]]
+    latents: Tensor
+
+
+def generate_by_own_sampler(
+    model: JointModel, checkpoint: Checkpoint, prompts: Sequence[str], *, seed: int, steps: int | None = None
+) -> list[ImageArray]:
+    """Generate one image per prompt with the checkpoint's own sampler, else with the runtime's default.
+
+    steps: Denoising steps. Default: as the sampler. Returns uint8[h, w, 3] for each prompt.
+    """
+    sampler, steps, guidance = sampler_settings(checkpoint, steps=steps)
+    table = sampler_table(checkpoint, sampler, steps)
+    return generate_images(model, checkpoint, prompts, table=table, guidance=guidance, seed=seed)
 
 
 @torch.no_grad()
-def denoising_loss(model: JointModel, latents: Tensor, input_ids: Tensor) -> float:
-    """The mean squared error of the UNet's output, unweighted, with noise and timesteps that never change.
+def denoising_loss(model: JointModel, latents: Tensor, input_ids: Tensor, *, batch_size: int = LOSS_BATCH) -> float:
+    """Unweighted mean squared error of the UNet's output, with fixed noise and timesteps.
 
-    latents: float[n, c, h, w]; input_ids: int64[n, tokens]. Each pair is denoised from `LOSS_TIMESTEPS` timesteps; all
-    of them together lie evenly on the schedule, so that few pairs measure all of it.
+    Each pair is denoised from `LOSS_TIMESTEPS` timesteps. All timesteps together are evenly spaced over the schedule,
+    so that few pairs cover all of it.
+
+    Args:
+        latents: float[n, c, h, w].
+        input_ids: int64[n, tokens].
+        batch_size: Samples per UNet call.
     """
-    device, total = model.alpha_bar.device, len(latents) * LOSS_TIMESTEPS
-    random = generator(0, Purpose.VALIDATION)
+    device, total = model.device, len(latents) * LOSS_TIMESTEPS
+    random = seeded_generator(0, Purpose.VALIDATION)
     places = (torch.randperm(total, generator=random) + 0.5) / total
     timesteps = (places * len(model.alpha_bar)).long()
     noise = torch.randn((total, *latents.shape[1:]), generator=random)
     rows = torch.arange(total) // LOSS_TIMESTEPS
     squared = 0.0
-    for chunk in torch.arange(total).split(LOSS_BATCH):
+    for chunk in torch.arange(total).split(batch_size):
         t, z, epsilon = timesteps[chunk].to(device), latents[rows[chunk]].to(device), noise[chunk].to(device)
         alpha_bar = model.alpha_bar[t]
         with model.autocast():
@@ -186,19 +253,19 @@ def denoising_loss(model: JointModel, latents: Tensor, input_ids: Tensor) -> flo
     return squared / total
 
 
-def _examples(
+def _search_examples(
     pairs: Pairs, similarity: NDArray[np.float32], relevant: NDArray[np.bool_], ranks: Sequence[int]
-) -> list[Example]:
-    """Chosen by their place in the data: the first captions that are found at once, then the first that are not."""
-    right = [row for row, rank in enumerate(ranks) if rank == 1][:EXAMPLES]
-    wrong = [row for row, rank in enumerate(ranks) if rank > 1][:EXAMPLES]
+) -> list[SearchExample]:
+    """Chosen by their order in the data: the first captions that rank a relevant image first, then the first others."""
+    found = [row for row, rank in enumerate(ranks) if rank == 1][:EXAMPLES]
+    missed = [row for row, rank in enumerate(ranks) if rank > 1][:EXAMPLES]
     examples = []
-    for row in right + wrong:
+    for row in found + missed:
         best = np.argsort(-similarity[row], kind="stable")[:HITS].tolist()
-        pictures = pairs.images[torch.tensor([row, *best])].permute(0, 2, 3, 1).numpy()
+        expected, *images = pairs.images[torch.tensor([row, *best])].permute(0, 2, 3, 1).numpy()
         hits = [
-            (hit, picture, pairs.captions[hit], float(similarity[row, hit]), bool(relevant[row, hit]))
-            for hit, picture in zip(best, pictures[1:], strict=True)
+            SearchHit(hit, image, pairs.captions[hit], float(similarity[row, hit]), bool(relevant[row, hit]))
+            for hit, image in zip(best, images, strict=True)
         ]
-        examples.append(Example(row, pairs.captions[row], ranks[row], pictures[0], hits))
+        examples.append(SearchExample(row, pairs.captions[row], ranks[row], expected, hits))
     return examples

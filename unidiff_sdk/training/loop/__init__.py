@@ -1,1 +1,1 @@
-"""The training loops and everything that a run carries from step to step."""
+"""The training loops, and the state that a run carries from step to step."""

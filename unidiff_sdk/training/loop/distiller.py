@@ -1,10 +1,10 @@
-"""The distillation loop: a tuned checkpoint and a catalog's captions in, a checkpoint that needs few steps out."""
+"""Distillation: train the UNet of a checkpoint to generate in a few steps, without guidance."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,54 +16,50 @@ from torch import Tensor, nn
 
 from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, TrainingError
-from unidiff_sdk.generation.samplers import Coefficients, Table, advance
+from unidiff_sdk.generation.samplers import Coefficients
+from unidiff_sdk.inference.manifest import DEFAULT_SAMPLER
 from unidiff_sdk.inference.schedule import Schedule
-from unidiff_sdk.training.checkpoints.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    require_replaceable,
-    save_checkpoint,
-)
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.training.checkpoints.saving import require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import DistillationConfig
-from unidiff_sdk.training.data.batches import recorded, tokenize
-from unidiff_sdk.training.objective.distillation import STUDENT_SAMPLER, distillation, guided, rows_of, tables
+from unidiff_sdk.training.data.captions import representative_captions, tokenize
+from unidiff_sdk.training.objective.distillation import (
+    STUDENT_SAMPLER,
+    coefficients_at,
+    distillation_loss,
+    sampler_tables,
+)
 from unidiff_sdk.training.objective.joint_model import JointModel
-from unidiff_sdk.training.runtime.allocator import kept_memory
+from unidiff_sdk.training.runtime.allocator import keep_freed_memory
 from unidiff_sdk.training.runtime.callbacks import StepReport
-from unidiff_sdk.training.runtime.interrupts import between_steps
+from unidiff_sdk.training.runtime.interrupts import deferred_interrupts
 from unidiff_sdk.training.runtime.processes import pick_device
-from unidiff_sdk.training.runtime.randomness import Purpose, generator
 
 from .learner import Ema, learning_rate_factor
+from .trajectories import Trajectories, record_trajectories, token_states, training_pairs
 
-__all__ = ["Distilled", "Trajectories", "distill", "few_step_scheduler", "record"]
-
-RECORD_BATCH = 32  # trajectories that the teacher walks side by side
-GUIDANCE_SCALE = 5.0  # of a teacher whose checkpoint names none
+__all__ = ["DistillationResult", "distill", "few_step_scheduler"]
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """The outcome of a run: where the checkpoint lies, and what was used of the data."""
+class DistillationResult:
+    """Result of a distillation run.
+
+    Attributes:
+        path: The checkpoint folder.
+        steps: Steps done.
+        captions: Number of captions in the data.
+        invalid_rows: Rows of the data that were skipped.
+        loss: Loss of the last step.
+        seconds: Duration of the run.
+    """
 
     path: Path
     steps: int
     captions: int
-    bad: list[InvalidRow]
-    loss: float  # of the last step
+    invalid_rows: list[InvalidRow]
+    loss: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """Where the teacher's walks from noise to picture cross the student's steps.
-
-    points: float[n, student_steps + 1, c, h, w], from noise to clean latents; captions: int64[n], the row of its
-    caption. On the CPU.
-    """
-
-    points: Tensor
-    captions: Tensor
 
 
 def distill(
@@ -75,96 +71,76 @@ def distill(
     device: str = "auto",
     strict: bool = False,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
-    on_bad_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
+    on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
+    on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
     on_trajectories: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
     on_step: Callable[[StepReport], None] = lambda report: None,
-) -> Distilled:
-    """Teach the UNet of `checkpoint` (a folder or "tiny") to draw in few steps what it draws now in many guided ones.
+) -> DistillationResult:
+    """Distill a checkpoint: train its UNet to generate in few steps what it now generates in many guided steps.
 
-    Of the catalog `data`, the captions are used: the teacher draws its pictures itself. Everything but the UNet stays
-    as it is. Writes the averaged weights to `out` at the end, and when interrupted (then raises KeyboardInterrupt on);
-    what is written says by which sampler it is to be run, and the runtime and diffusers go by that.
+        from unidiff_sdk.training import DistillationConfig, distill
 
-    on_rows: wraps the rows while they are read; on_bad_rows: told of those that are passed over; on_trajectories: wraps
-    the batches of the teacher's trajectories while they are recorded. on_step: called after each step.
+        result = distill("runs/shop", "products", "runs/shop-fast", DistillationConfig(student_steps=4))
+        print(result.path, result.loss)
 
-    Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where the loss is not finite.
+    Only the UNet and the sampler change. The averaged weights are saved at the end, and on an interrupt, after which
+    KeyboardInterrupt is raised again. The saved checkpoint names its sampler, steps and guidance scale. The runtime and
+    diffusers use them.
+
+    Args:
+        checkpoint: The teacher: a checkpoint folder, or "tiny".
+        data: A catalog. Only its captions are used; the teacher generates its images itself.
+        out: Folder of the new checkpoint.
+        config: Settings. Default: `DistillationConfig()`.
+        device: "auto", "cpu" or "cuda".
+        strict: Raise for the first invalid row instead of skipping it.
+        on_rows: Wraps the rows while they are read.
+        on_invalid_rows: Called with the skipped rows once the data is read.
+        on_start: Called with the teacher once it is loaded.
+        on_trajectories: Wraps the batches of the teacher's trajectories while they are recorded.
+        on_step: Called after each step.
+
+    Raises:
+        DataError: The catalog is missing or has no caption.
+        CheckpointError: The teacher is missing or incomplete, or `out` cannot be written.
+        OptionError: An argument is out of range.
+        TrainingError: The loss is not finite.
     """
     config = config or DistillationConfig()
     started = time.perf_counter()
-    out = Path(out)
+    out, data = Path(out), Path(data)
 
-    # 1. the teacher, and what it is asked for
-    require_replaceable(out)
-    teacher = load_checkpoint(checkpoint)
-    if out.exists() and out.samefile(teacher.path):
-        raise TrainingError(f"{out} is the teacher itself: name another folder for the result")
-    bad: list[InvalidRow] = []
-    captions = [row.text for row in on_rows(read_catalog(data, strict=strict, on_error=bad.append))]
-    if not captions:
-        raise DataError(f"{data} holds no usable caption" + (f"; the first of its bad rows: {bad[0]}" if bad else ""))
-    if bad:
-        on_bad_rows(Path(data), bad)
+    # 1. teacher and captions
+    teacher = _open_teacher(checkpoint, out)
+    on_start(teacher)
+    captions, invalid = _read_captions(data, strict, on_rows)
+    if invalid:
+        on_invalid_rows(data, invalid)
     model = JointModel(teacher, config.precision).to(pick_device(device)).eval()
-    scheduler = few_step_scheduler(teacher)
-    student_table, teacher_table = tables(
-        Schedule.from_config(scheduler.config), config.student_steps, config.teacher_steps
-    )
-    guidance_scale = config.guidance_scale or teacher.meta.get("sampler", {}).get("guidance_scale", GUIDANCE_SCALE)
+    run = _Distillation(model, teacher, captions, config)
 
-    # 2. its trajectories
-    input_ids = tokenize(teacher.tokenizer, captions)
-    empty_ids = tokenize(teacher.tokenizer, [""])
-    trajectories = record(
-        model, input_ids, empty_ids, teacher_table, config, guidance_scale=guidance_scale, progress=on_trajectories
-    )
+    # 2. the teacher's trajectories
+    run.record(on_trajectories)
 
-    # 3. the student: the same UNet, which the teacher needs no more
-    unet = model.unet.train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, config))
-    ema = Ema(unet, config.ema_decay)
-    done, loss = 0, math.nan
-
+    # 3. the student's steps
     def save() -> None:
-        used = {"name": Path(data).name, "captions": len(captions), "bad_rows": len(bad)}
-        meta = _meta(teacher, config, guidance_scale, name=out.name, data=used, captions=captions, step=done, loss=loss)
-        with ema.applied(unet):
-            save_checkpoint(out, **teacher.parts() | {"scheduler": scheduler}, meta=meta)
+        described = {"name": data.name, "captions": len(captions), "invalid_rows": len(invalid)}
+        run.save(out, described)
 
-    # 4. the loop
-    pairs = _pairs(trajectories, config)
     try:
-        with kept_memory(), between_steps() as raise_if_interrupted:
-            for step in range(config.steps):
-                tick = time.perf_counter()
-                walk, segment = next(pairs)
-                z_t, z_s = (trajectories.points[walk, segment + k].to(model.alpha_bar.device) for k in (0, 1))
-                states = _states(model, input_ids[trajectories.captions[walk]])
-                loss = _step(model, optimizer, rows_of(student_table, segment), z_t, z_s, states, config)
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        f"the loss became {loss} at step {step + 1} and nothing was saved; lower the learning rate"
-                    )
-                rate = float(schedule.get_last_lr()[0])
-                schedule.step()
-                ema.update(unet)
-                done = step + 1
-                seconds = time.perf_counter() - tick
-                on_step(StepReport(done, config.steps, {"distillation": loss}, rate, seconds, len(walk)))
-                raise_if_interrupted()
+        run.train(on_step)
     except KeyboardInterrupt:
-        if done:
+        if run.done:
             save()
         raise
 
-    # 5. the result
+    # 4. the result
     save()
-    return Distilled(out, done, len(captions), bad, loss, time.perf_counter() - started)
+    return DistillationResult(out, run.done, len(captions), invalid, run.loss, time.perf_counter() - started)
 
 
 def few_step_scheduler(teacher: Checkpoint) -> DDIMScheduler:
-    """The teacher's noise schedule under the student's sampler.
+    """Scheduler of the student: the teacher's noise schedule with DDIM.
 
     It starts at the last timestep, where there is least signal (the "trailing" spacing of Lin et al. 2023,
     arXiv:2305.08891), and ends in clean latents.
@@ -174,118 +150,119 @@ def few_step_scheduler(teacher: Checkpoint) -> DDIMScheduler:
     )
 
 
-@torch.no_grad()
-def record(
-    model: JointModel,
-    input_ids: Tensor,
-    empty_ids: Tensor,
-    table: Table,
-    config: DistillationConfig,
-    *,
-    guidance_scale: float,
-    progress: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
-) -> Trajectories:
-    """Let the teacher draw `config.trajectories` pictures of captions taken in turn, guided, along `table`.
-
-    input_ids: int64[captions, tokens]; empty_ids: int64[1, tokens], the tokens of "".
-    """
-    device = model.alpha_bar.device
-    side = int(model.unet.config.sample_size)
-    every = config.teacher_steps // config.student_steps
-    turns = _shuffled(len(input_ids), config.seed)
-    captions = torch.stack([next(turns) for _ in range(config.trajectories)])
-    empty = _states(model, empty_ids)
-    points = torch.empty(config.trajectories, config.student_steps + 1, int(model.unet.config.in_channels), side, side)
-    for rows in progress(torch.arange(config.trajectories).split(RECORD_BATCH)):
-        noise = torch.randn(points[rows, 0].shape, generator=generator(config.seed, Purpose.NOISE, int(rows[0])))
-        points[rows, 0] = noise * table.init_noise_sigma
-        x: Any = points[rows, 0].to(device)
-        x0: Any = None
-        states = _states(model, input_ids[captions[rows]])
-        for step in range(len(table)):
-            row = Coefficients(*map(float, table[step]))
-            t = torch.full((len(x),), row.timestep, device=device)
-            with model.autocast():
-                output = model.unet(x * row.input_scale, t, states).sample.float()
-                if guidance_scale != 1:
-                    unconditional = model.unet(x * row.input_scale, t, empty.expand_as(states)).sample.float()
-                    output = guided(unconditional, output, guidance_scale)
-            x, x0 = advance(row, x, output, x0, None)  # numpy's arithmetic is torch's here
-            if (step + 1) % every == 0:
-                points[rows, (step + 1) // every] = x.cpu()
-    if not points.isfinite().all():
-        raise TrainingError("the teacher draws something that is not finite; look at its pictures, or lower --guidance")
-    return Trajectories(points, captions)
+def _open_teacher(checkpoint: str | Path, out: Path) -> Checkpoint:
+    """Load the teacher, once it is sure that the result can be saved to `out`."""
+    require_replaceable(out)
+    teacher = load_checkpoint(checkpoint)
+    if out.exists() and out.samefile(teacher.path):
+        raise TrainingError(f"{out} is the teacher itself. Name another folder for the result.")
+    return teacher
 
 
-def _pairs(trajectories: Trajectories, config: DistillationConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch after batch of (trajectory, step of the student), int64[batch] each; every pair once in each round."""
-    count = len(trajectories.points) * config.student_steps
-    turns = _shuffled(count, config.seed)
-    while True:
-        pairs = torch.stack([next(turns) for _ in range(config.batch_size)])
-        yield pairs // config.student_steps, pairs % config.student_steps
+def _read_captions(
+    data: Path, strict: bool, on_rows: Callable[[Iterable[Row]], Iterable[Row]]
+) -> tuple[list[str], list[InvalidRow]]:
+    invalid: list[InvalidRow] = []
+    captions = [row.text for row in on_rows(read_catalog(data, strict=strict, on_error=invalid.append))]
+    if not captions:
+        reason = f"The first invalid row: {invalid[0]}" if invalid else "It has no rows."
+        raise DataError(f"{data} holds no valid caption. {reason}")
+    return captions, invalid
 
 
-def _step(
-    model: JointModel,
-    optimizer: torch.optim.Optimizer,
-    row: Coefficients,
-    z_t: Tensor,
-    z_s: Tensor,
-    states: Tensor,
-    config: DistillationConfig,
-) -> float:
-    """One step of the optimizer; returns the loss before it."""
-    row = Coefficients(*(coefficient.to(z_t.device) for coefficient in row))
-    t = row.timestep.flatten()
-    with model.autocast():
-        output = model.unet(z_t * row.input_scale, t, states).sample.float()
-    loss = distillation(row, z_t, output, z_s, model.alpha_bar[t.long()])
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.unet.parameters(), config.gradient_clip)
-    optimizer.step()
-    return loss.item()
+class _Distillation:
+    """A distillation run: student and teacher are the same UNet, which the teacher no longer needs once recorded."""
 
+    def __init__(
+        self, model: JointModel, teacher: Checkpoint, captions: Sequence[str], config: DistillationConfig
+    ) -> None:
+        self.model, self.teacher, self.captions, self.config = model, teacher, captions, config
+        self.scheduler = few_step_scheduler(teacher)
+        schedule = Schedule.from_config(self.scheduler.config)
+        self.student_table, self.teacher_table = sampler_tables(schedule, config.student_steps, config.teacher_steps)
+        own = DEFAULT_SAMPLER | teacher.meta.get("sampler", {})
+        self.guidance_scale: float = config.guidance_scale or own["guidance_scale"]
+        self.input_ids = tokenize(teacher.tokenizer, captions)
+        self.unet = model.unet
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.ema = Ema(self.unet, config.ema_decay)
+        self.done, self.loss = 0, math.nan
 
-@torch.no_grad()
-def _states(model: JointModel, ids: Tensor) -> Tensor:
-    """τ(y): what conditions the UNet, float[n, tokens, width]."""
-    with model.autocast():
-        return model.text_encoder(ids.to(model.alpha_bar.device)).last_hidden_state.float()
+    def record(self, progress: Callable[[Sequence[Tensor]], Iterable[Tensor]]) -> None:
+        """Record the teacher's trajectories."""
+        self.trajectories: Trajectories = record_trajectories(
+            self.model,
+            self.input_ids,
+            tokenize(self.teacher.tokenizer, [""]),
+            self.teacher_table,
+            self.config,
+            guidance_scale=self.guidance_scale,
+            progress=progress,
+        )
 
+    def train(self, on_step: Callable[[StepReport], None]) -> None:
+        """Train the student. Raises TrainingError if the loss is not finite, KeyboardInterrupt on an interrupt."""
+        config = self.config
+        self.unet.train()
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, config))
+        pairs = training_pairs(self.trajectories, config)
+        with keep_freed_memory(), deferred_interrupts() as raise_if_interrupted:
+            for step in range(config.steps):
+                started = time.perf_counter()
+                trajectory, student_step = next(pairs)
+                self.loss = self._step(trajectory, student_step)
+                if not math.isfinite(self.loss):
+                    raise TrainingError(
+                        f"The loss is {self.loss} at step {step + 1}. Nothing was saved. Lower the learning rate."
+                    )
+                rate = float(schedule.get_last_lr()[0])
+                schedule.step()
+                self.ema.update(self.unet)
+                self.done = step + 1
+                seconds = time.perf_counter() - started
+                losses = {"distillation": self.loss}
+                on_step(StepReport(self.done, config.steps, losses, rate, seconds, len(trajectory)))
+                raise_if_interrupted()
 
-def _shuffled(n: int, seed: int) -> Iterator[Tensor]:
-    """0 to n - 1 without end, each round in a new order."""
-    turn = 0
-    while True:
-        yield from torch.randperm(n, generator=generator(seed, Purpose.ORDER, n, turn))
-        turn += 1
+    def _step(self, trajectory: Tensor, student_step: Tensor) -> float:
+        """One optimizer step on a batch of jumps, int64[batch] each. Returns the loss before it."""
+        model, points = self.model, self.trajectories.points
+        z_t, z_s = (points[trajectory, student_step + k].to(model.device) for k in (0, 1))
+        states = token_states(model, self.input_ids[self.trajectories.captions[trajectory]])
+        on_cpu = coefficients_at(self.student_table, student_step)
+        coefficients = Coefficients(*(coefficient.to(model.device) for coefficient in on_cpu))
+        t = coefficients.timestep.flatten()
+        with model.autocast():
+            output = model.unet(z_t * coefficients.input_scale, t, states).sample.float()
+        loss = distillation_loss(coefficients, z_t, output, z_s, model.alpha_bar[t.long()])
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.unet.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        return loss.item()
 
+    def save(self, out: Path, data: dict[str, Any]) -> None:
+        """Save the averaged weights. data: provenance of the captions."""
+        with self.ema.applied(self.unet):
+            parts = self.teacher.parts() | {"scheduler": self.scheduler}
+            save_checkpoint(out, **parts, meta=self._metadata(out.name, data))
 
-def _meta(
-    teacher: Checkpoint,
-    config: DistillationConfig,
-    guidance_scale: float,
-    *,
-    name: str,
-    data: Mapping[str, Any],
-    captions: Sequence[str],
-    step: int,
-    loss: float,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": teacher.meta.get("base", teacher.meta.get("name", teacher.path.name)),
-        "teacher": {"name": teacher.meta.get("name", teacher.path.name), "guidance_scale": guidance_scale},
-        "synthetic": bool(teacher.meta.get("synthetic")),
-        "fit": teacher.fit,
-        "sampler": {"name": STUDENT_SAMPLER, "steps": config.student_steps, "guidance_scale": 1.0},
-        "step": step,
-        "config": asdict(config),
-        "losses": {"distillation": loss},
-        "data": dict(data),
-        "captions": recorded(captions),
-    }
+    def _metadata(self, name: str, data: dict[str, Any]) -> dict[str, Any]:
+        teacher, config = self.teacher, self.config
+        inherited = {"base_model": teacher.meta["base_model"]} if "base_model" in teacher.meta else {}
+        return inherited | {
+            "name": name,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base": teacher.meta.get("base", teacher.name),
+            "teacher": {"name": teacher.name, "guidance_scale": self.guidance_scale},
+            "synthetic": bool(teacher.meta.get("synthetic")),
+            "fit": teacher.fit,
+            "sampler": {"name": STUDENT_SAMPLER, "steps": config.student_steps, "guidance_scale": 1.0},
+            "step": self.done,
+            "config": asdict(config),
+            "losses": {"distillation": self.loss},
+            "data": data,
+            "captions": representative_captions(self.captions),
+        }

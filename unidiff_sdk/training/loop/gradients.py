@@ -1,9 +1,9 @@
-"""The gradients of one step's whole batch, however it is cut into parts and spread over processes.
+"""The gradients of a step's whole batch, independent of micro-batches and processes.
 
-Means over samples are sums of their parts' shares. Terms *between* samples (the contrast, the structure of features)
-need all embeddings at once: gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size under
-memory limited setup") first embeds every part without a graph, differentiates these terms by the embeddings, and then
-embeds part by part once more to carry those gradients on to the weights.
+Per-sample terms are means, so their gradients are sums over micro-batches. Pairwise terms (contrast, feature structure)
+need all embeddings at once. Gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size under
+memory limited setup") embeds every micro-batch without a graph, differentiates these terms with respect to the
+embeddings, and embeds each micro-batch once more to carry those gradients on to the weights.
 """
 
 from __future__ import annotations
@@ -16,158 +16,201 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk.training.config import TrainingConfig
-from unidiff_sdk.training.data.batches import Batches, Choice
-from unidiff_sdk.training.objective.joint_model import (
-    Batch,
-    Draws,
-    Forward,
-    JointModel,
-    contrast,
-    forward,
-    prior_means,
-    term_weights,
-)
+from unidiff_sdk.training.data.batches import BatchIndices, BatchLoader
+from unidiff_sdk.training.objective.batch import Batch, RandomInputs
+from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.terms import ForwardOutput, forward, pairwise_terms, prior_terms, term_weights
 from unidiff_sdk.training.runtime.processes import Processes
-from unidiff_sdk.training.runtime.randomness import Purpose, generator, seed_of
+from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed, seeded_generator
 
 __all__ = ["backpropagate"]
 
 
 @dataclass(frozen=True)
-class Part:
-    """What goes through the models at once. positions: int64[k], ascending, in the step's batch of m pairs."""
+class MicroBatch:
+    """Pairs that pass through the models at once.
+
+    Attributes:
+        positions: int64[k], ascending positions in the step's batch of m pairs.
+        load: Loads the model inputs.
+        random: Random inputs of the pairs that pass through the UNet, which come first.
+        seed: Seed of dropout, so that both passes over the micro-batch agree.
+    """
 
     positions: Tensor
     load: Callable[[], Batch]
-    draws: Draws  # of its first pairs, those that go through the UNet
-    seed: int  # of dropout, so that a part embedded twice is embedded alike
+    random: RandomInputs
+    seed: int
 
-    def places(self, embedding: str) -> Tensor:
-        """Where in the step's batch the rows of this embedding stand: u and v are of all pairs."""
-        return self.positions if embedding in ("u", "v") else self.positions[: len(self.draws.t)]
+    def positions_of(self, embedding: str) -> Tensor:
+        """Positions of an embedding's rows in the step's batch. "u" and "v" have a row for every pair."""
+        return self.positions if embedding in ("u", "v") else self.positions[: len(self.random.t)]
 
 
 def backpropagate(
     model: JointModel,
-    batches: Batches,
+    batches: BatchLoader,
     config: TrainingConfig,
     *,
     step: int,
     empty_ids: Tensor,
     teacher: Mapping[str, Tensor] | None,
     processes: Processes,
-    prior: Batches | None = None,
+    prior: BatchLoader | None = None,
     scale: float = 1.0,
 ) -> dict[str, float]:
-    """Leave the gradients of step `step`, counted from 0, in the model's parameters. Returns each term's plain value.
+    """Compute the gradients of a step into the model's parameters.
 
-    teacher: weights of RSC's teacher, see `joint_losses`. prior: pairs of the base's own world, a batch of which is
-    learned from beside that of `batches`. scale: of the loss that is differentiated, where gradients live in half
-    precision.
+    Args:
+        batches: The catalog.
+        step: Number of the step, from 0.
+        empty_ids: int64[1, tokens], the tokens of "".
+        teacher: Weights of RSC's teacher, see `joint_losses`.
+        prior: Prior pairs, one batch of which is trained on as well.
+        scale: Factor of the loss, for gradients in half precision.
+
+    Returns:
+        The value of each term, without its weight and the scale.
     """
-    # 1. the step's pairs and draws, the same in every process, and this one's parts of them
-    choice, draws = _draw(model, batches, config, step, config.batch_size)
-    parts = _parts(batches, choice, draws, config, step, processes)
     weights = {name: scale * weight for name, weight in term_weights(config, step).items()}
 
-    def run(part: Part, embeddings_only: bool = False) -> Forward:
-        torch.manual_seed(part.seed)
+    # 1. the step's pairs and random inputs, equal in every process, and the micro-batches of this process
+    indices, random = _sample_step(model, batches, config, step, config.batch_size)
+    micro_batches = _micro_batches(batches, indices, random, config, step, processes)
+
+    def run(micro_batch: MicroBatch, embeddings_only: bool = False) -> ForwardOutput:
+        torch.manual_seed(micro_batch.seed)
         return forward(
             model,
-            part.load(),
+            micro_batch.load(),
             config,
-            draws=part.draws,
+            random=micro_batch.random,
             empty_ids=empty_ids,
             teacher=teacher,
             embeddings_only=embeddings_only,
         )
 
-    # 2. all embeddings; a lone part keeps its graph, of several each is computed again in 4
-    whole = run(parts[0]) if len(parts) == 1 else None
+    # 2. all embeddings; a single micro-batch keeps its graph, several are computed again in 4
+    whole = run(micro_batches[0]) if len(micro_batches) == 1 else None
     leaves: dict[str, Tensor] = {}
     if config.trains_encoder:
         with torch.no_grad():
-            embedded = [(part, (whole or run(part, embeddings_only=True)).embeddings) for part in parts]
-            leaves = _gather(embedded, draws.pairs, draws.samples, processes)
+            embedded = [(part, (whole or run(part, embeddings_only=True)).embeddings) for part in micro_batches]
+            leaves = _gather(embedded, random, processes)
 
-    # 3. the terms between samples, and their gradients by the embeddings
-    groups = batches.groups[choice.rows].to(processes.device)
-    values = contrast(model, leaves, groups, config, draws)
-    if values:
-        torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
-        temperature = model.clip.logit_scale
-        if temperature.grad is not None:  # every process has computed the whole of it
-            temperature.grad /= processes.world
+    # 3. pairwise terms, and their gradients with respect to the embeddings
+    groups = batches.groups[indices.rows].to(processes.device)
+    values = pairwise_terms(model, leaves, groups, config, random)
+    _backward_pairwise(model, values, weights, processes)
 
     # 4. back through the models
-    means: dict[str, Tensor] = {}
-    for part in parts:
-        result = whole or run(part)
-        _backward(result, part, leaves, weights)
-        means |= {name: means.get(name, 0.0) + value.detach() for name, value in result.means.items()}
+    terms: dict[str, Tensor] = {}
+    for micro_batch in micro_batches:
+        output = whole or run(micro_batch)
+        _backward(output, micro_batch, leaves, weights)
+        _add(terms, output.terms)
 
-    # 5. the base's own world, which has only means
+    # 5. prior pairs, which have per-sample terms only
     if prior is not None:
-        choice, draws = _draw(model, prior, config, step, prior.size)
-        for part in _parts(prior, choice, draws, config, step, processes):
-            torch.manual_seed(part.seed)
-            found = prior_means(model, part.load(), config, draws=part.draws, empty_ids=empty_ids)
-            _backward(Forward(found, {}), part, {}, weights)
-            means |= {name: means.get(name, 0.0) + value.detach() for name, value in found.items()}
+        _add(terms, _backward_prior(model, prior, config, step, empty_ids, processes, weights))
     processes.sum_gradients(p for p in model.parameters() if p.requires_grad)
-    values |= {name: processes.sum(value) for name, value in means.items()}
+    values |= {name: processes.sum(value) for name, value in terms.items()}
     return {name: values[name].item() for name in weights if name in values}
 
 
-def _draw(model: JointModel, batches: Batches, config: TrainingConfig, step: int, most: int) -> tuple[Choice, Draws]:
-    """The pairs of a step, and what chance decides of the first of them, at most so many, that the UNet sees."""
-    choice = batches.choose(step)
-    random = generator(batches.seed, Purpose.NOISE, step)
-    pairs = len(choice.rows)
-    shape, timesteps = batches.latent_shape, len(model.alpha_bar)
-    return choice, Draws.of(random, min(most, pairs), shape, timesteps, config, pairs=pairs)
+def _sample_step(
+    model: JointModel, batches: BatchLoader, config: TrainingConfig, step: int, samples: int
+) -> tuple[BatchIndices, RandomInputs]:
+    """The pairs of a step, and the random inputs of the first ones, at most `samples`, that pass through the UNet."""
+    indices = batches.indices(step)
+    generator = seeded_generator(batches.seed, Purpose.NOISE, step)
+    pairs, timesteps = len(indices), len(model.alpha_bar)
+    samples = min(samples, pairs)
+    return indices, RandomInputs.sample(generator, samples, batches.latent_shape, timesteps, config, pairs=pairs)
 
 
-def _parts(
-    batches: Batches, choice: Choice, draws: Draws, config: TrainingConfig, step: int, processes: Processes
-) -> list[Part]:
-    """This process's share of the step, in pieces of at most `micro_batch` pairs."""
-    mine = processes.mine(len(choice.rows))
-    parts = []
+def _micro_batches(
+    batches: BatchLoader,
+    indices: BatchIndices,
+    random: RandomInputs,
+    config: TrainingConfig,
+    step: int,
+    processes: Processes,
+) -> list[MicroBatch]:
+    """The share of this process in micro-batches of at most `micro_batch` pairs."""
+    mine = processes.shard(len(indices))
+    micro_batches = []
     for number, positions in enumerate(mine.split(config.micro_batch or len(mine))):
-        samples = positions[positions < draws.samples]
-        load = partial(batches.load, Choice(choice.rows[positions], choice.mirror[positions]), len(samples))
-        seed = seed_of(batches.seed, Purpose.DROPOUT, step, processes.rank, number)
-        parts.append(Part(positions, load, draws.rows(samples), seed))
-    return parts
+        samples = positions[positions < random.samples]
+        load = partial(batches.load, indices.select(positions), len(samples))
+        seed = derive_seed(batches.seed, Purpose.DROPOUT, step, processes.rank, number)
+        micro_batches.append(MicroBatch(positions, load, random.select(samples), seed))
+    return micro_batches
 
 
 def _gather(
-    embedded: list[tuple[Part, dict[str, Tensor]]], pairs: int, samples: int, processes: Processes
+    embedded: list[tuple[MicroBatch, dict[str, Tensor]]], random: RandomInputs, processes: Processes
 ) -> dict[str, Tensor]:
-    """The step's embeddings as leaves, each row from the part that has it: m rows of u and v, n of the others."""
+    """The embeddings of the whole step as leaves: m rows of u and v, n rows of the others."""
     leaves = {}
-    for name in embedded[0][1]:
-        first = embedded[0][1][name]
-        rows = first.new_zeros(pairs if name in ("u", "v") else samples, first.shape[1])
-        for part, embeddings in embedded:
+    for name, first in embedded[0][1].items():
+        rows = first.new_zeros(random.pairs if name in ("u", "v") else random.samples, first.shape[1])
+        for micro_batch, embeddings in embedded:
             if name in embeddings:
-                rows[part.places(name).to(rows.device)] = embeddings[name].detach()
+                rows[micro_batch.positions_of(name).to(rows.device)] = embeddings[name].detach()
         leaves[name] = processes.sum(rows).requires_grad_()
     return leaves
 
 
-def _backward(result: Forward, part: Part, leaves: Mapping[str, Tensor], weights: Mapping[str, float]) -> None:
-    """Through one part: its share of the means, and what the terms between samples ask of its embeddings."""
+def _backward_pairwise(
+    model: JointModel, values: Mapping[str, Tensor], weights: Mapping[str, float], processes: Processes
+) -> None:
+    if not values:
+        return
+    torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
+    temperature = model.clip.logit_scale
+    if temperature.grad is not None:  # every process has computed the whole of it
+        temperature.grad /= processes.world_size
+
+
+def _backward(
+    output: ForwardOutput, micro_batch: MicroBatch, leaves: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> None:
+    """Backward pass of a micro-batch: its share of the per-sample terms, and the gradients of its embeddings."""
     tensors, gradients = [], []
-    for name, embedding in result.embeddings.items():
-        asked = leaves[name].grad if name in leaves else None
-        if asked is not None and embedding.requires_grad:
+    for name, embedding in output.embeddings.items():
+        gradient = leaves[name].grad if name in leaves else None
+        if gradient is not None and embedding.requires_grad:
             tensors.append(embedding)
-            gradients.append(asked[part.places(name).to(asked.device)])
-    for name, value in result.means.items():
+            gradients.append(gradient[micro_batch.positions_of(name).to(gradient.device)])
+    for name, value in output.terms.items():
         if value.requires_grad:
             tensors.append(weights[name] * value)
             gradients.append(torch.ones_like(value))
     if tensors:
         torch.autograd.backward(tensors, gradients)
+
+
+def _backward_prior(
+    model: JointModel,
+    prior: BatchLoader,
+    config: TrainingConfig,
+    step: int,
+    empty_ids: Tensor,
+    processes: Processes,
+    weights: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """Backward pass of a batch of prior pairs. Returns the values of its terms."""
+    indices, random = _sample_step(model, prior, config, step, prior.size)
+    terms: dict[str, Tensor] = {}
+    for micro_batch in _micro_batches(prior, indices, random, config, step, processes):
+        torch.manual_seed(micro_batch.seed)
+        found = prior_terms(model, micro_batch.load(), config, random=micro_batch.random, empty_ids=empty_ids)
+        _backward(ForwardOutput(found, {}), micro_batch, {}, weights)
+        _add(terms, found)
+    return terms
+
+
+def _add(totals: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    for name, value in terms.items():
+        totals[name] = totals.get(name, 0.0) + value.detach()

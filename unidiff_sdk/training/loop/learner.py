@@ -1,4 +1,4 @@
-"""What learns: the model, its optimizer and its averaged weights, and the state by which a run goes on bit for bit."""
+"""The learner: model, optimizer and averaged weights, and the state from which a run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unidiff_sdk.errors import CheckpointError, TrainingError
-from unidiff_sdk.training.config import DistillationConfig, Part, TrainingConfig
-from unidiff_sdk.training.data.batches import Batches
+from unidiff_sdk.training.config import Component, DistillationConfig, TrainingConfig
+from unidiff_sdk.training.data.batches import BatchLoader
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.losses import clamp_logit_scale
-from unidiff_sdk.training.objective.tuning import part_of
+from unidiff_sdk.training.objective.tuning import component_of
 from unidiff_sdk.training.runtime.processes import Processes
 
 from .gradients import backpropagate
 
 __all__ = ["Ema", "Learner", "learning_rate_factor"]
 
-WEIGHTS, AVERAGED, MOMENTS = "weights.safetensors", "averaged.safetensors", "optimizer.safetensors"
-LOWEST_SCALE = 1.0  # of the loss in half precision; gradients that overflow even so have another cause
-MOMENT_NAMES = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
+WEIGHTS, AVERAGED, OPTIMIZER = "weights.safetensors", "averaged.safetensors", "optimizer.safetensors"
+LOWEST_SCALE = 1.0  # loss scale in half precision; gradients that overflow at this scale have another cause
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 
 class Learner:
-    """One step after another; between steps, all that they depend on can be saved and restored."""
+    """Takes optimizer steps. Between steps, everything they depend on can be saved and restored."""
 
     def __init__(self, model: JointModel, config: TrainingConfig, processes: Processes) -> None:
         self.model = model
@@ -45,12 +45,14 @@ class Learner:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
         self.ema = Ema(model, config.ema_decay)
         self.learning_rate = 0.0  # of the last step
-        of_image = {name: p for name, p in self.trainable.items() if part_of(name) is Part.IMAGE}
+        of_image = {name: p for name, p in self.trainable.items() if component_of(name) is Component.IMAGE}
         freeze = config.lambda_rsc and config.rsc_teacher == "frozen"
         self.frozen_teacher = {name: p.detach().clone() for name, p in of_image.items()} if freeze else None
 
-    def step(self, step: int, batches: Batches, empty_ids: Tensor, prior: Batches | None = None) -> dict[str, float]:
-        """Take step `step`, counted from 0. Returns each term's value; TrainingError where one is not finite."""
+    def step(
+        self, step: int, batches: BatchLoader, empty_ids: Tensor, prior: BatchLoader | None = None
+    ) -> dict[str, float]:
+        """Take step `step`, from 0. Returns the value of each term. Raises TrainingError if one is not finite."""
         # 1. gradients
         teacher = self.ema.weights if self.config.rsc_teacher == "ema" else self.frozen_teacher
         self.optimizer.zero_grad(set_to_none=True)
@@ -67,11 +69,7 @@ class Learner:
         )
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.config.gradient_clip))
-        # In half precision a scale that was too high gives one such norm: the scaler skips the step and lowers it.
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > LOWEST_SCALE
-        if not all(map(math.isfinite, losses.values())) or not (math.isfinite(norm) or overflow):
-            figures = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
-            raise TrainingError(f"step {step + 1} is not finite ({figures}; gradient norm {norm:.3g})")
+        self._require_finite(step, losses, norm)
 
         # 2. weights
         factor = learning_rate_factor(step, self.config)
@@ -84,60 +82,64 @@ class Learner:
         self.ema.update(self.model)
         return losses
 
+    def _require_finite(self, step: int, losses: Mapping[str, float], norm: float) -> None:
+        # In half precision, a loss scale that is too high gives an infinite norm. The scaler skips the step and lowers
+        # the scale.
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > LOWEST_SCALE
+        if not all(map(math.isfinite, losses.values())) or not (math.isfinite(norm) or overflow):
+            figures = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            raise TrainingError(f"Step {step + 1} is not finite ({figures}; gradient norm {norm:.3g})")
+
     @contextmanager
     def averaged_for_use(self) -> Iterator[None]:
-        """The model as it would be saved now, in eval mode and without gradients, for as long as the block lasts."""
-        with self.model.at_rest(), self.ema.applied(self.model):
+        """Within the block, the model holds the averaged weights, in eval mode and without gradients."""
+        with self.model.evaluating(), self.ema.applied(self.model):
             yield
 
     def fingerprint(self) -> str:
-        """sha256 over the first values of every tensor: tells one base from another, quickly."""
+        """sha256 of the first values of every tensor: identifies the base without hashing all of it."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode() + tensor.flatten()[:16].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write the state as safetensors into `folder`; returns what JSON can hold of it.
+        """Write the state into a new folder, as safetensors. Returns the part of it that JSON can hold.
 
-        weights: those that learn, named as in the model, in which the averaged ones may stand meanwhile.
+        weights: The current trainable weights, named as in the model. The model itself may hold the averaged ones.
         """
         folder.mkdir()
-        moments = {
-            f"{name}/{moment}": self.optimizer.state[p][moment]
+        optimizer = {
+            f"{name}/{key}": self.optimizer.state[p][key]
             for name, p in self.trainable.items()
-            if p in self.optimizer.state  # what no term has reached has no moments yet
-            for moment in MOMENT_NAMES
+            if p in self.optimizer.state  # parameters that no term has reached have no state
+            for key in OPTIMIZER_STATE
         }
-        files: dict[str, Mapping[str, Tensor]] = {
-            WEIGHTS: weights,
-            AVERAGED: self.ema.weights,
-            MOMENTS: moments,
-        }
+        files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: weights, AVERAGED: self.ema.weights, OPTIMIZER: optimizer}
         for file, tensors in files.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
         return {"averaged_updates": self.ema.updates, "scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Take up a state that `save` wrote. Raises CheckpointError where it does not fit or cannot be read."""
+        """Restore a state that `save` wrote. Raises CheckpointError if it does not fit or cannot be read."""
         try:
-            weights, averaged, moments = (load_file(folder / file) for file in (WEIGHTS, AVERAGED, MOMENTS))
+            weights, averaged, optimizer = (load_file(folder / file) for file in (WEIGHTS, AVERAGED, OPTIMIZER))
             for name, parameter in self.trainable.items():
                 parameter.copy_(weights[name])
                 self.ema.weights[name].copy_(averaged[name])
-                if f"{name}/{MOMENT_NAMES[0]}" in moments:
+                if f"{name}/{OPTIMIZER_STATE[0]}" in optimizer:
                     self.optimizer.state[parameter] = {
-                        moment: moments[f"{name}/{moment}"].to(parameter.device) for moment in MOMENT_NAMES
+                        key: optimizer[f"{name}/{key}"].to(parameter.device) for key in OPTIMIZER_STATE
                     }
             self.ema.updates = int(state["averaged_updates"])
             self.scaler.load_state_dict(state["scaler"])
-        except Exception as error:  # safetensors and torch raise whatever their parsers raise
-            raise CheckpointError(f"{folder} cannot be resumed from: {error!r}") from error
+        except Exception as error:  # safetensors and torch raise any error of their parsers
+            raise CheckpointError(f"Cannot resume from {folder}: {error!r}. Remove it to start again.") from error
 
 
 class Ema:
-    """The exponential moving average of a model's trainable parameters, named as in the model."""
+    """Exponential moving average of a model's trainable parameters, named as in the model."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -146,7 +148,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """w̄ ← d·w̄ + (1-d)·w; d grows from 0.18 toward `decay`, so that a short run does not average in its base."""
+        """w̄ ← d·w̄ + (1-d)·w. d rises from 0.18 to `decay`, so that the average of a short run forgets the base."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averaged = list(self.weights.values())
@@ -155,7 +157,7 @@ class Ema:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """The averaged weights in the model for as long as the block lasts; gives those whose place they take."""
+        """Within the block, the model holds the averaged weights. Yields the current ones, named as in the model."""
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         current = {name: p.data for name, p in parameters.items()}
         try:
@@ -168,7 +170,7 @@ class Ema:
 
 
 def learning_rate_factor(step: int, config: TrainingConfig | DistillationConfig) -> float:
-    """Linear from 1/warmup to 1, then half a cosine down to 0."""
+    """Factor of the peak learning rate: linear from 1/warmup to 1, then half a cosine to 0. step: from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -176,14 +178,17 @@ def learning_rate_factor(step: int, config: TrainingConfig | DistillationConfig)
 
 
 def _parameter_groups(trainable: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
-    """By part, for its learning rate ("peak": the highest). Matrices decay; biases, norms, the temperature do not."""
+    """Optimizer groups by component, with its peak learning rate as "peak".
+
+    Matrices decay. Biases, norms and the temperature do not.
+    """
     groups: list[dict[str, Any]] = []
-    for part in Part:
-        of_part = [p for name, p in trainable.items() if part_of(name) is part]
-        peak = config.peak_learning_rate(part)
+    for component in Component:
+        own = [p for name, p in trainable.items() if component_of(name) is component]
+        peak = config.peak_learning_rate(component)
         for decay, params in (
-            (config.weight_decay, [p for p in of_part if p.ndim > 1]),
-            (0.0, [p for p in of_part if p.ndim <= 1]),
+            (config.weight_decay, [p for p in own if p.ndim > 1]),
+            (0.0, [p for p in own if p.ndim <= 1]),
         ):
             groups.append({"params": params, "weight_decay": decay, "peak": peak})
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""Looks at a model on its way: when one is due, which was best, when to stop, and which weights the run ends with."""
+"""Model selection: when to validate, which weights were best, when to stop, and which weights the run ends with."""
 
 from __future__ import annotations
 
@@ -12,59 +12,69 @@ from torch import Tensor
 
 from unidiff_sdk.errors import CheckpointError, OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-from unidiff_sdk.training.runtime.callbacks import Moment, Validate, Validated
+from unidiff_sdk.training.runtime.callbacks import ModelSnapshot, ValidationFunction, ValidationResult
 
 from .learner import Learner
 from .wise_ft import wise_ft
 
-__all__ = ["Looks"]
+__all__ = ["ModelSelection"]
 
 BEST = "best.safetensors"
-KEPT = ("looked", "measured_on", "best_step", "best_score", "since_best")  # of the state, by JSON
+# Attributes that are saved and restored as JSON.
+STATE = (
+    "validated_step",
+    "data_fingerprint",
+    "best_step",
+    "best_score",
+    "validations_since_best",
+    "latest",
+)
 
 
-class Looks:
-    """What `on_validate` says of the averaged weights, before the first step, every so many and after the last.
+class ModelSelection:
+    """Validates the averaged weights before the first step, every `validate_every` steps and after the last step.
 
-    With patience p, the run is over once p looks in a row were no better than the best, and ends with the best look's
-    weights (early stopping, Prechelt 1998). With WiSE-FT, it ends somewhere on the line from the base's weights to
-    those, see `wiseft`. In several processes, the main one looks and the others do as it says.
+    With patience p, the run stops after p validations in a row without improvement and ends with the weights of the
+    best one (early stopping, Prechelt 1998). With WiSE-FT, it ends with an interpolation between the base's weights and
+    those, see `wise_ft`. With several processes, the main one validates and the others follow its decision.
 
-    Made while the learner holds the base's weights.
+    Create it while the learner holds the base's weights.
     """
 
-    def __init__(self, on_validate: Validate | None, learner: Learner, checkpoint: Checkpoint) -> None:
+    def __init__(self, on_validate: ValidationFunction | None, learner: Learner, checkpoint: Checkpoint) -> None:
         config = learner.config
         self.on_validate = on_validate
         self.learner = learner
         self.checkpoint = checkpoint
-        self.looked = -1  # the step of the last look
-        self.measured_on = ""  # fingerprint of the pairs, once there was a look
+        self.validated_step = -1  # step of the last validation
+        self.data_fingerprint = ""  # identifies the validation pairs, once there was a validation
         self.best_step, self.best_score = -1, 0.0
-        self.since_best = 0  # looks
+        self.validations_since_best = 0
+        self.latest: dict[str, Any] = {}  # step, data, score and figures of the last validation
         self.best: dict[str, Tensor] = {}  # averaged weights, on the CPU
         self.base = {name: t.clone() for name, t in learner.ema.weights.items()} if config.wise_ft else {}
 
-    def look_if_due(self, step: int) -> None:
-        """Look after `step` steps, if it is time and has not been done."""
+    def validate_if_due(self, step: int) -> None:
+        """Validate after `step` steps if it is due and has not been done."""
         config = self.learner.config
         due = step % config.validate_every == 0 or step == config.steps
-        if self.on_validate is None or not due or step <= self.looked:
+        if self.on_validate is None or not due or step <= self.validated_step:
             return
-        self.looked = step
+        self.validated_step = step
         if self.learner.processes.is_main:
-            self._compare(step, self._look(step))
+            self._keep_if_best(step, self._validate(step))
 
     @property
-    def are_over(self) -> bool:
-        """Whether to stop early. All processes ask together."""
+    def should_stop(self) -> bool:
+        """Whether to stop early. All processes must ask together."""
         patience, processes = self.learner.config.patience, self.learner.processes
         if not patience:
             return False
-        return bool(processes.sum(torch.tensor(float(self.since_best >= patience), device=processes.device)))
+        exhausted = torch.tensor(float(self.validations_since_best >= patience), device=processes.device)
+        return bool(processes.sum(exhausted))
 
     def choose_weights(self, step: int) -> dict[str, Any]:
-        """Leave in the averaged weights what the run ends with. Returns how it was chosen, for its record."""
+        """Leave the weights that the run ends with in the averaged weights. Returns how they were chosen."""
         chosen: dict[str, Any] = {}
         learner = self.learner
         if not learner.processes.is_main:
@@ -74,46 +84,49 @@ class Looks:
             for name, weight in learner.ema.weights.items():
                 weight.copy_(self.best[name])
         if learner.config.wise_ft:
-            chosen["wise_ft"] = wise_ft(learner, self.base, lambda: self._look(step, quick=True))
-        if chosen:  # the last look is one at what is kept
-            chosen["score"] = self._look(step).score
+            chosen["wise_ft"] = wise_ft(learner, self.base, lambda: self._validate(step, score_only=True))
+        if chosen:  # validate the chosen weights
+            chosen["score"] = self._validate(step).score
         return chosen
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write the best weights into `folder`; returns what JSON can hold of the state."""
+        """Write the best weights into `folder`. Returns the part of the state that JSON can hold."""
         if self.best:
             save_file(self.best, folder / BEST)
-        return {name: getattr(self, name) for name in KEPT}
+        return {name: getattr(self, name) for name in STATE}
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Take up what `save` wrote. Raises CheckpointError where it cannot be read."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Restore a state that `save` wrote. Raises CheckpointError if it cannot be read."""
+        for name in STATE:
+            setattr(self, name, state.get(name, getattr(self, name)))
         if self.learner.config.patience and self.best_step >= 0 and self.learner.processes.is_main:
             try:
                 self.best = load_file(folder / BEST)
-            except Exception as error:  # safetensors raises whatever its parser raises
-                raise CheckpointError(f"{folder} cannot be resumed from: {error!r}") from error
+            except Exception as error:  # safetensors raises any error of its parser
+                raise CheckpointError(f"Cannot resume from {folder}: {error!r}. Remove it to start again.") from error
 
-    def _look(self, step: int, *, quick: bool = False) -> Validated:
+    def _validate(self, step: int, *, score_only: bool = False) -> ValidationResult:
         assert self.on_validate is not None
         learner = self.learner
         with learner.averaged_for_use():
-            look = self.on_validate(Moment(step, learner.model, self.checkpoint, learner.config, quick))
+            result = self.on_validate(ModelSnapshot(step, learner.model, self.checkpoint, learner.config, score_only))
         chooses = learner.config.patience or learner.config.wise_ft
-        if chooses and self.measured_on not in ("", look.measured_on):
+        if chooses and self.data_fingerprint not in ("", result.data_fingerprint):
             raise OptionError(
-                "the looks choose the weights, and this one is at other pairs than those before: resume the run with "
-                "the --val that it was started with"
+                "The validation pairs differ from those of earlier validations of this run, whose scores choose the "
+                "weights. Resume with the --val that the run was started with."
             )
-        self.measured_on = look.measured_on
-        return look
+        self.data_fingerprint = result.data_fingerprint
+        if not score_only:
+            figures = dict(result.figures)
+            self.latest = {"step": step, "data": result.data, "score": result.score, "figures": figures}
+        return result
 
-    def _compare(self, step: int, look: Validated) -> None:
-        if self.best_step >= 0 and not look.score > self.best_score:
-            self.since_best += 1
+    def _keep_if_best(self, step: int, result: ValidationResult) -> None:
+        if self.best_step >= 0 and not result.score > self.best_score:
+            self.validations_since_best += 1
             return
-        self.best_step, self.best_score, self.since_best = step, look.score, 0
+        self.best_step, self.best_score, self.validations_since_best = step, result.score, 0
         if self.learner.config.patience:
             weights = self.learner.ema.weights.items()
             self.best = {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights}

@@ -1,6 +1,6 @@
-"""Prior preservation: pairs of the base's own world beside the catalog's, so that the one is not lost for the other.
+"""Prior preservation: pairs that the base already does well are trained on too, so that tuning does not unlearn them.
 
-Ruiz et al. 2023, "DreamBooth", section 3.3. They come from a folder, or the base draws them itself before it is tuned.
+Ruiz et al. 2023, "DreamBooth", section 3.3. The pairs come from a folder, or the base generates them before training.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from PIL import Image
 
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-from unidiff_sdk.training.config import Prior
-from unidiff_sdk.training.evaluation.validation import draw
+from unidiff_sdk.training.config import PriorConfig
+from unidiff_sdk.training.evaluation.validation import generate_by_own_sampler
 from unidiff_sdk.training.objective.joint_model import JointModel
-from unidiff_sdk.training.runtime.randomness import Purpose, seed_of
+from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
 
-__all__ = ["draw_prior"]
+__all__ = ["generate_prior"]
 
-AT_ONCE = 16  # pictures
+CHUNK = 16  # images per batch
 METADATA = "metadata.jsonl"
 
 
-def draw_prior(
-    prior: Prior,
+def generate_prior(
+    prior: PriorConfig,
     model: JointModel,
     checkpoint: Checkpoint,
     *,
     seed: int,
     on_batches: Callable[[range], Iterable[int]] = iter,
 ) -> None:
-    """Draw what the prior's folder lacks, if it has prompts. What was drawn before an interruption is kept.
+    """Generate the pairs that the prior's folder lacks, if there are prompts. Images of an interrupted run are kept.
 
-    on_batches: wraps the batches while they are drawn. Raises DataError where the folder cannot be written.
+    on_batches: Wraps the batches while they are generated. Raises DataError if the folder cannot be written.
     """
     file = prior.folder / METADATA
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -41,17 +41,19 @@ def draw_prior(
         return
     try:
         prior.folder.mkdir(parents=True, exist_ok=True)
-        for start in on_batches(range(len(lines), prior.pairs, AT_ONCE)):
-            numbers = range(start, min(start + AT_ONCE, prior.pairs))
+        for start in on_batches(range(len(lines), prior.pairs, CHUNK)):
+            numbers = range(start, min(start + CHUNK, prior.pairs))
             prompts = [prior.prompts[number % len(prior.prompts)] for number in numbers]
-            with model.at_rest():
-                pictures = draw(model, checkpoint, prompts, seed=seed_of(seed, Purpose.PRIOR, start))
-            for number, prompt, picture in zip(numbers, prompts, pictures, strict=True):
+            with model.evaluating():
+                images = generate_by_own_sampler(
+                    model, checkpoint, prompts, seed=derive_seed(seed, Purpose.PRIOR, start)
+                )
+            for number, prompt, image in zip(numbers, prompts, images, strict=True):
                 name = f"prior-{number:06d}.png"
-                Image.fromarray(picture).save(prior.folder / name)
+                Image.fromarray(image).save(prior.folder / name)
                 lines.append(json.dumps({"file_name": name, "text": prompt}, ensure_ascii=False))
             part = file.with_name(f".{METADATA}.part")
             part.write_text("\n".join(lines) + "\n", encoding="utf-8")
             part.replace(file)
     except OSError as error:
-        raise DataError(f"the prior's pictures cannot be kept in {prior.folder}: {error}") from error
+        raise DataError(f"Cannot write prior images to {prior.folder}: {error}. Choose another --prior.") from error

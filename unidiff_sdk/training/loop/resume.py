@@ -1,8 +1,8 @@
-"""A run that was stopped goes on where it was: the state beside its last checkpoint, and whose state it is.
+"""Resuming a run: its state is saved with the last checkpoint, together with what identifies the run.
 
-    OUT/training_state/    state.json and what the learner keeps, until the run is finished
+    OUT/training_state/    state.json and the tensors of the learner, until the run is finished
 
-It is part of the checkpoint's folder, so both appear together or not at all.
+The state is part of the checkpoint folder, so that both appear together or not at all.
 """
 
 from __future__ import annotations
@@ -16,104 +16,127 @@ from typing import Any
 from torch import Tensor
 
 from unidiff_sdk.errors import CheckpointError, TrainingError
-from unidiff_sdk.training.checkpoints.checkpoint import TRAINING_STATE as STATE
-from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training.checkpoints.checkpoint import METADATA
+from unidiff_sdk.training.checkpoints.json_files import read_json
+from unidiff_sdk.training.checkpoints.saving import TRAINING_STATE
+from unidiff_sdk.training.config import TrainingConfig, with_current_names
 
 from .learner import Learner
-from .model_selection import Looks
+from .model_selection import ModelSelection
 
 __all__ = ["Progress", "read_finished", "restore", "unfinished", "write_state"]
 
-SCHEMA_VERSION = 2
-# Settings that do not decide the weights: another value may be given when a run goes on.
-HARMLESS = ("save_every", "keep", "validate_every")
+SCHEMA_VERSION = 3
+# Settings that do not affect the weights. They may change when a run is resumed.
+UNRELATED_TO_WEIGHTS = {"save_every", "keep", "validate_every"}
+# Names of schema 2, in the state of the model selection and in the losses.
+SELECTION_NAMES_2 = {
+    "looked": "validated_step",
+    "measured_on": "data_fingerprint",
+    "since_best": "validations_since_best",
+}
+LOSS_NAMES_2 = {"leash": "feature_distillation", "prior_leash": "prior_feature_distillation"}
 
 
 @dataclass
 class Progress:
-    """How far a run is. step: steps done."""
+    """Progress of a run.
+
+    Attributes:
+        step: Steps done.
+        losses: Value of each term in the last step.
+    """
 
     step: int = 0
     losses: dict[str, float] = field(default_factory=dict)
 
 
 def unfinished(out: Path) -> bool:
-    """Whether a run left its state in `out` and can go on."""
-    return (out / STATE / "state.json").is_file()
+    """Whether `out` holds the state of a run that can be resumed."""
+    return (out / TRAINING_STATE / "state.json").is_file()
 
 
 def write_state(
     out: Path,
     learner: Learner,
-    looks: Looks,
+    selection: ModelSelection,
     weights: Mapping[str, Tensor],
     progress: Progress,
     identity: Mapping[str, Any],
 ) -> None:
     """Write the state into the checkpoint folder `out`.
 
-    weights: those that learn, see `Learner.save`. identity: what another run must share to go on from here.
+    weights: The current trainable weights, see `Learner.save`. identity: What a resumed run must have in common.
     """
-    kept = learner.save(out / STATE, weights)
+    folder = out / TRAINING_STATE
     content = {
         "schema_version": SCHEMA_VERSION,
         "progress": asdict(progress),
-        "learner": kept,
-        "looks": looks.save(out / STATE),
+        "learner": learner.save(folder, weights),
+        "selection": selection.save(folder),
         "config": asdict(learner.config),
         "identity": dict(identity),
     }
-    (out / STATE / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def restore(out: Path, learner: Learner, looks: Looks, identity: Mapping[str, Any]) -> Progress:
-    """Bring the learner and the looks to where the run in `out` stopped.
+def restore(out: Path, learner: Learner, selection: ModelSelection, identity: Mapping[str, Any]) -> Progress:
+    """Restore learner and model selection to the state of the run in `out`.
 
-    Raises TrainingError where that run had other settings, another base or other data; CheckpointError where its state
-    cannot be read.
+    Raises:
+        TrainingError: The run has other settings, another base or other data.
+        CheckpointError: The state cannot be read.
     """
-    content = _read(out / STATE / "state.json")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{out} was left by another version of this program (schema {content.get('schema_version')}, "
-            f"not {SCHEMA_VERSION}): resume it with that one"
-        )
+    folder = out / TRAINING_STATE
+    content = _upgrade(out, read_json(folder / "state.json"))
     _require_same_run(out, content, learner.config, identity)
-    learner.restore(out / STATE, content["learner"])
-    looks.restore(out / STATE, content["looks"])
+    learner.restore(folder, content["learner"])
+    selection.restore(folder, content["selection"])
     return Progress(**content["progress"])
 
 
 def read_finished(out: Path, config: TrainingConfig, identity: Mapping[str, Any]) -> Progress:
-    """What the finished run in `out` came to. Raises TrainingError where it is not the run that was asked for."""
-    meta = _read(out / "unidiff.json")
+    """Final progress of the finished run in `out`. Raises TrainingError if it is another run."""
+    meta = read_json(out / METADATA)
     if not meta.keys() >= {"config", "identity", "step", "losses"}:
-        raise TrainingError(f"{out} is no run that could be resumed: leave --resume out, or name another folder")
+        raise TrainingError(f"{out} holds no run that can be resumed. Omit --resume, or name another folder.")
     _require_same_run(out, meta, config, identity)
-    return Progress(meta["step"], meta["losses"])
+    return Progress(meta["step"], _renamed(meta["losses"], LOSS_NAMES_2))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object")
+def _upgrade(out: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The content of state.json in the current schema. Schema 2 has the same content under other names."""
+    version = content.get("schema_version")
+    if version == 2:
+        progress = content["progress"]
+        return content | {
+            "selection": _renamed(content["looks"], SELECTION_NAMES_2),
+            "progress": progress | {"losses": _renamed(progress["losses"], LOSS_NAMES_2)},
+        }
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"The run in {out} was saved in schema {version}; this version reads schemas 2 and {SCHEMA_VERSION}. "
+            "Resume it with the version that saved it, or name another folder."
+        )
     return content
+
+
+def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def _require_same_run(
     out: Path, content: Mapping[str, Any], config: TrainingConfig, identity: Mapping[str, Any]
 ) -> None:
-    # Through JSON and back, as the other side went: tuples become lists.
+    # Through JSON and back, like the recorded values: tuples become lists.
     ours = json.loads(json.dumps({"config": asdict(config), "identity": dict(identity)}))
-    harmless = set(HARMLESS) - ({"validate_every"} if config.patience else set())  # then the looks decide the weights
-    for of in ("config", "identity"):
-        for name in ours[of].keys() | content[of].keys():
-            now, then = ours[of].get(name), content[of].get(name)
-            if name not in harmless and now != then:
+    theirs = {"config": with_current_names(content["config"]), "identity": content["identity"]}
+    ignored = UNRELATED_TO_WEIGHTS - ({"validate_every"} if config.patience else set())  # then validation chooses them
+    for section in ("config", "identity"):
+        for name in ours[section].keys() | theirs[section].keys():
+            now, then = ours[section].get(name), theirs[section].get(name)
+            if name not in ignored and now != then:
                 raise TrainingError(
-                    f"the run in {out} has {name} {then!r}, not {now!r}: resume it with what it was started with, or "
-                    "name another folder for a new run"
+                    f"The run in {out} has {name} {then!r}, not {now!r}. Resume it with the values it was started "
+                    "with, or name another folder for a new run."
                 )

@@ -1,55 +1,58 @@
-"""The training loop: catalog and base in, tuned checkpoint out."""
+"""Training: fine-tune CLIP and Stable Diffusion together on a catalog."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-
 from unidiff_sdk.datasets.reader import InvalidRow, Row
-from unidiff_sdk.datasets.synthetic import CATALOGS
 from unidiff_sdk.errors import OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.bases import load_base
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, recover, require_replaceable, save_checkpoint
-from unidiff_sdk.training.config import Prior, TrainingConfig
-from unidiff_sdk.training.data.batches import Batches, Pairs, group_keys, load_pairs, recorded, tokenize
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.saving import recover_interrupted_save, require_replaceable
+from unidiff_sdk.training.config import PriorConfig, TrainingConfig
+from unidiff_sdk.training.data.batches import BatchLoader
+from unidiff_sdk.training.data.captions import group_keys, tokenize
 from unidiff_sdk.training.data.latents import LatentCache
+from unidiff_sdk.training.data.pairs import Pairs, load_pairs
 from unidiff_sdk.training.objective.joint_model import JointModel
-from unidiff_sdk.training.objective.tuning import ADAPTERS, add_adapters, choose_trainable, save_adapters
-from unidiff_sdk.training.runtime.allocator import kept_memory
-from unidiff_sdk.training.runtime.callbacks import StepReport, Validate
-from unidiff_sdk.training.runtime.interrupts import WithinStep, between_steps
+from unidiff_sdk.training.objective.tuning import add_adapters, set_trainable
+from unidiff_sdk.training.runtime.callbacks import StepReport, ValidationFunction
 from unidiff_sdk.training.runtime.processes import Processes
-from unidiff_sdk.training.runtime.randomness import Purpose, seed_of
+from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
 
 from .learner import Learner
-from .model_selection import Looks
-from .prior_preservation import draw_prior
-from .resume import Progress, read_finished, restore, unfinished, write_state
+from .model_selection import ModelSelection
+from .prior_preservation import generate_prior
+from .resume import read_finished, unfinished
+from .run import TrainingRun
 
-__all__ = ["StepReport", "Trained", "train"]
+__all__ = ["TrainingResult", "train"]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The outcome of a run: where the checkpoint lies, and what was used of the data.
+class TrainingResult:
+    """Result of a training run.
 
-    chosen: how its weights were chosen, where it was by looks: "early_stopping", "wise_ft" and their "score".
+    Attributes:
+        path: The checkpoint folder.
+        steps: Steps done.
+        pairs: Number of pairs in the catalog.
+        invalid_rows: Rows of the catalog that were skipped.
+        losses: Value of each term in the last step, without its weight.
+        seconds: Duration of this call.
+        chosen: How the final weights were chosen, if validation chose them: "early_stopping", "wise_ft" and "score".
     """
 
     path: Path
     steps: int
     pairs: int
-    bad: list[InvalidRow]
-    losses: dict[str, float]  # of the last step
+    invalid_rows: list[InvalidRow]
+    losses: dict[str, float]
     seconds: float
     chosen: dict[str, Any] = field(default_factory=dict)
 
@@ -65,222 +68,225 @@ def train(
     strict: bool = False,
     resume: bool = False,
     latents: str | Path | None = None,
-    prior: Prior | None = None,
+    prior: PriorConfig | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
-    on_bad_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
+    on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     on_prior: Callable[[range], Iterable[int]] = iter,
     on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
-    on_validate: Validate | None = None,
-) -> Trained:
-    """Fine-tune CLIP and Stable Diffusion of the checkpoint `base` together on the catalog folder `data`.
+    on_validate: ValidationFunction | None = None,
+) -> TrainingResult:
+    """Fine-tune CLIP and Stable Diffusion of a base together on a catalog, and save a checkpoint.
 
-    Writes the averaged weights to `out` every `config.save_every` steps, at the end, and when interrupted (then raises
-    KeyboardInterrupt on). base, clip: see `load_base`. device: "auto", "cpu", "cuda". strict: the first bad row stops
-    the run instead of being passed over. resume: go on with the run that `out` holds, if it holds one; on the CPU, the
-    weights become the same bit for bit as without the interruption.
+        from unidiff_sdk.training import TrainingConfig, Validator, train
 
-    latents: a folder that keeps the VAE's latents for other runs. prior: pairs of the base's own world, learned from
-    beside the catalog's.
+        config = TrainingConfig(steps=1000, learning_rate=1e-4)
+        result = train("products", "tiny", "runs/shop", config, on_validate=Validator("products-val"))
+        print(result.path, result.losses)
 
-    on_rows: wraps the rows while they are read. on_bad_rows: told of the rows that are passed over, of the catalog
-    and of the prior, as soon as these are read. on_prior: wraps the batches that the base draws for the prior.
-    on_start: called with the base once it is loaded. on_step: called after each step. on_validate: measures the model
-    before the first step, every `config.validate_every` steps and after the last, and chooses the weights where early
-    stopping or WiSE-FT is on, see `Looks`. In several processes, all wrap their rows, and only the main one calls the
-    others.
+    The averaged weights are saved every `config.save_every` steps, at the end, and on an interrupt, after which
+    KeyboardInterrupt is raised again. With several processes, all wrap their rows, and only the main process calls the
+    other callbacks.
 
-    Raises DataError, CheckpointError, OptionError for what it is given, TrainingError where a loss is not finite or
-    `out` holds a run that is not this one; the last good checkpoint then remains.
+    Args:
+        data: A catalog folder or shards.
+        base: "tiny", a checkpoint folder, or a diffusers Stable Diffusion as a folder or hub id. See `load_base`.
+        out: Folder of the new checkpoint.
+        config: Settings. Default: `TrainingConfig()`.
+        device: "auto", "cpu" or "cuda".
+        clip: CLIP model for a base without one. See `load_base`.
+        strict: Raise for the first invalid row instead of skipping it.
+        resume: Continue the run in `out`, if there is one. On the CPU, the final weights equal those of an
+            uninterrupted run bit for bit.
+        latents: Folder that keeps VAE latents for later runs.
+        prior: Prior pairs, trained on as well.
+        on_rows: Wraps the rows while they are read.
+        on_invalid_rows: Called with the skipped rows of the catalog, and of the prior, once they are read.
+        on_prior: Wraps the batches of prior images while they are generated.
+        on_start: Called with the base once it is loaded.
+        on_step: Called after each step.
+        on_validate: Measures the model before the first step, every `config.validate_every` steps and after the last.
+            Early stopping and WiSE-FT choose the weights by its score. See `Validator`.
+
+    Raises:
+        DataError: A catalog is missing or has no valid row.
+        CheckpointError: The base is missing or not supported, or `out` cannot be written.
+        OptionError: An argument is out of range.
+        TrainingError: A loss is not finite, memory is too small, or `out` holds another run. The last good checkpoint
+            remains.
     """
     config = config or TrainingConfig()
-    if prior and not (config.lambda_prior and (config.lambda_is or config.lambda_leash)):
-        raise OptionError(
-            "a prior teaches by image synthesis and by the leash, and both of them, or itself, have no weight"
-        )
-    if on_validate is None and (config.patience or config.wise_ft):
-        raise OptionError("early stopping and WiSE-FT choose by pairs that are not trained on: name some (--val)")
     started = time.perf_counter()
-    out = Path(out)
+    data, out = Path(data), Path(out)
+    _check_request(config, prior, on_validate)
     processes = Processes.join(device)
 
-    # 1. what is trained, and on what
-    if processes.is_main:
-        recover(out)
-    processes.wait()
-    require_replaceable(out)
-    goes_on = unfinished(out)
-    if goes_on and not resume:
-        raise TrainingError(f"{out} holds a run that is not finished: go on with it (--resume), or remove it first")
-    checkpoint = load_base(base, clip)
+    # 1. base and pairs
+    checkpoint = _open_base(base, clip, out, resume, processes)
     if processes.is_main:
         on_start(checkpoint)
-    if out.exists() and out.samefile(checkpoint.path):
-        raise TrainingError(f"{out} is the base itself: name another folder for the result")
-
-    def load(folder: str | Path, **more: Any) -> Pairs:
-        read = load_pairs(folder, checkpoint, strict=strict, fit=config.fit, **more)
-        if read.bad and processes.is_main:
-            on_bad_rows(Path(folder), read.bad)
-        return read
-
+    load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
     pairs = load(data, progress=on_rows)
-    smallest = min(config.batch_size, config.prior_batch or config.batch_size)
-    if smallest < processes.world:
-        raise OptionError(
-            f"a batch of {smallest} cannot be shared among {processes.world} processes: give at least one pair each"
-        )
-    if len(pairs) < max(2, processes.world):
-        raise TrainingError(
-            f"{data} holds too few usable pairs, {len(pairs)}: a contrast needs at least two, and every process one"
-        )
+    _require_enough_pairs(pairs, data, config, processes)
     groups = group_keys(pairs, config.group)
 
-    # 2. the model; every picture goes through the VAE once, here
+    # 2. model and batches
+    model = _build_model(checkpoint, config, processes)
+    cache = LatentCache(Path(latents), model) if latents else None
+    make_batches = partial(_make_batches, model, checkpoint, config, cache=cache, scratch=out.parent)
+    batches = make_batches(pairs, groups, size=max(config.batch_size, config.contrastive_batch), seed=config.seed)
+    prior_pairs, prior_batches = None, None
+    if prior:
+        _generate_prior(prior, model, checkpoint, config, processes, on_prior)
+        prior_pairs = load(prior.folder)
+        prior_batches = _make_prior_batches(make_batches, prior_pairs, prior, config, processes)
+
+    # 3. the run: new, resumed, or finished already
+    learner = Learner(model, config, processes)
+    selection = ModelSelection(on_validate, learner, checkpoint)
+    empty_ids = tokenize(checkpoint.tokenizer, [""]).to(processes.device)
+    run = TrainingRun(
+        *(out, learner, selection, checkpoint, pairs, data.name, batches, prior_pairs, prior_batches, empty_ids)
+    )
+    if unfinished(out):
+        run.restore()
+    elif resume and out.exists():
+        run.progress = read_finished(out, config, run.identity)
+        return _result(run, started)
+
+    # 4. the loop, and the choice of the final weights
+    run.train(on_step)
+    run.finish()
+    return _result(run, started)
+
+
+def _check_request(config: TrainingConfig, prior: PriorConfig | None, on_validate: ValidationFunction | None) -> None:
+    if prior and not (config.lambda_prior and (config.lambda_is or config.lambda_feature_distillation)):
+        raise OptionError(
+            "A prior is given, but no term trains on it. Set lambda_prior, and lambda_is or "
+            "lambda_feature_distillation, above 0."
+        )
+    if on_validate is None and (config.patience or config.wise_ft):
+        raise OptionError(
+            "Early stopping (patience) and WiSE-FT (wise_ft) choose weights by validation. Give on_validate (--val)."
+        )
+
+
+def _open_base(base: str | Path, clip: str | Path | None, out: Path, resume: bool, processes: Processes) -> Checkpoint:
+    """Load the base, once it is sure that the result can be saved to `out`."""
+    if processes.is_main:
+        recover_interrupted_save(out)
+    processes.wait()
+    require_replaceable(out)
+    if unfinished(out) and not resume:
+        raise TrainingError(f"{out} holds an unfinished run. Continue it with --resume, or remove it first.")
+    checkpoint = load_base(base, clip)
+    if out.exists() and out.samefile(checkpoint.path):
+        raise TrainingError(f"{out} is the base itself. Name another folder for the result.")
+    return checkpoint
+
+
+def _load_pairs(
+    checkpoint: Checkpoint,
+    config: TrainingConfig,
+    processes: Processes,
+    folder: Path,
+    *,
+    strict: bool,
+    on_invalid_rows: Callable[[Path, list[InvalidRow]], None],
+    progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+) -> Pairs:
+    pairs = load_pairs(folder, checkpoint, strict=strict, fit=config.fit, progress=progress)
+    if pairs.invalid_rows and processes.is_main:
+        on_invalid_rows(folder, pairs.invalid_rows)
+    return pairs
+
+
+def _require_enough_pairs(pairs: Pairs, data: Path, config: TrainingConfig, processes: Processes) -> None:
+    smallest = min(config.batch_size, config.prior_batch or config.batch_size)
+    if smallest < processes.world_size:
+        raise OptionError(
+            f"A batch of {smallest} cannot be divided among {processes.world_size} processes. Every process needs at "
+            "least one pair; raise the batch size."
+        )
+    needed = max(2, processes.world_size)
+    if len(pairs) < needed:
+        raise TrainingError(f"{data} holds too few valid pairs: {len(pairs)}. Training needs at least {needed}.")
+
+
+def _build_model(checkpoint: Checkpoint, config: TrainingConfig, processes: Processes) -> JointModel:
     add_adapters(checkpoint, config)
     model = JointModel(checkpoint, config.precision).to(processes.device).train()
     model.vae.eval()
-    choose_trainable(model, config)
+    set_trainable(model, config)
     if config.checkpoint_activations:
         model.checkpoint_activations()
-    empty_ids = tokenize(checkpoint.tokenizer, [""]).to(processes.device)
-    size = max(config.batch_size, config.contrastive_batch)
-    cache = LatentCache(Path(latents), model) if latents else None
-
-    def batches_of(pairs: Pairs, groups: Sequence[Any], size: int, seed: int) -> Batches:
-        return Batches(
-            model,
-            pairs,
-            tokenize(checkpoint.tokenizer, pairs.captions),
-            groups,
-            size=size,
-            flip=config.flip,
-            seed=seed,
-            cache=cache,
-            clip_ids=None if checkpoint.shared_layers else tokenize(checkpoint.clip_tokenizer, pairs.captions),
-            leash=config.lambda_leash > 0,
-            scratch=out.parent,
-        )
-
-    batches, prior_batches = batches_of(pairs, groups, size, config.seed), None
-    if prior:
-        if processes.is_main:
-            draw_prior(prior, model, checkpoint, seed=config.seed, on_batches=on_prior)
-        processes.wait()
-        prior_pairs = load(prior.folder)
-        if len(prior_pairs) < processes.world:
-            raise TrainingError(f"{prior.folder} holds too few pairs, {len(prior_pairs)}: every process needs one")
-        seed = seed_of(config.seed, Purpose.PRIOR)
-        prior_batches = batches_of(prior_pairs, prior_pairs.captions, config.prior_batch or config.batch_size, seed)
-
-    # 3. what learns, from the base or from where the run was stopped
-    learner = Learner(model, config, processes)
-    looks = Looks(on_validate, learner, checkpoint)
-    identity = {
-        "base": learner.fingerprint(),
-        "data": pairs.fingerprint(),
-        "prior": prior_pairs.fingerprint() if prior else None,
-        "groups": sha256(batches.groups.numpy().tobytes()).hexdigest() if config.group else None,
-    }
-    progress = restore(out, learner, looks, identity) if goes_on else Progress()
-    if resume and not goes_on and out.exists():
-        progress = read_finished(out, config, identity)
-        return Trained(out, progress.step, len(pairs), pairs.bad, progress.losses, time.perf_counter() - started)
-    saved = progress.step
-
-    def save(*, finished: bool = False, **more: Any) -> None:
-        if not processes.is_main:
-            return
-        meta = _meta(checkpoint, pairs, config, progress, identity, name=out.name, data=Path(data).name) | more
-        with learner.ema.applied(model) as current:
-
-            def write_more(folder: Path) -> None:
-                save_adapters(checkpoint, folder / ADAPTERS)
-                if not finished:
-                    write_state(folder, learner, looks, current, progress, identity)
-
-            save_checkpoint(
-                out,
-                **checkpoint.parts(),
-                meta=meta,
-                keep=config.keep,
-                also=write_more,
-            )
-
-    # 4. the loop
-    try:
-        with kept_memory(), between_steps() as raise_if_interrupted:
-            looks.look_if_due(progress.step)
-            while progress.step < config.steps and not looks.are_over:
-                tick = time.perf_counter()
-                losses = learner.step(progress.step, batches, empty_ids, prior_batches)
-                progress.step, progress.losses = progress.step + 1, losses
-                if processes.is_main:
-                    seconds = time.perf_counter() - tick
-                    on_step(
-                        StepReport(progress.step, config.steps, losses, learner.learning_rate, seconds, batches.size)
-                    )
-                looks.look_if_due(progress.step)
-                if progress.step % config.save_every == 0 and progress.step < config.steps:
-                    save()
-                    saved = progress.step
-                raise_if_interrupted()
-    except WithinStep:  # what was saved before is what a run can go on from
-        raise
-    except KeyboardInterrupt:
-        if progress.step:
-            save()
-        raise
-    except (TrainingError, torch.OutOfMemoryError) as error:
-        kept = f"the checkpoint of step {saved} is kept at {out}" if saved else "nothing had been saved yet"
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError(
-                f"{processes.device} has too little memory for step {progress.step + 1}; {kept}. Give "
-                "--micro-batch or --checkpoint-activations, which leave the gradients as they are, or --precision bf16"
-            ) from error
-        raise TrainingError(
-            f"{error}, so training stopped; {kept}. Lower the learning rate, or look for broken pictures"
-        ) from error
-
-    # 5. the result
-    if config.wise_ft and saved < progress.step:
-        save()  # the sweep takes many looks: what is learned must not hang on it
-    chosen = looks.choose_weights(progress.step)
-    save(finished=True, **({"chosen": chosen} if chosen else {}))
-    processes.wait()
-    seconds = time.perf_counter() - started
-    return Trained(out, progress.step, len(pairs), pairs.bad, progress.losses, seconds, chosen)
+    return model
 
 
-def _meta(
-    base: Checkpoint,
-    pairs: Pairs,
+def _make_batches(
+    model: JointModel,
+    checkpoint: Checkpoint,
     config: TrainingConfig,
-    progress: Progress,
-    identity: Mapping[str, Any],
+    pairs: Pairs,
+    groups: Sequence[Any],
     *,
-    name: str,
-    data: str,
-) -> dict[str, Any]:
-    drawn = all(payload.get("catalog") in CATALOGS for payload in pairs.payloads)
-    # A distilled base no longer draws in its few steps once it is tuned by another loss.
-    sampler = None if "teacher" in base.meta else base.meta.get("sampler")
-    return ({"sampler": sampler} if sampler else {}) | {
-        "name": name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": base.meta.get("name", base.path.name),
-        # True where the model has seen nothing but the synthetic catalogs: searching photographs then warns.
-        "synthetic": bool(base.meta.get("synthetic")) and drawn,
-        "fit": config.fit or base.fit,
-        "captions": recorded(pairs.captions),
-        "step": progress.step,
-        "config": asdict(config),
-        "losses": progress.losses,
-        "data": {"name": data, "pairs": len(pairs), "bad_rows": len(pairs.bad), "sha256": identity["data"]},
-        "identity": dict(identity),
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    size: int,
+    seed: int,
+    cache: LatentCache | None,
+    scratch: Path,
+) -> BatchLoader:
+    return BatchLoader(
+        model,
+        pairs,
+        tokenize(checkpoint.tokenizer, pairs.captions),
+        groups,
+        size=size,
+        flip=config.flip,
+        seed=seed,
+        cache=cache,
+        clip_ids=None if checkpoint.shared_layers else tokenize(checkpoint.clip_tokenizer, pairs.captions),
+        feature_distillation=config.lambda_feature_distillation > 0,
+        scratch=scratch,
+    )
+
+
+def _generate_prior(
+    prior: PriorConfig,
+    model: JointModel,
+    checkpoint: Checkpoint,
+    config: TrainingConfig,
+    processes: Processes,
+    on_prior: Callable[[range], Iterable[int]],
+) -> None:
+    if processes.is_main:
+        generate_prior(prior, model, checkpoint, seed=config.seed, on_batches=on_prior)
+    processes.wait()
+
+
+def _make_prior_batches(
+    make_batches: Callable[..., BatchLoader],
+    pairs: Pairs,
+    prior: PriorConfig,
+    config: TrainingConfig,
+    processes: Processes,
+) -> BatchLoader:
+    if len(pairs) < processes.world_size:
+        raise TrainingError(
+            f"{prior.folder} holds too few valid pairs: {len(pairs)}. Each of the {processes.world_size} processes "
+            "needs one."
+        )
+    seed = derive_seed(config.seed, Purpose.PRIOR)
+    return make_batches(pairs, pairs.captions, size=config.prior_batch or config.batch_size, seed=seed)
+
+
+def _result(run: TrainingRun, started: float) -> TrainingResult:
+    return TrainingResult(
+        path=run.out,
+        steps=run.progress.step,
+        pairs=len(run.pairs),
+        invalid_rows=run.pairs.invalid_rows,
+        losses=run.progress.losses,
+        seconds=time.perf_counter() - started,
+        chosen=run.chosen,
+    )

@@ -1,1 +1,1 @@
-"""What training minimizes: the joint model, its losses and which parameters are tuned."""
+"""The training objective: the joint model, its losses and the choice of trainable weights."""

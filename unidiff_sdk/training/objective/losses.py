@@ -1,9 +1,9 @@
-"""The joint objective: ITC, IS and RSC, each a pure function of what its formula names.
+"""The losses of the joint objective: ITC, IS and RSC, each a pure function of the symbols in its formula.
 
-Pairs (x_i, y_i). f is CLIP's image tower and g its text tower, both onto the unit sphere; u_i = f(x_i), v_i = g(y_i).
-τ(y) are the text tower's token states, which condition the UNet ε_θ; E and D are the frozen VAE, z = E(x) its latents;
-ᾱ_t is the noise schedule (`alpha_bar`). Every function returns a scalar that is finite for finite inputs, also when
-nothing contributes to it.
+Pairs (x_i, y_i) of an image and a caption. f is CLIP's image tower and g its text tower, both onto the unit sphere:
+u_i = f(x_i), v_i = g(y_i). τ(y) are the token states of the text tower, which condition the UNet ε_θ. E and D are the
+encoder and decoder of the frozen VAE; z = E(x) are latents. ᾱ_t is the noise schedule (`alpha_bar`). Every loss is a
+scalar. It is finite for finite inputs, even if no sample contributes to it.
 """
 
 from __future__ import annotations
@@ -20,37 +20,43 @@ __all__ = [
     "add_noise",
     "clamp_logit_scale",
     "diffusion_target",
+    "feature_distillation",
     "generated_positives",
     "gradient_only_through_input",
     "itc",
-    "leash",
+    "linear_warmup",
     "min_snr_weight",
     "predict_original",
     "rsc_feature",
     "rsc_pixel",
     "same_meaning",
     "synthesis",
-    "warm_up",
 ]
 
-MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5: logits scaled by more than 100 are unstable
+MAX_LOGIT_SCALE = math.log(100.0)  # Radford et al. 2021, section 2.5: training is unstable with larger scales
 
 
 # --- ITC: image-text contrast ----------------------------------------------------------------------------------------
 
 
 def same_meaning(groups_a: Tensor, groups_b: Tensor) -> Tensor:
-    """float[n, m], 1 where a_i and b_j bear the same group key: they mean the same, so they are positives."""
+    """Positives of each other: 1 where a_i and b_j have the same group, else 0.
+
+    groups_a: int64[n]; groups_b: int64[m]. Returns float[n, m].
+    """
     return (groups_a[:, None] == groups_b[None, :]).float()
 
 
 def itc(u: Tensor, v: Tensor, logit_scale: Tensor, positives: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE: ½·CE(s·u·vᵀ → P) + ½·CE(s·v·uᵀ → Pᵀ), P the positives of each row shared equally.
+    """Symmetric InfoNCE: ½·CE(s·u·vᵀ → P) + ½·CE(s·v·uᵀ → Pᵀ). P is uniform over the positives of each row.
 
-    Radford et al. 2021 (CLIP), figure 3; with several positives a row, Khosla et al. 2020 (SupCon), equation 2.
+    Radford et al. 2021 (CLIP), figure 3. With several positives per row: Khosla et al. 2020 (SupCon), equation 2.
 
-    u, v: float[n, d], unit rows, pair i in row i. logit_scale: log s, scalar. positives: float[n, n] of 0 and 1, at
-    least one a row and a column; default: the diagonal.
+    Args:
+        u: float[n, d], image embeddings, unit rows.
+        v: float[n, d], text embeddings, unit rows. Pair i is in row i of both.
+        logit_scale: log s, a scalar.
+        positives: float[n, n] of 0 and 1, with at least one 1 in each row and column. Default: the diagonal.
     """
     logits = logit_scale.exp() * u @ v.T
     positives = torch.eye(len(u), device=u.device) if positives is None else positives
@@ -58,19 +64,24 @@ def itc(u: Tensor, v: Tensor, logit_scale: Tensor, positives: Tensor | None = No
 
 
 def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """float[n]: cross-entropy of each row against the uniform distribution over its positives."""
+    """Cross-entropy of each row against the uniform distribution over its positives: float[n]."""
     target = positives / positives.sum(dim=1, keepdim=True)
     return -(target * logits.log_softmax(dim=1)).sum(dim=1)
 
 
 @torch.no_grad()
 def clamp_logit_scale(logit_scale: nn.Parameter) -> None:
-    """Keep the learned temperature within CLIP's bounds, 1 ≤ s ≤ 100; to be called after each optimizer step."""
+    """Clamp the learned temperature to CLIP's bounds, 1 ≤ s ≤ 100. Call it after each optimizer step."""
     logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
-def leash(u: Tensor, u_base: Tensor) -> Tensor:
-    """1 - cos(u_i, u⁰_i), averaged: how far embeddings have gone from the base's. u, u_base: float[n, d], unit rows."""
+def feature_distillation(u: Tensor, u_base: Tensor) -> Tensor:
+    """Mean of 1 - cos(u_i, u⁰_i): the distance of embeddings from those of the base, in [0, 2].
+
+    Feature distillation from the frozen base, as in Li & Hoiem 2016, "Learning without forgetting", for features.
+
+    u, u_base: float[n, d], unit rows.
+    """
     return (1 - (u * u_base).sum(dim=1)).mean()
 
 
@@ -78,13 +89,19 @@ def leash(u: Tensor, u_base: Tensor) -> Tensor:
 
 
 def add_noise(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """z_t = √ᾱ_t·z + √(1-ᾱ_t)·ε (Ho et al. 2020, equation 4). z, noise: float[n, c, h, w]; alpha_bar: float[n]."""
+    """Noisy latents z_t = √ᾱ_t·z + √(1-ᾱ_t)·ε (Ho et al. 2020, equation 4).
+
+    z, noise: float[n, c, h, w]; alpha_bar: float[n]. Returns float[n, c, h, w].
+    """
     signal, sigma = _signal_and_sigma(alpha_bar)
     return signal * z + sigma * noise
 
 
 def diffusion_target(z: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """What the UNet is to answer: ε, or v = √ᾱ_t·ε - √(1-ᾱ_t)·z (Salimans & Ho 2022, appendix D)."""
+    """Target of the UNet: ε, or v = √ᾱ_t·ε - √(1-ᾱ_t)·z (Salimans & Ho 2022, appendix D).
+
+    z, noise: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon" or "v_prediction".
+    """
     if prediction_type == "epsilon":
         return noise
     signal, sigma = _signal_and_sigma(alpha_bar)
@@ -92,7 +109,10 @@ def diffusion_target(z: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_typ
 
 
 def predict_original(z_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The denoising estimate ẑ_0: (z_t - √(1-ᾱ_t)·ε)/√ᾱ_t, or √ᾱ_t·z_t - √(1-ᾱ_t)·v."""
+    """Denoising estimate ẑ_0 = (z_t - √(1-ᾱ_t)·ε)/√ᾱ_t, or √ᾱ_t·z_t - √(1-ᾱ_t)·v for v prediction.
+
+    z_t, output: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon" or "v_prediction".
+    """
     signal, sigma = _signal_and_sigma(alpha_bar)
     if prediction_type == "epsilon":
         return (z_t - sigma * output) / signal
@@ -100,21 +120,26 @@ def predict_original(z_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Min-SNR-γ: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, SNR = ᾱ_t/(1-ᾱ_t); γ = 0 weighs all alike.
+    """Min-SNR-γ weight: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ_t/(1-ᾱ_t).
 
-    Hang et al. 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4. alpha_bar: float[n].
+    Hang et al. 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4.
+
+    alpha_bar: float[n]; gamma: γ ≥ 0, where 0 gives every timestep the weight 1. Returns float[n].
     """
     if gamma == 0:
         return torch.ones_like(alpha_bar)
     if prediction_type == "epsilon":
-        # γ/SNR instead of min(SNR, γ)/SNR: finite also at zero terminal SNR.
+        # min(γ/SNR, 1) equals min(SNR, γ)/SNR and stays finite at zero terminal SNR.
         return (gamma * (1 - alpha_bar) / alpha_bar).clamp(max=1.0)
-    # min(SNR, γ)/(SNR + 1), both sides times 1-ᾱ_t
+    # min(SNR, γ)/(SNR + 1), numerator and denominator multiplied by 1-ᾱ_t
     return torch.minimum(alpha_bar, gamma * (1 - alpha_bar))
 
 
 def synthesis(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """E w(t)·‖target - output‖², the square averaged over a sample's elements. weight: float[n]."""
+    """Denoising loss E w(t)·‖target - output‖². The square is averaged over the elements of a sample.
+
+    output, target: float[n, c, h, w]; weight: float[n].
+    """
     return (weight * (output - target).square().flatten(1).mean(dim=1)).mean()
 
 
@@ -126,42 +151,56 @@ def _signal_and_sigma(alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
 # --- RSC: reciprocal semantic consistency ----------------------------------------------------------------------------
 
 
-def warm_up(step: int, steps: int) -> float:
-    """From 0 to 1, linearly over the first `steps` steps: early denoising estimates mean nothing yet."""
+def linear_warmup(step: int, steps: int) -> float:
+    """Factor from 0 to 1, linear over the first `steps` steps. Early denoising estimates carry no meaning yet."""
     return min(1.0, step / steps) if steps else 1.0
 
 
 def rsc_pixel(u_hat: Tensor, u: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The generator learns from the encoder: Σ ᾱ_t·(1 - cos(û_i, f̄(x_i))) / n over the n samples that passed the gate.
+    """The generator learns from the encoder: Σ ᾱ_t·(1 - cos(û_i, f̄(x_i))) / n over the n samples that pass the gate.
 
-    What a picture means must survive its denoising estimate; the noisier the estimate, the less it counts. With f̄
-    under stopped gradients (`gradient_only_through_input`), it teaches the UNet, and the text tower through τ.
+    The denoising estimate of an image must keep the image's meaning. The noisier the estimate, the lower its weight.
+    The weights of f̄ are constants (`gradient_only_through_input`), so the loss trains the UNet, and the text tower
+    through τ.
 
-    u_hat: float[n, d], û_i = f̄(D(ẑ_0)); u: float[n, d], f̄(x_i); unit rows; alpha_bar: float[n]. n = 0 gives zero.
+    Args:
+        u_hat: float[n, d], û_i = f̄(D(ẑ_0)), unit rows.
+        u: float[n, d], f̄(x_i), unit rows.
+        alpha_bar: float[n]. n = 0 gives 0.
     """
     distance = 1 - (u_hat * u.detach()).sum(dim=1)
     return (alpha_bar * distance).sum() / max(len(u_hat), 1)
 
 
 def generated_positives(u_hat: Tensor, v: Tensor, logit_scale: Tensor, positives: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The encoder learns from the generator: the detached estimate x̂_0 is one more picture of its caption y.
+    """The encoder learns from the generator: the detached estimate x̂_0 is a further image of its caption y.
 
-    The image-to-text half of ITC, ᾱ_t-weighted, over the n samples that passed the gate, against the batch's texts.
+    The image-to-text half of ITC, weighted by ᾱ_t, over the n samples that pass the gate, against the texts of the
+    batch.
 
-    u_hat: float[n, d], f(x̂_0) with x̂_0 detached by the caller; v: float[m, d]; positives: float[n, m], `same_meaning`
-    of the estimates' and the texts' groups; alpha_bar: float[n]. n = 0 gives zero.
+    Args:
+        u_hat: float[n, d], f(x̂_0), unit rows. The caller detaches x̂_0.
+        v: float[m, d], text embeddings, unit rows.
+        logit_scale: log s, a scalar.
+        positives: float[n, m], `same_meaning` of the groups of estimates and texts.
+        alpha_bar: float[n]. n = 0 gives 0.
     """
     cross_entropy = _soft_cross_entropy(logit_scale.exp() * u_hat @ v.T, positives)
     return (alpha_bar * cross_entropy).sum() / max(len(u_hat), 1)
 
 
 def rsc_feature(h: Tensor, u: Tensor, temperature: float = 0.1) -> Tensor:
-    """Without decoding: the UNet's features and CLIP's must find the same pictures of a batch alike.
+    """UNet features and CLIP features must agree on which images of a batch are similar. Needs no decoding.
 
-    ½·KL(P̄_u ‖ P_h) + ½·KL(P̄_h ‖ P_u), P the softmax over a picture's cosines to the others, the bar a stop.
-    Features are centered over the batch first: pooled activations share one large mean that would hide what differs.
+    ½·KL(P̄_u ‖ P_h) + ½·KL(P̄_h ‖ P_u). P is the softmax over an image's cosines to the others; the bar stops gradients.
+    Features are centered over the batch first. Pooled activations share a large mean that would hide the differences.
 
-    h: float[n, c], pooled mid-block features; u: float[n, d]. Fewer than three pictures have no structure: zero.
+    Args:
+        h: float[n, c], pooled mid-block features.
+        u: float[n, d], image embeddings.
+        temperature: Temperature of the softmax, above 0.
+
+    Returns 0 for fewer than three images, which have no structure to compare.
     """
     if len(h) < 3:
         return 0.0 * (h.sum() + u.sum())
@@ -172,7 +211,7 @@ def rsc_feature(h: Tensor, u: Tensor, temperature: float = 0.1) -> Tensor:
 
 
 def _neighbors(features: Tensor, temperature: float) -> Tensor:
-    """log float[n, n-1]: how likely picture i takes each other picture for its like."""
+    """Log of P: row i is the distribution of image i over the other images. float[n, n-1]."""
     unit = F.normalize(features - features.mean(dim=0), dim=1)
     n = len(unit)
     others = ~torch.eye(n, dtype=torch.bool, device=unit.device)
@@ -180,10 +219,10 @@ def _neighbors(features: Tensor, temperature: float) -> Tensor:
 
 
 def gradient_only_through_input(tower: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
-    """f̄(pixels): `tower` with `weights` as constants, so that the gradient passes to its input and to nothing else.
+    """f̄(pixels): run `tower` with `weights` as constants, so that gradients reach only its input.
 
-    weights: the tower's own (`dict(tower.named_parameters())`) for the tuned encoder, or its EMA.
+    weights: The tower's own parameters (`dict(tower.named_parameters())`), or their EMA.
     """
     constants = {name: weight.detach() for name, weight in weights.items()}
-    answer: Tensor = torch.func.functional_call(tower, constants, (pixels,))
-    return answer
+    output: Tensor = torch.func.functional_call(tower, constants, (pixels,))
+    return output

@@ -1,1 +1,1 @@
-"""The recipe of the built-in model, and its PyTorch checkpoint."""
+"""Recipes that train the models of this package from scratch: the tiny base and the frozen judge."""

@@ -1,4 +1,4 @@
-"""The tiny architecture: what Stable Diffusion and CLIP are made of, in about five million parameters for 64 px."""
+"""The tiny architecture: the components of Stable Diffusion and CLIP, for 64 px, in about five million parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def train_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary of at most 1,024 entries, with CLIP's own normalization and end-of-word marks."""
+    """Train a byte-pair vocabulary of at most 1,024 entries, with the normalization and end-of-word marks of CLIP."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = CLIPTokenizer(vocab={}, merges=[], unk_token=END).backend_tokenizer
     trainer = trainers.BpeTrainer(
@@ -30,7 +30,8 @@ def train_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     backend.train_from_iterator(texts, trainer)
     bpe = json.loads(backend.to_str())["model"]
     learned = sorted(bpe["vocab"], key=bpe["vocab"].get)
-    # Every byte stands twice, alone and at a word's end, so that no text is unknown: unknown would read as the end.
+    # Every byte has two tokens, within a word and at its end, so that no text is unknown. CLIP would read an unknown
+    # token as the end of the text.
     tokens = dict.fromkeys([*alphabet, *(f"{symbol}</w>" for symbol in alphabet), *learned, START, END])
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in bpe["merges"]]
@@ -38,7 +39,7 @@ def train_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
 
 
 def build_vae() -> AutoencoderKL:
-    """A VAE of f = 4: 3x64x64 pixels to 4x16x16 latents, 0.8 M parameters."""
+    """A VAE with factor 4: 3x64x64 pixels to 4x16x16 latents. 0.8 M parameters."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -53,7 +54,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP of two four-layer towers of width 128, 1.3 M parameters; the text tower also conditions the UNet."""
+    """A CLIP with two four-layer towers of width 128. 1.3 M parameters. The text tower also conditions the UNet."""
     tower = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = {
         "vocab_size": len(tokenizer),
@@ -73,7 +74,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A UNet of two resolutions, 16x16 and 8x8, the latter with cross-attention: 3 M parameters."""
+    """A UNet with two resolutions, 16x16 and 8x8, the latter with cross-attention. 3 M parameters."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         in_channels=4,
@@ -89,7 +90,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's own noise schedule (scaled linear), v prediction."""
+    """The noise schedule of Stable Diffusion (scaled linear), with v prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -103,7 +104,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_image_processor() -> CLIPImageProcessorPil:
-    """CLIP's preprocessing at 64 px."""
+    """The image preprocessing of CLIP at 64 px."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},

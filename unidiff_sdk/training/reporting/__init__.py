@@ -1,1 +1,1 @@
-"""Run logs and reports."""
+"""Run logs, HTML reports and TensorBoard output."""

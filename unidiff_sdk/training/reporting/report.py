@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with its curves, its samples over time, what it finds, and how to repeat it."""
+"""The HTML report of a run: one file with its curves, samples, searches, figures and settings."""
 
 from __future__ import annotations
 
@@ -9,72 +9,68 @@ from typing import Any
 
 from unidiff_sdk._internal.pages.charts import Line, line_chart
 from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
+from unidiff_sdk.training.config import TERM_TITLES
 
 from .run_log import Log, read_log
 
 __all__ = ["write_report"]
 
-SHOWN_LOOKS = 8  # of the samples over time
+SHOWN_VALIDATIONS = 8  # columns of the samples
 SMOOTHING = 0.95
-LOSSES = {
-    "itc": "ITC: image-text contrast",
-    "is": "IS: image synthesis",
-    "rsc": "RSC: the generator learns from the encoder",
-    "rsc_generated": "RSC: the encoder learns from the generator",
-    "rsc_feature": "RSC: both learn from each other's features",
-    "leash": "Leash: how far embeddings are from the base's",
-    "prior": "Image synthesis of the base's own world",
-    "prior_leash": "Leash on the base's own world",
+LOSS_TITLES = TERM_TITLES | {
+    "prior": "IS on prior pairs",
+    "prior_feature_distillation": "Feature distillation on prior pairs",
 }
-# What stands in the table and the curves: name, key of the figure, whether more is better.
+# (title, key of the figure, whether higher is better)
 FIGURES = (
-    ("words → picture, R@1", "text_to_image R@1", True),
-    ("words → picture, R@5", "text_to_image R@5", True),
-    ("words → picture, R@10", "text_to_image R@10", True),
-    ("words → picture, median rank", "text_to_image median_rank", False),
-    ("picture → words, R@1", "image_to_text R@1", True),
-    ("picture → words, R@5", "image_to_text R@5", True),
-    ("picture → words, R@10", "image_to_text R@10", True),
-    ("picture → words, median rank", "image_to_text median_rank", False),
+    ("text → image, R@1", "text_to_image R@1", True),
+    ("text → image, R@5", "text_to_image R@5", True),
+    ("text → image, R@10", "text_to_image R@10", True),
+    ("text → image, median rank", "text_to_image median_rank", False),
+    ("image → text, R@1", "image_to_text R@1", True),
+    ("image → text, R@5", "image_to_text R@5", True),
+    ("image → text, R@10", "image_to_text R@10", True),
+    ("image → text, median rank", "image_to_text median_rank", False),
     ("denoising loss, fixed noise and timesteps", "denoising_loss", False),
-    ("effective rank of picture embeddings", "image_effective_rank", True),
+    ("effective rank of image embeddings", "image_effective_rank", True),
     ("effective rank of text embeddings", "text_effective_rank", True),
-    ("mean cosine between pictures", "image_mean_cosine", False),
+    ("mean cosine between images", "image_mean_cosine", False),
 )
 
 
 def write_report(log_folder: Path, file: Path) -> Path:
-    """Write the report of what `log_folder` (see `runlog`) holds so far. Raises TrainingError if it holds no log."""
+    """Write the report of a run log (see `run_log`), finished or not. Raises TrainingError if there is no log."""
     log = read_log(log_folder)
     sections = [_curves(log)]
     if log.validations:
-        sections += [_samples(log), *_searches(log), *_chosen(log), _before_and_after(log)]
-    return _page(log, [*sections, _to_repeat(log)]).write(file)
+        sections += [_samples(log), *_searches(log), *_weight_selection(log), _before_and_after(log)]
+    return _page(log, [*sections, _reproduction(log)]).write(file)
 
 
 def _page(log: Log, sections: Sequence[Section]) -> Page:
     about, steps = log.about, log.steps
     tiles = [(f"{len(steps):,}", "steps")]
     if "pairs" in about:
-        tiles.append((f"{about['pairs']:,}", "pairs trained on"))
+        tiles.append((f"{about['pairs']:,}", "training pairs"))
     if log.validations:
         first, last = log.validations[0]["figures"], log.validations[-1]["figures"]
-        for name, key in (("R@1, words → picture", "text_to_image R@1"), ("R@1, picture → words", "image_to_text R@1")):
-            tiles.append((f"{first[key]:.2f} → {last[key]:.2f}", name))
+        for title, key in (("R@1, text → image", "text_to_image R@1"), ("R@1, image → text", "image_to_text R@1")):
+            tiles.append((f"{first[key]:.2f} → {last[key]:.2f}", title))
         tiles.append((f"{first['denoising_loss']:.3f} → {last['denoising_loss']:.3f}", "denoising loss"))
     seconds = sum(step["seconds"] for step in steps)
-    tiles.append((f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "in the steps"))
-    measured = (
-        " The samples, the searches and the figures are of the averaged weights, those that are saved, on pairs that "
-        "were not trained on."
-    )
-    note = "" if log.validations else "There were no pairs to validate on (--val DATA), so this shows the losses alone."
+    tiles.append((f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "training time"))
+    text = "CLIP and Stable Diffusion, fine-tuned together."
+    if log.validations:
+        text += (
+            " Samples, searches and figures come from the averaged weights, which are saved, on pairs that were not "
+            "trained on."
+        )
     return Page(
-        title=f"{about['name']}, tuned from {about['base']}",
-        text=f"CLIP and Stable Diffusion, fine-tuned together.{measured if log.validations else ''}",
+        title=f"{about['name']}, fine-tuned from {about['base']}",
+        text=text,
         figures=tiles,
         sections=sections,
-        note=note,
+        note="" if log.validations else "This run had no validation data. Add --val DATA to see figures and samples.",
         footer=[" · ".join(f"{name} {version}" for name, version in about["versions"].items())],
     )
 
@@ -88,34 +84,37 @@ def _curves(log: Log) -> Section:
     for term in terms:
         points = [(step["step"], step["losses"][term]) for step in log.steps if term in step["losses"]]
         lines = [Line(term, points, faint=True), Line(term, _smoothed(points))]
-        charts.append(line_chart(LOSSES.get(term, term), lines, x_label="step", y_label="loss"))
+        charts.append(line_chart(LOSS_TITLES.get(term, term), lines, x_label="step", y_label="loss"))
+    text = "Each loss without its weight, per step and smoothed."
     if len(log.validations) > 1:
-        for title, way in (("Words → picture, validation", "text_to_image"), ("Picture → words", "image_to_text")):
-            lines = [Line(f"R@{k}", _figure(log, f"{way} R@{k}")) for k in (1, 5, 10)]
-            charts.append(line_chart(title, lines, x_label="step", y_label="recall", y_max=1.0))
-        loss = [Line("denoising loss", _figure(log, "denoising_loss"))]
-        charts.append(line_chart("Denoising loss, validation", loss, x_label="step", y_label="mean squared error"))
-        ranks = [Line(f"{kind}s", _figure(log, f"{kind}_effective_rank")) for kind in ("image", "text")]
-        charts.append(line_chart("Effective rank of embeddings", ranks, x_label="step", y_label="dimensions"))
-    measured = (
-        " What is measured on the validation pairs always uses the same pairs, noise and timesteps, so its changes are "
-        "the model's alone."
-    )
+        charts += _validation_charts(log)
+        text += (
+            " Validation always uses the same pairs, noise and timesteps, so a change in its curves is a change of the "
+            "model."
+        )
     rate = [Line("learning rate", [(step["step"], step["learning_rate"]) for step in log.steps])]
     charts.append(line_chart("Learning rate", rate, x_label="step"))
-    return Section(
-        "Curves",
-        f"Each loss without its weight, step by step and smoothed.{measured if log.validations else ''}",
-        charts=charts,
-    )
+    return Section("Curves", text, charts=charts)
+
+
+def _validation_charts(log: Log) -> list[str]:
+    charts = []
+    for title, direction in (("Text → image", "text_to_image"), ("Image → text", "image_to_text")):
+        lines = [Line(f"R@{k}", _figure(log, f"{direction} R@{k}")) for k in (1, 5, 10)]
+        charts.append(line_chart(f"{title}, validation", lines, x_label="step", y_label="recall", y_max=1.0))
+    loss = [Line("denoising loss", _figure(log, "denoising_loss"))]
+    charts.append(line_chart("Denoising loss, validation", loss, x_label="step", y_label="mean squared error"))
+    ranks = [Line(f"{kind}s", _figure(log, f"{kind}_effective_rank")) for kind in ("image", "text")]
+    charts.append(line_chart("Effective rank of embeddings", ranks, x_label="step", y_label="dimensions"))
+    return charts
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The exponential moving average, its bias toward zero at the start corrected (Kingma & Ba 2015, section 3)."""
-    smooth, found = 0.0, []
+    """Exponential moving average, corrected for its bias toward zero at the start (Kingma & Ba 2015, section 3)."""
+    average, found = 0.0, []
     for number, (x, y) in enumerate(points, start=1):
-        smooth = SMOOTHING * smooth + (1 - SMOOTHING) * y
-        found.append((x, smooth / (1 - SMOOTHING**number)))
+        average = SMOOTHING * average + (1 - SMOOTHING) * y
+        found.append((x, average / (1 - SMOOTHING**number)))
     return found
 
 
@@ -123,24 +122,24 @@ def _figure(log: Log, key: str) -> list[tuple[float, float]]:
     return [(line["step"], line["figures"][key]) for line in log.validations]
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- samples and searches --------------------------------------------------------------------------------------------
 
 
 def _samples(log: Log) -> Section:
-    shown = _evenly([line["step"] for line in log.validations], SHOWN_LOOKS)
+    shown = _evenly([line["step"] for line in log.validations], SHOWN_VALIDATIONS)
     rows = [
         CardRow(prompt, [Card(log.samples[step][number], "", head=f"step {step:,}") for step in shown])
         for number, prompt in enumerate(log.validations[-1]["prompts"])
     ]
     return Section(
         "Samples over time",
-        "The same prompts from the same noise, drawn as training went on. The first column is the base.",
+        "Images generated from the same prompts and the same noise. The first column shows the base.",
         rows,
     )
 
 
 def _evenly(values: Sequence[int], n: int) -> list[int]:
-    """At most n of the values, the first and the last among them."""
+    """At most n of the values, evenly spaced, with the first and the last."""
     if len(values) <= n:
         return list(values)
     return [values[round(place * (len(values) - 1) / (n - 1))] for place in range(n)]
@@ -148,11 +147,11 @@ def _evenly(values: Sequence[int], n: int) -> list[int]:
 
 def _searches(log: Log) -> Iterable[Section]:
     first = log.validations[0]["ranks"]
-    for title, text, right in (
-        ("Found at once", "The first validation captions whose best hit is a right one.", True),
-        ("Not found at once", "The first validation captions whose best hit is a wrong one.", False),
+    for title, text, found in (
+        ("Found at rank 1", "The first validation captions whose best hit is relevant.", True),
+        ("Not found at rank 1", "The first validation captions whose best hit is not relevant.", False),
     ):
-        examples = [example for example in log.examples if (example["rank"] == 1) == right]
+        examples = [example for example in log.examples if (example["rank"] == 1) == found]
         rows = [
             CardRow(example["caption"], _hits(example), f"rank {first[example['row']]} → {example['rank']}")
             for example in examples
@@ -160,44 +159,44 @@ def _searches(log: Log) -> Iterable[Section]:
         if rows:
             yield Section(
                 title,
-                f"{text} Framed is the caption's own picture, then come the best hits; a hit is right if it means the "
-                "same as the caption. The ranks are those of the first right picture, before and after.",
+                f"{text} The framed image is the caption's own; the best hits follow. A hit is relevant if it has the "
+                "same meaning as the caption. The ranks are those of the first relevant image, before and after "
+                "training.",
                 rows,
             )
 
 
 def _hits(example: dict[str, Any]) -> list[Card]:
-    cards = [Card(example["sought"], example["caption"], head="sought", query=True)]
+    cards = [Card(example["expected"], example["caption"], head="expected", query=True)]
     for hit in example["hits"]:
-        badge = "right" if hit["relevant"] else "wrong"
-        cards.append(
-            Card(hit["picture"], hit["caption"], f"{hit['score']:.3f}", badge=badge, wrong=not hit["relevant"])
-        )
+        badge = "relevant" if hit["relevant"] else "not relevant"
+        cards.append(Card(hit["image"], hit["caption"], f"{hit['score']:.3f}", badge=badge, wrong=not hit["relevant"]))
     return cards
 
 
-# --- how the weights were chosen -------------------------------------------------------------------------------------
+# --- choice of the weights -------------------------------------------------------------------------------------------
 
 
-def _chosen(log: Log) -> Iterable[Section]:
+def _weight_selection(log: Log) -> Iterable[Section]:
     chosen = log.about.get("chosen", {})
-    told, charts = [], []
+    sentences, charts = [], []
     if stopping := chosen.get("early_stopping"):
-        told.append(
-            f"The run stopped after step {stopping['stopped_at']:,}, and its best look was that after step "
+        sentences.append(
+            f"The run stopped after step {stopping['stopped_at']:,}. Its best validation was after step "
             f"{stopping['step']:,}, with a score of {stopping['score']:.4g}."
         )
     for half, title in {"encoder": "Encoder", "generator": "Generator"}.items():
-        if swept := chosen.get("wise_ft", {}).get(half):
-            told.append(f"Of the {half}, {swept['alpha']:.0%} of what was tuned is kept (WiSE-FT).")
-            # The generator's score is its denoising loss, negated.
-            what, sign = ("score", 1) if half == "encoder" else ("denoising loss", -1)
-            lines = [Line(what, [(alpha, sign * score) for alpha, score in swept["sweep"]])]
-            charts.append(line_chart(f"{title}: from the base to the tuned", lines, x_label="α", y_label=what))
-    if told:
+        if sweep := chosen.get("wise_ft", {}).get(half):
+            sentences.append(f"WiSE-FT keeps {sweep['alpha']:.0%} of the change of the {half}.")
+            # The score of the generator is its negative denoising loss.
+            label, sign = ("score", 1) if half == "encoder" else ("denoising loss", -1)
+            lines = [Line(label, [(alpha, sign * score) for alpha, score in sweep["sweep"]])]
+            charts.append(line_chart(f"{title}: from base (0) to tuned (1)", lines, x_label="α", y_label=label))
+    if sentences:
         yield Section(
-            "How the weights were chosen",
-            f"{' '.join(told)} Chosen on the validation pairs, so their figures of the last look flatter a little.",
+            "Choice of the weights",
+            f"{' '.join(sentences)} The weights were chosen on the validation pairs, so their final figures are "
+            "slightly optimistic.",
             charts=charts,
         )
 
@@ -208,27 +207,27 @@ def _chosen(log: Log) -> Iterable[Section]:
 def _before_and_after(log: Log) -> Section:
     first, last = log.validations[0], log.validations[-1]
     lines: list[tuple[str, ...]] = [("", f"step {first['step']:,}", f"step {last['step']:,}", "")]
-    for name, key, more_is_better in FIGURES:
+    for title, key, higher_is_better in FIGURES:
         old, new = first["figures"][key], last["figures"][key]
-        verdict = "same" if old == new else "better" if (new > old) == more_is_better else "worse"
-        lines.append((name, f"{old:.4g}", f"{new:.4g}", verdict))
+        verdict = "same" if old == new else "better" if (new > old) == higher_is_better else "worse"
+        lines.append((title, f"{old:.4g}", f"{new:.4g}", verdict))
     return Section(
         "Before and after",
-        f"On the {len(last['ranks']):,} pairs of {log.about['val']}. Relevance is equality of attributes on the "
-        "synthetic catalogs, of captions on everything else. For distances to real pictures and attribute accuracy, "
-        "which need more pictures than are drawn here: unidiff-evaluate.",
+        f"On the {len(last['ranks']):,} pairs of {log.about['val']}. An image is relevant to a caption if their "
+        "attributes are equal (synthetic catalogs) or their captions are (other data). Run unidiff-evaluate for "
+        "distances to real images and attribute accuracy, which need more generated images.",
         table=lines,
     )
 
 
-def _to_repeat(log: Log) -> Section:
+def _reproduction(log: Log) -> Section:
     settings = json.dumps(log.about["config"], indent=1, ensure_ascii=False)
-    facts = {
+    other = {
         name: value for name, value in log.about.items() if name not in ("config", "command", "versions", "chosen")
     }
-    told = "\n".join(f"{name}: {value}" for name, value in facts.items() if value is not None)
+    facts = "\n".join(f"{name}: {value}" for name, value in other.items() if value is not None)
     return Section(
-        "To repeat it",
-        "The command, what it found, and every setting. On the CPU, the same command gives the same weights.",
-        code=f"{log.about['command']}\n\n{told}\n\n{settings}",
+        "How to reproduce it",
+        "The command, the data and all settings. On the CPU, the same command gives the same weights.",
+        code=f"{log.about['command']}\n\n{facts}\n\n{settings}",
     )

@@ -1,11 +1,11 @@
-"""What a run tells, kept in a folder beside its checkpoint: the source of its report, and whole after a resume.
+"""The log of a run, in a folder next to its checkpoint. The report is made from it. It stays complete after a resume.
 
-run.json            what was asked for, and with what
-steps.jsonl         losses, learning rate and seconds of every step
-validations.jsonl   figures, prompts and ranks of every look at the model
-samples/000100.webp what was drawn for the prompts at that look, eight in a row
-examples.json       searches with validation captions, at the last look
-bad_rows.jsonl      every row that was passed over: its data, line, file and what is wrong with it
+run.json              settings, command, versions, and how the run ended
+steps.jsonl           losses, learning rate and duration of every step
+validations.jsonl     figures, prompts and ranks of every validation
+samples/000100.webp   images generated for the prompts, eight per row
+examples.json         searches with validation captions, at the last validation
+invalid_rows.jsonl    every row that was skipped: data, line, file name and reason
 """
 
 from __future__ import annotations
@@ -24,73 +24,65 @@ from PIL import Image
 
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import TrainingError
-from unidiff_sdk.training.evaluation.validation import Validation
+from unidiff_sdk.training.evaluation.validation import SearchExample, ValidationRecord
 from unidiff_sdk.training.runtime.callbacks import StepReport
 
 __all__ = ["Log", "RunLog", "read_log"]
 
 RUN, STEPS, VALIDATIONS, EXAMPLES = "run.json", "steps.jsonl", "validations.jsonl", "examples.json"
-BAD_ROWS = "bad_rows.jsonl"
-SAMPLES, PER_ROW = "samples", 8  # WebP has no more than 16,383 pixels a side
+INVALID_ROWS = "invalid_rows.jsonl"
+SAMPLES, PER_ROW = "samples", 8  # a WebP image has at most 16,383 pixels per side
 
 
 class RunLog:
-    """Writes the log. Nothing is written before the first event; what an earlier run logged from that step on goes.
+    """Writes the log of a run; a `RunCallback`. Nothing is written before the first event.
 
-    about: JSON-serialisable, what is asked for: the command, the configuration, the names of base and data.
+    When a run is resumed, entries that the earlier process wrote from that step on are removed.
+
+    Args:
+        folder: Folder of the log. Created if missing.
+        about: Description of the run, JSON-serializable: name, command, settings, base and data.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder = folder
         self.about = dict(about)
         self.started = False
-        self._bad_rows: list[dict[str, Any]] = []
+        self._invalid_rows: list[dict[str, Any]] = []
 
-    def on_bad_rows(self, data: Path, rows: Sequence[InvalidRow]) -> Path:
-        """Write down what was passed over of `data`, beside what was of other data. Returns the file."""
-        self._bad_rows += [
+    def on_invalid_rows(self, data: Path, rows: Sequence[InvalidRow]) -> Path:
+        """Write the skipped rows of `data`, after those of other data. Returns the file."""
+        self._invalid_rows += [
             {"data": data.name, "line": row.line, "file_name": row.file_name, "reason": row.reason} for row in rows
         ]
-        file = self.folder / BAD_ROWS
+        file = self.folder / INVALID_ROWS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._bad_rows))
+            _write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._invalid_rows))
         except OSError as error:
-            raise TrainingError(f"the log of the run cannot be written to {file}: {error.strerror}") from error
+            raise _not_written(file, error) from error
         return file
 
     def on_step(self, report: StepReport) -> None:
-        """Add a line."""
+        """Append a step."""
         self._begin(report.step)
         _append(self.folder / STEPS, asdict(report))
 
-    def on_validation(self, validation: Validation) -> None:
-        """Add a line, the drawn samples, and the examples of the last look."""
-        self._begin(validation.step)
-        _sheet(validation.samples).save(self.folder / SAMPLES / f"{validation.step:06d}.webp", quality=92)
-        examples = [
-            {
-                "row": example.row,
-                "caption": example.caption,
-                "rank": example.rank,
-                "sought": _encoded(example.sought),
-                "hits": [
-                    {"row": row, "picture": _encoded(picture), "caption": caption, "score": score, "relevant": relevant}
-                    for row, picture, caption, score, relevant in example.hits
-                ],
-            }
-            for example in validation.examples
-        ]
-        _write(self.folder / EXAMPLES, examples)
-        line = {"step": validation.step, "figures": validation.figures}
-        _append(self.folder / VALIDATIONS, line | {"prompts": validation.prompts, "ranks": validation.ranks})
+    def on_validation(self, record: ValidationRecord) -> None:
+        """Append a validation, write its samples, and replace the search examples."""
+        self._begin(record.step)
+        _contact_sheet(record.samples).save(self.folder / SAMPLES / f"{record.step:06d}.webp", quality=92)
+        _write_json(self.folder / EXAMPLES, [_example_as_json(example) for example in record.examples])
+        line = {"step": record.step, "figures": record.figures}
+        _append(self.folder / VALIDATIONS, line | {"prompts": record.prompts, "ranks": record.ranks})
 
     def finish(self, **facts: Any) -> None:
-        """Note how it ended: pairs, bad rows, seconds, ..."""
+        """Record how the run ended: pairs, invalid rows, chosen weights, …"""
         self.about |= facts
-        _write(self.folder / RUN, self.about)
+        _write_json(self.folder / RUN, self.about)
 
     def _begin(self, step: int) -> None:
+        """Prepare the folder at the first event and remove what an earlier process wrote from `step` on."""
         if self.started:
             return
         self.started = True
@@ -99,17 +91,25 @@ class RunLog:
             for name in (STEPS, VALIDATIONS):
                 kept = [line for line in _lines(self.folder / name) if line["step"] < step]
                 _write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
-            for picture in (self.folder / SAMPLES).glob("*.webp"):
-                if int(picture.stem) >= step:
-                    picture.unlink()
-            _write(self.folder / RUN, self.about)
+            for image in (self.folder / SAMPLES).glob("*.webp"):
+                if int(image.stem) >= step:
+                    image.unlink()
+            _write_json(self.folder / RUN, self.about)
         except OSError as error:
-            raise TrainingError(f"the log of the run cannot be written to {self.folder}: {error.strerror}") from error
+            raise _not_written(self.folder, error) from error
 
 
 @dataclass(frozen=True)
 class Log:
-    """A log that was read back. samples: by step, a picture for each prompt."""
+    """A log that was read.
+
+    Attributes:
+        about: Description of the run.
+        steps: The steps, in order.
+        validations: The validations, in order.
+        samples: By step, one image per prompt.
+        examples: Search examples of the last validation, with PIL images.
+    """
 
     about: dict[str, Any]
     steps: list[dict[str, Any]]
@@ -121,37 +121,62 @@ class Log:
 def read_log(folder: Path) -> Log:
     """Read what a run has logged so far. Raises TrainingError if the folder holds no log."""
     if not (folder / RUN).is_file():
-        raise TrainingError(f"{folder} holds no log of a run ({RUN} is not there)")
-    # Of several looks after the same step, the last one is at the weights that were chosen in the end.
+        raise TrainingError(f"{folder} holds no run log: {RUN} is missing.")
+    # Of several validations after the same step, the last one measures the chosen weights.
     validations = list({line["step"]: line for line in _lines(folder / VALIDATIONS)}.values())
     samples = {}
     for line in validations:
         with Image.open(folder / SAMPLES / f"{line['step']:06d}.webp") as sheet:
             samples[line["step"]] = _cut(sheet.convert("RGB"), len(line["prompts"]))
     examples = json.loads((folder / EXAMPLES).read_text(encoding="utf-8")) if validations else []
+    examples = [example for example in examples if "expected" in example]  # earlier versions wrote another format
     for example in examples:
-        example["sought"] = _decoded(example["sought"])
+        example["expected"] = _decoded(example["expected"])
         for hit in example["hits"]:
-            hit["picture"] = _decoded(hit["picture"])
+            hit["image"] = _decoded(hit["image"])
     about = json.loads((folder / RUN).read_text(encoding="utf-8"))
     return Log(about, list(_lines(folder / STEPS)), validations, samples, examples)
 
 
-def _sheet(pictures: Sequence[NDArray[np.uint8]]) -> Image.Image:
-    """Square pictures of one size, in rows."""
-    side = len(pictures[0])
-    sheet = Image.new("RGB", (side * min(len(pictures), PER_ROW), side * -(-len(pictures) // PER_ROW)), "white")
-    for number, picture in enumerate(pictures):
+def _example_as_json(example: SearchExample) -> dict[str, Any]:
+    hits = [
+        {
+            "row": hit.row,
+            "image": _encoded(hit.image),
+            "caption": hit.caption,
+            "score": hit.score,
+            "relevant": hit.relevant,
+        }
+        for hit in example.hits
+    ]
+    return {
+        "row": example.row,
+        "caption": example.caption,
+        "rank": example.rank,
+        "expected": _encoded(example.expected),
+        "hits": hits,
+    }
+
+
+def _contact_sheet(images: Sequence[NDArray[np.uint8]]) -> Image.Image:
+    """Square images of one size, `PER_ROW` in a row."""
+    side = len(images[0])
+    sheet = Image.new("RGB", (side * min(len(images), PER_ROW), side * -(-len(images) // PER_ROW)), "white")
+    for number, image in enumerate(images):
         row, column = divmod(number, PER_ROW)
-        sheet.paste(Image.fromarray(picture), (side * column, side * row))
+        sheet.paste(Image.fromarray(image), (side * column, side * row))
     return sheet
 
 
 def _cut(sheet: Image.Image, n: int) -> list[Image.Image]:
-    """The n pictures of a sheet."""
+    """The n images of a contact sheet."""
     side = sheet.width // min(n, PER_ROW)
     places = [divmod(number, PER_ROW) for number in range(n)]
     return [sheet.crop((side * column, side * row, side * (column + 1), side * (row + 1))) for row, column in places]
+
+
+def _not_written(path: Path, error: OSError) -> TrainingError:
+    return TrainingError(f"Cannot write the run log to {path}: {error.strerror}")
 
 
 def _append(file: Path, line: Mapping[str, Any]) -> None:
@@ -159,11 +184,11 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
         with file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise TrainingError(f"the log of the run cannot be written to {file}: {error.strerror}") from error
+        raise _not_written(file, error) from error
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines; a process that was killed may have left half a one."""
+    """The complete lines. A process that was killed may have left half a line."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -173,7 +198,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _write(file: Path, value: Any) -> None:
+def _write_json(file: Path, value: Any) -> None:
     _write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -183,9 +208,9 @@ def _write_text(file: Path, text: str) -> None:
     part.replace(file)
 
 
-def _encoded(picture: Any) -> str:
+def _encoded(image: Any) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "WEBP", quality=92)
+    Image.fromarray(image).save(buffer, "WEBP", quality=92)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -1,1 +1,1 @@
-"""Processes, memory, random streams, interrupts and callbacks of a run."""
+"""Run-time support of a training run: processes, memory, random streams, interrupts and callback types."""

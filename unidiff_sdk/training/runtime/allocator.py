@@ -1,4 +1,4 @@
-"""Memory between steps: what one step frees, the next one needs again."""
+"""Heap settings for training: memory that one step frees is reused by the next step."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["kept_memory"]
+__all__ = ["keep_freed_memory"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-ALL = 2**31 - 1  # bytes: the most that mallopt takes
-LARGEST_THRESHOLD = 32 << 20  # bytes: the most that M_MMAP_THRESHOLD takes, where glibc's own adjustment ends
+NEVER_TRIM = 2**31 - 1  # bytes: the largest value that mallopt accepts
+LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes: the largest value of M_MMAP_THRESHOLD, where glibc's own adjustment ends
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """Within the block, glibc keeps what is freed at the heap's end instead of giving it back to the system.
+def keep_freed_memory() -> Iterator[None]:
+    """Within the block, glibc keeps freed heap memory instead of returning it to the system.
 
-    A training step frees hundreds of megabytes of activations and asks for them again in the next: given back, every
-    page of them is faulted in anew. Afterwards the memory is given back. Of the whole process, and without effect where
-    memory is managed otherwise.
+    A training step frees hundreds of megabytes of activations and allocates them again in the next step. Returned
+    memory costs a page fault for each page that is allocated again. The memory is returned when the block ends. The
+    setting applies to the whole process. It has no effect with another allocator than glibc's.
     """
     libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if libc is None:
         yield
         return
-    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
-    libc.mallopt(M_TRIM_THRESHOLD, ALL)
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    libc.mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
     try:
         yield
     finally:
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
         libc.malloc_trim(0)

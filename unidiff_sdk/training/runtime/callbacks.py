@@ -1,4 +1,4 @@
-"""What a run tells those who look on, and what it asks of them."""
+"""The data that a training run passes to its callbacks, and the result that it expects from validation."""
 
 from __future__ import annotations
 
@@ -11,46 +11,64 @@ if TYPE_CHECKING:
     from unidiff_sdk.training.config import TrainingConfig
     from unidiff_sdk.training.objective.joint_model import JointModel
 
-__all__ = ["Moment", "StepReport", "Validate", "Validated"]
+__all__ = ["ModelSnapshot", "StepReport", "ValidationFunction", "ValidationResult"]
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did. losses: each term's plain value, without its λ."""
+    """Report of one optimizer step.
 
-    step: int  # from 1
+    Attributes:
+        step: Number of the step, from 1.
+        steps: Number of steps of the whole run.
+        losses: Value of each term, without its weight λ.
+        learning_rate: Learning rate of the step.
+        seconds: Duration of the step.
+        pairs: Number of pairs in the step's batch.
+    """
+
+    step: int
     steps: int
     losses: dict[str, float]
     learning_rate: float
-    seconds: float  # of this step
+    seconds: float
     pairs: int
 
 
 @dataclass(frozen=True)
-class Moment:
-    """The model as it would be saved now: averaged weights, eval mode, no gradients. step 0: before the first step.
+class ModelSnapshot:
+    """The model as it would be saved now: averaged weights, eval mode, gradients off.
 
-    quick: the answer alone is wanted, one of many: there is nothing to draw, and nobody to tell.
+    Attributes:
+        step: Steps done so far. 0: before the first step.
+        model: The joint model, holding the averaged weights.
+        checkpoint: The checkpoint whose parts the model shares.
+        config: Settings of the run.
+        score_only: Only the result is needed. Generate no samples and notify no callbacks.
     """
 
     step: int
     model: JointModel
     checkpoint: Checkpoint
     config: TrainingConfig
-    quick: bool = False
+    score_only: bool = False
 
 
 @dataclass(frozen=True)
-class Validated:
-    """How good the model is on pairs that it does not learn from.
+class ValidationResult:
+    """Quality of a model on pairs that are not trained on.
 
-    score: what early stopping and WiSE-FT maximize, higher is better. figures: for a UNet's WiSE-FT, "denoising_loss".
-    measured_on: a fingerprint of those pairs, where a run that is resumed must not go on with others.
+    Attributes:
+        score: Higher is better. Early stopping and WiSE-FT maximize it.
+        figures: Metrics by name. WiSE-FT of the UNet minimizes "denoising_loss".
+        data: Name of the validation data.
+        data_fingerprint: Identifies the validation pairs, so that a resumed run cannot continue with others.
     """
 
     score: float
     figures: Mapping[str, float] = field(default_factory=dict)
-    measured_on: str = ""
+    data: str = ""
+    data_fingerprint: str = ""
 
 
-Validate = Callable[[Moment], Validated]
+ValidationFunction = Callable[[ModelSnapshot], ValidationResult]

@@ -1,4 +1,4 @@
-"""Interruption between steps, never within one: what is saved then is a state that a run without it passes through."""
+"""Deferred interrupts: a signal takes effect between two steps, so that the saved state is one of an unbroken run."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["WithinStep", "between_steps"]
+__all__ = ["InterruptedWithinStep", "deferred_interrupts"]
 
 
-class WithinStep(KeyboardInterrupt):
-    """An interruption that did not wait for the end of a step: what the model holds is no state of a run."""
+class InterruptedWithinStep(KeyboardInterrupt):
+    """A second interrupt stopped the run within a step. The state of the model must not be saved."""
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a person's Ctrl-C; a cluster's notice before it kills
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; the notice of a cluster scheduler before it kills the process
 
 
 @contextmanager
-def between_steps() -> Iterator[Callable[[], None]]:
-    """Gives a function that raises KeyboardInterrupt if a signal has come; a second one raises WithinStep at once."""
-    if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
+def deferred_interrupts() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises KeyboardInterrupt if a signal has arrived. Call it between steps.
+
+    A second signal raises InterruptedWithinStep immediately. Outside the main thread, where Python delivers no signals,
+    the function does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    came: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if came:
-            raise WithinStep
-        came.append(number)
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise InterruptedWithinStep
+        received.append(number)
 
-    def check() -> None:
-        if came:
+    def raise_if_interrupted() -> None:
+        if received:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
-        yield check
+        yield raise_if_interrupted
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""Several processes that train one model together, as `accelerate launch` or `torchrun` starts them; or a single one.
+"""Data-parallel training: several processes started by `accelerate launch` or `torchrun`, or a single process.
 
-Every process draws the same for the whole batch and computes its own share of it, so all that must be exchanged are
-sums: of embeddings, each row of which one process has, and of gradients.
+All processes make the same random choices for the whole batch, and each computes its own share. They exchange sums
+only: of embeddings, whose rows each come from one process, and of gradients.
 """
 
 from __future__ import annotations
@@ -18,41 +18,46 @@ from unidiff_sdk.errors import TrainingError
 
 __all__ = ["Processes", "pick_device"]
 
-LONGEST_WAIT = timedelta(days=1)
+TIMEOUT = timedelta(days=1)  # the other processes wait while the main one generates a prior or validates
 
 
 @dataclass(frozen=True)
 class Processes:
-    """rank: this process's number, from 0; world: how many there are; device: where this one computes."""
+    """The process group of a run.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        device: Device of this process.
+    """
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @classmethod
     def join(cls, device: str = "auto") -> Processes:
-        """Meet the others that the launcher started. Raises TrainingError for a device that is not there."""
+        """Join the processes that the launcher started. Raises TrainingError if the device is not available."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(0, 1, pick_device(device))
         from accelerate import PartialState
 
         on_cpu = pick_device(device).type == "cpu"
-        # The others wait while the main process draws a prior, looks, or sweeps.
-        state = PartialState(cpu=on_cpu, timeout=LONGEST_WAIT, **({"backend": "gloo"} if on_cpu else {}))
+        state = PartialState(cpu=on_cpu, timeout=TIMEOUT, **({"backend": "gloo"} if on_cpu else {}))
         return cls(state.process_index, state.num_processes, state.device)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this process writes files and reports progress."""
         return self.rank == 0
 
-    def mine(self, n: int) -> Tensor:
-        """int64: which of n rows are this process's, every `world`-th."""
-        return torch.arange(self.rank, n, self.world)
+    def shard(self, n: int) -> Tensor:
+        """int64: the indices below n that this process handles, every `world_size`-th."""
+        return torch.arange(self.rank, n, self.world_size)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.world == 1:
+        """Sum of the tensor over all processes."""
+        if self.world_size == 1:
             return tensor
         from accelerate.utils import reduce
 
@@ -60,27 +65,28 @@ class Processes:
         return summed
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up what every process's share of the batch has taught. A parameter that none has taught stays without."""
-        if self.world == 1:
+        """Sum each parameter's gradient over all processes. A parameter without any gradient stays without one."""
+        if self.world_size == 1:
             return
         parameters = list(parameters)
-        taught = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device))
-        learners = [p for p, count in zip(parameters, taught.tolist(), strict=True) if count]
-        for learner in learners:
-            learner.grad = self.sum(torch.zeros_like(learner) if learner.grad is None else learner.grad)
+        counts = self.sum(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device))
+        for parameter, count in zip(parameters, counts.tolist(), strict=True):
+            if count:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.sum(own)
 
     def wait(self) -> None:
-        """For all others."""
-        if self.world > 1:
+        """Wait until all processes have arrived here."""
+        if self.world_size > 1:
             from accelerate.utils import wait_for_everyone
 
             wait_for_everyone()
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Raises TrainingError for a device that is not there."""
+    """Device by name. "auto" is the GPU if there is one. Raises TrainingError if the device is not available."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("no CUDA device is available to this PyTorch; use --device cpu")
+        raise TrainingError("This PyTorch finds no CUDA device. Use --device cpu, or install a CUDA build of PyTorch.")
     return torch.device(name)

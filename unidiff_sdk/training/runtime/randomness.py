@@ -1,7 +1,7 @@
-"""Chance without state: whatever is drawn in a run follows from its seed, its purpose and its step alone.
+"""Stateless randomness: every random number follows from the run's seed, its purpose and the step.
 
-So there is no generator to save: a run that goes on at step k draws what it would have drawn without the interruption,
-and every process of several draws the same for the whole batch.
+There is no generator state to save. A run resumed at step k makes the choices that it would have made without the
+interruption, and all processes make the same choices for the whole batch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-__all__ = ["Purpose", "generator", "seed_of"]
+__all__ = ["Purpose", "derive_seed", "seeded_generator"]
 
 
 class Purpose(IntEnum):
-    """What a draw is for; draws for different purposes are independent, so that losses do not change the batches."""
+    """Purpose of a random stream. Streams of different purposes are independent: a loss does not change the batches."""
 
     ORDER = 0
     MIRROR = 1
@@ -26,11 +26,11 @@ class Purpose(IntEnum):
     VALIDATION = 6
 
 
-def seed_of(seed: int, purpose: Purpose, *key: int) -> int:
-    """A seed of 64 bits that follows from its arguments."""
+def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:
+    """A 64-bit seed that follows from the arguments."""
     return int(np.random.SeedSequence([seed, purpose, *key]).generate_state(1, np.uint64)[0])
 
 
-def generator(seed: int, purpose: Purpose, *key: int) -> torch.Generator:
-    """A CPU generator that follows from its arguments: one seed gives one run, on every device."""
-    return torch.Generator().manual_seed(seed_of(seed, purpose, *key))
+def seeded_generator(seed: int, purpose: Purpose, *key: int) -> torch.Generator:
+    """A CPU generator that follows from the arguments, so that one seed gives one run on every device."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *key))

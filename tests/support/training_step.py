@@ -1,0 +1,97 @@
+"""One training step on a small checkpoint and catalog: the model, its batches, and the gradients of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.training.config import TrainingConfig
+from unidiff_sdk.training.data.batches import BatchLoader
+from unidiff_sdk.training.data.captions import group_keys, tokenize
+from unidiff_sdk.training.data.pairs import load_pairs
+from unidiff_sdk.training.loop.gradients import backpropagate
+from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.tuning import add_adapters, set_trainable
+from unidiff_sdk.training.runtime.processes import Processes
+from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@dataclass
+class TrainingStep:
+    """What a step needs. prior: batches of prior pairs, if there are any."""
+
+    config: TrainingConfig
+    model: JointModel
+    batches: BatchLoader
+    prior: BatchLoader | None
+    empty_ids: torch.Tensor
+
+    def backpropagate(self, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Gradients by parameter, and the value of each term."""
+        values = backpropagate(
+            self.model,
+            self.batches,
+            self.config,
+            step=step,
+            empty_ids=self.empty_ids,
+            teacher=None,
+            processes=ALONE,
+            prior=self.prior,
+        )
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}, values
+
+
+def prepare_step(
+    base: Path,
+    data: Path,
+    config: TrainingConfig,
+    *,
+    prior: Path | None = None,
+    disturbed: bool = False,
+    loader: type[BatchLoader] = BatchLoader,
+) -> TrainingStep:
+    """The step of a run at its start. disturbed: change the weights of CLIP after the base's embeddings are stored."""
+    checkpoint = load_checkpoint(base)
+    add_adapters(checkpoint, config)
+    model = JointModel(checkpoint, config.precision).train()
+    set_trainable(model, config)
+    if config.checkpoint_activations:
+        model.checkpoint_activations()
+
+    def batches_of(folder: Path, size: int, seed: int) -> BatchLoader:
+        pairs = load_pairs(folder, checkpoint)
+        return loader(
+            model,
+            pairs,
+            tokenize(checkpoint.tokenizer, pairs.captions),
+            group_keys(pairs),
+            size=size,
+            flip=config.flip,
+            seed=seed,
+            feature_distillation=config.lambda_feature_distillation > 0,
+        )
+
+    batches = batches_of(data, max(config.batch_size, config.contrastive_batch), config.seed)
+    prior_seed = derive_seed(config.seed, Purpose.PRIOR)
+    prior_batches = batches_of(prior, config.prior_batch, prior_seed) if prior else None
+    if disturbed:
+        disturb(model)
+    return TrainingStep(config, model, batches, prior_batches, empty_ids_of(checkpoint))
+
+
+def empty_ids_of(checkpoint: Checkpoint) -> torch.Tensor:
+    """The tokens of the empty caption, int64[1, tokens]."""
+    return tokenize(checkpoint.tokenizer, [""])
+
+
+def disturb(model: JointModel) -> None:
+    """Add seeded noise to the weights of CLIP."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.clip.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=random)

@@ -1,0 +1,240 @@
+"""Saving a checkpoint: the new folder appears whole, and only then replaces the old one.
+
+A checkpoint is written to a temporary folder next to its final path and renamed at the end. Whatever stops the process
+in between, `path` holds either the old checkpoint or the new one, or `recover_interrupted_save` restores it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+from unidiff_sdk.errors import CheckpointError
+
+from .checkpoint import DIFFUSERS_WEIGHTS, METADATA, TRANSFORMERS_WEIGHTS
+from .json_files import read_json, write_json
+from .merging import merged_state_dict
+from .model_card import MODEL_CARD, model_card
+from .text_sharing import tower_of
+
+__all__ = ["TRAINING_STATE", "recover_interrupted_save", "require_replaceable", "save_checkpoint"]
+
+TRAINING_STATE = "training_state"  # subfolder with the state of an unfinished run
+TEXT_PREFIX = "text_model."
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    clip_tokenizer: CLIPTokenizer | None = None,
+    scheduler: Any,
+    image_processor: Any,
+    meta: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    keep: int = 1,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint folder with its model card. A previous one at `path` is replaced once the new one is complete.
+
+    Low-rank adapters are merged into the weights that they adapt. The models themselves stay unchanged.
+
+    Args:
+        path: Folder to write.
+        clip_tokenizer: Tokenizer of CLIP. Default: `tokenizer`.
+        meta: Provenance, JSON-serializable. Written to unidiff.json and shown in the model card (README.md).
+        dtype: Precision of the stored weights; torch.float16 halves the size. Default: as in memory.
+        keep: Number of checkpoints to keep. Older ones move to `path`.history/.
+        write_more: Writes further files into the temporary folder before it is renamed.
+
+    Returns:
+        `path`.
+
+    Raises:
+        CheckpointError: `path` holds something that is not a checkpoint, or a file cannot be written.
+    """
+    path = Path(path)
+    require_replaceable(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = {"format": "unidiff-checkpoint", "schema_version": 1, **meta}
+    try:
+        temporary.mkdir(parents=True)
+        _save_diffusers(unet, temporary / "unet", dtype)
+        _save_diffusers(vae, temporary / "vae", dtype)
+        _save_clip(clip, temporary / "clip", dtype)
+        _save_text_encoder(text_encoder, temporary / "text_encoder", dtype)
+        _save_tokenizer(tokenizer, temporary / "tokenizer")
+        _save_tokenizer(clip_tokenizer or tokenizer, temporary / "clip")
+        image_processor.save_pretrained(temporary / "clip")
+        scheduler.save_pretrained(temporary / "scheduler")
+        write_json(temporary / "model_index.json", _model_index(scheduler))
+        (temporary / MODEL_CARD).write_text(model_card(content), encoding="utf-8")
+        if write_more:
+            write_more(temporary)
+        write_json(temporary / METADATA, content)
+        _move_into_place(temporary, path, keep)
+    except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk
+        raise CheckpointError(f"Cannot save the checkpoint {path}: {error}. The previous one is unchanged.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise CheckpointError if `path` holds something that is not a checkpoint. Call it before long work."""
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not ((path / METADATA).is_file() or is_empty_folder):
+        raise CheckpointError(f"{path} exists and is not a checkpoint. Name a new folder, or remove it first.")
+
+
+def recover_interrupted_save(path: Path) -> None:
+    """Remove what a process that was killed while saving at `path` left, and restore the checkpoint it had set aside.
+
+    Folders of processes that still run are left alone.
+    """
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        *_, process, kind = leftover.name.split(".")
+        if kind not in ("old", "tmp") or not process.isdigit() or _is_running(int(process)):
+            continue
+        if kind == "old" and not path.exists():
+            leftover.rename(path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+# --- models and tokenizers -------------------------------------------------------------------------------------------
+
+
+def _save_diffusers(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    model.save_config(folder)
+    _remove_source_paths(folder / "config.json")
+    _save_tensors(merged_state_dict(model), folder / DIFFUSERS_WEIGHTS, dtype)
+
+
+def _save_clip(clip: CLIPModel, folder: Path, dtype: torch.dtype | None) -> None:
+    _save_transformers_config(clip, folder)
+    _save_tensors(merged_state_dict(clip), folder / TRANSFORMERS_WEIGHTS, dtype)
+
+
+def _save_text_encoder(text_encoder: CLIPTextModel, folder: Path, dtype: torch.dtype | None) -> None:
+    _save_transformers_config(text_encoder, folder)
+    # transformers 5 drops this prefix when it saves. 4.57 then loads random weights. Both read prefixed names.
+    prefixed = {TEXT_PREFIX + name: tensor for name, tensor in merged_state_dict(tower_of(text_encoder)).items()}
+    _save_tensors(prefixed, folder / TRANSFORMERS_WEIGHTS, dtype)
+
+
+def _save_transformers_config(model: Any, folder: Path) -> None:
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    # transformers 5 loads in the dtype of the config. A pipeline stored in half precision would mix half and float.
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(stored, file, metadata={"format": "pt"})
+    file.chmod(0o666 & ~_umask())  # safetensors makes its files readable for their owner only
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write tokenizer.json for the runtime and transformers 5, vocab.json and merges.txt for transformers 4."""
+    tokenizer.save_pretrained(folder)
+    _remove_source_paths(folder / "tokenizer_config.json")
+    backend = getattr(tokenizer, "backend_tokenizer", None) or convert_slow_tokenizer(tokenizer)
+    backend.save(str(folder / "tokenizer.json"))
+    backend.model.save(str(folder))
+
+
+def _model_index(scheduler: Any) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _remove_source_paths(file: Path) -> None:
+    """Remove the path that a library records for the folder it read. It means nothing on another machine."""
+    content = read_json(file)
+    for key in ("_name_or_path", "is_local", "local_files_only"):
+        content.pop(key, None)
+    write_json(file, content)
+
+
+# --- replacing the previous checkpoint -------------------------------------------------------------------------------
+
+
+def _move_into_place(temporary: Path, path: Path, keep: int) -> None:
+    """Rename the finished folder to `path`. The previous checkpoint is set aside first and retired last."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(replaced)
+    try:
+        temporary.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
+    _retire(replaced, path, keep)
+
+
+def _retire(replaced: Path, path: Path, keep: int) -> None:
+    """Move a replaced checkpoint to the history, which holds at most keep - 1, or remove it."""
+    history = path.with_name(f"{path.name}.history")
+    if keep > 1 and (replaced / METADATA).is_file():
+        history.mkdir(exist_ok=True)
+        shutil.rmtree(replaced / TRAINING_STATE, ignore_errors=True)  # only the latest checkpoint can be resumed
+        kept = history / f"step-{read_json(replaced / METADATA).get('step', 0):06d}"
+        shutil.rmtree(kept, ignore_errors=True)
+        replaced.rename(kept)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if history.is_dir():
+        by_age = sorted(history.glob("step-*"), key=lambda folder: folder.stat().st_mtime_ns)
+        for folder in by_age[: len(by_age) - (keep - 1)]:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,60 @@
+"""Shared text layers: the layers that a pipeline's text encoder and CLIP's text tower have in common.
+
+Stable Diffusion is conditioned by the text tower of a CLIP model. Where both hold the same weights, the text encoder
+uses the parameters of CLIP's tower, so that training either of them trains both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel
+
+__all__ = ["layers_of", "share_text_layers", "tower_of"]
+
+
+def tower_of(text_model: nn.Module) -> Any:
+    """The transformer itself. Up to transformers 4.57, CLIPTextModel wraps it once more as `.text_model`."""
+    return getattr(text_model, "text_model", text_model)
+
+
+def layers_of(text_model: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a text model, in order."""
+    layers: nn.ModuleList = tower_of(text_model).encoder.layers
+    return layers
+
+
+def share_text_layers(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextModel:
+    """Return the text encoder with the parameters of CLIP's text tower, as far as both are equal from the input up.
+
+    The shared part is the longest common prefix: the embeddings, then layer after layer, then the final norm if the
+    text encoder has no further layer. The text encoder of SD 1.x is the whole tower of CLIP ViT-L/14. That of SD 2.x is
+    the tower of OpenCLIP ViT-H/14 without its last layer.
+    """
+    ours, theirs = tower_of(text_encoder), tower_of(clip.text_model)
+    settings = ("hidden_act", "num_attention_heads", "layer_norm_eps")
+    if any(getattr(ours.config, name) != getattr(theirs.config, name) for name in settings):
+        return text_encoder
+    if not _equal(ours.embeddings, theirs.embeddings):
+        return text_encoder
+    ours.embeddings = theirs.embeddings
+    for i, (own, other) in enumerate(zip(layers_of(ours), layers_of(theirs), strict=False)):
+        if not _equal(own, other):
+            return text_encoder
+        layers_of(ours)[i] = other
+    if len(layers_of(ours)) > len(layers_of(theirs)) or not _equal(ours.final_layer_norm, theirs.final_layer_norm):
+        return text_encoder
+    ours.final_layer_norm = theirs.final_layer_norm
+    if len(layers_of(ours)) < len(layers_of(theirs)):
+        return text_encoder
+    if isinstance(clip.text_model, CLIPTextModel):
+        return clip.text_model
+    text_encoder.text_model = clip.text_model
+    return text_encoder
+
+
+def _equal(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

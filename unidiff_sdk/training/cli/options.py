@@ -1,0 +1,53 @@
+"""Builders of command-line options: options that set a configuration field, and options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unidiff_sdk.cli.console import Option
+
+__all__ = ["CONTEXT", "FILE", "FOLDER", "config_option", "device_option", "flag", "option", "strict_option"]
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path)
+
+Decorator = Callable[[Any], Any]
+
+
+def option(*names: str, theme: str = "Options", **settings: Any) -> Decorator:
+    """An option under a heading of the help. settings: as for `click.option`."""
+    return click.option(*names, cls=Option, theme=theme, **settings)
+
+
+def flag(name: str, *, theme: str = "Options", help: str) -> Decorator:
+    """An option without a value."""
+    return option(name, theme=theme, is_flag=True, help=help)
+
+
+def config_option(
+    name: str, config: type, field: str, *, help: str, theme: str = "Options", **settings: Any
+) -> Decorator:
+    """An option that sets a field of a configuration dataclass, with the field's default and type."""
+    default = next(each.default for each in fields(config) if each.name == field)
+    settings.setdefault("type", type(default))
+    return option(name, field, theme=theme, default=default, show_default=True, help=help, **settings)
+
+
+def strict_option(theme: str = "Options") -> Decorator:
+    """--strict"""
+    return flag("--strict", theme=theme, help="Fail on the first invalid row instead of skipping it.")
+
+
+device_option = option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to compute on. auto: the GPU if there is one.",
+)

@@ -1,0 +1,69 @@
+"""Captions: tokens, normalization, and the groups of pairs that have the same meaning."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from unidiff_sdk.errors import DataError
+
+if TYPE_CHECKING:
+    from .pairs import Pairs
+
+__all__ = ["group_keys", "normalize_caption", "representative_captions", "tokenize"]
+
+RECORDED_CAPTIONS = 256
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Token ids, int64[n, tokens], padded and truncated to the tokenizer's length as in the diffusers pipeline."""
+    ids: Tensor = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids
+
+
+def normalize_caption(caption: str) -> str:
+    """The caption without differences in case, punctuation and spacing."""
+    return " ".join(re.sub(f"[{re.escape(string.punctuation)}]", " ", caption.casefold()).split())
+
+
+def group_keys(pairs: Pairs, columns: Sequence[str] = ()) -> list[tuple[Any, ...]]:
+    """Key of each pair's meaning: pairs with equal keys have the same meaning.
+
+    The key is the pair's values in `columns`. Without columns, or if the pair lacks one of them, it is the normalized
+    caption.
+
+    Raises DataError if no row has a column.
+    """
+    by_caption: list[tuple[Any, ...]] = [(normalize_caption(caption),) for caption in pairs.captions]
+    if not columns:
+        return by_caption
+    present = {column for payload in pairs.payloads for column in payload}
+    for column in columns:
+        if column not in present:
+            known = ", ".join(sorted(present)) or "none"
+            raise DataError(f"No row has a column {column!r}. Columns of the data: {known}.")
+    return [
+        ("columns", *(str(payload[column]) for column in columns))
+        if all(payload.get(column) is not None for column in columns)
+        else ("caption", *caption)
+        for payload, caption in zip(pairs.payloads, by_caption, strict=True)
+    ]
+
+
+def representative_captions(captions: Sequence[str]) -> list[str]:
+    """Up to 256 distinct captions, evenly spaced over the data.
+
+    A checkpoint records them, and an export calibrates and verifies with them.
+    """
+    distinct = list(dict.fromkeys(captions))
+    return distinct[:: max(1, -(-len(distinct) // RECORDED_CAPTIONS))]

@@ -1,0 +1,144 @@
+"""Image-caption pairs of a catalog. Every image is decoded once, so invalid rows are known before training starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidiff_sdk._internal.images import Fit, load_image
+from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
+from unidiff_sdk.errors import DataError, ImageError, UniDiffError
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+
+from .square_images import SquareImages, map_in_threads, to_square
+
+__all__ = ["Pairs", "load_pairs"]
+
+MEMORY_LIMIT = 2 << 30  # bytes of decoded images: about 80,000 at 64 px, or 2,000 at 512 px with CLIP's 224 px
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a catalog. Captions and columns are in memory, images if they fit.
+
+    Attributes:
+        images: Images for the VAE.
+        clip_images: Images for CLIP.
+        captions: Caption of each pair.
+        payloads: Other columns of each pair.
+        invalid_rows: Rows that were skipped.
+        sha256: Digest of captions and pixels, in order.
+    """
+
+    images: SquareImages
+    clip_images: SquareImages
+    captions: list[str]
+    payloads: list[dict[str, Any]]
+    invalid_rows: list[InvalidRow]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns besides image and caption, sorted."""
+        return sorted({column for payload in self.payloads for column in payload})
+
+    def describe(self, path: str | Path) -> dict[str, Any]:
+        """Provenance of the data, JSON-serializable."""
+        return {
+            "name": Path(path).name,
+            "pairs": len(self),
+            "invalid_rows": len(self.invalid_rows),
+            "columns": self.columns,
+            "sha256": self.sha256,
+        }
+
+
+def load_pairs(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    *,
+    limit: int | None = None,
+    strict: bool = False,
+    fit: Fit | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+) -> Pairs:
+    """Read a catalog and make its images square as the runtime does.
+
+    Args:
+        path: A folder or shards, see `datasets.reader`.
+        checkpoint: Provides the image sizes.
+        limit: Read this many pairs at most.
+        strict: Raise for the first invalid row instead of skipping it.
+        fit: "crop" or "pad". Default: as the checkpoint was trained.
+        memory_limit: Size, in bytes, up to which decoded images are kept in memory. Above it, none are.
+        progress: Wraps the rows while they are read.
+
+    Raises:
+        DataError: The catalog is missing, or no row is valid.
+    """
+    fit = fit or checkpoint.fit
+    sizes = checkpoint.image_size, int(checkpoint.clip.config.vision_config.image_size)
+    reader = _PairReader(sizes, fit, memory_limit)
+    invalid: list[InvalidRow] = []
+    rows = progress(read_catalog(path, strict=strict, on_error=invalid.append))
+    for row, squares in map_in_threads(partial(_decode, sizes=sizes, fit=fit), rows):
+        if len(reader.rows) == limit:
+            invalid = [other for other in invalid if other.line < row.line]  # rows are read ahead
+            break
+        if not isinstance(squares, UniDiffError):
+            reader.add(row, squares)
+        elif strict:
+            raise DataError(f"{path}, line {row.line}: {squares}") from squares
+        else:
+            invalid.append(InvalidRow(row.line, row.name, str(squares)))
+    if not reader.rows:
+        reason = f"All {len(invalid)} rows are invalid. The first one: {invalid[0]}" if invalid else "It has no rows."
+        raise DataError(f"{path} holds no valid image-caption pair. {reason}")
+    return reader.pairs(sorted(invalid, key=lambda row: row.line))
+
+
+class _PairReader:
+    """Collects valid rows, their digest, and their decoded images as long as these fit in memory."""
+
+    def __init__(self, sizes: tuple[int, int], fit: Fit, memory_limit: int) -> None:
+        self.sizes, self.fit, self.memory_limit = sizes, fit, memory_limit
+        self.rows: list[Row] = []
+        self.digest = hashlib.sha256()
+        self.decoded: dict[int, list[Tensor]] | None = {size: [] for size in sizes}
+
+    def add(self, row: Row, squares: dict[int, Tensor]) -> None:
+        self.rows.append(row)
+        self.digest.update(row.text.encode() + b"\0")
+        self.digest.update(squares[self.sizes[0]].numpy().tobytes())
+        if self.decoded is not None:
+            for size, square in squares.items():
+                self.decoded[size].append(square)
+            if sum(square.nbytes for square in squares.values()) * len(self.rows) > self.memory_limit:
+                self.decoded = None
+
+    def pairs(self, invalid: list[InvalidRow]) -> Pairs:
+        # If both sizes are equal, both views share one tensor.
+        decoded = {size: torch.stack(squares) for size, squares in (self.decoded or {}).items()}
+        images, clip_images = (SquareImages(self.rows, size, self.fit, decoded.get(size)) for size in self.sizes)
+        captions = [row.text for row in self.rows]
+        payloads = [row.payload for row in self.rows]
+        return Pairs(images, clip_images, captions, payloads, invalid, self.digest.hexdigest())
+
+
+def _decode(row: Row, sizes: tuple[int, ...], fit: Fit) -> tuple[Row, dict[int, Tensor] | UniDiffError]:
+    try:
+        image = load_image(row.image())
+    except (DataError, ImageError) as error:
+        return row, error
+    return row, {size: to_square(image, size, fit) for size in sizes}

@@ -1,0 +1,114 @@
+"""Image generation with the PyTorch model, by the same sampler tables as the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unidiff_sdk.generation.samplers import Coefficients, Table, advance, make_table
+from unidiff_sdk.inference.manifest import DEFAULT_SAMPLER
+from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.data.captions import tokenize
+from unidiff_sdk.training.objective.distillation import apply_guidance
+from unidiff_sdk.training.objective.joint_model import JointModel
+
+__all__ = ["ImageArray", "generate_images", "sampler_settings", "sampler_table"]
+
+CHUNK = 32  # images per UNet call
+
+ImageArray = NDArray[np.uint8]  # [h, w, 3]
+
+
+def sampler_settings(
+    checkpoint: Checkpoint, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
+) -> tuple[str, int, float]:
+    """(sampler, steps, guidance scale): the arguments, else the checkpoint's own, else the default of the runtime."""
+    own = DEFAULT_SAMPLER | checkpoint.meta.get("sampler", {})
+    return (
+        own["name"] if sampler is None else sampler,
+        own["steps"] if steps is None else steps,
+        own["guidance_scale"] if guidance is None else guidance,
+    )
+
+
+def sampler_table(checkpoint: Checkpoint, sampler: str, steps: int) -> Table:
+    """Sampler table for the checkpoint's noise schedule.
+
+    Raises OptionError for an unknown sampler, or for more steps than the schedule has.
+    """
+    return make_table(sampler, Schedule.from_config(checkpoint.scheduler.config), steps)
+
+
+@torch.no_grad()
+def generate_images(
+    model: JointModel,
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    *,
+    table: Table,
+    guidance: float,
+    seed: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ImageArray]:
+    """Generate one image per prompt with classifier-free guidance (Ho & Salimans 2022).
+
+    The noise of image i depends on (seed, i) only.
+
+    Args:
+        table: Sampler table, see `sampler_table`.
+        guidance: Guidance scale. 1 turns guidance off and halves the work.
+        on_progress: Called before each chunk with the numbers of images done and requested.
+
+    Returns:
+        uint8[h, w, 3] for each prompt.
+    """
+    images: list[ImageArray] = []
+    empty = _token_states(model, checkpoint, [""])
+    for start in range(0, len(prompts), CHUNK):
+        on_progress(start, len(prompts))
+        states = _token_states(model, checkpoint, prompts[start : start + CHUNK])
+        streams = [np.random.default_rng([seed, start + i]) for i in range(len(states))]
+        latents = _denoise(model, states, empty, streams, table, guidance)
+        pixels = (model.decode(latents).clamp(0, 1) * 255).round().to(torch.uint8)
+        images += list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return images
+
+
+def _denoise(
+    model: JointModel,
+    states: Tensor,
+    empty: Tensor,
+    streams: Sequence[np.random.Generator],
+    table: Table,
+    guidance: float,
+) -> Any:
+    side = int(model.unet.config.sample_size)
+    shape = int(model.unet.config.in_channels), side, side
+    x, x0 = _noise(streams, shape, model.device) * table.init_noise_sigma, None
+    for step in range(len(table)):
+        coefficients = Coefficients(*map(float, table[step]))
+        scaled, t = x * coefficients.input_scale, torch.full((len(states),), coefficients.timestep, device=model.device)
+        output: Any = model.unet(scaled, t, states).sample
+        if guidance != 1:
+            unconditional = model.unet(scaled, t, empty.expand_as(states)).sample
+            output = apply_guidance(unconditional, output, guidance)
+        noise = _noise(streams, shape, model.device) if coefficients.next_from_noise else None
+        x, x0 = advance(coefficients, x, output, x0, noise)  # the arithmetic of NumPy and of PyTorch is the same here
+    return x
+
+
+def _token_states(model: JointModel, checkpoint: Checkpoint, texts: Sequence[str]) -> Tensor:
+    """τ(y): float[n, tokens, width]."""
+    states: Tensor = model.text_encoder(tokenize(checkpoint.tokenizer, texts).to(model.device)).last_hidden_state
+    return states
+
+
+def _noise(streams: Sequence[np.random.Generator], shape: tuple[int, int, int], device: torch.device) -> Any:
+    noise = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+    return torch.from_numpy(noise).to(device)

@@ -1,0 +1,98 @@
+"""The inputs of one step: a batch of pairs, and the random numbers of its diffusion terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unidiff_sdk.training.config import TrainingConfig
+
+__all__ = ["Batch", "RandomInputs"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """m image-caption pairs as model inputs. The first n ≤ m of them also pass through the UNet.
+
+    Attributes:
+        clip_pixels: float[m, 3, s, s], normalized for CLIP.
+        latents: float[n, c, h, w], scaled as the UNet expects them.
+        input_ids: int64[m, tokens], captions for the UNet's text encoder.
+        groups: int64[m]. Pairs with equal values have the same meaning.
+        clip_ids: int64[m, tokens], captions for CLIP's text tower, if it has another tokenizer.
+        base_embeddings: "u" and "v", float[m, d]: embeddings by the base's CLIP, for feature distillation.
+    """
+
+    clip_pixels: Tensor
+    latents: Tensor
+    input_ids: Tensor
+    groups: Tensor
+    clip_ids: Tensor | None = None
+    base_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class RandomInputs:
+    """Random numbers for the n samples of a step that pass through the UNet. On the CPU.
+
+    An instance may describe some of the step's samples. The counts are always those of the whole step, because a
+    term's mean is over them.
+
+    Attributes:
+        t: int64[n], timesteps.
+        noise: float[n, c, h, w], standard normal.
+        dropped: bool[n], samples whose caption is replaced by the empty one.
+        gated: bool[n], samples whose timestep passes the gate of RSC.
+        decoded: bool[n], the gated samples whose denoising estimate is decoded.
+        samples: Number of samples in the whole step.
+        decoded_samples: Number of decoded samples in the whole step.
+        pairs: Number of pairs in the whole step.
+    """
+
+    t: Tensor
+    noise: Tensor
+    dropped: Tensor
+    gated: Tensor
+    decoded: Tensor
+    samples: int
+    decoded_samples: int
+    pairs: int
+
+    @classmethod
+    def sample(
+        cls,
+        generator: torch.Generator,
+        samples: int,
+        shape: tuple[int, ...],
+        timesteps: int,
+        config: TrainingConfig,
+        *,
+        pairs: int,
+    ) -> RandomInputs:
+        """Sample the numbers of a whole step.
+
+        Args:
+            samples: n.
+            shape: (c, h, w) of the latents.
+            timesteps: Length of the noise schedule.
+            pairs: Number of pairs in the step.
+        """
+        t = torch.randint(0, timesteps, (samples,), generator=generator)
+        noise = torch.randn((samples, *shape), generator=generator)
+        dropped = torch.rand(samples, generator=generator) < config.caption_dropout
+        gated = t <= config.rsc_t_max
+        decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
+        return cls(t, noise, dropped, gated, decoded, samples, int(decoded.sum()), pairs)
+
+    def select(self, indices: Tensor) -> RandomInputs:
+        """The numbers of some samples. indices: int64[k]."""
+        t, noise, dropped, gated, decoded = (
+            values[indices] for values in (self.t, self.noise, self.dropped, self.gated, self.decoded)
+        )
+        return RandomInputs(t, noise, dropped, gated, decoded, self.samples, self.decoded_samples, self.pairs)
