@@ -64,9 +64,9 @@ setting = partial(config_option, config=DistillationConfig)
 def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, **options: Any) -> None:
     """Make a checkpoint generate in few steps without guidance.
 
-    CHECKPOINT is a folder, or "tiny". DATA is a catalog as for training; only its captions are used. The new checkpoint has another UNet and another
-    sampler. unidiff-export, the runtime and diffusers use its sampler. You can interrupt at any time: the progress is
-    saved.
+    CHECKPOINT is a folder, or "tiny". DATA is a catalog as for training; only its captions are used. The new checkpoint
+    has another UNet and another sampler, which unidiff-export, the runtime and diffusers use. You can interrupt at any
+    time: the progress is saved.
     """
     config = DistillationConfig(**options)
     rows = count_rows(data)
