@@ -54,7 +54,7 @@ class Cursor:
     ) -> Cursor:
         """The end of the page `found`, ordered by score; `shown` counts the items of all pages so far."""
         score = found[-1].score
-        last = frozenset(one.id for one in found if one.score <= score + 2 * _tolerance(score))
+        last = frozenset(scored.id for scored in found if scored.score <= score + 2 * _tolerance(score))
         if before and before.score is not None and before.score <= score + 2 * _tolerance(score):
             last |= before.ties
         return cls(digest, shown, score, last, vector)

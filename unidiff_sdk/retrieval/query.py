@@ -71,7 +71,7 @@ class Query:
             image=image if image is None or isinstance(image, Hit) else open_image(image),
             like=checked_ids(like),
             unlike=checked_ids(unlike),
-            without=tuple(_text("without", one) for one in _as_list(without)),
+            without=tuple(_text("without", value) for value in _as_list(without)),
             vector=None if vector is None else _unit_vector(vector),
             weights=_weights(weights),
         )
@@ -112,7 +112,7 @@ def batch_of(queries: Any) -> list[Query]:
     """The queries of `Catalog.search_batch`, each a text or a dictionary of query arguments. Raises OptionError."""
     if isinstance(queries, (str, Mapping)) or not isinstance(queries, Iterable):
         raise OptionError(f"queries is {queries!r:.60}: give a list of queries; for a single one, use search")
-    return [call_with(Query.of, {"text": one} if isinstance(one, str) else one, "a query") for one in queries]
+    return [call_with(Query.of, {"text": query} if isinstance(query, str) else query, "a query") for query in queries]
 
 
 def open_image(source: Any) -> ItemImage:

@@ -281,7 +281,7 @@ class Searcher:
             if start and not (found and cursor.passed(found[0].score)):
                 start //= 2
                 continue
-            rest = [one for one in found if not cursor.covers(one)]
+            rest = [scored for scored in found if not cursor.covers(scored)]
             if len(rest) >= search.limit or len(found) < size:
                 return rest[: search.limit]
             size *= 2
@@ -298,19 +298,21 @@ class Searcher:
         while True:
             found = self._query(replace(search, where=where, offset=0, limit=size))
             before = len(best)
-            for one in found:
-                best.setdefault(group_of(one.payload, options.group_by) or one.id, one)
+            for scored in found:
+                best.setdefault(group_of(scored.payload, options.group_by) or scored.id, scored)
             may_have_more = len(found) == size and search.text is None
-            groups = [one for one in best.values() if not (cursor and cursor.covers(one))]
+            groups = [scored for scored in best.values() if not (cursor and cursor.covers(scored))]
             if len(groups) >= start + search.limit or not may_have_more:
                 break
             # Exclude the groups found so far, or search deeper if no filter can name them.
-            where = _excluding(search.where, path, [value_at(one.payload, options.group_by) for one in best.values()])
+            where = _excluding(
+                search.where, path, [value_at(scored.payload, options.group_by) for scored in best.values()]
+            )
             if len(best) == before:
                 if size == MAX_LIMIT:
                     break
                 size = min(2 * size, MAX_LIMIT)
-        return sorted(groups, key=lambda one: -one.score)[start : start + search.limit]
+        return sorted(groups, key=lambda scored: -scored.score)[start : start + search.limit]
 
     def _diversified(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
         """Candidates selected for variety. Their number depends on `limit` alone, so that pages are consistent."""
@@ -320,8 +322,8 @@ class Searcher:
         if not found:
             return []
         start = cursor.shown if cursor else options.offset
-        scores = np.array([one.score for one in found], np.float32)
-        vectors = np.array([one.vector for one in found])
+        scores = np.array([scored.score for scored in found], np.float32)
+        vectors = np.array([scored.vector for scored in found])
         return [found[k] for k in diversify(scores, vectors, options.diversity, start + search.limit)[start:]]
 
     def _query(self, search: VectorQuery) -> list[ScoredRecord]:
@@ -329,13 +331,13 @@ class Searcher:
             return self.store.query_batch([search])[0]
         # Fused scores are often equal, and engines return equal scores in any order; pages need a stable one.
         everything = replace(search, limit=2 * CANDIDATES, offset=0, with_payload=False, with_vectors=False)
-        ranked = sorted(self.store.query_batch([everything])[0], key=lambda one: (-one.score, one.id))
+        ranked = sorted(self.store.query_batch([everything])[0], key=lambda scored: (-scored.score, scored.id))
         shown = ranked[search.offset : search.offset + search.limit]
-        records = {record.id: record for record in self.store.retrieve([one.id for one in shown])}
+        records = {record.id: record for record in self.store.retrieve([scored.id for scored in shown])}
         return [
-            replace(one, payload=records[one.id].payload, vector=records[one.id].vector)
-            for one in shown
-            if one.id in records
+            replace(scored, payload=records[scored.id].payload, vector=records[scored.id].vector)
+            for scored in shown
+            if scored.id in records
         ]
 
     # -------------------------------------------------------------------------------------------- the page
@@ -359,7 +361,7 @@ class Searcher:
                 cursor = Cursor(digest, total, vector=vector)
             else:
                 cursor = Cursor.after(before, digest, total, shown, vector)
-        hits = tuple(self._make_hit(one.payload, one.score) for one in shown)
+        hits = tuple(self._make_hit(scored.payload, scored.score) for scored in shown)
         return Page(hits, offset, options.limit, took_ms, str(cursor) if cursor else None)
 
 
