@@ -19,11 +19,11 @@ from unidiff_sdk.retrieval.results import Hit
 from .results import Generated, Generation
 
 if TYPE_CHECKING:
-    from unidiff_sdk.generation.generator import Generator, Preview
+    from unidiff_sdk.generation.generator import Preview
 
     from .snapshot import Snapshot
 
-__all__ = ["Candidate", "Selection", "draw_queries", "generate", "select"]
+__all__ = ["Candidate", "Selection", "generate", "select"]
 
 Generate = Callable[[Sequence[str], int, int], list[Image.Image]]
 Judge = Callable[[Sequence[str], Sequence[Image.Image]], list[tuple[float, Hit | None]]]
@@ -126,8 +126,8 @@ def _read(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]
     if source is None:
         return None, None
     try:
-        picture = open_image(source)
-        return picture.decoded, source.sha256 if isinstance(source, Hit) else picture.sha256
+        image = open_image(source)
+        return image.decoded, source.sha256 if isinstance(source, Hit) else image.sha256
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
 
@@ -242,19 +242,3 @@ def _shortage(selection: Selection, options: GenerationOptions) -> str:
         f"only {len(selection.accepted)} of {options.n} images of {selection.prompt!r:.80}: of "
         f"{selection.generated} generated, {', '.join(reasons)}; raise budget=, or relax these limits"
     )
-
-
-_SEED = 0  # always the same, so that a search repeated finds the same
-
-
-# Half of what a picture takes that is looked at: enough for the encoder to tell what it shows.
-_MOST_STEPS = 6
-
-
-def draw_queries(generator: Generator, texts: Sequence[str], n: int) -> list[Image.Image]:
-    """`n` pictures of each text, those of the first text first; the same for the same texts.
-
-    In few steps: the bundle's own number, if that is less than six.
-    """
-    steps = min(generator.resolve(GenerationOptions()).steps, _MOST_STEPS)
-    return generator.generate(texts, n=n, seed=_SEED, steps=steps)

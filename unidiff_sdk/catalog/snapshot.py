@@ -131,9 +131,7 @@ class Snapshot:
 
     def generate_queries(self, texts: Sequence[str], n: int) -> list[Image.Image]:
         """Generate `n` images of each text to search with, in the order of the texts."""
-        from .generating import draw_queries
-
-        return draw_queries(self.generator, texts, n)
+        return self.generator.query_images(texts, n)
 
     def optimize(self) -> None:
         """Build the search index."""

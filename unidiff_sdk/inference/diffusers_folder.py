@@ -177,6 +177,8 @@ class AdaptedSession:
 
 
 def _output(name: str, tensor: TensorSpec) -> TensorSpec:
-    batch, channels, *rest = tensor.shape
-    halved = channels // 2 if name in _OUTPUTS and isinstance(channels, int) else channels
-    return TensorSpec("float32", (batch, halved, *rest))
+    """An output as `AdaptedSession` returns it."""
+    shape = list(tensor.shape)
+    if name in _OUTPUTS and isinstance(shape[1], int):
+        shape[1] //= 2
+    return TensorSpec("float32", tuple(shape))

@@ -12,21 +12,25 @@ from numpy.typing import NDArray
 
 from unidiff_sdk.errors import BundleError, OptionError
 
-__all__ = ["Schedule"]
+__all__ = ["PREDICTION_TYPES", "Schedule"]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-_SMALLEST_ALPHA_BAR = 2.0**-24  # stands for zero where sigma / alpha must stay finite; diffusers uses the same value
+SMALLEST_ALPHA_BAR = 2.0**-24  # replaces zero where sigma / alpha must stay finite; diffusers uses the same value
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise schedule of a model, as diffusers' `scheduler_config.json` describes it.
+    """The noise schedule of a model, from diffusers' `scheduler_config.json`.
 
-    `alphas_cumprod` is float64[num_train_timesteps], the papers' alpha-bar: the share of signal at each timestep.
+    Attributes:
+        alphas_cumprod: float64[num_train_timesteps], the papers' alpha-bar: the share of signal at each timestep.
+        prediction_type: what the UNet predicts, one of PREDICTION_TYPES.
+        timestep_spacing, steps_offset, final_alpha_cumprod: how samplers choose timesteps.
+        original_inference_steps, timestep_scaling: of latent consistency models.
     """
 
     alphas_cumprod: Float64
@@ -46,7 +50,7 @@ class Schedule:
         Raises:
             BundleError: a setting is not supported.
         """
-        prediction_type = config.get("prediction_type", "epsilon")
+        prediction_type = config.get("prediction_type", PREDICTION_TYPES[0])
         spacing = config.get("timestep_spacing", "leading")
         if prediction_type not in PREDICTION_TYPES:
             raise BundleError(
@@ -69,13 +73,13 @@ class Schedule:
 
     @property
     def num_train_timesteps(self) -> int:
-        """How many noise levels the model was trained on; timesteps run from 0 (clean) to this less one."""
+        """Number of noise levels in training. Timesteps run from 0 (clean) to this minus 1."""
         return len(self.alphas_cumprod)
 
     @property
     def noise_levels(self) -> Float64:
         """sigma / alpha at each training timestep, rising: float64[num_train_timesteps]."""
-        alphas_cumprod = np.where(self.alphas_cumprod > 0, self.alphas_cumprod, _SMALLEST_ALPHA_BAR)
+        alphas_cumprod = np.where(self.alphas_cumprod > 0, self.alphas_cumprod, SMALLEST_ALPHA_BAR)
         levels: Float64 = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
         return levels
 
