@@ -1,7 +1,7 @@
-"""Stable Diffusion 1.5 and CLIP ViT-L/14 at their full size, with random weights: do they pass within 24 GB?
+"""Stable Diffusion 1.5 and CLIP ViT-L/14 at full size, with random weights, within 24 GB of memory.
 
-Tuned in full they cannot: 1.29 billion parameters as weights, gradients, AdamW's two moments and their average are
-25.8 GB. By adapters they can, each part in turn in a process of its own whose peak is printed.
+Full fine-tuning does not fit: weights, gradients, AdamW's two moments and averages of 1.29 billion parameters take
+25.8 GB. Adapters fit. Each stage runs in a separate process and prints its peak.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ print("moved", len(moved))
 
 
 def run(script: str, *arguments: Path) -> tuple[list[str], float]:
-    """Its lines and its peak, in bytes."""
+    """The lines of its output, and its peak memory in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", script + PEAK, *map(str, arguments)], capture_output=True, text=True, timeout=1500
     )

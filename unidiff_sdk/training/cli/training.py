@@ -272,9 +272,9 @@ def train(
     """
     request = {name: options.pop(name) for name in ("clip", "device", "resume", "latents")}
     config = TrainingConfig(**options)
-    _check_folders(data, val, prior, prior_prompts)
     if val is None and (prompts or config.patience or config.wise_ft):
         raise OptionError("--prompt, --patience and --wise-ft need validation pairs. Add --val FOLDER.")
+    _check_folders(data, val, prior, prior_prompts)
     prior_config = PriorConfig(prior, prior_prompts, prior_pairs) if prior else None
     rows = count_rows(data)
     with progress_display() as progress, ExitStack() as stack:
@@ -311,8 +311,7 @@ def train(
             on_step=on_step,
             on_validate=validator,
         )
-    if os.environ.get("RANK", "0") == "0":  # of several processes, the main one reports
-        _report(result, _finish_log(log, result))
+    _report(result, _finish_log(log, result))
 
 
 def _check_folders(data: Path, val: Path | None, prior: Path | None, prior_prompts: tuple[str, ...]) -> None:
@@ -366,6 +365,8 @@ def _finish_log(log: RunLog, result: TrainingResult) -> Path | None:
 
 
 def _report(result: TrainingResult, report: Path | None) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of several processes, only the main one reports
+        return
     skipped = f" ({len(result.invalid_rows):,} invalid rows skipped)" if result.invalid_rows else ""
     click.echo(f"Trained {result.steps} steps on {result.pairs:,} pairs{skipped} in {result.seconds:.0f} s.")
     click.echo(f"Checkpoint: {result.path}")

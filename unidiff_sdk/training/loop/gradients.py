@@ -78,17 +78,7 @@ def backpropagate(
     indices, random = _sample_step(model, batches, config, step, config.batch_size)
     micro_batches = _micro_batches(batches, indices, random, config, step, processes)
 
-    def run(micro_batch: MicroBatch, embeddings_only: bool = False) -> ForwardOutput:
-        torch.manual_seed(micro_batch.seed)
-        return forward(
-            model,
-            micro_batch.load(),
-            config,
-            random=micro_batch.random,
-            empty_ids=empty_ids,
-            teacher=teacher,
-            embeddings_only=embeddings_only,
-        )
+    run = partial(_forward, model, config, empty_ids, teacher)
 
     # 2. all embeddings; a single micro-batch keeps its graph, several are computed again in 4
     whole = run(micro_batches[0]) if len(micro_batches) == 1 else None
@@ -146,6 +136,26 @@ def _micro_batches(
         seed = derive_seed(batches.seed, Purpose.DROPOUT, step, processes.rank, number)
         micro_batches.append(MicroBatch(positions, load, random.select(samples), seed))
     return micro_batches
+
+
+def _forward(
+    model: JointModel,
+    config: TrainingConfig,
+    empty_ids: Tensor,
+    teacher: Mapping[str, Tensor] | None,
+    micro_batch: MicroBatch,
+    embeddings_only: bool = False,
+) -> ForwardOutput:
+    torch.manual_seed(micro_batch.seed)
+    return forward(
+        model,
+        micro_batch.load(),
+        config,
+        random=micro_batch.random,
+        empty_ids=empty_ids,
+        teacher=teacher,
+        embeddings_only=embeddings_only,
+    )
 
 
 def _gather(

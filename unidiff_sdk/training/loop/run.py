@@ -30,7 +30,7 @@ from unidiff_sdk.training.runtime.interrupts import InterruptedWithinStep, defer
 
 from .learner import Learner
 from .model_selection import ModelSelection
-from .resume import Progress, restore, write_state
+from .resume import Progress, read_finished, restore, unfinished, write_state
 
 __all__ = ["TrainingRun"]
 
@@ -83,10 +83,18 @@ class TrainingRun:
         """Settings of the run."""
         return self.learner.config
 
-    def restore(self) -> None:
-        """Continue from the state in `out`. Raises TrainingError if it is the state of another run."""
-        self.progress = restore(self.out, self.learner, self.selection, self.identity)
-        self.saved_step = self.progress.step
+    def resume(self) -> bool:
+        """Continue from the state in `out`, if there is one. Returns whether the run there is already finished.
+
+        Raises TrainingError if `out` holds another run, CheckpointError if its state cannot be read.
+        """
+        if unfinished(self.out):
+            self.progress = restore(self.out, self.learner, self.selection, self.identity)
+            self.saved_step = self.progress.step
+        elif self.out.exists():
+            self.progress = read_finished(self.out, self.config, self.identity)
+            return True
+        return False
 
     def train(self, on_step: Callable[[StepReport], None]) -> None:
         """Train until the last step or early stopping. On an interrupt, save and raise KeyboardInterrupt.

@@ -28,7 +28,7 @@ from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
 from .learner import Learner
 from .model_selection import ModelSelection
 from .prior_preservation import generate_prior
-from .resume import read_finished, unfinished
+from .resume import unfinished
 from .run import TrainingRun
 
 __all__ = ["TrainingResult", "train"]
@@ -148,15 +148,12 @@ def train(
     run = TrainingRun(
         *(out, learner, selection, checkpoint, pairs, data.name, batches, prior_pairs, prior_batches, empty_ids)
     )
-    if unfinished(out):
-        run.restore()
-    elif resume and out.exists():
-        run.progress = read_finished(out, config, run.identity)
-        return _result(run, started)
+    finished = resume and run.resume()
 
     # 4. the loop, and the choice of the final weights
-    run.train(on_step)
-    run.finish()
+    if not finished:
+        run.train(on_step)
+        run.finish()
     return _result(run, started)
 
 

@@ -321,7 +321,7 @@ def train_base(
     """
     work.mkdir(parents=True, exist_ok=True)
     chosen = training_products(catalogs, per_catalog)
-    images = render_all(chosen, work / "pictures.npy")
+    images = render_all(chosen, work / "images.npy")
     texts = Texts.of_products(chosen)
     tokenizer = tokenizer or tiny.train_tokenizer(texts.texts)
     stages = stages or RECIPE
