@@ -156,7 +156,7 @@ def small_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("catalog")
     colors = ("red", "green", "blue", "purple", "yellow", "teal", "black", "white", "orange", "brown", "pink")
-    rows = [{"text": f"a {colour} dress", "colour": colour, "price": 10.0 + i} for i, colour in enumerate(colors)]
+    rows = [{"text": f"a {color} dress", "colour": color, "price": 10.0 + i} for i, color in enumerate(colors)]
     rows.append({"text": "A red  dress.", "colour": "red", "price": 99.0})
     for i, row in enumerate(rows):
         row["file_name"] = f"{i}.png"

@@ -246,7 +246,7 @@ def test_generate_writes_images_with_their_recipes(shop: Path, toy: Path) -> Non
     arguments = ["generate", shop / "shop.catalog", "red boots", "-n", 2, "--seed", 7, "--steps", 2]
     result = run(*arguments, "-o", shop / "out", "--add")
     assert result.exit_code == 0, result.output
-    assert "Kept 2 of 2 generated images in" in result.stdout and "seed 7, 2 steps, sampler ddim" in result.stdout
+    assert "Kept 2 of 2 generated images in" in result.stdout and "Seed 7, 2 steps, sampler ddim" in result.stdout
     images = sorted((shop / "out").glob("0*.png"))
     assert len(images) == 2 and Image.open(images[0]).size == (16, 16)
     assert read_recipe(images[0]).arguments["prompt"] == "red boots"
@@ -270,7 +270,7 @@ def test_generate_starts_from_an_item_with_a_mask(shop: Path) -> None:
     assert made["strength"] == 1.0 and len(made["like"]) == len(made["mask"]) == 64
     result = run(*arguments, "--strength", "0.7", "--best-of", 3, "-n", 2, "-o", shop / "varied")
     assert "Kept 2 of 3 generated images in" in result.stdout
-    check_error(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "like: nobody")
+    check_error(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "--like nobody is neither")
     result = run(*arguments, "--min-score", 1, "-o", shop / "none", "--json")
     check_error(result, "No image was written: 4 candidates rejected")
     assert "4 scored below min_score=1.0" in result.stderr and not (shop / "none").exists()

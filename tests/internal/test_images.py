@@ -1,3 +1,5 @@
+"""Loading images from every kind of source, and preprocessing, compared with transformers."""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,10 +33,10 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
+def test_every_source_gives_the_same_image(tmp_path: Path) -> None:
     image = noise(20, 10)
     data = encoded(image, "PNG")
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     path.write_bytes(data)
     pixels = np.asarray(image)
     sources = [image, data, bytearray(data), memoryview(data), path, str(path), pixels, pixels[:, ::-1][:, ::-1]]
@@ -46,7 +48,7 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_arrays_of_all_channel_counts(channels: int) -> None:
+def test_arrays_have_one_to_four_channels(channels: int) -> None:
     array = np.full((4, 6, channels), 100, np.uint8)
     if channels in (2, 4):
         array[..., -1] = 0  # fully transparent: white
@@ -58,18 +60,18 @@ def test_exif_orientation_is_applied() -> None:
     image = Image.new("RGB", (30, 10), "red")
     image.paste("blue", (0, 0, 10, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to view
+    exif[0x0112] = 6  # display after a quarter turn clockwise
     upright = load_image(encoded(image, "JPEG", exif=exif, quality=95))
     assert upright.size == (10, 30)
     assert upright.getpixel((5, 3))[2] > 200 and upright.getpixel((5, 26))[0] > 200
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_a_damaged_exif_block_does_not_hide_the_picture() -> None:
+def test_damaged_exif_is_ignored() -> None:
     assert load_image(encoded(noise(8, 8), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).size == (8, 8)
 
 
-def test_transparency_lies_over_white() -> None:
+def test_transparency_is_composited_over_white() -> None:
     rgba = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     rgba.putpixel((0, 0), (10, 20, 30, 255))
     palette = Image.new("P", (4, 4), 1)
@@ -82,7 +84,7 @@ def test_transparency_lies_over_white() -> None:
     assert half.getpixel((0, 0)) == (127, 127, 127)
 
 
-def test_16_bit_and_other_modes() -> None:
+def test_16_bit_and_other_modes_become_8_bit_rgb() -> None:
     deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], np.uint16))
     for source in (deep, encoded(deep, "PNG"), encoded(deep, "TIFF"), deep.convert("I")):
         np.testing.assert_array_equal(np.asarray(load_image(source))[0, :, 0], [0, 100, 255])
@@ -94,8 +96,8 @@ def test_16_bit_and_other_modes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame(kind: str) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+def test_animation_gives_its_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
     red, green, blue = load_image(data).getpixel((4, 4))
     assert red > 240 and green < 15 and blue < 15
@@ -124,7 +126,7 @@ def png_claiming(width: int, height: int) -> bytes:
         (encoded(noise(64, 64), "JPEG")[:700], "damaged or truncated"),
         (b"", "image data of 0 bytes: not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image in a supported format"),
-        (b"not a picture", "not an image in a supported format"),
+        (b"not an image", "not an image in a supported format"),
         ("no/such/file.png", "there is no such file"),
         (Path("."), "is a folder"),
         (3, "Cannot read an image from int"),
@@ -140,12 +142,12 @@ def png_claiming(width: int, height: int) -> bytes:
         (np.zeros((4, 4), object), "ambiguous"),
     ],
 )
-def test_bad_pictures_are_refused(source: Any, message: str) -> None:
+def test_invalid_images_raise(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(source)
 
 
-def test_the_limit_can_be_raised() -> None:
+def test_pixel_limit_can_be_changed() -> None:
     with pytest.raises(ImageError, match="exceed the limit of 50"):
         load_image(noise(10, 10), max_pixels=50)
     assert load_image(noise(10, 10), max_pixels=100).size == (10, 10)
@@ -154,7 +156,7 @@ def test_the_limit_can_be_raised() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_damage_anywhere_is_an_image_error_or_a_picture(data: st.DataObject) -> None:
+def test_damaged_file_gives_an_image_or_an_image_error(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]))
     broken = bytearray(encoded(noise(16, 16), kind))
     for position in data.draw(st.lists(st.integers(0, len(broken) - 1), min_size=1, max_size=6)):
@@ -181,8 +183,8 @@ def test_preprocess_equals_transformers(width: int, height: int, size: int, seed
 
 @settings(max_examples=50, deadline=None)
 @given(width=st.integers(1, 300), height=st.integers(1, 300), size=st.sampled_from([32, 64, 97]))
-def test_padding_keeps_the_whole_picture_and_its_proportions(width: int, height: int, size: int) -> None:
-    """A black picture on white: the black box is as large as `ImageOps.contain` makes it, and stands in the middle."""
+def test_padding_keeps_the_whole_image_and_its_aspect_ratio(width: int, height: int, size: int) -> None:
+    """A black image on white: the black box has the size of `ImageOps.contain` and is centered."""
     black = Image.new("RGB", (width, height), "black")
     pixels = preprocess(black, size, np.zeros(3, np.float32), np.ones(3, np.float32), "pad")
     assert pixels.shape == (3, size, size) and set(np.unique(pixels)) <= {0.0, 1.0}

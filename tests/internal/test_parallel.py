@@ -1,3 +1,5 @@
+"""`buffered_map`: order, bounded memory, parallelism and errors."""
+
 from __future__ import annotations
 
 import threading
@@ -9,7 +11,7 @@ import pytest
 from unidiff_sdk._internal.parallel import batched, buffered_map
 
 
-def test_results_are_in_order_and_few_are_under_way() -> None:
+def test_results_are_in_order_and_memory_is_bounded() -> None:
     taken: list[int] = []
     ahead: list[int] = []
 
@@ -28,17 +30,17 @@ def test_results_are_in_order_and_few_are_under_way() -> None:
     assert max(ahead) <= 4
 
 
-def test_work_overlaps() -> None:
-    """Three pieces that wait for one another can only end if they run at the same time."""
+def test_calls_run_at_the_same_time() -> None:
+    """Three calls that wait for one another finish only if they run at the same time."""
     barrier = threading.Barrier(3, timeout=5)
     assert len(list(buffered_map(lambda _: barrier.wait(), range(3), workers=3))) == 3
 
 
-def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
-    began: list[int] = []
+def test_error_is_raised_in_order_and_stops_the_rest() -> None:
+    started: list[int] = []
 
     def work(n: int) -> int:
-        began.append(n)
+        started.append(n)
         if n == 2:
             raise ValueError("two")
         return n
@@ -47,10 +49,10 @@ def test_an_error_comes_in_its_turn_and_ends_the_rest() -> None:
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="two"):
         next(results)
-    assert len(began) < 8
+    assert len(started) < 8
 
 
-def test_an_error_of_the_source_comes_after_what_was_before_it() -> None:
+def test_error_of_the_source_is_raised_after_the_results_before_it() -> None:
     def source() -> Iterator[int]:
         yield from range(2)
         raise ValueError("dry")
@@ -62,5 +64,5 @@ def test_an_error_of_the_source_comes_after_what_was_before_it() -> None:
     assert taken == [0, 1]
 
 
-def test_batches() -> None:
+def test_batched_yields_lists() -> None:
     assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]

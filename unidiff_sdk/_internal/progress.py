@@ -45,4 +45,5 @@ def progress_bar(label: str, shown: bool) -> Iterator[Callable[[int, int], None]
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:  # otherwise `stop` prints an empty line
+            bar.stop()

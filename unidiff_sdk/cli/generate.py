@@ -134,7 +134,10 @@ def _start_image(catalog: Catalog, like: str | None) -> Any:
     """The image of `--like`: a file, or else an item of the catalog."""
     if like is None or Path(like).is_file():
         return like
-    return catalog.get(stored_id(catalog, like)) or like
+    item = catalog.get(stored_id(catalog, like))
+    if item is None:
+        raise OptionError(f"--like {like} is neither an image file nor the id of an item. Give one of them.")
+    return item
 
 
 def _save(generation: Generation, out: Path) -> list[Path]:
@@ -174,6 +177,6 @@ def _print_summary(generation: Generation, files: Sequence[Path]) -> None:
     first, seed = generation[0], min(generated.seed for generated in generation)
     candidates, seconds = counted(generation.generated, "generated image"), generation.took_ms / 1000
     click.echo(
-        f"Kept {len(files)} of {candidates} in {seconds:.1f} s: seed {seed}, "
-        f"{first.steps} steps, sampler {first.sampler}, guidance scale {first.guidance_scale:g}"
+        f"Kept {len(files)} of {candidates} in {seconds:.1f} s.\n"
+        f"Seed {seed}, {first.steps} steps, sampler {first.sampler}, guidance scale {first.guidance_scale:g}"
     )

@@ -137,6 +137,9 @@ def duplicates(
         return
     for group in groups[:limit]:
         print_hits(group, thumbnails=thumbnails)
+    if not groups:
+        click.echo(f"No duplicates: no two images have a cosine similarity of {threshold:g} or more.")
+        return
     found = f"{counted(len(groups), 'group')} with {counted(sum(map(len, groups)), 'item')}"
     listed = f" The first {limit} are listed." if len(groups) > limit else ""
     click.echo(f"Found {found} and a cosine similarity of {threshold:g} or more.{listed}")

@@ -22,6 +22,8 @@ def pyarrow_parquet(purpose: str) -> Any:
 def open_parquet(path: Path) -> Any:
     """Open a `pyarrow.parquet.ParquetFile`. Raises DataError if the file cannot be read."""
     parquet = pyarrow_parquet(str(path))
+    if not path.is_file():
+        raise DataError(f"{path}: {'is a folder' if path.is_dir() else 'there is no such file'}. Give a parquet file.")
     import pyarrow
 
     try:

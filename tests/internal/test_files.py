@@ -1,0 +1,35 @@
+"""Atomic file writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unidiff_sdk._internal.files import atomic_file, write_atomically
+from unidiff_sdk.errors import StoreError
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_write_atomically_creates_folders_and_replaces_the_file(tmp_path: Path, fsync: bool) -> None:
+    path = tmp_path / "a" / "b.json"
+    for content in (b"first", b"second, longer"):
+        write_atomically(path, content, fsync=fsync)
+        assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_unwritable_path_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file/b\.json cannot be written: "):
+        write_atomically(tmp_path / "file" / "b.json", b"")
