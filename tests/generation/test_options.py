@@ -23,6 +23,7 @@ from unidiff_sdk.generation.options import MAX_SEED, GenerationOptions, checked_
         ({"steps": 0}, "steps is 0; give an integer of at least 1"),
         ({"guidance_scale": float("inf")}, "guidance_scale is inf; give a number from 0 to 50"),
         ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; give a number from 0 to 1"),
+        ({"sampler": ["ddim"]}, r"sampler is \['ddim'\]; give the name of a sampler"),
         ({"negative_prompt": 7}, "negative_prompt is 7; give a text"),
         ({"long_prompts": "drop"}, "long_prompts is 'drop'; use one of truncate, chunk"),
         ({"strength": 0.5}, "strength applies to an image to start from; give that image as like="),

@@ -93,7 +93,7 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         self._set(negative_prompt=_text("negative_prompt", self.negative_prompt))
-        self._check_numbers()
+        self._check_generation()
         self._check_source()
         self._check_selection()
         if self.seed is not None and self.seed + self.max_candidates - 1 > MAX_SEED:
@@ -121,7 +121,7 @@ class GenerationOptions:
             value is not None for value in (self.best_of, self.min_score, self.max_similarity, self.budget, self.safety)
         )
 
-    def _check_numbers(self) -> None:
+    def _check_generation(self) -> None:
         self._set(n=_integer("n", self.n, at_least=1))
         if self.seed is not None:
             self._set(seed=_integer("seed", self.seed, at_least=0))
@@ -130,6 +130,8 @@ class GenerationOptions:
         if self.guidance_scale is not None:
             self._set(guidance_scale=_number("guidance_scale", self.guidance_scale, at_most=MAX_GUIDANCE_SCALE))
         self._set(guidance_rescale=_number("guidance_rescale", self.guidance_rescale, at_most=1.0))
+        if self.sampler is not None and not isinstance(self.sampler, str):
+            raise OptionError(f"sampler is {self.sampler!r:.60}; give the name of a sampler, such as 'ddim'")
         if self.long_prompts not in LONG_PROMPTS:
             raise OptionError(f"long_prompts is {self.long_prompts!r}; use one of {', '.join(LONG_PROMPTS)}")
 

@@ -324,7 +324,7 @@ def _check_version(values: Mapping[str, Any], file: Path) -> None:
 
 
 def _check_content(manifest: Manifest, file: Path) -> None:
-    """What holds between fields."""
+    """Check the rules that involve several fields, and the paths of the files."""
     for name in ("embedding", "image"):
         if getattr(manifest, name) is None:
             raise BundleError(f"{file}: {name} is missing; it must be a JSON object")

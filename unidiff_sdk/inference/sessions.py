@@ -16,7 +16,7 @@ from .manifest import Profile, TensorSpec
 from .onnx_runtime import PROVIDERS, cached_engines, create_onnx_session
 from .shape_profiles import ProfiledSession
 
-__all__ = ["DEVICES", "GraphWarmup", "Session", "SessionFactory", "create_session", "warm_up"]
+__all__ = ["DEVICES", "ENGINES", "GraphWarmup", "Session", "SessionFactory", "create_session", "warm_up"]
 
 
 class Session(Protocol):
@@ -62,9 +62,9 @@ class SessionFactory(Protocol):
     ) -> Session: ...
 
 
-_ENGINES: dict[str, SessionFactory] = dict.fromkeys(PROVIDERS, create_onnx_session)
-DEVICES = tuple(_ENGINES)
-"""The devices that graphs run on. Another engine adds its own to `_ENGINES`."""
+ENGINES: dict[str, SessionFactory] = dict.fromkeys(PROVIDERS, create_onnx_session)
+DEVICES = tuple(ENGINES)
+"""The devices that graphs run on. Another engine adds its own to `ENGINES`."""
 
 
 def create_session(
@@ -99,7 +99,7 @@ def create_session(
         raise OptionError(f"threads is {threads}; give at least 1, or None for one per core")
     if capture and (device != "cuda" or profile is None):
         raise OptionError(f"capture=True needs device='cuda' and a bundle of unidiff-export; the device is {device!r}")
-    session = _ENGINES[device](
+    session = ENGINES[device](
         file,
         device=device,
         threads=threads,
