@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
 import tomllib
@@ -28,10 +29,10 @@ def _script(name: str) -> Iterator[str]:
 
 
 def _section(command: click.Command, name: str, level: int, parent: click.Context | None = None) -> Iterator[str]:
-    context = click.Context(command, parent, info_name=name, max_content_width=100)
+    context = click.Context(command, parent, info_name=name, **command.context_settings)
     yield f"{'#' * level} `{name}` {{#{name.replace(' ', '-')}}}\n"
     yield f"```text\n{name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
-    yield textwrap.dedent(command.help or "").strip() + "\n"
+    yield inspect.cleandoc(command.help or "") + "\n"
     for heading, options in _options(command, context).items():
         yield f"| {heading} | |\n|---|---|"
         yield from (f"| {_code(declaration)} | {_cell(text)} |" for declaration, text in options)
@@ -47,7 +48,7 @@ def _options(command: click.Command, context: click.Context) -> dict[str, list[t
     themes: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None:
+        if record is not None and isinstance(parameter, click.Option):
             themes.setdefault(getattr(parameter, "theme", "Options"), []).append(record)
     return themes
 

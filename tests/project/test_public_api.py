@@ -110,7 +110,7 @@ def shown(annotation: Any) -> str:
 
 def commands(path: str, command: click.Command, parent: click.Context | None = None) -> Iterator[str]:
     """A command with its arguments and options except --help, and its subcommands."""
-    context = click.Context(command, parent)
+    context = click.Context(command, parent, **command.context_settings)
     own = [parameter for parameter in command.get_params(context) if "--help" not in parameter.opts]
     arguments = [parameter for parameter in own if isinstance(parameter, click.Argument)]
     yield " ".join([path, *(argument.make_metavar(context) for argument in arguments)])
