@@ -107,13 +107,7 @@ class ServerStore:
             )
         return {key: str(index.data_type.value) for key, index in info.payload_schema.items()}
 
-    def upsert(self, records: Sequence[Record]) -> None:
-        check_records(records, self.dim)
-        if not records:
-            return  # the server refuses an empty request
-        points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
-        with self._engine():
-            self.client.upsert(self.collection, points, wait=True)
+    # -------------------------------------------------------------------------------------------- reading
 
     def query(self, vector: Vector, *, limit: int, offset: int = 0, where: Clause | None = None) -> list[ScoredRecord]:
         return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
@@ -197,12 +191,6 @@ class ServerStore:
             if offset is None:
                 return
 
-    def delete(self, ids: Sequence[str]) -> None:
-        if not ids:
-            return
-        with self._engine():
-            self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
-
     def count(self, where: Clause | None = None) -> int:
         with self._engine():
             return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
@@ -210,6 +198,31 @@ class ServerStore:
     def unindexed_count(self) -> int:
         """0: the server builds its index by itself."""
         return 0
+
+    # -------------------------------------------------------------------------------------------- writing
+
+    def upsert(self, records: Sequence[Record]) -> None:
+        check_records(records, self.dim)
+        if not records:
+            return  # the server refuses an empty request
+        points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
+        with self._engine():
+            self.client.upsert(self.collection, points, wait=True)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        if not ids:
+            return
+        with self._engine():
+            self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
+
+    def create_index(self, column: str, kind: str) -> None:
+        schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
+        with self._engine():
+            self.client.create_payload_index(self.collection, column, schema, wait=True)
+
+    def drop_index(self, column: str) -> None:
+        with self._engine():
+            self.client.delete_payload_index(self.collection, column, wait=True)
 
     def optimize(self) -> None:
         """Do nothing: the server builds its index in the background."""
@@ -219,6 +232,8 @@ class ServerStore:
             if not self._closed:
                 self._closed = True
                 self.client.close()
+
+    # -------------------------------------------------------------------------------------------- the server
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
@@ -241,15 +256,6 @@ class ServerStore:
             self._indexes.ensure_for_filter(index_kinds(where), self)
             must.append(translate(where, models.Filter, condition))
         return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=list(exclude))] if exclude else None)
-
-    def create_index(self, column: str, kind: str) -> None:
-        schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
-        with self._engine():
-            self.client.create_payload_index(self.collection, column, schema, wait=True)
-
-    def drop_index(self, column: str) -> None:
-        with self._engine():
-            self.client.delete_payload_index(self.collection, column, wait=True)
 
 
 def _scored_record(point: models.ScoredPoint) -> ScoredRecord:
