@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from support.toy_bundle import make_toy_bundle
 
+from unidiff_sdk import Catalog
 from unidiff_sdk.cli.console import Group
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.errors import StoreError
@@ -397,3 +398,21 @@ def test_errors_and_interrupts_print_one_line(raised: BaseException, keeps: bool
 
     result = CliRunner().invoke(tool, ["fail"])
     assert (result.exit_code, result.stderr.strip()) == (code, line)
+
+
+def test_index_reports_equal_problems_once_and_fails_if_most_rows_are_invalid(toy: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    rows = [{"photo": "0.png", "title": "a"}, *({"photo": f"{n}.png", "title": "b"} for n in range(1, 300))]
+    table = tmp_path / "spring.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    catalog = tmp_path / "shop.catalog"
+    result = run("index", table, catalog, "--bundle", toy, "--columns", "image=photo,text=title")
+    assert result.exit_code == 1 and "has only 1 valid row: 299 rows invalid" in result.stderr
+    assert result.stdout.count("there is no such image file") == 1 and "299" in result.stdout
+    assert Catalog(catalog).count() == 1, "what is valid stays stored"
+    assert "'photo'" in run("index", table, catalog, "--columns", "image=foto").stdout
+    assert run("index", table, catalog, "--columns", "photo").exit_code == 2
+    tsv = tmp_path / "bad.csv"
+    tsv.write_text("photo,title\n0.png,a\n")
+    check_error(run("index", tsv, tmp_path / "new.catalog", "--bundle", toy), "--columns image=photo")
+    assert not (tmp_path / "new.catalog").exists()

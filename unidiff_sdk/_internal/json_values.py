@@ -72,14 +72,14 @@ def parse_json(
         value = json.loads(text, parse_int=_parse_int, parse_constant=None if nan else _refuse_constant)
         _check_depth(value)
     except UnicodeDecodeError as reason:
-        raise error(f"{name}: not UTF-8 text ({reason}). Save it as UTF-8.") from None
+        raise error(f"{name} is not UTF-8 text ({reason}). Save it as UTF-8.") from None
     except RecursionError:
-        raise error(f"{name}: not valid JSON (nested more than {MAX_JSON_DEPTH} levels deep). Flatten it.") from None
+        raise error(f"{name} is not valid JSON (nested more than {MAX_JSON_DEPTH} levels deep). Flatten it.") from None
     except ValueError as reason:
-        raise error(f"{name}: not valid JSON ({reason})") from None
+        raise error(f"{name} is not valid JSON ({reason})") from None
     if not isinstance(value, kind):
         wanted = "a JSON object" if kind is dict else f"a JSON {kind.__name__}"
-        raise error(f"{name}: not {wanted} but {type(value).__name__} {value!r:.60}")
+        raise error(f"{name} is not {wanted} but {type(value).__name__} {value!r:.60}")
     return value
 
 

@@ -105,16 +105,26 @@ class Catalog(OpenCatalog):
         return [item.id for item in items]
 
     def add_folder(
-        self, path: str | Path, *, prune: bool = False, strict: bool = False, progress: bool = False, copy: bool = True
+        self,
+        path: str | Path,
+        *,
+        columns: Mapping[str, str | None] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        prune: bool = False,
+        strict: bool = False,
+        progress: bool = False,
+        copy: bool = True,
     ) -> AddReport:
-        """Add a folder of images with `metadata.jsonl`, `.csv` or `.parquet`, or a folder of webdataset shards.
+        """Add a folder of images: with a metadata table, webdataset shards, a dataset of the hub, or images alone.
 
         Rows with an `id` column keep it; the others get a hash of image and caption. A row with the id of an earlier
         row is invalid. Unchanged items are skipped, so an interrupted run is continued by starting it again; an image
         is not encoded again if only its columns have changed. The search index of a large catalog is built at the end.
 
         Args:
-            path: the folder, or a single `.tar` shard (`datasets.reader` describes the formats).
+            path: the folder, or a single `.tar` shard (`datasets.layouts` describes the formats).
+            columns: names of columns, such as `{"image": "photo", "text": "title"}`. `{"text": None}`: no captions.
+            kinds: kinds of csv columns: "string", "number" or "boolean". Default: detected.
             prune: also delete items that an earlier call added from this folder and that no valid row of it names now.
             strict: fail on the first invalid row instead of skipping it. The rows before it stay stored.
             progress: show a progress bar.
@@ -124,13 +134,17 @@ class Catalog(OpenCatalog):
             DataError: the folder or its metadata file is missing; an invalid row with `strict`. With `prune`: no row is
                 valid, which would delete everything, or a damaged shard hides the rows after it.
         """
-        return self._writer.add_source(path, prune=prune, strict=strict, progress=progress, copy=copy)
+        return self._writer.add_source(
+            path, columns=columns, kinds=kinds, prune=prune, strict=strict, progress=progress, copy=copy
+        )
 
     def add_table(
         self,
         path: str | Path,
         *,
         images: str | Path | None = None,
+        columns: Mapping[str, str | None] | None = None,
+        kinds: Mapping[str, str] | None = None,
         prune: bool = False,
         strict: bool = False,
         progress: bool = False,
@@ -141,12 +155,14 @@ class Catalog(OpenCatalog):
         Args:
             path: the table. `file_name` is the image, `text` the caption, `id` the id; the rest are columns.
             images: the folder of the images, which `file_name` must not leave. Default: the folder of the table.
-            prune, strict, progress, copy: as for `add_folder`.
+            columns, kinds, prune, strict, progress, copy: as for `add_folder`.
 
         Raises:
             DataError: as for `add_folder`; or the file is not a table.
         """
-        return self._writer.add_table(path, images, prune=prune, strict=strict, progress=progress, copy=copy)
+        return self._writer.add_table(
+            path, images, columns=columns, kinds=kinds, prune=prune, strict=strict, progress=progress, copy=copy
+        )
 
     def delete(self, ids: str | int | Hit | Sequence[str | int | Hit]) -> int:
         """Delete items (ids or hits) and their images, but no referenced file. Returns the number of deleted items."""

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,18 +81,31 @@ class Writer:
         self._commit(snapshot, records, changed, copy)
 
     def add_table(
-        self, path: str | Path, images: str | Path | None, *, prune: bool, strict: bool, progress: bool, copy: bool
+        self,
+        path: str | Path,
+        images: str | Path | None,
+        *,
+        columns: Mapping[str, str | None] | None,
+        kinds: Mapping[str, str] | None,
+        prune: bool,
+        strict: bool,
+        progress: bool,
+        copy: bool,
     ) -> AddReport:
         """Store the rows of a table; see `Catalog.add_table`."""
         if not Path(path).is_file() or Path(path).suffix.lower() not in TABLES:
             raise DataError(f"{path} is not a table ({', '.join(TABLES)}). For a folder, use add_folder.")
-        return self.add_source(path, images, prune=prune, strict=strict, progress=progress, copy=copy)
+        return self.add_source(
+            path, images, columns=columns, kinds=kinds, prune=prune, strict=strict, progress=progress, copy=copy
+        )
 
     def add_source(
         self,
         path: str | Path,
         images: str | Path | None = None,
         *,
+        columns: Mapping[str, str | None] | None,
+        kinds: Mapping[str, str] | None,
         prune: bool,
         strict: bool,
         progress: bool,
@@ -104,8 +117,16 @@ class Writer:
         invalid: list[InvalidRow] = []
         added = skipped = 0
         keys = CompactSet()
-        rows = read_catalog(path, images=images, strict=strict, on_error=invalid.append)
-        total = count_rows(path) if progress else 0
+        rows = read_catalog(
+            path,
+            images=images,
+            columns=columns,
+            kinds=kinds,
+            captions=False,
+            strict=strict,
+            on_error=invalid.append,
+        )
+        total = count_rows(path, captions=False) if progress else 0
 
         # 1. Store what is new or has changed.
         with (
@@ -176,7 +197,7 @@ class Writer:
         for row in rows:
             payload = dict(row.payload)
             try:
-                item = item_of(ItemImage(row.image()), row.text, payload.pop("id", None), payload)
+                item = item_of(ItemImage(row.image()), row.text or None, payload.pop("id", None), payload)
                 items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 reject(row.name, row.line, error)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
 from unidiff_sdk.errors import DataError, OptionError
 
 from .console import Command
-from .parameters import CatalogFolder, json_option, parse_where, stored_id, where_option
+from .parameters import CatalogFolder, json_option, parse_pairs, parse_where, stored_id, where_option
 from .terminal import counted, print_table
 
 __all__ = ["delete", "export", "index", "info", "reindex", "restore"]
+
+SHOWN_PROBLEMS = 20
 
 
 @click.command(
@@ -36,6 +39,15 @@ __all__ = ["delete", "export", "index", "info", "reindex", "restore"]
     type=click.Path(path_type=Path),
     help="With a table: folder that its file names are relative to. Default: the folder of the table.",
 )
+@click.option(
+    "--columns",
+    callback=parse_pairs,
+    metavar="ROLE=NAME,…",
+    help="Names of columns: image=photo,text=title,id=sku. text= reads no captions.",
+)
+@click.option(
+    "--kinds", callback=parse_pairs, metavar="COLUMN=KIND,…", help="Kinds of CSV columns: string, number or boolean."
+)
 @click.option("--reference", is_flag=True, help="Reference the image files where they are instead of copying them.")
 @click.option("--prune", is_flag=True, help="Delete items that were indexed from FOLDER and are no longer in it.")
 @click.option("--strict", is_flag=True, help="Fail on the first invalid row instead of skipping it.")
@@ -45,6 +57,8 @@ def index(
     catalog: Path,
     bundle: str | None,
     images: Path | None,
+    columns: dict[str, str | None] | None,
+    kinds: dict[str, str] | None,
     reference: bool,
     prune: bool,
     strict: bool,
@@ -59,13 +73,16 @@ def index(
     Rows that have not changed since the last run are skipped. Invalid rows are skipped and listed at the end.
     """
     from unidiff_sdk.catalog.catalog import Catalog
-    from unidiff_sdk.datasets.reader import TABLES, count_rows
+    from unidiff_sdk.datasets.reader import TABLES, group_by_reason, read_catalog
 
     if images is not None and folder.suffix.lower() not in TABLES:
         raise OptionError(f"--images needs a table ({', '.join(TABLES)}), and {folder} is not one. Omit --images.")
-    count_rows(folder)  # fails before an empty catalog is created
+    names: dict[str, Any] = {"columns": columns, "kinds": kinds}
+    # Fails before an empty catalog is created.
+    next(read_catalog(folder, images=images, captions=False, on_error=lambda row: None, **names), None)
     with Catalog(catalog, bundle) as opened:
-        options: dict[str, bool] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
+        options: dict[str, Any] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
+        options |= names
         if folder.suffix.lower() in TABLES:
             report = opened.add_table(folder, images=images, **options)
         else:
@@ -78,12 +95,18 @@ def index(
         click.echo(json.dumps(counts | {"failed": failed}))
     else:
         if report.failed:
-            print_table(["line", "file", "problem"], ([row.line, row.file_name, row.reason] for row in report.failed))
+            groups = group_by_reason(report.failed)
+            print_table(
+                ["rows", "first line", "file", "problem"],
+                ([count, row.line, row.file_name, row.reason] for row, count in groups[:SHOWN_PROBLEMS]),
+            )
+            if len(groups) > SHOWN_PROBLEMS:
+                click.echo(f"… and {counted(len(groups) - SHOWN_PROBLEMS, 'other problem')}. --json lists all rows.")
         click.echo(f"{report}. {catalog} has {counted(items, 'item')}.")
-    if report.failed and not report.added + report.skipped:
-        raise DataError(
-            f"{folder} has no valid row: {counted(len(report.failed), 'row')} invalid. Fix the problems listed above."
-        )
+    valid = report.added + report.skipped
+    if len(report.failed) > valid:
+        has = "has no valid row" if not valid else f"has only {counted(valid, 'valid row')}"
+        raise DataError(f"{folder} {has}: {counted(len(report.failed), 'row')} invalid. Fix the problems listed above.")
 
 
 @click.command(cls=Command, short_help="Show what a catalog contains.", epilog="unidiff info shop.catalog --json")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk.errors import FilterError
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
 
-__all__ = ["CatalogFolder", "json_option", "parse_where", "stored_id", "where_option"]
+__all__ = ["CatalogFolder", "json_option", "parse_pairs", "parse_where", "stored_id", "where_option"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 where_option = click.option("--where", metavar="JSON", help='Filter on columns: \'{"brand": "Acme"}\'.')
@@ -33,10 +33,25 @@ class CatalogFolder(click.Path):
 
 def parse_where(where: str | None) -> Any:
     """The filter in a `--where` option. Raises FilterError if it is not JSON."""
+    if where is None:
+        return None
     try:
-        return None if where is None else json.loads(where)
-    except ValueError as error:
-        raise FilterError(f'--where is not valid JSON ({error}). Example: \'{{"price": {{"lt": 80}}}}\'') from error
+        return parse_json(where, "--where", error=FilterError, kind=object)
+    except FilterError as error:
+        raise FilterError(f'{error}. Example: \'{{"price": {{"lt": 80}}}}\'') from None
+
+
+def parse_pairs(ctx: click.Context, option: click.Parameter, pairs: str | None) -> dict[str, str | None] | None:
+    """The value of an option such as "image=photo,text=title"; a name without a value is None."""
+    if pairs is None:
+        return None
+    parsed: dict[str, str | None] = {}
+    for pair in pairs.split(","):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not (name and equals):
+            raise click.BadParameter(f"{pair!r:.60} is not NAME=VALUE. Example: {option.name}=image=photo,text=title")
+        parsed[name] = value or None
+    return parsed
 
 
 def stored_id(catalog: Catalog, id: str) -> str | int:

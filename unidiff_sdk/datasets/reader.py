@@ -1,6 +1,4 @@
-"""Read a dataset: images with captions and columns, from a folder with a metadata table or from webdataset shards.
-
-The folder follows the `imagefolder` convention of Hugging Face:
+"""Read a dataset: images with captions and columns, in the layouts of Hugging Face and others.
 
     products/
         metadata.jsonl          or metadata.csv, or metadata.parquet
@@ -10,36 +8,53 @@ The folder follows the `imagefolder` convention of Hugging Face:
     {"file_name": "boots.png", "text": "red leather boots", "price": 79.0, "tags": ["new", "sale"]}
     {"file_name": "shirts/0001.jpg", "text": "a striped shirt", "id": "S-1", "price": 25}
 
-`file_name` is the path of the image in the folder and `text` its caption. Both are required. `id` is optional. Every
-other column becomes payload. Null, NaN and empty csv cells are left out. A csv column becomes numeric or boolean only
-if all of its cells are, so an article number such as 00123 stays a string. Files are UTF-8.
+`file_name` is the path of the image in the folder and `text` its caption. `id` is optional. Every other column becomes
+payload. Files are UTF-8. Instead of `file_name`, a column `image` can hold the image itself, as bytes or as the
+`{"bytes": …, "path": …}` of Hugging Face. `columns=` maps other names.
 
-The table can also be a file of any name (`spring.csv`) with its images in another folder. A folder of `.tar` files
-without a table, or a single `.tar`, is read as webdataset shards (`shards` has their format).
+Values that are missing (null, NaN, and the words in `values.MISSING_WORDS`) are left out. `values.CellTypes` documents
+the types of CSV cells.
+
+`layouts` documents which other folders can be read. The table can also be a file of any name (`spring.csv`) with its
+images in another folder.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import difflib
 import logging
-import math
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unidiff_sdk.errors import DataError
+from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk.errors import DataError, OptionError
 
-from .parquet import open_parquet
-from .shards import Member, Sample, count_samples, find_shards, read_shards
+from .layouts import Layout, find_layout, is_in_blobs_of
+from .shards import MAX_TEXT_SIZE, Member, Sample, count_samples, read_shards
+from .tables import TABLES, count_table_rows, read_table
+from .values import checked_kinds, present_columns
 
-__all__ = ["TABLES", "InvalidRow", "Row", "count_rows", "read_catalog"]
+__all__ = ["TABLES", "EmbeddedImage", "InvalidRow", "Row", "count_rows", "group_by_reason", "read_catalog"]
 
-TABLES = (".jsonl", ".csv", ".parquet")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_FILE_NAME = "file_name"
+# Names that other tools use, to suggest in messages. They are not used without being asked for.
+_ALIASES = {
+    "image": ("file_name", "image", "img", "photo", "picture", "file", "filename", "path", "image_path", "url"),
+    "text": ("text", "caption", "title", "description", "prompt", "label", "name"),
+}
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image that is stored in a table."""
+
+    name: str
+    content: bytes = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -47,13 +62,14 @@ class Row:
     """One valid row of a dataset.
 
     Attributes:
-        source: the image: an existing file in the folder, or a member of a shard.
-        text: the caption.
+        source: the image: an existing file, a member of a shard, or the content of a column.
+        text: the caption; "" if the dataset has none.
         payload: the other columns.
         line: the line in the table, from 1 (the header of a csv is line 1), or the number of the sample in the shards.
+            With several tables, the lines of a table follow those of the tables before it.
     """
 
-    source: Path | Member
+    source: Path | Member | EmbeddedImage
     text: str
     payload: dict[str, Any] = field(default_factory=dict)
     line: int = 0
@@ -64,7 +80,9 @@ class Row:
         return self.source.name
 
     def image(self) -> Path | bytes:
-        """The image for `load_image`: a path, or bytes from a shard. Raises DataError if the shard cannot be read."""
+        """The image for `load_image`: a path, or its bytes. Raises DataError if the shard cannot be read."""
+        if isinstance(self.source, EmbeddedImage):
+            return self.source.content
         return self.source.read() if isinstance(self.source, Member) else self.source
 
 
@@ -92,61 +110,59 @@ def read_catalog(
     path: str | Path,
     *,
     images: str | Path | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    captions: bool = True,
     strict: bool = False,
     on_error: Callable[[InvalidRow], None] | None = None,
 ) -> Iterator[Row]:
     """Iterate over the valid rows of a dataset, in order.
 
     Args:
-        path: a folder with images and a metadata table, a folder of `.tar` shards, one shard, or a table (a `.jsonl`,
-            `.csv` or `.parquet` file of any name).
+        path: a folder in one of the layouts of `layouts`, one `.tar` shard, or a table (a `.jsonl`, `.csv` or
+            `.parquet` file of any name).
         images: the folder that the paths in a table are relative to and must stay inside. Default: the folder of the
             table.
+        columns: names of columns: `{"image": "photo", "text": "title", "id": "sku"}`; any other key renames a column
+            of the payload. `{"text": None}` reads a table without captions.
+        kinds: kinds of csv columns: "string", "number" or "boolean". Default: detected (`values.CellTypes`).
+        captions: whether each image needs a caption. Otherwise, folders of images alone can be read, too.
         strict: raise DataError at the first invalid row instead of skipping it.
         on_error: called with each invalid row. By default, invalid rows are logged as warnings.
 
     Raises:
-        DataError: the folder or its table is missing or unreadable, or in strict mode a row is invalid.
+        DataError: the folder or its table is missing or unreadable, has no column of images or captions, or in strict
+            mode a row is invalid.
+        OptionError: `columns` or `kinds` is invalid.
     """
-    metadata, shards = _find(path)
-    where = metadata or Path(path)
-    if images is not None and not (metadata and Path(images).is_dir()):
-        if metadata:
+    reader = _Reader(Names(columns or {}), checked_kinds(kinds))
+    layout = find_layout(path, images, captions=captions)
+    if images is not None and not (layout.tables and Path(images).is_dir()):
+        if layout.tables:
             raise DataError(f"images={str(images)!r}: there is no such folder. Give the folder with the images.")
         raise DataError(f"images= needs a table ({', '.join(TABLES)}), and {path} is not one. Omit images=.")
-    rows = _read_metadata(metadata, Path(images or metadata.parent)) if metadata else _read_shards(shards)
-    return _checked(where, rows, strict, on_error or (lambda invalid: _log.warning("%s, %s: skipped", where, invalid)))
+    where = layout.tables[0][0] if len(layout.tables) == 1 else Path(path)
+
+    def log(invalid: InvalidRow) -> None:
+        _log.warning("%s, %s: skipped", where, invalid)
+
+    return _checked(where, reader.rows(layout), strict, on_error or log)
 
 
-def count_rows(path: str | Path) -> int:
+def count_rows(path: str | Path, *, captions: bool = True) -> int:
     """Count the rows of a dataset, valid and invalid. Raises DataError as `read_catalog` does."""
-    metadata, shards = _find(path)
-    if metadata is None:
-        return count_samples(shards)
-    if metadata.suffix.lower() == ".parquet":
-        return int(open_parquet(metadata).metadata.num_rows)
-    return sum(1 for _ in _READERS[metadata.suffix.lower()](metadata))
+    layout = find_layout(path, captions=captions)
+    in_tables = sum(count_table_rows(table) for table, _ in layout.tables)
+    return in_tables + count_samples(layout.shards) + len(layout.images)
 
 
-def _find(path: str | Path) -> tuple[Path | None, list[Path]]:
-    """The table, or else the shards."""
-    root = Path(path)
-    if root.is_file() and root.suffix.lower() in TABLES:
-        return root, []
-    if not root.is_dir() and not find_shards(root):
-        raise DataError(
-            f"{root}: there is no such folder or table ({', '.join(TABLES)}). Give a folder with images and a metadata "
-            "table, or with webdataset shards (.tar)."
-        )
-    for name in METADATA:
-        if (root / name).is_file():
-            return root / name, []
-    if shards := find_shards(root):
-        return None, shards
-    raise DataError(
-        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, and no .tar shards. Add a metadata.jsonl with a "
-        'line for each image: {"file_name": "boots.png", "text": "red leather boots", "price": 79.0}'
-    )
+def group_by_reason(rows: Iterable[InvalidRow]) -> list[tuple[InvalidRow, int]]:
+    """The first row with each reason, and the number of rows with it."""
+    groups: dict[str, tuple[InvalidRow, int]] = {}
+    for row in rows:
+        first, count = groups.get(row.reason, (row, 0))
+        groups[row.reason] = first, count + 1
+    return list(groups.values())
 
 
 def _checked(
@@ -161,153 +177,172 @@ def _checked(
             on_error(row)
 
 
-def _read_metadata(metadata: Path, images: Path) -> Iterator[Row | InvalidRow]:
-    root = images.resolve()
-    for line, columns in _READERS[metadata.suffix.lower()](metadata):
-        yield InvalidRow(line, "", columns) if isinstance(columns, str) else _check(root, line, columns)
+# ------------------------------------------------------------------------------------------------ names of columns
 
 
-def _check(root: Path, line: int, columns: dict[str, Any]) -> Row | InvalidRow:
-    text, payload = _text_and_payload(columns)
-    name = payload.pop("file_name", None)
-    if not isinstance(name, str) or not name.strip():
-        return InvalidRow(line, "", "file_name is missing")
-    if text is None:
-        return InvalidRow(line, name, "the caption (text) is missing")
+class Names:
+    """Which columns hold the image, the caption and the id.
+
+    Args:
+        columns: as for `read_catalog`.
+    """
+
+    def __init__(self, columns: Mapping[str, str | None]) -> None:
+        for role, name in columns.items():
+            if not (isinstance(name, str) and name) and not (name is None and role == "text"):
+                raise OptionError(f"columns: {role!r:.60} is {name!r:.60}. Give the name of a column of the table.")
+        self.image = columns.get("image")
+        self.text = columns.get("text", "text")
+        self.strings = {self.image or _FILE_NAME, self.text or ""}
+        self._given = {role: name for role, name in columns.items() if name is not None}
+
+    def check(self, table: Path, present: Sequence[str]) -> None:
+        """Raise DataError if a table lacks a column."""
+        for role, name in self._given.items():
+            if name not in present:
+                raise DataError(f"{table}: there is no column {name!r}. {self._suggest(role, name, present)}")
+        if self.image is None and not {_FILE_NAME, "image"} & set(present):
+            raise DataError(
+                f"{table}: there is no column of images ({_FILE_NAME}, or image). "
+                f"{self._suggest('image', _FILE_NAME, present)}"
+            )
+        if self.text == "text" not in present:
+            raise DataError(
+                f"{table}: there is no column of captions (text). {self._suggest('text', 'text', present)} Without "
+                "captions: --columns text="
+            )
+
+    def missing(self, role: str, present: Sequence[str]) -> str:
+        """What to add to the message about a row that lacks a column."""
+        name = (self.image or _FILE_NAME) if role == "image" else str(self.text)
+        return "" if name in present else f". {self._suggest(role, name, present)}"
+
+    def split(self, columns: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+        """The image, the caption and the payload of a row, in which "id" is the id."""
+        payload = dict(columns)
+        image_column = self.image or (_FILE_NAME if payload.get(_FILE_NAME) is not None else "image")
+        image = payload.pop(image_column, None)
+        if self.image is None and isinstance(image, str) and image_column == "image":
+            payload["image"], image = image, None  # a path under another name must be asked for
+        text = None if self.text is None else payload.pop(self.text, None)
+        for role, name in self._given.items():
+            if role not in ("image", "text") and name in payload:
+                payload[role] = payload.pop(name)
+        return image, text, payload
+
+    @staticmethod
+    def _suggest(role: str, wanted: str, present: Sequence[str]) -> str:
+        by_folded = {name.casefold().strip(): name for name in present}
+        known = [*_ALIASES.get(role, ()), wanted.casefold()]
+        nearest = next((by_folded[name] for name in known if name in by_folded), None)
+        if nearest is None:
+            close = difflib.get_close_matches(wanted.casefold(), by_folded, n=1)
+            nearest = by_folded[close[0]] if close else None
+        columns = f"Columns: {', '.join(map(repr, present[:20])) or 'none'}{', …' if len(present) > 20 else ''}."
+        if nearest is None:
+            return columns
+        return f"{columns} The nearest is {nearest!r}: columns={{{role!r}: {nearest!r}}} (--columns {role}={nearest})."
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+class _Reader:
+    def __init__(self, names: Names, kinds: Mapping[str, str]) -> None:
+        self.names, self.kinds = names, kinds
+
+    def rows(self, layout: Layout) -> Iterator[Row | InvalidRow]:
+        before = 0
+        for table, images in layout.tables:
+            last = 0
+            root = images.resolve()
+            several = f" ({table}, line %d)" if len(layout.tables) > 1 else ""
+
+            def check_header(names: Sequence[str], table: Path = table) -> None:
+                self.names.check(table, names)
+
+            for line, columns in read_table(table, check_header, self.kinds, self.names.strings):
+                last = max(last, line)
+                where = several % line if several else ""
+                if isinstance(columns, str):
+                    yield InvalidRow(before + line, "", columns + where)
+                else:
+                    yield self._table_row(root, before + line, columns, where)
+            before += last
+        for number, sample in enumerate(read_shards(layout.shards), start=1):
+            yield self._sample(number, sample)
+        for number, image in enumerate(layout.images, start=1):
+            yield _image_with_sidecar(layout, number, image)
+
+    def _table_row(self, root: Path, line: int, columns: dict[str, Any], where: str) -> Row | InvalidRow:
+        image, text, payload = self.names.split(present_columns(columns, self.kinds))
+        if image is None or (isinstance(image, str) and not image.strip()):
+            return InvalidRow(line, "", f"file_name is missing{self.names.missing('image', list(columns))}{where}")
+        source = _image_of(root, line, image)
+        name = image if isinstance(image, str) else getattr(source, "name", "")
+        if isinstance(source, str):
+            return InvalidRow(line, name[:80], source + where)
+        if self.names.text is not None and (not isinstance(text, str) or not text.strip()):
+            missing = self.names.missing("text", list(columns))
+            return InvalidRow(line, name[:80], f"the caption (text) is missing{missing}{where}")
+        return Row(source, text.strip() if isinstance(text, str) else "", payload, line)
+
+    def _sample(self, number: int, sample: Sample) -> Row | InvalidRow:
+        _, text, payload = self.names.split(present_columns(sample.columns, self.kinds))
+        if sample.image is None:
+            return InvalidRow(number, sample.name, sample.problem, sample.hides_later_rows)
+        if self.names.text is not None and (not isinstance(text, str) or not text.strip()):
+            return InvalidRow(number, sample.name, "the caption is missing (.txt, or text in the .json)")
+        return Row(sample.image, text.strip() if isinstance(text, str) else "", payload, number)
+
+
+def _image_of(root: Path, line: int, image: Any) -> Path | EmbeddedImage | str:
+    """The image of a row, or what is wrong with it."""
+    match image:
+        case {"bytes": bytes(content), **rest}:
+            return EmbeddedImage(str(rest.get("path") or f"row {line}"), content)
+        case {"path": str(name), **_rest}:
+            return _file_in(root, name)
+        case bytes():
+            return EmbeddedImage(f"row {line}", image)
+        case str():
+            return _file_in(root, image)
+    return f"the image is {type(image).__name__} {image!r:.60}. Give a path, bytes, or {{'bytes': …, 'path': …}}"
+
+
+def _file_in(root: Path, name: str) -> Path | str:
+    """A file below `root`, or what is wrong. Names from Windows and in another Unicode form are found, too."""
+    slashes = name.replace("\\", "/")
+    spellings = dict.fromkeys(
+        unicodedata.normalize(form, spelling) if form else spelling
+        for spelling in (name, slashes)
+        for form in (None, "NFC", "NFD")
+    )
     try:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
-            return InvalidRow(line, name, "the path leads out of the folder of the images")
-        if not path.is_file():
-            return InvalidRow(line, name, "there is no such image file")
+        for spelling in spellings:
+            path = root / spelling
+            resolved = path.resolve()
+            if not resolved.is_relative_to(root) and not (path.is_file() and is_in_blobs_of(root, resolved)):
+                return "the path leads out of the folder of the images"
+            if resolved.is_file():
+                return resolved if resolved.is_relative_to(root) else path
     except (OSError, ValueError) as error:  # a name with a null byte, or one too long for the file system
-        return InvalidRow(line, name[:80], f"file_name is not a valid path ({error})")
-    return Row(path, text, payload, line)
+        return f"file_name is not a valid path ({error})"
+    return "there is no such image file"
 
 
-def _read_shards(shards: list[Path]) -> Iterator[Row | InvalidRow]:
-    for number, sample in enumerate(read_shards(shards), start=1):
-        yield _check_sample(number, sample)
-
-
-def _check_sample(number: int, sample: Sample) -> Row | InvalidRow:
-    text, payload = _text_and_payload(sample.columns)
-    if sample.image is None:
-        return InvalidRow(number, sample.name, sample.problem, sample.hides_later_rows)
-    if text is None:
-        return InvalidRow(number, sample.name, "the caption is missing (.txt, or text in the .json)")
-    return Row(sample.image, text, payload, number)
-
-
-def _text_and_payload(columns: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The caption, or None, and the other columns that have a value."""
-    payload = {key: value for key, value in columns.items() if not _is_missing(value)}
-    text = payload.pop("text", None)
-    return text.strip() or None if isinstance(text, str) else None, payload
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-# ------------------------------------------------------------------------------------------------ formats
-# Each reader yields (line, columns), or (line, error message).
-
-_Rows = Iterator[tuple[int, dict[str, Any] | str]]
-
-
-def _read_jsonl(path: Path) -> _Rows:
-    for line, content in _lines(path):
-        if not content.strip():
-            continue
-        try:
-            columns = json.loads(content)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield line, f"the line is not valid JSON ({error})"
-            continue
-        yield line, columns if isinstance(columns, dict) else "the line is not a JSON object"
-
-
-def _read_csv(path: Path) -> _Rows:
-    """Read twice: the first pass finds out which columns are numeric or boolean in all of their cells."""
-    converters: dict[str, Callable[[str], Any]] = {}
-    for _, cells in _read_cells(path):
-        if isinstance(cells, dict):
-            for column, cell in cells.items():
-                converters[column] = _narrowest(cell, converters.get(column, _KINDS[0]))
-    for line, cells in _read_cells(path):
-        if isinstance(cells, dict):
-            yield line, {c: cell if c in ("file_name", "text") else converters[c](cell) for c, cell in cells.items()}
-        else:
-            yield line, cells
-
-
-def _read_cells(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
-    reader = csv.reader(content for _, content in _lines(path))
+def _image_with_sidecar(layout: Layout, number: int, image: Path) -> Row | InvalidRow:
+    name = image.relative_to(layout.root).as_posix()
+    source = _file_in(layout.root.resolve(), name)
+    if isinstance(source, str):
+        return InvalidRow(number, name, source)
+    if not layout.has_sidecars:
+        return Row(source, "", {}, number)
     try:
-        header = next(reader, [])
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                yield reader.line_num, f"the row has {len(cells)} cells and the header has {len(header)}"
-            else:
-                yield reader.line_num, {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _to_bool(cell: str) -> bool:
-    return {"true": True, "false": False}[cell.lower()]
-
-
-def _to_int(cell: str) -> int:
-    if str(int(cell)) != cell:  # an article number such as 00123 must keep its zeros
-        raise ValueError(cell)
-    return int(cell)
-
-
-def _to_float(cell: str) -> float:
-    value = float(cell)
-    if not math.isfinite(value) or (cell[0] == "0" and cell[1:2].isdigit()):
-        raise ValueError(cell)
-    return value
-
-
-_KINDS: tuple[Callable[[str], Any], ...] = (_to_bool, _to_int, _to_float, str)
-
-
-def _narrowest(cell: str, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The first kind, starting at `kind`, that can represent the cell."""
-    for candidate in _KINDS[_KINDS.index(kind) :]:
-        try:
-            candidate(cell)
-        except (ValueError, KeyError):
-            continue
-        return candidate
-    return str
-
-
-def _read_parquet(path: Path) -> _Rows:
-    line = 0
-    for batch in open_parquet(path).iter_batches(batch_size=1024):
-        for columns in batch.to_pylist():
-            line += 1
-            yield line, columns
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from enumerate(file, start=1)
+        content = read_regular_file(image.with_suffix(".txt"), MAX_TEXT_SIZE, DataError)
+        text = content.decode("utf-8-sig").strip()
+    except DataError as error:
+        return InvalidRow(number, name, f"the caption is missing ({error})")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-_READERS: dict[str, Callable[[Path], _Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
+        return InvalidRow(number, name, f"the caption is not UTF-8 ({error})")
+    return Row(source, text, {}, number) if text else InvalidRow(number, name, "the caption is missing (.txt is empty)")

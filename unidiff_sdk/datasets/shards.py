@@ -1,7 +1,7 @@
 """Read webdataset shards: uncompressed tar files in which files with the same name, up to its first dot, form a sample.
 
     shop-000.tar
-        0001.jpg        the image: .jpg, .jpeg, .png or .webp
+        0001.jpg        the image: .jpg, .jpeg, .png, .webp, .gif, .avif, .tif, .tiff, .bmp or .ppm
         0001.txt        the caption; without it, "text" or "caption" in the .json
         0001.json       the other columns: {"price": 79.0, "brand": "Acme"}
         0002.jpg        the next sample
@@ -12,7 +12,6 @@ its shard and is read from there on demand, in any order.
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk.errors import DataError
 
 __all__ = ["Member", "Sample", "count_samples", "find_shards", "read_shards"]
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "tif", "tiff", "bmp", "ppm")
 CAPTION, COLUMNS = "txt", "json"
 MAX_TEXT_SIZE = 1 << 20  # bytes of a caption or of the columns, because a shard can come from an untrusted source
 
@@ -149,16 +149,11 @@ def _sample(shard: Path, tar: tarfile.TarFile, name: str, members: list[tarfile.
     columns: dict[str, Any] = {}
     try:
         if COLUMNS in by_extension:
-            loaded: Any = json.loads(_text(tar, by_extension[COLUMNS]))
-            if not isinstance(loaded, dict):
-                return Sample(name, problem="the .json is not a JSON object")
-            columns = loaded
+            columns = parse_json(_text(tar, by_extension[COLUMNS]), "the .json", nan=True)
         if CAPTION in by_extension:
             columns["text"] = _text(tar, by_extension[CAPTION])
     except UnicodeDecodeError as error:
         return Sample(name, problem=f"the text is not UTF-8 ({error})")
-    except (json.JSONDecodeError, RecursionError) as error:
-        return Sample(name, problem=f"the .json is not valid JSON ({error})")
     except DataError as error:
         return Sample(name, problem=str(error))
     if "text" not in columns and "caption" in columns:

@@ -1,0 +1,133 @@
+"""Find the tables, shards and images of a dataset folder.
+
+| layout | what is read |
+|---|---|
+| `imagefolder` of Hugging Face | `metadata.jsonl`, `.csv` or `.parquet`, in the folder itself or in subfolders |
+| a dataset repository of the hub, also in the cache | `data/train-00000-of-00001.parquet` and other parquet files |
+| `save_to_disk` of Hugging Face `datasets` | `data-*.arrow` next to `dataset_info.json`, also in splits |
+| webdataset | `.tar` shards, also in subfolders |
+| images with captions in text files | `boots.png` and `boots.txt` |
+| images alone | all images, without captions (for indexing only) |
+
+The first layout that a folder has is read, all of its splits in the order of their names. To read one split, give its
+folder. Hidden folders and links to folders are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from unidiff_sdk.errors import DataError
+
+from .shards import IMAGES, find_shards
+from .tables import TABLES
+
+__all__ = ["Layout", "find_layout", "is_in_blobs_of"]
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+MAX_FOLDER_DEPTH = 8
+"""How deep subfolders are searched."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a dataset consists of. One of the three is not empty.
+
+    Attributes:
+        tables: tables, each with the folder of its images.
+        shards: webdataset shards.
+        images: image files.
+        has_sidecars: whether a text file of the same name holds the caption of an image.
+    """
+
+    root: Path
+    tables: tuple[tuple[Path, Path], ...] = ()
+    shards: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
+    has_sidecars: bool = False
+
+
+def find_layout(path: str | Path, images: str | Path | None = None, *, captions: bool = True) -> Layout:
+    """Find out what a path holds.
+
+    Args:
+        path: a folder, a table or a shard.
+        images: the folder of the images of a table. Default: the folder of the table.
+        captions: whether images without any caption are refused.
+
+    Raises:
+        DataError: the path does not exist, or holds nothing that can be read.
+    """
+    root = Path(path)
+    if root.is_file() and root.suffix.lower() in TABLES:
+        return Layout(root, tables=((root, Path(images or root.parent)),))
+    if not root.is_dir() and not find_shards(root):
+        raise DataError(
+            f"{root}: there is no such folder or table ({', '.join(TABLES)}). Give a folder with images and a metadata "
+            "table, or with webdataset shards (.tar)."
+        )
+    if table := _metadata(root, os.listdir(root) if root.is_dir() else ()):
+        return Layout(root, tables=((table, Path(images or table.parent)),))
+    if shards := find_shards(root):
+        return Layout(root, shards=tuple(shards))
+    return _search_subfolders(root, captions)
+
+
+def _search_subfolders(root: Path, captions: bool) -> Layout:
+    parquet: list[Path] = []
+    arrow: list[Path] = []
+    metadata: list[Path] = []
+    shards: list[Path] = []
+    images: list[Path] = []
+    texts: set[Path] = set()
+    for place, folders, names in os.walk(root):
+        folder = Path(place)
+        is_deep = len(folder.relative_to(root).parts) >= MAX_FOLDER_DEPTH
+        folders[:] = [] if is_deep else sorted(name for name in folders if not name.startswith("."))
+        if table := _metadata(folder, names):
+            metadata.append(table)
+        saved = "dataset_info.json" in names or "state.json" in names
+        for name in sorted(names):
+            file = folder / name
+            suffix = file.suffix.lower()
+            if suffix == ".parquet" and name not in METADATA:
+                parquet.append(file)
+            elif suffix == ".arrow" and saved and name.startswith("data-"):
+                arrow.append(file)
+            elif suffix == ".tar":
+                shards.append(file)
+            elif suffix[1:] in IMAGES:
+                images.append(file)
+            elif suffix == ".txt":
+                texts.add(file.with_suffix(""))
+    for tables in (metadata, parquet, arrow):
+        if tables:
+            return Layout(root, tables=tuple((table, table.parent) for table in tables))
+    if shards:
+        return Layout(root, shards=tuple(shards))
+    has_sidecars = any(image.with_suffix("") in texts for image in images)
+    if images and (has_sidecars or not captions):
+        return Layout(root, images=tuple(images), has_sidecars=has_sidecars)
+    raise DataError(
+        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, no .tar shards and no images with .txt captions. "
+        'Add a metadata.jsonl with a line for each image: {"file_name": "boots.png", "text": "red leather boots", '
+        '"price": 79.0}'
+    )
+
+
+def _metadata(folder: Path, names: Iterable[str]) -> Path | None:
+    present = set(names)
+    return next((folder / name for name in METADATA if name in present and (folder / name).is_file()), None)
+
+
+def is_in_blobs_of(root: Path, file: Path) -> bool:
+    """Whether a file is a blob of the hub cache and `root` is a folder of a snapshot of the same repository.
+
+    The cache keeps files as `REPOSITORY/blobs/HASH` and links to them from `REPOSITORY/snapshots/REVISION/…`.
+    """
+    snapshots = [parent for parent in root.parents if parent.name == "snapshots"]
+    return any(file.parent == snapshot.parent / "blobs" for snapshot in snapshots)
