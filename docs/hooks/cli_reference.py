@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,6 +14,8 @@ import click
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+DEEPEST_HEADING = 4  # smaller ones are hard to read
+
 _PLACE = re.compile(r"^::: cli (\S+)$", re.MULTILINE)
 
 
@@ -30,7 +31,7 @@ def _script(name: str) -> Iterator[str]:
 
 def _section(command: click.Command, name: str, level: int, parent: click.Context | None = None) -> Iterator[str]:
     context = click.Context(command, parent, info_name=name, **command.context_settings)
-    yield f"{'#' * level} `{name}` {{#{name.replace(' ', '-')}}}\n"
+    yield f"{'#' * min(level, DEEPEST_HEADING)} `{name}` {{#{name.replace(' ', '-')}}}\n"
     yield f"```text\n{name} {' '.join(command.collect_usage_pieces(context))}\n```\n"
     yield inspect.cleandoc(command.help or "") + "\n"
     for heading, options in _options(command, context).items():
@@ -38,7 +39,7 @@ def _section(command: click.Command, name: str, level: int, parent: click.Contex
         yield from (f"| {_code(declaration)} | {_cell(text)} |" for declaration, text in options)
         yield ""
     if command.epilog:
-        yield f"```bash\n{textwrap.dedent(command.epilog).strip()}\n```\n"
+        yield f"```bash\n{inspect.cleandoc(command.epilog)}\n```\n"
     for child, other in _children(command, context):
         yield from _section(other, f"{name} {child}", level + 1, context if isinstance(command, click.Group) else None)
 
@@ -48,7 +49,7 @@ def _options(command: click.Command, context: click.Context) -> dict[str, list[t
     themes: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None and isinstance(parameter, click.Option):
+        if record is not None and isinstance(parameter, click.Option) and "--help" not in parameter.opts:
             themes.setdefault(getattr(parameter, "theme", "Options"), []).append(record)
     return themes
 

@@ -46,16 +46,16 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def _block(page: Path, text: str, found: re.Match[str]) -> Block:
-    words = [word.lstrip(".") for word in found["info"].replace("{", " ").replace("}", " ").split()]
+    names = [name.lstrip(".") for name in found["info"].replace("{", " ").replace("}", " ").split()]
     indent = len(found["indent"])
     code = "".join(line[indent:] if line.strip() else line for line in found["code"].splitlines(keepends=True))
     line = text.count("\n", 0, found.start()) + 1
-    name = page.relative_to(ROOT).as_posix()
-    return Block(name, line, words[0] if words else "", frozenset(words[1:]), code)
+    file = page.relative_to(ROOT).as_posix()
+    return Block(file, line, names[0] if names else "", frozenset(names[1:]), code)
 
 
 def commands_in(block: Block) -> Iterator[list[str]]:
-    """The words of each `unidiff…` command of a block; continued lines are joined, comments left out."""
+    """The arguments of each `unidiff…` command of a block; continued lines are joined, comments left out."""
     for line in block.code.replace("\\\n", " ").splitlines():
         if line.startswith("unidiff"):
             yield shlex.split(line, comments=True)

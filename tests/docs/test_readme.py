@@ -1,4 +1,4 @@
-"""The README is short, opens with its two commands, and leads nowhere that does not exist."""
+"""The README is short, opens with its two commands, and has no dead links."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_readme_has_one_short_example() -> None:
     assert len(example.code.strip().splitlines()) <= MOST_EXAMPLE_LINES
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+def test_readme_has_no_dead_links() -> None:
     targets = _LINK.findall(README)
     assert len(targets) > 10
     for target in targets:

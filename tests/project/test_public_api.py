@@ -45,7 +45,7 @@ def documented() -> dict[str, list[str]]:
     """The names of other modules than `unidiff_sdk` itself that the reference pages document."""
     pages = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "reference").glob("*.md")))
     found: dict[str, list[str]] = {}
-    for module, name in sorted(re.findall(r"^::: ([\w.]+\.\w+)\.(\w+)$", pages, re.MULTILINE)):
+    for module, name in sorted(re.findall(r"^::: (?!unidiff_sdk\.\w+$)([\w.]+)\.(\w+)$", pages, re.MULTILINE)):
         found.setdefault(module, []).append(name)
     return found
 
