@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -10,6 +12,7 @@ from PIL import Image
 
 from unidiff_sdk import Catalog, FilterError, OptionError
 from unidiff_sdk.datasets.synthetic import products, render
+from unidiff_sdk.retrieval.columns import FacetCounts
 
 
 def test_facets_count_the_values_of_filtered_items() -> None:
@@ -109,3 +112,90 @@ def test_browse_refuses_to_order_by_lists() -> None:
         catalog.add(images, payloads=[{"n": n, "catalog": "fashion-man"} for n in (3, [1, 5], 2)])
         with pytest.raises(OptionError, match="give a column of single numbers or dates"):
             catalog.browse(order_by="n")
+
+
+def filled(values: list[Any], name: str = "value") -> Catalog:
+    """A catalog with an item for each value. None: the item lacks the column."""
+    catalog = Catalog()
+    images = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in range(len(values))]
+    payloads = [{"catalog": "fashion-man", **({} if value is None else {name: value})} for value in values]
+    catalog.add(images, ids=list(range(len(values))), payloads=payloads)
+    return catalog
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["S", "M", 38, 40, 38, "S"] * 6,
+        [*["S"] * 40, 38],
+        [38, *["S"] * 40],
+        [*[True] * 30, "yes", 1, False, 0, 0.5],
+        [*[1] * 30, True],
+        [["new", 2026], ["new"], "new", [True]] * 8,
+        [*["2026-03-01"] * 20, "soon", 5],
+    ],
+    ids=lambda values: repr(values[:6]),
+)
+def test_facets_count_every_value_of_a_mixed_column(values: list[Any]) -> None:
+    every = [value for entry in values for value in (entry if isinstance(entry, list) else [entry])]
+    expected = Counter((type(value), value) for value in every)
+    with filled(values) as catalog:
+        counts = catalog.facets("value")
+        assert {(type(value), value): count for value, count in counts.items()} == dict(expected)
+        assert sum(counts.values()) == len(every) and list(counts.values()) == sorted(counts.values(), reverse=True)
+        assert catalog.facets("value") == counts, "counted again after the index exists"
+
+
+def test_facets_see_a_value_of_another_kind_that_is_added_later() -> None:
+    with filled(["S"] * 20) as catalog:
+        assert catalog.facets("value") == {"S": 20}
+        catalog.add(Image.new("RGB", (16, 16), "blue"), ids=0, payloads={"catalog": "fashion-man", "value": 38})
+        assert catalog.facets("value") == {"S": 19, 38: 1}
+
+
+def test_facet_counts_behave_as_a_dictionary_in_which_true_is_not_one() -> None:
+    counts = FacetCounts([("yes", 3), (True, 2), (1, 1)])
+    assert (counts[True], counts[1], counts["yes"], counts.get("no"), len(counts)) == (2, 1, 3, None, 3)
+    assert list(counts) == ["yes", True, 1] and list(counts.values()) == [3, 2, 1]
+    assert 1 in counts and 0 not in counts and False not in counts
+    assert counts == FacetCounts([(1, 1), (True, 2), ("yes", 3)]) and counts != {"yes": 3, True: 2}
+    assert FacetCounts([(True, 2)]) != {1: 2} and FacetCounts([("a", 1)]) == {"a": 1} and FacetCounts([]) == {}
+    assert repr(counts) == "{'yes': 3, True: 2, 1: 1}"
+    assert json.loads(json.dumps(FacetCounts([("a", 2), ("b", 1)]))) == {"a": 2, "b": 1}
+    with pytest.raises(KeyError, match="2"):
+        counts[2]
+
+
+@pytest.mark.parametrize("odd", [0, 7, 19])
+@pytest.mark.parametrize("other", [20260301, "soon"])
+def test_the_order_of_a_column_does_not_depend_on_which_item_is_odd(odd: int, other: Any) -> None:
+    values: list[Any] = [f"2026-03-{day + 1:02}" for day in range(20)]
+    values[odd] = other
+    with filled(values) as catalog:
+        with pytest.warns(UserWarning, match=r'1 of 20 items are left out, because their "value" is not a date'):
+            hits = catalog.browse(order_by="value", limit=50)
+        assert [hit.id for hit in hits] == [n for n in range(20) if n != odd]
+
+
+def test_an_order_refuses_a_list_behind_the_first_items() -> None:
+    with filled([*range(30), [1, 2]]) as catalog, pytest.raises(OptionError, match="some items hold a list"):
+        catalog.browse(order_by="value", limit=50)
+
+
+@pytest.mark.parametrize(
+    ("where", "kinds"),
+    [
+        ({"value": {"lt": 100}}, "with a number, and no item has a number there: its values are of the kind string"),
+        ({"value": True}, "with a boolean"),
+        ({"value": {"gte": "2026-01-01"}}, "with a date"),
+    ],
+)
+def test_a_filter_of_another_kind_than_the_column_is_reported(where: dict[str, Any], kinds: str) -> None:
+    with filled(["10,5", "9,9"]) as catalog, pytest.warns(UserWarning, match=kinds):
+        assert catalog.count(where) == 0
+    with filled([10, 9]) as catalog:
+        with pytest.warns(UserWarning, match="with a string, and no item has a string there"):
+            assert not catalog.browse(where={"value": ["10", "9"]})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert catalog.count({"value": {"lt": 5}}) == 0, "a filter of the same kind that matches nothing is silent"

@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Record, Store
-from unidiff_sdk.store.filters import Clause, Compare, column_path, path_segments, referenced_columns
+from unidiff_sdk.store.filters import (
+    AllOf,
+    AnyOf,
+    Clause,
+    Compare,
+    Not,
+    column_path,
+    comparisons,
+    path_segments,
+    referenced_columns,
+)
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CAPTION
 
-__all__ = ["column_kinds", "elements", "facet_counts", "kind_of", "ordered", "value_at", "warn_about_unknown_columns"]
+__all__ = [
+    "FacetCounts",
+    "column_kinds",
+    "elements",
+    "facet_counts",
+    "kind_of",
+    "ordered",
+    "value_at",
+    "warn_about_empty_result",
+]
 
 _SAMPLE = 256  # items that `column_kinds` reads
 _COLUMN_SAMPLE = 16  # items with a column that decide its kind
@@ -77,48 +99,192 @@ def column_kinds(store: Store) -> dict[str, str]:
     return dict(sorted(kinds.items()))
 
 
-def facet_counts(store: Store, column: str, where: Clause | None, limit: int) -> dict[str | bool | int | float, int]:
+class FacetCounts(dict[str | bool | int | float, int]):
+    """The number of items with each value, most frequent first. True and 1 are different values, as in a filter.
+
+    Args:
+        counts: each value with its number of items.
+    """
+
+    def __init__(self, counts: Iterable[tuple[str | bool | int | float, int]]) -> None:
+        self._entries = {_facet_key(value): (value, count) for value, count in counts}
+        super().__init__(self._entries.values())
+
+    def __getitem__(self, value: Any) -> int:
+        try:
+            return self._entries[_facet_key(value)][1]
+        except KeyError:
+            raise KeyError(value) from None
+
+    def __contains__(self, value: Any) -> bool:
+        return _facet_key(value) in self._entries
+
+    def get(self, value: Any, default: Any = None) -> Any:
+        return self._entries.get(_facet_key(value), (value, default))[1]
+
+    def __iter__(self) -> Iterator[str | bool | int | float]:
+        return (value for value, _ in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keys(self) -> Any:
+        return KeysView(self)
+
+    def values(self) -> Any:
+        return ValuesView(self)
+
+    def items(self) -> Any:
+        return ItemsView(self)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return {_facet_key(value): count for value, count in self.items()} == {
+            _facet_key(value): count for value, count in other.items()
+        }
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{value!r}: {count}" for value, count in self.items()) + "}"
+
+
+def _facet_key(value: Any) -> tuple[bool, Any]:
+    """What identifies a value: Python takes True and 1 for the same key."""
+    return isinstance(value, bool), value
+
+
+def facet_counts(store: Store, column: str, where: Clause | None, limit: int) -> FacetCounts:
     """Count the items with each value of a column, most frequent first.
 
-    Strings and booleans are counted by the engine; captions, numbers and dates one by one, because the engine keeps one
-    index per column and filters on these need another one.
+    A column of strings or booleans alone is counted by the engine. In every other column, and for captions, all values
+    are read, because the engine keeps one index per column and counts only what that index holds.
     """
-    kind = kind_of(_first_value(_items_with(store, column), column))
-    if kind in _FACET_KINDS and column != CAPTION:
-        counts = store.facet(column_path(column), _FACET_KINDS[kind], limit=limit, where=where)
-        return dict(sorted(counts.items(), key=lambda entry: (-entry[1], str(entry[0]))))
-    counter: Counter[Any] = Counter()
+    path = column_path(column)
+    kind = _FACET_KINDS.get(kind_of(_first_value(_items_with(store, column), column)))
+    if kind and column != CAPTION and not _holds_other_values(store, path, kind):
+        counts: Iterable[tuple[Any, int]] = store.facet(path, kind, limit=limit, where=where).items()
+        return FacetCounts(sorted(counts, key=lambda entry: (-entry[1], str(entry[0]))))
+    counter: Counter[tuple[bool, Any]] = Counter()
     for record in chain.from_iterable(store.scroll(_BATCH_SIZE, where)):
         values = elements(value_at(record.payload, column))
-        counter.update({value for value in values if isinstance(value, (str, int, float))})
-    return dict(counter.most_common(limit))
+        counter.update({_facet_key(value) for value in values if isinstance(value, (str, int, float))})
+    return FacetCounts((value, count) for (_, value), count in counter.most_common(limit))
 
 
 def ordered(store: Store, order_by: str, where: Clause | None, limit: int, offset: int) -> list[Record]:
     """The items in the order of a column of numbers or dates; descending with "-" before its name.
 
+    Of a column with numbers and dates, the kind with more items is ordered. A warning reports the items that are left
+    out because their value is of another kind.
+
     Raises:
-        OptionError: the column holds other values, or lists.
+        OptionError: the column holds no numbers or dates, or holds lists.
         FilterError: `order_by` does not name a column.
     """
     column = order_by.removeprefix("-") if isinstance(order_by, str) else order_by
     records = _items_with(store, column)
-    kind = _ORDER_KINDS.get(kind_of(_first_value(records, column)))
-    if kind is None or any(isinstance(value_at(record.payload, column), list) for record in records):
+    path = column_path(column)
+    first = kind_of(_first_value(records, column))
+    total = _count_cached(store, Compare(path, "exists", True))
+    counts: dict[str, int] = {}
+    for kind in sorted(_ALL_OF_KIND, key=lambda kind: kind != first):
+        if sum(counts.values()) < total:
+            counts[kind] = _count_cached(store, _all_of_kind(path, kind))
+    kind = max(counts, key=lambda kind: counts[kind], default="")
+    if not counts.get(kind) or any(isinstance(value_at(record.payload, column), list) for record in records):
         raise OptionError(f"order_by={order_by!r}: give a column of single numbers or dates")
-    return store.order_by(
-        column_path(column), kind, descending=order_by.startswith("-"), limit=limit, offset=offset, where=where
+    found = store.order_by(
+        path, _ORDER_KINDS[kind], descending=order_by.startswith("-"), limit=limit, offset=offset, where=where
     )
+    if any(isinstance(value_at(record.payload, column), list) for record in found):
+        raise OptionError(f"order_by={order_by!r}: some items hold a list. Give a column of single numbers or dates.")
+    if counts[kind] < total:
+        warn(
+            f"order_by={order_by!r}: {total - counts[kind]:,} of {total:,} items are left out, because their "
+            f'"{column}" is not a {kind}. Correct their values to order them, too.'
+        )
+    return found
 
 
-def warn_about_unknown_columns(store: Store, where: Clause | None) -> None:
-    """Warn if a filter that matched nothing names a column that no item has."""
+def warn_about_empty_result(store: Store, where: Clause | None) -> None:
+    """Warn if a filter that matched nothing names a column that no item has, or compares it with another kind."""
     if where is None or not store.count():
         return
     for column in referenced_columns(where):
         if not store.count(Compare(column, "exists", True)):
             known = ", ".join(f'"{name}"' if "." in name else name for name in column_kinds(store))
             warn(f'No item has a column "{column}". Columns: {known}.')
+    for test in comparisons(where):
+        wanted = _compared_kind(test)
+        if (
+            wanted
+            and store.count(Compare(test.key, "exists", True))
+            and not store.count(_all_of_kind(test.key, wanted))
+        ):
+            held = kind_of(_first_value(_items_with(store, test.key), test.key)) or "other"
+            warn(
+                f'"{test.op}" compares the column "{test.key}" with a {wanted}, and no item has a {wanted} there: its '
+                f"values are of the kind {held}. Compare it with a {held}, or correct the values."
+            )
+
+
+def _compared_kind(test: Compare) -> str:
+    """The kind of value that a comparison can match; "" if it is not checked."""
+    match test.value:
+        case _ if test.op in ("exists", "null"):
+            return ""
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case datetime():
+            return "date"
+        case str() | tuple():
+            return "string"
+    return ""
+
+
+_ALL_OF_KIND: dict[str, tuple[tuple[str, Any], ...]] = {
+    "number": (("gte", -sys.float_info.max),),
+    "date": (("gte", datetime(1, 1, 1, tzinfo=UTC)),),
+}
+_BOOLEANS = (("eq", True), ("eq", False))
+
+
+def _all_of_kind(path: str, kind: str) -> Clause:
+    """A filter for all items whose column holds a value of a kind. A date is a string, too."""
+    if kind == "string":
+        others = AnyOf((_all_of_kind(path, "number"), _all_of_kind(path, "boolean")))
+        return AllOf((Compare(path, "exists", True), Not(others)))
+    tests = tuple(Compare(path, op, value) for op, value in _ALL_OF_KIND.get(kind, _BOOLEANS))
+    return AnyOf(tests)
+
+
+def _holds_other_values(store: Store, path: str, kind: str) -> bool:
+    """Whether any item has a value in a column that the index of a facet does not hold."""
+    others: Clause
+    if kind == "keyword":
+        others = AnyOf((_all_of_kind(path, "number"), _all_of_kind(path, "boolean")))
+    else:
+        others = AllOf((Compare(path, "exists", True), Not(_all_of_kind(path, "boolean"))))
+    return _count_cached(store, others) > 0
+
+
+_counts: WeakKeyDictionary[Store, dict[Clause, tuple[tuple[int, int], int]]] = WeakKeyDictionary()
+
+
+def _count_cached(store: Store, clause: Clause) -> int:
+    """The number of items that match. It is counted again after a write, as it takes 0.3 s for 100,000 items."""
+    state = store.revision, store.count()
+    known = _counts.setdefault(store, {})
+    if clause not in known or known[clause][0] != state:
+        known[clause] = state, store.count(clause)
+    return known[clause][1]
 
 
 def _items_with(store: Store, column: str) -> list[Record]:
@@ -126,7 +292,7 @@ def _items_with(store: Store, column: str) -> list[Record]:
     has_column = Compare(column_path(column), "exists", True)
     records = next(store.scroll(_COLUMN_SAMPLE, has_column), [])
     if not any(kind_of(value_at(record.payload, column)) for record in records):
-        warn_about_unknown_columns(store, has_column)
+        warn_about_empty_result(store, has_column)
     return records
 
 

@@ -21,7 +21,7 @@ from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CANDIDATES
 
-from .columns import facet_counts, ordered, value_at, warn_about_unknown_columns
+from .columns import facet_counts, ordered, value_at, warn_about_empty_result
 from .cursors import Cursor
 from .duplicates import near_duplicates
 from .mixing import NEUTRAL_TEXTS, ModalityGap, add_imagined, consensus, mean_direction, mix
@@ -93,7 +93,7 @@ class Searcher:
         # 4. Pages.
         took_ms = 1000 * (time.perf_counter() - started)
         if not any(results):
-            warn_about_unknown_columns(self.store, options.clause)
+            warn_about_empty_result(self.store, options.clause)
         return [
             self._page(query, search, options, cursor, found, took_ms)
             for query, search, cursor, found in zip(queries, searches, cursors, results, strict=True)
@@ -111,7 +111,7 @@ class Searcher:
             records = ordered(self.store, order_by, clause, limit, offset)
         hits = tuple(self._make_hit(record.payload, 1.0) for record in records)
         if not hits:
-            warn_about_unknown_columns(self.store, clause)
+            warn_about_empty_result(self.store, clause)
         return Page(hits, offset, limit, 1000 * (time.perf_counter() - started))
 
     def facets(self, column: str, where: Mapping[str, Any] | None, limit: int) -> dict[str | bool | int | float, int]:
@@ -134,7 +134,7 @@ class Searcher:
         clause = parse(where)
         count = self.store.count(clause)
         if not count:
-            warn_about_unknown_columns(self.store, clause)
+            warn_about_empty_result(self.store, clause)
         return count
 
     # -------------------------------------------------------------------------------------------- the query vector

@@ -77,6 +77,7 @@ __all__ = [
     "Compare",
     "Not",
     "column_path",
+    "comparisons",
     "index_kinds",
     "is_column_name",
     "parse",
@@ -181,7 +182,7 @@ def parse(where: Mapping[str, Any] | None) -> Clause | None:
     if where is None:
         return None
     clause = _parse_filter(where, depth=1)
-    size = sum(1 for _ in _comparisons(clause))
+    size = sum(1 for _ in comparisons(clause))
     if size > MAX_COMPARISONS:
         raise FilterError(
             f"The filter has {size:,} clauses; at most {MAX_COMPARISONS:,} are allowed. Split it into several queries."
@@ -480,7 +481,7 @@ def index_kinds(clause: Clause) -> dict[str, str | None]:
         with numbers and with dates, because no index serves both.
     """
     kinds: dict[str, str | None] = {}
-    for test in _comparisons(clause):
+    for test in comparisons(clause):
         if test.op not in ("exists", "null"):
             kind = _index_kind(test)
             first = kinds.setdefault(test.key, kind)
@@ -491,7 +492,7 @@ def index_kinds(clause: Clause) -> dict[str, str | None]:
 
 def referenced_columns(clause: Clause) -> list[str]:
     """The columns that a filter reads, as JSON paths, each once."""
-    return list(dict.fromkeys(test.key for test in _comparisons(clause)))
+    return list(dict.fromkeys(test.key for test in comparisons(clause)))
 
 
 def _index_kind(test: Compare) -> str:
@@ -510,12 +511,13 @@ def _index_kind(test: Compare) -> str:
             return "float"
 
 
-def _comparisons(clause: Clause) -> Iterator[Compare]:
+def comparisons(clause: Clause) -> Iterator[Compare]:
+    """Every comparison of a filter."""
     match clause:
         case Compare():
             yield clause
         case Not(part):
-            yield from _comparisons(part)
+            yield from comparisons(part)
         case AllOf(parts) | AnyOf(parts):
             for part in parts:
-                yield from _comparisons(part)
+                yield from comparisons(part)

@@ -110,9 +110,11 @@ class Store(Protocol):
 
     Attributes:
         dim: the length of the vectors.
+        revision: increases with each write through this object.
     """
 
     dim: int
+    revision: int
 
     def upsert(self, records: Sequence[Record]) -> None:
         """Insert records or replace those with the same id. The records survive a crash once this returns.

@@ -56,6 +56,7 @@ class EdgeStore:
 
     Attributes:
         quantization: the quantization of the store.
+        revision: increases with each write.
 
     Raises:
         StoreError: the folder is in use or not writable, or its store has another quantization.
@@ -78,6 +79,7 @@ class EdgeStore:
         self._written: set[str] | None = None  # ids written since `optimize` copied the shard
         self._replaced: tuple[edge.EdgeShard, Path] | None = None
         self._closed = False
+        self.revision = 0
         self._versions = ShardVersions(path)
         try:
             with _store_errors(path):
@@ -303,6 +305,7 @@ class EdgeStore:
     def _write(self, ids: Sequence[str]) -> Iterator[edge.EdgeShard]:
         """The shard, locked for writing the points with these ids."""
         with self._writing, self._engine() as shard:
+            self.revision += bool(ids)
             if self._written is not None:
                 self._written.update(ids)
             yield shard

@@ -68,6 +68,7 @@ class ServerStore:
         self.client, self.collection, self.dim = client, collection, dim
         self._lock = threading.Lock()
         self._closed = False
+        self.revision = 0
         with self._engine():
             if not client.collection_exists(collection):
                 self._create(options, fingerprint)
@@ -208,12 +209,14 @@ class ServerStore:
         points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
         with self._engine():
             self.client.upsert(self.collection, points, wait=True)
+        self.revision += 1
 
     def delete(self, ids: Sequence[str]) -> None:
         if not ids:
             return
         with self._engine():
             self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
+        self.revision += 1
 
     def create_index(self, column: str, kind: str) -> None:
         schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
