@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -184,3 +185,37 @@ def test_catalog_adds_a_folder_of_shards(tmp_path: Path) -> None:
         hit = catalog.search("a red dress", limit=1)[0]
         assert hit.load_image().size == (8, 8), "images in shards are always copied"
         assert catalog.add_folder(tmp_path).skipped == 2
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
+def test_a_header_that_claims_64_gb_takes_no_memory(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("9.png")
+    header.type, header.size = kind, 64 << 30
+    whole = write_shard(tmp_path / "s.tar", GOOD).read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    (tmp_path / "s.tar").write_bytes(whole[:end] + header.tobuf(tarfile.GNU_FORMAT) + b"x" * 2048)
+    invalid: list[InvalidRow] = []
+    rows = list(read_catalog(tmp_path, on_error=invalid.append))
+    assert [row.text for row in rows[:2]] == ["a red dress", "blue boots"]
+    assert invalid
+    for row in rows[2:]:
+        with pytest.raises(DataError):
+            row.image()
+
+
+def test_an_image_that_claims_64_gb_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match="at most 268,435,456 are allowed"):
+        Member(tmp_path / "s.tar", "0.png", 0, 64 << 30).read()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mutated_shard_gives_rows_or_a_data_error(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(write_shard(tmp_path / "s.tar", GOOD).read_bytes()[:4096])
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "s.tar").write_bytes(content)
+    with contextlib.suppress(DataError):
+        for row in read_catalog(tmp_path, on_error=lambda row: None):
+            row.image()

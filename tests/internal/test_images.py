@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -192,3 +195,69 @@ def test_padding_keeps_the_whole_image_and_its_aspect_ratio(width: int, height: 
         inside = np.flatnonzero((pixels[0] == 0).any(axis=axis))
         assert abs(len(inside) - max(1, expected)) <= 1
         assert abs(inside[0] - (size - 1 - inside[-1])) <= 1
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+def peak_memory(act: Any) -> int:
+    """The peak of memory in bytes that a call takes in a process of its own, beyond what the process has before."""
+    code = (
+        "import resource, sys; from unidiff_sdk._internal.images import load_image; from PIL import features; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        f"{act}; print((peak() - before) * 1024)"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_large_image_in_a_few_bytes_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "blank.webp"
+    Image.new("RGB", (8000, 7900)).save(file, lossless=True)
+    assert file.stat().st_size < 4000
+    with pytest.raises(ImageError, match="pixels a byte"):
+        load_image(file)
+    Image.new("RGB", (3900, 3900)).save(file, lossless=True)
+    assert load_image(file).size == (3900, 3900)
+    Image.new("RGB", (7000, 7000), "red").save(tmp_path / "blank.png")  # an honest file of one color
+    assert load_image(tmp_path / "blank.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "LA"])
+def test_a_large_image_takes_a_bounded_amount_of_memory(tmp_path: Path, mode: str) -> None:
+    Image.new(mode, (5000, 5000)).save(tmp_path / "large.png")
+    assert peak_memory(f"load_image({str(tmp_path / 'large.png')!r})") < 13 * 25_000_000
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert load_image(data).size == (64, 64)
+    start = data.index(b"\xff\xda")
+    scan = data[start : data.index(b"\xff\xda", start + 2)]
+    with pytest.raises(ImageError, match=r"progressive JPEG of 1,\d\d\d scans"):
+        load_image(data[:start] + scan * 1000 + data[start:])
+
+
+def test_16_bit_pixels_are_rounded_to_the_nearest() -> None:
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    image = np.asarray(load_image(values))[..., 0]
+    assert np.array_equal(image, np.rint(values / 257).astype(np.uint8))
+
+
+def test_transparency_is_composited_over_white_across_strips() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (700, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert np.array_equal(np.asarray(load_image(image)), np.asarray(expected))
+
+
+def test_only_regular_files_of_limited_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "sparse.png").touch()
+    os.truncate(tmp_path / "sparse.png", 64 << 30)
+    for path in (tmp_path / "fifo.png", Path("/dev/zero")):
+        with pytest.raises(ImageError):
+            load_image(path)
+    with pytest.raises(ImageError, match="at most 268,435,456 are allowed"):
+        load_image(tmp_path / "sparse.png")

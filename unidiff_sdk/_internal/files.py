@@ -67,7 +67,7 @@ def open_regular_file(path: Path, error: type[UniDiffError]) -> BinaryIO:
     try:
         file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT))  # noqa: SIM115
     except (FileNotFoundError, NotADirectoryError) as reason:
-        raise error(f"{path}: there is no such file. Check the path.") from reason
+        raise error(f"{path}: cannot be read, because there is no such file. Check the path.") from reason
     except (OSError, ValueError) as reason:  # ValueError: a NUL byte in the name
         raise error(f"{path}: cannot be read ({getattr(reason, 'strerror', None) or reason})") from reason
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

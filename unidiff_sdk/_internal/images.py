@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -13,7 +15,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unidiff_sdk.errors import ImageError
 
-__all__ = ["MAX_PIXELS", "Fit", "HasImage", "ImageSource", "load_image"]
+from .files import read_regular_file
+
+__all__ = ["MAX_FILE_SIZE", "MAX_PIXELS", "Fit", "HasImage", "ImageSource", "load_image"]
 
 Fit = Literal["crop", "pad"]
 """How an image becomes a square: "crop" keeps its center, "pad" keeps all of it on a white background."""
@@ -32,11 +36,29 @@ class HasImage(Protocol):
 MAX_PIXELS = 64_000_000
 """The largest image that `load_image` decodes: 192 MB as RGB. A PNG of a few kilobytes can claim a far larger size."""
 
+MAX_FILE_SIZE = 256 << 20
+"""The largest image file in bytes."""
+
+LARGE = 16_000_000
+"""Pixels from which an image is large. Decoders take up to 27 bytes a pixel, so large images are decoded one by one."""
+
+MAX_PIXELS_PER_BYTE = 4096
+"""The most pixels per byte in the file of a large image. A photo has less than 50, a PNG of one color at most 1,032."""
+
+MAX_SCANS = 100
+"""The most scans of a progressive JPEG. Encoders write about 10; each one passes over all pixels again."""
+
+MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
+"""The most pixels times scans of a JPEG, which take about 15 s."""
+
 MAX_ASPECT_RATIO = 200
 """The largest ratio of the longer to the shorter side. The encoder scales the shorter side to its input size."""
 
 # Excluded on purpose: formats that run an interpreter (EPS), formats that are decoded on opening whatever their size
 # (ICO), and formats that product catalogs do not contain.
+_STRIP = 256  # rows that are converted at a time
+_decoding_large = threading.Lock()
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
@@ -58,7 +80,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the given array", max_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"image data of {len(source)} bytes", max_pixels)
+        return _decode(bytes(source), f"image data of {len(source)} bytes", max_pixels)
     if isinstance(source, (str, PathLike)):
         path = Path(source)
         if not path.is_file():
@@ -66,14 +88,16 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
                 f"{path}: {'is a folder, not an image file' if path.is_dir() else 'there is no such file'}. "
                 "Give the path of an image file."
             )
-        return _decode(path, str(path), max_pixels)
+        return _decode(read_regular_file(path, MAX_FILE_SIZE, ImageError), str(path), max_pixels)
     raise ImageError(f"Cannot read an image from {type(source).__name__}. Give a path, bytes, an array or a PIL image.")
 
 
-def _decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            return _to_rgb(image, name, max_pixels)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            _check_cost(image, data, name, max_pixels)
+            with _decoding_large if image.width * image.height > LARGE else nullcontext():
+                return _to_rgb(image, name, max_pixels)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -82,6 +106,23 @@ def _decode(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: not an image in a supported format ({', '.join(_FORMATS)}). Convert it.") from error
     except Exception as error:  # decoders raise nearly every built-in exception on damaged files
         raise ImageError(f"{name}: damaged or truncated ({error})") from error
+
+
+def _check_cost(image: Image.Image, data: bytes, name: str, max_pixels: int) -> None:
+    """Refuse a file that takes far more memory or time to decode than its size suggests. Nothing is decoded yet."""
+    pixels = image.width * image.height
+    if LARGE < pixels <= max_pixels and pixels > MAX_PIXELS_PER_BYTE * len(data):
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} pixels in {len(data):,} bytes. At most {MAX_PIXELS_PER_BYTE:,} "
+            "pixels a byte are decoded of a large image. Resize the image."
+        )
+    if image.format in ("JPEG", "MPO"):
+        scans = data.count(b"\xff\xda")  # in compressed data, 0 follows 0xff
+        if scans > MAX_SCANS or scans * pixels > MAX_SCANNED_PIXELS:
+            raise ImageError(
+                f"{name}: a progressive JPEG of {scans:,} scans and {pixels:,} pixels. At most {MAX_SCANS} scans, and "
+                f"{MAX_SCANNED_PIXELS:,} pixels in all of them, are decoded. Save the image again."
+            )
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -103,14 +144,22 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         if image.mode.startswith(("I", "F")):
             return _from_array(_to_uint16(np.asarray(image))).convert("RGB")
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB")
+            return _over_white(image.convert("RGBA"))
         return image.convert("RGB")
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # decoders raise nearly every built-in exception on damaged files
         raise ImageError(f"{name}: damaged or truncated ({error})") from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Composite over white, a few rows at a time: whole images would take three times the memory."""
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -137,10 +186,20 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = array / 257
+        array = _to_uint8(array)
     elif array.dtype != np.uint8:
         raise ImageError(f"Pixels of type {array.dtype} are ambiguous. Give uint8, uint16 or floating point in [0, 1].")
-    return Image.fromarray(np.ascontiguousarray(np.rint(array).astype(np.uint8)))
+    if array.dtype != np.uint8:
+        array = np.rint(array).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_uint8(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The nearest 8-bit values of 16-bit pixels, a few rows at a time: floating point takes eight bytes a pixel."""
+    result = np.empty(array.shape, np.uint8)
+    for top in range(0, len(array), _STRIP):
+        result[top : top + _STRIP] = (array[top : top + _STRIP].astype(np.uint32) + 128) // 257
+    return result
 
 
 def _to_uint16(array: NDArray[Any]) -> NDArray[Any]:

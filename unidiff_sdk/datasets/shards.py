@@ -12,6 +12,7 @@ its shard and is read from there on demand, in any order.
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal.files import open_regular_file
+from unidiff_sdk._internal.images import MAX_FILE_SIZE
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk.errors import DataError
 
@@ -27,6 +30,23 @@ __all__ = ["Member", "Sample", "count_samples", "find_shards", "read_shards"]
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "avif", "tif", "tiff", "bmp", "ppm")
 CAPTION, COLUMNS = "txt", "json"
 MAX_TEXT_SIZE = 1 << 20  # bytes of a caption or of the columns, because a shard can come from an untrusted source
+
+
+_MAX_READ = MAX_TEXT_SIZE + tarfile.BLOCKSIZE
+
+# What tarfile raises on damaged headers, besides its own errors.
+_DAMAGE = (ValueError, OverflowError, MemoryError, RecursionError, EOFError, LookupError)
+
+
+class _ShardFile(io.BufferedReader):
+    """A shard for tarfile, which believes the sizes in headers: a header of 64 GB would take as much memory."""
+
+    def __init__(self, path: Path) -> None:
+        open_regular_file(path, DataError).close()
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(_MAX_READ if size is None or size < 0 else min(size, _MAX_READ))
 
 
 @dataclass(frozen=True)
@@ -40,8 +60,10 @@ class Member:
 
     def read(self) -> bytes:
         """Read the content. Raises DataError if the shard is missing or has become shorter."""
+        if self.size > MAX_FILE_SIZE:
+            raise DataError(f"{self.name} has {self.size:,} bytes; at most {MAX_FILE_SIZE:,} are allowed")
         try:
-            with self.shard.open("rb") as file:
+            with open_regular_file(self.shard, DataError) as file:
                 file.seek(self.offset)
                 content = file.read(self.size)
         except OSError as error:
@@ -90,9 +112,9 @@ def read_shards(shards: Sequence[Path]) -> Iterator[Sample]:
     """
     for shard in shards:
         try:
-            with tarfile.open(shard, "r:") as tar:
+            with _ShardFile(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 yield from _samples(shard, tar)
-        except tarfile.ReadError as error:
+        except (tarfile.TarError, *_DAMAGE) as error:
             raise DataError(
                 f"{shard}: not an uncompressed tar file ({error}). If it is a .tar.gz, decompress it first."
             ) from error
@@ -126,10 +148,10 @@ def _members(tar: tarfile.TarFile, damage: list[str]) -> Iterator[tarfile.TarInf
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
             damage.append(f"no header at byte {tar.offset:,}")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, *_DAMAGE) as error:
         if tar.offset == 0:
             raise
-        damage.append(str(error))
+        damage.append(str(error) or type(error).__name__)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -19,8 +19,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from PIL import Image
 
-from unidiff_sdk._internal.files import write_atomically
-from unidiff_sdk._internal.images import ImageSource, load_image
+from unidiff_sdk._internal.files import read_regular_file, write_atomically
+from unidiff_sdk._internal.images import MAX_FILE_SIZE, ImageSource, load_image
 from unidiff_sdk.errors import ImageError
 
 __all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
@@ -108,11 +108,7 @@ class ItemImage:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{path}: the image cannot be read ({reason})") from error
+    return read_regular_file(path, MAX_FILE_SIZE, ImageError)
 
 
 class ImageStore:
