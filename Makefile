@@ -74,6 +74,9 @@ docs: $(DOCS_VENV)/.ready ## build the documentation into site/, offline; fails 
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo "The documentation is site/index.html."
 
+notebooks: $(VENV)/.ready ## run the notebooks of the documentation and save their outputs
+	$(VENV)/bin/python docs/run_notebooks.py $(ARGS)
+
 dist: $(RELEASE_VENV)/.ready ## build the sdist and the wheel into dist/ and check their metadata
 	rm -rf dist
 	$(RELEASE_VENV)/bin/python -m build --no-isolation
@@ -133,4 +136,4 @@ $(RELEASE_VENV)/.ready: .ci/requirements-release.txt
 	@touch $@
 
 .PHONY: help dev demo test test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
-	bench-ci lint docs dist smoke-test clean
+	bench-ci lint docs notebooks dist smoke-test clean
