@@ -196,6 +196,21 @@ def test_group_by_returns_the_best_hit_of_each_group(store: Store) -> None:
     assert len(page(store, Query.of(vector=query), group_by="nothing", limit=650)) == 644
 
 
+def test_offset_pages_show_items_of_equal_score_once(store: Store) -> None:
+    store.upsert([item(n, vector=direction(n // 5), size=n % 5) for n in range(100)])
+    query = Query.of(vector=direction(1000))
+    for options in ({}, {"group_by": "id"}):
+        for limit in (7, 12, 24):
+            shown = [
+                i
+                for start in range(0, 100, limit)
+                for i in ids(page(store, query, limit=limit, offset=start, **options))
+            ]
+            assert len(shown) == 100 and set(shown) == set(range(100))
+        keys = [key_of(one) for one in ids(page(store, query, limit=5, **options))]
+        assert keys == sorted(keys)
+
+
 def test_groups_before_a_cursor_hide_no_group_after_it(store: Store) -> None:
     near = [unit(direction(1) + 0.001 * n * direction(2)) for n in range(400)]
     store.upsert([item(n, vector=near[n], brand=f"brand {n // 20}") for n in range(100, 400)])

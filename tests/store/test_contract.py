@@ -136,6 +136,45 @@ def test_order_by_sorts_numbers_and_dates(store: Store) -> None:
         np.testing.assert_allclose(up[0].vector, records[2].vector, atol=1e-7)
 
 
+def twins(count: int, copies: int) -> list[Record]:
+    """Records in groups of equal vectors and prices. Their ids are in random order."""
+    ids = np.random.default_rng(0).permutation(count)
+    return [
+        Record(record(int(ids[n])).id, record(n // copies).vector, {"price": n // copies, "n": n}) for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("copies", [5, 300])
+def test_equal_scores_are_ordered_by_id_on_every_page(store: Store, copies: int) -> None:
+    records = twins(300, copies)
+    store.upsert(records[::2])
+    store.upsert(records[1::2])
+    query = record(1000).vector
+    best = sorted(records, key=lambda r: (-round(float(r.vector @ query), 5), r.id))
+    for limit in (7, 300):
+        for with_payload in (True, False):
+            pages = [VectorQuery(query, limit, start, with_payload=with_payload) for start in range(0, 310, limit)]
+            found = [one for page in store.query_batch(pages) for one in page]
+            assert [one.id for one in found] == [r.id for r in best]
+            assert [one.payload for one in found] == [r.payload if with_payload else {} for r in best]
+    (found,) = store.query_batch([VectorQuery(query, 9, offset=3, with_vectors=True)])
+    np.testing.assert_allclose([one.vector for one in found], [r.vector for r in best[3:12]], atol=1e-6)
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_order_by_orders_equal_values_by_id_on_every_page(store: Store, descending: bool) -> None:
+    records = twins(200, 25)
+    store.upsert(records)
+    expected = sorted(records, key=lambda r: (-r.payload["price"] if descending else r.payload["price"], r.id))
+    for limit in (11, 70):
+        found = [
+            one.id
+            for start in range(0, 200, limit)
+            for one in store.order_by("price", "float", descending=descending, limit=limit, offset=start)
+        ]
+        assert found == [r.id for r in expected]
+
+
 def test_facet_counts_values(store: Store) -> None:
     store.upsert(
         [record(n, brand="Nord" if n % 3 else "Acme", tags=["a", "b"][: n % 3], sale=n == 1) for n in range(9)]

@@ -47,7 +47,7 @@ def near_duplicates(store: Store, threshold: float, where: Clause | None) -> lis
     for id, found in members.items():
         groups.setdefault(root(id), []).append(found)
     ranked = [sorted(group, key=lambda found: (-found.score, found.id)) for group in groups.values() if len(group) > 1]
-    return sorted(ranked, key=lambda group: (-len(group), -group[0].score))
+    return sorted(ranked, key=lambda group: (-len(group), -group[0].score, group[0].id))
 
 
 def _searches(records: list[Record], threshold: float, where: Clause | None) -> list[VectorQuery]:

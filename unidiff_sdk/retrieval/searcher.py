@@ -312,7 +312,7 @@ class Searcher:
                 if size == MAX_LIMIT:
                     break
                 size = min(2 * size, MAX_LIMIT)
-        return sorted(groups, key=lambda scored: -scored.score)[start : start + search.limit]
+        return sorted(groups, key=lambda scored: (-scored.score, scored.id))[start : start + search.limit]
 
     def _diversified(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
         """Candidates selected for variety. Their number depends on `limit` alone, so that pages are consistent."""

@@ -15,6 +15,7 @@ import qdrant_edge as edge
 from unidiff_sdk.errors import StoreError, UniDiffError
 from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
+from unidiff_sdk.store.ordering import Ranked, Window, in_total_order, ranked_by_value, read_page, records_in_order
 from unidiff_sdk.store.protocol import (
     CANDIDATES,
     CAPTION,
@@ -99,6 +100,10 @@ class EdgeStore:
         return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
 
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+        return in_total_order(searches, self._query_batch, self.retrieve)
+
+    def _query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+        """The results in the order of the engine, which is undefined between equal scores."""
         requests = [self._request(search) for search in searches]
         with self._engine() as shard:
             # The engine plans a single query faster than a batch of one.
@@ -139,16 +144,16 @@ class EdgeStore:
     ) -> list[Record]:
         self._indexes.ensure(column, kind, self)
         direction = edge.Direction.Desc if descending else edge.Direction.Asc
-        request = edge.QueryRequest(
-            query=edge.OrderBy(column, direction),
-            limit=limit,
-            offset=offset,
-            filter=self._filter(where),
-            with_payload=True,
-            with_vector=True,
-        )
-        with self._engine() as shard:
-            return [_record(point) for point in shard.query(request)]
+        conditions = self._filter(where)
+
+        def fetch(window: Window) -> list[Ranked]:
+            request = edge.QueryRequest(
+                query=edge.OrderBy(column, direction), limit=window.size, offset=window.start, filter=conditions
+            )
+            with self._engine() as shard:
+                return [ranked_by_value(point, descending) for point in shard.query(request)]
+
+        return records_in_order(self.retrieve, read_page(fetch, offset, limit))
 
     def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
         self._indexes.ensure(column, kind, self)

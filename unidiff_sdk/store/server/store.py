@@ -13,6 +13,7 @@ from qdrant_client import QdrantClient, models
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
+from unidiff_sdk.store.ordering import Ranked, Window, in_total_order, ranked_by_value, read_page, records_in_order
 from unidiff_sdk.store.protocol import (
     CANDIDATES,
     CAPTION,
@@ -114,6 +115,10 @@ class ServerStore:
         return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
 
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+        return in_total_order(searches, self._query_batch, self.retrieve)
+
+    def _query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+        """The results in the order of the server, which is undefined between equal scores."""
         requests = [self._request(search) for search in searches]
         with self._engine():
             responses = self.client.query_batch_points(self.collection, requests)
@@ -151,17 +156,24 @@ class ServerStore:
     ) -> list[Record]:
         self._indexes.ensure(column, kind, self)
         direction = models.Direction.DESC if descending else models.Direction.ASC
-        with self._engine():
-            response = self.client.query_points(
-                self.collection,
-                query=models.OrderByQuery(order_by=models.OrderBy(key=column, direction=direction)),
-                limit=limit,
-                offset=offset,
-                query_filter=self._filter(where),
-                with_payload=True,
-                with_vectors=True,
-            )
-        return [_record(point) for point in response.points]
+        query, conditions = (
+            models.OrderByQuery(order_by=models.OrderBy(key=column, direction=direction)),
+            self._filter(where),
+        )
+
+        def fetch(window: Window) -> list[Ranked]:
+            with self._engine():
+                response = self.client.query_points(
+                    self.collection,
+                    query=query,
+                    limit=window.size,
+                    offset=window.start,
+                    query_filter=conditions,
+                    with_payload=False,
+                )
+            return [ranked_by_value(point, descending) for point in response.points]
+
+        return records_in_order(self.retrieve, read_page(fetch, offset, limit))
 
     def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
         self._indexes.ensure(column, kind, self)
