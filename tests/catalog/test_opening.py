@@ -64,7 +64,7 @@ def test_catalog_and_bundle_can_be_moved_together(tmp_path: Path, inside: bool) 
         shutil.move(tmp_path / "bundle", old / place)
         Catalog(old / "shop.catalog", old / place).close()
     shutil.move(old, new)
-    with Catalog(new / "shop.catalog") as catalog:
+    with Catalog(new / "shop.catalog", references=new) as catalog:
         hit = catalog.search("red")[0]
         assert hit.id in ("red", "sibling") and hit.load_image().size == (40, 30)
         assert catalog.bundle.path == new / place

@@ -1,4 +1,4 @@
-"""Files: atomic writes, where a file appears complete or not at all, and reads of regular files of limited size."""
+"""Files: atomic writes, reads of regular files of limited size, and stored paths, which may not leave their folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from unidiff_sdk.errors import StoreError, UniDiffError
 
-__all__ = ["atomic_file", "open_regular_file", "read_regular_file", "write_atomically"]
+__all__ = ["atomic_file", "open_regular_file", "read_regular_file", "resolve_stored", "write_atomically"]
 
 # Opening a FIFO or a device waits for its other end unless this flag is set. Windows has neither.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
@@ -90,3 +90,26 @@ def read_regular_file(path: Path, max_size: int, error: type[UniDiffError]) -> b
             return file.read(max_size)
         except OSError as reason:
             raise error(f"{path}: cannot be read ({reason.strerror})") from reason
+
+
+def resolve_stored(folder: Path, name: str, error: type[UniDiffError]) -> Path:
+    """The absolute path of a file or folder that is stored in `folder`.
+
+    Args:
+        folder: the folder. It may be a symbolic link itself.
+        name: a relative path with forward slashes. Nothing needs to exist there.
+        error: the class of the error that is raised.
+
+    Raises:
+        error: the name is empty, absolute or has a part such as `..`, or a part of it is a symbolic link.
+    """
+    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise error(f"{folder} names {name!r:.200}, which is not a plain path inside it. Restore it from a backup.")
+    path = folder.resolve() / name
+    try:
+        is_plain = path.resolve() == path
+    except (OSError, RuntimeError) as reason:  # a name that is too long, or a loop of links
+        raise error(f"{path} cannot be resolved ({reason}). Restore {folder} from a backup.") from reason
+    if not is_plain:
+        raise error(f"{path} is or passes a symbolic link. Replace the link by the files that it refers to.")
+    return path

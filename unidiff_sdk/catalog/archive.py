@@ -166,7 +166,7 @@ def _row(record: Record, images: ImageStore) -> dict[str, Any]:
         "vector": record.vector,
         "image": _original(images.path(system["uri"]), system["sha256"], id),
         "sha256": system["sha256"],
-        "source": None if source is None else str(images.path(source)),
+        "source": None if source is None else str(images.locate(source)),
     }
 
 

@@ -51,6 +51,8 @@ class Catalog(OpenCatalog):
             stay exact, because the original vectors on disk rank the hits.
         images: only with a URL, and required there: the folder for the images.
         collection, api_key, server: only with a URL: the name of the collection, the API key, and `ServerOptions`.
+        references: the folder of the files that were added with `copy=False`. A catalog may come from a stranger, so
+            its references are followed only into this folder and into folders added since it was opened.
 
     Raises:
         StoreError: the location is not a catalog, is in use, or was created with another bundle.

@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unidiff_sdk._internal.files import write_atomically
+from unidiff_sdk._internal.files import resolve_stored, write_atomically
+from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
-from unidiff_sdk.store.location import VECTORS, Location
+from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 
 if TYPE_CHECKING:
     from unidiff_sdk.store.server.connection import ServerOptions
@@ -27,6 +28,8 @@ __all__ = ["FILE_LOCK", "FILE_NAME", "MEMORY", "BundleRef", "CatalogFile", "Cata
 FILE_NAME = "catalog.json"
 FORMAT = "unidiff-catalog"
 SCHEMA_VERSION = 1
+MAX_SIZE = 1 << 20  # bytes of a catalog.json, which has less than 1,000 unless its paths are very long
+MAX_DIM = 65_536  # the longest vectors that the engine stores
 
 TINY_NAME = "tiny"
 MEMORY = ":memory:"
@@ -212,16 +215,31 @@ class CatalogFile:
                 if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                     raise StoreError(f"{folder} is not a catalog: it has no {FILE_NAME}. Choose a new folder.")
                 return None
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(resolve_stored(folder, FILE_NAME, StoreError), error=StoreError, max_size=MAX_SIZE)
             version = content["schema_version"]
             if content["format"] == FORMAT and version == SCHEMA_VERSION:
-                return cls(BundleRef(**content["bundle"]), str(content["vectors"]), str(content["created"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                return cls._checked(content)
+        except (OSError, StoreError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, StoreError) and not path.is_file():
+                raise
             raise StoreError(f"{path} is damaged ({error}). Restore it from a backup.") from error
         raise StoreError(
-            f"{path} has schema version {version!r}; this version of unidiff-sdk reads {SCHEMA_VERSION}. "
+            f"{path} has schema version {version!r:.40}; this version of unidiff-sdk reads {SCHEMA_VERSION}. "
             "Upgrade unidiff-sdk, or index into a new folder."
         )
+
+    @classmethod
+    def _checked(cls, content: dict[str, Any]) -> CatalogFile:
+        """The content, with the type and form of every value checked. Raises KeyError, TypeError or ValueError."""
+        bundle, vectors, created = BundleRef(**content["bundle"]), content["vectors"], content["created"]
+        texts = bundle.name, bundle.path, bundle.absolute, bundle.fingerprint, vectors, created
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise TypeError("name, path, absolute and fingerprint of the bundle, vectors and created must be text")
+        if type(bundle.dim) is not int or not 0 < bundle.dim <= MAX_DIM:
+            raise ValueError(f"dim is {bundle.dim!r:.40}, not a number from 1 to {MAX_DIM}")
+        if not STORE_NAME.fullmatch(vectors):
+            raise ValueError(f'vectors is {vectors!r:.200}, not "{VECTORS}" or "{VECTORS}-FINGERPRINT"')
+        return cls(bundle, vectors, created)
 
     def adopt(self, bundle: Bundle, folder: Path) -> CatalogFile:
         """Record the current path of the bundle. Raises StoreError if it is another bundle."""

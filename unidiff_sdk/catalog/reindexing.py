@@ -21,7 +21,7 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.images import ImageStore
-from unidiff_sdk.store.location import VECTORS, Location
+from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 from unidiff_sdk.store.payload import SYSTEM
 
 from .catalog_file import FILE_LOCK, BundleRef
@@ -115,7 +115,8 @@ def _new_snapshot(before: Snapshot, stores: Location, bundle: Bundle) -> Snapsho
     folder, vectors = before.folder, f"{VECTORS}-{bundle.fingerprint[:12]}"
     # Left by an interrupted reindexing with another bundle, or by one that was killed after the swap.
     for left in folder.glob(f"{VECTORS}*"):
-        if left.name not in (before.file.vectors, vectors):
+        is_store = STORE_NAME.fullmatch(left.name) and left.is_dir() and not left.is_symlink()
+        if is_store and left.name not in (before.file.vectors, vectors):
             shutil.rmtree(left)
     stores = replace(stores, quantization=getattr(before.store, "quantization", None))
     store = stores.open(vectors, bundle.dim, bundle.fingerprint)

@@ -248,12 +248,14 @@ class OpenCatalog(Resource):
         collection: str = "catalog",
         api_key: str | None = None,
         server: ServerOptions | None = None,
+        references: str | Path | None = None,
     ) -> None:
         place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
         if place.temporary:
             self._remove_temporary = weakref.finalize(self, shutil.rmtree, place.folder, ignore_errors=True)
         snapshot = Snapshot.open(place, bundle, create=create)
-        self._assemble(place.location, snapshot, ImageStore(place.folder), place.stores)
+        image_store = ImageStore(place.folder, None if references is None else Path(references))
+        self._assemble(place.location, snapshot, image_store, place.stores)
 
     @classmethod
     def from_parts(cls, store: Store, images: ImageStore, bundle: Bundle) -> Self:

@@ -12,7 +12,15 @@ import click
 from unidiff_sdk.errors import DataError, OptionError
 
 from .console import Command
-from .parameters import CatalogFolder, json_option, parse_pairs, parse_where, stored_id, where_option
+from .parameters import (
+    CatalogFolder,
+    json_option,
+    parse_pairs,
+    parse_where,
+    references_option,
+    stored_id,
+    where_option,
+)
 from .terminal import counted, print_table
 
 __all__ = ["delete", "export", "index", "info", "reindex", "restore"]
@@ -153,12 +161,13 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
 )
 @click.argument("catalog", type=CatalogFolder())
 @click.argument("bundle")
+@references_option
 @json_option
-def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
+def reindex(catalog: Path, bundle: str, references: Path | None, as_json: bool) -> None:
     """Encode all images of CATALOG with BUNDLE, which becomes the bundle of the catalog."""
     from unidiff_sdk.catalog.catalog import Catalog
 
-    with Catalog(catalog, create=False) as opened:
+    with Catalog(catalog, create=False, references=references) as opened:
         count = opened.reindex(bundle, progress=not as_json)
     if as_json:
         click.echo(json.dumps({"reindexed": count}))
@@ -179,12 +188,13 @@ def reindex(catalog: Path, bundle: str, as_json: bool) -> None:
 @click.argument("catalog", type=CatalogFolder())
 @click.argument("file", type=click.Path(path_type=Path))
 @where_option
+@references_option
 @json_option
-def export(catalog: Path, file: Path, where: str | None, as_json: bool) -> None:
+def export(catalog: Path, file: Path, where: str | None, references: Path | None, as_json: bool) -> None:
     """Write all items of CATALOG, with their vectors and images, to the parquet FILE. `unidiff restore` reads it."""
     from unidiff_sdk.catalog.catalog import Catalog
 
-    with Catalog(catalog, create=False) as opened:
+    with Catalog(catalog, create=False, references=references) as opened:
         count = opened.export(file, where=parse_where(where), progress=not as_json)
     size = file.stat().st_size
     if as_json:

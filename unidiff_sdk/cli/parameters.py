@@ -13,10 +13,24 @@ from unidiff_sdk.errors import FilterError
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
 
-__all__ = ["CatalogFolder", "json_option", "parse_pairs", "parse_where", "stored_id", "where_option"]
+__all__ = [
+    "CatalogFolder",
+    "json_option",
+    "parse_pairs",
+    "parse_where",
+    "references_option",
+    "stored_id",
+    "where_option",
+]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 where_option = click.option("--where", metavar="JSON", help='Filter on columns: \'{"brand": "Acme"}\'.')
+references_option = click.option(
+    "--references",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Where the images are that were indexed with --reference.",
+)
 
 
 class CatalogFolder(click.Path):

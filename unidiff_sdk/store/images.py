@@ -5,6 +5,8 @@
 
 The URI of an image is relative to the root (`images/3f/3fa9….png`), so that the whole folder can be moved. A file that
 is referenced instead of copied has a relative URI if it is below the parent of the root, and a `file://` URI otherwise.
+URIs and hashes come from payloads, which may be a stranger's: a URI leads out of the root only into folders that the
+caller named, and only files with the names above are deleted.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -19,14 +22,15 @@ from urllib.parse import quote, unquote, urlsplit
 
 from PIL import Image
 
-from unidiff_sdk._internal.files import read_regular_file, write_atomically
+from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
 from unidiff_sdk._internal.images import MAX_FILE_SIZE, ImageSource, load_image
-from unidiff_sdk.errors import ImageError
+from unidiff_sdk.errors import ImageError, StoreError
 
 __all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
 
 THUMBNAIL_SIZE = 128  # pixels on the longer side
-_COPIES = "images/"
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_COPY = re.compile(r"images/([0-9a-f]{2})/(\1[0-9a-f]{62})\.[a-z0-9]{1,16}", re.ASCII)  # the URI of a copy
 
 
 class ItemImage:
@@ -116,10 +120,12 @@ class ImageStore:
 
     Args:
         root: the folder; created with the first image. It can be moved.
+        references: a folder whose files may be referenced. Files that `add` references may be, too.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, references: Path | None = None) -> None:
         self.root = root
+        self._references = set() if references is None else {references.resolve()}
 
     def add(self, image: ItemImage, *, copy: bool = True) -> str:
         """Store an image and its thumbnail. Adding the same content again only checks that the files exist.
@@ -140,28 +146,53 @@ class ImageStore:
         if not _exists_with_content(thumbnail):
             write_atomically(thumbnail, _thumbnail(image.decoded))
         if image.path is not None and not copy:
-            return self.reference(image.path)
-        uri = f"{_COPIES}{image.sha256[:2]}/{image.sha256}{image.suffix}"
-        if not _exists_with_content(self.root / uri):
-            write_atomically(self.root / uri, image.encoded())
+            return self._allowed_reference(image.path)
+        uri = f"images/{image.sha256[:2]}/{image.sha256}{image.suffix}"
+        path = resolve_stored(self.root, uri, StoreError)
+        if not _exists_with_content(path):
+            write_atomically(path, image.encoded())
         return uri
 
     def expected_uri(self, image: ItemImage, stored_uri: str, *, copy: bool) -> str:
         """The URI that `add` would return for an image whose stored URI is known; "" if `add` would copy it."""
         if image.path is not None and not copy:
-            return self.reference(image.path)
-        return stored_uri if stored_uri.startswith(_COPIES) else ""
+            return self._allowed_reference(image.path)
+        return stored_uri if _COPY.fullmatch(stored_uri) else ""
 
     def load(self, uri: str) -> Image.Image:
         """Decode an image, RGB. Raises ImageError if it is missing or damaged."""
         return load_image(self.path(uri))
 
     def path(self, uri: str) -> Path:
-        """The file that a URI refers to."""
-        parts = urlsplit(uri)
-        if parts.scheme == "file":
-            return Path(unquote(parts.path))
-        return Path(os.path.normpath(self.root.resolve() / unquote(uri)))
+        """The file that a URI refers to.
+
+        Raises:
+            ImageError: it is not in this store, and not below a folder that the caller named in `references`.
+        """
+        target = self.locate(uri)
+        try:
+            resolved = target.resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ImageError(f"The URI {uri!r:.200} cannot be resolved ({error}). Index its image again.") from error
+        if not self._references.isdisjoint(resolved.parents):
+            return resolved
+        root = self.root.resolve()
+        if target.is_relative_to(root) and ".." not in unquote(uri).split("/"):
+            return resolve_stored(root, target.relative_to(root).as_posix(), ImageError)
+        raise ImageError(
+            f"The URI {uri!r:.200} leads out of the catalog. Files elsewhere are read only below a folder that you "
+            "name: Catalog(location, references=FOLDER)."
+        )
+
+    def locate(self, uri: str) -> Path:
+        """Where a URI leads, which may be anywhere: for comparisons and messages, not to open. Raises ImageError."""
+        try:
+            parts = urlsplit(uri)
+            if parts.scheme == "file":
+                return Path(unquote(parts.path))
+            return Path(os.path.normpath(self.root.resolve() / unquote(uri)))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ImageError(f"{uri!r:.200} is not the URI of an image ({error}). Index its image again.") from error
 
     def thumbnail(self, sha256: str, uri: str) -> bytes:
         """The thumbnail of an image as a WebP file. A missing one is made again from the original."""
@@ -171,9 +202,16 @@ class ImageStore:
         return path.read_bytes()
 
     def remove(self, sha256: str, uri: str) -> None:
-        """Delete the thumbnail of an image and its copy. A referenced file is never deleted."""
+        """Delete the thumbnail of an image and its copy, which have names that `add` gives. Nothing else is deleted.
+
+        Raises:
+            ImageError: the path of the thumbnail or the copy has a symbolic link.
+        """
+        if not _SHA256.fullmatch(sha256):
+            return
         self._thumbnail_path(sha256).unlink(missing_ok=True)
-        if uri.startswith(_COPIES):
+        copy = _COPY.fullmatch(uri)
+        if copy and copy[2] == sha256:
             self.path(uri).unlink(missing_ok=True)
 
     def reference(self, path: Path) -> str:
@@ -183,8 +221,15 @@ class ImageStore:
             return path.as_uri()
         return quote(Path(os.path.relpath(path, root)).as_posix())
 
+    def _allowed_reference(self, path: Path) -> str:
+        """The URI of a file that the caller adds by reference, and may therefore be read."""
+        self._references.add(path.resolve().parent)
+        return self.reference(path)
+
     def _thumbnail_path(self, sha256: str) -> Path:
-        return self.root / "thumbnails" / sha256[:2] / f"{sha256}.webp"
+        if not _SHA256.fullmatch(sha256):
+            raise ImageError(f"{sha256!r:.200} is not the hash of an image: 64 hexadecimal digits. Index it again.")
+        return resolve_stored(self.root, f"thumbnails/{sha256[:2]}/{sha256}.webp", ImageError)
 
 
 def _exists_with_content(path: Path) -> bool:

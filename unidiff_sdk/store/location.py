@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from unidiff_sdk._internal.files import resolve_stored
+from unidiff_sdk.errors import StoreError
 
 from .protocol import Store
 
 if TYPE_CHECKING:
     from .server.connection import ServerOptions
 
-__all__ = ["VECTORS", "Location"]
+__all__ = ["STORE_NAME", "VECTORS", "Location"]
 
 VECTORS = "vectors"
 """The store name of a new catalog. A reindexed store appends the fingerprint of its bundle."""
+
+STORE_NAME = re.compile(rf"{VECTORS}(-[0-9a-f]{{12}})?", re.ASCII)
+"""The names of stores. A folder with another name is never opened and never deleted."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,14 @@ class Location:
         Raises:
             StoreError: the store cannot be opened, is in use, or was made with another bundle.
         """
+        if not STORE_NAME.fullmatch(name):
+            raise StoreError(
+                f"{name!r:.200} is not the name of a store. Accepted: {VECTORS}, or {VECTORS}-FINGERPRINT."
+            )
         if self.url is None:
             from .edge.store import EdgeStore
 
-            return EdgeStore(self.folder / name, dim, self.quantization)
+            return EdgeStore(resolve_stored(self.folder, name, StoreError), dim, self.quantization)
         from .server.connection import ServerOptions, connect
         from .server.store import ServerStore
 

@@ -4,22 +4,31 @@
     vectors/current    a text file with the name of the current subfolder
     vectors/3/         the current shard
 
-Any other entry is left over from a process that was killed while it built or replaced a shard. Stores of earlier
-releases have their shard in `vectors/` itself, which is the current shard as long as there is no file `current`.
+Other numbered folders and `.part` files are left over from a process that was killed while it built or replaced a
+shard. They are deleted; entries with other names are not. Stores of earlier releases have their shard in `vectors/`
+itself, which is the current shard as long as there is no file `current`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import os
+import re
 import shutil
 from pathlib import Path
 
-from unidiff_sdk._internal.files import write_atomically
+from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
 from unidiff_sdk.errors import StoreError
 
 __all__ = ["ShardVersions"]
 
 CURRENT, LOCK = "current", "lock"
+CONFIG = "edge_config.json"  # every shard has one
+
+_VERSION = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)  # the name of a subfolder
+_SHARD_ENTRIES = (CONFIG, "segments", "wal")  # of a shard
+_PART = re.compile(r"\..*\.part", re.ASCII)  # of `write_atomically`
+_MAX_CURRENT = 64  # bytes of the file `current`
 
 
 class ShardVersions:
@@ -33,7 +42,8 @@ class ShardVersions:
         self.root = root
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self._lock = (root / LOCK).open("a")  # an open file, so that a store that is never closed releases it
+            lock = resolve_stored(root, LOCK, StoreError)
+            self._lock = lock.open("a")  # an open file, so that a store that is never closed releases it
         except OSError as error:
             raise StoreError(f"{root} is not writable: {error.strerror}.") from error
         try:
@@ -44,18 +54,29 @@ class ShardVersions:
                 f"{root.parent} is in use by another process or by another Catalog object. Close that one first. "
                 "Several processes need a Qdrant server: Catalog('http://…')."
             ) from None
-        self._remove_leftovers()
+        try:
+            _check_no_links(self.current)
+            self._remove_leftovers()
+        except StoreError:
+            self.release()
+            raise
 
     @property
     def current(self) -> Path:
-        """The folder of the current shard. It does not exist in a new store."""
-        if (self.root / CURRENT).is_file():
-            return self.root / (self.root / CURRENT).read_text(encoding="utf-8").strip()
-        return self.root if (self.root / "edge_config.json").is_file() else self.root / "0"
+        """The folder of the current shard, which a new store lacks. Raises StoreError if its name is invalid."""
+        path = resolve_stored(self.root, CURRENT, StoreError)
+        if path.exists():
+            name = read_regular_file(path, _MAX_CURRENT, StoreError).decode("utf-8", "replace").strip()
+            if not _VERSION.fullmatch(name):
+                raise StoreError(f"{path} names {name!r}, which is not the number of a folder in {self.root}.")
+            return resolve_stored(self.root, name, StoreError)
+        return self.root if (self.root / CONFIG).is_file() else self.root / "0"
 
     def next_folder(self) -> Path:
         """A folder for the next version. It does not exist yet."""
-        return self.root / str(1 + max((int(p.name) for p in self.root.iterdir() if p.name.isdecimal()), default=0))
+        return self.root / str(
+            1 + max((int(p.name) for p in self.root.iterdir() if _VERSION.fullmatch(p.name)), default=0)
+        )
 
     def activate(self, folder: Path) -> None:
         """Make a complete shard the current one. The change survives a power cut."""
@@ -73,14 +94,24 @@ class ShardVersions:
         self._lock.close()
 
     def _remove_leftovers(self) -> None:
-        """Delete everything except the current shard."""
+        """Delete the shards that are not the current one, and files that were never completed."""
         current = self.current
         if current == self.root:
             return
         for entry in self.root.iterdir():
-            if entry.name in (CURRENT, LOCK, current.name):
+            is_shard = _VERSION.fullmatch(entry.name) or entry.name in _SHARD_ENTRIES
+            if entry.is_symlink() or entry.name == current.name or not (is_shard or _PART.fullmatch(entry.name)):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
+
+
+def _check_no_links(shard: Path) -> None:
+    """Raise StoreError if a shard has a symbolic link, through which the engine would write outside the folder."""
+    for folder, names, files in os.walk(shard):
+        for name in (*names, *files):
+            path = Path(folder) / name
+            if path.is_symlink():
+                raise StoreError(f"{path} is a symbolic link. Replace it by the file that it refers to.")
