@@ -10,6 +10,7 @@ from PIL import Image
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, OptionError, StoreError
+from unidiff_sdk.catalog.snapshot import MAX_DELETED_SHARE, OPTIMIZE_FROM
 from unidiff_sdk.store import Record, VectorQuery
 from unidiff_sdk.store.edge.page_cache import warm_page_cache
 from unidiff_sdk.store.edge.store import EdgeStore
@@ -53,6 +54,59 @@ def test_quantized_search_has_exact_scores_and_finds_the_best(tmp_path: Path) ->
     (hybrid,) = store.query_batch([VectorQuery(queries[0], 5, text="word700", bm25_weight=0.9)])
     assert hybrid[0].payload["n"] == 700
     store.close()
+
+
+def test_deleted_and_replaced_records_are_not_counted_as_indexed(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((MANY, WIDE)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    records = [Record(key_of(k), vector, {"n": k}) for k, vector in enumerate(vectors)]
+    store = EdgeStore(tmp_path / "vectors", WIDE)
+    assert (store.unindexed_count(), store.deleted_share()) == (0, 0)
+    for start in range(0, MANY, 350):
+        store.upsert(records[start : start + 350])
+    assert (store.unindexed_count(), store.deleted_share()) == (MANY, 0)
+    store.optimize()
+    assert (store.unindexed_count(), store.deleted_share()) == (0, 0)
+    store.delete([record.id for record in records[:100]])
+    store.upsert(records[200:250])  # replaced
+    store.upsert(records[:30])  # deleted and added again
+    store.upsert(records[:30])  # replaced, but not in the graph
+    for _ in range(2):
+        assert store.unindexed_count() == 80
+        assert store.deleted_share() == 150 / MANY
+        store.close()
+        store = EdgeStore(tmp_path / "vectors", WIDE)
+    store.delete([record.id for record in records[300:600]])
+    assert store.deleted_share() > MAX_DELETED_SHARE
+    store.optimize()
+    assert store.deleted_share() == 0
+    assert store.unindexed_count() <= store.count() == MANY - 370
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("unindexed", "deleted", "expected"),
+    [
+        (0, 0.0, False),
+        (OPTIMIZE_FROM - 1, MAX_DELETED_SHARE, False),
+        (OPTIMIZE_FROM, 0.0, True),
+        (0, MAX_DELETED_SHARE + 0.01, True),
+    ],
+)
+def test_catalog_optimizes_many_unindexed_items_and_many_deletions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unindexed: int, deleted: float, expected: bool
+) -> None:
+    optimized: list[EdgeStore] = []
+    monkeypatch.setattr(EdgeStore, "unindexed_count", lambda store: unindexed)
+    monkeypatch.setattr(EdgeStore, "deleted_share", lambda store: deleted)
+    monkeypatch.setattr(EdgeStore, "optimize", lambda store: optimized.append(store))
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (20, 20), "red").save(images / "a.png")
+    (images / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')
+    with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "bundle")) as catalog:
+        catalog.add_folder(images)
+    assert len(optimized) == expected
 
 
 @pytest.mark.slow

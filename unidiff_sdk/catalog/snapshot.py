@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 # Building a graph index of 20,000 vectors takes 10 s and does not speed up searches; with 100,000 it does tenfold.
 OPTIMIZE_FROM = 50_000
+# The engine removes deleted vectors from its graphs only above this share.
+MAX_DELETED_SHARE = 0.2
 
 
 class Snapshot:
@@ -138,8 +140,8 @@ class Snapshot:
         self.store.optimize()
 
     def optimize_if_large(self) -> None:
-        """Build the search index if searches would be slow without it."""
-        if self.store.unindexed_count() >= OPTIMIZE_FROM:
+        """Build the search index if searches would be slow without it, or miss items because many were deleted."""
+        if self.store.unindexed_count() >= OPTIMIZE_FROM or self.store.deleted_share() > MAX_DELETED_SHARE:
             self.store.optimize()
 
     def describe(self) -> dict[str, Any]:

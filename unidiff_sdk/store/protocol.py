@@ -172,6 +172,12 @@ class Store(Protocol):
     def unindexed_count(self) -> int:
         """Return the number of records that searches scan until `optimize` indexes them."""
 
+    def deleted_share(self) -> float:
+        """Return the share of the search index that is deleted or replaced: 0 to 1.
+
+        Searches pass through deleted vectors to find others, and miss some if many are deleted, until `optimize`.
+        """
+
     def optimize(self) -> None:
         """Build the search index over all records. Searches and writes continue meanwhile. May take minutes."""
 

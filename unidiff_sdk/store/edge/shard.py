@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import qdrant_edge as edge
 
 from unidiff_sdk.store.protocol import VECTOR
@@ -11,7 +12,15 @@ from unidiff_sdk.store.protocol import VECTOR
 from .page_cache import warm_page_cache
 from .quantization import vector_parameters
 
-__all__ = ["FULL_SCAN_KB", "INDEX_TYPES", "TEXT_INDEX", "index_kinds_of", "mirror_indexes", "open_shard"]
+__all__ = [
+    "FULL_SCAN_KB",
+    "INDEX_TYPES",
+    "TEXT_INDEX",
+    "deleted_from_graphs",
+    "index_kinds_of",
+    "mirror_indexes",
+    "open_shard",
+]
 
 INDEX_TYPES = {
     "keyword": edge.PayloadSchemaType.Keyword,
@@ -60,3 +69,13 @@ def mirror_indexes(source: edge.EdgeShard, target: edge.EdgeShard) -> None:
         if column not in existing or existing[column].data_type != index.data_type:
             schema = index.params or index.data_type
             target.update(edge.UpdateOperation.create_field_index(column, schema))
+
+
+def deleted_from_graphs(path: Path) -> int:
+    """The number of vectors in the graphs of a flushed shard that are deleted or replaced.
+
+    A segment with a graph never changes, except for a file with one bit for each deleted vector.
+    """
+    graphs = path.glob(f"segments/*/vector_index-{VECTOR}/graph.bin")
+    marks = (graph.parents[1] / "id_tracker.deleted" for graph in graphs)
+    return sum(int(np.unpackbits(np.fromfile(file, np.uint8)).sum()) for file in marks if file.is_file())

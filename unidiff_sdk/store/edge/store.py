@@ -33,7 +33,15 @@ from .conditions import condition
 from .optimizer import optimize_in_subprocess
 from .page_cache import warm_page_cache
 from .quantization import RESCORE, check_quantization, stored_quantization
-from .shard import FULL_SCAN_KB, INDEX_TYPES, TEXT_INDEX, index_kinds_of, mirror_indexes, open_shard
+from .shard import (
+    FULL_SCAN_KB,
+    INDEX_TYPES,
+    TEXT_INDEX,
+    deleted_from_graphs,
+    index_kinds_of,
+    mirror_indexes,
+    open_shard,
+)
 from .shard_versions import ShardVersions
 
 __all__ = ["EdgeStore"]
@@ -183,9 +191,24 @@ class EdgeStore:
             return int(shard.count(edge.CountRequest(exact=True, filter=self._filter(where))))
 
     def unindexed_count(self) -> int:
-        with self._engine() as shard:
+        points, in_graphs, deleted = self._counts()
+        return max(0, points - in_graphs + deleted)
+
+    def deleted_share(self) -> float:
+        _, in_graphs, deleted = self._counts()
+        return deleted / in_graphs if in_graphs else 0.0
+
+    def _counts(self) -> tuple[int, int, int]:
+        """The numbers of records, of vectors in the graphs, and of those among them that are deleted or replaced.
+
+        The engine leaves deleted vectors in its graphs and counts them as indexed.
+        """
+        with self._write([]) as shard:
             info = shard.info()
-        return int(info.points_count - info.indexed_vectors_count)
+            if not info.indexed_vectors_count:
+                return info.points_count, 0, 0
+            shard.flush()  # writes the marks of deleted vectors
+            return info.points_count, info.indexed_vectors_count, deleted_from_graphs(self._versions.current)
 
     # -------------------------------------------------------------------------------------------- writing
 

@@ -212,6 +212,10 @@ class ServerStore:
         """0: the server builds its index by itself."""
         return 0
 
+    def deleted_share(self) -> float:
+        """0: the server removes deleted vectors from its index by itself."""
+        return 0.0
+
     # -------------------------------------------------------------------------------------------- writing
 
     def upsert(self, records: Sequence[Record]) -> None:
