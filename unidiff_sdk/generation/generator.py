@@ -189,7 +189,8 @@ class Generator:
         table = self._table(options)
         rngs = [_rng(options.seed + k) for _ in prompts for k in range(options.n)]
         noise = self._noise(rngs, options) if latents is None else self._checked_noise(latents, len(rngs), options)
-        states = [each for prompt in prompts for each in [self._token_states(prompt, options)] * options.n]
+        per_prompt = [self._token_states(prompt, options) for prompt in prompts]
+        states = [each for each in per_prompt for _ in range(options.n)]
         jobs = [self._job(*inputs, options, table, source) for inputs in zip(states, noise, rngs, strict=True)]
 
         # 3. Denoise, in calls shared with other requests
