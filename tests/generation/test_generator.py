@@ -143,13 +143,20 @@ def test_generation_without_guidance_halves_the_batch(generator: Generator) -> N
     assert batches(generator, "unet")[3:] == [4, 4, 4]
 
 
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_guidance_scale_up_to_1_follows_the_prompt_without_guidance(generator: Generator, scale: float) -> None:
+    """As diffusers does: turbo models ask for 0."""
+    options: dict[str, Any] = {"seed": 4, "sampler": "ddim", "steps": 3}
+    prompted = pixels(generator.generate("boots", guidance_scale=scale, **options))
+    assert batches(generator, "unet") == [1, 1, 1]
+    assert np.abs(prompted - pixels(generator.generate("coat", guidance_scale=scale, **options))).max() > 3
+    np.testing.assert_array_equal(prompted, pixels(generator.generate("boots", guidance_scale=1, **options)))
+
+
 def test_guidance_leads_from_the_negative_prompt_to_the_prompt(generator: Generator) -> None:
     options: dict[str, Any] = {"seed": 4, "sampler": "ddim", "steps": 3}
     plain = pixels(generator.generate("boots", guidance_scale=1, **options))
-    # without + g * (with - without) is one prompt alone where g is 0 or both prompts are the same
-    np.testing.assert_array_equal(
-        pixels(generator.generate("coat", negative_prompt="boots", guidance_scale=0, **options)), plain
-    )
+    # without + g * (with - without) is the prompt alone where both prompts are the same
     same = pixels(generator.generate("boots", negative_prompt="boots", guidance_scale=7, **options))
     assert np.abs(same - plain).max() <= 1
     assert np.abs(pixels(generator.generate("boots", guidance_scale=7, **options)) - plain).max() > 3
@@ -239,6 +246,24 @@ def test_mask_that_is_unreadable_or_dark_is_refused(generator: Generator) -> Non
         generator.generate("boots", like=image, mask=image)
 
 
+@pytest.mark.parametrize("hidden", [(0, 0, 0, 0), (255, 255, 255, 0)])
+@pytest.mark.parametrize("kind", ["image", "file", "array"])
+def test_transparent_part_of_a_mask_is_kept(
+    generator: Generator, tmp_path: Path, hidden: tuple[int, ...], kind: str
+) -> None:
+    source = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "red")
+    mask = Image.new("RGBA", source.size, hidden)
+    mask.paste((255, 255, 255, 255), (0, 0, IMAGE_SIZE // 2, IMAGE_SIZE))
+    mask.save(tmp_path / "mask.png")
+    given: Any = {"image": mask, "file": tmp_path / "mask.png", "array": np.asarray(mask)}[kind]
+    (image,) = generator.generate("boots", like=source, mask=given, steps=2)
+    kept = pixels([image])[0][:, IMAGE_SIZE // 2 :]
+    assert (kept == (255, 0, 0)).all()
+    assert (pixels([image])[0][:, : IMAGE_SIZE // 2] != (255, 0, 0)).any()
+    with pytest.raises(OptionError, match="the mask is dark everywhere"):
+        generator.generate("boots", like=source, mask=Image.new("RGBA", source.size, hidden))
+
+
 def test_resolve_fills_in_the_defaults_of_the_bundle(generator: Generator) -> None:
     bundle = {"steps": 4, "guidance_scale": 3.0, "sampler": "ddim", "width": IMAGE_SIZE, "height": IMAGE_SIZE}
     assert generator.resolve(GenerationOptions(seed=1)) == ResolvedOptions(seed=1, **bundle)
@@ -285,6 +310,7 @@ def test_run_refuses_to_select(generator: Generator) -> None:
         ({"mask": "m.png"}, "give that image as like="),
         ({"long_prompts": "drop"}, "long_prompts is 'drop'; use one of truncate, chunk"),
         ({"negative_prompt": "blurry", "guidance_scale": 1}, "negative_prompt has no effect at guidance_scale 1"),
+        ({"negative_prompt": "blurry", "guidance_scale": 0}, "no effect at guidance_scale 0; give a scale above 1"),
     ],
 )
 def test_invalid_options_are_refused_before_the_unet_runs(

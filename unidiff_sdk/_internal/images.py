@@ -62,25 +62,27 @@ _decoding_large = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 
-def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, background: str = "white") -> Image.Image:
     """Decode an image to 8-bit RGB.
 
-    The EXIF orientation is applied, transparency is composited over white, and an animation gives its first frame.
+    The EXIF orientation is applied, transparency is composited over the background, and an animation
+    gives its first frame.
 
     Args:
         source: a path, the bytes of an image file, a PIL image, or an array [height, width] or
             [height, width, channels] with 1 to 4 channels: uint8, uint16, bool, or floating point in [0, 1].
         max_pixels: the largest number of pixels (width x height) to decode.
+        background: the color behind transparent pixels.
 
     Raises:
         ImageError: the image is missing, damaged, empty, too large, too elongated, or in an unsupported format.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the given image", max_pixels)
+        return _to_rgb(source, "the given image", max_pixels, background)
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source), "the given array", max_pixels)
+        return _to_rgb(_from_array(source), "the given array", max_pixels, background)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(bytes(source), f"image data of {len(source)} bytes", max_pixels)
+        return _decode(bytes(source), f"image data of {len(source)} bytes", max_pixels, background)
     if isinstance(source, (str, PathLike)):
         path = Path(source)
         if not path.is_file():
@@ -88,16 +90,16 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
                 f"{path}: {'is a folder, not an image file' if path.is_dir() else 'there is no such file'}. "
                 "Give the path of an image file."
             )
-        return _decode(read_regular_file(path, MAX_FILE_SIZE, ImageError), str(path), max_pixels)
+        return _decode(read_regular_file(path, MAX_FILE_SIZE, ImageError), str(path), max_pixels, background)
     raise ImageError(f"Cannot read an image from {type(source).__name__}. Give a path, bytes, an array or a PIL image.")
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, name: str, max_pixels: int, background: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             _check_cost(image, data, name, max_pixels)
             with _decoding_large if image.width * image.height > LARGE else nullcontext():
-                return _to_rgb(image, name, max_pixels)
+                return _to_rgb(image, name, max_pixels, background)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -125,7 +127,7 @@ def _check_cost(image: Image.Image, data: bytes, name: str, max_pixels: int) -> 
             )
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, max_pixels: int, background: str) -> Image.Image:
     width, height = image.size
     if width * height == 0:
         raise ImageError(f"{name}: has no pixels ({width} x {height})")
@@ -144,7 +146,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         if image.mode.startswith(("I", "F")):
             return _from_array(_to_uint16(np.asarray(image))).convert("RGB")
         if image.has_transparency_data:
-            return _over_white(image.convert("RGBA"))
+            return _composited(image.convert("RGBA"), background)
         return image.convert("RGB")
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
@@ -152,13 +154,13 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: damaged or truncated ({error})") from error
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    """Composite over white, a few rows at a time: whole images would take three times the memory."""
+def _composited(image: Image.Image, background: str) -> Image.Image:
+    """Composite over a color, a few rows at a time: whole images would take three times the memory."""
     result = Image.new("RGB", image.size)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
-        white = Image.new("RGBA", strip.size, "white")
-        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+        behind = Image.new("RGBA", strip.size, background)
+        result.paste(Image.alpha_composite(behind, strip).convert("RGB"), (0, top))
     return result
 
 

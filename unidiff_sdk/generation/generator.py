@@ -118,7 +118,8 @@ class Generator:
             n: number of images for each prompt.
             seed: 0 or more.
             steps: number of denoising steps. None: the bundle's default, as for the options below.
-            guidance_scale: 0 to 50 (Ho & Salimans 2022, arXiv:2207.12598); 1 turns guidance off and halves the work.
+            guidance_scale: 0 to 50 (Ho & Salimans 2022, arXiv:2207.12598). Up to 1, guidance is off, which
+                halves the work.
             guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds (Lin et al. 2023,
                 arXiv:2305.08891, which recommends 0.7).
             sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`.
@@ -126,7 +127,8 @@ class Generator:
             like: an image to start from, cropped or padded to the size as the training images were.
             strength: above 0, up to 1, with `like`: how much of the image may change. The generation runs this share of
                 the steps. Default: 0.7; with a mask 1, which forgets the image where it is repainted.
-            mask: with `like`: an image that is bright where to repaint. All other pixels stay as they are.
+            mask: with `like`: an image that is bright where to repaint. All other pixels stay as they are, also
+                where the mask is transparent.
             long_prompts: for prompts longer than `bundle.prompt_tokens`: "truncate" ignores the rest with a warning,
                 "chunk" encodes the prompt in windows.
             latents: standard normal noise to start from, float32[images, channels, height, width] of the latents'
@@ -236,7 +238,10 @@ class Generator:
                 self._check_side(name, given[name])
         self._sampler_table(resolved.sampler, resolved.steps)  # raises for an unknown sampler and too many steps
         if resolved.negative_prompt and not resolved.guided:
-            raise OptionError("negative_prompt has no effect at guidance_scale 1; raise the scale, or omit the prompt")
+            raise OptionError(
+                f"negative_prompt has no effect at guidance_scale {resolved.guidance_scale:g}; give a scale above 1, "
+                "or omit the negative prompt"
+            )
         return resolved
 
     # Checks

@@ -27,6 +27,7 @@ Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
 BRIGHT = 128  # of 255
+KEEP = "black"  # the color of a mask where the image is kept: also behind its transparent pixels and around it
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ def first_step(strength: float, steps: int) -> int:
 
 
 def load_mask(mask: ImageSource | HasImage | LoadsImage, width: int, height: int, fit: Fit = "crop") -> Bool:
-    """Where to repaint: bool[height, width], true where the mask is bright.
+    """Where to repaint: bool[height, width], true where the mask is bright and not transparent.
 
     Raises:
         ImageError: the mask cannot be read.
         OptionError: the mask is dark everywhere.
     """
     try:
-        gray = fit_image(_read(mask).convert("L"), width, height, fit, "black")
+        gray = fit_image(_read(mask, KEEP).convert("L"), width, height, fit, KEEP)
     except ImageError as error:
         raise ImageError(f"the mask cannot be used: {error}") from error
     repaint: Bool = np.asarray(gray) >= BRIGHT
@@ -117,7 +118,7 @@ def to_samples(image: Image.Image) -> Float32:
     return samples
 
 
-def _read(source: ImageSource | HasImage | LoadsImage) -> Image.Image:
+def _read(source: ImageSource | HasImage | LoadsImage, background: str = "white") -> Image.Image:
     if isinstance(source, LoadsImage):
         return source.load_image()
-    return load_image(source.image if isinstance(source, HasImage) else source)
+    return load_image(source.image if isinstance(source, HasImage) else source, background=background)

@@ -49,7 +49,8 @@ class GenerationOptions:
         n: number of images for each prompt, at least 1.
         seed: 0 to 2**63 - 1. The k-th image of a prompt uses `seed + k`. None: a random seed.
         steps: number of denoising steps, at least 1. None: the bundle's default.
-        guidance_scale: 0 to 50 (Ho & Salimans 2022, arXiv:2207.12598); 1 turns guidance off and halves the work.
+        guidance_scale: 0 to 50 (Ho & Salimans 2022, arXiv:2207.12598). Up to 1, guidance is off, which
+            halves the work.
             None: the bundle's default.
         guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds (Lin et al. 2023,
             arXiv:2305.08891, which recommends 0.7).
@@ -60,7 +61,8 @@ class GenerationOptions:
         like: an image to start from, cropped or padded to the size as the training images were.
         strength: above 0, up to 1, with `like`: how much of the image may change. The generation runs this share of
             the steps. None: 0.7, or 1 with a mask.
-        mask: with `like`: an image that is bright where to repaint. All other pixels stay as they are.
+        mask: with `like`: an image that is bright where to repaint. All other pixels stay as they are, also
+            where the mask is transparent.
         best_of: number of candidates for each prompt, of which the n best are selected. None: n.
         min_score: reject candidates whose cosine with the prompt is lower, -1 to 1.
         max_similarity: reject candidates whose cosine with a catalog item is higher, -1 to 1.
@@ -179,7 +181,7 @@ class ResolvedOptions(GenerationOptions):
     @property
     def guided(self) -> bool:
         """Whether each image takes a second prediction, without the prompt."""
-        return self.guidance_scale != 1
+        return self.guidance_scale > 1
 
     def round(self, offset: int, count: int) -> ResolvedOptions:
         """The options that generate `count` candidates from the seed `seed + offset` on, without a selection."""

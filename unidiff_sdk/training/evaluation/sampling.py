@@ -62,7 +62,7 @@ def generate_images(
 
     Args:
         table: Sampler table, see `sampler_table`.
-        guidance: Guidance scale. 1 turns guidance off and halves the work.
+        guidance: Guidance scale. Up to 1 there is no guidance, at half the work.
         on_progress: Called before each chunk with the numbers of images done and requested.
 
     Returns:
@@ -95,7 +95,7 @@ def _denoise(
         coefficients = Coefficients(*map(float, table[step]))
         scaled, t = x * coefficients.input_scale, torch.full((len(states),), coefficients.timestep, device=model.device)
         output: Any = model.unet(scaled, t, states).sample
-        if guidance != 1:
+        if guidance > 1:
             unconditional = model.unet(scaled, t, empty.expand_as(states)).sample
             output = apply_guidance(unconditional, output, guidance)
         noise = _noise(streams, shape, model.device) if coefficients.next_from_noise else None

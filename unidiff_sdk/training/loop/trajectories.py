@@ -52,7 +52,7 @@ def record_trajectories(
         input_ids: int64[captions, tokens].
         empty_ids: int64[1, tokens], the tokens of "".
         table: Sampler table of the teacher.
-        guidance_scale: 1 turns guidance off and halves the work.
+        guidance_scale: up to 1, guidance is off, which halves the work.
         progress: Wraps the batches while they are recorded.
 
     Raises:
@@ -96,7 +96,7 @@ def _denoise(
         t = torch.full((len(x),), coefficients.timestep, device=model.device)
         with model.autocast():
             output = model.unet(x * coefficients.input_scale, t, states).sample.float()
-            if guidance_scale != 1:
+            if guidance_scale > 1:
                 unconditional = model.unet(x * coefficients.input_scale, t, empty.expand_as(states)).sample.float()
                 output = apply_guidance(unconditional, output, guidance_scale)
         x, x0 = advance(coefficients, x, output, x0, None)  # the arithmetic of NumPy and of PyTorch is the same here
