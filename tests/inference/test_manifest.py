@@ -12,7 +12,7 @@ from support.toy_bundle import make_toy_bundle, seal
 
 from unidiff_sdk.errors import BundleError
 from unidiff_sdk.inference.bundle import TINY
-from unidiff_sdk.inference.manifest import MANIFEST, Manifest, TensorSpec
+from unidiff_sdk.inference.manifest import MANIFEST, Manifest, TensorSpec, read_json
 
 
 @pytest.fixture(scope="module")
@@ -119,4 +119,29 @@ def test_change_after_the_export_is_found(tmp_path: Path, toy: Path) -> None:
         Manifest.read(tmp_path)
     seal(tmp_path, content)
     with pytest.raises(BundleError, match="it must be one of the files"):  # this folder has none
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100_000, "nested more than 100"),
+        (b'{"name": ' + b"9" * 5000 + b"}", "5,000 digits"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b'{"a": "\x00"}', "Invalid control character"),
+        (b"[]", "must hold a JSON object"),
+    ],
+)
+def test_json_beyond_the_limits_is_a_bundle_error(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / MANIFEST).write_bytes(content)
+    with pytest.raises(BundleError, match=reason):
+        read_json(tmp_path / MANIFEST)
+
+
+def test_sizes_have_an_upper_bound(tmp_path: Path, toy: Path) -> None:
+    content = content_of(toy)
+    del content["checksum"]
+    content["embedding"]["max_tokens"] = 10**9
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="max_tokens is 1000000000; it must be an integer above 0 and at most 65,536"):
         Manifest.read(tmp_path)

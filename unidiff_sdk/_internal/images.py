@@ -40,16 +40,16 @@ MAX_FILE_SIZE = 256 << 20
 """The largest image file in bytes."""
 
 LARGE = 16_000_000
-"""Pixels from which an image is large. Decoders take up to 27 bytes a pixel, so large images are decoded one by one."""
+"""Pixels from which an image is large. Decoders need several copies of it, so large images are decoded one by one."""
 
 MAX_PIXELS_PER_BYTE = 4096
-"""The most pixels per byte in the file of a large image. A photo has less than 50, a PNG of one color at most 1,032."""
+"""The most pixels per byte in the file of a large image. Deflate, as in PNG, reaches at most 1,032 for one channel."""
 
 MAX_SCANS = 100
-"""The most scans of a progressive JPEG. Encoders write about 10; each one passes over all pixels again."""
+"""The most scans of a progressive JPEG. Each one passes over all pixels again; libjpeg writes 10 by default."""
 
 MAX_SCANNED_PIXELS = 20 * MAX_PIXELS
-"""The most pixels times scans of a JPEG, which take about 15 s."""
+"""The most pixels times scans of a JPEG: the largest image with twice the usual number of scans."""
 
 MAX_ASPECT_RATIO = 200
 """The largest ratio of the longer to the shorter side. The encoder scales the shorter side to its input size."""

@@ -19,7 +19,7 @@ from unidiff_sdk.errors import DataError, OptionError, UniDiffError
 from .files import read_regular_file
 from .text import checked_text
 
-__all__ = ["MAX_DEPTH", "MAX_JSON_DEPTH", "is_missing", "parse_json", "read_json", "to_json"]
+__all__ = ["MAX_DEPTH", "MAX_DOCUMENT", "MAX_JSON_DEPTH", "is_missing", "parse_json", "read_json", "to_json"]
 
 MAX_DEPTH = 32
 """The deepest nesting of a stored value and of a filter. The engine is recursive: 1,000 levels crash it."""
@@ -37,19 +37,26 @@ MAX_DOCUMENT = 64 << 20
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def read_json(path: Path, *, error: type[UniDiffError] = DataError, max_size: int = MAX_DOCUMENT) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
+def read_json(
+    path: Path,
+    *,
+    error: type[UniDiffError] = DataError,
+    kind: type = dict,
+    nan: bool = False,
+    max_size: int = MAX_DOCUMENT,
+) -> Any:
+    """Read a JSON file.
 
     Args:
         path: a regular file, UTF-8.
         error: the class of the error that is raised.
+        kind, nan: as for `parse_json`.
         max_size: the largest size in bytes.
 
     Raises:
         error: the file is missing, is not a regular file or too large, or `parse_json` refuses its content.
     """
-    content: dict[str, Any] = parse_json(read_regular_file(path, max_size, error), str(path), error=error)
-    return content
+    return parse_json(read_regular_file(path, max_size, error), str(path), error=error, kind=kind, nan=nan)
 
 
 def parse_json(

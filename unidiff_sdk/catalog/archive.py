@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unidiff_sdk._internal.files import atomic_file
+from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.parallel import buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet
-from unidiff_sdk.errors import BundleError, DataError, ImageError, StoreError
+from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Clause, parse
@@ -226,7 +227,7 @@ class Archive:
         path = Path(path)
         file = open_parquet(path)
         try:
-            head = json.loads((file.schema_arrow.metadata or {})[KEY])
+            head = parse_json((file.schema_arrow.metadata or {})[KEY], "the metadata", error=OptionError)
             version = head["schema_version"] if head["format"] == FORMAT else None
             bundle = {name: str(head["bundle"][name]) for name in ("name", "path", "fingerprint")}
             dim = int(head["bundle"]["dim"])
@@ -329,7 +330,7 @@ def _load(archive: Archive, catalog: Catalog, reencode: bool, progress: bool) ->
 
 
 def _item(row: dict[str, Any]) -> ArchivedItem:
-    payload = json.loads(row["payload"])
+    payload = parse_json(row["payload"], "the payload", error=OptionError, kind=object)
     if not isinstance(payload, dict) or payload.keys() & _RESERVED:
         raise ValueError(f"the payload of {row['id']!r} is not an object of other columns")
     return ArchivedItem(

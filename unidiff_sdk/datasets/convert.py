@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import DataError
 
 from .reader import InvalidRow
@@ -239,14 +240,9 @@ def deepfashion_multimodal(source: str | Path, gender: Literal["men", "women"]) 
 
 
 def _captions(file: Path) -> dict[str, Any]:
-    try:
-        captions = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{file}: there is no such file. It holds the textual descriptions of DeepFashion-MultiModal."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not valid JSON ({error})") from error
+    if not file.exists():
+        raise DataError(f"{file}: there is no such file. It holds the textual descriptions of DeepFashion-MultiModal.")
+    captions = read_json(file, kind=object)
     if not isinstance(captions, dict):
         raise DataError(f"{file}: must hold an object from file name to caption, not {type(captions).__name__}")
     return captions

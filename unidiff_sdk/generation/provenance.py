@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from unidiff_sdk._internal.files import write_atomically
+from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk.errors import ImageError, OptionError
 
 __all__ = ["Recipe", "read_recipe", "save"]
@@ -94,7 +95,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
             image.load()  # in a PNG, text may follow the pixels
             packet = image.info.get("xmp", b"")
         found = _RECIPE.search(packet)
-        recipe = json.loads(html.unescape(found[1].decode())) if found else None
+        recipe = parse_json(html.unescape(found[1].decode()), "the recipe", kind=object) if found else None
     except Exception as error:  # decoders raise nearly every built-in exception on damaged files
         raise ImageError(f"{path}: cannot be read as a PNG or WebP image with a recipe ({error})") from error
     if not isinstance(recipe, dict) or not isinstance(recipe.get("bundle"), str):

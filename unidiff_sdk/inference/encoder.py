@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unidiff_sdk._internal.files import read_regular_file
 from unidiff_sdk._internal.images import ImageSource, load_image
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT, read_json
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk._internal.weak_method import weak_method
@@ -20,7 +21,7 @@ from unidiff_sdk.errors import BundleError, OptionError
 
 from .bundle import Bundle
 from .preprocessing import preprocess
-from .tokenizer import clip_tokenizer
+from .tokenizer import clip_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -139,18 +140,17 @@ def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
     Raises:
         BundleError: a file is missing or damaged.
     """
-    try:
+    with tokenizer_errors(folder):
         tokenizer = _read_tokenizer(folder)
-        config: dict[str, Any] = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise BundleError(f"{folder}: the tokenizer cannot be read ({error}); export the bundle again") from error
+        config: dict[str, Any] = read_json(folder / "tokenizer_config.json", error=BundleError)
     pad = config.get("pad_token") or config.get("eos_token")
-    pad = pad["content"] if isinstance(pad, dict) else pad  # transformers 4 writes tokens with their flags
+    pad = pad.get("content") if isinstance(pad, dict) else pad  # transformers 4 writes tokens with their flags
     pad_id = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
     if pad_id is None:
         raise BundleError(f"{folder}: the tokenizer has no pad token ({pad!r}); export the bundle again")
-    tokenizer.enable_truncation(max_tokens)
-    tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
+    with tokenizer_errors(folder):
+        tokenizer.enable_truncation(max_tokens)
+        tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
     return tokenizer
 
 
@@ -159,12 +159,14 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
     if not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
         return clip_tokenizer(folder / "vocab.json", folder / "merges.txt")
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    content = read_regular_file(folder / "tokenizer.json", MAX_DOCUMENT, BundleError)
+    return Tokenizer.from_str(content.decode("utf-8"))
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
     """int64[len(texts), max_tokens], by a tokenizer from `load_tokenizer`. At least one text."""
-    return np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)], np.int64)
+    with tokenizer_errors("bundle"):
+        return np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)], np.int64)
 
 
 def _checked_texts(texts: Sequence[str]) -> list[str]:

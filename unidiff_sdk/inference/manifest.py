@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from unidiff_sdk._internal import json_values
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import BundleError
 
@@ -49,8 +50,12 @@ DEFAULT_SAMPLER: dict[str, Any] = {"name": "dpm++2m", "steps": 20, "guidance_sca
 Profile = Mapping[str, Mapping[str, Sequence[int]]]
 """The smallest, usual and largest shape of each input of a graph: {"sample": {"min": …, "opt": …, "max": …}, …}."""
 
+MAX_COUNT = 65_536
+"""The largest number of tokens, dimensions, channels, steps or pixels on a side. They size buffers."""
+
 # Types of fields: the annotations below are the schema that a manifest is read by.
-Count = Annotated[int, "above 0"]
+Count = Annotated[int, "above 0", MAX_COUNT]
+Size = Annotated[int, "above 0"]
 Positive = Annotated[float, "above 0"]
 
 
@@ -83,7 +88,7 @@ class Graph:
     inputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     outputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     attention_nodes: int | None = None
-    bytes: Count | None = None
+    bytes: Size | None = None
     int8: Mapping[str, Any] | None = None
     channels_last: bool | None = None
     profile: Profile | None = None
@@ -298,11 +303,11 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises BundleError if the file is missing or holds something else."""
+    if not file.exists():
+        raise BundleError(f"{file}: the file is missing; export the bundle again")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BundleError(f"{file}: the file is missing; export the bundle again") from error
-    except (OSError, ValueError) as error:
+        value = json_values.read_json(file, error=BundleError, kind=object, nan=True)
+    except BundleError as error:
         raise BundleError(f"{file}: cannot be read as JSON ({error}); export the bundle again") from error
     if not isinstance(value, dict):
         raise BundleError(f"{file}: must hold a JSON object, not {type(value).__name__}; export the bundle again")
@@ -358,7 +363,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if len(members) == 1 or type(value) in members:
             return _decode(members[0] if len(members) == 1 else type(value), value, path)
     elif origin is Annotated:
-        if _is_a(arguments[0], value) and value > 0:
+        if _is_a(arguments[0], value) and 0 < value <= (arguments[2] if len(arguments) > 2 else math.inf):
             return value
     elif origin is Literal:
         if value in arguments:
@@ -406,7 +411,8 @@ def _is_a(kind: type, value: Any) -> bool:
 def _accepted(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return f"{_accepted(arguments[0])} above 0"
+        at_most = f" and at most {arguments[2]:,}" if len(arguments) > 2 else ""
+        return f"{_accepted(arguments[0])} above 0{at_most}"
     if origin in (Union, UnionType):
         return " or ".join(_accepted(member) for member in arguments if member is not NoneType)
     if origin is Literal:

@@ -8,12 +8,12 @@ candidates. `optimize` compresses the vectors. Until then, searches scan the ori
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import qdrant_edge as edge
 
+from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import OptionError, StoreError
 from unidiff_sdk.store.protocol import VECTOR
 
@@ -37,7 +37,7 @@ def vector_parameters(quantization: str | None) -> dict[str, Any]:
 
 def stored_quantization(shard: Path) -> str | None:
     """The quantization in a shard's configuration file: "scalar" or None."""
-    config = json.loads((shard / "edge_config.json").read_text(encoding="utf-8"))
+    config = read_json(shard / "edge_config.json", error=StoreError)
     return next(iter(config["vectors"][VECTOR].get("quantization_config") or {}), None)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk.errors import CheckpointError, OptionError
 
 from .checkpoint import Checkpoint, ImageProcessor, assemble_checkpoint, load_checkpoint, load_clip, require_supported
 from .open_clip import PREFIX, load_open_clip
@@ -94,7 +94,7 @@ def _image_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...])
 def _matching_clip(folder: Path) -> str:
     """Hint naming the CLIP that fits the pipeline's text encoder, if it is known."""
     try:
-        width = json.loads((folder / "text_encoder" / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+        width = read_json(folder / "text_encoder" / "config.json", error=OptionError)["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f", for example {MATCHING_CLIP[width]}, where its text encoder comes from" if width in MATCHING_CLIP else ""

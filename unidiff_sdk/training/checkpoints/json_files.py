@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal import json_values
 from unidiff_sdk.errors import CheckpointError
 
 __all__ = ["read_json", "write_json"]
@@ -15,8 +16,8 @@ __all__ = ["read_json", "write_json"]
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError if the file cannot be read or holds something else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json_values.read_json(file, error=CheckpointError, kind=object, nan=True)
+    except CheckpointError as error:
         raise CheckpointError(f"Cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a JSON {type(content).__name__}, but must hold an object.")

@@ -6,7 +6,6 @@ A model is named `open_clip:ARCH/TAG` (downloaded by the open_clip package), `op
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk.errors import CheckpointError, OptionError
 
 __all__ = ["PREFIX", "ConvertedOpenClip", "convert", "load_open_clip"]
 
@@ -226,7 +226,7 @@ def _download(architecture: str, tag: str) -> tuple[dict[str, Any], Path]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(file, error=OptionError)
         content.get("model_cfg", content)["vision_cfg"], content.get("model_cfg", content)["text_cfg"]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not the configuration of an OpenCLIP model: {error!r}") from error

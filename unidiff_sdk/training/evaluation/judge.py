@@ -8,7 +8,6 @@ under test. So its figures compare across runs and versions. It was trained on t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
+from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import CheckpointError, OptionError
 
 __all__ = ["FOLDER", "IMAGE_SIZE", "Judge", "JudgeNet", "attribute_accuracy", "judge_files", "to_tensor"]
@@ -91,7 +91,7 @@ class Judge:
         """
         record_path, weights_path = judge_files(Path(folder))
         try:
-            record = json.loads(record_path.read_text(encoding="utf-8"))
+            record = read_json(record_path, error=OptionError)
             weights = weights_path.read_bytes()
             recorded, labels = record["sha256"], record["labels"]
         except (OSError, ValueError, KeyError) as error:
