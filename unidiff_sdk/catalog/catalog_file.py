@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,9 +24,9 @@ from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 if TYPE_CHECKING:
     from unidiff_sdk.store.server.connection import ServerOptions
 
-__all__ = ["FILE_LOCK", "FILE_NAME", "MEMORY", "BundleRef", "CatalogFile", "CatalogPlace", "restore_place"]
+__all__ = ["FILE_NAME", "MEMORY", "BundleRef", "CatalogFile", "CatalogPlace", "file_lock", "restore_place"]
 
-FILE_NAME = "catalog.json"
+FILE_NAME, LOCK_NAME = "catalog.json", "catalog.lock"
 FORMAT = "unidiff-catalog"
 SCHEMA_VERSION = 1
 MAX_SIZE = 1 << 20  # bytes of a catalog.json, which has less than 1,000 unless its paths are very long
@@ -33,10 +34,6 @@ MAX_DIM = 65_536  # the longest vectors that the engine stores
 
 TINY_NAME = "tiny"
 MEMORY = ":memory:"
-
-FILE_LOCK = threading.Lock()
-"""Held from reading a `catalog.json` to writing it. No other lock is acquired while it is held."""
-
 
 # ------------------------------------------------------------------------------------------------ places
 
@@ -127,6 +124,29 @@ def _is_url(location: str) -> bool:
 # ------------------------------------------------------------------------------------------------ catalog.json
 
 
+@contextmanager
+def file_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a catalog's `catalog.json` against other threads and processes, from reading it to writing it.
+
+    Raises:
+        StoreError: the folder cannot be written. One with a `catalog.json` may be read-only: nobody changes it then.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = resolve_stored(folder, LOCK_NAME, StoreError).open("a")
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS) and (folder / FILE_NAME).is_file():
+            yield
+            return
+        raise StoreError(f"{folder} cannot be written: {error.strerror}.") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a forked child may have a copy of the open file
+
+
 @dataclass(frozen=True)
 class BundleRef:
     """A reference to the bundle that produced the embeddings of a catalog.
@@ -212,8 +232,11 @@ class CatalogFile:
         path = folder / FILE_NAME
         try:
             if not path.is_file():
-                if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                    raise StoreError(f"{folder} is not a catalog: it has no {FILE_NAME}. Choose a new folder.")
+                if folder.exists() and not (folder.is_dir() and _is_unused(folder)):
+                    raise StoreError(
+                        f"{folder} is not a catalog: it has no {FILE_NAME}. Choose a new folder. If it is a damaged "
+                        f"catalog, restore {FILE_NAME} from a backup."
+                    )
                 return None
             content = read_json(resolve_stored(folder, FILE_NAME, StoreError), error=StoreError, max_size=MAX_SIZE)
             version = content["schema_version"]
@@ -253,3 +276,9 @@ class CatalogFile:
         """Write `catalog.json` durably. Raises StoreError."""
         content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
         write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode(), fsync=True)
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, or was left by a process that was killed before it had created a catalog there."""
+    names = {entry.name for entry in folder.iterdir()}
+    return not names or (LOCK_NAME in names and all(name in (LOCK_NAME, VECTORS) for name in names))

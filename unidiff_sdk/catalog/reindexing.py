@@ -24,7 +24,7 @@ from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 from unidiff_sdk.store.payload import SYSTEM
 
-from .catalog_file import FILE_LOCK, BundleRef
+from .catalog_file import BundleRef, file_lock
 from .snapshot import CurrentSnapshot, Snapshot
 from .writer import BATCH_SIZE
 
@@ -98,7 +98,7 @@ def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bun
             reencoder.copy(current.take_changes())
 
             # 3. Swap. The one write of catalog.json decides which store and bundle the catalog has.
-            with FILE_LOCK:
+            with file_lock(after.folder):
                 after.file.write(after.folder)
             current.replace(after)
     except BaseException:
@@ -119,7 +119,7 @@ def _new_snapshot(before: Snapshot, stores: Location, bundle: Bundle) -> Snapsho
         if is_store and left.name not in (before.file.vectors, vectors):
             shutil.rmtree(left)
     stores = replace(stores, quantization=getattr(before.store, "quantization", None))
-    store = stores.open(vectors, bundle.dim, bundle.fingerprint)
+    store = stores.open(vectors, bundle.dim, bundle.fingerprint, create=True)
     return Snapshot(store, folder, replace(before.file, bundle=BundleRef.of(bundle, folder), vectors=vectors), bundle)
 
 

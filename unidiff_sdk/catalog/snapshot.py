@@ -22,7 +22,7 @@ from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import Location
 
 from .aio import Resource, async_variant
-from .catalog_file import FILE_LOCK, CatalogFile, CatalogPlace
+from .catalog_file import CatalogFile, CatalogPlace, file_lock
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,13 +79,14 @@ class Snapshot:
         opened: Bundle | None = None
         if bundle is not None or file is None:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        if file is None:
-            assert opened is not None
-            file = CatalogFile.new(opened, place.folder)
-            file.write(place.folder)
-        elif opened is not None:
-            file = file.adopt(opened, place.folder)
-        store = place.stores.open(file.vectors, file.bundle.dim, file.bundle.fingerprint)
+        with file_lock(place.folder):
+            file = CatalogFile.read(place.folder)  # again: another process may have created the catalog meanwhile
+            if file is not None:
+                store, file = _open_existing(place, file, opened)
+            elif opened is not None:
+                store, file = _create(place, opened)
+            else:
+                raise StoreError(f"The catalog at {place.folder} was deleted while it was opened. Open it again.")
         _log.debug("opened %s, indexed with the bundle %s", place.location, file.bundle.name)
         return cls(store, place.folder, file, opened)
 
@@ -107,7 +108,7 @@ class Snapshot:
             )
         bundle = Bundle.open(path)
         reference.check(bundle, self.folder)
-        with FILE_LOCK:
+        with file_lock(self.folder):
             file = CatalogFile.read(self.folder)
             if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # not reindexed in the meantime
                 self.file = file.adopt(bundle, self.folder)
@@ -153,6 +154,35 @@ class Snapshot:
             "columns": column_kinds(self.store),
             "bundle": reference.describe(str(reference.locate(self.folder))),
         }
+
+
+def _open_existing(place: CatalogPlace, file: CatalogFile, bundle: Bundle | None) -> tuple[Store, CatalogFile]:
+    """Open the store of a catalog. It must exist: a missing one is damage, not a new catalog."""
+    if bundle is not None:
+        file.bundle.check(bundle, place.folder)
+    store = place.stores.open(file.vectors, file.bundle.dim, file.bundle.fingerprint, create=False)
+    try:
+        return store, file if bundle is None else file.adopt(bundle, place.folder)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _create(place: CatalogPlace, bundle: Bundle) -> tuple[Store, CatalogFile]:
+    """Create a catalog. `catalog.json` is written last, so that it never names a store that does not exist."""
+    file = CatalogFile.new(bundle, place.folder)
+    store = place.stores.open(file.vectors, bundle.dim, bundle.fingerprint, create=True)
+    try:
+        if place.stores.url is None and (count := store.count()):
+            raise StoreError(
+                f"{place.folder} has {count} vectors but no catalog.json. Restore catalog.json from a backup, or "
+                "choose a new folder."
+            )
+        file.write(place.folder)
+    except BaseException:
+        store.close()
+        raise
+    return store, file
 
 
 class CurrentSnapshot:

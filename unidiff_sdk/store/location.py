@@ -44,16 +44,17 @@ class Location:
     api_key: str | None = None
     options: ServerOptions | None = None
 
-    def open(self, name: str, dim: int, fingerprint: str) -> Store:
-        """Open a store, or create it if it does not exist.
+    def open(self, name: str, dim: int, fingerprint: str, *, create: bool) -> Store:
+        """Open a store.
 
         Args:
             name: `VECTORS`, with or without a suffix.
             dim: the length of the vectors.
             fingerprint: of the bundle that makes the vectors.
+            create: create the store if it is missing. If False, that is an error: its items were lost.
 
         Raises:
-            StoreError: the store cannot be opened, is in use, or was made with another bundle.
+            StoreError: the store is missing or damaged, cannot be opened, is in use, or was made with another bundle.
         """
         if not STORE_NAME.fullmatch(name):
             raise StoreError(
@@ -62,10 +63,12 @@ class Location:
         if self.url is None:
             from .edge.store import EdgeStore
 
-            return EdgeStore(resolve_stored(self.folder, name, StoreError), dim, self.quantization)
+            return EdgeStore(resolve_stored(self.folder, name, StoreError), dim, self.quantization, create=create)
         from .server.connection import ServerOptions, connect
         from .server.store import ServerStore
 
         options = self.options or ServerOptions()
         collection = self.collection + name.removeprefix(VECTORS)
-        return ServerStore(connect(self.url, options, self.api_key), collection, dim, fingerprint, options)
+        return ServerStore(
+            connect(self.url, options, self.api_key), collection, dim, fingerprint, options, create=create
+        )

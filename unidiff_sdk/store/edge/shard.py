@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import qdrant_edge as edge
 
+from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store.protocol import VECTOR
 
 from .page_cache import warm_page_cache
@@ -45,6 +47,12 @@ FULL_SCAN_KB = 40_000
 def open_shard(path: Path, dim: int, quantization: str | None, full_scan_kb: int) -> edge.EdgeShard:
     """Load the shard in a folder, or create one for vectors of `dim` numbers."""
     if (path / "edge_config.json").is_file():
+        stored = json.loads((path / "edge_config.json").read_text(encoding="utf-8"))["vectors"][VECTOR]["size"]
+        if stored != dim:
+            raise StoreError(
+                f"The shard {path} has vectors of {stored} numbers, but the bundle of this catalog makes {dim}. "
+                "Restore the folder from a backup."
+            )
         warm_page_cache(path)
         return edge.EdgeShard.load(str(path))
     path.mkdir(parents=True, exist_ok=True)

@@ -29,17 +29,26 @@ _VERSION = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)  # the name of a subfolde
 _SHARD_ENTRIES = (CONFIG, "segments", "wal")  # of a shard
 _PART = re.compile(r"\..*\.part", re.ASCII)  # of `write_atomically`
 _MAX_CURRENT = 64  # bytes of the file `current`
+_REPAIR = "Copy the whole folder again while no process has the catalog open, or restore it from a backup."
 
 
 class ShardVersions:
     """The versions of one store's shard, locked against other processes and other objects until `release`.
 
+    The folder is validated before leftovers are deleted: what is damaged is refused, and nothing is deleted then.
+
+    Args:
+        root: the folder.
+        create: whether the folder may be new. If False, a missing shard is an error.
+
     Raises:
-        StoreError: the folder is in use or not writable.
+        StoreError: the folder is in use, not writable or damaged, or the shard is missing.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, create: bool = True) -> None:
         self.root = root
+        if not create and not root.is_dir():
+            raise StoreError(f"{root} is missing, so the vectors of this catalog are, too. {_REPAIR}")
         try:
             root.mkdir(parents=True, exist_ok=True)
             lock = resolve_stored(root, LOCK, StoreError)
@@ -55,7 +64,7 @@ class ShardVersions:
                 "Several processes need a Qdrant server: Catalog('http://…')."
             ) from None
         try:
-            _check_no_links(self.current)
+            self._validate(create)
             self._remove_leftovers()
         except StoreError:
             self.release()
@@ -80,7 +89,9 @@ class ShardVersions:
 
     def activate(self, folder: Path) -> None:
         """Make a complete shard the current one. The change survives a power cut."""
-        write_atomically(self.root / CURRENT, folder.name.encode(), fsync=True)
+        is_recorded = folder == self.root or (self.root / CURRENT).is_file()
+        if not is_recorded or self.current != folder:
+            write_atomically(self.root / CURRENT, folder.name.encode(), fsync=True)
 
     def remove(self, folder: Path) -> None:
         """Delete a shard that is not the current one."""
@@ -91,7 +102,30 @@ class ShardVersions:
 
     def release(self) -> None:
         """Unlock the store."""
-        self._lock.close()
+        if not self._lock.closed:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may have a copy of the open file
+            self._lock.close()
+
+    def _validate(self, create: bool) -> None:
+        """Raise StoreError unless the current shard is complete, or nothing contradicts that the store is new."""
+        complete = sorted(int(p.name) for p in self.root.iterdir() if _VERSION.fullmatch(p.name) and _is_shard(p))
+        present = f"Complete shards in {self.root}: {', '.join(map(str, complete)) or 'none'}."
+        current = self.current
+        if _is_shard(current):
+            # Without a file `current`, folder 0 is the only shard that there can be.
+            if current != self.root and not (self.root / CURRENT).exists() and len(complete) > 1:
+                raise StoreError(
+                    f"{self.root / CURRENT} is missing. {present} Write the right number into it. {_REPAIR}"
+                )
+            _check_no_links(current)
+        elif (self.root / CURRENT).exists():
+            raise StoreError(
+                f"{self.root / CURRENT} names {current.name}, which is not a complete shard. {present} {_REPAIR}"
+            )
+        elif complete:
+            raise StoreError(f"{self.root / CURRENT} is missing. {present} Write the right number into it. {_REPAIR}")
+        elif not create:
+            raise StoreError(f"{self.root} has no shard, so the vectors of this catalog are missing. {_REPAIR}")
 
     def _remove_leftovers(self) -> None:
         """Delete the shards that are not the current one, and files that were never completed."""
@@ -106,6 +140,10 @@ class ShardVersions:
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink(missing_ok=True)
+
+
+def _is_shard(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / "segments").is_dir()
 
 
 def _check_no_links(shard: Path) -> None:

@@ -62,13 +62,15 @@ class EdgeStore:
         full_scan_kb: of a new store: items that match a filter are scanned instead of searched through the graph if
             their vectors take at most this many kilobytes.
         build_index: builds the search index of a shard in a folder. By default in a child process.
+        create: create a missing store. If False, a missing one is an error.
 
     Attributes:
         quantization: the quantization of the store.
         revision: increases with each write.
 
     Raises:
-        StoreError: the folder is in use or not writable, or its store has another quantization.
+        StoreError: the folder is in use, not writable, damaged or missing, or its store has another quantization or
+            vectors of another length.
         OptionError: `quantization` is not supported.
     """
 
@@ -80,6 +82,7 @@ class EdgeStore:
         *,
         full_scan_kb: int = FULL_SCAN_KB,
         build_index: Callable[[Path], None] = optimize_in_subprocess,
+        create: bool = True,
     ) -> None:
         self.path, self.dim = path, dim
         self._build_index = build_index
@@ -89,10 +92,11 @@ class EdgeStore:
         self._replaced: tuple[edge.EdgeShard, Path] | None = None
         self._closed = False
         self.revision = 0
-        self._versions = ShardVersions(path)
+        self._versions = ShardVersions(path, create=create)
         try:
             with _store_errors(path):
                 self._shard = open_shard(self._versions.current, dim, quantization, full_scan_kb)
+                self._versions.activate(self._versions.current)
                 self.quantization = stored_quantization(self._versions.current)
                 self._indexes = PayloadIndexes(index_kinds_of(self._shard))
             check_quantization(quantization, self.quantization, path)

@@ -52,6 +52,7 @@ class ServerStore:
         dim: the length of the vectors.
         fingerprint: of the bundle that makes the vectors.
         options: the layout of a new collection.
+        create: create a missing collection. If False, a missing one is an error.
 
     Raises:
         StoreError: the server failed, the collection was not made by UniDiff, or it was made with another bundle.
@@ -64,6 +65,8 @@ class ServerStore:
         dim: int,
         fingerprint: str,
         options: ServerOptions | None = None,
+        *,
+        create: bool = True,
     ) -> None:
         options = options or ServerOptions()
         self.client, self.collection, self.dim = client, collection, dim
@@ -72,6 +75,11 @@ class ServerStore:
         self.revision = 0
         with self._engine():
             if not client.collection_exists(collection):
+                if not create:
+                    raise StoreError(
+                        f'The server has no collection "{collection}", which holds the vectors of this catalog. '
+                        "Restore it from a snapshot, or check the URL and collection=."
+                    )
                 self._create(options, fingerprint)
         self._indexes = PayloadIndexes(self._check(fingerprint))
 
