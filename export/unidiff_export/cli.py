@@ -27,7 +27,7 @@ unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
-@click.option("--clip", help="Its CLIP, where CKPT has none: a folder, a hub id, or open_clip:ARCH/TAG-or-file.")
+@click.option("--clip", help="Its CLIP, where CKPT has none: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
 @click.option("-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="Compute in single precision (default).")
 @click.option("--fp16", "precision", flag_value="fp16", help="Compute in half precision: half the size, for GPUs.")

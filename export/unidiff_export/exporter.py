@@ -20,7 +20,7 @@ from unidiff_sdk.errors import ExportError, ProviderError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import Graph, Manifest
 from unidiff_sdk.training.checkpoints.bases import load_base
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
 from .bundle_folder import (
     folder_size,
@@ -210,7 +210,7 @@ def export_bundle(
 
 def _load(path: str | Path, clip: str | Path | None) -> Checkpoint:
     """A checkpoint; or a Stable Diffusion, which says what it lacks if `clip` does not name its CLIP."""
-    return load_base(path, clip) if clip or Path(path).is_dir() else load_checkpoint(path)
+    return load_base(path, clip)
 
 
 def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference) -> Int8Policy:

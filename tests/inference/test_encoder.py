@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from support.recorded import open_recorded, recorded
 from support.toy_bundle import DIM, IMAGE_SIZE, TOKENS, make_toy_bundle
 
 from unidiff_sdk.errors import BundleError, ImageError, OptionError
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.encoder import Encoder, cut_text
 from unidiff_sdk.inference.preprocessing import preprocess
 
 
@@ -82,6 +85,32 @@ def test_tokenize_truncates_and_pads_with_the_pad_token(encoder: Encoder) -> Non
     assert short.dtype == np.int64 and len(short) == len(long) == TOKENS
     assert short.tolist() == [start, vocabulary["a"], vocabulary["b</w>"], end] + [pad] * (TOKENS - 4)
     assert long[0] == start and long[-1] == end and pad not in long
+
+
+@pytest.mark.parametrize("text", ["ab " * 400_000, "x" * 1_000_000, " " * 1_000_000 + "ab"])
+def test_text_of_a_million_characters_is_cut_before_it_is_tokenized(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    lengths: list[int] = []
+
+    class Recorded:
+        truncation = encoder._tokenizer.truncation
+
+        def encode_batch(self, texts: list[str]) -> Any:
+            lengths.extend(map(len, texts))
+            return tokenizer.encode_batch(texts)
+
+    tokenizer = encoder._tokenizer
+    whole = [encoding.ids for encoding in tokenizer.encode_batch([text])]
+    monkeypatch.setitem(vars(encoder), "_tokenizer", Recorded())
+    np.testing.assert_array_equal(encoder.tokenize([text]), whole)
+    assert max(lengths) <= 128 * TOKENS
+
+
+@given(text=st.text(max_size=300), tokens=st.integers(1, 3))
+def test_cut_text_keeps_the_start(text: str, tokens: int) -> None:
+    cut = cut_text(text, tokens)
+    assert cut == text or (len(cut) <= 128 * tokens and " ".join(text.split()).startswith(cut))
 
 
 def test_empty_lists_return_empty_arrays(encoder: Encoder) -> None:

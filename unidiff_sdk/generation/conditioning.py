@@ -12,7 +12,7 @@ from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.encoder import load_tokenizer
+from unidiff_sdk.inference.encoder import cut_text, load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,7 +72,8 @@ class Conditioner:
 
     def _tokenize(self, prompt: str) -> tuple[tuple[int, ...], ...]:
         """Token ids, in windows of `bundle.prompt_tokens`."""
-        encoding = self._tokenizer.encode(prompt)
+        most = (MAX_WINDOWS + 1) * self._bundle.prompt_tokens  # one window too many, so that longer prompts are refused
+        encoding = self._tokenizer.encode(cut_text(prompt, most))
         return tuple(tuple(window.ids) for window in (encoding, *encoding.overflowing))
 
     def _encode(self, windows: tuple[tuple[int, ...], ...]) -> Float32:

@@ -26,9 +26,10 @@ from .tokenizer import clip_tokenizer, tokenizer_errors
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Encoder", "load_tokenizer", "token_ids"]
+__all__ = ["Encoder", "cut_text", "load_tokenizer", "token_ids"]
 
 CACHED_TEXTS = 1024
+CHARACTERS_PER_TOKEN = 128  # far more than a token stands for, whatever the language
 
 
 class Encoder:
@@ -165,8 +166,21 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
     """int64[len(texts), max_tokens], by a tokenizer from `load_tokenizer`. At least one text."""
+    assert tokenizer.truncation is not None  # `load_tokenizer` enables it
+    max_tokens = int(tokenizer.truncation["max_length"])
     with tokenizer_errors("bundle"):
-        return np.array([encoding.ids for encoding in tokenizer.encode_batch(texts)], np.int64)
+        encodings = tokenizer.encode_batch([cut_text(text, max_tokens) for text in texts])
+    return np.array([encoding.ids for encoding in encodings], np.int64)
+
+
+def cut_text(text: str, max_tokens: int) -> str:
+    """The start of a text, with more characters than `max_tokens` tokens hold. A short text is returned as it is.
+
+    Tokenizing a million characters takes seconds, although all but the first tokens are then ignored. Runs of spaces,
+    which add no tokens, are shortened first.
+    """
+    longest = CHARACTERS_PER_TOKEN * max_tokens
+    return text if len(text) <= longest else " ".join(text.split())[:longest]
 
 
 def _checked_texts(texts: Sequence[str]) -> list[str]:

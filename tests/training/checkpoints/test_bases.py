@@ -164,10 +164,29 @@ def test_hub_id_that_cannot_be_downloaded_is_an_error(
         raise OSError("no connection")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(
-        CheckpointError, match="some/model is not a folder, and the hub did not provide it: no connection"
-    ):
-        load_base("some/model", separate[1])
+    with pytest.raises(CheckpointError, match="The hub did not provide hf:some/model: no connection"):
+        load_base("hf:some/model", separate[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/shop", "no checkpoint folder runs/shop. Name an existing folder, or write hf:org/name"),
+        ("some/model", "no checkpoint folder some/model"),
+        ("hf:model", "hf:model is not the name of a model on the hub. Write hf:org/name"),
+        ("hf:../model", "not the name of a model"),
+        ("hf:some/model@", "not the name of a model"),
+    ],
+)
+def test_missing_path_is_never_asked_of_the_hub(
+    separate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    requests: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: requests.append(name))
+    for base, clip in ((name, None), (name, separate[1]), (separate[0], name)):
+        with pytest.raises(CheckpointError, match=message):
+            load_base(base, clip)
+    assert requests == []
 
 
 def test_hub_id_is_downloaded_without_pickles_and_recorded(
@@ -176,11 +195,12 @@ def test_hub_id_is_downloaded_without_pickles_and_recorded(
     requests: list[dict] = []
 
     def snapshot(name: str, **patterns: list[str]) -> str:
-        requests.append(patterns)
+        requests.append({"name": name} | patterns)
         return str(separate[0])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    checkpoint = load_base("some/model", separate[1])
+    checkpoint = load_base("hf:some/model@v1.2", separate[1])
+    assert (requests[0]["name"], requests[0]["revision"]) == ("some/model", "v1.2")
     assert checkpoint.shared and checkpoint.name == "some/model"
     assert checkpoint.meta["base_model"] == ["some/model"], "a local CLIP has no hub id"
     assert "*.bin" in requests[0]["ignore_patterns"] and "unet/*" in requests[0]["allow_patterns"]

@@ -15,24 +15,26 @@ from .open_clip import PREFIX, load_open_clip
 
 __all__ = ["load_base"]
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_PREFIX = "hf:"
+HUB_NAME = re.compile(rf"{HUB_PREFIX}(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w][\w./-]*))?")
 PIPELINE_FILES = [f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
 # Repositories hold the same weights several times. One float copy is enough, and pickles are never read.
 IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*openvino*"]
 # The CLIP whose text tower a Stable Diffusion was trained with, by the width of its text encoder.
-MATCHING_CLIP = {768: "openai/clip-vit-large-patch14", 1024: f"{PREFIX}ViT-H-14/laion2b_s32b_b79k"}
+MATCHING_CLIP = {768: f"{HUB_PREFIX}openai/clip-vit-large-patch14", 1024: f"{PREFIX}ViT-H-14/laion2b_s32b_b79k"}
 
 
 def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
     """Load the model that fine-tuning starts from, with the text layers shared that both text models have in common.
 
-    Hub ids are the only sources that are downloaded, as safetensors. Their names become the checkpoint's name and
-    "base_model" metadata.
+    The model hub is asked only for names that start with "hf:", for safetensors. Their ids become the checkpoint's name
+    and "base_model" metadata.
 
     Args:
-        base: "tiny"; a checkpoint folder; or a diffusers Stable Diffusion (1.x, 2.x, Turbo) as a folder or hub id.
-        clip: CLIP model for a base without one, or to replace the base's: a transformers CLIP as a folder or hub id,
-            or an OpenCLIP model (see `open_clip`).
+        base: "tiny"; a checkpoint folder; or a diffusers Stable Diffusion (1.x, 2.x, Turbo) as a folder or
+            "hf:org/name", optionally with "@revision".
+        clip: CLIP model for a base without one, or to replace the base's: a transformers CLIP as a folder or
+            "hf:org/name", or an OpenCLIP model (see `open_clip`).
 
     Raises:
         CheckpointError: Either is missing, incomplete or of an unsupported architecture.
@@ -58,30 +60,40 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
 
 def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) -> Checkpoint:
     """Record the hub ids that a base was loaded from, as its folder in the cache has no telling name."""
-    hub_ids = [str(source) for source in (base, clip) if _is_hub_id(source)]
+    hub_ids = [name["id"] for source in (base, clip) if (name := HUB_NAME.fullmatch(str(source)))]
     if not hub_ids:
         return checkpoint
-    named = {"name": str(base)} if _is_hub_id(base) else {}
+    named = {"name": hub_ids[0]} if str(base).startswith(HUB_PREFIX) else {}
     return replace(checkpoint, meta={"base_model": hub_ids} | named | checkpoint.meta)
-
-
-def _is_hub_id(source: str | Path) -> bool:
-    return not Path(source).is_dir() and bool(HUB_ID.fullmatch(str(source)))
 
 
 def _local_folder(source: str | Path, files: list[str]) -> Path:
     """The folder itself, or the folder of a hub repository's files, downloaded if they are not in the cache."""
-    if not _is_hub_id(source):
+    if not str(source).startswith(HUB_PREFIX):
+        if not Path(source).is_dir():
+            raise CheckpointError(
+                f"There is no checkpoint folder {source}. Name an existing folder, or write {HUB_PREFIX}org/name for a "
+                "model on the hub."
+            )
         return Path(source)
+    name = HUB_NAME.fullmatch(str(source))
+    if name is None:
+        raise CheckpointError(
+            f"{source} is not the name of a model on the hub. Write {HUB_PREFIX}org/name or "
+            f"{HUB_PREFIX}org/name@revision."
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=files, ignore_patterns=IGNORED_FILES))
+        return Path(
+            snapshot_download(
+                name["id"], revision=name["revision"], allow_patterns=files, ignore_patterns=IGNORED_FILES
+            )
+        )
     except Exception as error:  # the hub's client and the network raise many kinds
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{source} is not a folder, and the hub did not provide it: {first_line}. Check the name, or use a local "
-            "folder."
+            f"The hub did not provide {source}: {first_line}. Check the name, or use a local folder."
         ) from error
 
 

@@ -72,12 +72,12 @@ def component_options(command: Any) -> Any:
     "--base",
     required=True,
     metavar="MODEL",
-    help='Base model: "tiny", a checkpoint folder, or a Stable Diffusion as a diffusers folder or hub id.',
+    help='Base model: "tiny", a checkpoint folder, or a Stable Diffusion as a diffusers folder or hf:org/name.',
 )
 @option(
     "--clip",
     metavar="MODEL",
-    help="CLIP model for a base without one: a folder, a hub id, or open_clip:ARCH/TAG-or-file.",
+    help="CLIP model for a base without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.",
 )
 @option("-o", "--out", required=True, type=FOLDER, metavar="FOLDER", help="Folder for the new checkpoint.")
 @setting("--steps", field="steps", metavar="N", help="Number of optimizer steps.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from unidiff_sdk.errors import DataError
+from unidiff_sdk.inference.encoder import cut_text
 
 if TYPE_CHECKING:
     from .pairs import Pairs
@@ -22,7 +23,7 @@ RECORDED_CAPTIONS = 256
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Token ids, int64[n, tokens], padded and truncated to the tokenizer's length as in the diffusers pipeline."""
     ids: Tensor = tokenizer(
-        list(texts),
+        [cut_text(text, tokenizer.model_max_length) for text in texts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,

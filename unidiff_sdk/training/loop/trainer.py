@@ -90,7 +90,8 @@ def train(
 
     Args:
         data: A catalog folder or shards.
-        base: "tiny", a checkpoint folder, or a diffusers Stable Diffusion as a folder or hub id. See `load_base`.
+        base: "tiny", a checkpoint folder, or a diffusers Stable Diffusion as a folder or "hf:org/name". See
+            `load_base`.
         out: Folder of the new checkpoint.
         config: Settings. Default: `TrainingConfig()`.
         device: "auto", "cpu" or "cuda".
