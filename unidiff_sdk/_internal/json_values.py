@@ -167,15 +167,15 @@ def to_json(value: Any, name: str, depth: int = 0) -> Any:
             return None if is_missing(value) else _iso_8601(value, name)
     number = _number(value, name)
     if isinstance(number, int) and not -(2**63) <= number < 2**63:
-        raise OptionError(f"{name} is an integer of {number.bit_length()} bits; at most 64 are allowed. Give a string.")
+        raise OptionError(f"{name} is an integer of {number.bit_length()} bits, more than 64 bits: give a string")
     if isinstance(number, float) and not math.isfinite(number):
-        raise OptionError(f"{name} is {number}. Give a finite number, or leave the value out.")
+        raise OptionError(f"{name} is {number}: give a JSON value, such as a finite number, or leave it out")
     return number
 
 
 def _key(key: Any, name: str) -> str:
     if not isinstance(key, str):
-        raise OptionError(f"{name} has the key {key!r:.60}. The keys of a JSON object are strings.")
+        raise OptionError(f"{name} has the key {key!r:.60}: give a JSON value, whose keys are strings")
     return checked_text(str.__str__(key))
 
 
@@ -198,7 +198,7 @@ def _number(value: Any, name: str) -> int | float | None:
     if is_missing(value):
         return None
     raise OptionError(
-        f"{name} is {value!r:.60} ({type(value).__name__}). Give a JSON value: a string, a finite number, true, null, "
+        f"{name} is {value!r:.60} ({type(value).__name__}): give a JSON value, a string, a finite number, true, null, "
         "a list or an object. Dates, durations, decimals and numpy values are converted."
     )
 

@@ -129,5 +129,5 @@ def _checked_columns(payload: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name!r:.60} cannot be the name of a column, because a filter could not refer to it. Give a "
                 "non-empty string without double quotes."
             )
-        columns[checked_text(str.__str__(name))] = to_json(value, f"column {name!r}", depth=1)
+        columns[checked_text(str.__str__(name))] = to_json(value, f"payload.{name}", depth=1)
     return columns

@@ -36,7 +36,7 @@ def checked_id(id: Any) -> str | int:
     if type(plain) not in (str, int) or plain == "":
         raise OptionError(f"{id!r:.60} is not an id. Give a string that is not empty, or an integer.")
     if isinstance(plain, int) and not -(2**63) <= plain < 2**63:
-        raise OptionError(f"The id is an integer of {plain.bit_length()} bits; at most 64 are allowed. Give a string.")
+        raise OptionError(f"The id is an integer of {plain.bit_length()} bits; at most 64 bits are allowed.")
     return checked_text(plain) if isinstance(plain, str) else plain
 
 
