@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from unidiff_sdk.inference.manifest import (
-    DEFAULT_SAMPLER,
     GRAPH_FILE,
     MANIFEST,
     Embedding,
@@ -123,7 +122,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def sampler_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     """name, steps and guidance_scale: those that the checkpoint was made for."""
-    return DEFAULT_SAMPLER | checkpoint.meta.get("sampler", {})
+    return checkpoint.sampler_defaults
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

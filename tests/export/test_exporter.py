@@ -85,7 +85,7 @@ def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint:
     assert manifest.latent == Latent(
         channels=4, size=16, scale_factor=2, scaling_factor=scaling_factor, shift_factor=0.0
     )
-    assert manifest.sampler == SamplerDefaults("dpm++2m", 20, 5.0, "epsilon")
+    assert manifest.sampler == SamplerDefaults("ddim", 20, 5.0, "epsilon")
     assert manifest.synthetic is True
     assert manifest.devices == ("cpu", "cuda")
     profiles = {name: graph.profile or {} for name, graph in manifest.graphs.items()}

@@ -33,7 +33,15 @@ from .schedule import PREDICTION_TYPES
 if TYPE_CHECKING:
     from .sessions import Session
 
-__all__ = ["PIPELINE_FORMAT", "AdaptedSession", "derive_manifest", "is_pipeline", "refusal"]
+__all__ = [
+    "PIPELINE_FORMAT",
+    "AdaptedSession",
+    "derive_manifest",
+    "is_pipeline",
+    "refusal",
+    "sampler_defaults",
+    "scheduler_refusal",
+]
 
 PIPELINE_FORMAT = "onnx-pipeline"
 """The `format` of a derived manifest."""
@@ -48,6 +56,39 @@ EXTRA_CONDITIONS = (
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
 )
+
+# Schedulers of diffusers whose sampler the runtime has.
+SAMPLER_OF_SCHEDULER = {
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "EulerDiscreteScheduler": "euler",
+    "LCMScheduler": "lcm",
+}
+# Schedulers for models with the same noise schedule, which any sampler generates with: the default one is used.
+REPLACED_SCHEDULERS = (
+    "DDPMScheduler",
+    "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+# Options that change the solver or its noise levels, and the values that the runtime follows. None: not set.
+FOLLOWED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": (None, "dpmsolver++"),
+    "final_sigmas_type": (None, "zero"),
+    "interpolation_type": (None, "linear"),
+    "timestep_type": (None, "discrete"),
+    "use_beta_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_flow_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
+}
+DEFAULT_SCHEDULER = "DPMSolverMultistepScheduler"  # of a configuration that names none
+MULTISTEP_OPTIONS: dict[str, tuple[Any, ...]] = {"solver_order": (None, 2), "solver_type": (None, "midpoint")}
+WITH_KARRAS = ("dpm++2m", "euler")
+LCM_DEFAULTS = {"steps": 4, "guidance_scale": 1.0}  # as latent consistency models are used
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -78,6 +119,33 @@ def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | N
     return None
 
 
+def scheduler_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why a scheduler configuration is not supported. None for one that is."""
+    name = str(config.get("_class_name", DEFAULT_SCHEDULER))
+    if name not in SAMPLER_OF_SCHEDULER and name not in REPLACED_SCHEDULERS:
+        known = ", ".join(sorted((*SAMPLER_OF_SCHEDULER, *REPLACED_SCHEDULERS)))
+        return f"the scheduler {name!r} is not supported; use a model for one of {known}"
+    options = FOLLOWED_OPTIONS | (MULTISTEP_OPTIONS if name == DEFAULT_SCHEDULER else {})
+    for option, followed in options.items():
+        if name in SAMPLER_OF_SCHEDULER and config.get(option) not in followed:
+            return f"{option} {config[option]!r} of the scheduler {name} is not supported; set it to {followed[1]!r}"
+    return None
+
+
+def sampler_defaults(scheduler: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """name, steps and guidance_scale that a model generates with.
+
+    Args:
+        scheduler: the scheduler configuration of its pipeline.
+        recorded: what the model was made for, if it states that.
+    """
+    name = SAMPLER_OF_SCHEDULER.get(str(scheduler.get("_class_name", DEFAULT_SCHEDULER)), DEFAULT_SAMPLER["name"])
+    defaults = DEFAULT_SAMPLER | {"name": name} | (LCM_DEFAULTS if name == "lcm" else {})
+    if scheduler.get("use_karras_sigmas") and name in WITH_KARRAS:
+        defaults["name"] = f"{name}_karras"
+    return defaults | dict(recorded or {})
+
+
 def derive_manifest(folder: Path) -> Manifest:
     """The manifest of such a folder, from its configuration files. Its fingerprint is that of the files as they are.
 
@@ -87,6 +155,8 @@ def derive_manifest(folder: Path) -> Manifest:
     text, unet, vae = (read_json(folder / name / "config.json") for name in ("text_encoder", "unet", "vae_decoder"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if refused := refusal(unet, vae.get("latent_channels"), text.get("hidden_size")):
+        raise BundleError(f"{folder}: {refused}")
+    if refused := scheduler_refusal(scheduler):
         raise BundleError(f"{folder}: {refused}")
     paths = sorted(file for file in folder.rglob("*") if file.is_file())
     files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in paths}
@@ -109,7 +179,7 @@ def derive_manifest(folder: Path) -> Manifest:
                 shift_factor=vae.get("shift_factor") or 0.0,
             ),
             sampler=SamplerDefaults(
-                **DEFAULT_SAMPLER, prediction_type=scheduler.get("prediction_type", PREDICTION_TYPES[0])
+                **sampler_defaults(scheduler), prediction_type=scheduler.get("prediction_type", PREDICTION_TYPES[0])
             ),
             files=files,
             fingerprint=fingerprint_of(files),

@@ -98,6 +98,52 @@ def test_unsupported_models_are_refused(
         require_supported(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}, "the scheduler 'FlowMatchEulerDiscreteScheduler' is not supported"),
+        ("EDMEulerScheduler", {}, "the scheduler 'EDMEulerScheduler' is not supported"),
+        ("DEISMultistepScheduler", {}, "the scheduler 'DEISMultistepScheduler' is not supported"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type 'sde-dpmsolver[+][+]'"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 of the scheduler .*set it to 2"),
+        ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, "use_exponential_sigmas True of the scheduler"),
+    ],
+)
+def test_schedulers_that_the_runtime_does_not_follow_are_refused_by_name(
+    random_checkpoint: Path, tmp_path: Path, name: str, options: dict[str, Any], message: str
+) -> None:
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.30.0"} | options), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=message):
+        load_base(base)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("LCMScheduler", {}, {"name": "lcm", "steps": 4, "guidance_scale": 1.0}),
+        ("EulerAncestralDiscreteScheduler", {}, {"name": "euler_a"}),
+        ("EulerDiscreteScheduler", {}, {"name": "euler"}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"name": "euler_karras"}),
+        ("DDIMScheduler", {}, {"name": "ddim"}),
+        ("DPMSolverMultistepScheduler", {}, {"name": "dpm++2m"}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {"name": "dpm++2m_karras"}),
+        ("PNDMScheduler", {}, {"name": "dpm++2m"}),
+    ],
+)
+def test_sampler_of_the_base_is_followed_unless_the_metadata_names_another(
+    random_checkpoint: Path, tmp_path: Path, name: str, options: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({"_class_name": name, "_diffusers_version": "0.30.0"} | options), encoding="utf-8")
+    checkpoint = load_base(base)
+    assert checkpoint.sampler_defaults == {"steps": 20, "guidance_scale": 5.0} | expected
+    recorded = replace(checkpoint, meta={"sampler": {"name": "euler", "steps": 7}})
+    assert recorded.sampler_defaults["name"] == "euler" and recorded.sampler_defaults["steps"] == 7
+
+
 def test_unsupported_base_is_refused_before_data_is_read(random_checkpoint: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
     file = base / "scheduler" / "scheduler_config.json"

@@ -139,7 +139,7 @@ def test_generation_uses_the_own_sampler_of_a_checkpoint(
     none = evaluate(random_checkpoint, synthetic, prompts=2, per_prompt=1, judge=MeanColor(), guidance=1.0).figures[
         "generation"
     ]
-    assert (none["sampler"], none["steps"]) == ("dpm++2m", 20)
+    assert (none["sampler"], none["steps"]) == ("ddim", 20)
 
 
 def test_no_guidance_is_half_the_work(random_checkpoint: Path) -> None:

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.diffusers_folder import refusal
+from unidiff_sdk.inference.diffusers_folder import refusal, sampler_defaults, scheduler_refusal
 
 from .json_files import read_json
 from .text_sharing import layers_of, share_text_layers, tower_of
@@ -135,6 +135,16 @@ class Checkpoint:
         return f"{common} Both losses train them, and {position} of CLIP conditions the UNet."
 
     @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Configuration of the scheduler with the name of its class."""
+        return dict(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__}
+
+    @property
+    def sampler_defaults(self) -> dict[str, Any]:
+        """name, steps and guidance_scale: those of the metadata, else those that the scheduler stands for."""
+        return sampler_defaults(self.scheduler_config, self.meta.get("sampler"))
+
+    @property
     def image_size(self) -> int:
         """Side, in pixels, of the square images that the model generates."""
         return int(self.unet.config.sample_size) * self.latent_factor
@@ -202,6 +212,8 @@ def require_supported(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint itself. Raises CheckpointError if its UNet cannot be trained by the losses."""
     scheduler, width = checkpoint.scheduler.config, checkpoint.text_encoder.config.hidden_size
     if refused := refusal(checkpoint.unet.config, checkpoint.vae.config.latent_channels, width):
+        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    if refused := scheduler_refusal(checkpoint.scheduler_config):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
     if scheduler.prediction_type not in ("epsilon", "v_prediction"):
         raise CheckpointError(

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unidiff_sdk.generation.samplers import Coefficients, Table, advance, make_table
-from unidiff_sdk.inference.manifest import DEFAULT_SAMPLER
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.data.captions import tokenize
@@ -29,7 +28,7 @@ def sampler_settings(
     checkpoint: Checkpoint, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
 ) -> tuple[str, int, float]:
     """(sampler, steps, guidance scale): the arguments, else the checkpoint's own, else the default of the runtime."""
-    own = DEFAULT_SAMPLER | checkpoint.meta.get("sampler", {})
+    own = checkpoint.sampler_defaults
     return (
         own["name"] if sampler is None else sampler,
         own["steps"] if steps is None else steps,

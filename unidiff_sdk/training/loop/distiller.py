@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, TrainingError
 from unidiff_sdk.generation.samplers import Coefficients
-from unidiff_sdk.inference.manifest import DEFAULT_SAMPLER
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from unidiff_sdk.training.checkpoints.saving import require_replaceable, save_checkpoint
@@ -180,8 +179,7 @@ class _Distillation:
         self.scheduler = few_step_scheduler(teacher)
         schedule = Schedule.from_config(self.scheduler.config)
         self.student_table, self.teacher_table = sampler_tables(schedule, config.student_steps, config.teacher_steps)
-        own = DEFAULT_SAMPLER | teacher.meta.get("sampler", {})
-        self.guidance_scale: float = config.guidance_scale or own["guidance_scale"]
+        self.guidance_scale: float = config.guidance_scale or teacher.sampler_defaults["guidance_scale"]
         self.input_ids = tokenize(teacher.tokenizer, captions)
         self.unet = model.unet
         self.optimizer = torch.optim.AdamW(
