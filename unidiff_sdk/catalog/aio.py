@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,16 @@ R = TypeVar("R")
 # take hours. A thread starts only when all others are busy; calls beyond the limit are queued.
 _THREADS = 64
 _pool = ThreadPoolExecutor(_THREADS, "unidiff")
+
+
+def _replace_pool() -> None:
+    """Give a forked child a pool of its own: the threads of the parent's pool do not exist there."""
+    global _pool
+    _pool = ThreadPoolExecutor(_THREADS, "unidiff")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_replace_pool)
 
 
 async def in_thread(call: Callable[[], R]) -> R:

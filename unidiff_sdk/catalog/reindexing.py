@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.lifetimes import finalize_in_owner
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.errors import ImageError, OptionError, StoreError
@@ -105,7 +105,7 @@ def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bun
         after.store.close()
         raise
     # Searches that are still running hold the old snapshot; its store is deleted with the last of them.
-    weakref.finalize(before, _delete_store, before.store, before.folder / before.file.vectors)
+    finalize_in_owner(before, _delete_store, before.store, before.folder / before.file.vectors)
     _log.info("%s: reindexed %d items with the bundle %s", current.location, done, bundle.name)
     return after.store.count()
 

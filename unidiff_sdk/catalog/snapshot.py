@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
 from unidiff_sdk.errors import BundleError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
@@ -197,11 +197,13 @@ class CurrentSnapshot:
         lock: held while the store is changed or the snapshot is replaced.
         reindexing: held during a reindexing.
         make_hit: (payload, score) to a hit.
+        owner: the process that opened the catalog.
         warned: whether a warning about real images was issued.
     """
 
     def __init__(self, snapshot: Snapshot, images: ImageStore, location: str) -> None:
         self.snapshot, self.location = snapshot, location
+        self.owner = Owner(f"The catalog {location}")
         self.lock = threading.RLock()
         self.reindexing = threading.Lock()
         self.make_hit = partial(Hit.from_payload, images=images)  # holds no reference to the catalog
@@ -284,7 +286,7 @@ class OpenCatalog(Resource):
     ) -> None:
         place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
         if place.temporary:
-            self._remove_temporary = weakref.finalize(self, shutil.rmtree, place.folder, ignore_errors=True)
+            self._remove_temporary = finalize_in_owner(self, shutil.rmtree, place.folder, ignore_errors=True)
         snapshot = Snapshot.open(place, bundle, create=create)
         image_store = ImageStore(place.folder, None if references is None else Path(references))
         self._assemble(place.location, snapshot, image_store, place.stores)
@@ -316,7 +318,13 @@ class OpenCatalog(Resource):
     def _assemble(self, location: str, snapshot: Snapshot, images: ImageStore, stores: Location | None) -> None:
         self.location, self.folder = location, images.root
         self._images, self._stores = images, stores
-        self._current = CurrentSnapshot(snapshot, images, location)
+        self._opened = CurrentSnapshot(snapshot, images, location)
+
+    @property
+    def _current(self) -> CurrentSnapshot:
+        """What every operation starts from. Raises StoreError in a forked child."""
+        self._opened.owner.check()
+        return self._opened
 
     @property
     def bundle(self) -> Bundle:
@@ -328,11 +336,14 @@ class OpenCatalog(Resource):
         return self._current.snapshot.store
 
     def close(self) -> None:
-        """Write all data and release the folder. Closing twice is allowed; any other call after it is an error."""
-        if self._current.close() and hasattr(self, "_remove_temporary"):
+        """Write all data and release the folder. Closing twice is allowed; any other call after it is an error.
+
+        In a forked child it does nothing: the catalog belongs to the parent.
+        """
+        if self._opened.owner.is_current and self._opened.close() and hasattr(self, "_remove_temporary"):
             self._remove_temporary()
 
     aclose = async_variant(close)
 
     def __repr__(self) -> str:
-        return f"Catalog({self.location!r}, bundle={self._current.snapshot.file.bundle.name!r})"
+        return f"Catalog({self.location!r}, bundle={self._opened.snapshot.file.bundle.name!r})"

@@ -14,6 +14,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.lifetimes import Owner
 from unidiff_sdk.errors import BusyError, GenerationError, UniDiffError
 
 from .denoising import Batch, Job, Predict, Progress
@@ -50,6 +51,7 @@ class Batcher:
         self._predict = predict
         self._positions = positions
         self._max_requests = max_requests
+        self._owner = Owner("The generator")
         self._lock = threading.Lock()  # of all fields below, and of the requests
         self._callback_returned = threading.Condition(self._lock)
         self._requests: list[_Request] = []
@@ -71,6 +73,7 @@ class Batcher:
             BusyError: too many requests are running.
             GenerationError: a call failed. Errors of this package are passed on.
         """
+        self._owner.check()
         request = _Request(jobs, self._lock, has_callback=on_step is not None)
         self._submit(request)
         try:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.lifetimes import weak_method
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import cut_text, load_tokenizer

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from unidiff_sdk._internal.images import ImageSource
+from unidiff_sdk._internal.lifetimes import weak_method
 from unidiff_sdk._internal.memory import available_memory, readable_size
-from unidiff_sdk._internal.weak_method import weak_method
 from unidiff_sdk.errors import GenerationError, OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.shape_profiles import POSITIONS_PER_CALL

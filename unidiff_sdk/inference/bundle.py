@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.lifetimes import Owner
 from unidiff_sdk.errors import BundleError, OptionError
 
 from .diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
@@ -68,6 +69,7 @@ class Bundle:
         self._derived = manifest.format == PIPELINE_FORMAT
         self._sessions: dict[str, Session] = {}
         self._create_session = session_factory
+        self._owner = Owner(f"The bundle {path}")
         self._lock = threading.Lock()
 
     @classmethod
@@ -111,7 +113,9 @@ class Bundle:
         Raises:
             BundleError: the bundle has no such graph, or it cannot be loaded.
             ProviderError: ONNX Runtime or the device is not usable.
+            StoreError: this process is a forked child of the one that opened the bundle.
         """
+        self._owner.check()
         with self._lock:
             if graph not in self._sessions:
                 described = self._graph(graph)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
 from unidiff_sdk.errors import BundleError, ProviderError
 
 from .manifest import Profile, TensorSpec
@@ -79,9 +80,12 @@ class OnnxSession:
         self._session, self._onnxruntime, self._device = session, onnxruntime, device
         self._buffered = None if buffered is None else {name: tuple(shape) for name, shape in buffered.items()}
         self._buffers: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
+        self._owner = Owner("The graph")
+        keep_in_child(self, "_session", "_buffers")
         self._lock = threading.Lock()
 
     def run(self, feeds: Arrays, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        self._owner.check()
         names = list(self.outputs if outputs is None else outputs)
         if missing := [name for name in names if name not in self.outputs]:
             raise BundleError(f"the graph has no output {', '.join(missing)}; it has {', '.join(self.outputs)}")

@@ -16,8 +16,10 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import IO
 
 from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
+from unidiff_sdk._internal.lifetimes import Owner, close_in_child
 from unidiff_sdk.errors import StoreError
 
 __all__ = ["ShardVersions"]
@@ -47,12 +49,14 @@ class ShardVersions:
 
     def __init__(self, root: Path, *, create: bool = True) -> None:
         self.root = root
+        self._owner = Owner(f"The store at {root}")
         if not create and not root.is_dir():
             raise StoreError(f"{root} is missing, so the vectors of this catalog are, too. {_REPAIR}")
         try:
             root.mkdir(parents=True, exist_ok=True)
             lock = resolve_stored(root, LOCK, StoreError)
-            self._lock = lock.open("a")  # an open file, so that a store that is never closed releases it
+            self._lock: IO[str] = lock.open("a")  # an open file, so that a store that is never closed releases it
+            close_in_child(self._lock, root)
         except OSError as error:
             raise StoreError(f"{root} is not writable: {error.strerror}.") from error
         try:
@@ -102,7 +106,7 @@ class ShardVersions:
 
     def release(self) -> None:
         """Unlock the store."""
-        if not self._lock.closed:
+        if not self._lock.closed and self._owner.is_current:
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # a forked child may have a copy of the open file
             self._lock.close()
 

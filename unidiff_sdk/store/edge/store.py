@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import qdrant_edge as edge
 
+from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
 from unidiff_sdk.errors import StoreError, UniDiffError
 from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
@@ -103,6 +104,8 @@ class EdgeStore:
         except UniDiffError:
             self._versions.release()
             raise
+        self._owner = Owner(f"The store at {path}")
+        keep_in_child(self, "_shard", "_replaced")
         rescore = RESCORE if self.quantization else None
         self._params = edge.SearchParams(acorn=edge.AcornSearchParams(enable=True), quantization=rescore)
 
@@ -236,6 +239,8 @@ class EdgeStore:
             shard.update(edge.UpdateOperation.delete_field_index(column))
 
     def close(self) -> None:
+        if not self._owner.is_current:
+            return
         with self._optimizing, self._writing:
             if not self._closed:
                 self._closed = True
@@ -255,6 +260,7 @@ class EdgeStore:
         Searches and writes continue meanwhile; writes wait only while the files are copied. The global interpreter
         lock is held only while the finished copy is loaded. A kill at any time leaves the shard as it was.
         """
+        self._owner.check()
         with self._optimizing:
             self._close_replaced()
             copy = self._versions.next_folder()
@@ -328,6 +334,7 @@ class EdgeStore:
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[edge.EdgeShard]:
+        self._owner.check()
         if self._closed:
             raise StoreError(f"The store at {self.path} is closed. Open the catalog again.")
         with _store_errors(self.path):
@@ -336,6 +343,7 @@ class EdgeStore:
     @contextlib.contextmanager
     def _write(self, ids: Sequence[str]) -> Iterator[edge.EdgeShard]:
         """The shard, locked for writing the points with these ids."""
+        self._owner.check()
         with self._writing, self._engine() as shard:
             self.revision += bool(ids)
             if self._written is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from qdrant_client import QdrantClient, models
 
+from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
@@ -70,6 +71,8 @@ class ServerStore:
     ) -> None:
         options = options or ServerOptions()
         self.client, self.collection, self.dim = client, collection, dim
+        self._owner = Owner(f'The connection to the collection "{collection}"')
+        keep_in_child(self, "client")
         self._lock = threading.Lock()
         self._closed = False
         self.revision = 0
@@ -255,6 +258,8 @@ class ServerStore:
         """Do nothing: the server builds its index in the background."""
 
     def close(self) -> None:
+        if not self._owner.is_current:
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -265,6 +270,7 @@ class ServerStore:
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
         """Convert every failure of the client or the server to a StoreError."""
+        self._owner.check()
         if self._closed:
             raise StoreError(f'The connection to the collection "{self.collection}" is closed. Open the catalog again.')
         try:
