@@ -1,4 +1,4 @@
-"""Export a tuned checkpoint as a verified ONNX bundle: `unidiff-export` and `export_bundle`."""
+"""Export a checkpoint as a verified ONNX bundle: `unidiff-export` and `export_bundle`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Export", "GraphReport", "export_bundle"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the exporter, and PyTorch with it, when it is first asked for: `unidiff-export --help` does without."""
+    """Import the exporter, and with it PyTorch, on first access, so that `unidiff-export --help` does not need it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import exporter

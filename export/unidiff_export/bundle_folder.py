@@ -1,4 +1,4 @@
-"""The bundle on disk: the layout of a diffusers ONNX pipeline, hashed, and put in place in one step."""
+"""Write a bundle to disk: the layout of a diffusers ONNX pipeline, file hashes, and the atomic rename."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from unidiff_sdk.inference.manifest import GRAPH_FILE, MANIFEST, file_sha256
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-# A protobuf file ends at 2 GB; past this, weights go beside the graph and are mapped into memory.
+MODEL_CARD = "README.md"
+# A protobuf file is limited to 2 GB. Larger weights are stored as external data, which ONNX Runtime maps into memory.
 LARGEST_SINGLE_FILE = 1_500_000_000
-EXTERNAL_WEIGHT = 1024
+MIN_EXTERNAL_BYTES = 1024
 
 ORIGIN_KEYS = ("_name_or_path", "is_local", "local_files_only")
 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary sibling of `out` to write in, and rename it to `out` if the block ends well.
+    """Yield a temporary sibling of `out`, and rename it to `out` when the block ends without an exception.
 
-    Whatever ends the block early, Ctrl-C included, removes the sibling and leaves `out` as it was. Raises ExportError
-    if `out` exists and `overwrite` is false, or if it holds something that is not a bundle.
+    After an exception, Ctrl-C included, the sibling is removed and `out` is unchanged.
+
+    Raises:
+        ExportError: `out` exists and `overwrite` is false, or `out` is not a bundle.
     """
     _check_replaceable(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +42,7 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        _check_replaceable(out, overwrite=overwrite)  # once more: an export takes minutes
+        _check_replaceable(out, overwrite=overwrite)  # again, because an export takes minutes
         _swap(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -49,14 +52,16 @@ def _check_replaceable(out: Path, *, overwrite: bool) -> None:
     if not (out.exists() or out.is_symlink()):
         return
     if not overwrite:
-        raise ExportError(f"{out} exists already: choose another output folder, or pass --overwrite to replace it")
+        raise ExportError(
+            f"{out} already exists. Choose another output folder, or pass --overwrite to replace the bundle."
+        )
     replaceable = out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
     if not replaceable or out.is_symlink():
-        raise ExportError(f"{out} is not a bundle, so it is not replaced: choose another output folder")
+        raise ExportError(f"{out} is not a bundle, so it is not overwritten. Choose another output folder.")
 
 
 def _swap(new: Path, out: Path) -> None:
-    """Rename `new` to `out`; a bundle already there is removed only once the new one has its place."""
+    """Rename `new` to `out`. An existing bundle is removed only after the new one is in place."""
     if not out.exists():
         new.rename(out)
         return
@@ -70,17 +75,22 @@ def _swap(new: Path, out: Path) -> None:
     shutil.rmtree(old)
 
 
-def write_graph(model: ir.Model, folder: Path, config: Mapping[str, Any]) -> Path:
-    """Save `model` as folder/model.onnx with the config.json that optimum's loader asks for, and check the file."""
+def write_graph(
+    model: ir.Model, folder: Path, config: Mapping[str, Any], *, largest_single_file: int = LARGEST_SINGLE_FILE
+) -> Path:
+    """Save `model` as folder/model.onnx with the config.json that optimum reads, and check the file.
+
+    Weights of more than `largest_single_file` bytes are stored as external data next to the graph.
+    """
     import onnx
 
     folder.mkdir(exist_ok=True)
     for old in graph_files(folder):
-        old.unlink()  # not written over: a session may still have it mapped
+        old.unlink()  # not overwritten, because a session may still map it
     file = folder / GRAPH_FILE
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if weights > LARGEST_SINGLE_FILE:
-        ir.save(model, file, external_data=f"{GRAPH_FILE}_data", size_threshold_bytes=EXTERNAL_WEIGHT)
+    if weights > largest_single_file:
+        ir.save(model, file, external_data=f"{GRAPH_FILE}_data", size_threshold_bytes=MIN_EXTERNAL_BYTES)
     else:
         ir.save(model, file)
     onnx.checker.check_model(str(file))
@@ -89,26 +99,26 @@ def write_graph(model: ir.Model, folder: Path, config: Mapping[str, Any]) -> Pat
 
 
 def rewrite_graph(folder: Path, rewrite: Callable[[ir.Model], bool]) -> bool:
-    """Load the graph in `folder`, and if `rewrite` says that it changed it, write it anew; weights beside it stay."""
+    """Load the graph in `folder`, and save it if `rewrite` changed it. External weights are not rewritten."""
     import onnx
 
     file = folder / GRAPH_FILE
     model = ir.load(file)
     if not rewrite(model):
         return False
-    file.unlink()  # not written over: a session may still have it mapped
+    file.unlink()  # not overwritten, because a session may still map it
     ir.save(model, file)
     onnx.checker.check_model(str(file))
     return True
 
 
 def graph_files(folder: Path) -> list[Path]:
-    """The graph in `folder`, and its weights where they lie beside it."""
+    """Return the graph in `folder` and its external weights."""
     return sorted(folder.glob(f"{GRAPH_FILE}*"))
 
 
 def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write what surrounds the graphs: pipeline index, scheduler, tokenizer, image preprocessing."""
+    """Write the other files of a pipeline: index, scheduler, tokenizer, image preprocessing."""
     checkpoint.scheduler.save_pretrained(folder / "scheduler")
     write_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
     if not checkpoint.shared:
@@ -118,7 +128,7 @@ def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def pipeline_index(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The model_index.json by which diffusers and optimum find the parts of a Stable Diffusion pipeline."""
+    """Return the model_index.json that lists the parts of a Stable Diffusion pipeline for diffusers and optimum."""
     import diffusers
 
     onnx_graph = ["diffusers", "OnnxRuntimeModel"]
@@ -138,20 +148,20 @@ def pipeline_index(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def clip_tokenizer(checkpoint: Checkpoint) -> Any:
-    """CLIP's own tokenizer: that of search, where prompts have another text encoder."""
+    """Return CLIP's own tokenizer, which search uses if prompts have another text encoder."""
     tokenizer, config = deepcopy(checkpoint.clip_tokenizer), checkpoint.clip.config.text_config
     if len(tokenizer) != config.vocab_size:
         raise ExportError(
-            f"{checkpoint.path}: clip knows {config.vocab_size} tokens, but its tokenizer has {len(tokenizer)}: put "
-            "vocab.json and merges.txt of the right one into clip/"
+            f"{checkpoint.path}: CLIP has a vocabulary of {config.vocab_size} tokens, but its tokenizer has "
+            f"{len(tokenizer)}. Put the matching vocab.json and merges.txt into clip/."
         )
-    # What the tokenizer says of its length may be another model's, or missing: the tower decides.
+    # The length in the tokenizer's own configuration may be missing or wrong; the text tower defines it.
     tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save the tokenizer with vocab.json and merges.txt, which transformers 5 no longer writes but others read."""
+    """Save the tokenizer with vocab.json and merges.txt, which other tools read but transformers 5 does not write."""
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
     config = folder / "tokenizer_config.json"
@@ -159,26 +169,30 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A diffusers or transformers config as JSON values."""
+    """Return a configuration of diffusers or transformers as JSON values."""
     return without_origin(json.loads(config.to_json_string()))
 
 
 def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the libraries note of the folder that they read: a path of this machine, useless on another."""
+    """Drop the source folder that the libraries record: a path of this machine."""
     return {key: value for key, value in config.items() if key not in ORIGIN_KEYS}
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file under `folder` by its relative POSIX path, the manifest left out."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    """Return the SHA-256 of every file under `folder` except the manifest and the model card, by relative POSIX path.
+
+    The card is not part of the bundle's identity: a user may edit it.
+    """
+    unlisted = {folder / MANIFEST, folder / MODEL_CARD}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in unlisted)
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON; NaN and infinities are refused, since other readers refuse them."""
+    """Write `value` as indented UTF-8 JSON. NaN and infinity raise ValueError, because JSON does not have them."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files under `folder`."""
+    """Return the size of all files under `folder` in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""`unidiff-export`: a checkpoint in, a verified ONNX bundle out."""
+"""`unidiff-export`: export a checkpoint as a verified ONNX bundle."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
-@click.option("--clip", help="Its CLIP, where CKPT has none: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
-@click.option("-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="Compute in single precision (default).")
-@click.option("--fp16", "precision", flag_value="fp16", help="Compute in half precision: half the size, for GPUs.")
+@click.option("--clip", help="CLIP for a pipeline without one: a folder, a hub id, or open_clip:ARCH/TAG-or-file.")
+@click.option(
+    "-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder for the bundle."
+)
+@click.option("--fp32", "precision", flag_value="fp32", default="fp32", help="Single precision (default).")
+@click.option("--fp16", "precision", flag_value="fp16", help="Half precision for GPUs: half the size.")
+@click.option("--int8", "precision", flag_value="int8", help="8-bit integers for CPUs: a quarter of the size.")
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
     default="cpu",
     show_default=True,
-    help=f"What the graphs run on. {'; '.join(f'{name}: {target.purpose}' for name, target in TARGETS.items())}.",
+    help=f"Runtime of the graphs. {'; '.join(f'{name}: {target.purpose}' for name, target in TARGETS.items())}.",
 )
-@click.option("--int8", "precision", flag_value="int8", help="Compute in 8-bit integers: a quarter, for CPUs.")
 @click.option(
     "--calibration",
     metavar="DATA",
     type=click.Path(path_type=Path),
-    help="Catalog to learn int8 from and judge search on. Default: captions in CKPT, and what is drawn of them.",
+    help="Catalog to calibrate int8 and compare search on. Default: captions in CKPT and images generated from them.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the bundle that is at BUNDLE already.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle at BUNDLE.")
 def main(
     checkpoint: str,
     clip: str | None,
@@ -57,17 +59,17 @@ def main(
 ) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
-    CKPT is a folder that unidiff-train wrote, "tiny" for the built-in base, or a Stable Diffusion of diffusers. Each
-    graph is compared with PyTorch, and whole pictures with those of the diffusers pipeline; the bundle appears only if
-    all of them agree, and carries the figures in its manifest.json.
+    CKPT is a folder written by unidiff-train, "tiny" for the built-in base, or a Stable Diffusion pipeline of
+    diffusers. The export compares each graph with PyTorch and whole images with the diffusers pipeline. The bundle
+    appears only if all comparisons pass. Its manifest.json holds the figures.
     """
     from rich.console import Console
 
-    with Console(stderr=True).status("importing PyTorch") as status:
+    with Console(stderr=True).status("Importing PyTorch") as status:
         try:
             from .exporter import export_bundle
         except ImportError as error:
-            raise ExportError(f"{error.name} is not installed: pip install 'unidiff-sdk[cpu,export]'") from error
+            raise ExportError(f"{error.name} is not installed. Run: pip install 'unidiff-sdk[cpu,export]'") from error
 
         export = export_bundle(
             checkpoint,
@@ -82,23 +84,19 @@ def main(
     console = Console()
     console.print(graph_table(export))
     console.print(result_table(export))
-    # Plain, so that a long path is neither wrapped nor colored.
-    click.echo(
-        f"{precision} bundle in {export.seconds:.1f} s, {megabytes(export.bytes)}, "
-        f"with at most {megabytes(export.peak_bytes)} of memory: {export.path}"
-    )
+    click.echo(summary(export, precision))  # without rich, which would wrap and color a long path
 
 
 def graph_table(export: Export) -> Table:
-    """How near each graph is to its PyTorch module. int8: the share of its multiply-adds that is quantized."""
+    """Return the comparison of each graph with PyTorch, and the share of multiply-adds that is int8."""
     from rich.table import Table
 
-    table = Table(title="Compared with PyTorch", title_justify="left")
+    table = Table(title="Comparison with PyTorch", title_justify="left")
     table.add_column("graph")
-    for column in ("in", "int8", "MB", "attention", "max error", "asked", "cosine"):
+    for column in ("precision", "int8", "MB", "attention", "max error", "limit", "cosine"):
         table.add_column(column, justify="right")
     for graph in export.graphs:
-        allowed = graph.parity.tolerance
+        limit = graph.parity.tolerance
         table.add_row(
             graph.name,
             graph.precision,
@@ -106,28 +104,28 @@ def graph_table(export: Export) -> Table:
             f"{graph.bytes / 1e6:.1f}",
             str(graph.attention_nodes),
             f"{graph.parity.max_abs_error:.1e}",
-            "" if allowed is None else f"≤ {allowed:.0e}",
+            "" if limit is None else f"≤ {limit:.0e}",
             f"{graph.parity.cosine:.5f}",
         )
     return table
 
 
 def result_table(export: Export) -> Table:
-    """What comes out at the end, pictures and hits, beside PyTorch's."""
+    """Return the comparison of images and search with PyTorch."""
     from rich.table import Table
 
     image, search = export.image, export.search
     table = Table()
     table.add_column("")
-    for column in ("bundle", "PyTorch", "asked"):
+    for column in ("bundle", "PyTorch", "limit"):
         table.add_column(column, justify="right")
     table.add_row(
-        f"PSNR, worst of {image.pictures} of {image.resolution} px",
+        f"PSNR of the worst of {image.images} images, {image.resolution} px",
         f"{image.psnr_db:.1f} dB",
         "",
         f"≥ {image.tolerance_db:.0f} dB",
     )
-    table.add_row("agreement with prompts", f"{image.agreement:.3f}", f"{image.reference_agreement:.3f}", "± 2 %")
+    table.add_row("image-prompt cosine", f"{image.agreement:.3f}", f"{image.reference_agreement:.3f}", "± 2 %")
     table.add_row(
         f"R@1, {search.pairs} pairs",
         f"{search.recall_at_1:.1%}",
@@ -137,6 +135,14 @@ def result_table(export: Export) -> Table:
     return table
 
 
+def summary(export: Export, precision: str) -> str:
+    """Return the size, time and memory of an export in one line."""
+    return (
+        f"Exported {precision} bundle ({megabytes(export.bytes)}) in {export.seconds:.1f} s, "
+        f"peak memory {megabytes(export.peak_bytes)}: {export.path}"
+    )
+
+
 def megabytes(size: int) -> str:
-    """Bytes as megabytes with one decimal."""
+    """Format bytes as megabytes with one decimal."""
     return f"{size / 1e6:.1f} MB"

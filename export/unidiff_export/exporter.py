@@ -1,8 +1,7 @@
-"""A checkpoint to a verified bundle: lower, write, compare with PyTorch, put in place."""
+"""Export a checkpoint as a verified bundle: load, generate a reference, write the graphs, verify, put in place."""
 
 from __future__ import annotations
 
-import gc
 import resource
 import sys
 import time
@@ -13,53 +12,61 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 
 from unidiff_sdk.errors import ExportError, ProviderError
+from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.manifest import Graph, Manifest
+from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-from .bundle_folder import (
-    folder_size,
-    graph_files,
-    new_folder,
-    plain_config,
-    rewrite_graph,
-    write_graph,
-    write_pipeline_files,
-)
-from .graphs.lowering import GraphSpec, graph_specs, lower
-from .graphs.passes import rewrite_for_cuda
-from .graphs.precision import overflows_half, store_halves
-from .manifest import build_manifest, describe_graph, describe_model, sampler_defaults, write_manifest
-from .options import CONTRIB, TARGETS, check_options
-from .quantization.calibration import PROMPTS, Samples, calibrate, draw, effort_for, read_samples
+from .bundle_folder import folder_size, new_folder, write_pipeline_files
+from .graph_writer import GraphWriter
+from .graphs.lowering import GraphSpec, graph_specs
+from .manifest import build_manifest, describe_model, sampler_defaults, write_manifest
+from .model_card import write_model_card
+from .options import TARGETS, check_options
+from .quantization.calibration import calibrate
 from .quantization.policy import Int8Policy
-from .quantization.qdq import quantize
+from .reference import (
+    Reference,
+    Samples,
+    generate_images,
+    make_reference,
+    read_samples,
+    reference_scheduler,
+    workload_for,
+)
 from .verification import (
     TOLERANCES,
+    Evidence,
     GraphParity,
     ImageParity,
-    Reference,
     SearchParity,
     Tolerance,
     ToleranceError,
-    calls_of,
+    calls_for,
     compare_graph,
     compare_images,
     compare_search,
-    make_reference,
-    reference_scheduler,
-    seen_calls,
 )
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph of an exported bundle. int8: what is quantized of it (see Int8Policy.describe), or None."""
+    """One graph of an exported bundle.
+
+    Attributes:
+        name, precision: of the graph.
+        attention_nodes: number of fused attention operators.
+        bytes: size of the graph and its weights.
+        parity: its comparison with PyTorch.
+        int8: the quantized layers, see `Int8Policy.describe`; None for other precisions.
+    """
 
     name: str
     precision: str
@@ -71,7 +78,16 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Export:
-    """What an export made: the bundle's folder, the evidence, its size, the time and the memory that it took."""
+    """The result of an export.
+
+    Attributes:
+        path: the bundle folder.
+        graphs: the graphs, in the order of generation.
+        image, search: the comparison of images and search with PyTorch.
+        seconds: duration of the export.
+        bytes: size of the bundle.
+        peak_bytes: peak memory of the process.
+    """
 
     path: Path
     graphs: tuple[GraphReport, ...]
@@ -91,133 +107,101 @@ def export_bundle(
     target: str = "cpu",
     calibration: str | Path | None = None,
     overwrite: bool = False,
-    progress: Callable[[str], None] | None = None,
+    tolerance: Tolerance | None = None,
+    progress: Progress | None = None,
 ) -> Export:
     """Export a checkpoint as an ONNX bundle in the new folder `out`, verified against PyTorch.
 
     Args:
-        checkpoint: a checkpoint folder, its name, one already loaded, or a diffusers Stable Diffusion (folder or hub
-            id).
-        out: the bundle's folder; it appears only once everything has been verified.
-        clip: for a Stable Diffusion that has no CLIP beside it, or instead of its own: see `load_base`.
-        precision: "fp32", "fp16" or "int8". All graphs keep float32 inputs and outputs. An fp16 graph whose
-            intermediate results would overflow stays fp32, and layers that 8 bits do not suffice for are kept back, as
-            the graph's entry in the manifest says.
-        target: what the graphs are made for, a name in `TARGETS`.
-        calibration: a catalog on disk, of whose captions and pictures int8 learns what the layers see, and on which
-            search is judged; by default the captions that the checkpoint records and what is drawn of them.
-        overwrite: replace a bundle that is at `out` already.
+        checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a Stable Diffusion pipeline
+            of diffusers (folder or hub id).
+        out: the bundle folder. It appears only after everything has been verified.
+        clip: the CLIP of a Stable Diffusion pipeline, see `load_base`.
+        precision: "fp32", "fp16" or "int8". All graphs have float32 inputs and outputs. An fp16 graph whose values
+            would overflow stays fp32, and layers that are too sensitive for int8 stay float. The manifest lists both.
+        target: the runtime of the graphs, a name in `TARGETS`.
+        calibration: a catalog on disk with pairs to calibrate int8 and to compare search. Default: the captions that
+            the checkpoint records, and images generated from them.
+        overwrite: replace an existing bundle at `out`.
+        tolerance: the largest deviation from PyTorch. Default: `TOLERANCES[precision]`.
         progress: called with one line at the start of each stage.
 
     Raises:
-        ExportError: the checkpoint cannot be exported, or the result is too far from PyTorch. `out` is untouched.
+        ExportError: the checkpoint cannot be exported, or the result deviates too far from PyTorch. `out` is unchanged.
         CheckpointError: the checkpoint is missing or incomplete.
-        DataError: `calibration` is no catalog.
+        DataError: `calibration` is not a catalog.
         OptionError: an option has an unknown value.
     """
     check_options(precision, target)
-    say = progress or (lambda line: None)
-    start, out = time.perf_counter(), Path(out).absolute()
+    start, out, report = time.perf_counter(), Path(out).absolute(), progress or (lambda line: None)
+    tolerance = tolerance or TOLERANCES[precision]
 
     with _disk_errors(out), new_folder(out, overwrite=overwrite) as folder, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the inputs of tracing and comparing
-
-        # 1. Load
-        say("loading the checkpoint")
-        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else _load(checkpoint, clip)
+        torch.manual_seed(0)  # for random inputs of tracing and comparing
+        report("Loading the checkpoint")
+        loaded = _load(checkpoint, clip)
         specs = graph_specs(loaded)
 
-        # 2. What PyTorch draws and finds
-        effort = effort_for(loaded, precision)
-        samples = read_samples(loaded, calibration, effort.pairs, default=() if precision == "int8" else PROMPTS)
-        judged, learned = samples.split(effort.calibration if precision == "int8" else 0)
-        if precision == "int8" and not learned.captions:
-            raise ExportError(
-                f"{loaded.path} records fewer than 2 captions, and int8 needs some to learn from: give "
-                "--calibration DATA, a folder of your pictures with captions"
-            )
-        say("drawing with diffusers")
-        reference = make_reference(loaded, specs, judged, effort, sampler_defaults(loaded))
-        policy = None
-        if precision == "int8":
-            say("learning what the layers see")
-            policy = _learn(loaded, specs, learned, reference)
-
-        # 3. Lower and write
-        work = _Workshop(folder, loaded, precision, target, policy, reference, say)
+        reference, policy = _prepare(loaded, specs, precision, calibration, report)
+        writer = GraphWriter(folder, loaded, precision, target, policy, reference, report)
         for spec in specs:
-            work.make(spec)
+            writer.write(spec)
         write_pipeline_files(loaded, folder)
-        model = describe_model(loaded)
 
-        def describe() -> Manifest:
-            manifest = build_manifest(
-                model, folder, name=out.name, graphs=work.graphs, precision=precision, target=target
-            )
-            write_manifest(folder, manifest)
-            return manifest
-
-        # 4. Verify; for int8, keep back what the evidence forbids
-        parity: dict[str, GraphParity] = {}
-
-        def compare() -> tuple[ImageParity, SearchParity]:
-            bundle = _compare_graphs(folder, specs, reference, parity, work.graphs, say)
-            if policy is None and loaded is not checkpoint:
-                _free_weights(loaded)  # no graph is made anew, and the runtime is about to hold all of them
-            return _compare_whole(bundle, reference, TOLERANCES[precision], say)
-
-        while True:
-            manifest = describe()
-            try:
-                image, search = compare()
-                break
-            except ToleranceError as failure:
-                changed = policy.relax(failure.graphs) if policy else []
-                if not changed:
-                    raise
-                for spec in specs:
-                    if spec.name in changed:
-                        parity.pop(spec.name, None)
-                        work.make(spec)
-
-        # 5. Put the kernels in that only a GPU has
-        on_gpu: dict[str, Any] = {}
+        bundle = _UnfinishedBundle(folder, out.name, loaded, precision, target, writer)
+        release = partial(_release_weights, loaded) if loaded is not checkpoint else None
+        evidence = _verify(bundle, specs, reference, policy, tolerance, report, release)
         if TARGETS[target].channels_last:
-            work.put_channels_last()
-            manifest = describe()
-            on_gpu = _compare_on_gpu(folder, reference, say)
+            evidence = _finish_for_gpu(bundle, reference, evidence, report)
 
-        # 6. Record
         seconds, peak = time.perf_counter() - start, peak_bytes()
-        figures = {name: asdict(of_graph) for name, of_graph in parity.items()}
-        figures |= {"image": asdict(image), "search": asdict(search)} | on_gpu
-        cost = {"seconds": round(seconds, 1), "peak_mib": peak >> 20}
-        write_manifest(folder, replace(manifest, parity=figures, export=cost))
-
-    reports = tuple(
-        GraphReport(
-            name=spec.name,
-            precision=work.graphs[spec.name].precision,
-            attention_nodes=work.graphs[spec.name].attention_nodes or 0,
-            bytes=work.graphs[spec.name].bytes or 0,
-            parity=parity[spec.name],
-            int8=work.graphs[spec.name].int8,
-        )
-        for spec in specs
-    )
-    return Export(out, reports, image, search, seconds, folder_size(out), peak)
+        bundle.finish(evidence, {"seconds": round(seconds, 1), "peak_mib": peak >> 20})
+    return Export(out, _reports(writer, evidence), evidence.image, evidence.search, seconds, folder_size(out), peak)
 
 
-def _load(path: str | Path, clip: str | Path | None) -> Checkpoint:
-    """A checkpoint; or a Stable Diffusion, which says what it lacks if `clip` does not name its CLIP."""
-    return load_base(path, clip)
+# --- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference) -> Int8Policy:
-    """Draw other captions than those of the evidence, and look at what the layers see."""
+def _load(checkpoint: str | Path | Checkpoint, clip: str | Path | None) -> Checkpoint:
+    """Load a checkpoint, or a Stable Diffusion pipeline with its CLIP."""
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    return load_base(checkpoint, clip) if clip or Path(checkpoint).is_dir() else load_checkpoint(checkpoint)
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    specs: Sequence[GraphSpec],
+    precision: str,
+    calibration: str | Path | None,
+    report: Progress,
+) -> tuple[Reference, Int8Policy | None]:
+    """Compute the reference of PyTorch; for int8, calibrate on other captions than those of the reference."""
+    workload = workload_for(checkpoint, precision)
+    if precision != "int8":
+        samples, calibration_samples = read_samples(checkpoint, calibration, workload.pairs), None
+    else:
+        all_samples = read_samples(checkpoint, calibration, workload.pairs, default=())
+        samples, calibration_samples = all_samples.split(workload.calibration_images)
+        if not calibration_samples.captions:
+            raise ExportError(
+                f"{checkpoint.path} records fewer than 2 captions, but int8 needs captions to calibrate on. Pass "
+                "--calibration DATA, a folder of your images with captions."
+            )
+    report("Generating reference images with diffusers")
+    reference = make_reference(checkpoint, specs, samples, workload, sampler_defaults(checkpoint))
+    if calibration_samples is None:
+        return reference, None
+    report("Calibrating int8")
+    return reference, _calibrate(checkpoint, specs, calibration_samples, reference)
+
+
+def _calibrate(
+    checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference
+) -> Int8Policy:
     scheduler, _ = reference_scheduler(reference.sampler, checkpoint)
-    draw_it = partial(
-        draw,
+    generate = partial(
+        generate_images,
         checkpoint,
         scheduler,
         side=checkpoint.unet.config.sample_size,
@@ -225,162 +209,163 @@ def _learn(checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples,
         steps=reference.steps,
         guidance_scale=reference.guidance_scale,
     )
-    return Int8Policy(specs, calibrate(checkpoint, specs, samples, draw_it))
+    return Int8Policy(specs, calibrate(checkpoint, specs, samples, generate))
 
 
-class _Workshop:
-    """Makes the graphs of a bundle in `folder`, and makes one again where the policy has changed.
-
-    Attributes:
-        graphs: the manifest's entries of those that are made.
-    """
+class _UnfinishedBundle:
+    """The bundle in its temporary folder. The runtime can open it after `write_manifest`."""
 
     def __init__(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        precision: str,
-        target: str,
-        policy: Int8Policy | None,
-        reference: Reference,
-        say: Callable[[str], None],
+        self, folder: Path, name: str, checkpoint: Checkpoint, precision: str, target: str, writer: GraphWriter
     ) -> None:
-        self.graphs: dict[str, Graph] = {}
-        self._folder, self._checkpoint, self._say = folder, checkpoint, say
-        self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
-        self._lowered: dict[str, ir.Model] = {}  # for int8, as floats: quantized anew each time
+        self.writer, self.precision = writer, precision
+        self._folder, self._name, self._target, self._checkpoint = folder, name, target, checkpoint
+        self._model = describe_model(checkpoint)
+        self._manifest: Manifest | None = None
 
-    def make(self, spec: GraphSpec) -> None:
-        """Lower `spec`, write its folder and its entry."""
-        self._say(f"lowering {spec.name}")
-        model, used, quantized = self._lower(spec)
-        folder = self._folder / spec.name
-        write_graph(model, folder, _config(self._checkpoint, spec.name))
-        self.graphs[spec.name] = replace(
-            describe_graph(model, spec, used, self._target),
-            bytes=_graph_bytes(folder),
-            int8=self._policy.describe(spec.name, quantized) if self._policy else None,
+    def write_manifest(self) -> None:
+        """Write the manifest of the current files, without evidence."""
+        self._manifest = build_manifest(
+            self._model,
+            self._folder,
+            name=self._name,
+            graphs=self.writer.graphs,
+            precision=self.precision,
+            target=self._target,
         )
-        del model
-        gc.collect()  # graphs are full of cycles, and each holds a copy of its weights
+        write_manifest(self._folder, self._manifest)
 
-    def put_channels_last(self) -> None:
-        """Rewrite the graphs that are there for CUDA's kernels, with their entries."""
-        for name, graph in self.graphs.items():
-            folder = self._folder / name
-            if rewrite_graph(folder, rewrite_for_cuda):
-                self.graphs[name] = replace(graph, channels_last=True, bytes=_graph_bytes(folder))
+    def open(self, **options: Any) -> Bundle:
+        """Open the bundle without verifying the hashes that `write_manifest` has just computed."""
+        return Bundle.open(self._folder, verify=False, **options)
 
-    def _lower(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
-        """The graph, the precision it got, and the layers that are quantized.
-
-        The precision is fp32 where half precision would overflow, or 8 bits suffice nowhere.
-        """
-        target = TARGETS[self._target]
-        if self._precision == "fp16":
-            calls = [spec.example(1, 1), *seen_calls(spec, self._reference)]
-            if not any(overflows_half(spec.module, inputs) for inputs in calls):
-                return lower(spec, target, half=True), "fp16", []
-        quantized: list[str] = []
-        if self._policy:
-            if spec.name not in self._lowered:
-                self._lowered[spec.name] = lower(spec, target)
-            model = self._lowered[spec.name].clone()
-            quantized = quantize(model, self._policy.ranges(spec.name), contrib=CONTRIB in target.domains)
-        else:
-            model = lower(spec, target)
-        store_halves(model)
-        return model, "int8" if quantized else "fp32", quantized
+    def finish(self, evidence: Evidence, cost: Mapping[str, Any]) -> None:
+        """Add the evidence, and the time and memory of the export, to the manifest; write the model card."""
+        assert self._manifest is not None  # nothing is verified without a manifest
+        manifest = replace(self._manifest, parity=evidence.to_json(), export=cost)
+        write_manifest(self._folder, manifest)
+        write_model_card(self._folder, manifest, self._checkpoint)
 
 
-def _graph_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in graph_files(folder))
+def _verify(
+    bundle: _UnfinishedBundle,
+    specs: Sequence[GraphSpec],
+    reference: Reference,
+    policy: Int8Policy | None,
+    tolerance: Tolerance,
+    report: Progress,
+    release: Callable[[], None] | None,
+) -> Evidence:
+    """Compare the bundle with PyTorch; for int8, keep more layers in float until the comparison passes.
+
+    release: frees the weights of PyTorch, called once no graph is compared or written again.
+    """
+    parity: dict[str, GraphParity] = {}
+    while True:
+        bundle.write_manifest()
+        try:
+            opened = _compare_graphs(bundle, specs, reference, tolerance, parity, report)
+            if policy is None and release:
+                release()
+            return Evidence(parity, *_compare_results(opened, reference, tolerance, report))
+        except ToleranceError as failure:
+            changed = policy.keep_more_float(failure.graphs) if policy else []
+            if not changed:
+                raise
+            for spec in specs:
+                if spec.name in changed:
+                    parity.pop(spec.name, None)
+                    bundle.writer.write(spec)
 
 
 def _compare_graphs(
-    folder: Path,
+    bundle: _UnfinishedBundle,
     specs: Sequence[GraphSpec],
     reference: Reference,
+    tolerance: Tolerance,
     parity: dict[str, GraphParity],
-    graphs: Mapping[str, Graph],
-    say: Callable[[str], None],
+    report: Progress,
 ) -> Bundle:
-    """Compare the graphs that `parity` lacks with PyTorch, into it. Raises ToleranceError at the first too far off.
+    """Compare the graphs that are missing in `parity` with PyTorch, and add them to it.
 
-    Returns the bundle, with the UNet loaded if it was compared: of all graphs it takes longest.
+    Returns the opened bundle. Its UNet, the slowest graph to load, stays loaded for generation.
     """
-    whole = _opened(folder)
+    whole = bundle.open(threads=torch.get_num_threads())
     for spec in sorted(specs, key=lambda spec: spec.name == "unet"):
-        if spec.name not in parity:
-            say(f"comparing {spec.name} with PyTorch")
-            used = graphs[spec.name].precision
-            calls = calls_of(spec, used, reference)
-            # The others each in a bundle of its own, so that a graph's memory is free before the next takes its.
-            bundle = whole if spec.name == "unet" else _opened(folder)
-            parity[spec.name] = compare_graph(bundle.session(spec.name), spec, TOLERANCES[used], calls)
+        if spec.name in parity:
+            continue
+        report(f"Comparing {spec.name} with PyTorch")
+        precision = bundle.writer.graphs[spec.name].precision
+        # Other graphs than the UNet are opened in separate bundles, which release their memory before the next.
+        opened = whole if spec.name == "unet" else bundle.open(threads=torch.get_num_threads())
+        limits = tolerance if precision == bundle.precision else TOLERANCES[precision]
+        calls = calls_for(spec, precision, reference)
+        parity[spec.name] = compare_graph(opened.session(spec.name), spec, limits, calls)
     return whole
 
 
-def _compare_whole(
-    bundle: Bundle, reference: Reference, tolerance: Tolerance, say: Callable[[str], None]
+def _compare_results(
+    bundle: Bundle, reference: Reference, tolerance: Tolerance, report: Progress
 ) -> tuple[ImageParity, SearchParity]:
-    """Compare whole pictures, then search. Raises ToleranceError at the first that is too far from PyTorch's."""
-    say("comparing pictures with diffusers")
-    image = compare_images(bundle, reference, tolerance)
-    say("comparing search with PyTorch")
-    return image, compare_search(bundle, reference, tolerance)
+    """Compare whole images with diffusers, then search with PyTorch."""
+    encoder = Encoder(bundle)
+    report("Comparing images with diffusers")
+    image = compare_images(Generator(bundle).generate, encoder, reference, tolerance)
+    report("Comparing search with PyTorch")
+    return image, compare_search(encoder, reference, tolerance)
 
 
-def _compare_on_gpu(folder: Path, reference: Reference, say: Callable[[str], None]) -> dict[str, Any]:
-    """The same on the GPU that the graphs are for: an entry of the manifest; none where this machine has no such.
+def _finish_for_gpu(bundle: _UnfinishedBundle, reference: Reference, evidence: Evidence, report: Progress) -> Evidence:
+    """Rewrite the graphs for kernels that only a GPU has, and compare them on a GPU if this machine has one.
 
-    By the tolerance of half precision: a GPU rounds what it convolves and multiplies in float32 to TF32, which has as
-    many digits.
+    The tolerance is that of half precision, because a GPU rounds float32 products to TF32, which has as many digits.
     """
-    bundle = Bundle.open(folder, verify=False, device="cuda")
+    bundle.writer.rewrite_for_gpu()
+    bundle.write_manifest()
+    on_gpu = bundle.open(device="cuda")
     try:
-        bundle.session("unet")
+        on_gpu.session("unet")
     except ProviderError:
-        say("not comparing on a GPU: there is none that ONNX Runtime can use")
-        return {}
-    say("comparing on the GPU")
-    image, search = _compare_whole(bundle, reference, TOLERANCES["fp16"], say)
-    return {"cuda": {"image": asdict(image), "search": asdict(search)}}
+        report("Skipping the comparison on a GPU: ONNX Runtime finds none")
+        return evidence
+    report("Comparing on the GPU")
+    image, search = _compare_results(on_gpu, reference, TOLERANCES["fp16"], report)
+    return replace(evidence, devices={"cuda": {"image": asdict(image), "search": asdict(search)}})
 
 
-def _opened(folder: Path) -> Bundle:
-    return Bundle.open(folder, verify=False, threads=torch.get_num_threads())
+def _reports(writer: GraphWriter, evidence: Evidence) -> tuple[GraphReport, ...]:
+    return tuple(
+        GraphReport(
+            name=name,
+            precision=graph.precision,
+            attention_nodes=graph.attention_nodes or 0,
+            bytes=graph.bytes or 0,
+            parity=evidence.graphs[name],
+            int8=graph.int8,
+        )
+        for name, graph in writer.graphs.items()
+    )
 
 
-def _free_weights(checkpoint: Checkpoint) -> None:
-    """Give back the memory of all weights; configurations and tokenizers stay."""
+# --- resources -------------------------------------------------------------------------------------------------------
+
+
+def _release_weights(checkpoint: Checkpoint) -> None:
+    """Release the memory of all weights; configurations and tokenizers stay."""
     for part in (checkpoint.unet, checkpoint.vae, checkpoint.clip, checkpoint.text_encoder):
         part.to("meta")
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """Return the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager
 def _disk_errors(out: Path) -> Iterator[None]:
-    """Say in one line that the disk refused: full, read-only, no permission."""
+    """Convert errors of the file system (disk full, read-only, no permission) to an ExportError."""
     try:
         yield
     except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror or error}; nothing was left behind") from error
-
-
-def _config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
-    """The config.json that stands beside a graph: that of the model it came from."""
-    configs = {
-        "text_encoder": checkpoint.text_encoder.config,
-        "clip_text_encoder": checkpoint.clip.config.text_config,
-        "unet": checkpoint.unet,
-        "vae_decoder": checkpoint.vae,
-        "vae_encoder": checkpoint.vae,
-        "image_encoder": checkpoint.clip.config.vision_config,
-    }
-    return plain_config(configs[graph])
+        raise ExportError(f"cannot write {out}: {error.strerror or error}. No partial bundle was left.") from error

@@ -1,6 +1,6 @@
-"""What an export can be asked for. Apart from the rest, so that --help need not import PyTorch.
+"""Options of an export. This module does not import PyTorch, so that `unidiff-export --help` is fast.
 
-`TARGETS` is the one place that says what a target means: validation, help, lowering and manifest all read it.
+`TARGETS` defines the targets; validation, help, lowering and manifest read it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ STANDARD, CONTRIB = "", "com.microsoft"  # the operator domains of ONNX itself a
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph may consist of, and where it then runs.
+    """The operators that a graph may use, and the devices that run it.
 
     Attributes:
-        purpose: for the help, after the target's name.
+        purpose: description for `--help`.
         opset: version of the standard operators.
-        domains: where its operators may come from.
-        attention: (domain, operator) of the one node that each attention layer has.
-        precisions: those that make sense on it.
-        devices: the devices of `Bundle.open` that run it.
-        rewritten: whether its graphs are rewritten for ONNX Runtime's CPU kernels, see `passes`.
-        channels_last: whether they are, once compared on the CPU, rewritten for kernels that only a GPU has; those that
-            were run on "cuda" alone.
+        domains: allowed operator domains.
+        attention: (domain, operator) of the node of each attention layer.
+        precisions: supported precisions.
+        devices: the devices of `Bundle.open` that run the graphs.
+        rewritten: apply the passes for ONNX Runtime's CPU kernels, see `graphs.passes`.
+        channels_last: after the comparison on the CPU, apply the pass for kernels that only a GPU has. Rewritten graphs
+            run only on "cuda".
     """
 
     purpose: str
@@ -51,7 +51,7 @@ TARGETS = {
         rewritten=True,
     ),
     "portable": Target(
-        purpose="standard operators only, for any runtime that knows opset 23",
+        purpose="any runtime that supports opset 23; standard operators only",
         opset=23,
         domains=(STANDARD,),
         attention=(STANDARD, "Attention"),
@@ -67,9 +67,9 @@ TARGETS = {
         devices=("cuda", "cpu"),
         channels_last=True,
     ),
-    # Its parser has known Attention only lately, and GroupNormalization of opset 21 not at all.
+    # TensorRT's parser supports Attention only since recently, and GroupNormalization of opset 21 not at all.
     "tensorrt": Target(
-        purpose="TensorRT, or any runtime of opset 20: attention in single steps",
+        purpose="TensorRT, or any runtime that supports opset 20; attention in single steps",
         opset=20,
         domains=(STANDARD,),
         attention=(STANDARD, "Softmax"),
@@ -80,9 +80,11 @@ TARGETS = {
 
 
 def check_options(precision: str, target: str) -> None:
-    """Raise OptionError, naming the valid values, if either is not known or the target does not have the precision."""
+    """Raise OptionError, with the valid values, for an unknown or an unsupported option."""
     for option, value, known in (("precision", precision, PRECISIONS), ("target", target, TARGETS)):
         if value not in known:
             raise OptionError(f"{option} is {value!r}; use one of {', '.join(known)}")
     if precision not in TARGETS[target].precisions:
-        raise OptionError(f"target {target} has no {precision}; use one of {', '.join(TARGETS[target].precisions)}")
+        raise OptionError(
+            f"target {target} does not support {precision}; use one of {', '.join(TARGETS[target].precisions)}"
+        )

@@ -1,4 +1,4 @@
-"""On a machine with an NVIDIA GPU: what runs there gives what the CPU gives. Elsewhere all of it is skipped."""
+"""Results on an NVIDIA GPU agree with those on the CPU. Skipped on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -65,25 +65,25 @@ def psnr(a: object, b: object) -> float:
 
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("graph", ["text_encoder", "image_encoder", "unet", "vae_decoder", "vae_encoder"])
-def test_graphs_give_what_they_give_on_the_cpu(graph: str, capture: bool) -> None:
+def test_graphs_agree_with_the_cpu(graph: str, capture: bool) -> None:
     on_cpu, on_gpu = Bundle.open("tiny"), Bundle.open("tiny", device="cuda", capture=capture)
     session = on_gpu.session(graph)
     assert session.providers[0] == "CUDAExecutionProvider"
-    for bound in ("opt", "max", "opt", "min"):  # usual shapes are bound or replayed, others are not
+    for bound in ("opt", "max", "opt", "min"):  # typical shapes are bound or replayed, others are not
         inputs = random_inputs(on_cpu, graph, bound)
         ours, expected = session.run(inputs), on_cpu.session(graph).run(inputs)
         for name in expected:
-            assert relative_error(ours[name], expected[name]) < 5e-3  # convolutions there are in TF32
+            assert relative_error(ours[name], expected[name]) < 5e-3  # a GPU computes convolutions in TF32
 
 
-def test_pictures_are_those_of_the_cpu() -> None:
+def test_images_agree_with_the_cpu() -> None:
     expected = Generator(Bundle.open("tiny")).generate(PROMPT, n=2, steps=8)
     for capture in (False, True):
-        drawn = Generator(Bundle.open("tiny", device="cuda", capture=capture)).generate(PROMPT, n=2, steps=8)
-        assert min(psnr(a, b) for a, b in zip(drawn, expected, strict=True)) > 35
+        images = Generator(Bundle.open("tiny", device="cuda", capture=capture)).generate(PROMPT, n=2, steps=8)
+        assert min(psnr(a, b) for a, b in zip(images, expected, strict=True)) > 35
 
 
-def test_a_picture_is_the_same_whatever_it_is_drawn_beside() -> None:
+def test_image_does_not_depend_on_its_batch() -> None:
     generator = Generator(Bundle.open("tiny", device="cuda"))
     together, alone = generator.generate(PROMPT, n=4, steps=8), generator.generate(PROMPT, seed=3, steps=8)[0]
     assert np.abs(np.asarray(together[3], int) - np.asarray(alone, int)).max() <= 3
@@ -91,17 +91,17 @@ def test_a_picture_is_the_same_whatever_it_is_drawn_beside() -> None:
 
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_graphs_for_a_gpu_draw_the_same(exported: dict[str, Path], precision: str, capture: bool) -> None:
+def test_bundle_for_cuda_generates_the_same_images(exported: dict[str, Path], precision: str, capture: bool) -> None:
     bundle = Bundle.open(exported[precision], device="cuda", capture=capture)
     assert bundle.manifest.parity["cuda"]["image"]["psnr_db"] > 35
     expected = Generator(Bundle.open("tiny")).generate(PROMPT, n=2, steps=8)
-    drawn = Generator(bundle).generate(PROMPT, n=2, steps=8)
-    assert min(psnr(a, b) for a, b in zip(drawn, expected, strict=True)) > 30
+    images = Generator(bundle).generate(PROMPT, n=2, steps=8)
+    assert min(psnr(a, b) for a, b in zip(images, expected, strict=True)) > 30
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("graph", ["unet", "vae_decoder", "vae_encoder"])
-def test_graphs_for_a_gpu_give_what_they_give_on_the_cpu(exported: dict[str, Path], precision: str, graph: str) -> None:
+def test_graphs_for_cuda_agree_with_the_cpu(exported: dict[str, Path], precision: str, graph: str) -> None:
     on_cpu, on_gpu = Bundle.open("tiny"), Bundle.open(exported[precision], device="cuda")
     for bound in ("opt", "max", "min"):
         inputs = random_inputs(on_cpu, graph, bound)
@@ -109,14 +109,14 @@ def test_graphs_for_a_gpu_give_what_they_give_on_the_cpu(exported: dict[str, Pat
         assert relative_error(ours, expected) < 2e-2
 
 
-def test_warmup_says_what_loaded(exported: dict[str, Path]) -> None:
+def test_warmup_reports_providers(exported: dict[str, Path]) -> None:
     report = Bundle.open(exported["fp16"], device="cuda", capture=True).warmup()
     assert {row.providers[0] for row in report} == {"CUDAExecutionProvider"}
     assert {row.graph for row in report if row.captured} == {"unet", "vae_decoder", "vae_encoder", "image_encoder"}
     assert all(row.next_seconds <= row.first_seconds for row in report)
 
 
-def test_a_hidden_gpu_is_an_error_and_not_the_cpu() -> None:
+def test_hidden_gpu_is_an_error() -> None:
     code = "from unidiff_sdk import Bundle; Bundle.open('tiny', device='cuda').session('unet')"
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True)

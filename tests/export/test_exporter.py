@@ -1,4 +1,4 @@
-"""A whole export: what stands in the bundle, and that it computes what PyTorch computes."""
+"""A whole export: the content of the bundle, and its agreement with PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from PIL import Image
 from support.batching import batch_differences
 
 from unidiff_export import Export, export_bundle
-from unidiff_export.verification import reference_scheduler
+from unidiff_export.reference import reference_scheduler
 from unidiff_sdk.errors import ExportError, OptionError
 from unidiff_sdk.generation.samplers import make_table
 from unidiff_sdk.inference.bundle import Bundle
@@ -53,10 +53,10 @@ def bundle(export: Export) -> Bundle:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
-def test_the_reference_takes_the_steps_that_the_bundle_will(
+def test_reference_scheduler_has_the_timesteps_of_the_runtime(
     checkpoint: Checkpoint, sampler: str, tmp_path: Path
 ) -> None:
-    # As Stable Diffusion 1.5 was published: nothing is said of timestep_spacing, whose default hangs on the scheduler.
+    # As published with Stable Diffusion 1.5: without timestep_spacing, whose default depends on the scheduler.
     published = PNDMScheduler.from_config(
         {
             "beta_start": 0.00085,
@@ -75,7 +75,7 @@ def test_the_reference_takes_the_steps_that_the_bundle_will(
     assert scheduler.timesteps.tolist() == [row.timestep for row in make_table(sampler, ours, 5)]
 
 
-def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:
+def test_manifest_describes_the_model(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:
     manifest = bundle.manifest
     assert (manifest.name, manifest.precision, manifest.target, manifest.opset) == ("bundle", "fp32", "cpu", 23)
     assert manifest.image and manifest.image.fit == "crop"
@@ -96,7 +96,7 @@ def test_bundle_opens_with_its_facts(bundle: Bundle, export: Export, checkpoint:
     assert export.bytes == sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
 
 
-def test_every_graph_agrees_with_pytorch(bundle: Bundle) -> None:
+def test_manifest_holds_the_evidence(bundle: Bundle) -> None:
     parity = dict(bundle.manifest.parity)
     image, search = parity.pop("image"), parity.pop("search")
     assert parity.keys() == INTERFACE.keys()
@@ -108,7 +108,7 @@ def test_every_graph_agrees_with_pytorch(bundle: Bundle) -> None:
     assert (search["pairs"], search["recall_at_1"]) == (2, search["reference_recall_at_1"])
 
 
-def test_what_the_export_took_stands_in_the_manifest(bundle: Bundle, export: Export) -> None:
+def test_manifest_holds_time_memory_and_sizes(bundle: Bundle, export: Export) -> None:
     assert bundle.manifest.export == {
         "seconds": round(export.seconds, 1),
         "peak_mib": export.peak_bytes >> 20,
@@ -117,7 +117,7 @@ def test_what_the_export_took_stands_in_the_manifest(bundle: Bundle, export: Exp
         assert graph.bytes == sum(file.stat().st_size for file in (bundle.path / name).glob("model.onnx*"))
 
 
-def test_graphs_have_the_interface_that_peers_expect(bundle: Bundle) -> None:
+def test_graphs_have_the_expected_interface(bundle: Bundle) -> None:
     for name, (inputs, outputs) in INTERFACE.items():
         session, described = bundle.session(name), bundle.manifest.graphs[name]
         assert list(session.inputs) == list(inputs) == list(described.inputs)
@@ -126,13 +126,13 @@ def test_graphs_have_the_interface_that_peers_expect(bundle: Bundle) -> None:
         assert session.inputs == described.inputs
 
 
-def test_every_attention_layer_is_one_node(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def test_each_attention_layer_is_one_node(bundle: Bundle, checkpoint: Checkpoint) -> None:
     found = {name: graph.attention_nodes for name, graph in bundle.manifest.graphs.items()}
-    transformers_of_the_unet = sum("attn1" in name for name in checkpoint.unet.attn_processors)
+    unet_transformers = sum("attn1" in name for name in checkpoint.unet.attn_processors)
     assert found == {
         "text_encoder": checkpoint.clip.config.text_config.num_hidden_layers,
         "image_encoder": checkpoint.clip.config.vision_config.num_hidden_layers,
-        "unet": 2 * transformers_of_the_unet,
+        "unet": 2 * unet_transformers,
         "vae_decoder": 1,
         "vae_encoder": 1,
     }
@@ -147,7 +147,7 @@ def test_text_encoder_is_causal(bundle: Bundle) -> None:
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
 
-def test_unet_takes_other_sizes_and_a_single_timestep(bundle: Bundle, checkpoint: Checkpoint) -> None:
+def test_unet_accepts_other_sizes_and_a_single_timestep(bundle: Bundle, checkpoint: Checkpoint) -> None:
     sample, states = torch.randn(3, 4, 8, 24), torch.randn(3, 5, 32)
     with torch.no_grad():
         expected = checkpoint.unet(sample, torch.tensor(37.25), states).sample.numpy()
@@ -155,8 +155,8 @@ def test_unet_takes_other_sizes_and_a_single_timestep(bundle: Bundle, checkpoint
     np.testing.assert_allclose(bundle.session("unet").run(inputs)["out_sample"], expected, atol=1e-5)
 
 
-def test_runtime_embeds_like_transformers(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    """Tokenizer, preprocessing and projection included."""
+def test_runtime_embeddings_agree_with_transformers(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Including tokenizer, preprocessing and projection."""
     clip, encoder = checkpoint.clip, Encoder(bundle)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
     tokens = checkpoint.tokenizer(TEXTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
@@ -183,14 +183,14 @@ def test_layout_loads_in_diffusers_and_transformers(bundle: Bundle, checkpoint: 
         assert (bundle.path / name).is_file()
 
 
-def test_bundle_tells_nothing_of_the_machine_that_made_it(bundle: Bundle, random_checkpoint: Path) -> None:
+def test_bundle_contains_no_paths_of_the_machine(bundle: Bundle, random_checkpoint: Path) -> None:
     paths = {str(random_checkpoint.parent), str(bundle.path.parent), str(Path.home()), str(Path(__file__).parents[2])}
     for file in bundle.path.rglob("*"):
         content = file.read_bytes() if file.is_file() else b""
         assert not [path for path in paths if path.encode() in content], file
 
 
-def test_checkpoint_is_not_altered(export: Export, checkpoint: Checkpoint, random_checkpoint: Path) -> None:
+def test_export_does_not_change_the_checkpoint(export: Export, checkpoint: Checkpoint, random_checkpoint: Path) -> None:
     fresh = load_checkpoint(random_checkpoint)
     for part in ("unet", "vae", "clip"):
         ours, theirs = getattr(checkpoint, part), getattr(fresh, part)
@@ -198,7 +198,7 @@ def test_checkpoint_is_not_altered(export: Export, checkpoint: Checkpoint, rando
 
 
 @pytest.mark.slow
-def test_fp16_bundle_is_half_the_size_and_draws_the_same(
+def test_fp16_bundle_is_smaller_and_generates_the_same_images(
     random_checkpoint: Path, export: Export, bundle: Bundle, tmp_path: Path
 ) -> None:
     half = export_bundle(random_checkpoint, tmp_path / "half", precision="fp16")
@@ -221,6 +221,6 @@ def test_unknown_options_are_refused(random_checkpoint: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_folder_is_refused_before_any_work(random_checkpoint: Path, export: Export) -> None:
-    with pytest.raises(ExportError, match=r"exists already.*--overwrite"):
+def test_existing_folder_is_refused(random_checkpoint: Path, export: Export) -> None:
+    with pytest.raises(ExportError, match=r"already exists.*--overwrite"):
         export_bundle(random_checkpoint, export.path)

@@ -1,4 +1,4 @@
-"""Our bundles in optimum's pipelines and optimum's exports in our runtime; by `make test-optimum`."""
+"""Our bundles in optimum's pipelines, and optimum's exports in our runtime. Run with `make test-optimum`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("optimum.onnxruntime", reason="make test-optimum has an environment for it")
+pytest.importorskip("optimum.onnxruntime", reason="needs optimum-onnx; run make test-optimum")
 
 import torch
 from diffusers import DDIMScheduler
@@ -22,7 +22,7 @@ from unidiff_sdk.inference.encoder import load_tokenizer, token_ids
 CHECKPOINT = TINY.parents[1] / "training" / "recipes" / "tiny_checkpoint"
 PROMPTS = ["a red striped dress", "purple dotted boots"]
 STEPS, GUIDANCE = 10, 4.0
-TRUE_TO_OURS_DB = 40.0
+EQUAL_DB = 40.0
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def noise() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint as optimum exports it."""
+    """The tiny checkpoint, exported by optimum."""
     folder = tmp_path_factory.mktemp("optimum") / "tiny"
     ORTStableDiffusionPipeline.from_pretrained(str(CHECKPOINT), export=True).save_pretrained(folder)
     return folder
@@ -60,35 +60,35 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
     return math.inf if mean_square == 0 else 10 * math.log10(255**2 / mean_square)
 
 
-def assert_same_pictures(first: list[np.ndarray], second: list[np.ndarray]) -> None:
+def assert_equal_images(first: list[np.ndarray], second: list[np.ndarray]) -> None:
     for a, b in zip(first, second, strict=True):
-        assert a.std() > 5  # a picture, not a plain color
-        assert psnr_db(a, b) >= TRUE_TO_OURS_DB
-    assert psnr_db(first[0], second[1]) < 30  # what another prompt and other noise draw
+        assert a.std() > 5  # not a plain color
+        assert psnr_db(a, b) >= EQUAL_DB
+    assert psnr_db(first[0], second[1]) < 30  # another prompt with other noise
 
 
 @pytest.mark.parametrize("pipeline_class", [ORTDiffusionPipeline, ORTStableDiffusionPipeline])
-def test_optimum_draws_our_bundle(pipeline_class: Any, noise: np.ndarray) -> None:
-    """Its pipelines pass one timestep for all samples, float32[1]; our UNet expands it to the batch."""
+def test_optimum_generates_with_our_bundle(pipeline_class: Any, noise: np.ndarray) -> None:
+    """optimum's pipelines pass one timestep for all samples, float32[1]; our UNet expands it to the batch."""
     pipeline = pipeline_class.from_pretrained(str(TINY))
     assert isinstance(pipeline, ORTStableDiffusionPipeline)
-    assert_same_pictures(ours(Bundle.open("tiny"), noise), theirs(pipeline, noise))
+    assert_equal_images(ours(Bundle.open("tiny"), noise), theirs(pipeline, noise))
 
 
-def test_we_draw_what_optimum_exported(exported: Path, noise: np.ndarray) -> None:
+def test_our_runtime_generates_with_an_export_of_optimum(exported: Path, noise: np.ndarray) -> None:
     bundle = Bundle.open(exported)
-    assert_same_pictures(ours(bundle, noise), ours(Bundle.open("tiny"), noise))
-    assert_same_pictures(ours(bundle, noise), theirs(ORTStableDiffusionPipeline.from_pretrained(str(exported)), noise))
+    assert_equal_images(ours(bundle, noise), ours(Bundle.open("tiny"), noise))
+    assert_equal_images(ours(bundle, noise), theirs(ORTStableDiffusionPipeline.from_pretrained(str(exported)), noise))
 
 
-def test_both_encode_a_picture_alike(exported: Path) -> None:
+def test_both_vae_encoders_agree(exported: Path) -> None:
     pixels = {"sample": np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)}
     a, b = (Bundle.open(path).session("vae_encoder").run(pixels)["latent_sample"] for path in (exported, TINY))
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_tokens_are_those_of_transformers(exported: Path) -> None:
-    """optimum writes no tokenizer.json, but a vocabulary and merges."""
+def test_tokens_agree_with_transformers(exported: Path) -> None:
+    """optimum writes a vocabulary and merges instead of tokenizer.json."""
     from transformers import CLIPTokenizerFast
 
     texts = [*PROMPTS, "", "Ünïcode — 日本", "don't   SHOUT", "long " * 60]
@@ -101,10 +101,10 @@ def test_tokens_are_those_of_transformers(exported: Path) -> None:
     np.testing.assert_array_equal(token_ids(tokenizer, texts), tokens["input_ids"])
 
 
-def test_clip_graphs_have_the_names_that_optimum_gives_them() -> None:
-    """Transformers.js reads the same: `input_ids` -> `text_embeds`, `pixel_values` -> `image_embeds`.
+def test_clip_graphs_have_the_names_of_optimum() -> None:
+    """Transformers.js expects the same names: `input_ids` -> `text_embeds`, `pixel_values` -> `image_embeds`.
 
-    Neither asks for `attention_mask` where a graph does not take it: a causal tower needs none.
+    Neither passes an `attention_mask` to a graph without one, which a causal tower does not need.
     """
     from optimum.exporters.onnx.model_configs import CLIPOnnxConfig, CLIPTextWithProjectionOnnxConfig
     from transformers import CLIPConfig

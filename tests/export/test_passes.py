@@ -1,4 +1,4 @@
-"""Rewritten graphs compute what PyTorch computes, by the operators that were meant."""
+"""Graphs after the passes agree with PyTorch and consist of the intended operators."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from unidiff_export.options import TARGETS
 
 
 class Norm(nn.Module):
-    """Group norm of a tensor whose values stand far from zero, where a variance in one pass would lose its digits."""
+    """Group norm of values far from zero, for which a one-pass variance would lose its digits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Gated(nn.Module):
 
 
 class Reused(nn.Module):
-    """The product is wanted whole as well: cutting its weights would compute it twice."""
+    """The whole product is used as well, so splitting its weights would compute it twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Reused(nn.Module):
 
 
 class OtherAxis(nn.Module):
-    """Cut along the positions, not the channels."""
+    """A split along the positions instead of the channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class OtherAxis(nn.Module):
 
 
 class Attentive(nn.Module):
-    """Attention over pixels, as a VAE has it."""
+    """Attention over pixels, as in a VAE."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Attentive(nn.Module):
 
 
 class Activated(nn.Module):
-    """Group norms with SiLU after them, without, and with SiLU where the norm's result is also wanted itself."""
+    """Group norms followed by SiLU, without SiLU, and with SiLU if the norm's result is also used directly."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,28 +99,28 @@ class Activated(nn.Module):
 
 
 class Block(nn.Module):
-    """What a UNet is made of: residuals, a half, attention over pixels, twice the size, a skip, a number for all."""
+    """The parts of a UNet: residual block, downsampling, attention over pixels, upsampling, skip connection, scalar."""
 
     def __init__(self) -> None:
         super().__init__()
         self.residual = ResnetBlock2D(in_channels=8, out_channels=16, temb_channels=None, groups=4)
-        self.halved, self.doubled = Downsample2D(16, use_conv=True), Upsample2D(16, use_conv=True)
+        self.down, self.up = Downsample2D(16, use_conv=True), Upsample2D(16, use_conv=True)
         self.attention = Attention(16, heads=2, dim_head=8)
         self.last = nn.Conv2d(24, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.halved(self.residual(x.to(self.last.weight.dtype), None) / 2.0)
+        y = self.down(self.residual(x.to(self.last.weight.dtype), None) / 2.0)
         batch, channels, height, width = y.shape
         states = self.attention(y.permute(0, 2, 3, 1).reshape(batch, height * width, channels))
         y = states.reshape(batch, height, width, channels).permute(0, 3, 1, 2) + y
-        return self.last(torch.cat([self.doubled(y), x.to(y.dtype)], dim=1)).float()
+        return self.last(torch.cat([self.up(y), x.to(y.dtype)], dim=1)).float()
 
 
 def lowered(
     module: nn.Module, x: Tensor, axes: dict[int, str], target: str = "cpu", attention: int = 0, half: bool = False
 ) -> ir.Model:
-    usual = {"side2": 32, "side3": MANY_KEYS // 32}
-    spec = GraphSpec("module", module, attention, {"x": axes}, ("y",), lambda b, s: (x[:b],), usual)
+    sizes = {"side2": 32, "side3": MANY_KEYS // 32}
+    spec = GraphSpec("module", module, attention, {"x": axes}, ("y",), lambda b, s: (x[:b],), sizes)
     return lower(spec, TARGETS[target], half=half)
 
 
@@ -132,7 +132,7 @@ def assert_same(model: ir.Model, module: nn.Module, *calls: Tensor) -> None:
 
 
 def assert_same_by_definition(model: ir.Model, module: nn.Module, x: Tensor, atol: float) -> None:
-    """As `assert_same`, where ONNX Runtime has no kernel on a CPU."""
+    """Like `assert_same`, for operators without a CPU kernel in ONNX Runtime."""
     (ours,) = ReferenceEvaluator(ir.to_proto(model), new_ops=CONTRIB_OPS).run(None, {"x": x.numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(ours, module(x), atol=atol)
@@ -143,7 +143,7 @@ def operators(model: ir.Model) -> Counter[str]:
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 12, 9)])
-def test_group_norm(shape: tuple[int, ...]) -> None:
+def test_group_norm_becomes_instance_norm(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, module = torch.randn(shape) + 50, Norm().eval()
     axes = {0: "batch"} | {axis: f"side{axis}" for axis in range(2, len(shape))}
@@ -154,12 +154,12 @@ def test_group_norm(shape: tuple[int, ...]) -> None:
     assert operators(lowered(module, x, axes, "portable"))["GroupNormalization"] == 1
 
 
-def test_weights_of_a_gated_layer_are_cut() -> None:
+def test_weights_of_a_gated_layer_are_split() -> None:
     torch.manual_seed(0)
     x, module = torch.randn(3, 5, 6), Gated().eval()
     model = lowered(module, x, {0: "batch"})
     assert "Split" not in operators(model) and operators(model)["MatMul"] == 4
-    # The layer's name stays with its parts, by which int8 finds what they see.
+    # The parts keep the layer's name, which int8 needs to find their ranges.
     assert [node.name.rpartition("/")[0] for node in model.graph if node.op_type == "MatMul"] == [
         "first.proj",
         "first.proj",
@@ -171,14 +171,14 @@ def test_weights_of_a_gated_layer_are_cut() -> None:
 
 
 @pytest.mark.parametrize("module", [Reused(), OtherAxis()])
-def test_other_splits_stay(module: nn.Module) -> None:
+def test_other_splits_are_kept(module: nn.Module) -> None:
     x = torch.randn(3, 4, 6)
     model = lowered(module.eval(), x, {0: "batch"})
     assert operators(model)["Split"] == 1 and operators(model)["MatMul"] == 1
     assert_same(model, module, x)
 
 
-def test_attention_over_many_keys_goes_in_blocks() -> None:
+def test_attention_over_many_keys_becomes_blockwise() -> None:
     torch.manual_seed(0)
     x, module = torch.randn(2, 8, 6, 5), Attentive().eval()
     model = lowered(module, x, {0: "batch", 2: "side2", 3: "side3"}, attention=1)
@@ -191,7 +191,7 @@ def test_attention_over_many_keys_goes_in_blocks() -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_group_norm_for_a_gpu(half: bool) -> None:
+def test_group_norm_for_cuda_fuses_silu(half: bool) -> None:
     torch.manual_seed(0)
     x, module = torch.randn(3, 16, 5, 7), Activated(16).eval()
     model = lowered(module, x, {0: "batch", 2: "side2", 3: "side3"}, "cuda", half=half)
@@ -204,24 +204,24 @@ def test_group_norm_for_a_gpu(half: bool) -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_pictures_for_a_gpu_keep_their_channels_last(half: bool) -> None:
+def test_feature_maps_for_cuda_stay_channels_last(half: bool) -> None:
     torch.manual_seed(0)
     x, module = torch.randn(2, 8, 6, 8), Block().eval()
     model = lowered(module, x, {0: "batch", 2: "side2", 3: "side3"}, "cuda", attention=1, half=half)
     assert rewrite_for_cuda(model)
     found = operators(model)
     assert found["NhwcConv"] == 6 and not {"Conv", "GroupNormalization"} & set(found)
-    turned = [node.inputs[0] for node in model.graph if node.op_type == "Transpose"]
-    pictures = [value for value in turned if not value.is_initializer()]
-    # What comes in and what goes out, nothing between: attention has the layout already.
-    assert len(pictures) == 2
+    transposed = [node.inputs[0] for node in model.graph if node.op_type == "Transpose"]
+    feature_maps = [value for value in transposed if not value.is_initializer()]
+    # Only the input and the output are transposed; attention has the layout already.
+    assert len(feature_maps) == 2
     assert_same_by_definition(model, module, x, atol=2e-2 if half else 1e-4)
     assert_same_by_definition(model, module, torch.randn(3, 8, 8, 10), atol=2e-2 if half else 1e-4)
 
 
 @pytest.mark.parametrize(("channels", "shape"), [(12, (3, 12, 5, 7)), (16, (2, 16, 9)), (1032, (2, 1032, 3, 3))])
-def test_group_norms_that_the_gpu_kernel_does_not_take_stay(channels: int, shape: tuple[int, ...]) -> None:
-    """An odd number of channels a group, another rank, groups too large for it."""
+def test_group_norms_without_a_cuda_kernel_are_kept(channels: int, shape: tuple[int, ...]) -> None:
+    """An odd number of channels per group, another rank, and groups that are too large."""
     torch.manual_seed(0)
     x, module = torch.randn(shape), Activated(channels).eval()
     model = lowered(module, x, {0: "batch"}, "cuda")

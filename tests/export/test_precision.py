@@ -1,4 +1,4 @@
-"""Half storage loses nothing; half precision is used only where it can hold the numbers."""
+"""Storage in half precision is lossless, and overflows of half precision are detected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(model: ir.Model, file: Path, x: np.ndarray) -> np.ndarray:
     return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).run(None, {"input": x})[0]
 
 
-def test_half_storage_halves_the_file_and_changes_no_bit(tmp_path: Path) -> None:
+def test_store_halves_halves_the_file_without_changing_a_bit(tmp_path: Path) -> None:
     spec = linear_spec(torch.randn(96, 64).half().float())
     x = np.random.default_rng(0).standard_normal((5, 64), dtype=np.float32)
     model = lower(spec)
@@ -43,7 +43,7 @@ def test_half_storage_halves_the_file_and_changes_no_bit(tmp_path: Path) -> None
     assert (tmp_path / "half.onnx").stat().st_size < 0.6 * (tmp_path / "single.onnx").stat().st_size
 
 
-def test_one_weight_that_half_cannot_hold_keeps_its_tensor_single() -> None:
+def test_exact_halves_refuses_weights_that_half_cannot_represent() -> None:
     weights = np.ones(1000, np.float32)
     assert exact_halves(weights) is not None
     for value in (1 + 2**-12, 1e6, 1e-9, np.nan):
@@ -51,22 +51,22 @@ def test_one_weight_that_half_cannot_hold_keeps_its_tensor_single() -> None:
         assert exact_halves(weights) is None
 
 
-def test_single_precision_weights_are_stored_as_they_are() -> None:
+def test_store_halves_keeps_other_weights() -> None:
     model = lower(linear_spec(torch.randn(96, 64)))
     assert store_halves(model) == 0
     assert not [node for node in model.graph if node.op_type == "Cast"]
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, False), (1e4, True)])
-def test_overflow_is_seen_in_the_middle_of_a_module(scale: float, expected: bool) -> None:
-    class Swelling(torch.nn.Module):
+def test_overflow_inside_a_module_is_detected(scale: float, expected: bool) -> None:
+    class Overflow(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x * scale) * scale / scale**2  # the result itself is harmless
+            return (x * scale) * scale / scale**2  # the result itself is small
 
-    assert overflows_half(Swelling(), (torch.ones(4),)) is expected
+    assert overflows_half(Overflow(), (torch.ones(4),)) is expected
 
 
-def test_overflow_is_seen_within_attention() -> None:
+def test_overflow_inside_attention_is_detected() -> None:
     class Attention(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.scaled_dot_product_attention(x, x, torch.ones_like(x))
@@ -76,7 +76,7 @@ def test_overflow_is_seen_within_attention() -> None:
     assert not overflows_half(Attention(), (10 * x,))
 
 
-def test_masked_attention_is_no_overflow() -> None:
+def test_masked_attention_is_not_an_overflow() -> None:
     def attend(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 

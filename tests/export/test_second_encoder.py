@@ -1,4 +1,4 @@
-"""A model whose prompts have another text encoder than search: Stable Diffusion 2 and OpenCLIP in miniature."""
+"""Models with separate text encoders for prompts and search, like Stable Diffusion 2 with OpenCLIP."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PROMPTS = ["a red striped dress", "green dotted boots"]
 
 @pytest.fixture(scope="module")
 def checkpoint(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts are conditioned by the last layer but one of a CLIP of width 48, normalized as its last would be.
+    """A UNet conditioned on the second-to-last layer of a CLIP of width 48, normalized like its last layer.
 
-    As in Stable Diffusion 2: GELU, linear projections in the UNet, heads given per block, v prediction, and a tokenizer
-    that pads with "!" where CLIP's own pads with its end token.
+    As in Stable Diffusion 2: GELU, linear projections in the UNet, heads per block, v prediction, and a tokenizer that
+    pads with "!" while CLIP's own pads with its end token.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -87,7 +87,7 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle
     return Bundle.open(export_bundle(checkpoint, tmp_path_factory.mktemp("export") / "bundle").path, threads=1)
 
 
-def test_both_encoders_are_in_the_bundle(bundle: Bundle) -> None:
+def test_bundle_holds_both_text_encoders(bundle: Bundle) -> None:
     graphs = bundle.manifest.graphs
     assert list(graphs["text_encoder"].outputs) == ["last_hidden_state"]
     assert list(graphs["clip_text_encoder"].outputs) == ["text_embeds"]
@@ -115,39 +115,41 @@ def test_search_uses_clips_own_tower_and_tokenizer(bundle: Bundle, checkpoint: P
     np.testing.assert_allclose(encoder.encode_texts(texts), expected, atol=2e-5)
 
 
-def test_pictures_equal_diffusers(bundle: Bundle, checkpoint: Path) -> None:
+def test_images_agree_with_diffusers(bundle: Bundle, checkpoint: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None, feature_extractor=None)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(1).standard_normal((2, 4, 16, 16), dtype=np.float32)
-    settings: dict[str, Any] = {"guidance_scale": 4.0, "latents": latents}
-    ours = Generator(bundle).generate(PROMPTS, steps=5, sampler="euler", **settings)
-    settings["latents"] = torch.from_numpy(latents)
-    theirs = pipeline(PROMPTS, num_inference_steps=5, **settings).images
+    options: dict[str, Any] = {"guidance_scale": 4.0, "latents": latents}
+    ours = Generator(bundle).generate(PROMPTS, steps=5, sampler="euler", **options)
+    options["latents"] = torch.from_numpy(latents)
+    theirs = pipeline(PROMPTS, num_inference_steps=5, **options).images
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 1
 
 
-def test_a_tokenizer_of_another_clip_is_refused(checkpoint: Path) -> None:
+def test_tokenizer_of_another_clip_is_refused(checkpoint: Path) -> None:
     from unidiff_export.bundle_folder import clip_tokenizer
     from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)
-    words = loaded.clip.config.text_config.vocab_size
-    loaded.clip.config.text_config.vocab_size = words - 1
-    with pytest.raises(ExportError, match=rf"clip knows {words - 1} tokens, .* tokenizer has {words}: put vocab.json"):
+    size = loaded.clip.config.text_config.vocab_size
+    loaded.clip.config.text_config.vocab_size = size - 1
+    message = rf"vocabulary of {size - 1} tokens, but its tokenizer has {size}\. Put the matching vocab\.json"
+    with pytest.raises(ExportError, match=message):
         clip_tokenizer(loaded)
 
 
-def test_a_pipeline_and_a_clip_from_different_folders(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
-    """As they are published: Stable Diffusion has no CLIP beside it."""
-    from unidiff_export import exporter
+def test_pipeline_and_clip_can_be_in_different_folders(checkpoint: Path, bundle: Bundle, tmp_path: Path) -> None:
+    """As they are published: a Stable Diffusion pipeline has no CLIP."""
+    from unidiff_export.graphs.lowering import graph_specs
+    from unidiff_sdk.training.checkpoints.bases import load_base
 
     pipeline = shutil.copytree(checkpoint, tmp_path / "pipeline", ignore=shutil.ignore_patterns("clip", "unidiff.json"))
-    loaded = exporter.load_base(pipeline, checkpoint / "clip")
-    specs = {spec.name: spec.module for spec in exporter.graph_specs(loaded)}
+    loaded = load_base(pipeline, checkpoint / "clip")
+    specs = {spec.name: spec.module for spec in graph_specs(loaded)}
     assert list(specs) == list(bundle.manifest.graphs)
     ids = np.random.default_rng(0).integers(0, 500, (2, TOKENS))
     with torch.no_grad():

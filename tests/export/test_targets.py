@@ -47,7 +47,7 @@ def specs(random_checkpoint: Path) -> dict[str, GraphSpec]:
 
 @pytest.fixture(scope="module")
 def lowered(specs: dict[str, GraphSpec]) -> Lowered:
-    """A graph for a target, made once."""
+    """Return a graph for a target; each is lowered once."""
     return cache(lambda target, name: lower(specs[name], TARGETS[target]))
 
 
@@ -62,19 +62,21 @@ def attention_nodes(model: ir.Model, target: str) -> list[ir.Node]:
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_tensorrt_gets_standard_operators_of_opset_20(name: str, lowered: Lowered, specs: dict[str, GraphSpec]) -> None:
+def test_tensorrt_graphs_use_standard_operators_of_opset_20(
+    name: str, lowered: Lowered, specs: dict[str, GraphSpec]
+) -> None:
     model = lowered("tensorrt", name)
     assert model.opset_imports[""] <= 20
     assert {node.domain for node in model.graph.all_nodes()} == {""}
     assert not {"Attention", "GroupNormalization"} & {node.op_type for node in model.graph.all_nodes()}
     assert len(attention_nodes(model, "tensorrt")) == specs[name].attention_layers > 0
-    for node in model.graph:  # its parser takes nothing else here
+    for node in model.graph:  # TensorRT's parser requires constants here
         if node.op_type == "InstanceNormalization":
             assert all(value is not None and value.const_value is not None for value in node.inputs[1:])
 
 
 @pytest.mark.parametrize(("target", "name"), [("tensorrt", name) for name in GRAPHS] + [("cuda", n) for n in KINDS])
-def test_numbers_are_those_of_pytorch(
+def test_graphs_agree_with_pytorch(
     target: str, name: str, lowered: Lowered, specs: dict[str, GraphSpec], tmp_path: Path
 ) -> None:
     parity = compare_graph(session(lowered(target, name), tmp_path / "model.onnx"), specs[name], TOLERANCES["fp32"])
@@ -83,24 +85,24 @@ def test_numbers_are_those_of_pytorch(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_cuda_gets_contrib_attention(name: str, lowered: Lowered, specs: dict[str, GraphSpec]) -> None:
+def test_cuda_graphs_use_contrib_attention(name: str, lowered: Lowered, specs: dict[str, GraphSpec]) -> None:
     model = lowered("cuda", name)
     assert model.opset_imports["com.microsoft"] == 1
     nodes = attention_nodes(model, "cuda")
     assert len(nodes) == specs[name].attention_layers > 0
-    # Only the text encoder is causal, and no node is fed a mask to be so.
+    # Only the text encoder is causal, and no node has a mask.
     assert {node.attributes["unidirectional"].as_int() for node in nodes} == {int(name == "text_encoder")}
     assert {len(node.inputs) for node in nodes} == {3}
     # The transpositions to and from [batch, heads, length, width] have cancelled.
     assert not [node for node in nodes if node.inputs[0].producer().op_type == "Transpose"]
 
 
-def test_text_encoders_of_opset_23_are_causal_by_flag(lowered: Lowered) -> None:
+def test_text_encoder_of_opset_23_is_causal_by_flag(lowered: Lowered) -> None:
     nodes = attention_nodes(lowered("cpu", "text_encoder"), "cpu")
     assert [(node.attributes["is_causal"].as_int(), len(node.inputs)) for node in nodes] == [(1, 3)] * 2
 
 
-def test_lowering_leaves_the_model_as_it_was(specs: dict[str, GraphSpec], lowered: Lowered) -> None:
+def test_lowering_does_not_change_the_model(specs: dict[str, GraphSpec], lowered: Lowered) -> None:
     lowered("cpu", "text_encoder")
     assert specs["text_encoder"].module.tower.config._attn_implementation == "sdpa"
 
@@ -115,8 +117,7 @@ def test_half_graph_for_cuda(specs: dict[str, GraphSpec], tmp_path: Path) -> Non
     assert parity.max_abs_error < (half.max_abs_error or 0)
 
 
-def test_attention_scales_as_it_is_told_to() -> None:
-    """As PyTorch does where a caller gives its own scale, and with the causal mask."""
+def test_attention_keeps_scale_and_causal_mask() -> None:
 
     class Layer(torch.nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -134,17 +135,20 @@ def test_attention_scales_as_it_is_told_to() -> None:
     np.testing.assert_allclose(ours, spec.module(*inputs).numpy(), atol=1e-6)
 
 
-def test_portable_refuses_what_only_onnx_runtime_has(lowered: Lowered) -> None:
+def test_portable_target_refuses_operators_of_onnx_runtime(lowered: Lowered) -> None:
     check_operators(lowered("cpu", "image_encoder"), TARGETS["portable"], "image_encoder")
-    with pytest.raises(ExportError, match=r"unet holds com.microsoft::MultiHeadAttention, which not every runtime"):
+    with pytest.raises(
+        ExportError,
+        match=r"unet contains com.microsoft::MultiHeadAttention. This target allows only operators of ai.onnx",
+    ):
         check_operators(lowered("cuda", "unet"), TARGETS["portable"], "unet")
-    with pytest.raises(ExportError, match="image_encoder came out as opset 23, not 20"):
+    with pytest.raises(ExportError, match="image_encoder has opset 23 instead of 20"):
         check_operators(lowered("cpu", "image_encoder"), TARGETS["tensorrt"], "image_encoder")
 
 
 @pytest.mark.parametrize("name", ["unet", "vae_decoder", "vae_encoder"])
-def test_numbers_with_channels_last_are_those_of_pytorch(name: str, specs: dict[str, GraphSpec]) -> None:
-    """By the definitions of ONNX Runtime's operators: a CPU has no kernels for them."""
+def test_channels_last_graphs_agree_with_pytorch(name: str, specs: dict[str, GraphSpec]) -> None:
+    """By the definitions of ONNX Runtime's operators, because a CPU has no kernels for them."""
     spec = specs[name]
     model = lower(spec, TARGETS["cuda"])
     assert rewrite_for_cuda(model)
@@ -156,12 +160,9 @@ def test_numbers_with_channels_last_are_those_of_pytorch(name: str, specs: dict[
             np.testing.assert_allclose(ours, spec.module(*inputs), atol=1e-4)
 
 
-def test_weights_beside_a_graph_stay_when_it_is_rewritten(
-    specs: dict[str, GraphSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("unidiff_export.bundle_folder.LARGEST_SINGLE_FILE", 0)
+def test_external_weights_stay_when_their_graph_is_rewritten(specs: dict[str, GraphSpec], tmp_path: Path) -> None:
     spec = specs["vae_decoder"]
-    file = write_graph(lower(spec, TARGETS["cuda"]), tmp_path / "graph", {})
+    file = write_graph(lower(spec, TARGETS["cuda"]), tmp_path / "graph", {}, largest_single_file=0)
     weights = file.with_name("model.onnx_data")
     before = weights.read_bytes()
     assert rewrite_graph(file.parent, rewrite_for_cuda) and weights.read_bytes() == before
@@ -173,8 +174,8 @@ def test_weights_beside_a_graph_stay_when_it_is_rewritten(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["portable", "cuda", "tensorrt"])
-def test_the_whole_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_path: Path) -> None:
-    """By the command line, to the picture on the CPU; on a GPU that is not there, the line that mends it."""
+def test_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_path: Path) -> None:
+    """From the command line to an image on the CPU. Without a GPU, the error names the package to install."""
     result = CliRunner().invoke(main, [str(random_checkpoint), "-o", str(tmp_path / "out"), "--target", target])
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -189,7 +190,7 @@ def test_the_whole_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_
         assert {"GroupNorm", "MultiHeadAttention"} < operators["unet"]
         assert "GroupNormalization" not in operators["unet"]
         last = {name for name, entry in manifest["graphs"].items() if entry.get("channels_last")}
-        assert last == {"unet", "vae_decoder", "vae_encoder", "image_encoder"}  # all that see pictures
+        assert last == {"unet", "vae_decoder", "vae_encoder", "image_encoder"}  # all graphs with images
         with pytest.raises(BundleError, match="exported for cuda, which runs on cuda; for device 'cpu' make another"):
             Bundle.open(tmp_path / "out")
     else:
@@ -200,15 +201,14 @@ def test_the_whole_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_
             Bundle.open(tmp_path / "out", device="cuda").session("unet")
 
 
-def test_the_table_of_targets_is_consistent() -> None:
+def test_targets_are_consistent() -> None:
     for name, target in TARGETS.items():
         assert set(target.precisions) <= set(PRECISIONS)
-        assert set(target.devices) <= set(DEVICES) and "cpu" in target.devices  # where every export is verified
+        assert set(target.devices) <= set(DEVICES) and "cpu" in target.devices  # every export is verified on the CPU
         assert target.attention[0] in target.domains
         check_options(target.precisions[0], name)
 
 
-def test_a_precision_that_a_target_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unidiff_export.options.PRECISIONS", ("fp32", "fp16", "int8"))
-    with pytest.raises(OptionError, match="target tensorrt has no int8; use one of fp32, fp16"):
+def test_precision_that_a_target_does_not_support_is_refused() -> None:
+    with pytest.raises(OptionError, match="target tensorrt does not support int8; use one of fp32, fp16"):
         check_options("int8", "tensorrt")

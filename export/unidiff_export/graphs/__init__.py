@@ -1,1 +1,1 @@
-"""Graphs: from PyTorch modules to the ONNX operators that a target runs fastest."""
+"""ONNX graphs: lowering from PyTorch, passes for a target, attention operators and float precision."""

@@ -1,6 +1,6 @@
-"""How attention layers are said in ONNX: the causal mask by a flag, and ONNX Runtime's own operator where wanted.
+"""Attention layers in ONNX: the causal mask as a flag, and ONNX Runtime's own operator where a target asks for it.
 
-A silent change in an exporter, which would turn a layer of attention into something slower, is caught by counting.
+The attention nodes of each graph are counted, so that a change in torch's exporter cannot slow a layer down unnoticed.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ CAUSAL_BY_FLAG = "unidiff_causal_by_flag"
 
 
 def attention_layers(module: nn.Module) -> int:
-    """How many attention layers `module` runs in one call."""
+    """Return the number of attention layers that `module` runs in one call."""
     return sum(isinstance(layer, Attention | CLIPAttention) for layer in module.modules())
 
 
 def count_attention(model: ir.Model, target: Target) -> int:
-    """How many nodes of `model` are the target's attention, or what `passes.attend_in_blocks` made of it."""
-    meant = {target.attention, (CONTRIB, "MultiHeadAttention")}
-    return sum((node.domain, node.op_type) in meant for node in model.graph)
+    """Return the number of attention nodes: the target's operator, or the one of `passes.use_blockwise_attention`."""
+    operators = {target.attention, (CONTRIB, "MultiHeadAttention")}
+    return sum((node.domain, node.op_type) in operators for node in model.graph)
 
 
 def check_attention(model: ir.Model, layers: int, target: Target, name: str) -> None:
-    """Raise ExportError unless each of the module's `layers` has its one attention node in the graph `name`."""
+    """Raise ExportError unless the graph `name` has one attention node for each of the module's `layers`."""
     found = count_attention(model, target)
     if found != layers:
         raise ExportError(
-            f"{name} has {layers} attention layers but {found} {target.attention[1]} nodes, so it would run slowly; "
-            "load the model with scaled-dot-product attention (attn_implementation='sdpa' in transformers, "
-            "AttnProcessor2_0 in diffusers), with the torch version of constraints.txt"
+            f"{name} has {layers} attention layers but {found} {target.attention[1]} nodes, so it would run slowly. "
+            "Load the model with scaled-dot-product attention (attn_implementation='sdpa' in transformers, "
+            "AttnProcessor2_0 in diffusers), and use the torch version of constraints.txt."
         )
 
 
 @contextmanager
 def causal_by_flag(module: nn.Module) -> Iterator[None]:
-    """Within the block, CLIP's text towers in `module` ask for causal attention instead of computing its mask."""
+    """Within the block, let CLIP's text towers in `module` request causal attention instead of computing a mask."""
     configs = {id(c): c for m in module.modules() if isinstance(c := getattr(m, "config", None), CLIPTextConfig)}
     # _attn_implementation is a property over the rest of the config, in both transformers 4.57 and 5.
     before = [(config, config._attn_implementation) for config in configs.values()]
@@ -65,15 +65,15 @@ def causal_by_flag(module: nn.Module) -> Iterator[None]:
 def _causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention of CLIP's text tower. `mask` is ignored: without padding, the only one there is says "causal"."""
+    """Attention of CLIP's text tower. `mask` is ignored: without padding, the only mask is the causal one."""
     states = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return states.transpose(1, 2), None
 
 
-# transformers makes no mask for an implementation that has registered none.
+# transformers creates no mask for an implementation without a registered mask function.
 AttentionInterface.register(CAUSAL_BY_FLAG, _causal_attention)
 
-# What is used here of the schema, which only ONNX Runtime itself holds:
+# The part of the schema that is used here. Only ONNX Runtime itself has the schema:
 # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 _MULTI_HEAD_ATTENTION = onnxscript.values.Op(
     onnxscript.values.Opset(CONTRIB, 1),
@@ -104,10 +104,10 @@ def multi_head_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """PyTorch's scaled_dot_product_attention over [batch, heads, length, width] as com.microsoft::MultiHeadAttention.
+    """Emit com.microsoft::MultiHeadAttention for scaled_dot_product_attention over [batch, heads, length, width].
 
-    That takes and gives [batch, length, heads * width], which is what the layers around it have: the transpositions
-    here cancel with theirs.
+    The operator reads and writes [batch, length, heads * width], the layout of the layers around it, so these
+    transpositions cancel with theirs.
     """
     if attn_mask is not None or dropout_p or enable_gqa:
         raise NotImplementedError("attention with a mask, dropout or grouped queries")
@@ -128,7 +128,7 @@ def multi_head_attention(
 
 
 def translations(target: Target) -> dict[Callable, Callable]:
-    """What the exporter is told to emit instead of its own choice."""
+    """Return the target's replacements for the exporter's own translations."""
     if target.attention[0] != CONTRIB:
         return {}
     return {torch.ops.aten.scaled_dot_product_attention.default: multi_head_attention}

@@ -1,7 +1,7 @@
-"""PyTorch modules to ONNX graphs: ask the exporter for the operators that the target runs best.
+"""Lower PyTorch modules to ONNX graphs with the operators that the target runs fastest.
 
-Opset 23 has `Attention` and `GroupNormalization`, and `torch.onnx.export(dynamo=True)` emits them for
-`scaled_dot_product_attention` and `GroupNorm`, so attention needs no pattern matching afterwards.
+Opset 23 has `Attention` and `GroupNormalization`. `torch.onnx.export(dynamo=True)` emits them for
+`scaled_dot_product_attention` and `GroupNorm`, so no pattern matching is needed afterwards.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-# Shape with start and end, and Expand, are the same in every opset since; the exporter converts them to the target's.
+# Shape with start and end, and Expand, have not changed since this opset; the exporter converts them to the target's.
 SYMBOLIC_OPSET = 18
 
-# Latents of more than so many pixels a side are neither traced nor compared graph by graph: the graphs take any size,
-# Stable Diffusion's own costs minutes and many gigabytes, and whole pictures are compared at it anyway.
+# The largest side of latents for tracing and for comparing single graphs. Graphs accept any size, the native size of
+# Stable Diffusion would take minutes and many gigabytes, and whole images are compared at that size anyway.
 LARGEST_EXAMPLE = 16
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
 class TextEncoder(nn.Module):
-    """Token ids to what conditions the UNet and to what search compares: one graph for both."""
+    """Token ids to the hidden states that condition the UNet and to the embedding for search, in one graph."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
 
 
 class PromptEncoder(nn.Module):
-    """Token ids to what conditions the UNet, where that is another model than the one of search."""
+    """Token ids to the hidden states that condition the UNet, if search has another text encoder."""
 
     def __init__(self, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PromptEncoder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Token ids to the text's projected embedding (not of unit length, as in transformers)."""
+    """Token ids to the projected embedding of the text, not normalized, as in transformers."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class TextEmbedder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Normalized pixels to the image's projected embedding (not of unit length, as in transformers)."""
+    """Normalized pixels to the projected embedding of the image, not normalized, as in transformers."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class ImageEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noisy latents to the model's output. `timestep` is a float per sample, or one for all of them."""
+    """Noisy latents to the model's output. `timestep` is a float for each sample, or one for all samples."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
-            # Said in ONNX, because torch.export would fix the number of timesteps to the batch, and optimum's
-            # pipelines pass a single one.
+            # Expressed in ONNX, because torch.export would fix the number of timesteps to the batch size, and
+            # optimum's pipelines pass a single timestep.
             batch = torch.onnx.ops.symbolic(
                 "Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=[1], version=SYMBOLIC_OPSET
             )
@@ -112,7 +112,7 @@ class UNet(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """Latents, already divided by the scaling factor (diffusers' and optimum's convention), to pixels in [-1, 1]."""
+    """Latents divided by the scaling factor, the convention of diffusers and optimum, to pixels in [-1, 1]."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Pixels in [-1, 1] to the mean of their latents, not yet multiplied by the scaling factor."""
+    """Pixels in [-1, 1] to the mean of their latents, not multiplied by the scaling factor."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -135,11 +135,16 @@ class VaeEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph of a bundle: the module behind it, and its interface.
+    """One graph of a bundle: the module behind it and its interface.
 
-    `inputs` maps each input's name to its dynamic axes, `outputs` names the results in order, and `example(batch,
-    scale)` draws inputs: `scale` multiplies the height of images and latents. `usual` says what dynamic axes most often
-    are.
+    Attributes:
+        name: the graph's folder in the bundle.
+        module: the PyTorch module.
+        attention_layers: number of attention layers in one call.
+        inputs: the dynamic axes of each input.
+        outputs: the names of the results, in order.
+        example: returns random inputs for a batch size and a factor of the height of images and latents.
+        typical_sizes: the most frequent sizes of dynamic axes.
     """
 
     name: str
@@ -148,19 +153,22 @@ class GraphSpec:
     inputs: Mapping[str, Mapping[int, str]]
     outputs: tuple[str, ...]
     example: Callable[[int, int], tuple[Tensor, ...]]
-    usual: Mapping[str, int] = field(default_factory=dict)
+    typical_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
-    """The graphs of `checkpoint`: those of generation in its order, then those that only search needs.
+    """Return the graphs of `checkpoint`: those of generation in their order, then those that only search needs.
 
-    Raises ExportError if the UNet is not one of Stable Diffusion 1 or 2, for text to image.
+    Raises:
+        ExportError: the UNet is not a text-to-image UNet of Stable Diffusion 1 or 2.
     """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text, vision = checkpoint.text_encoder.config, clip.config.vision_config
     if refused := refusal(unet.config, vae.config.latent_channels, text.hidden_size):
         raise ExportError(refused)
-    smallest = 2 ** len(unet.config.block_out_channels)  # two pixels a side in the middle: one would be a constant
+    smallest = 2 ** len(
+        unet.config.block_out_channels
+    )  # two pixels per side in the middle block; one would be traced as a constant
     native = unet.config.sample_size
     latent = min(native, max(LARGEST_EXAMPLE, smallest))
     pixels = latent * checkpoint.latent_factor
@@ -168,15 +176,15 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
         def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
             tokens = torch.randint(0, config.vocab_size, (batch, config.max_position_embeddings))
-            tokens[:, -1] = end_of_text(config)  # the pooled state is taken there
+            tokens[:, -1] = end_of_text(config)  # the pooled state is that of this token
             return (tokens,)
 
         return ids
 
-    def photographs(batch: int, scale: int) -> tuple[Tensor, ...]:
+    def preprocessed(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
 
-    def denoising(batch: int, scale: int) -> tuple[Tensor, ...]:
+    def noisy_latents(batch: int, scale: int) -> tuple[Tensor, ...]:
         states = torch.randn(batch, text.max_position_embeddings, unet.config.cross_attention_dim)
         return torch.randn(batch, unet.config.in_channels, scale * latent, latent), torch.rand(batch) * 999, states
 
@@ -184,13 +192,13 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
         unit = torch.randn(batch, vae.config.latent_channels, scale * latent, latent)
         return (unit / vae.config.scaling_factor,)
 
-    def pictures(batch: int, scale: int) -> tuple[Tensor, ...]:
+    def images(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.rand(batch, vae.config.in_channels, scale * pixels, pixels) * 2 - 1,)
 
     tokens = {"input_ids": {0: "batch", 1: "tokens"}}
     noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
     image_encoder = _spec(
-        "image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), photographs
+        "image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), preprocessed
     )
     if checkpoint.shared:
         outputs = ("last_hidden_state", "text_embeds")
@@ -206,11 +214,19 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     decoder, encoder = VaeDecoder(vae), VaeEncoder(vae)
     return [
         *texts,
-        _spec("unet", UNet(unet), noisy, ("out_sample",), denoising, usual=latent_side),
+        _spec("unet", UNet(unet), noisy, ("out_sample",), noisy_latents, typical_sizes=latent_side),
         _spec(
-            "vae_decoder", decoder, {"latent_sample": IMAGE_AXES}, ("sample",), latents, vae.decoder, usual=latent_side
+            "vae_decoder",
+            decoder,
+            {"latent_sample": IMAGE_AXES},
+            ("sample",),
+            latents,
+            vae.decoder,
+            typical_sizes=latent_side,
         ),
-        _spec("vae_encoder", encoder, {"sample": IMAGE_AXES}, ("latent_sample",), pictures, vae.encoder, usual=side),
+        _spec(
+            "vae_encoder", encoder, {"sample": IMAGE_AXES}, ("latent_sample",), images, vae.encoder, typical_sizes=side
+        ),
         *search,
     ]
 
@@ -227,25 +243,29 @@ def _spec(
     outputs: tuple[str, ...],
     example: Callable[[int, int], tuple[Tensor, ...]],
     layers: nn.Module | None = None,
-    usual: Mapping[str, int] | None = None,
+    typical_sizes: Mapping[str, int] | None = None,
 ) -> GraphSpec:
-    """A spec whose attention layers are counted in `layers`, the part of `module` that the graph runs."""
-    return GraphSpec(name, module.eval(), attention_layers(layers or module), inputs, outputs, example, usual or {})
+    """Return a spec; attention layers are counted in `layers`, the part of `module` that the graph runs."""
+    return GraphSpec(
+        name, module.eval(), attention_layers(layers or module), inputs, outputs, example, typical_sizes or {}
+    )
 
 
 def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = False) -> ir.Model:
     """Export `spec` as an ONNX graph; with `half`, it computes in half precision between float32 inputs and outputs.
 
-    The half graph comes from a half copy of the module, not from a converted graph: every cast is where PyTorch
-    itself would put it, and nothing has to be recognized. Raises ExportError if the exporter fails, if an attention
-    layer did not become the target's node, or if an operator is none of the target's.
+    A half graph is exported from a half-precision copy of the module, so every cast is where PyTorch puts it.
+
+    Raises:
+        ExportError: the exporter failed, an attention layer did not become the target's operator, or the graph holds an
+            operator that the target does not have.
     """
     module = deepcopy(spec.module).half() if half else spec.module
     try:
         with quiet(), torch.no_grad(), causal_by_flag(module):
             program = torch.onnx.export(
                 module,
-                spec.example(2, 1),  # a batch of one would be taken for a constant
+                spec.example(2, 1),  # a batch of one would be traced as a constant
                 dynamo=True,
                 opset_version=target.opset,
                 custom_translation_table=translations(target),
@@ -256,33 +276,41 @@ def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = Fals
             )
     except torch.onnx.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ExportError(f"{spec.name} cannot be lowered to ONNX: {reason}") from error
-    assert program is not None  # torch types the legacy exporter's None into the same signature
+        raise ExportError(
+            f"torch cannot export {spec.name} to ONNX: {reason}. "
+            "Use the torch and onnxscript versions of constraints.txt."
+        ) from error
+    assert program is not None  # the signature also covers the legacy exporter, which returns None
     model = program.model
     check_attention(model, spec.attention_layers, target, spec.name)
     check_operators(model, target, spec.name)
     name_by_layer(model)
     if target.rewritten:
-        rewrite_for_cpu(model, spec.usual)
-    ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
+        rewrite_for_cpu(model, spec.typical_sizes)
+    ClearMetadataAndDocStringPass()(model)  # stack traces contain paths of this machine
     return model
 
 
 def check_operators(model: ir.Model, target: Target, name: str) -> None:
-    """Raise ExportError if the graph `name` has another opset than the target's, or operators from elsewhere."""
+    """Raise ExportError if the graph `name` has another opset than the target, or operators of other domains."""
     opset = model.opset_imports.get("")
     if opset != target.opset:
-        raise ExportError(f"{name} came out as opset {opset}, not {target.opset}; use the torch of constraints.txt")
+        raise ExportError(
+            f"{name} has opset {opset} instead of {target.opset}. Use the torch version of constraints.txt."
+        )
     foreign = {
         f"{node.domain}::{node.op_type}" for node in model.graph.all_nodes() if node.domain not in target.domains
     }
     if foreign:
-        raise ExportError(f"{name} holds {', '.join(sorted(foreign))}, which not every runtime of this target has")
+        raise ExportError(
+            f"{name} contains {', '.join(sorted(foreign))}. This target allows only operators of "
+            f"{', '.join(domain or 'ai.onnx' for domain in target.domains)}."
+        )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what libraries say to their own developers (deprecations, absent torchvision, axis renames)."""
+    """Silence messages that libraries address to developers (deprecations, missing torchvision, renamed axes)."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

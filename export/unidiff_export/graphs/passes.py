@@ -1,6 +1,6 @@
-"""Rewritings of float graphs into what ONNX Runtime's kernels run faster; each is here because it was measured.
+"""Passes over float graphs that replace operators by ones with faster kernels in ONNX Runtime. Each gain was measured.
 
-They find operators, not patterns of an exporter's making, and leave alone what is not exactly as they expect.
+Passes look for operators, not for patterns of a specific exporter, and leave nodes that do not match exactly.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from unidiff_export.options import CONTRIB, STANDARD
 
-# From so many keys on, attention in blocks is the faster on a CPU.
+# From this number of keys on, blockwise attention is faster on a CPU.
 MANY_KEYS = 1024
-# The CUDA kernel of GroupNorm takes two channels a thread, and a whole group in a block.
+# The CUDA kernel of GroupNorm processes two channels per thread, and a whole group in one block.
 LARGEST_GROUP = 256
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 ELEMENTWISE = {"Add", "Cast", "Div", "Mul", "Sigmoid", "Sub"}
 
 
-def rewrite_for_cpu(model: ir.Model, usual: Mapping[str, int]) -> None:
-    """Those for the CPU, in place. `usual`: what the dynamic axes most often are."""
+def rewrite_for_cpu(model: ir.Model, typical_sizes: Mapping[str, int]) -> None:
+    """Apply the passes for CPU kernels in place. `typical_sizes`: the most frequent sizes of dynamic axes."""
     for node in list(model.graph):
         if node.op_type == "GroupNormalization":
             expand_group_norm(model.graph, node)
         elif node.op_type == "Split":
             split_weights(model.graph, node)
         elif node.op_type == "Attention" and node.domain == STANDARD:
-            attend_in_blocks(model.graph, node, usual)
+            use_blockwise_attention(model.graph, node, typical_sizes)
     if any(node.domain == CONTRIB for node in model.graph):
         model.opset_imports.setdefault(CONTRIB, 1)
 
 
 def expand_group_norm(graph: ir.Graph, norm: ir.Node) -> None:
-    """GroupNormalization as InstanceNormalization over its groups, then scale and bias of the channels.
+    """Replace GroupNormalization by InstanceNormalization over its groups, followed by scale and bias.
 
-    ONNX Runtime has no kernel for the former and runs its definition, some twenty nodes of which nine go over the whole
-    tensor: between 2 and 20 times slower.
+    ONNX Runtime has no kernel for GroupNormalization and runs its definition: about twenty nodes, nine of them over the
+    whole tensor, which is between 2 and 20 times slower.
     """
     x, scale, bias = norm.inputs
     assert x is not None and scale is not None and bias is not None
@@ -70,17 +70,17 @@ def expand_group_norm(graph: ir.Graph, norm: ir.Node) -> None:
     replace(graph, norm, nodes, last)
 
 
-def attend_in_blocks(graph: ir.Graph, node: ir.Node, usual: Mapping[str, int]) -> None:
-    """Attention over many keys as com.microsoft::MultiHeadAttention, which goes over them in blocks.
+def use_blockwise_attention(graph: ir.Graph, node: ir.Node, typical_sizes: Mapping[str, int]) -> None:
+    """Replace Attention over many keys by com.microsoft::MultiHeadAttention, which computes it block by block.
 
-    The former holds all scores at once: at 64 x 64 latents, 1 GiB for a batch of 2. The latter takes and gives
-    [batch, length, heads * width]; ONNX Runtime cancels the transpositions with those around.
+    Attention holds all scores at once: 1 GiB for a batch of 2 at 64 x 64 latents. MultiHeadAttention reads and writes
+    [batch, length, heads * width]; ONNX Runtime cancels the transpositions with those of the layers around it.
     """
     shapes = [value.shape for value in node.inputs if value is not None]
     causal = node.attributes.get_int("is_causal", 0)
     if len(node.inputs) != 3 or None in shapes or causal:
         return
-    (_, heads, _, width), (_, _, keys, _) = (shape.evaluate(usual) for shape in shapes[:2] if shape is not None)
+    (_, heads, _, width), (_, _, keys, _) = (shape.evaluate(typical_sizes) for shape in shapes[:2] if shape is not None)
     if not isinstance(keys, int) or keys < MANY_KEYS or not isinstance(heads, int) or not isinstance(width, int):
         return
     name, result = node.name, node.outputs[0]
@@ -105,7 +105,7 @@ def attend_in_blocks(graph: ir.Graph, node: ir.Node, usual: Mapping[str, int]) -
 
 
 def rewrite_for_cuda(model: ir.Model) -> bool:
-    """Those for ONNX Runtime's CUDA kernels, in place: see `ChannelsLast`. Whether there was anything to rewrite."""
+    """Apply `ChannelsLast`, the pass for CUDA kernels, in place; return whether it changed anything."""
     layout = ChannelsLast(model.graph)
     for node in list(model.graph):
         layout.rewrite(node)
@@ -116,25 +116,25 @@ def rewrite_for_cuda(model: ir.Model) -> bool:
 
 
 class ChannelsLast:
-    """Pictures as [batch, height, width, channels], in which tensor cores convolve, from the first layer to the last.
+    """Convert feature maps to [batch, height, width, channels], the layout of tensor cores, through the whole graph.
 
-    Convolutions become com.microsoft::NhwcConv, and group norms with the SiLU after them com.microsoft::GroupNorm; ONNX
-    Runtime has no kernel of its own for GroupNormalization on a GPU either. What stands between them is turned with
-    them. It could turn convolutions itself (`prefer_nhwc`), but then computes shapes on the GPU, and no graph can be
-    captured.
+    Convolutions become com.microsoft::NhwcConv. Group norms, with a following SiLU, become com.microsoft::GroupNorm,
+    because ONNX Runtime has no kernel for GroupNormalization on a GPU either. The operators between them are converted,
+    too. ONNX Runtime can convert convolutions itself (`prefer_nhwc`), but then computes shapes on the GPU, which
+    prevents the capture of CUDA graphs.
 
     Attributes:
-        changed: whether there was anything to rewrite.
+        changed: whether any node was rewritten.
     """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.changed = False
         self._graph = graph
-        self._last: dict[ir.Value, ir.Value] = {}  # a value with channels first, and the same with channels last
+        self._converted: dict[ir.Value, ir.Value] = {}  # values with channels first to the same with channels last
 
     def rewrite(self, node: ir.Node) -> None:
-        """Rewrite `node`, whose predecessors have been, if it is one that is better off so."""
-        if node.graph is None or node.domain != STANDARD:  # None: the rest of a SiLU
+        """Rewrite `node` if the layout helps it. Its predecessors must have been rewritten."""
+        if node.graph is None or node.domain != STANDARD:  # None: a SiLU that was fused into its group norm
             return
         if node.op_type == "Transpose":
             self._transpose(node)
@@ -142,27 +142,29 @@ class ChannelsLast:
             self._convolution(node)
         elif node.op_type == "GroupNormalization":
             self._group_norm(node)
-        elif any(value in self._last for value in node.inputs):
+        elif any(value in self._converted for value in node.inputs):
             if node.op_type in ELEMENTWISE:
                 self._elementwise(node)
             elif node.op_type == "Concat" and node.attributes["axis"].as_int() in (1, -3):
-                self._put(node, "Concat", [self._turned(value, node) for value in node.inputs if value], {"axis": 3})
+                self._replace(
+                    node, "Concat", [self._channels_last(value, node) for value in node.inputs if value], {"axis": 3}
+                )
             elif node.op_type == "Resize":
                 self._resize(node)
 
     def _transpose(self, node: ir.Node) -> None:
         (value,), perm = node.inputs, tuple(node.attributes["perm"].as_ints())
         if value is not None and perm == TO_FIRST:
-            self._last[node.outputs[0]] = value
-        elif value in self._last and perm == TO_LAST and not node.outputs[0].is_graph_output():
-            node.outputs[0].replace_all_uses_with(self._last[value])
+            self._converted[node.outputs[0]] = value
+        elif value in self._converted and perm == TO_LAST and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(self._converted[value])
 
     def _convolution(self, node: ir.Node) -> None:
         x, weight, *bias = node.inputs
         if x is not None and weight is not None and weight.shape is not None and len(weight.shape) == 4:
-            # ONNX Runtime turns the weights when it loads them.
-            inputs = [self._turned(x, node), self._turned(weight, node), *bias]
-            self._put(node, "NhwcConv", inputs, node.attributes, domain=CONTRIB)
+            # ONNX Runtime transposes the weights when it loads them.
+            inputs = [self._channels_last(x, node), self._channels_last(weight, node), *bias]
+            self._replace(node, "NhwcConv", inputs, node.attributes, domain=CONTRIB)
 
     def _group_norm(self, node: ir.Node) -> None:
         x, scale, bias = node.inputs
@@ -173,7 +175,7 @@ class ChannelsLast:
         width = scale.const_value.size // groups
         if width % 2 or width > LARGEST_GROUP:
             return
-        # The kernel wants them in float32, whatever x is.
+        # The kernel takes them in float32, whatever the type of x.
         gamma = constant(self._graph, f"{scale.name}.fp32", scale.const_value.numpy().astype(np.float32))
         beta = constant(self._graph, f"{bias.name}.fp32", bias.const_value.numpy().astype(np.float32))
         last, activation = node, _silu_after(node)
@@ -185,7 +187,7 @@ class ChannelsLast:
             "activation": int(bool(activation)),
             "channels_last": 1,
         }
-        self._put(last, "GroupNorm", [self._turned(x, node), gamma, beta], settings, domain=CONTRIB)
+        self._replace(last, "GroupNorm", [self._channels_last(x, node), gamma, beta], settings, domain=CONTRIB)
         if activation:
             self._graph.remove([activation[0], node], safe=True)
         for value in (scale, bias):
@@ -193,42 +195,44 @@ class ChannelsLast:
                 self._graph.initializers.pop(str(value.name), None)
 
     def _elementwise(self, node: ir.Node) -> None:
-        """Of pictures, and numbers that are the same for all of one."""
+        """Rewrite an operator on feature maps and scalars."""
         shapes = [value.shape for value in node.inputs if value is not None]
         if any(shape is None or len(shape) not in (0, 4) for shape in shapes):
             return
-        inputs = [self._turned(value, node) if value.shape else value for value in node.inputs if value is not None]
-        self._put(node, node.op_type, inputs, node.attributes)
+        inputs = [
+            self._channels_last(value, node) if value.shape else value for value in node.inputs if value is not None
+        ]
+        self._replace(node, node.op_type, inputs, node.attributes)
 
     def _resize(self, node: ir.Node) -> None:
         x, roi, scales, *sizes = [*node.inputs, None, None][:4]
         if any(sizes) or roi is not None or scales is None or scales.const_value is None or "axes" in node.attributes:
             return
-        turned = constant(self._graph, f"{scales.name}.last", scales.const_value.numpy()[list(TO_LAST)])
+        last_scales = constant(self._graph, f"{scales.name}.last", scales.const_value.numpy()[list(TO_LAST)])
         assert x is not None
-        self._put(node, "Resize", [self._turned(x, node), None, turned], node.attributes)
+        self._replace(node, "Resize", [self._channels_last(x, node), None, last_scales], node.attributes)
 
-    def _turned(self, value: ir.Value, before: ir.Node) -> ir.Value:
-        """`value` with channels last."""
-        if value not in self._last:
-            turn = ir.node("Transpose", [value], {"perm": TO_LAST}, name=f"{value.name}.turn")
-            self._graph.insert_before(before, [turn])
-            self._last[value] = _named(turn, f"{value.name}.last", value)
-        return self._last[value]
+    def _channels_last(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        """Return `value` with channels last, transposed if necessary."""
+        if value not in self._converted:
+            transpose = ir.node("Transpose", [value], {"perm": TO_LAST}, name=f"{value.name}.turn")
+            self._graph.insert_before(before, [transpose])
+            self._converted[value] = _named(transpose, f"{value.name}.last", value)
+        return self._converted[value]
 
-    def _put(self, node: ir.Node, operator: str, inputs: list, attributes: Mapping, domain: str = STANDARD) -> None:
-        """Compute what `node` does by an operator with channels last, and from that what it gave."""
+    def _replace(self, node: ir.Node, operator: str, inputs: list, attributes: Mapping, domain: str = STANDARD) -> None:
+        """Replace `node` by an operator with channels last and a transposition back."""
         result = node.outputs[0]
         made = ir.node(operator, inputs, attributes, domain=domain, name=node.name)
         last = _named(made, f"{result.name}.last", result)
         back = ir.node("Transpose", [last], {"perm": TO_FIRST}, name=f"{node.name}.back")
         replace(self._graph, node, [made, back], back.outputs[0])
-        self._last[back.outputs[0]] = last
+        self._converted[back.outputs[0]] = last
         self.changed = True
 
 
 def _named(node: ir.Node, name: str, first: ir.Value) -> ir.Value:
-    """The result of `node`, which is `first` with channels last."""
+    """Name the result of `node`, which is `first` with channels last, and set its type and shape."""
     result = node.outputs[0]
     result.name, result.type = name, first.type
     if first.shape is not None:
@@ -237,7 +241,7 @@ def _named(node: ir.Node, name: str, first: ir.Value) -> ir.Value:
 
 
 def _silu_after(norm: ir.Node) -> tuple[ir.Node, ...]:
-    """The nodes of x * sigmoid(x) if they are all that reads the result of `norm`."""
+    """Return the nodes of x * sigmoid(x) if nothing else reads the result of `norm`."""
     readers = [use.node for use in norm.outputs[0].uses()]
     gates = [node for node in readers if node.op_type == "Sigmoid"]
     products = [node for node in readers if node.op_type == "Mul"]
@@ -249,9 +253,9 @@ def _silu_after(norm: ir.Node) -> tuple[ir.Node, ...]:
 
 
 def split_weights(graph: ir.Graph, split: ir.Node) -> None:
-    """A matrix product and bias whose result is then cut in equal parts (GEGLU) as one product for each part.
+    """Replace a matrix product with bias and a following split into equal parts (GEGLU) by one product for each part.
 
-    Cutting copies the largest tensor of a transformer block; cutting the weights costs nothing.
+    The split would copy the largest tensor of a transformer block. Splitting the weights instead is free.
     """
     source, count = split.inputs[0], len(split.outputs)
     add = source.producer() if source is not None else None
@@ -270,9 +274,9 @@ def split_weights(graph: ir.Graph, split: ir.Node) -> None:
     weights = np.split(weight.const_value.numpy(), count, axis=-1)
     biases = np.split(bias.const_value.numpy(), count)
     for part, output in enumerate(split.outputs):
-        cut = constant(graph, f"{weight.name}.{part}", weights[part])
+        matrix = constant(graph, f"{weight.name}.{part}", weights[part])
         shift = constant(graph, f"{bias.name}.{part}", biases[part])
-        multiplied = ir.node("MatMul", [product.inputs[0], cut], name=f"{product.name}.{part}")
+        multiplied = ir.node("MatMul", [product.inputs[0], matrix], name=f"{product.name}.{part}")
         multiplied.outputs[0].name = f"{output.name}.product"
         multiplied.outputs[0].type, multiplied.outputs[0].shape = output.type, output.shape
         shifted = ir.node("Add", [multiplied.outputs[0], shift], name=f"{add.name}.{part}")
@@ -287,17 +291,19 @@ def split_weights(graph: ir.Graph, split: ir.Node) -> None:
 
 
 def constant(graph: ir.Graph, name: str, value: np.ndarray | np.generic) -> ir.Value:
-    """The initializer `name` of the graph, made of `value` if it is not there yet."""
+    """Return the initializer `name` of the graph; add it with `value` if it does not exist."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(np.ascontiguousarray(value).reshape(np.shape(value)), name=name)
-    made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(np.shape(value)), const_value=tensor)
-    graph.initializers.add(made)
-    return made
+    initializer = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(np.shape(value)), const_value=tensor
+    )
+    graph.initializers.add(initializer)
+    return initializer
 
 
 def replace(graph: ir.Graph, node: ir.Node, by: list[ir.Node], last: ir.Value) -> None:
-    """Put the nodes `by`, whose result is `last`, in the place of `node`; the result keeps its name."""
+    """Replace `node` by the nodes `by`, whose result is `last`; the result keeps its name."""
     result = node.outputs[0]
     last.type, last.shape = result.type, result.shape
     graph.insert_before(node, by)

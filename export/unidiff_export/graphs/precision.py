@@ -1,4 +1,4 @@
-"""How numbers are stored and computed: lossless half storage, and which modules half precision can hold."""
+"""Float precision: lossless storage in half precision, and the check that a module does not overflow it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HALF_MAX = 65504.0
-# Inputs seen in verification are a sample of those to come: leave them twice the room.
+# The inputs of verification are only a sample, so allow values twice as large.
 HEADROOM = 2.0
-# Below this a Cast node takes more bytes than half storage saves.
-SMALLEST_STORED_AS_HALF = 256
-# So many weights mostly tell already that half precision does not hold them all.
-TELLING = 4096
+# With fewer weights, a Cast node takes more bytes than half precision saves.
+MIN_STORED_AS_HALF = 256
+# The first weights usually show whether half precision represents all of them.
+FIRST_WEIGHTS = 4096
 
 
 def store_halves(model: ir.Model) -> int:
-    """Store each float32 weight that half precision holds exactly as half, followed by a `Cast` back.
+    """Store float32 weights in half precision where that is exact, followed by a `Cast` back; return the bytes saved.
 
-    Nothing is lost: the graph computes in float32 with the same values, and ONNX Runtime folds the casts when it
-    loads the file. Changes `model` in place and returns the bytes saved.
+    The graph computes in float32 with the same values, and ONNX Runtime folds the casts when it loads the file. Changes
+    `model` in place.
     """
     saved = 0
     for value in list(model.graph.initializers.values()):
         weights = value.const_value
-        if weights is None or weights.dtype != ir.DataType.FLOAT or weights.size < SMALLEST_STORED_AS_HALF:
+        if weights is None or weights.dtype != ir.DataType.FLOAT or weights.size < MIN_STORED_AS_HALF:
             continue
         halves = exact_halves(weights.numpy())
         if halves is not None:
@@ -40,9 +40,9 @@ def store_halves(model: ir.Model) -> int:
 
 
 def exact_halves(weights: np.ndarray) -> np.ndarray | None:
-    """float32 `weights` as float16 if not one of them changes by it, else None."""
+    """Return float32 `weights` as float16 if this changes none of them, else None."""
     with np.errstate(over="ignore"):
-        for part in (weights.reshape(-1)[:TELLING], weights):
+        for part in (weights.reshape(-1)[:FIRST_WEIGHTS], weights):
             halves = part.astype(np.float16)
             if not np.array_equal(halves.astype(np.float32), part):
                 return None
@@ -67,19 +67,19 @@ def _cast_from(graph: ir.Graph, value: ir.Value, halves: np.ndarray) -> None:
 
 
 def overflows_half(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether any intermediate result of `module(*inputs)` comes too near half precision's largest number.
+    """Return whether an intermediate result of `module(*inputs)` comes close to half precision's largest number.
 
-    Measured in float32 PyTorch: ONNX Runtime's CPU kernels widen half to float, which would hide an overflow that a
-    GPU shows as a black picture.
+    The check runs in float32 PyTorch, because ONNX Runtime's CPU kernels widen half to float and would hide an overflow
+    that a GPU turns into a black image.
     """
-    # Attention in single steps, as some targets have it: fused, its products are not seen.
+    # Attention in single steps, as some targets compute it. Fused attention would hide its products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Peak() as peak:
         module(*inputs)
     return peak.value * HEADROOM > HALF_MAX
 
 
 class _Peak(TorchDispatchMode):
-    """The largest finite magnitude that any floating-point operation returned."""
+    """Record the largest finite magnitude that any floating-point operation returns."""
 
     value = 0.0
 
@@ -87,6 +87,6 @@ class _Peak(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-                finite = tensor.nan_to_num(0.0, 0.0, 0.0)  # masks hold minus infinity on purpose
+                finite = tensor.nan_to_num(0.0, 0.0, 0.0)  # masks contain minus infinity on purpose
                 self.value = max(self.value, finite.abs().max().item())
         return result

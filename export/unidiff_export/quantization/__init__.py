@@ -1,1 +1,1 @@
-"""Static int8 quantization: calibration, policy and the QDQ rewrite."""
+"""Static int8 quantization: calibration, choice of the layers, and rewriting to QDQ."""

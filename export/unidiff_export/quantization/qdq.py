@@ -1,8 +1,8 @@
-"""Static int8 in an ONNX graph: each quantized layer between QuantizeLinear and DequantizeLinear (QDQ).
+"""Static int8 in an ONNX graph: each quantized layer stands between QuantizeLinear and DequantizeLinear (QDQ).
 
-Activations are uint8 with a zero point, one scale for a tensor; weights are int8 without one, a scale for each output
-channel; biases are int32 on the product of both scales (Jacob et al. 2018, arXiv:1712.05877). ONNX Runtime turns such a
-layer into one integer kernel. Weights are stored as int8, so the file is a quarter of a float one.
+Activations are uint8 with a zero point and one scale per tensor. Weights are int8 without a zero point and with one
+scale per output channel. Biases are int32 with the product of both scales (Jacob et al. 2018, arXiv:1712.05877). ONNX
+Runtime fuses such a layer into one integer kernel. int8 weights take a quarter of the space of float32.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from numpy.typing import NDArray
 from unidiff_export.graphs.passes import constant, replace
 from unidiff_export.options import CONTRIB
 
-# Where torch's exporter notes the modules that a node came from, outermost first, then the operation.
+# Where torch's exporter records the modules behind a node, outermost first, then the operation.
 SCOPES = "pkg.torch.onnx.name_scopes"
 INT8_MAX, UINT8_MAX = 127, 255
-# The axis of a weight along which its output channels lie.
+# The axis of the output channels in a weight.
 CHANNEL_AXIS = {"Conv": 0, "MatMul": 1}
 OPERATORS = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a tensor's values span; it always holds zero, which must have an exact code (padding is zero)."""
+    """The range of a tensor's values. It always contains zero, which needs an exact code, as padding is zero."""
 
     low: float
     high: float
 
     @classmethod
     def of(cls, low: float, high: float) -> Range:
-        """The smallest one that holds `low`, `high` and zero."""
+        """Return the smallest range that contains `low`, `high` and zero."""
         return cls(min(low, 0.0), max(high, 0.0))
 
     def __or__(self, other: Range) -> Range:
@@ -43,7 +43,7 @@ class Range:
 
     @property
     def scale(self) -> np.float32:
-        """What one step of the code is worth."""
+        """The value of one step of the codes."""
         return np.float32(max(self.high - self.low, float(np.finfo(np.float32).tiny) * UINT8_MAX) / UINT8_MAX)
 
     @property
@@ -54,14 +54,14 @@ class Range:
 
 @dataclass(frozen=True)
 class LayerRanges:
-    """What one layer's input and output span over the calibration."""
+    """The ranges of one layer's input and output in calibration."""
 
     input: Range
     output: Range
 
 
 def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """int8 codes in [-127, 127] and the scale of each slice along `axis`, so that codes · scale ≈ weights."""
+    """Return int8 codes in [-127, 127] and a scale for each slice along `axis`, with codes · scale ≈ weights."""
     others = tuple(i for i in range(weights.ndim) if i != axis)
     peak = np.maximum(weights.max(axis=others), -weights.min(axis=others))
     scales = np.where(peak > 0, peak / INT8_MAX, 1).astype(np.float32)
@@ -72,22 +72,22 @@ def quantize_weights(weights: NDArray[np.float32], axis: int) -> tuple[NDArray[n
 
 
 def name_by_layer(model: ir.Model) -> None:
-    """Name each node "layer/result", by the PyTorch module that the exporter noted for it."""
+    """Name each node "layer/result", after the PyTorch module that the exporter recorded for it."""
     for node in model.graph:
-        if noted := node.metadata_props.get(SCOPES):
-            *_, layer, _ = ast.literal_eval(noted)
+        if scopes := node.metadata_props.get(SCOPES):
+            *_, layer, _ = ast.literal_eval(scopes)
             node.name = f"{layer}/{node.outputs[0].name}"  # names of values are unique
 
 
 def layer_of(node: ir.Node) -> str:
-    """The PyTorch module that a node came from, as `lowering` named it; "" if it is of none."""
+    """Return the PyTorch module behind a node, as `name_by_layer` recorded it, or ""."""
     return (node.name or "").rpartition("/")[0]
 
 
 def quantizable(model: ir.Model) -> list[tuple[str, ir.Node]]:
-    """The nodes that multiply by a constant matrix or kernel, with the PyTorch layer that they came from.
+    """Return the nodes that multiply by a constant matrix or kernel, with their PyTorch layers.
 
-    A layer has several where its weights were cut.
+    A layer has several nodes if a pass has split its weights.
     """
     return [
         (layer_of(node), node)
@@ -97,27 +97,32 @@ def quantizable(model: ir.Model) -> list[tuple[str, ir.Node]]:
 
 
 def quantize(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: bool = False) -> list[str]:
-    """Quantize those layers of `model` that `ranges` names, in place, and return their names.
+    """Quantize the layers of `model` that `ranges` names, in place, and return the names of the quantized layers.
 
-    Layers that read the same tensor share one pair of QuantizeLinear and DequantizeLinear, over what all of them saw.
-    A convolution that gives one of the graph's results stays float: as an integer kernel it would give them in 256
-    steps. contrib: a matrix product with a bias may be ONNX Runtime's own operator, which adds it while it writes.
+    Layers that read the same tensor share one QuantizeLinear and one DequantizeLinear over the union of their ranges.
+    A convolution that computes an output of the graph stays float, because an integer kernel would round it to 256
+    values.
+
+    Args:
+        model: the graph in float.
+        ranges: the layers to quantize, with their ranges.
+        contrib: use ONNX Runtime's own operator for a matrix product with a bias, which adds the bias in its kernel.
     """
     for name, node in quantizable(model):
         if name in ranges and node.op_type == "Gemm":
             _split_gemm(model.graph, node)
-    chosen = [
+    selected = [
         (name, node)
         for name, node in quantizable(model)
         if name in ranges and not (node.op_type == "Conv" and node.outputs[0].is_graph_output())
     ]
-    layers = [(node, _input(node), ranges[name]) for name, node in chosen]
+    layers = [(node, _input(node), ranges[name]) for name, node in selected]
     spans: dict[ir.Value, Range] = {}
-    for node, source, seen in layers:
-        spans[source] = spans.get(source, Range(0, 0)) | seen.input
+    for node, source, layer in layers:
+        spans[source] = spans.get(source, Range(0, 0)) | layer.input
         if node.op_type == "Conv":
-            # An integer convolution gives codes; a matrix product can give floats, and loses nothing by it.
-            spans[node.outputs[0]] = spans.get(node.outputs[0], Range(0, 0)) | seen.output
+            # An integer convolution returns codes. A matrix product can return floats, which is more precise.
+            spans[node.outputs[0]] = spans.get(node.outputs[0], Range(0, 0)) | layer.output
     convolved = {node.outputs[0]: list(node.outputs[0].uses()) for node, _, _ in layers if node.op_type == "Conv"}
     coded = {tensor: _Codes(model.graph, tensor, span) for tensor, span in spans.items()}
     for tensor, users in convolved.items():
@@ -130,13 +135,13 @@ def quantize(model: ir.Model, ranges: Mapping[str, LayerRanges], *, contrib: boo
         else:
             _quantize_product(model, node, add, coded[source])
     for codes in coded.values():
-        if not codes.decoded.uses():  # ONNX Runtime would compute it all the same
+        if not codes.decoded.uses():  # ONNX Runtime would compute it anyway
             model.graph.remove(codes.decode, safe=True)
-    return list(dict.fromkeys(name for name, _ in chosen))
+    return list(dict.fromkeys(name for name, _ in selected))
 
 
 class _Codes:
-    """A tensor's codes and back: made where the tensor is first needed as codes, and shared by who needs them."""
+    """The nodes that quantize a tensor and dequantize it again, shared by all layers that read it."""
 
     def __init__(self, graph: ir.Graph, source: ir.Value, span: Range) -> None:
         self.span = span
@@ -155,9 +160,10 @@ class _Codes:
 
 
 def _split_gemm(graph: ir.Graph, gemm: ir.Node) -> None:
-    """x·Wᵀ + b as MatMul and Add of three dimensions.
+    """Replace x·Wᵀ + b by MatMul and Add in three dimensions.
 
-    ONNX Runtime has no integer kernel for a Gemm that gives floats, and makes one of a MatMul and Add of two.
+    ONNX Runtime has no integer kernel for a Gemm with float output.
+    It fuses MatMul and Add in two dimensions to such a Gemm.
     """
     x, weight, *bias = gemm.inputs
     assert x is not None and weight is not None and weight.const_value is not None
@@ -203,7 +209,7 @@ def _quantize_layer(graph: ir.Graph, node: ir.Node, source: _Codes) -> None:
 
 
 def _bias_of(product: ir.Node) -> ir.Node | None:
-    """The Add of a constant vector that alone takes the result of a matrix product, if there is one."""
+    """Return the Add of a constant vector that is the only user of a matrix product, or None."""
     users = list(product.outputs[0].uses())
     if product.op_type != "MatMul" or len(users) != 1 or users[0].node.op_type != "Add":
         return None
@@ -213,7 +219,7 @@ def _bias_of(product: ir.Node) -> ir.Node | None:
 
 
 def _quantize_product(model: ir.Model, product: ir.Node, add: ir.Node, source: _Codes) -> None:
-    """MatMul and Add as MatMulIntegerToFloat, what ONNX Runtime itself makes of the MatMul alone."""
+    """Replace MatMul and Add by MatMulIntegerToFloat. ONNX Runtime itself fuses only the MatMul."""
     graph, weight = model.graph, _weight(product)
     assert weight is not None and weight.const_value is not None
     codes, scales = quantize_weights(weight.const_value.numpy(), CHANNEL_AXIS["MatMul"])
@@ -233,7 +239,7 @@ def _quantize_product(model: ir.Model, product: ir.Node, add: ir.Node, source: _
 def _decoded(
     graph: ir.Graph, before: ir.Node, name: str, codes: NDArray, scale: ir.Value, axis: int, like: ir.Value
 ) -> ir.Value:
-    """A constant stored as `codes`, and the DequantizeLinear that gives it back as floats."""
+    """Store a constant as `codes`, and return the output of a DequantizeLinear that restores it."""
     stored = constant(graph, name, codes)
     node = _node("DequantizeLinear", [stored, scale], f"{name}.decoded", {"axis": axis})
     node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
@@ -243,12 +249,12 @@ def _decoded(
 
 def _input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
-    assert value is not None  # all these operators have a first input
+    assert value is not None  # every one of these operators has a first input
     return value
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
-    """The constant that a layer multiplies by, if it is one."""
+    """Return the constant that a layer multiplies by, or None."""
     weight = node.inputs[1]
     return weight if weight is not None and weight.const_value is not None and weight.is_initializer() else None
 

@@ -18,7 +18,16 @@ from unidiff_sdk.training.config import TERM_TITLES, with_current_names
 from .checkpoint import METADATA
 from .json_files import read_json, write_json
 
-__all__ = ["MODEL_CARD", "add_evaluation", "model_card"]
+__all__ = [
+    "MODEL_CARD",
+    "TAGS",
+    "add_evaluation",
+    "describe_data",
+    "describe_limits",
+    "markdown_section",
+    "markdown_table",
+    "model_card",
+]
 
 MODEL_CARD = "README.md"
 TAGS = ["clip", "image-text-retrieval", "product-catalog", "stable-diffusion", "unidiff-sdk"]
@@ -79,11 +88,11 @@ def model_card(meta: Mapping[str, Any]) -> str:
         _front_matter(meta),
         f"# {meta.get('name', 'UniDiff checkpoint')}",
         _summary(meta),
-        *_section("Training data", _data(meta)),
-        *_section("Recipe", _recipe(meta)),
-        *_section("Results", _results(meta)),
-        *_section("Intended use and limits", _limits(meta)),
-        *_section("How to use", [_use(meta)]),
+        *markdown_section("Training data", describe_data(meta)),
+        *markdown_section("Recipe", _recipe(meta)),
+        *markdown_section("Results", _results(meta)),
+        *markdown_section("Intended use and limits", describe_limits(meta)),
+        *markdown_section("How to use", [_use(meta)]),
     ]
     return "\n\n".join(section.strip() for section in sections) + "\n"
 
@@ -106,7 +115,7 @@ def add_evaluation(checkpoint: Path, figures: Mapping[str, Any]) -> None:
         raise CheckpointError(f"Cannot write the model card of {checkpoint}: {error}") from error
 
 
-def _section(title: str, paragraphs: Iterable[str]) -> list[str]:
+def markdown_section(title: str, paragraphs: Iterable[str]) -> list[str]:
     """A section with its title, or nothing if it would be empty."""
     found = list(paragraphs)
     return [f"## {title}", *found] if found else []
@@ -139,7 +148,8 @@ def _summary(meta: Mapping[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _data(meta: Mapping[str, Any]) -> Iterator[str]:
+def describe_data(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Paragraphs on the training data that the metadata of a checkpoint records."""
     data = meta.get("data")
     if not data:
         return
@@ -155,17 +165,17 @@ def _recipe(meta: Mapping[str, Any]) -> Iterator[str]:
     terms = {title: config[f"lambda_{term}"] for term, title in TERM_TITLES.items() if config.get(f"lambda_{term}")}
     if terms:
         yield "The objective is a weighted sum of these terms:"
-        yield _table(("term", "weight"), terms.items())
+        yield markdown_table(("term", "weight"), terms.items())
     if meta.get("identity", {}).get("prior"):
         yield f"Prior pairs were trained on as well, with weight {config['lambda_prior']}."
     settings = {title: config[name] for name, title in SETTINGS.items() if config.get(name)} | (
         {"seed": config["seed"]} if "seed" in config else {}
     )
     if settings:
-        yield _table(("setting", "value"), settings.items())
+        yield markdown_table(("setting", "value"), settings.items())
     if stages := meta.get("recipe"):
         yield "The parts were trained from scratch:"
-        yield _table(("part", "steps", "batch", "peak learning rate"), _stages(stages))
+        yield markdown_table(("part", "steps", "batch", "peak learning rate"), _stages(stages))
     if "step" in meta and meta["step"] != config.get("steps"):
         yield f"The weights are those after step {meta['step']:,}."
     yield from _choice(meta.get("chosen", {}))
@@ -189,14 +199,17 @@ def _results(meta: Mapping[str, Any]) -> Iterator[str]:
         weights = "of the chosen weights" if meta.get("chosen") else f"after step {validation['step']:,}"
         yield f"Validation{data} {weights}:"
         figures = {name: value for name, value in validation["figures"].items() if name != "seconds"}
-        yield _table(("figure", "value"), _numbers(figures))
+        yield markdown_table(("figure", "value"), _numbers(figures))
     if evaluation := meta.get("evaluation"):
         data = evaluation["data"]
         yield f"Evaluation on `{data['name']}` ({data['pairs']:,} pairs):"
-        yield _table(("figure", "value"), _numbers({name: part for name, part in evaluation.items() if name != "data"}))
+        yield markdown_table(
+            ("figure", "value"), _numbers({name: part for name, part in evaluation.items() if name != "data"})
+        )
 
 
-def _limits(meta: Mapping[str, Any]) -> Iterator[str]:
+def describe_limits(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Paragraphs on intended use and limits."""
     yield (
         "Intended for searching the catalog that it was trained on, or one like it, and for generating images in its "
         "style. Check generated images before you publish them: they can show products that do not exist and can "
@@ -228,6 +241,7 @@ def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield title, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -1,0 +1,123 @@
+"""Write the graphs of a bundle: lower each module, convert its precision, save it and describe it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from unidiff_sdk.inference.manifest import Graph
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+
+from .bundle_folder import graph_files, plain_config, rewrite_graph, write_graph
+from .graphs.lowering import GraphSpec, lower
+from .graphs.passes import rewrite_for_cuda
+from .graphs.precision import overflows_half, store_halves
+from .manifest import describe_graph
+from .options import CONTRIB, TARGETS
+from .quantization.policy import Int8Policy
+from .quantization.qdq import quantize
+from .reference import Reference
+
+
+class GraphWriter:
+    """Writes the graphs of a checkpoint into a bundle folder. `write` replaces a graph after its policy has changed.
+
+    Args:
+        folder: the bundle folder.
+        checkpoint: the models.
+        precision, target: see `export_bundle`.
+        policy: the layers to quantize; None for fp32 and fp16.
+        reference: its calls show which graphs overflow half precision.
+        progress: receives one line per graph.
+
+    Attributes:
+        graphs: the manifest's entries of the written graphs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        precision: str,
+        target: str,
+        policy: Int8Policy | None,
+        reference: Reference,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.graphs: dict[str, Graph] = {}
+        self._folder, self._checkpoint, self._progress = folder, checkpoint, progress
+        self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
+        self._lowered: dict[str, ir.Model] = {}  # int8 only: the float graphs, which may be quantized several times
+
+    def write(self, spec: GraphSpec) -> None:
+        """Lower a graph to the bundle's precision, and write its folder and its entry."""
+        model, precision, quantized = self._convert(spec)
+        folder = self._folder / spec.name
+        write_graph(model, folder, _config(self._checkpoint, spec.name))
+        self.graphs[spec.name] = replace(
+            describe_graph(model, spec, precision, self._target),
+            bytes=_graph_bytes(folder),
+            int8=self._policy.describe(spec.name, quantized) if self._policy else None,
+        )
+        del model
+        gc.collect()  # graphs contain reference cycles, and each holds a copy of its weights
+
+    def rewrite_for_gpu(self) -> None:
+        """Rewrite the written graphs for CUDA's channels-last kernels, and update their entries."""
+        for name, graph in self.graphs.items():
+            folder = self._folder / name
+            if rewrite_graph(folder, rewrite_for_cuda):
+                self.graphs[name] = replace(graph, channels_last=True, bytes=_graph_bytes(folder))
+
+    def _convert(self, spec: GraphSpec) -> tuple[ir.Model, str, list[str]]:
+        """Return the graph, its precision, and its quantized layers.
+
+        A graph is fp32 if half precision would overflow, or if no layer can be quantized.
+        """
+        target = TARGETS[self._target]
+        if self._precision == "fp16":
+            calls = [spec.example(1, 1), *self._reference.observed_calls(spec.name)]
+            if not any(overflows_half(spec.module, inputs) for inputs in calls):
+                self._progress(f"Lowering {spec.name}")
+                return lower(spec, target, half=True), "fp16", []
+        model = self._float_graph(spec)
+        quantized: list[str] = []
+        if self._policy:
+            ranges, float_layers = self._policy.ranges(spec.name), len(self._policy.float_layers(spec.name))
+            self._progress(f"Quantizing {spec.name}" + (f", {float_layers} layers in float" if float_layers else ""))
+            quantized = quantize(model, ranges, contrib=CONTRIB in target.domains)
+        store_halves(model)
+        return model, "int8" if quantized else "fp32", quantized
+
+    def _float_graph(self, spec: GraphSpec) -> ir.Model:
+        """Return the graph in float32; for int8, a copy of the one that is lowered once."""
+        if spec.name in self._lowered:
+            return self._lowered[spec.name].clone()
+        self._progress(f"Lowering {spec.name}")
+        model = lower(spec, TARGETS[self._target])
+        if self._policy:
+            self._lowered[spec.name] = model
+            return model.clone()
+        return model
+
+
+def _graph_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in graph_files(folder))
+
+
+def _config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
+    """Return the config.json of a graph's folder: the configuration of its model."""
+    configs = {
+        "text_encoder": checkpoint.text_encoder.config,
+        "clip_text_encoder": checkpoint.clip.config.text_config,
+        "unet": checkpoint.unet,
+        "vae_decoder": checkpoint.vae,
+        "vae_encoder": checkpoint.vae,
+        "image_encoder": checkpoint.clip.config.vision_config,
+    }
+    return plain_config(configs[graph])

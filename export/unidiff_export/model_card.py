@@ -1,0 +1,182 @@
+"""The model card of a bundle: README.md with Hugging Face front matter, written with every export.
+
+The card states what the manifest and the checkpoint's metadata record. It is not listed in the manifest's `files`, so
+users may edit it: the bundle still opens, and its fingerprint does not change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.training.checkpoints.model_card import (
+    TAGS,
+    describe_data,
+    describe_limits,
+    markdown_section,
+    markdown_table,
+)
+
+from .bundle_folder import MODEL_CARD
+from .options import TARGETS
+
+if TYPE_CHECKING:
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+
+FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
+LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
+SUMMARY = (
+    "An ONNX bundle of UniDiff SDK, exported from the checkpoint `{checkpoint}` in {precision} for {purpose}. CLIP "
+    "searches a product catalog by text and by image, and Stable Diffusion generates product images from text, both "
+    "without PyTorch."
+)
+USE = """\
+```python
+from unidiff_sdk import {names}
+
+with Catalog("shop.catalog", bundle={bundle}) as catalog:
+    catalog.add_folder("products")
+    hits = catalog.search("{prompt}")
+    generation = catalog.generate("{prompt}")
+```
+
+The folder is also a diffusers pipeline for optimum:
+
+```python
+from optimum.onnxruntime import ORTDiffusionPipeline
+
+pipeline = ORTDiffusionPipeline.from_pretrained("BUNDLE"{provider})
+image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance_scale}).images[0]
+```
+"""
+
+
+def write_model_card(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Write the card of the bundle in `folder`.
+
+    Args:
+        folder: the bundle folder.
+        manifest: its manifest, with the evidence.
+        checkpoint: the exported checkpoint. Its own card may name a license.
+    """
+    card = model_card(manifest, checkpoint.meta, checkpoint.path.name, license_of(checkpoint.path))
+    (folder / MODEL_CARD).write_text(card, encoding="utf-8")
+
+
+def license_of(checkpoint: Path) -> str | None:
+    """Return the license in the front matter of the checkpoint's README.md, or None."""
+    card = checkpoint / MODEL_CARD
+    front_matter = FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    found = LICENSE.search(front_matter[1]) if front_matter else None
+    return found[1] if found else None
+
+
+def model_card(manifest: Manifest, meta: Mapping[str, Any], checkpoint: str, license: str | None = None) -> str:
+    """Return the card as Markdown.
+
+    Args:
+        manifest: the bundle's manifest, with or without evidence.
+        meta: the checkpoint's metadata (unidiff.json).
+        checkpoint: the name of the checkpoint if its metadata has none.
+        license: the license if it is known.
+    """
+    sections = [
+        _front_matter(manifest, meta, license),
+        f"# {manifest.name}",
+        SUMMARY.format(
+            checkpoint=meta.get("name", checkpoint),
+            precision=manifest.precision,
+            purpose=TARGETS[manifest.target].purpose.partition(";")[0] if manifest.target else "ONNX Runtime",
+        ),
+        *markdown_section("Training", _training(meta)),
+        *markdown_section("Contents", _contents(manifest)),
+        *markdown_section("Comparison with PyTorch", _comparison(manifest)),
+        *markdown_section("Intended use and limits", _limits(manifest, meta)),
+        *markdown_section("How to use", [_use(manifest, meta)]),
+    ]
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def _front_matter(manifest: Manifest, meta: Mapping[str, Any], license: str | None) -> str:
+    data = ModelCardData(
+        base_model=meta.get("base_model"),
+        library_name="unidiff-sdk",
+        license=license,
+        pipeline_tag="text-to-image",
+        tags=sorted([*TAGS, "onnx", "onnxruntime", manifest.precision]),
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _training(meta: Mapping[str, Any]) -> Iterator[str]:
+    if "teacher" in meta:
+        yield f"The UNet is distilled from {meta['teacher']['name']}."
+    elif "base" in meta:
+        yield f"Fine-tuned from the base {meta['base']}."
+    yield from describe_data(meta)
+
+
+def _contents(manifest: Manifest) -> Iterator[str]:
+    yield markdown_table(
+        ("graph", "precision", "size"),
+        [(name, graph.precision, f"{(graph.bytes or 0) / 1e6:.1f} MB") for name, graph in manifest.graphs.items()],
+    )
+    facts = [f"{manifest.latent.size * manifest.latent.scale_factor} px for generated images"]
+    if manifest.image and manifest.embedding:
+        facts += [f"{manifest.image.size} px for searched images", f"{manifest.embedding.dim} dimensions of embeddings"]
+    sampler = manifest.sampler
+    yield (
+        f"Sizes: {', '.join(facts)}. Defaults of generation: sampler {sampler.name}, {sampler.steps} steps, guidance "
+        f"scale {sampler.guidance_scale:g}."
+    )
+    if manifest.devices:
+        yield f"Devices: {', '.join(manifest.devices)}."
+
+
+def _comparison(manifest: Manifest) -> Iterator[str]:
+    parity = dict(manifest.parity or {})
+    image, search = parity.pop("image", {}), parity.pop("search", {})
+    if graphs := {name: parity[name] for name in manifest.graphs if name in parity}:
+        yield markdown_table(
+            ("graph", "largest error", "cosine"),
+            [(name, f"{figures['max_abs_error']:.1e}", f"{figures['cosine']:.5f}") for name, figures in graphs.items()],
+        )
+    results = []
+    if image:
+        results.append(("PSNR of the worst image", f"{image['psnr_db']:.1f} dB", f"≥ {image['tolerance_db']:.0f} dB"))
+    if "agreement" in image:
+        results.append(
+            ("image-prompt cosine", f"{image['agreement']:.3f}", f"PyTorch {image['reference_agreement']:.3f}")
+        )
+    if search:
+        recall, reference = search["recall_at_1"], search["reference_recall_at_1"]
+        results.append((f"R@1 over {search['pairs']} pairs", f"{recall:.1%}", f"PyTorch {reference:.1%}"))
+    if results:
+        yield markdown_table(("result", "bundle", "limit or reference"), results)
+
+
+def _limits(manifest: Manifest, meta: Mapping[str, Any]) -> Iterator[str]:
+    yield from describe_limits({**meta, "synthetic": manifest.synthetic})
+    if manifest.precision == "int8":
+        yield "int8 is fast on CPUs with VNNI. On other CPUs, UniDiff SDK prevents saturated sums at the cost of speed."
+
+
+def _use(manifest: Manifest, meta: Mapping[str, Any]) -> str:
+    on_gpu = manifest.devices == ("cuda",)
+    values = {
+        "names": "Bundle, Catalog" if on_gpu else "Catalog",
+        "bundle": 'Bundle.open("BUNDLE", device="cuda")' if on_gpu else '"BUNDLE"',
+        "provider": ', provider="CUDAExecutionProvider"' if on_gpu else "",
+        "prompt": next(iter(meta.get("captions", ())), "a red dress").replace('"', "'"),
+        "steps": str(manifest.sampler.steps),
+        "guidance_scale": f"{manifest.sampler.guidance_scale:g}",
+    }
+    text = USE
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", value)
+    return text
