@@ -88,21 +88,21 @@ def main(
 
 
 def graph_table(export: Export) -> Table:
-    """Return the comparison of each graph with PyTorch, and the share of multiply-adds that is int8."""
+    """Return the comparison of each graph with PyTorch; for int8, also the share of multiply-adds that is quantized."""
     from rich.table import Table
 
+    int8 = any(graph.int8 for graph in export.graphs)
     table = Table(title="Comparison with PyTorch", title_justify="left")
-    table.add_column("graph")
-    for column in ("precision", "int8", "MB", "attention", "max error", "limit", "cosine"):
+    table.add_column("graph", no_wrap=True)
+    for column in ("precision", *(["int8"] if int8 else []), "MB", "max error", "limit", "cosine"):
         table.add_column(column, justify="right")
     for graph in export.graphs:
         limit = graph.parity.tolerance
         table.add_row(
             graph.name,
             graph.precision,
-            f"{graph.int8['multiply_adds']:.1%}" if graph.int8 else "",
+            *([f"{graph.int8['multiply_adds']:.1%}" if graph.int8 else ""] if int8 else []),
             f"{graph.bytes / 1e6:.1f}",
-            str(graph.attention_nodes),
             f"{graph.parity.max_abs_error:.1e}",
             "" if limit is None else f"≤ {limit:.0e}",
             f"{graph.parity.cosine:.5f}",

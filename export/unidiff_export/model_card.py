@@ -91,7 +91,7 @@ def model_card(manifest: Manifest, meta: Mapping[str, Any], checkpoint: str, lic
         SUMMARY.format(
             checkpoint=meta.get("name", checkpoint),
             precision=manifest.precision,
-            purpose=TARGETS[manifest.target].purpose.partition(";")[0] if manifest.target else "ONNX Runtime",
+            purpose=TARGETS[manifest.target].purpose if manifest.target else "ONNX Runtime",
         ),
         *markdown_section("Training", _training(meta)),
         *markdown_section("Contents", _contents(manifest)),
@@ -124,7 +124,10 @@ def _training(meta: Mapping[str, Any]) -> Iterator[str]:
 def _contents(manifest: Manifest) -> Iterator[str]:
     yield markdown_table(
         ("graph", "precision", "size"),
-        [(name, graph.precision, f"{(graph.bytes or 0) / 1e6:.1f} MB") for name, graph in manifest.graphs.items()],
+        [
+            (name, graph.precision, f"{graph.bytes / 1e6:.1f} MB" if graph.bytes else "")
+            for name, graph in manifest.graphs.items()
+        ],
     )
     facts = [f"{manifest.latent.size * manifest.latent.scale_factor} px for generated images"]
     if manifest.image and manifest.embedding:
@@ -172,7 +175,7 @@ def _use(manifest: Manifest, meta: Mapping[str, Any]) -> str:
         "names": "Bundle, Catalog" if on_gpu else "Catalog",
         "bundle": 'Bundle.open("BUNDLE", device="cuda")' if on_gpu else '"BUNDLE"',
         "provider": ', provider="CUDAExecutionProvider"' if on_gpu else "",
-        "prompt": next(iter(meta.get("captions", ())), "a red dress").replace('"', "'"),
+        "prompt": min(meta.get("captions", ()) or ["a red dress"], key=len).replace('"', "'"),
         "steps": str(manifest.sampler.steps),
         "guidance_scale": f"{manifest.sampler.guidance_scale:g}",
     }

@@ -51,7 +51,7 @@ TARGETS = {
         rewritten=True,
     ),
     "portable": Target(
-        purpose="any runtime that supports opset 23; standard operators only",
+        purpose="any runtime that supports opset 23, with standard operators only",
         opset=23,
         domains=(STANDARD,),
         attention=(STANDARD, "Attention"),
@@ -69,7 +69,7 @@ TARGETS = {
     ),
     # TensorRT's parser supports Attention only since recently, and GroupNormalization of opset 21 not at all.
     "tensorrt": Target(
-        purpose="TensorRT, or any runtime that supports opset 20; attention in single steps",
+        purpose="TensorRT or any runtime that supports opset 20, with attention in single steps",
         opset=20,
         domains=(STANDARD,),
         attention=(STANDARD, "Softmax"),

@@ -208,20 +208,20 @@ def test_durations_have_three_digits(value: float, text: str) -> None:
 )
 def test_gate_fails_a_case_that_exceeds_its_bound_twice(ratios: list[float], failed: list[str], measured: int) -> None:
     answers = iter(ratios)
-    asked: list[str] = []
+    calls: list[str] = []
 
     def ratio(name: str) -> float:
-        asked.append(name)
+        calls.append(name)
         return next(answers)
 
     assert ci.over({"a": 0.8}, 0.1, ratio) == failed
-    assert len(asked) == measured
+    assert len(calls) == measured
 
 
 def test_gate_repeats_measurements_after_all_first_ones() -> None:
-    asked: list[str] = []
-    ci.over({"a": 0.1, "b": 9.0}, 0.0, lambda name: asked.append(name) or 1.0)
-    assert asked == ["a", "b", "a"]
+    calls: list[str] = []
+    ci.over({"a": 0.1, "b": 9.0}, 0.0, lambda name: calls.append(name) or 1.0)
+    assert calls == ["a", "b", "a"]
 
 
 def test_gate_takes_the_median_ratio_of_the_rounds() -> None:

@@ -121,4 +121,4 @@ def test_hidden_gpu_is_an_error() -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "ProviderError: device 'cuda' cannot be used" in done.stderr
+    assert "ProviderError: device 'cuda' is not available" in done.stderr

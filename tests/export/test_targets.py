@@ -191,13 +191,13 @@ def test_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_path: Path
         assert "GroupNormalization" not in operators["unet"]
         last = {name for name, entry in manifest["graphs"].items() if entry.get("channels_last")}
         assert last == {"unet", "vae_decoder", "vae_encoder", "image_encoder"}  # all graphs with images
-        with pytest.raises(BundleError, match="exported for cuda, which runs on cuda; for device 'cpu' make another"):
+        with pytest.raises(BundleError, match="exported for cuda, which runs on cuda; for device 'cpu' export another"):
             Bundle.open(tmp_path / "out")
     else:
         assert len(Generator(Bundle.open(tmp_path / "out", threads=1)).generate("a red dress", steps=2)) == 1
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         assert "cuda" not in manifest["parity"]
-        with pytest.raises(ProviderError, match=r"device 'cuda' cannot be used .*pip install 'unidiff-sdk\[gpu\]'"):
+        with pytest.raises(ProviderError, match=r"device 'cuda' is not available .*pip install 'unidiff-sdk\[gpu\]'"):
             Bundle.open(tmp_path / "out", device="cuda").session("unet")
 
 
