@@ -302,11 +302,11 @@ def _real(folder: Path) -> dict[str, Path]:
     """Return the stamps as `make real` splits them, with 200 random pairs of its training part."""
     if not (folder / "train" / "metadata.jsonl").exists():
         sys.path.insert(0, str(ROOT / "examples"))
-        from real_pictures import convert, downloaded
+        from real_images import convert, download
 
         whole = folder.with_name(f"{folder.name}.whole")
         shutil.rmtree(whole, ignore_errors=True)
-        convert(downloaded(), whole)
+        convert(download(), whole)
         shutil.copytree(whole / "test", folder / "test", dirs_exist_ok=True)
         shutil.copytree(whole / "train", folder / "train", dirs_exist_ok=True)
         lines = (whole / "train" / "metadata.jsonl").read_text("utf-8").splitlines()

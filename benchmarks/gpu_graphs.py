@@ -35,7 +35,7 @@ def main(cache: Path, graph: str, flavors: tuple[str, ...]) -> None:
         return
     from sd15 import graph_spec
 
-    from unidiff_export.bundle_folder import write_graph
+    from unidiff_export.bundle.files import write_graph
     from unidiff_export.graphs.lowering import lower
     from unidiff_export.graphs.passes import rewrite_for_cuda
     from unidiff_export.options import TARGETS

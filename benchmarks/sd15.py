@@ -164,7 +164,7 @@ def write_graphs(cache: Path, model: str, graph: str) -> None:
     import torch
     from unet_peer import inputs
 
-    from unidiff_export.bundle_folder import write_graph
+    from unidiff_export.bundle.files import write_graph
     from unidiff_export.graphs.lowering import lower
     from unidiff_export.quantization.calibration import observing
     from unidiff_export.quantization.qdq import LayerRanges, Range, quantize

@@ -22,11 +22,11 @@ from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-from .bundle_folder import folder_size, new_folder, write_pipeline_files
-from .graph_writer import GraphWriter
+from .bundle.files import folder_size, new_folder, write_pipeline_files
+from .bundle.graph_writer import GraphWriter
+from .bundle.manifest import build_manifest, describe_model, sampler_defaults, write_manifest
+from .bundle.model_card import write_model_card
 from .graphs.lowering import GraphSpec, graph_specs
-from .manifest import build_manifest, describe_model, sampler_defaults, write_manifest
-from .model_card import write_model_card
 from .options import TARGETS, check_options
 from .quantization.calibration import calibrate
 from .quantization.policy import Int8Policy
@@ -108,7 +108,7 @@ def export_bundle(
     calibration: str | Path | None = None,
     overwrite: bool = False,
     tolerance: Tolerance | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Export:
     """Export a checkpoint as an ONNX bundle in the new folder `out`, verified against PyTorch.
 

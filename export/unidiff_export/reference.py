@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from unidiff_sdk.training.data.captions import normalize_caption, tokenize
 from unidiff_sdk.training.data.pairs import load_pairs
 
-from .bundle_folder import clip_tokenizer
+from .bundle.files import clip_tokenizer
 from .graphs.lowering import GraphSpec, quiet
 
 if TYPE_CHECKING:

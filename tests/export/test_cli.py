@@ -72,7 +72,7 @@ def test_unknown_target_is_a_usage_error(tmp_path: Path) -> None:
 def test_missing_checkpoint_is_one_line_and_leaves_no_bundle(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "nowhere"), "-o", str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: no checkpoint at")
+    assert result.stderr.startswith("Error: There is no checkpoint folder")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

@@ -21,14 +21,14 @@ import torch
 from support.references import gray_reference
 
 from unidiff_export import export_bundle
-from unidiff_export.graph_writer import GraphWriter
+from unidiff_export.bundle.graph_writer import GraphWriter
 from unidiff_export.graphs.lowering import graph_specs, lower
 from unidiff_sdk.errors import CheckpointError, ExportError
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 
 def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
+    with pytest.raises(CheckpointError, match="There is no checkpoint folder"):
         export_bundle(tmp_path / "nowhere", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

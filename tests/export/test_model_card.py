@@ -14,7 +14,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 from huggingface_hub import ModelCard
 
 from unidiff_export import Export, export_bundle
-from unidiff_export.model_card import license_of, model_card
+from unidiff_export.bundle.model_card import license_of, model_card
 from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint

@@ -131,7 +131,7 @@ def test_images_agree_with_diffusers(bundle: Bundle, checkpoint: Path) -> None:
 
 
 def test_tokenizer_of_another_clip_is_refused(checkpoint: Path) -> None:
-    from unidiff_export.bundle_folder import clip_tokenizer
+    from unidiff_export.bundle.files import clip_tokenizer
     from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
     loaded = load_checkpoint(checkpoint)

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 from support.contribops import CONTRIB_OPS
 
-from unidiff_export.bundle_folder import rewrite_graph, write_graph
+from unidiff_export.bundle.files import rewrite_graph, write_graph
 from unidiff_export.cli import main
 from unidiff_export.graphs.lowering import GraphSpec, check_operators, graph_specs, lower
 from unidiff_export.graphs.passes import rewrite_for_cuda

@@ -12,7 +12,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import onnx
 import onnx_ir as ir
 
-from unidiff_export.bundle_folder import hash_files, new_folder, without_origin, write_graph, write_json
+from unidiff_export.bundle.files import hash_files, new_folder, without_origin, write_graph, write_json
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.sessions import create_session
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import onnx_ir as ir
 
+from unidiff_export.graphs.lowering import GraphSpec, lower
+from unidiff_export.graphs.passes import rewrite_for_cuda
+from unidiff_export.graphs.precision import overflows_half, store_halves
+from unidiff_export.options import CONTRIB, TARGETS
+from unidiff_export.quantization.policy import Int8Policy
+from unidiff_export.quantization.qdq import quantize
+from unidiff_export.reference import Reference
 from unidiff_sdk.inference.manifest import Graph
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-from .bundle_folder import graph_files, plain_config, rewrite_graph, write_graph
-from .graphs.lowering import GraphSpec, lower
-from .graphs.passes import rewrite_for_cuda
-from .graphs.precision import overflows_half, store_halves
+from .files import graph_files, plain_config, rewrite_graph, write_graph
 from .manifest import describe_graph
-from .options import CONTRIB, TARGETS
-from .quantization.policy import Int8Policy
-from .quantization.qdq import quantize
-from .reference import Reference
 
 
 class GraphWriter:

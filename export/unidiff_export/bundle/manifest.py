@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from unidiff_export.graphs.attention import count_attention
+from unidiff_export.graphs.lowering import GraphSpec
+from unidiff_export.options import TARGETS
 from unidiff_sdk.inference.manifest import (
     GRAPH_FILE,
     MANIFEST,
@@ -27,10 +30,7 @@ from unidiff_sdk.inference.manifest import (
 )
 from unidiff_sdk.inference.shape_profiles import shape_profile
 
-from .bundle_folder import hash_files, write_json
-from .graphs.attention import count_attention
-from .graphs.lowering import GraphSpec
-from .options import TARGETS
+from .files import hash_files, write_json
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint

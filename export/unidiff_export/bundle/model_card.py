@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 
+from unidiff_export.options import TARGETS
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.model_card import (
     TAGS,
@@ -22,8 +23,7 @@ from unidiff_sdk.training.checkpoints.model_card import (
     markdown_table,
 )
 
-from .bundle_folder import MODEL_CARD
-from .options import TARGETS
+from .files import MODEL_CARD
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint

@@ -1,0 +1,1 @@
+"""Write a bundle: its files, graphs, manifest and model card."""
