@@ -27,7 +27,7 @@ unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
-@click.option("--clip", help="CLIP for a pipeline without one: a folder, a hub id, or open_clip:ARCH/TAG-or-file.")
+@click.option("--clip", help="CLIP for a pipeline without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
 @click.option(
     "-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder for the bundle."
 )

@@ -114,7 +114,7 @@ def export_bundle(
 
     Args:
         checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a Stable Diffusion pipeline
-            of diffusers (folder or hub id).
+            of diffusers (a folder, or hf:org/name).
         out: the bundle folder. It appears only after everything has been verified.
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`.
         precision: "fp32", "fp16" or "int8". All graphs have float32 inputs and outputs. An fp16 graph whose values
@@ -166,7 +166,7 @@ def _load(checkpoint: str | Path | Checkpoint, clip: str | Path | None) -> Check
     """Load a checkpoint, or a Stable Diffusion pipeline with its CLIP."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint
-    return load_base(checkpoint, clip) if clip or Path(checkpoint).is_dir() else load_checkpoint(checkpoint)
+    return load_base(checkpoint, clip)
 
 
 def _prepare(

@@ -48,7 +48,7 @@ def test_export_writes_a_card_with_the_figures_of_the_manifest(export: Export) -
         assert f"| {graph.name} | {graph.parity.max_abs_error:.1e} | {graph.parity.cosine:.5f} |" in text
     assert f"| PSNR of the worst image | {export.image.psnr_db:.1f} dB | ≥ 45 dB |" in text
     assert f"| R@1 over 1 pairs | {export.search.recall_at_1:.1%} |" in text
-    assert "sampler dpm++2m, 20 steps, guidance scale 5" in text and "32 px for generated images" in text
+    assert "sampler ddim, 20 steps, guidance scale 5" in text and "32 px for generated images" in text
     assert "Devices: cpu, cuda." in text and "rendered synthetic products only" in text
     assert 'Catalog("shop.catalog", bundle="BUNDLE")' in text and "catalog.search(\"a 'red' dress\")" in text
     assert 'ORTDiffusionPipeline.from_pretrained("BUNDLE")' in text
