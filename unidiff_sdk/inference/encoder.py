@@ -136,7 +136,8 @@ class Encoder:
 def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
     """A CLIP tokenizer from its `tokenizer.json`, or else from its vocabulary and merges.
 
-    It truncates and pads to `max_tokens` with its own pad token.
+    It truncates and pads to `max_tokens` with its own pad token, which is a special token also within a text, as
+    transformers has it.
 
     Raises:
         BundleError: a file is missing or damaged.
@@ -144,12 +145,16 @@ def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
     with tokenizer_errors(folder):
         tokenizer = _read_tokenizer(folder)
         config: dict[str, Any] = read_json(folder / "tokenizer_config.json", error=BundleError)
+    special = folder / "special_tokens_map.json"
+    if special.is_file() and "added_tokens_decoder" not in config:  # transformers 4 reads this file first
+        config |= read_json(special, error=BundleError)
     pad = config.get("pad_token") or config.get("eos_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad  # transformers 4 writes tokens with their flags
     pad_id = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
     if pad_id is None:
         raise BundleError(f"{folder}: the tokenizer has no pad token ({pad!r}); export the bundle again")
     with tokenizer_errors(folder):
+        tokenizer.add_special_tokens([pad])
         tokenizer.enable_truncation(max_tokens)
         tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
     return tokenizer
