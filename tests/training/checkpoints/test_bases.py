@@ -152,6 +152,29 @@ def test_unsupported_base_is_refused_before_data_is_read(random_checkpoint: Path
         train(tmp_path / "no data", base, tmp_path / "run", TrainingConfig(steps=1), device="cpu")
 
 
+@pytest.mark.parametrize("rounded", ["text_encoder", "clip"])
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_towers_that_differ_by_rounding_are_shared_at_the_higher_precision(
+    separate: tuple[Path, Path], rounded: str, precision: Any
+) -> None:
+    pipeline, clip = separate
+    noise = torch.Generator().manual_seed(0)
+    tensors = {
+        name: t * (1 + 1e-4 * torch.rand(t.shape, generator=noise)) if t.is_floating_point() else t
+        for name, t in load_file(clip / "model.safetensors").items()
+    }
+    encoder = pipeline / "text_encoder" / "model.safetensors"
+    text = {name: tensors[name] for name in load_file(encoder)}
+    half = {name: t.to(precision) for name, t in (text if rounded == "text_encoder" else tensors).items()}
+    save_file(half if rounded == "text_encoder" else text, encoder, metadata={"format": "pt"})
+    save_file(half if rounded == "clip" else tensors, clip / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = load_base(pipeline, clip)
+    assert checkpoint.shared
+    name = "encoder.layers.1.mlp.fc1.weight"
+    (weight,) = (t for key, t in checkpoint.clip.text_model.state_dict().items() if key.endswith(name))
+    torch.testing.assert_close(weight, tensors[f"text_model.{name}"], rtol=0, atol=0)
+
+
 def test_layers_after_the_first_difference_stay_separate(separate: tuple[Path, Path]) -> None:
     change(separate[0], "encoder.layers.1.mlp.fc1.bias")
     checkpoint = load_base(*separate)

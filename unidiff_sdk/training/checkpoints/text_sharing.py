@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
 __all__ = ["layers_of", "share_text_layers", "tower_of"]
+
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # that weights are stored in
 
 
 def tower_of(text_model: nn.Module) -> Any:
@@ -28,6 +30,9 @@ def layers_of(text_model: nn.Module) -> nn.ModuleList:
 
 def share_text_layers(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextModel:
     """Return the text encoder with the parameters of CLIP's text tower, as far as both are equal from the input up.
+
+    A part that one of them stores in half precision is equal if it is the other's, rounded. The more precise values are
+    used for both.
 
     The shared part is the longest common prefix: the embeddings, then layer after layer, then the final norm if the
     text encoder has no further layer. The text encoder of SD 1.x is the whole tower of CLIP ViT-L/14. That of SD 2.x is
@@ -55,6 +60,18 @@ def share_text_layers(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextM
     return text_encoder
 
 
-def _equal(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+def _equal(own: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same weights but for rounding. `other` receives the more precise ones."""
+    ours, theirs = own.state_dict(), other.state_dict()
+    if ours.keys() != theirs.keys():
+        return False
+    if any(all(torch.equal(ours[n], _rounded(theirs[n], precision)) for n in ours) for precision in PRECISIONS):
+        return True
+    if any(all(torch.equal(theirs[n], _rounded(ours[n], precision)) for n in ours) for precision in PRECISIONS):
+        other.load_state_dict(ours)
+        return True
+    return False
+
+
+def _rounded(tensor: Tensor, precision: torch.dtype) -> Tensor:
+    return tensor.to(precision).to(tensor.dtype) if tensor.is_floating_point() else tensor
