@@ -16,7 +16,7 @@ from unidiff_sdk.errors import StoreError
 def test_resolve_stored_accepts_plain_paths_below_a_linked_folder(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    assert resolve_stored(tmp_path / "link", "a/b c.png", StoreError) == tmp_path.resolve() / "real" / "a" / "b c.png"
+    assert resolve_stored(tmp_path / "link", "a/b c.png", StoreError) == tmp_path / "link" / "a" / "b c.png"
 
 
 @pytest.mark.parametrize(

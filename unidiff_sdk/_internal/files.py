@@ -105,11 +105,17 @@ def resolve_stored(folder: Path, name: str, error: type[UniDiffError]) -> Path:
     """
     if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise error(f"{folder} names {name!r:.200}, which is not a plain path inside it. Restore it from a backup.")
-    path = folder.resolve() / name
-    try:
-        is_plain = path.resolve() == path
-    except (OSError, RuntimeError) as reason:  # a name that is too long, or a loop of links
-        raise error(f"{path} cannot be resolved ({reason}). Restore {folder} from a backup.") from reason
-    if not is_plain:
-        raise error(f"{path} is or passes a symbolic link. Replace the link by the files that it refers to.")
-    return path
+    path = os.path.abspath(folder)
+    for part in name.split("/"):
+        path = f"{path}/{part}"
+        try:
+            is_link = stat.S_ISLNK(os.lstat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            break  # nothing is there yet
+        except OSError as reason:
+            raise error(
+                f"{path:.300} cannot be resolved ({reason.strerror}). Restore {folder} from a backup."
+            ) from reason
+        if is_link:
+            raise error(f"{path} is a symbolic link. Replace the link by the files that it refers to.")
+    return Path(os.path.abspath(folder), name)

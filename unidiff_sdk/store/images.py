@@ -169,6 +169,8 @@ class ImageStore:
         Raises:
             ImageError: it is not in this store, and not below a folder that the caller named in `references`.
         """
+        if isinstance(uri, str) and _COPY.fullmatch(uri):
+            return resolve_stored(self.root, uri, ImageError)
         target = self.locate(uri)
         try:
             resolved = target.resolve()
