@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.color_bundle import make_color_bundle
 from support.local_qdrant import URL, use_local_qdrant
 from support.recorded import open_watched
 from support.toy_bundle import make_toy_bundle
@@ -147,6 +148,16 @@ def test_export_is_readable_by_other_tools(catalog: Catalog, tmp_path: Path) -> 
     assert row["image"] == (tmp_path / "products" / "3.png").read_bytes()
     expected = Encoder(catalog.bundle).encode_images([shade(3)])[0]
     np.testing.assert_allclose(row["vector"], expected, atol=1e-6)
+
+
+def test_restore_follows_the_path_of_the_archive_only_to_the_bundle_of_the_export(tmp_path: Path) -> None:
+    with Catalog(tmp_path / "shop.catalog", make_toy_bundle(tmp_path / "bundle")) as catalog:
+        catalog.add(shade(1), ids=1)
+        catalog.export(tmp_path / "shop.parquet")
+    (tmp_path / "bundle").rename(tmp_path / "moved")
+    make_color_bundle(tmp_path / "bundle")
+    with pytest.raises(StoreError, match="is another bundle"):
+        Catalog.restore(tmp_path / "shop.parquet", tmp_path / "new.catalog", reencode=True)
 
 
 def test_restore_with_another_bundle_needs_reencode(catalog: Catalog, tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_store_name_in_catalog_file_is_refused(shop: Path, vectors: Any) -> None
         {"bundle_dim": True},
         {"bundle_dim": "4"},
         {"bundle_path": 5},
+        {"bundle_path": "../../bundle"},
         {"bundle": []},
         {"created": {}},
     ],

@@ -256,12 +256,13 @@ class Archive:
                 "place as bundle=."
             )
         bundle = given if isinstance(given, Bundle) else Bundle.open(given or path)
-        if not reencode and bundle.fingerprint != self.bundle["fingerprint"]:
+        is_chosen = given is not None and reencode  # the path in a foreign archive is not a choice of the caller
+        if not is_chosen and bundle.fingerprint != self.bundle["fingerprint"]:
             raise StoreError(
                 f'{self.path} holds embeddings of the bundle "{self.bundle["name"]}" (fingerprint '
                 f"{self.bundle['fingerprint'][:12]}), but {bundle.path} is another bundle (fingerprint "
                 f"{bundle.fingerprint[:12]}). Embeddings of different bundles cannot be compared. Restore with the "
-                "bundle of the export, or with reencode=True to encode the images again."
+                "bundle of the export, or with bundle= and reencode=True to encode the images again."
             )
         return bundle
 

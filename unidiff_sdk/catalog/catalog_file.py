@@ -260,6 +260,13 @@ class CatalogFile:
             raise TypeError("name, path, absolute and fingerprint of the bundle, vectors and created must be text")
         if type(bundle.dim) is not int or not 0 < bundle.dim <= MAX_DIM:
             raise ValueError(f"dim is {bundle.dim!r:.40}, not a number from 1 to {MAX_DIM}")
+        if (
+            not os.path.normpath(f"parent/folder/{bundle.path}").startswith("parent/")
+            and not Path(bundle.path).is_absolute()
+        ):
+            raise ValueError(
+                f"the path of the bundle is {bundle.path!r:.200}, which is neither in nor next to the folder"
+            )
         if not STORE_NAME.fullmatch(vectors):
             raise ValueError(f'vectors is {vectors!r:.200}, not "{VECTORS}" or "{VECTORS}-FINGERPRINT"')
         return cls(bundle, vectors, created)
