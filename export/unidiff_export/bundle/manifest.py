@@ -83,7 +83,8 @@ def build_manifest(
 
 def describe_model(checkpoint: Checkpoint) -> ModelDescription:
     """What the runtime needs of the models: sizes, scales, normalization, sampler defaults."""
-    clip, vae, unet, processor = checkpoint.clip, checkpoint.vae, checkpoint.unet, checkpoint.image_processor
+    clip, vae, unet = checkpoint.clip, checkpoint.vae, checkpoint.unet
+    mean, std = checkpoint.normalization
     return ModelDescription(
         embedding=Embedding(
             dim=clip.config.projection_dim,
@@ -95,8 +96,8 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
         prompt=Prompt(checkpoint.text_encoder.config.max_position_embeddings),
         image=ImageInput(
             size=clip.config.vision_config.image_size,
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
+            mean=mean,
+            std=std,
             fit=checkpoint.fit,
         ),
         latent=Latent(

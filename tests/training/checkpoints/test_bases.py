@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
@@ -18,6 +20,7 @@ from diffusers import StableDiffusionPipeline  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError  # noqa: E402
+from unidiff_sdk.inference.preprocessing import preprocess  # noqa: E402
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint, require_supported  # noqa: E402
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
@@ -142,6 +145,46 @@ def test_sampler_of_the_base_is_followed_unless_the_metadata_names_another(
     assert checkpoint.sampler_defaults == {"steps": 20, "guidance_scale": 5.0} | expected
     recorded = replace(checkpoint, meta={"sampler": {"name": "euler", "steps": 7}})
     assert recorded.sampler_defaults["name"] == "euler" and recorded.sampler_defaults["steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"height": 32, "width": 32}, "do_center_crop": False}, "size .* is not supported"),
+        ({"size": {"shortest_edge": 36}}, "size {'shortest_edge': 36} of the image preprocessing is not supported"),
+        ({"do_center_crop": False}, "do_center_crop False of the image preprocessing is not supported, only True"),
+        ({"resample": 2}, "resample 2 of the image preprocessing is not supported, only 3"),
+        ({"do_resize": False}, "do_resize False"),
+    ],
+)
+def test_other_image_preprocessing_is_refused(
+    random_checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_base(with_preprocessing(random_checkpoint, tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"rescale_factor": 1 / 127.5}, {"do_normalize": False}, {"do_rescale": False}, {"image_std": [0.2, 0.3, 0.4]}],
+)
+def test_normalization_of_the_image_preprocessing_is_followed(
+    random_checkpoint: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    checkpoint = load_base(with_preprocessing(random_checkpoint, tmp_path, change))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (97, 161, 3), dtype=np.uint8))
+    expected = checkpoint.image_processor(image, return_tensors="np")["pixel_values"][0]
+    mean, std = (np.float32(values) for values in checkpoint.normalization)
+    actual = preprocess(image, checkpoint.clip.config.vision_config.image_size, mean, std)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(JointModel(checkpoint).image_std.ravel(), torch.tensor(std))
+
+
+def with_preprocessing(checkpoint: Path, folder: Path, change: dict[str, Any]) -> Path:
+    base = Path(shutil.copytree(checkpoint, folder / "base"))
+    file = base / "clip" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    return base
 
 
 def test_unsupported_base_is_refused_before_data_is_read(random_checkpoint: Path, tmp_path: Path) -> None:

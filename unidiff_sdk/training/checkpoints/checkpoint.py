@@ -27,6 +27,7 @@ from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.diffusers_folder import refusal, sampler_defaults, scheduler_refusal
 
+from .image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
 from .text_sharing import layers_of, share_text_layers, tower_of
 
@@ -145,6 +146,11 @@ class Checkpoint:
         return sampler_defaults(self.scheduler_config, self.meta.get("sampler"))
 
     @property
+    def normalization(self) -> tuple[Any, Any]:
+        """(mean, standard deviation) of each RGB channel by which CLIP's pixels in [0, 1] are normalized."""
+        return normalization(self.image_processor)
+
+    @property
     def image_size(self) -> int:
         """Side, in pixels, of the square images that the model generates."""
         return int(self.unet.config.sample_size) * self.latent_factor
@@ -214,6 +220,8 @@ def require_supported(checkpoint: Checkpoint) -> Checkpoint:
     if refused := refusal(checkpoint.unet.config, checkpoint.vae.config.latent_channels, width):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
     if refused := scheduler_refusal(checkpoint.scheduler_config):
+        raise CheckpointError(f"{checkpoint.path}: {refused}")
+    if refused := preprocessing_refusal(checkpoint.image_processor, checkpoint.clip.config.vision_config.image_size):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
     if scheduler.prediction_type not in ("epsilon", "v_prediction"):
         raise CheckpointError(

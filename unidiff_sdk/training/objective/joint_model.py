@@ -71,9 +71,8 @@ class JointModel(nn.Module):
         require_supported(checkpoint)
         self.prediction_type: str = checkpoint.scheduler.config.prediction_type
         self.register_buffer("alpha_bar", checkpoint.scheduler.alphas_cumprod.clone(), persistent=False)
-        processor = checkpoint.image_processor
-        for name in ("image_mean", "image_std"):
-            self.register_buffer(name, torch.tensor(getattr(processor, name))[:, None, None], persistent=False)
+        for name, values in zip(("image_mean", "image_std"), checkpoint.normalization, strict=True):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.clip_size: int = checkpoint.clip.config.vision_config.image_size
 
     @property
