@@ -48,8 +48,11 @@ STEP = 10_000  # after the warm-up
 
 
 def gradients(base: Path, data: Path, **settings: object) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Gradients of one step by parameter, and the values of its terms. CLIP differs from the base's."""
-    return prepare_step(base, data, TrainingConfig(**settings), disturbed=True).backpropagate(STEP)
+    """Gradients of one step by parameter, and the values of its terms."""
+    config = TrainingConfig(**settings)
+    # At the base itself, feature distillation has no gradient.
+    disturbed = config.lambda_feature_distillation > 0
+    return prepare_step(base, data, config, disturbed=disturbed).backpropagate(STEP)
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -101,7 +104,7 @@ def test_micro_batches_have_the_gradients_of_each_single_term(
 def test_contrastive_batch_larger_than_the_unet_batch(small_catalog: Path, random_checkpoint: Path) -> None:
     """ITC of 11 pairs computed by hand, while 4 of them pass through the UNet."""
     config = TrainingConfig(batch_size=4, contrastive_batch=11, lambda_rsc=0.0)
-    prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=True)
+    prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=False)
     model, batches = prepared.model, prepared.batches
     batch = batches.load(batches.indices(STEP), 4)
     with torch.no_grad():
