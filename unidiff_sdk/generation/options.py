@@ -49,9 +49,8 @@ class GenerationOptions:
         n: number of images for each prompt, at least 1.
         seed: 0 to 2**63 - 1. The k-th image of a prompt uses `seed + k`. None: a random seed.
         steps: number of denoising steps, at least 1. None: the bundle's default.
-        guidance_scale: 0 to 50 (Ho & Salimans 2022, arXiv:2207.12598). Up to 1, guidance is off, which
-            halves the work.
-            None: the bundle's default.
+        guidance_scale: 0 to 50 (Ho & Salimans 2022, arXiv:2207.12598). At 1 or below, guidance is off,
+            which halves the work. None: the bundle's default.
         guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds (Lin et al. 2023,
             arXiv:2305.08891, which recommends 0.7).
         sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`. None: the bundle's default.
@@ -63,7 +62,7 @@ class GenerationOptions:
             the steps. None: 0.7, or 1 with a mask.
         mask: with `like`: an image that is bright where to repaint. All other pixels stay as they are, also
             where the mask is transparent.
-        best_of: number of candidates for each prompt, of which the n best are selected. None: n.
+        best_of: number of candidates for each prompt. The n best are selected. None: n.
         min_score: reject candidates whose cosine with the prompt is lower, -1 to 1.
         max_similarity: reject candidates whose cosine with a catalog item is higher, -1 to 1.
         budget: the largest number of candidates for each prompt, including those that replace rejected ones. None:

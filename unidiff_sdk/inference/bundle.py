@@ -33,7 +33,7 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 class Bundle:
     """An open bundle. Each graph loads when it is first used. May be shared between threads.
 
-    `Bundle.open` opens a folder. The constructor takes a manifest that is read already, and may replace sessions.
+    `Bundle.open` opens a folder. The constructor accepts a parsed manifest and can replace how sessions are created.
 
     Args:
         session_factory: loads a graph; `create_session` by default.
@@ -89,8 +89,8 @@ class Bundle:
             verify: compare the SHA-256 of every file with the manifest (about a second for each 1.5 GB).
             device: "cpu", "cuda" or "tensorrt".
             threads: number of threads for one call on the CPU. None: one for each core.
-            capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs of
-                which all nodes run on the GPU. `warmup` reports which.
+            capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs
+                whose nodes all run on the GPU. `warmup` reports which.
 
         Raises:
             BundleError: the folder is not a bundle, is incomplete, was changed after its export, or was exported for
@@ -192,7 +192,7 @@ class Bundle:
 
     @property
     def synthetic(self) -> bool:
-        """Whether the model was trained on rendered images alone, and knows no photographs."""
+        """Whether the model was trained on rendered images only, without photographs."""
         return self.manifest.synthetic
 
     @property
