@@ -1,11 +1,11 @@
-"""UniDiff SDK: one jointly tuned model that searches a product catalog and generates new pictures for it.
+"""UniDiff SDK: one jointly tuned model searches a product catalog and generates new images for it.
 
 from unidiff_sdk import Catalog
 
 with Catalog("shop.catalog") as catalog:
     catalog.add_folder("products/")
     hits = catalog.search("red striped dress", where={"price": {"lt": 80}})
-    pictures = catalog.generate("purple dotted boots", n=4, seed=7)
+    images = catalog.generate("purple dotted boots", n=4, seed=7)
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ import numpy as np
 from unidiff_sdk import Catalog
 
 with Catalog(bundle=sys.argv[1]) as catalog:
-    colours = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-    pictures = [np.full((64, 64, 3), colour, np.uint8) for colour in colours.values()]
-    catalog.add(pictures, [f"a {name} mug" for name in colours], payloads=[{"catalog": "ecommerce-product"}] * 2)
-    page = catalog.search("a red mug", image=pictures[0])
+    colors = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+    images = [np.full((64, 64, 3), color, np.uint8) for color in colors.values()]
+    catalog.add(images, [f"a {name} mug" for name in colors], payloads=[{"catalog": "ecommerce-product"}] * 2)
+    page = catalog.search("a red mug", image=images[0])
     generation = catalog.generate("a red mug", n=2, seed=7, steps=2)
     catalog.add(generation)
     found = [len(page), len(generation), catalog.count(), generation[0].image.size[0]]
