@@ -159,9 +159,16 @@ def _link(image: Path, target: Path) -> None:
         shutil.copyfile(image, target)
 
 
+# Hugging Face `datasets` takes these words, between separators, for the split of a file.
+_SPLIT_WORDS = re.compile(
+    r"(?<![^-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])",
+    re.IGNORECASE,
+)
+
+
 def _file_name(id: str) -> str:
-    """A file name without extension for an id. Different ids have different names."""
-    plain = re.sub(r"[^\w.-]", "_", id)[:100]
+    """A file name without extension for an id. Different ids have different names, and none looks like a split."""
+    plain = _SPLIT_WORDS.sub("_", re.sub(r"[^\w.-]", "_", id)[:100])
     return plain if plain == id else f"{plain}-{hashlib.sha256(id.encode()).hexdigest()[:8]}"
 
 
