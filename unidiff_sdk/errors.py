@@ -5,6 +5,8 @@ A message says what is wrong, with the value, then what is accepted and what to 
 
 from __future__ import annotations
 
+from ._internal.text import terminal_safe
+
 __all__ = [
     "BundleError",
     "BusyError",
@@ -23,7 +25,14 @@ __all__ = [
 
 
 class UniDiffError(Exception):
-    """Base class of all errors of this package. Catch it to handle any of them."""
+    """Base class of all errors of this package. Catch it to handle any of them.
+
+    `str` escapes what a terminal or a log would interpret, because a message can quote a caption or a file name from
+    outside. `args` holds the message unchanged.
+    """
+
+    def __str__(self) -> str:
+        return terminal_safe(super().__str__())
 
 
 class OptionError(UniDiffError, ValueError):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unidiff_sdk.cli.console import Command
+from unidiff_sdk.cli.console import Command, echo
 from unidiff_sdk.errors import ExportError
 
 from .options import TARGETS
@@ -84,7 +84,7 @@ def main(
     console = Console()
     console.print(graph_table(export))
     console.print(result_table(export))
-    click.echo(summary(export, precision))  # without rich, which would wrap and color a long path
+    echo(summary(export, precision))  # without rich, which would wrap and color a long path
 
 
 def graph_table(export: Export) -> Table:

@@ -29,7 +29,10 @@ from unidiff_sdk.generation.provenance import read_recipe
 def run(*arguments: object, columns: int | None = None) -> Result:
     """Run `unidiff` in this process, in a terminal of this width."""
     return CliRunner(catch_exceptions=False).invoke(
-        main, [str(argument) for argument in arguments], terminal_width=columns
+        main,
+        [str(argument) for argument in arguments],
+        terminal_width=columns,
+        env={"COLUMNS": str(columns or 80)},
     )
 
 
@@ -416,3 +419,21 @@ def test_index_reports_equal_problems_once_and_fails_if_most_rows_are_invalid(to
     tsv.write_text("photo,title\n0.png,a\n")
     check_error(run("index", tsv, tmp_path / "new.catalog", "--bundle", toy), "--columns image=photo")
     assert not (tmp_path / "new.catalog").exists()
+
+
+def test_search_fits_80_columns_and_shows_the_columns_of_the_filter(tmp_path: Path, toy: Path) -> None:
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        id = "0b9d6b5c-3b0e-4a53-9f29-1f7a2f0a0001"
+        columns = {"catalog": "fashion-man", "price": 39.5, "size": {"waist": 32}, "brand": "Acme", "note": "n" * 400}
+        images = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+        catalog.add(images, ["a long caption " * 30, "short"], [id, 2], [columns] * 2)
+    search = ["search", tmp_path / "shop.catalog", "red"]
+    shown = run(*search, columns=80).stdout
+    assert max(map(len, shown.splitlines())) <= 80 and id in re.sub(r"\s", "", re.sub("  [a-z ]+…", "", shown))
+    assert shown.count("a long caption a long") == 1 and "brand" not in shown
+    assert re.search(r"id +caption +columns", run(*search, columns=160).stdout)
+    where = json.dumps({"price": {"lt": 80}, "size.waist": [32]})
+    shown = run(*search, "--where", where, columns=80).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"score +id +price +size\.waist +caption", shown) and re.search(r"2 +39\.5 +32 +short", shown)
+    assert re.search(r"id +brand +caption", run(*search, "--group-by", "brand", columns=80).stdout)

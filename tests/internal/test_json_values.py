@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidiff_sdk._internal.json_values import MAX_DEPTH, is_missing, parse_json, read_json, to_json
+from unidiff_sdk._internal.json_values import MAX_DEPTH, checked_text, is_missing, parse_json, read_json, to_json
 from unidiff_sdk.errors import DataError, OptionError, UniDiffError
 
 
@@ -182,3 +182,13 @@ def test_read_json_reads_only_regular_files_of_limited_size(tmp_path: Path) -> N
 def test_parse_json_raises_only_errors_of_this_package(content: bytes | str) -> None:
     with contextlib.suppress(UniDiffError):
         assert isinstance(parse_json(content, "x"), dict)
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_valid_unicode_is_returned(text: str) -> None:
+    assert checked_text(text) == text
+
+
+def test_lone_surrogate_is_an_error_with_its_position() -> None:
+    with pytest.raises(OptionError, match=r"not valid Unicode: it has a lone surrogate .* at 4"):
+        checked_text("red \ud83d dress")

@@ -17,9 +17,17 @@ import numpy as np
 from unidiff_sdk.errors import DataError, OptionError, UniDiffError
 
 from .files import read_regular_file
-from .text import checked_text
 
-__all__ = ["MAX_DEPTH", "MAX_DOCUMENT", "MAX_JSON_DEPTH", "is_missing", "parse_json", "read_json", "to_json"]
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_DOCUMENT",
+    "MAX_JSON_DEPTH",
+    "checked_text",
+    "is_missing",
+    "parse_json",
+    "read_json",
+    "to_json",
+]
 
 MAX_DEPTH = 32
 """The deepest nesting of a stored value and of a filter. The engine is recursive: 1,000 levels crash it."""
@@ -111,6 +119,22 @@ def _check_depth(value: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ converting
+
+
+def checked_text(text: str) -> str:
+    """Return the text if it is valid Unicode, so that tokenizers, engines and files can store it.
+
+    Raises:
+        OptionError: the text contains a lone surrogate, such as the JSON string "\\ud83d".
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"{text!r:.60} is not valid Unicode: it has a lone surrogate {text[error.start]!r} at {error.start}. "
+            "Remove or replace it."
+        ) from None
+    return text
 
 
 def is_missing(value: Any) -> bool:

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk._internal.json_values import to_json
-from unidiff_sdk._internal.text import checked_text
+from unidiff_sdk._internal.json_values import checked_text, to_json
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.retrieval.query import open_image
 from unidiff_sdk.retrieval.results import Hit

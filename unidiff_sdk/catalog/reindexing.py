@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from unidiff_sdk._internal.lifetimes import finalize_in_owner
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
+from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
@@ -30,7 +30,7 @@ from .writer import BATCH_SIZE
 
 __all__ = ["Reencoder", "reindex"]
 
-_log = logging.getLogger(__name__)
+_log = safe_logger(__name__)
 
 CATCH_UP_ROUNDS = 8  # rounds over concurrent writes before writers have to wait
 

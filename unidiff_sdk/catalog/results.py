@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
+from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.retrieval.results import Hit, figure, gallery
 
 if TYPE_CHECKING:
@@ -159,5 +160,5 @@ def _generated_figure(generated: Generated) -> str:
     buffer = io.BytesIO()
     generated.image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    caption = f"<b>{generated.score:.3f}</b> {html.escape(generated.prompt)}<br>seed {generated.seed}"
+    caption = f"<b>{generated.score:.3f}</b> {html.escape(terminal_safe(generated.prompt))}<br>seed {generated.seed}"
     return figure(f"data:image/png;base64,{data}", caption)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
+from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import BundleError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CurrentSnapshot", "OpenCatalog", "Snapshot"]
 
-_log = logging.getLogger(__name__)
+_log = safe_logger(__name__)
 
 # Building a graph index of 20,000 vectors takes 10 s and does not speed up searches; with 100,000 it does tenfold.
 OPTIMIZE_FROM = 50_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import uuid
@@ -16,7 +15,7 @@ import numpy as np
 
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
-from unidiff_sdk._internal.warnings import warn
+from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.datasets.compact_set import CompactSet
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
@@ -36,7 +35,7 @@ BATCH_SIZE = 32  # images encoded at once
 _COMMIT_SIZE = 256  # records in one call of the store
 
 _NO_VECTOR = np.zeros(0, np.float32)
-_log = logging.getLogger(__name__)
+_log = safe_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from unidiff_sdk.errors import DataError, OptionError
 
-from .console import Command
+from .console import Command, echo, echo_json
 from .parameters import (
     CatalogFolder,
     json_option,
@@ -100,7 +99,7 @@ def index(
         failed = [{"line": row.line, "file_name": row.file_name, "reason": row.reason} for row in report.failed]
         counts: dict[str, float] = {"added": report.added, "skipped": report.skipped, "removed": report.removed}
         counts |= {"items": items, "seconds": report.seconds}
-        click.echo(json.dumps(counts | {"failed": failed}))
+        echo_json(counts | {"failed": failed})
     else:
         if report.failed:
             groups = group_by_reason(report.failed)
@@ -109,8 +108,8 @@ def index(
                 ([count, row.line, row.file_name, row.reason] for row, count in groups[:SHOWN_PROBLEMS]),
             )
             if len(groups) > SHOWN_PROBLEMS:
-                click.echo(f"… and {counted(len(groups) - SHOWN_PROBLEMS, 'other problem')}. --json lists all rows.")
-        click.echo(f"{report}. {catalog} has {counted(items, 'item')}.")
+                echo(f"… and {counted(len(groups) - SHOWN_PROBLEMS, 'other problem')}. --json lists all rows.")
+        echo(f"{report}. {catalog} has {counted(items, 'item')}.")
     valid = report.added + report.skipped
     if len(report.failed) > valid:
         has = "has no valid row" if not valid else f"has only {counted(valid, 'valid row')}"
@@ -127,12 +126,12 @@ def info(catalog: Path, as_json: bool) -> None:
     with Catalog(catalog, create=False) as opened:
         facts = opened.info()
     if as_json:
-        click.echo(json.dumps(facts))
+        echo_json(facts)
         return
     bundle = facts["bundle"]
-    click.echo(f"Catalog: {facts['location']}, {counted(facts['items'], 'item')}, created {facts['created']}")
-    click.echo(f"Bundle:  {bundle['name']}, {bundle['dim']} dimensions, fingerprint {bundle['fingerprint'][:12]}")
-    click.echo(f"         {bundle['path']}")
+    echo(f"Catalog: {facts['location']}, {counted(facts['items'], 'item')}, created {facts['created']}")
+    echo(f"Bundle:  {bundle['name']}, {bundle['dim']} dimensions, fingerprint {bundle['fingerprint'][:12]}")
+    echo(f"         {bundle['path']}")
     if facts["columns"]:
         print_table(["column", "type"], facts["columns"].items())
 
@@ -149,9 +148,9 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
         removed = opened.delete([stored_id(opened, id) for id in ids])
         items = opened.count()
     if as_json:
-        click.echo(json.dumps({"removed": removed, "items": items}))
+        echo_json({"removed": removed, "items": items})
     else:
-        click.echo(f"{counted(removed, 'item')} deleted. {catalog} has {counted(items, 'item')}.")
+        echo(f"{counted(removed, 'item')} deleted. {catalog} has {counted(items, 'item')}.")
 
 
 @click.command(
@@ -170,11 +169,11 @@ def reindex(catalog: Path, bundle: str, references: Path | None, as_json: bool) 
     with Catalog(catalog, create=False, references=references) as opened:
         count = opened.reindex(bundle, progress=not as_json)
     if as_json:
-        click.echo(json.dumps({"reindexed": count}))
+        echo_json({"reindexed": count})
     elif count:
-        click.echo(f"{counted(count, 'item')} encoded with {bundle}.")
+        echo(f"{counted(count, 'item')} encoded with {bundle}.")
     else:
-        click.echo(f"{catalog} already uses {bundle}.")
+        echo(f"{catalog} already uses {bundle}.")
 
 
 @click.command(
@@ -198,9 +197,9 @@ def export(catalog: Path, file: Path, where: str | None, references: Path | None
         count = opened.export(file, where=parse_where(where), progress=not as_json)
     size = file.stat().st_size
     if as_json:
-        click.echo(json.dumps({"items": count, "bytes": size}))
+        echo_json({"items": count, "bytes": size})
     else:
-        click.echo(f"{counted(count, 'item')} written to {file} ({size / 1e6:,.1f} MB).")
+        echo(f"{counted(count, 'item')} written to {file} ({size / 1e6:,.1f} MB).")
 
 
 @click.command(
@@ -223,6 +222,6 @@ def restore(file: Path, catalog: Path, bundle: str | None, reencode: bool, as_js
     with Catalog.restore(file, catalog, bundle, reencode=reencode, progress=not as_json) as opened:
         items = opened.count()
     if as_json:
-        click.echo(json.dumps({"items": items}))
+        echo_json({"items": items})
     else:
-        click.echo(f"{catalog} has {counted(items, 'item')}.")
+        echo(f"{catalog} has {counted(items, 'item')}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +13,26 @@ from typing import Any
 
 import click
 
+from unidiff_sdk._internal.text import json_text, terminal_safe
 from unidiff_sdk.errors import UniDiffError
 
-__all__ = ["Command", "Group", "MainCommand", "Option"]
+__all__ = ["Command", "Group", "MainCommand", "Option", "echo", "echo_json"]
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def echo(*lines: object, err: bool = False) -> None:
+    """Print lines of text. Control characters and marks of text direction are escaped: captions come from outside.
+
+    Every command prints with this function, `echo_json` or `terminal.print_table`.
+    """
+    for line in lines:
+        click.echo(terminal_safe(line), err=err)
+
+
+def echo_json(value: Any) -> None:
+    """Print a value as JSON in one line."""
+    click.echo(json_text(value))
 
 
 def _show_version(ctx: click.Context, option: click.Parameter, value: bool) -> None:
@@ -62,18 +79,24 @@ class _ScriptCommand(click.Command):
         self.keeps = keeps
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _escape_output()
         with _one_line_warnings():
             try:
                 return super().main(*args, **kwargs)
             except UniDiffError as error:
-                click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+                echo(f"Error: {' '.join(str(error).split())}", err=True)
                 sys.exit(1)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _safe_usage_errors():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _safe_usage_errors():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("Interrupted." + " Finished work is kept." * self.keeps, err=True)
+            echo("Interrupted." + " Finished work is kept." * self.keeps, err=True)
             sys.exit(130)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -146,5 +169,25 @@ class Group(_ScriptCommand, click.Group):
 def _one_line_warnings() -> Iterator[None]:
     """Print warnings in one line, without the position in the source code."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
         yield
+
+
+@contextmanager
+def _safe_usage_errors() -> Iterator[None]:
+    """Escape the arguments that click quotes in its errors: `unidiff … *` passes file names from outside."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = terminal_safe(error.message)  # type: ignore[misc]
+        raise
+
+
+def _escape_output() -> None:
+    """Escape what the terminal cannot encode, and the messages in the traceback of an error that is a bug."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = lambda kind, error, trace: echo(
+            *"".join(traceback.format_exception(kind, error, trace)).splitlines(), err=True
+        )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
+from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.catalog.results import Generated, Generation
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _paste_image(sheet: Image.Image, image: Image.Image, left: int, top: int, si
 
 def _truncate(draw: ImageDraw.ImageDraw, text: str, width: int, font: FreeTypeFont | BitmapFont) -> str:
     """The text on one line, with an ellipsis if it is wider than `width` pixels."""
-    text = " ".join(text.split())
+    text = " ".join(terminal_safe(text).split())
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "…", font) > width:

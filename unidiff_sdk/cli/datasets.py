@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .console import Command, Group
+from .console import Command, Group, echo
 
 if TYPE_CHECKING:
     from unidiff_sdk.datasets.convert import Converted
@@ -62,7 +62,7 @@ def render(name: str, out: Path, n: int, seed: int, split: str, size: int) -> No
     from unidiff_sdk.datasets.synthetic import write_catalog
 
     write_catalog(name, out, n=n, seed=seed, split=split, size=size)
-    click.echo(f"{n:,} synthetic products of {name} ({split}) written to {out}. Next: unidiff index {out} CATALOG")
+    echo(f"{n:,} synthetic products of {name} ({split}) written to {out}. Next: unidiff index {out} CATALOG")
 
 
 @dataset.group(
@@ -123,8 +123,8 @@ def m5product(src: Path, out: Path, **options: Any) -> None:
 
 def _report(converted: Converted, out: Path) -> None:
     for row in converted.invalid[:LISTED_ROWS]:
-        click.echo(f"Skipped: {row}", err=True)
+        echo(f"Skipped: {row}", err=True)
     if len(converted.invalid) > LISTED_ROWS:
-        click.echo(f"… and {len(converted.invalid) - LISTED_ROWS:,} more.", err=True)
+        echo(f"… and {len(converted.invalid) - LISTED_ROWS:,} more.", err=True)
     counts = ", ".join(f"{count:,} {split}" for split, count in converted.counts.items())
-    click.echo(f"{counts} pairs written to {out}. Next: unidiff-train {out / 'train'} --base tiny -o CKPT")
+    echo(f"{counts} pairs written to {out}. Next: unidiff-train {out / 'train'} --base tiny -o CKPT")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from unidiff_sdk._internal.text import shorten
+from unidiff_sdk._internal.text import json_text, shorten
 from unidiff_sdk.errors import GenerationError, OptionError
 
-from .console import Command
+from .console import Command, echo, echo_json
 from .parameters import json_option, stored_id
 from .terminal import counted, hit_as_dict, print_table
 
@@ -125,7 +124,7 @@ def generate(
             opened.add(generation)
         files = _save(generation, out)
     if as_json:
-        click.echo(json.dumps(_as_list(generation, files), ensure_ascii=False))
+        echo_json(_as_list(generation, files))
     else:
         _print_summary(generation, files)
 
@@ -150,7 +149,7 @@ def _save(generation: Generation, out: Path) -> list[Path]:
         for file, generated in zip(files, generation, strict=True):
             generated.save(file)
         contact_sheet(generation).save(out / "contact-sheet.png")
-        (out / "generation.json").write_text(json.dumps(_as_list(generation, files), indent=2) + "\n")
+        (out / "generation.json").write_text(json_text(_as_list(generation, files), indent=2) + "\n")
     except OSError as error:
         raise OptionError(f"--out {out} is not writable: {error.strerror}. Choose another folder.") from error
     return files
@@ -176,7 +175,7 @@ def _print_summary(generation: Generation, files: Sequence[Path]) -> None:
     print_table(["file", "score", "nearest item"], rows)
     first, seed = generation[0], min(generated.seed for generated in generation)
     candidates, seconds = counted(generation.generated, "generated image"), generation.took_ms / 1000
-    click.echo(
-        f"Kept {len(files)} of {candidates} in {seconds:.1f} s.\n"
-        f"Seed {seed}, {first.steps} steps, sampler {first.sampler}, guidance scale {first.guidance_scale:g}"
+    echo(
+        f"Kept {len(files)} of {candidates} in {seconds:.1f} s.",
+        f"Seed {seed}, {first.steps} steps, sampler {first.sampler}, guidance scale {first.guidance_scale:g}",
     )

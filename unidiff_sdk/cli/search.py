@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from unidiff_sdk.errors import OptionError, StoreError
 
-from .console import Command
+from .console import Command, echo, echo_json
 from .parameters import CatalogFolder, json_option, parse_where, stored_id, where_option
 from .terminal import counted, hit_as_dict, print_hits
 
@@ -84,22 +83,32 @@ def search(
     with Catalog(catalog, create=False) as opened:
         if not opened.count():
             raise StoreError(f"{catalog} is empty. Add items with: unidiff index FOLDER {catalog}")
+        condition = parse_where(where)
         page = opened.search(
             text,
             like=[stored_id(opened, id) for id in like],
             unlike=[stored_id(opened, id) for id in unlike],
-            where=parse_where(where),
+            where=condition,
             offset=offset,
             **options,
         )
     if as_json:
         facts = {"offset": page.offset, "limit": page.limit, "took_ms": page.took_ms, "cursor": page.cursor}
-        click.echo(json.dumps({"hits": [hit_as_dict(hit) for hit in page]} | facts, ensure_ascii=False))
+        echo_json({"hits": [hit_as_dict(hit) for hit in page]} | facts)
         return
-    print_hits(page, page.offset, thumbnails)
-    click.echo(f"{counted(len(page), 'hit')} in {page.took_ms:.1f} ms")
+    print_hits(page, page.offset, thumbnails, _columns_of(condition, options["group_by"]))
+    echo(f"{counted(len(page), 'hit')} in {page.took_ms:.1f} ms")
     if page.cursor:
-        click.echo(f"Next page: --cursor={page.cursor}")
+        echo(f"Next page: --cursor={page.cursor}")
+
+
+def _columns_of(where: Any, group_by: str | None) -> list[str]:
+    """The columns that a search filters or groups by."""
+    from unidiff_sdk.store.filters import parse, referenced_columns
+
+    clause = parse(where)
+    columns = referenced_columns(clause) if clause is not None else []
+    return [column for column in dict.fromkeys([*columns, *([group_by] if group_by else [])]) if column != "text"]
 
 
 @click.command(
@@ -133,13 +142,13 @@ def duplicates(
     with Catalog(catalog, create=False) as opened:
         groups = opened.duplicates(threshold, where=parse_where(where))
     if as_json:
-        click.echo(json.dumps([[hit_as_dict(hit) for hit in group] for group in groups], ensure_ascii=False))
+        echo_json([[hit_as_dict(hit) for hit in group] for group in groups])
         return
     for group in groups[:limit]:
         print_hits(group, thumbnails=thumbnails)
     if not groups:
-        click.echo(f"No duplicates: no two images have a cosine similarity of {threshold:g} or more.")
+        echo(f"No duplicates: no two images have a cosine similarity of {threshold:g} or more.")
         return
     found = f"{counted(len(groups), 'group')} with {counted(sum(map(len, groups)), 'item')}"
     listed = f" The first {limit} are listed." if len(groups) > limit else ""
-    click.echo(f"Found {found} and a cosine similarity of {threshold:g} or more.{listed}")
+    echo(f"Found {found} and a cosine similarity of {threshold:g} or more.{listed}")

@@ -6,12 +6,14 @@ import base64
 import io
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from unidiff_sdk._internal.text import shorten, terminal_safe
+
+from .console import echo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["counted", "graphics_protocol", "hit_as_dict", "print_hits", "print_table", "render_image"]
 
+WIDE = 100  # characters of a line that has room for all columns of a hit
+MAX_CELL = 24  # characters of the value of a column
+MAX_LINE = 500  # characters of a cell of one line, more than the widest terminal has
 LINES = 7  # lines of text that a thumbnail takes
 _KITTY_CHUNK = 4096  # bytes that one escape sequence of the kitty protocol can carry
 
@@ -29,45 +34,72 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table that fits the width of the terminal."""
+def print_table(header: Sequence[str], rows: Iterable[Sequence[object]], one_line: Collection[str] = ()) -> None:
+    """Print a table that fits the width of the terminal.
+
+    Args:
+        header: the names of the columns.
+        rows: their cells.
+        one_line: columns whose cells take one line. They share the width that the other columns leave, and longer
+            texts end with an ellipsis. Other cells wrap, because a truncated id could not be used in another command.
+    """
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD)
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, expand=bool(one_line))
     for name in header:
-        table.add_column(name, overflow="fold")  # a truncated id could not be used in another command
+        title = Text(terminal_safe(name))
+        if name in one_line:
+            table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=1)
+        else:
+            table.add_column(title, overflow="fold", max_width=console.width // 3 if one_line else None)
     for row in rows:
-        table.add_row(*(escape(terminal_safe(cell)) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(terminal_safe(cell)) for cell in row))  # Text: no markup and no emoji names
+    console.print(table)
 
 
-def print_hits(hits: Sequence[Hit], offset: int = 0, thumbnails: bool | None = None) -> None:
+def print_hits(
+    hits: Sequence[Hit], offset: int = 0, thumbnails: bool | None = None, columns: Sequence[str] = ()
+) -> None:
     """Print hits as a table, or one below the other with their thumbnails.
 
     Args:
         hits: the hits.
         offset: the number of hits on earlier pages.
         thumbnails: None shows them if the terminal supports a graphics protocol.
+        columns: the columns to show, as in a filter. Default: as much of all columns as fits a wide terminal.
     """
+    from rich.console import Console
+
+    from unidiff_sdk.retrieval.columns import value_at
+
     if not hits:
         return
     protocol = graphics_protocol(os.environ) if sys.stdout.isatty() else ""
     if not (bool(protocol) if thumbnails is None else thumbnails):
+        rest = ["columns"] if not columns and Console().width >= WIDE else []
         print_table(
-            ["", "score", "id", "caption", "columns"],
+            ["", "score", "id", *columns, "caption", *rest],
             (
-                [n, f"{hit.score:.3f}", hit.id, shorten(hit.text), _columns(hit)]
+                [
+                    n,
+                    f"{hit.score:.3f}",
+                    hit.id,
+                    *(shorten(value_at(hit.payload, column), MAX_CELL) for column in columns),
+                    shorten(hit.text, MAX_LINE),
+                    *(_all_columns(hit) for _ in rest),
+                ]
                 for n, hit in enumerate(hits, offset + 1)
             ),
+            one_line=["caption", "columns"],
         )
         return
     for n, hit in enumerate(hits, offset + 1):
         click.echo(render_image(hit.thumbnail(), protocol), color=True)
-        click.echo(f"{n}. {hit.score:.3f}  {shorten(hit.id)}  {shorten(hit.text)}")
-        click.echo(f"   {_columns(hit)}\n")
+        echo(f"{n}. {hit.score:.3f}  {shorten(hit.id)}  {shorten(hit.text)}", f"   {_all_columns(hit, 120)}", "")
 
 
 def hit_as_dict(hit: Hit) -> dict[str, Any]:
@@ -75,8 +107,8 @@ def hit_as_dict(hit: Hit) -> dict[str, Any]:
     return {"id": hit.id, "score": hit.score, "text": hit.text, "payload": hit.payload, "uri": hit.uri}
 
 
-def _columns(hit: Hit) -> str:
-    return shorten(", ".join(f"{name}: {value}" for name, value in hit.payload.items()))
+def _all_columns(hit: Hit, length: int = MAX_LINE) -> str:
+    return shorten(", ".join(f"{name}: {value}" for name, value in hit.payload.items()), length)
 
 
 def graphics_protocol(environ: Mapping[str, str]) -> str:

@@ -22,7 +22,6 @@ images in another folder.
 from __future__ import annotations
 
 import difflib
-import logging
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import DataError, OptionError
 
 from .layouts import Layout, find_layout, is_in_blobs_of
@@ -46,7 +46,7 @@ _ALIASES = {
     "text": ("text", "caption", "title", "description", "prompt", "label", "name"),
 }
 
-_log = logging.getLogger(__name__)
+_log = safe_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from unidiff_sdk._internal.images import HasImage, ImageSource
-from unidiff_sdk._internal.text import checked_text
+from unidiff_sdk._internal.json_values import checked_text
 from unidiff_sdk.errors import OptionError
 
 __all__ = [

@@ -13,10 +13,9 @@ from PIL import Image
 
 from unidiff_sdk._internal.files import read_regular_file
 from unidiff_sdk._internal.images import ImageSource, load_image
-from unidiff_sdk._internal.json_values import MAX_DOCUMENT, read_json
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT, checked_text, read_json
 from unidiff_sdk._internal.lifetimes import weak_method
 from unidiff_sdk._internal.parallel import batched
-from unidiff_sdk._internal.text import checked_text
 from unidiff_sdk.errors import BundleError, OptionError
 
 from .bundle import Bundle

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unidiff_sdk._internal.images import HasImage
-from unidiff_sdk._internal.text import checked_text
+from unidiff_sdk._internal.json_values import checked_text
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Vector
 from unidiff_sdk.store.ids import checked_id, key_of

@@ -62,8 +62,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from unidiff_sdk._internal.json_values import MAX_DEPTH, to_json
-from unidiff_sdk._internal.text import checked_text
+from unidiff_sdk._internal.json_values import MAX_DEPTH, checked_text, to_json
 from unidiff_sdk.errors import FilterError, OptionError
 
 __all__ = [

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unidiff_sdk._internal.json_values import is_missing, to_json
-from unidiff_sdk._internal.text import checked_text
+from unidiff_sdk._internal.json_values import checked_text, is_missing, to_json
 from unidiff_sdk.errors import OptionError
 
 __all__ = ["checked_id", "key_of"]

@@ -17,10 +17,13 @@ from unidiff_export.options import TARGETS
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.model_card import (
     TAGS,
+    code_literal,
     describe_data,
     describe_limits,
+    inline_code,
     markdown_section,
     markdown_table,
+    markdown_text,
 )
 
 from .files import MODEL_CARD
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
 LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
 SUMMARY = (
-    "An ONNX bundle of UniDiff SDK, exported from the checkpoint `{checkpoint}` in {precision} for {purpose}. CLIP "
+    "An ONNX bundle of UniDiff SDK, exported from the checkpoint {checkpoint} in {precision} for {purpose}. CLIP "
     "searches a product catalog by text and by image, and Stable Diffusion generates product images from text, both "
     "without PyTorch."
 )
@@ -41,8 +44,8 @@ from unidiff_sdk import {names}
 
 with Catalog("shop.catalog", bundle={bundle}) as catalog:
     catalog.add_folder("products")
-    hits = catalog.search("{prompt}")
-    generation = catalog.generate("{prompt}")
+    hits = catalog.search({prompt})
+    generation = catalog.generate({prompt})
 ```
 
 The folder is also a diffusers pipeline for optimum:
@@ -51,7 +54,7 @@ The folder is also a diffusers pipeline for optimum:
 from optimum.onnxruntime import ORTDiffusionPipeline
 
 pipeline = ORTDiffusionPipeline.from_pretrained("BUNDLE"{provider})
-image = pipeline("{prompt}", num_inference_steps={steps}, guidance_scale={guidance_scale}).images[0]
+image = pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance_scale}).images[0]
 ```
 """
 
@@ -87,9 +90,9 @@ def model_card(manifest: Manifest, meta: Mapping[str, Any], checkpoint: str, lic
     """
     sections = [
         _front_matter(manifest, meta, license),
-        f"# {manifest.name}",
+        f"# {markdown_text(manifest.name)}",
         SUMMARY.format(
-            checkpoint=meta.get("name", checkpoint),
+            checkpoint=inline_code(meta.get("name", checkpoint)),
             precision=manifest.precision,
             purpose=TARGETS[manifest.target].purpose if manifest.target else "ONNX Runtime",
         ),
@@ -115,9 +118,9 @@ def _front_matter(manifest: Manifest, meta: Mapping[str, Any], license: str | No
 
 def _training(meta: Mapping[str, Any]) -> Iterator[str]:
     if "teacher" in meta:
-        yield f"The UNet is distilled from {meta['teacher']['name']}."
+        yield f"The UNet is distilled from {markdown_text(meta['teacher']['name'])}."
     elif "base" in meta:
-        yield f"Fine-tuned from the base {meta['base']}."
+        yield f"Fine-tuned from the base {markdown_text(meta['base'])}."
     yield from describe_data(meta)
 
 
@@ -175,9 +178,11 @@ def _use(manifest: Manifest, meta: Mapping[str, Any]) -> str:
         "names": "Bundle, Catalog" if on_gpu else "Catalog",
         "bundle": 'Bundle.open("BUNDLE", device="cuda")' if on_gpu else '"BUNDLE"',
         "provider": ', provider="CUDAExecutionProvider"' if on_gpu else "",
-        "prompt": min(meta.get("captions", ()) or ["a red dress"], key=len).replace('"', "'"),
         "steps": str(manifest.sampler.steps),
         "guidance_scale": f"{manifest.sampler.guidance_scale:g}",
+        "prompt": code_literal(
+            min(meta.get("captions", ()) or ["a red dress"], key=len)
+        ),  # last: it may contain braces
     }
     text = USE
     for name, value in values.items():

@@ -6,7 +6,8 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from .html import escape
 
 __all__ = ["Line", "line_chart"]
 

@@ -6,12 +6,14 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as _escape
 from pathlib import Path
 
 from PIL import Image
 
-__all__ = ["Card", "CardRow", "Page", "Section"]
+from unidiff_sdk._internal.text import terminal_safe
+
+__all__ = ["Card", "CardRow", "Page", "Section", "escape"]
 
 CSS = """
 :root { color-scheme: light dark; --page: #f7f6f3; --card: #ffffff; --ink: #1d1c1a; --soft: #6d6a63; --line: #e4e1da;
@@ -184,7 +186,7 @@ def _section(section: Section) -> str:
     head = f"<h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>"
     charts = "".join(f'<div class="plot">{chart}</div>' for chart in section.charts)
     plots = f'<div class="plots">{charts}</div>' if charts else ""
-    code = f'<div class="row"><pre>{escape(section.code)}</pre></div>' if section.code else ""
+    code = f'<div class="row"><pre>{_lines(section.code)}</pre></div>' if section.code else ""
     return f"<section>{head}{plots}{rows}{_table(section.table)}{code}</section>\n"
 
 
@@ -224,6 +226,15 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
     head, *body = lines
     rest = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in body)
     return f'<div class="scroll"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>{rest}</tbody></table></div>'
+
+
+def _lines(code: str) -> str:
+    return "\n".join(map(escape, code.split("\n")))
+
+
+def escape(text: str) -> str:
+    """A text on one line for the body of an element or a quoted attribute. Marks of text direction are shown."""
+    return _escape(terminal_safe(text))
 
 
 def data_url(image: Image.Image, size: int | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import ssl
 import time
@@ -12,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import OptionError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ INITIAL_BACKOFF, MAX_BACKOFF = 0.25, 10.0  # seconds between two attempts
 # Overload, and what proxies answer while a node restarts. A 500 is a definite answer of the server and is not retried.
 _RETRIED_STATUS = (429, 502, 503, 504)
 
-_log = logging.getLogger(__name__)
+_log = safe_logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal import json_values
+from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.errors import CheckpointError
 
 __all__ = ["read_json", "write_json"]
@@ -26,4 +26,4 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object with sorted keys, readable by people."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json_text(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,12 +6,15 @@ metadata does not know it: it follows from the base and the data.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.training.config import TERM_TITLES, with_current_names
 
@@ -22,10 +25,13 @@ __all__ = [
     "MODEL_CARD",
     "TAGS",
     "add_evaluation",
+    "code_literal",
     "describe_data",
     "describe_limits",
+    "inline_code",
     "markdown_section",
     "markdown_table",
+    "markdown_text",
     "model_card",
 ]
 
@@ -86,7 +92,7 @@ def model_card(meta: Mapping[str, Any]) -> str:
     """The card as Markdown. meta: the content of unidiff.json."""
     sections = [
         _front_matter(meta),
-        f"# {meta.get('name', 'UniDiff checkpoint')}",
+        f"# {markdown_text(meta.get('name', 'UniDiff checkpoint'))}",
         _summary(meta),
         *markdown_section("Training data", describe_data(meta)),
         *markdown_section("Recipe", _recipe(meta)),
@@ -140,11 +146,12 @@ def _summary(meta: Mapping[str, Any]) -> str:
     if "teacher" in meta:
         sampler = meta["sampler"]
         lines.append(
-            f"The UNet is distilled from {meta['teacher']['name']}: it generates in {sampler['steps']} denoising steps "
+            f"The UNet is distilled from {markdown_text(meta['teacher']['name'])}: it "
+            f"generates in {sampler['steps']} denoising steps "
             "without classifier-free guidance."
         )
     elif "base" in meta:
-        lines.append(f"Both were fine-tuned together from the base {meta['base']}.")
+        lines.append(f"Both were fine-tuned together from the base {markdown_text(meta['base'])}.")
     return " ".join(lines)
 
 
@@ -155,9 +162,9 @@ def describe_data(meta: Mapping[str, Any]) -> Iterator[str]:
         return
     skipped = data.get("invalid_rows", 0)
     counted = f"{data['pairs']:,} image-caption pairs" if "pairs" in data else f"{data['captions']:,} captions"
-    yield f"`{data['name']}`: {counted}" + (f"; {skipped:,} invalid rows were skipped." if skipped else ".")
+    yield f"{inline_code(data['name'])}: {counted}" + (f"; {skipped:,} invalid rows were skipped." if skipped else ".")
     if columns := data.get("columns"):
-        yield f"Columns: {', '.join(f'`{column}`' for column in columns)}."
+        yield f"Columns: {', '.join(map(inline_code, columns))}."
 
 
 def _recipe(meta: Mapping[str, Any]) -> Iterator[str]:
@@ -195,14 +202,14 @@ def _choice(chosen: Mapping[str, Any]) -> Iterator[str]:
 
 def _results(meta: Mapping[str, Any]) -> Iterator[str]:
     if validation := meta.get("validation"):
-        data = f" on `{validation['data']}`" if validation.get("data") else ""
+        data = f" on {inline_code(validation['data'])}" if validation.get("data") else ""
         weights = "of the chosen weights" if meta.get("chosen") else f"after step {validation['step']:,}"
         yield f"Validation{data} {weights}:"
         figures = {name: value for name, value in validation["figures"].items() if name != "seconds"}
         yield markdown_table(("figure", "value"), _numbers(figures))
     if evaluation := meta.get("evaluation"):
         data = evaluation["data"]
-        yield f"Evaluation on `{data['name']}` ({data['pairs']:,} pairs):"
+        yield f"Evaluation on {inline_code(data['name'])} ({data['pairs']:,} pairs):"
         yield markdown_table(
             ("figure", "value"), _numbers({name: part for name, part in evaluation.items() if name != "data"})
         )
@@ -227,8 +234,8 @@ def _use(meta: Mapping[str, Any]) -> str:
     arguments = ""
     if "teacher" in meta:  # a distilled model needs its own number of steps
         arguments = f", num_inference_steps={sampler['steps']}, guidance_scale={sampler['guidance_scale']}"
-    prompt = next(iter(meta.get("captions", ())), "a red dress").replace('"', "'")
-    return USE.replace("{prompt}", prompt).replace("{arguments}", arguments)
+    prompt = next(iter(meta.get("captions", ())), "a red dress")
+    return USE.replace('"{prompt}"', code_literal(prompt)).replace("{arguments}", arguments)
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -241,7 +248,22 @@ def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield title, f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def markdown_text(text: object) -> str:
+    """A text in Markdown that shows as it is: one line, without formatting, links, HTML or table cells."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", terminal_safe(text))
+
+
+def inline_code(text: object) -> str:
+    """A text as inline code, in which a backtick cannot be escaped."""
+    return f"`{terminal_safe(text).replace('`', chr(39))}`"
+
+
+def code_literal(text: str) -> str:
+    """A text as a string literal of Python. A caption from outside must not become code that a reader copies."""
+    return json.dumps(terminal_safe(text).replace('"', "'"), ensure_ascii=False)
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
-
+from unidiff_sdk.cli.console import echo
+from unidiff_sdk.cli.terminal import print_table
 from unidiff_sdk.datasets.reader import InvalidRow
 
 if TYPE_CHECKING:
@@ -85,28 +85,27 @@ class LossDisplay:
         figures = "  ".join(f"{name} {value:.3g}" for name, value in self.smoothed.items())
         self.progress.update(self.progress.task_ids[-1], completed=report.step, figures=figures)
         if self.progress.disable and (report.step % LOG_INTERVAL == 0 or report.step in (1, self.steps)):
-            click.echo(f"step {report.step}/{self.steps}  {figures}", err=True)
+            echo(f"step {report.step}/{self.steps}  {figures}", err=True)
 
 
 def show_invalid_rows(data: Path, rows: list[InvalidRow], file: Path | None = None) -> None:
     """Show the first skipped rows and the number of the others. file: where all of them are listed."""
     for row in rows[:SHOWN_INVALID_ROWS]:
-        click.echo(f"Skipped {data}, {row}", err=True)
+        echo(f"Skipped {data}, {row}", err=True)
     if len(rows) > SHOWN_INVALID_ROWS:
         where = f" All of them: {file}" if file else ""
-        click.echo(f"Skipped {len(rows) - SHOWN_INVALID_ROWS:,} more invalid rows.{where}", err=True)
+        echo(f"Skipped {len(rows) - SHOWN_INVALID_ROWS:,} more invalid rows.{where}", err=True)
 
 
 def show_figures(figures: dict[str, Any]) -> None:
     """Print nested figures as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value", box=box.SIMPLE_HEAD)
-    for name, value in _flat(figures):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value)[:SHOWN_CHARACTERS])
-    Console().print(table)
+    print_table(
+        ["figure", "value"],
+        (
+            [name, f"{value:.4g}" if isinstance(value, float) else str(value)[:SHOWN_CHARACTERS]]
+            for name, value in _flat(figures)
+        ),
+    )
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

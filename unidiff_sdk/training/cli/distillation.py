@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from unidiff_sdk.cli.console import Command
+from unidiff_sdk.cli.console import Command, echo
 from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.training.config import DistillationConfig
 
@@ -85,6 +85,6 @@ def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, *
             on_trajectories=lambda batches: track(progress, batches, len(batches), "Recording trajectories (batches)"),
             on_step=LossDisplay(progress, config.steps).on_step,
         )
-    click.echo(f"Trained {result.steps} steps on {result.captions:,} captions in {result.seconds:.0f} s.")
-    click.echo(f"Checkpoint: {result.path}")
-    click.echo(f"Next: unidiff-export {result.path} -o BUNDLE")
+    echo(f"Trained {result.steps} steps on {result.captions:,} captions in {result.seconds:.0f} s.")
+    echo(f"Checkpoint: {result.path}")
+    echo(f"Next: unidiff-export {result.path} -o BUNDLE")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.cli.console import Command
 from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.errors import OptionError
@@ -109,7 +109,7 @@ def evaluate(
     show_figures(result.figures)
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result.figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        json_file.write_text(json_text(result.figures, indent=2) + "\n", encoding="utf-8")
     if sheet and result.sheet:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         result.sheet.save(sheet)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from unidiff_sdk.cli.console import MainCommand
+from unidiff_sdk.cli.console import MainCommand, echo
 from unidiff_sdk.datasets.reader import InvalidRow, count_rows
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.config import Precision, PriorConfig, RscTeacher, TrainingConfig
@@ -305,7 +305,7 @@ def train(
             **request,
             prior=prior_config,
             on_prior=lambda batches: track(progress, batches, len(batches), "Generating prior images (batches)"),
-            on_start=lambda checkpoint: click.echo(checkpoint.describe_sharing(), err=True),
+            on_start=lambda checkpoint: echo(checkpoint.describe_sharing(), err=True),
             on_rows=lambda reading: track(progress, reading, rows, "Reading images"),
             on_invalid_rows=on_invalid_rows,
             on_step=on_step,
@@ -368,12 +368,12 @@ def _report(result: TrainingResult, report: Path | None) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes, only the main one reports
         return
     skipped = f" ({len(result.invalid_rows):,} invalid rows skipped)" if result.invalid_rows else ""
-    click.echo(f"Trained {result.steps} steps on {result.pairs:,} pairs{skipped} in {result.seconds:.0f} s.")
-    click.echo(f"Checkpoint: {result.path}")
+    echo(f"Trained {result.steps} steps on {result.pairs:,} pairs{skipped} in {result.seconds:.0f} s.")
+    echo(f"Checkpoint: {result.path}")
     if stopping := result.chosen.get("early_stopping"):
-        click.echo(f"Early stopping: weights of step {stopping['step']}, validation score {stopping['score']:.3f}")
+        echo(f"Early stopping: weights of step {stopping['step']}, validation score {stopping['score']:.3f}")
     for half, sweep in result.chosen.get("wise_ft", {}).items():
-        click.echo(f"WiSE-FT: {sweep['alpha']:.0%} of the change of the {half}")
+        echo(f"WiSE-FT: {sweep['alpha']:.0%} of the change of the {half}")
     if report:
-        click.echo(f"Report: {report}")
-    click.echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")
+        echo(f"Report: {report}")
+    echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")

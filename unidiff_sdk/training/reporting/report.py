@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal.pages.charts import Line, line_chart
 from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
+from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.training.config import TERM_TITLES
 
 from .run_log import Log, read_log
@@ -221,7 +221,7 @@ def _before_and_after(log: Log) -> Section:
 
 
 def _reproduction(log: Log) -> Section:
-    settings = json.dumps(log.about["config"], indent=1, ensure_ascii=False)
+    settings = json_text(log.about["config"], indent=1)
     other = {
         name: value for name, value in log.about.items() if name not in ("config", "command", "versions", "chosen")
     }

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.training.evaluation.validation import SearchExample, ValidationRecord
@@ -58,7 +59,7 @@ class RunLog:
         file = self.folder / INVALID_ROWS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._invalid_rows))
+            _write_text(file, "".join(json_text(row) + "\n" for row in self._invalid_rows))
         except OSError as error:
             raise _not_written(file, error) from error
         return file
@@ -182,7 +183,7 @@ def _not_written(path: Path, error: OSError) -> TrainingError:
 def _append(file: Path, line: Mapping[str, Any]) -> None:
     try:
         with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            stream.write(json_text(line) + "\n")
     except OSError as error:
         raise _not_written(file, error) from error
 
@@ -199,7 +200,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    _write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    _write_text(file, json_text(value, indent=1) + "\n")
 
 
 def _write_text(file: Path, text: str) -> None:
