@@ -22,7 +22,7 @@ from support.backends import DIM, record
 from support.misbehaving_server import MisbehavingServer
 
 from unidiff_sdk import OptionError, ServerOptions, StoreError
-from unidiff_sdk.store.server import connection
+from unidiff_sdk.store.server import connection, retries
 from unidiff_sdk.store.server.store import ServerStore
 
 
@@ -62,7 +62,7 @@ def test_pauses_double_up_to_a_maximum(server: MisbehavingServer, pauses: list[f
     server.faults = [503] * 9
     assert store.count() == 7
     for attempt, pause in enumerate(pauses):
-        full = min(connection.MAX_BACKOFF, connection.INITIAL_BACKOFF * 2**attempt)
+        full = min(retries.MAX_BACKOFF, retries.INITIAL_BACKOFF * 2**attempt)
         assert full / 2 <= pause <= full
 
 

@@ -210,15 +210,15 @@ class CurrentSnapshot:
         self._searcher: Searcher | None = None
         self._searcher_lock = threading.Lock()
         self._written: set[str] | None = None  # keys, while a reindexing tracks changes
-        self._closed = False
+        self._is_closing = self._is_closed = False
         self.warned = False
 
     def get(self) -> Snapshot:
-        """The current snapshot. Raises StoreError if the catalog is closed.
+        """The current snapshot. Raises StoreError if the catalog is closed or being closed.
 
         Keep a reference to it while using its store: the store of a replaced snapshot is closed with the last one.
         """
-        if self._closed:
+        if self._is_closing:
             raise StoreError(f"The catalog {self.location} is closed.")
         return self.snapshot
 
@@ -259,11 +259,17 @@ class CurrentSnapshot:
             self._written = None
 
     def close(self) -> bool:
-        """Close the store. Returns False if it was closed before."""
+        """Close the store once running writes have ended. Returns False if it was closed before.
+
+        New calls are refused at once. Writes to a server do not wait to repeat a request any more.
+        """
+        self._is_closing = True
+        if (interrupt := getattr(self.snapshot.store, "interrupt", None)) is not None:
+            interrupt()
         with self.lock:
-            if self._closed:
+            if self._is_closed:
                 return False
-            self._closed = True
+            self._is_closed = True
             self.snapshot.store.close()
             return True
 

@@ -19,7 +19,7 @@ from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.datasets.compact_set import CompactSet
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
-from unidiff_sdk.store import Record, Vector
+from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Compare
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore, ItemImage
@@ -159,8 +159,9 @@ class Writer:
     def delete(self, ids: Sequence[str | int]) -> int:
         """Delete items and the images that no other item uses. Returns the number of items that existed."""
         with self._current.lock:
-            records = self._current.get().store.retrieve([key_of(id) for id in ids])
-            self._delete_records(records)
+            store = self._current.get().store
+            records = store.retrieve([key_of(id) for id in ids])
+            self._delete_records(store, records)
         return len(records)
 
     # -------------------------------------------------------------------------------------------- stages
@@ -277,7 +278,7 @@ class Writer:
                 unused |= images_of(now.store.retrieve([record.id for record in batch]))
                 now.store.upsert(batch)
             used = {item.image.sha256 for item in items}
-            self._release_images({sha256: uri for sha256, uri in unused.items() if sha256 not in used})
+            self._release_images(now.store, {sha256: uri for sha256, uri in unused.items() if sha256 not in used})
 
     def _prune(self, source: str, keys: CompactSet) -> int:
         """Delete the items of a source whose keys are not in `keys`. Returns their number."""
@@ -290,19 +291,18 @@ class Writer:
             removed += [replace(r, vector=_NO_VECTOR) for r, is_kept in zip(batch, kept, strict=True) if not is_kept]
         with self._current.lock:
             for some in batched(removed, _COMMIT_SIZE):
-                self._delete_records(some)
+                self._delete_records(self._current.get().store, some)
         return len(removed)
 
-    def _delete_records(self, records: Sequence[Record]) -> None:
+    def _delete_records(self, store: Store, records: Sequence[Record]) -> None:
         """Delete records and the images that no other item uses; under the lock."""
         keys = [record.id for record in records]
         self._current.record_changes(keys)
-        self._current.get().store.delete(keys)
-        self._release_images(images_of(records))
+        store.delete(keys)
+        self._release_images(store, images_of(records))
 
-    def _release_images(self, images: dict[str, str]) -> None:
+    def _release_images(self, store: Store, images: dict[str, str]) -> None:
         """Delete the images (sha256 -> uri) that no item uses."""
-        store = self._current.get().store
         for sha256, uri in images.items():
             if not store.count(Compare(f"{SYSTEM}.sha256", "eq", sha256)):
                 self._images.remove(sha256, uri)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from unidiff_sdk._internal.files import resolve_stored
 from unidiff_sdk.errors import StoreError
 
+from .payload import is_item
 from .protocol import Store
 
 if TYPE_CHECKING:
@@ -70,5 +71,11 @@ class Location:
         options = self.options or ServerOptions()
         collection = self.collection + name.removeprefix(VECTORS)
         return ServerStore(
-            connect(self.url, options, self.api_key), collection, dim, fingerprint, options, create=create
+            connect(self.url, options, self.api_key),
+            collection,
+            dim,
+            fingerprint,
+            options,
+            create=create,
+            is_record=is_item,
         )

@@ -14,10 +14,29 @@
 
 from __future__ import annotations
 
-__all__ = ["RESERVED", "SYSTEM"]
+from typing import Any
+
+from unidiff_sdk.errors import OptionError
+
+from .ids import key_of
+
+__all__ = ["RESERVED", "SYSTEM", "is_item"]
 
 SYSTEM = "_unidiff"
 """The key of the catalog's own values."""
 
 RESERVED = ("id", "text", SYSTEM)
 """Names that a column of the caller must not have."""
+
+
+def is_item(key: str, payload: Any) -> bool:
+    """Whether a payload has this schema and belongs to the record with the id `key`."""
+    match payload:
+        case {"id": str() | int() as id, "_unidiff": {"sha256": str(), "uri": str()} as system}:
+            texts = payload.get("text"), system.get("source")
+        case _:
+            return False
+    try:
+        return key_of(id) == key and all(text is None or isinstance(text, str) for text in texts)
+    except OptionError:  # not an id
+        return False

@@ -1,18 +1,18 @@
-"""Connecting to a Qdrant server: options, retries with back-off, and the layout of new collections."""
+"""Connecting to a Qdrant server: options, and the layout of new collections."""
 
 from __future__ import annotations
 
-import random
 import ssl
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import OptionError
+
+from .retries import RetryingClient
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["QUANTIZATIONS", "ServerOptions", "connect"]
 
 QUANTIZATIONS = ("scalar", "binary", "product")
-INITIAL_BACKOFF, MAX_BACKOFF = 0.25, 10.0  # seconds between two attempts
-# Overload, and what proxies answer while a node restarts. A 500 is a definite answer of the server and is not retried.
-_RETRIED_STATUS = (429, 502, 503, 504)
-
-_log = safe_logger(__name__)
+MAX_CONNECTIONS = 100  # to one server; more requests wait for a free one
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class ServerOptions:
     Args:
         grpc: use gRPC where both protocols can be used. It is faster for large uploads.
         grpc_port: the port for gRPC.
-        timeout: the timeout of one request, in whole seconds, at least 1.
-        retries: how many times to retry a request if the server is unreachable, overloaded or too slow. The pause
-            doubles from 0.25 s to 10 s, with jitter, unless the server asks for another one. Every request is
-            idempotent.
+        timeout: the timeout of one request and its whole response, in whole seconds, at least 1.
+        retries: how many times to retry a request if the server is unreachable, overloaded or too slow, or does not
+            confirm a write. The pause doubles from 0.25 s to 10 s, with jitter, unless the server asks for another
+            one. All pauses of a call take at most 60 s, and `Catalog.close` ends them. Every request is idempotent.
         ca: a PEM file of certificate authorities that replaces the system's. For gRPC, set the environment variable
             GRPC_DEFAULT_SSL_ROOTS_FILE_PATH instead.
         shards: the number of shards of a new collection. Default: the server's.
@@ -103,7 +99,7 @@ class ServerOptions:
 
 
 def connect(
-    url: str, options: ServerOptions, api_key: str | None = None, *, sleep: Callable[[float], object] = time.sleep
+    url: str, options: ServerOptions, api_key: str | None = None, *, sleep: Callable[[float], object] | None = None
 ) -> QdrantClient:
     """Return a client that retries failed requests as `options` specify. It sends no request yet.
 
@@ -111,11 +107,19 @@ def connect(
         url: of the server.
         options: protocol, timeout and retries.
         api_key: the key for the server.
-        sleep: waits for the given number of seconds between two attempts.
+        sleep: waits for the given number of seconds between two attempts. Default: `RetryingClient.interrupt` ends it.
     """
+    import httpx
     from qdrant_client import QdrantClient
 
-    trust: dict[str, Any] = {} if options.ca is None else {"verify": ssl.create_default_context(cafile=str(options.ca))}
+    from .transport import BoundedTransport
+
+    verify: ssl.SSLContext | bool = options.ca is None or ssl.create_default_context(cafile=str(options.ca))
+    is_local = urlsplit(url).hostname in ("localhost", "127.0.0.1")
+    limits = httpx.Limits(max_keepalive_connections=0) if is_local else httpx.Limits(max_connections=MAX_CONNECTIONS)
+    http: dict[str, Any] = {"verify": verify, "limits": limits}
+    if "all" not in getproxies():  # a proxy for all hosts would be replaced; those for http and https take precedence
+        http["mounts"] = {"all://": BoundedTransport(options.timeout, **http)}
     client = QdrantClient(
         url=url,
         api_key=api_key,
@@ -123,64 +127,6 @@ def connect(
         grpc_port=options.grpc_port,
         timeout=options.timeout,
         check_compatibility=False,  # the check sends a request that could not be retried
-        **trust,
+        **http,
     )
-    return cast("QdrantClient", _RetryingClient(client, options.retries, sleep))
-
-
-class _RetryingClient:
-    """A client that retries transient failures with exponential back-off."""
-
-    def __init__(self, client: QdrantClient, retries: int, sleep: Callable[[float], object]) -> None:
-        self._client, self._retries, self._sleep = client, retries, sleep
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._client, name)
-        return self._retrying(attribute) if callable(attribute) and name != "close" else attribute
-
-    def _retrying(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(call)
-        def attempt(*args: Any, **kwargs: Any) -> Any:
-            for attempts in range(self._retries):
-                try:
-                    return call(*args, **kwargs)
-                except Exception as error:
-                    requested = _requested_pause(error)
-                    if requested is None:
-                        raise
-                    backoff = min(MAX_BACKOFF, INITIAL_BACKOFF * 2**attempts) * random.uniform(0.5, 1)
-                    pause = requested or backoff
-                    _log.warning("%s failed (%s). Retrying in %.1f s.", call.__name__, _first_line(error), pause)
-                    self._sleep(pause)
-            return call(*args, **kwargs)
-
-        return attempt
-
-
-def _requested_pause(error: Exception) -> float | None:
-    """The pause that the server requests, in seconds; 0 if it requests none; None if the error is not transient."""
-    import grpc
-    import httpx
-    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-
-    match error:
-        case ResourceExhaustedResponse():
-            return min(float(error.retry_after_s), 6 * MAX_BACKOFF)
-        case UnexpectedResponse():
-            return 0.0 if error.status_code in _RETRIED_STATUS else None
-        case ResponseHandlingException():  # the connection failed, or the response is not readable
-            invalid_certificate = isinstance(error.source.__cause__, ssl.SSLError) or "CERTIFICATE" in str(error.source)
-            return 0.0 if isinstance(error.source, httpx.TransportError) and not invalid_certificate else None
-        case grpc.RpcError():
-            transient = (
-                grpc.StatusCode.UNAVAILABLE,
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-            )
-            return 0.0 if cast(Any, error).code() in transient else None
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return cast("QdrantClient", RetryingClient(client, url, options.retries, api_key, sleep))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-import numpy as np
 from qdrant_client import QdrantClient, models
 
 from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
@@ -30,8 +29,12 @@ from unidiff_sdk.store.protocol import (
 
 from .conditions import condition
 from .connection import ServerOptions
+from .points import Points, check_progress
+from .retries import check_confirmed, failure, interrupt
 
 __all__ = ["ServerStore"]
+
+R = TypeVar("R")
 
 # `scoring` stores what BM25 needs, in addition to what `contains` needs.
 _TEXT_INDEX = models.TextIndexParams(
@@ -54,6 +57,9 @@ class ServerStore:
         fingerprint: of the bundle that makes the vectors.
         options: the layout of a new collection.
         create: create a missing collection. If False, a missing one is an error.
+        is_record: (id, payload) to whether this SDK stored that point. Other clients of a shared server may have
+            stored others: these are skipped with a warning, and never changed. `count` and `facet` include them until
+            another call has met them. Default: all points count as stored by this SDK.
 
     Raises:
         StoreError: the server failed, the collection was not made by UniDiff, or it was made with another bundle.
@@ -68,9 +74,11 @@ class ServerStore:
         options: ServerOptions | None = None,
         *,
         create: bool = True,
+        is_record: Callable[[str, Any], bool] = lambda id, payload: True,
     ) -> None:
         options = options or ServerOptions()
         self.client, self.collection, self.dim = client, collection, dim
+        self._points = Points(collection, dim, is_record)
         self._owner = Owner(f'The connection to the collection "{collection}"')
         keep_in_child(self, "client")
         self._lock = threading.Lock()
@@ -104,21 +112,30 @@ class ServerStore:
         """Check that the collection belongs to this bundle. Returns its payload indexes: column -> kind."""
         with self._engine():
             info = self.client.get_collection(self.collection)
-        config, vectors = info.config, info.config.params.vectors
-        params = vectors.get(VECTOR) if isinstance(vectors, dict) else None
-        metadata = (config.metadata or {}).get("unidiff")
-        if params is None or metadata is None:
-            raise StoreError(
-                f'The collection "{self.collection}" was not made by UniDiff. Choose another name: '
-                "Catalog(url, collection=…)."
-            )
-        if metadata["fingerprint"] != fingerprint or params.size != self.dim:
+            vectors, metadata = info.config.params.vectors, info.config.metadata
+            params = vectors.get(VECTOR) if isinstance(vectors, dict) else None
+            indexes = {key: str(index.data_type.value) for key, index in info.payload_schema.items()}
+        match metadata:
+            case {"unidiff": {"fingerprint": str() as stored}} if params is not None:
+                pass
+            case _:
+                raise StoreError(
+                    f'The collection "{self.collection}" was not made by UniDiff. Choose another name: '
+                    "Catalog(url, collection=…)."
+                )
+        if stored != fingerprint or params.size != self.dim:
             raise StoreError(
                 f'The collection "{self.collection}" was indexed with another bundle: fingerprint '
-                f"{metadata['fingerprint'][:12]} and {params.size} dimensions, not {fingerprint[:12]} and {self.dim}. "
+                f"{stored[:12]!r} and {params.size} dimensions, not {fingerprint[:12]!r} and {self.dim}. "
                 "Open it with that bundle, or use a new collection: Catalog(url, collection=…)."
             )
-        return {key: str(index.data_type.value) for key, index in info.payload_schema.items()}
+        if params.distance != models.Distance.DOT or params.multivector_config is not None:
+            raise StoreError(
+                f'The collection "{self.collection}" compares its vectors by {params.distance.value}, or has several '
+                "of them for each item. UniDiff needs one vector and the dot product. Use a new collection: "
+                "Catalog(url, collection=…)."
+            )
+        return indexes
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -126,14 +143,17 @@ class ServerStore:
         return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
 
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
-        return in_total_order(searches, self._query_batch, self.retrieve)
+        return self._complete(lambda: in_total_order(searches, self._query_batch, self._retrieve))
 
     def _query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
         """The results in the order of the server, which is undefined between equal scores."""
         requests = [self._request(search) for search in searches]
         with self._engine():
             responses = self.client.query_batch_points(self.collection, requests)
-        return [[_scored_record(point) for point in response.points] for response in responses]
+            return [
+                self._points.scored_records(response.points, search)
+                for response, search in zip(responses, searches, strict=True)
+            ]
 
     def _request(self, search: VectorQuery) -> models.QueryRequest:
         check_query(search.vector, self.dim)
@@ -167,12 +187,10 @@ class ServerStore:
     ) -> list[Record]:
         self._indexes.ensure(column, kind, self)
         direction = models.Direction.DESC if descending else models.Direction.ASC
-        query, conditions = (
-            models.OrderByQuery(order_by=models.OrderBy(key=column, direction=direction)),
-            self._filter(where),
-        )
+        query = models.OrderByQuery(order_by=models.OrderBy(key=column, direction=direction))
 
         def fetch(window: Window) -> list[Ranked]:
+            conditions = self._filter(where)
             with self._engine():
                 response = self.client.query_points(
                     self.collection,
@@ -182,9 +200,9 @@ class ServerStore:
                     query_filter=conditions,
                     with_payload=False,
                 )
-            return [ranked_by_value(point, descending) for point in response.points]
+                return [ranked_by_value(point, descending) for point in response.points]
 
-        return records_in_order(self.retrieve, read_page(fetch, offset, limit))
+        return self._complete(lambda: records_in_order(self._retrieve, read_page(fetch, offset, limit)))
 
     def facet(self, column: str, kind: str, *, limit: int, where: Clause | None = None) -> dict[str | bool, int]:
         self._indexes.ensure(column, kind, self)
@@ -194,15 +212,21 @@ class ServerStore:
         return {hit.value: hit.count for hit in response.hits if isinstance(hit.value, str | bool)}
 
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
+        records = self._retrieve(ids)
+        self._points.warn_about_foreign()
+        return records
+
+    def _retrieve(self, ids: Sequence[str]) -> list[Record]:
+        wanted = set(ids)
         with self._engine():
             points = self.client.retrieve(self.collection, list(ids), with_payload=True, with_vectors=True)
-        return [_record(point) for point in points]
+            return [record for record in self._points.records(points) if record.id in wanted]
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
         offset, conditions = None, self._filter(where)
         while True:
             with self._engine():
-                points, offset = self.client.scroll(
+                points, following = self.client.scroll(
                     self.collection,
                     scroll_filter=conditions,
                     limit=batch_size,
@@ -210,14 +234,19 @@ class ServerStore:
                     with_payload=True,
                     with_vectors=True,
                 )
-            if points:
-                yield [_record(point) for point in points]
-            if offset is None:
+                check_progress([point.id for point in points], offset, following)
+                records = self._points.records(points)
+            self._points.warn_about_foreign()
+            if records:
+                yield records
+            if following is None:
                 return
+            offset = following
 
     def count(self, where: Clause | None = None) -> int:
+        conditions = self._filter(where)
         with self._engine():
-            return self.client.count(self.collection, count_filter=self._filter(where), exact=True).count
+            return max(0, self.client.count(self.collection, count_filter=conditions, exact=True).count)
 
     def unindexed_count(self) -> int:
         """0: the server builds its index by itself."""
@@ -235,27 +264,32 @@ class ServerStore:
             return  # the server refuses an empty request
         points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
         with self._engine():
-            self.client.upsert(self.collection, points, wait=True)
+            check_confirmed(self.client.upsert(self.collection, points, wait=True))
         self.revision += 1
 
     def delete(self, ids: Sequence[str]) -> None:
         if not ids:
             return
         with self._engine():
-            self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True)
+            check_confirmed(self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True))
         self.revision += 1
 
     def create_index(self, column: str, kind: str) -> None:
         schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
         with self._engine():
-            self.client.create_payload_index(self.collection, column, schema, wait=True)
+            check_confirmed(self.client.create_payload_index(self.collection, column, schema, wait=True))
 
     def drop_index(self, column: str) -> None:
         with self._engine():
-            self.client.delete_payload_index(self.collection, column, wait=True)
+            check_confirmed(self.client.delete_payload_index(self.collection, column, wait=True))
 
     def optimize(self) -> None:
         """Do nothing: the server builds its index in the background."""
+
+    def interrupt(self) -> None:
+        """End the pauses between attempts of running calls, which then raise StoreError. Call it before `close`."""
+        if self._owner.is_current:
+            interrupt(self.client)
 
     def close(self) -> None:
         if not self._owner.is_current:
@@ -278,23 +312,24 @@ class ServerStore:
         except StoreError:
             raise
         except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            raise StoreError(f'The Qdrant server failed on the collection "{self.collection}": {reason}') from error
+            failed = failure(self.client, self.collection, error)
+            raise failed from failed.__cause__
+
+    def _complete(self, read: Callable[[], R]) -> R:
+        """The result of a read without points of others. It is read again if it met new ones: their places are free."""
+        while True:
+            known = len(self._points.foreign)
+            result = read()
+            if len(self._points.foreign) == known:
+                return result
+            self._points.warn_about_foreign()
 
     def _filter(self, where: Clause | None, exclude: Sequence[str] = ()) -> models.Filter | None:
-        if where is None and not exclude:
+        excluded = [*exclude, *self._points.foreign]
+        if where is None and not excluded:
             return None
         must: list[Any] = []
         if where is not None:
             self._indexes.ensure_for_filter(index_kinds(where), self)
             must.append(translate(where, models.Filter, condition))
-        return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=list(exclude))] if exclude else None)
-
-
-def _scored_record(point: models.ScoredPoint) -> ScoredRecord:
-    vector = np.asarray(point.vector[VECTOR], np.float32) if isinstance(point.vector, dict) else None
-    return ScoredRecord(str(point.id), point.score, point.payload or {}, vector)
-
-
-def _record(point: Any) -> Record:
-    return Record(str(point.id), np.asarray(point.vector[VECTOR], np.float32), point.payload or {})
+        return models.Filter(must=must, must_not=[models.HasIdCondition(has_id=excluded)] if excluded else None)
