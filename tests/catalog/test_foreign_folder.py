@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from support.color_bundle import COLORS, color_image, make_color_bundle
 
-from unidiff_sdk import Catalog, ImageError, StoreError
+from unidiff_sdk import BundleError, Catalog, ImageError, StoreError
+from unidiff_sdk.inference.folder.files import BundleFiles
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import Record
 
@@ -89,6 +90,21 @@ def test_catalog_file_of_other_types_is_refused(shop: Path, values: dict[str, An
     change(shop, **values)
     with pytest.raises(StoreError, match=r"catalog\.json is damaged"):
         Catalog(shop)
+
+
+def test_bundle_elsewhere_is_not_read_unless_its_fingerprint_fits(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = make_color_bundle(shop.parent / "docs" / "other", variant=1)
+    change(shop, bundle_path=str(other), bundle_absolute=str(other))
+    read: list[Path] = []
+    check = BundleFiles.check
+    monkeypatch.setattr(BundleFiles, "check", lambda files: read.append(files.folder) or check(files))
+    with Catalog(shop) as catalog:
+        with pytest.raises(StoreError, match="is another bundle"):
+            catalog.search("red")
+        (other / "manifest.json").unlink()
+        with pytest.raises(BundleError, match=r"manifest\.json: the file is missing"):
+            catalog.search("red")
+    assert read == []
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"{}", b"7" * 6000, b" " * 2_000_000])

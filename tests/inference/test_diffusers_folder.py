@@ -22,6 +22,7 @@ from unidiff_sdk.inference.encoder import Encoder, load_tokenizer, token_ids
 from unidiff_sdk.inference.tokenizer import clip_tokenizer
 
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no manifest.json:UserWarning")
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "model_index.json": {"_class_name": "ORTStableDiffusionPipeline"},
@@ -91,6 +92,12 @@ def test_folder_generates_the_images_of_our_bundle(toy: Bundle, folder: Path) ->
     theirs = Generator(opened).generate(["a coat", "boots"], **settings)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_folder_without_hashes_opens_with_a_warning(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert not Bundle.open(folder, verify=False).verified and not recwarn.list
+    with pytest.warns(UserWarning, match=r"has no manifest\.json, so nothing shows whether its files are complete"):
+        assert not Bundle.open(folder).verified
 
 
 def test_folder_supports_image_to_image(toy: Bundle, folder: Path) -> None:
@@ -177,7 +184,8 @@ def test_tokenizer_from_vocabulary_and_merges_equals_tokenizer_json(tmp_path: Pa
         shutil.copy(tiny / name, tmp_path)
     ours, theirs = load_tokenizer(tmp_path, 20), load_tokenizer(tiny, 20)
     np.testing.assert_array_equal(token_ids(ours, TEXTS), token_ids(theirs, TEXTS))
-    assert clip_tokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt").get_vocab() == theirs.get_vocab()
+    ids, merges = json.loads((tiny / "vocab.json").read_text()), (tiny / "merges.txt").read_text()
+    assert clip_tokenizer(ids, merges).get_vocab() == theirs.get_vocab()
 
 
 def test_damaged_vocabulary_is_named(tmp_path: Path) -> None:

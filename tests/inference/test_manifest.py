@@ -12,7 +12,7 @@ from support.toy_bundle import make_toy_bundle, seal
 
 from unidiff_sdk.errors import BundleError
 from unidiff_sdk.inference.bundle import TINY
-from unidiff_sdk.inference.manifest import MANIFEST, Manifest, TensorSpec, read_json
+from unidiff_sdk.inference.manifest import MANIFEST, Manifest, TensorSpec, manifest_checksum, read_json
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def test_unknown_entries_are_kept(toy: Path) -> None:
     del content["checksum"]
     content["measured"] = {"on": ["a", {"b": 1.5}]}
     content["graphs"]["unet"]["kernels"] = 7
+    content["checksum"] = manifest_checksum(content)
     written = Manifest.from_json(content, toy / MANIFEST).to_json()
     assert written["measured"] == content["measured"] and written["graphs"]["unet"]["kernels"] == 7
     assert Manifest.from_json(written, toy / MANIFEST).to_json() == written
@@ -50,6 +51,7 @@ def test_manifest_without_optional_fields_is_read(toy: Path) -> None:
         del content[name]
     content["graphs"] = {"unet": {"file": "unet/model.onnx"}}
     content["embedding"] = {"dim": 8, "max_tokens": 12}
+    content["checksum"] = manifest_checksum(content)
     manifest = Manifest.from_json(content, toy / MANIFEST)
     assert manifest.devices is manifest.target is manifest.graphs["unet"].profile is None
     assert not manifest.synthetic and manifest.image and manifest.image.fit == "crop"

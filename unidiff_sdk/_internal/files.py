@@ -7,12 +7,19 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from unidiff_sdk.errors import StoreError, UniDiffError
 
-__all__ = ["atomic_file", "open_regular_file", "read_regular_file", "resolve_stored", "write_atomically"]
+__all__ = [
+    "atomic_file",
+    "is_plain_path",
+    "open_regular_file",
+    "read_regular_file",
+    "resolve_stored",
+    "write_atomically",
+]
 
 # Opening a FIFO or a device waits for its other end unless this flag is set. Windows has neither.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
@@ -58,7 +65,7 @@ def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-def open_regular_file(path: Path, error: type[UniDiffError]) -> BinaryIO:
+def open_regular_file(path: Path, error: type[UniDiffError]) -> BufferedReader:
     """Open a file for reading bytes, if it is a regular one.
 
     Raises:
@@ -92,6 +99,11 @@ def read_regular_file(path: Path, max_size: int, error: type[UniDiffError]) -> b
             raise error(f"{path}: cannot be read ({reason.strerror})") from reason
 
 
+def is_plain_path(name: str) -> bool:
+    """Whether a stored name is a relative path with forward slashes, without a part such as `..`."""
+    return not ("\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")))
+
+
 def resolve_stored(folder: Path, name: str, error: type[UniDiffError]) -> Path:
     """The absolute path of a file or folder that is stored in `folder`.
 
@@ -103,7 +115,7 @@ def resolve_stored(folder: Path, name: str, error: type[UniDiffError]) -> Path:
     Raises:
         error: the name is empty, absolute or has a part such as `..`, or a part of it is a symbolic link.
     """
-    if "\0" in name or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+    if not is_plain_path(name):
         raise error(f"{folder} names {name!r:.200}, which is not a plain path inside it. Restore it from a backup.")
     path = os.path.abspath(folder)
     for part in name.split("/"):

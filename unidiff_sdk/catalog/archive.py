@@ -34,13 +34,14 @@ from unidiff_sdk._internal.parallel import buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet
 from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError
-from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.bundle import TINY, Bundle
+from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import RESERVED, SYSTEM
 
-from .catalog_file import restore_place
+from .catalog_file import TINY_NAME, restore_place
 from .items import item_of
 from .snapshot import Snapshot
 from .writer import BATCH_SIZE, PreparedBatch
@@ -249,22 +250,32 @@ class Archive:
             BundleError: the bundle is missing or damaged.
             StoreError: it is not the bundle of the export, and `reencode` is False.
         """
-        path = self.bundle["path"]
-        if given is None and path != "tiny" and not Path(path).is_dir():
+        if given is None:
+            return self._open_recorded()
+        bundle = given if isinstance(given, Bundle) else Bundle.open(given)
+        if not reencode:
+            self._check(bundle.fingerprint, bundle.path)
+        return bundle
+
+    def _open_recorded(self) -> Bundle:
+        """The bundle of the export. A stranger may have named its path: only its manifest is read before they match."""
+        path = TINY if self.bundle["path"] == TINY_NAME else Path(self.bundle["path"])
+        if not path.is_dir():
             raise BundleError(
                 f'The bundle "{self.bundle["name"]}" that {self.path} was exported with is not at {path}. Give its new '
                 "place as bundle=."
             )
-        bundle = given if isinstance(given, Bundle) else Bundle.open(given or path)
-        is_chosen = given is not None and reencode  # the path in a foreign archive is not a choice of the caller
-        if not is_chosen and bundle.fingerprint != self.bundle["fingerprint"]:
+        self._check(Manifest.read(path).fingerprint, path)
+        return Bundle.open(path, fingerprint=self.bundle["fingerprint"])
+
+    def _check(self, fingerprint: str, path: Path) -> None:
+        if fingerprint != self.bundle["fingerprint"]:
             raise StoreError(
                 f'{self.path} holds embeddings of the bundle "{self.bundle["name"]}" (fingerprint '
-                f"{self.bundle['fingerprint'][:12]}), but {bundle.path} is another bundle (fingerprint "
-                f"{bundle.fingerprint[:12]}). Embeddings of different bundles cannot be compared. Restore with the "
-                "bundle of the export, or with bundle= and reencode=True to encode the images again."
+                f"{self.bundle['fingerprint'][:12]}), but {path} is another bundle (fingerprint {fingerprint[:12]}). "
+                "Embeddings of different bundles cannot be compared. Restore with the bundle of the export, or with "
+                "bundle= and reencode=True to encode the images again."
             )
-        return bundle
 
     def batches(self, size: int) -> Iterator[list[ArchivedItem]]:
         """All items, in lists of at most `size`, one row group at a time. Raises DataError at a damaged row."""

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from unidiff_sdk._internal.files import resolve_stored, write_atomically
 from unidiff_sdk._internal.json_values import read_json
-from unidiff_sdk.errors import OptionError, StoreError
+from unidiff_sdk.errors import BundleError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
+from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 
 if TYPE_CHECKING:
@@ -177,14 +178,34 @@ class BundleRef:
 
     def check(self, bundle: Bundle, folder: Path) -> None:
         """Raise StoreError if `bundle` is not the one that the catalog in `folder` was indexed with."""
-        if bundle.fingerprint == self.fingerprint:
+        self._check(bundle.fingerprint, bundle.dim, bundle.path, folder)
+
+    def open(self, folder: Path) -> Bundle:
+        """Open the bundle. A stranger may have named its path, so only its manifest is read before they match.
+
+        Raises:
+            BundleError: the bundle is missing or damaged.
+            StoreError: it is another bundle.
+        """
+        path = self.locate(folder)
+        if not path.is_dir():
+            raise BundleError(
+                f'The bundle "{self.name}" that {folder} was indexed with is not at {path}. Move it back, or give its '
+                "new place: Catalog(location, bundle=…)."
+            )
+        manifest = Manifest.read(path)
+        self._check(manifest.fingerprint, manifest.embedding.dim if manifest.embedding else 0, path, folder)
+        return Bundle.open(path, fingerprint=self.fingerprint)
+
+    def _check(self, fingerprint: str, dim: int, path: Path, folder: Path) -> None:
+        if fingerprint == self.fingerprint:
             return
-        sizes = f"; {bundle.dim} dimensions instead of {self.dim}" if bundle.dim != self.dim else ""
+        sizes = f"; {dim} dimensions instead of {self.dim}" if dim != self.dim else ""
         raise StoreError(
-            f'{folder} was indexed with the bundle "{self.name}" (fingerprint {self.fingerprint[:12]}), but '
-            f"{bundle.path} is another bundle (fingerprint {bundle.fingerprint[:12]}{sizes}). Embeddings of different "
-            "bundles cannot be compared. To re-encode the catalog, open it without bundle= and call "
-            f"catalog.reindex({str(bundle.path)!r})."
+            f'{folder} was indexed with the bundle "{self.name}" (fingerprint {self.fingerprint[:12]}), but {path} is '
+            f"another bundle (fingerprint {fingerprint[:12]}{sizes}). Embeddings of different bundles cannot be "
+            "compared. To re-encode the catalog, open it without bundle= and call "
+            f"catalog.reindex({str(path)!r})."
         )
 
     def portable(self, folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
 from unidiff_sdk._internal.warnings import safe_logger
-from unidiff_sdk.errors import BundleError, StoreError
+from unidiff_sdk.errors import StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.retrieval.columns import column_kinds
@@ -99,15 +99,7 @@ class Snapshot:
             return self._bundle
 
     def _open_bundle(self) -> Bundle:
-        reference = self.file.bundle
-        path = reference.locate(self.folder)
-        if not path.is_dir():
-            raise BundleError(
-                f'The bundle "{reference.name}" that {self.folder} was indexed with is not at {path}. '
-                "Move it back, or give its new place: Catalog(location, bundle=…)."
-            )
-        bundle = Bundle.open(path)
-        reference.check(bundle, self.folder)
+        bundle = self.file.bundle.open(self.folder)
         with file_lock(self.folder):
             file = CatalogFile.read(self.folder)
             if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # not reindexed in the meantime

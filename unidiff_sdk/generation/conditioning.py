@@ -85,4 +85,4 @@ class Conditioner:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self._bundle.path / "tokenizer", self._bundle.prompt_tokens)
+        return load_tokenizer(self._bundle.files.part("tokenizer"), self._bundle.prompt_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT
 from unidiff_sdk._internal.lifetimes import Owner
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError, OptionError
 
-from .diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
-from .manifest import MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile, file_sha256, read_json
+from .folder.diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
+from .folder.files import BundleFiles
+from .manifest import GRAPH_FILE, MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile
 from .schedule import Schedule
 from .sessions import DEVICES, GraphWarmup, Session, SessionFactory, create_session, warm_up
 from .shape_profiles import shape_profile
@@ -29,6 +33,9 @@ __all__ = ["TINY", "Bundle"]
 TINY = Path(__file__).parents[1] / "models" / "tiny"
 """The built-in bundle."""
 
+ONLY_IN_BUNDLES = (f"image_encoder/{GRAPH_FILE}", f"clip_text_encoder/{GRAPH_FILE}", "clip_tokenizer")
+"""What a pipeline of optimum does not have. A folder that has it was a bundle before it lost its manifest."""
+
 
 class Bundle:
     """An open bundle. Each graph loads when it is first used. May be shared between threads.
@@ -37,10 +44,12 @@ class Bundle:
 
     Args:
         session_factory: loads a graph; `create_session` by default.
+        files: the files of the folder. Default: those that the manifest lists, unchecked.
 
     Attributes:
         path: the folder.
         manifest: the content of its `manifest.json`.
+        files: the files that may be used.
         device: where the graphs run: "cpu", "cuda" or "tensorrt".
     """
 
@@ -53,6 +62,7 @@ class Bundle:
         threads: int | None = None,
         capture: bool = False,
         session_factory: SessionFactory = create_session,
+        files: BundleFiles | None = None,
     ) -> None:
         if device not in DEVICES:
             raise OptionError(f"device is {device!r}; use one of {', '.join(DEVICES)}")
@@ -63,6 +73,7 @@ class Bundle:
             )
         self.path = path
         self.manifest = manifest
+        self.files = files or BundleFiles(path, manifest.files)
         self.device = device
         self._threads = threads
         self._capture = capture
@@ -78,34 +89,49 @@ class Bundle:
         path: str | PathLike[str] | None = None,
         *,
         verify: bool = True,
+        fingerprint: str | None = None,
         device: str = "cpu",
         threads: int | None = None,
         capture: bool = False,
     ) -> Bundle:
         """Open a bundle folder, or a Stable Diffusion pipeline that optimum exported, which can only generate.
 
+        A folder of optimum has no hashes to compare. It is opened with a warning, unless `verify` is False.
+
         Args:
             path: the folder. None or "tiny": the built-in bundle.
             verify: compare the SHA-256 of every file with the manifest (about a second for each 1.5 GB).
+            fingerprint: the fingerprint that the bundle must have. It is compared before any file but the manifest is
+                read.
             device: "cpu", "cuda" or "tensorrt".
             threads: number of threads for one call on the CPU. None: one for each core.
             capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs
                 whose nodes all run on the GPU. `warmup` reports which.
 
         Raises:
-            BundleError: the folder is not a bundle, is incomplete, was changed after its export, or was exported for
-                another device.
+            BundleError: the folder is not a bundle, is incomplete, was changed after its export, has another
+                fingerprint, or was exported for another device.
             OptionError: the device is unknown.
         """
         folder = TINY if path is None or path == "tiny" else Path(path)
         if (folder / MANIFEST).is_file():
-            manifest = Manifest.read(folder)
-            _check_files(folder, manifest.files, verify)
-        elif is_pipeline(folder):
-            manifest = derive_manifest(folder)
+            manifest = _read_manifest(folder, fingerprint)
+            files = BundleFiles(folder, manifest.files, verify=verify)
+        elif fingerprint is None and is_pipeline(folder):
+            manifest = _derive_manifest(folder, verify)
+            files = BundleFiles(folder, manifest.files)
         else:
             raise _not_a_bundle(folder)
-        return cls(folder, manifest, device=device, threads=threads, capture=capture)
+        files.check()
+        return cls(folder, manifest, device=device, threads=threads, capture=capture, files=files)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every file has the SHA-256 that the manifest of the export states.
+
+        False for a folder of optimum, and with `verify=False`.
+        """
+        return self.files.verify
 
     def session(self, graph: str) -> Session:
         """A graph that is ready to run, such as "unet"; loaded on first use.
@@ -120,7 +146,7 @@ class Bundle:
             if graph not in self._sessions:
                 described = self._graph(graph)
                 session = self._create_session(
-                    self.path / described.file,
+                    self.files.path(described.file),
                     device=self.device,
                     threads=self._threads,
                     profile=self.profile(graph),
@@ -168,9 +194,9 @@ class Bundle:
         """A JSON file of the bundle, such as "unet/config.json".
 
         Raises:
-            BundleError: it is missing or is not JSON.
+            BundleError: it is missing, is not listed in the manifest, was changed, or is not JSON.
         """
-        return read_json(self.path / file)
+        return self.files.read_json(file)
 
     def schedule(self) -> Schedule:
         """The noise schedule that the UNet was trained with."""
@@ -270,6 +296,33 @@ class Bundle:
         return graphs[name]
 
 
+def _read_manifest(folder: Path, fingerprint: str | None) -> Manifest:
+    file = folder / MANIFEST
+    manifest = Manifest.parse(read_regular_file(file, MAX_DOCUMENT, BundleError), file)
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise BundleError(
+            f"{folder}: has the fingerprint {manifest.fingerprint:.12}, not {fingerprint:.12}; give the bundle with "
+            "that fingerprint"
+        )
+    return manifest
+
+
+def _derive_manifest(folder: Path, verify: bool) -> Manifest:
+    """The manifest of a folder that has none."""
+    own = next((name for name in ONLY_IN_BUNDLES if (folder / name).exists()), None)
+    if own is not None:
+        raise BundleError(
+            f"{folder}: has no {MANIFEST}, but {own}, which only bundles have: it is damaged; copy the whole bundle, "
+            "or export it again"
+        )
+    if verify:
+        warn(
+            f"{folder} has no {MANIFEST}, so nothing shows whether its files are complete and unchanged. Pass "
+            "verify=False to open it without this warning."
+        )
+    return derive_manifest(folder)
+
+
 def _not_a_bundle(folder: Path) -> BundleError:
     """Why a folder without a manifest cannot be opened, and what to do."""
     if folder == TINY:
@@ -281,12 +334,3 @@ def _not_a_bundle(folder: Path) -> BundleError:
     if (folder / "unidiff.json").is_file():
         return BundleError(f"{folder}: is a training checkpoint; export it: unidiff-export {folder} -o BUNDLE")
     return BundleError(f"{folder}: is not a bundle, as it has no {MANIFEST}; give the folder that unidiff-export wrote")
-
-
-def _check_files(folder: Path, files: Mapping[str, str], verify: bool) -> None:
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise BundleError(f"{file}: the file is missing; copy the whole folder, or export the bundle again")
-        if verify and file_sha256(file) != expected:
-            raise BundleError(f"{file}: was changed after the export (its SHA-256 differs); export the bundle again")

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk._internal.files import read_regular_file
 from unidiff_sdk._internal.images import ImageSource, load_image
-from unidiff_sdk._internal.json_values import MAX_DOCUMENT, checked_text, read_json
+from unidiff_sdk._internal.json_values import checked_text
 from unidiff_sdk._internal.lifetimes import weak_method
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk.errors import BundleError, OptionError
 
 from .bundle import Bundle
+from .folder.files import BundleFiles
 from .preprocessing import preprocess
 from .tokenizer import clip_tokenizer, tokenizer_errors
 
@@ -111,7 +111,7 @@ class Encoder:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.bundle.path / self._tokenizer_folder, self.bundle.max_tokens)
+        return load_tokenizer(self.bundle.files.part(self._tokenizer_folder), self.bundle.max_tokens)
 
     def _unit_vectors(self, batches: list[NDArray[np.float32]], kind: str) -> NDArray[np.float32]:
         if not batches:
@@ -132,7 +132,7 @@ class Encoder:
         return unit
 
 
-def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
+def load_tokenizer(folder: Path | BundleFiles, max_tokens: int) -> Tokenizer:
     """A CLIP tokenizer from its `tokenizer.json`, or else from its vocabulary and merges.
 
     It truncates and pads to `max_tokens` with its own pad token, which is a special token also within a text, as
@@ -141,31 +141,30 @@ def load_tokenizer(folder: Path, max_tokens: int) -> Tokenizer:
     Raises:
         BundleError: a file is missing or damaged.
     """
-    with tokenizer_errors(folder):
-        tokenizer = _read_tokenizer(folder)
-        config: dict[str, Any] = read_json(folder / "tokenizer_config.json", error=BundleError)
-    special = folder / "special_tokens_map.json"
-    if special.is_file() and "added_tokens_decoder" not in config:  # transformers 4 reads this file first
-        config |= read_json(special, error=BundleError)
+    files = folder if isinstance(folder, BundleFiles) else BundleFiles(folder)
+    with tokenizer_errors(files.folder):
+        tokenizer = _read_tokenizer(files)
+        config = files.read_json("tokenizer_config.json")
+    if "special_tokens_map.json" in files and "added_tokens_decoder" not in config:  # transformers 4 reads it first
+        config |= files.read_json("special_tokens_map.json")
     pad = config.get("pad_token") or config.get("eos_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad  # transformers 4 writes tokens with their flags
     pad_id = tokenizer.token_to_id(pad) if isinstance(pad, str) else None
     if pad_id is None:
-        raise BundleError(f"{folder}: the tokenizer has no pad token ({pad!r}); export the bundle again")
-    with tokenizer_errors(folder):
+        raise BundleError(f"{files.folder}: the tokenizer has no pad token ({pad!r}); export the bundle again")
+    with tokenizer_errors(files.folder):
         tokenizer.add_special_tokens([pad])
         tokenizer.enable_truncation(max_tokens)
         tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
     return tokenizer
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer:
+def _read_tokenizer(files: BundleFiles) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    if not (folder / "tokenizer.json").is_file() and (folder / "vocab.json").is_file():
-        return clip_tokenizer(folder / "vocab.json", folder / "merges.txt")
-    content = read_regular_file(folder / "tokenizer.json", MAX_DOCUMENT, BundleError)
-    return Tokenizer.from_str(content.decode("utf-8"))
+    if "tokenizer.json" not in files and "vocab.json" in files:
+        return clip_tokenizer(files.read_json("vocab.json"), files.read("merges.txt").decode("utf-8"))
+    return Tokenizer.from_str(files.read("tokenizer.json").decode("utf-8"))
 
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:

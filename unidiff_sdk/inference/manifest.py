@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from unidiff_sdk._internal import json_values
+from unidiff_sdk._internal.files import is_plain_path, read_regular_file
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import BundleError
 
@@ -35,6 +36,7 @@ __all__ = [
     "file_sha256",
     "fingerprint_of",
     "manifest_checksum",
+    "parse_object",
     "read_json",
     "to_json",
 ]
@@ -43,6 +45,7 @@ FORMAT = "unidiff-bundle"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH_FILE = "model.onnx"
+GRAPH_SUFFIX = ".onnx"
 
 DEFAULT_SAMPLER: dict[str, Any] = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
 """For models that name no sampler of their own."""
@@ -225,6 +228,11 @@ class Manifest(ModelDescription):
         return cls.from_json(read_json(file), file)
 
     @classmethod
+    def parse(cls, content: bytes, file: Path) -> Manifest:
+        """The same from the bytes of `file`, for a caller that checks their signature."""
+        return cls.from_json(parse_object(content, file), file)
+
+    @classmethod
     def from_json(cls, values: Mapping[str, Any], file: Path) -> Manifest:
         """The same from the content of `file`."""
         _check_version(values, file)
@@ -233,6 +241,8 @@ class Manifest(ModelDescription):
         except _InvalidField as error:
             raise BundleError(f"{file}: {error}") from None
         _check_content(manifest, file)
+        if "checksum" not in values:
+            raise BundleError(f"{file}: checksum is missing, so changes cannot be found; export the bundle again")
         return manifest
 
     def to_json(self) -> dict[str, Any]:
@@ -305,8 +315,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises BundleError if the file is missing or holds something else."""
     if not file.exists():
         raise BundleError(f"{file}: the file is missing; export the bundle again")
+    return parse_object(read_regular_file(file, json_values.MAX_DOCUMENT, BundleError), file)
+
+
+def parse_object(content: bytes, file: Path) -> dict[str, Any]:
+    """The JSON object in the content of `file`. Raises BundleError if it holds something else."""
     try:
-        value = json_values.read_json(file, error=BundleError, kind=object, nan=True)
+        value = json_values.parse_json(content, str(file), error=BundleError, kind=object, nan=True)
     except BundleError as error:
         raise BundleError(f"{file}: cannot be read as JSON ({error}); export the bundle again") from error
     if not isinstance(value, dict):
@@ -334,14 +349,18 @@ def _check_content(manifest: Manifest, file: Path) -> None:
         if getattr(manifest, name) is None:
             raise BundleError(f"{file}: {name} is missing; it must be a JSON object")
     for name in manifest.files:
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise BundleError(f"{file}: files names {name!r}, which lies outside the bundle")
+        if not is_plain_path(name):
+            raise BundleError(
+                f"{file}: files names {name!r:.200}, which lies outside the bundle or is not a plain path; export the "
+                "bundle again"
+            )
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise BundleError(
-                f"{file}: graphs.{name}.file is {graph.file!r}; it must be one of the files of the bundle"
+                f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must be one of the files of the bundle"
             )
+        if not graph.file.endswith(GRAPH_SUFFIX):  # ONNX Runtime reads other formats by their suffix
+            raise BundleError(f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must end with {GRAPH_SUFFIX}")
     if fingerprint_of(manifest.files) != manifest.fingerprint:
         raise BundleError(f"{file}: the fingerprint does not match the list of files; export the bundle again")
 

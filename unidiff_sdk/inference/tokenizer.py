@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unidiff_sdk._internal.files import read_regular_file
-from unidiff_sdk._internal.json_values import MAX_DOCUMENT, read_json
 from unidiff_sdk.errors import BundleError
 
 if TYPE_CHECKING:
@@ -32,14 +30,18 @@ def tokenizer_errors(folder: Path | str) -> Iterator[None]:
         raise BundleError(f"{folder}: the tokenizer cannot be read ({error}); export the bundle again") from error
 
 
-def clip_tokenizer(vocabulary: Path, merges: Path) -> Tokenizer:
-    """A lower-casing byte-level BPE that adds a start and an end token to each text."""
+def clip_tokenizer(ids: Mapping[str, int], merges: str) -> Tokenizer:
+    """A lower-casing byte-level BPE that adds a start and an end token to each text.
+
+    Args:
+        ids: the content of vocab.json.
+        merges: the content of merges.txt.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    ids: dict[str, int] = read_json(vocabulary, error=BundleError)
-    lines = read_regular_file(merges, MAX_DOCUMENT, BundleError).decode("utf-8").splitlines()
-    pairs = [(first, second) for first, second in (line.split() for line in lines if line[:9] != "#version:" and line)]
-    tokenizer = Tokenizer(models.BPE(ids, pairs, unk_token=END, end_of_word_suffix="</w>"))
+    lines = [line.split() for line in merges.splitlines() if line[:9] != "#version:" and line]
+    pairs = [(first, second) for first, second in lines]
+    tokenizer = Tokenizer(models.BPE(dict(ids), pairs, unk_token=END, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

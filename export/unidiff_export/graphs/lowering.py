@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig
 from unidiff_export.options import TARGETS, Target
 from unidiff_export.quantization.qdq import name_by_layer
 from unidiff_sdk.errors import ExportError
-from unidiff_sdk.inference.diffusers_folder import refusal
+from unidiff_sdk.inference.folder.diffusers_folder import refusal
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .passes import rewrite_for_cpu

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.diffusers_folder import refusal, sampler_defaults, scheduler_refusal
+from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults, scheduler_refusal
 
 from .image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk.errors import BundleError
-
-from .manifest import (
+from unidiff_sdk.inference.manifest import (
     DEFAULT_SAMPLER,
     GRAPH_FILE,
     Graph,
@@ -24,14 +23,15 @@ from .manifest import (
     Prompt,
     SamplerDefaults,
     TensorSpec,
-    file_sha256,
     fingerprint_of,
     read_json,
 )
-from .schedule import PREDICTION_TYPES
+from unidiff_sdk.inference.schedule import PREDICTION_TYPES
+
+from .files import hash_folder
 
 if TYPE_CHECKING:
-    from .sessions import Session
+    from unidiff_sdk.inference.sessions import Session
 
 __all__ = [
     "PIPELINE_FORMAT",
@@ -158,8 +158,7 @@ def derive_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: {refused}")
     if refused := scheduler_refusal(scheduler):
         raise BundleError(f"{folder}: {refused}")
-    paths = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in paths}
+    files = hash_folder(folder)
     try:
         return Manifest(
             format=PIPELINE_FORMAT,
