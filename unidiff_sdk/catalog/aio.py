@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
+from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk.errors import GenerationError
 
 __all__ = ["Opening", "Resource", "async_variant", "cancellable", "in_thread"]
@@ -55,7 +56,7 @@ class Resource:
     @classmethod
     def aopen(cls: type[C], *args: Any, **kwargs: Any) -> Opening[C]:
         """Open in a thread: `await Catalog.aopen(…)`, or `async with Catalog.aopen(…) as catalog`."""
-        return Opening(partial(cls, *args, **kwargs))
+        return Opening(partial(cls, *args, **hide_key(kwargs)))
 
     def __enter__(self) -> Self:
         return self

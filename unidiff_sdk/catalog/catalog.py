@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from unidiff_sdk._internal.images import ImageSource
+from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.retrieval.options import SearchOptions, call_with
@@ -475,6 +476,7 @@ class Catalog(OpenCatalog):
         """
         from .archive import restore_archive
 
+        opening = hide_key(opening)
         return restore_archive(partial(cls, **opening), path, location, bundle, reencode=reencode, progress=progress)
 
     def info(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from unidiff_sdk._internal.files import resolve_stored, write_atomically
 from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import BundleError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.manifest import Manifest
@@ -35,6 +37,7 @@ MAX_DIM = 65_536  # the longest vectors that the engine stores
 
 TINY_NAME = "tiny"
 MEMORY = ":memory:"
+_SCHEME = re.compile("([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 # ------------------------------------------------------------------------------------------------ places
 
@@ -68,9 +71,12 @@ class CatalogPlace:
         """Interpret the arguments of `Catalog`. Creates a temporary folder for ":memory:".
 
         Raises:
-            OptionError: with a URL, `images` is missing or `quantization` is given.
+            OptionError: with a URL, `images` is missing or `quantization` is given; or the URL is not http or https.
         """
         name = str(location)
+        scheme = _SCHEME.match(name)
+        if scheme and scheme[1].lower() not in ("http", "https"):
+            raise OptionError(f"{redact_url(name):.200} has the scheme {scheme[1]}. Give a folder, or an http(s) URL.")
         if not _is_url(name):
             temporary = name == MEMORY
             folder = Path(tempfile.mkdtemp(prefix="unidiff-")) if temporary else Path(location)
@@ -119,7 +125,7 @@ def restore_place(location: str | Path) -> Iterator[str | Path]:
 
 
 def _is_url(location: str) -> bool:
-    return location.startswith(("http://", "https://"))
+    return bool(_SCHEME.match(location))
 
 
 # ------------------------------------------------------------------------------------------------ catalog.json

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
+from unidiff_sdk._internal.text import Secret
 from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.inference.bundle import Bundle
@@ -282,6 +283,7 @@ class OpenCatalog(Resource):
         server: ServerOptions | None = None,
         references: str | Path | None = None,
     ) -> None:
+        api_key = Secret.of(api_key)  # also hides it in tracebacks that show local variables
         place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
         if place.temporary:
             self._remove_temporary = finalize_in_owner(self, shutil.rmtree, place.folder, ignore_errors=True)
@@ -344,4 +346,6 @@ class OpenCatalog(Resource):
     aclose = async_variant(close)
 
     def __repr__(self) -> str:
+        if "_opened" not in vars(self):  # in the traceback of an error while it is opened
+            return f"<{type(self).__name__}, not open>"
         return f"Catalog({self.location!r}, bundle={self._opened.snapshot.file.bundle.name!r})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from unidiff_sdk._internal.json_values import parse_json
+from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import FilterError
 
 if TYPE_CHECKING:
@@ -40,8 +41,11 @@ class CatalogFolder(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value).startswith(("http://", "https://")):
-            self.fail(f"{value} is a URL. Give a folder, or open the server in Python: Catalog(url, images=…).")
+        if "://" in str(value):
+            self.fail(
+                f"{redact_url(str(value))} is a URL. Give a folder, or open the server in Python: "
+                "Catalog(url, images=…)."
+            )
         return super().convert(value, param, ctx)
 
 

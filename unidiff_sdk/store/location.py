@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unidiff_sdk._internal.files import resolve_stored
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk._internal.text import Secret, redact_url
+from unidiff_sdk.errors import OptionError, StoreError
 
 from .payload import is_item
 from .protocol import Store
@@ -34,8 +35,11 @@ class Location:
         quantization: of a store in the folder: "scalar" or None. An existing store keeps its own.
         url: the Qdrant server; None for a store in the folder.
         collection: the name of the first collection on the server. Later ones append the suffix of the store name.
-        api_key: the key for the server.
+        api_key: the key for the server. It is never shown and never pickled.
         options: timeouts, retries and layout of collections on the server.
+
+    Raises:
+        OptionError: the URL has a user name, a password or a query, which the server would not receive.
     """
 
     folder: Path
@@ -44,6 +48,15 @@ class Location:
     collection: str = "catalog"
     api_key: str | None = None
     options: ServerOptions | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "api_key", Secret.of(self.api_key))
+        if self.url is not None and (shown := redact_url(self.url)) != self.url:
+            object.__setattr__(self, "url", shown)
+            raise OptionError(
+                f"The URL {shown} has a user name, a password or a query, which Qdrant does not read. Give the plain "
+                "URL, and the key as api_key=."
+            )
 
     def open(self, name: str, dim: int, fingerprint: str, *, create: bool) -> Store:
         """Open a store.

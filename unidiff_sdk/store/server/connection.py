@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk._internal.text import Secret, redact_url
+from unidiff_sdk.errors import OptionError, StoreError
 
-from .retries import RetryingClient
+from .retries import RetryingClient, without_frames
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -108,25 +109,38 @@ def connect(
         options: protocol, timeout and retries.
         api_key: the key for the server.
         sleep: waits for the given number of seconds between two attempts. Default: `RetryingClient.interrupt` ends it.
+
+    Raises:
+        StoreError: the URL is invalid.
     """
     import httpx
     from qdrant_client import QdrantClient
 
     from .transport import BoundedTransport
 
+    api_key = key = Secret.of(api_key)
     verify: ssl.SSLContext | bool = options.ca is None or ssl.create_default_context(cafile=str(options.ca))
-    is_local = urlsplit(url).hostname in ("localhost", "127.0.0.1")
-    limits = httpx.Limits(max_keepalive_connections=0) if is_local else httpx.Limits(max_connections=MAX_CONNECTIONS)
-    http: dict[str, Any] = {"verify": verify, "limits": limits}
-    if "all" not in getproxies():  # a proxy for all hosts would be replaced; those for http and https take precedence
-        http["mounts"] = {"all://": BoundedTransport(options.timeout, **http)}
-    client = QdrantClient(
-        url=url,
-        api_key=api_key,
-        prefer_grpc=options.grpc,
-        grpc_port=options.grpc_port,
-        timeout=options.timeout,
-        check_compatibility=False,  # the check sends a request that could not be retried
-        **http,
-    )
+    try:
+        is_local = urlsplit(url).hostname in ("localhost", "127.0.0.1")
+        limits = (
+            httpx.Limits(max_keepalive_connections=0) if is_local else httpx.Limits(max_connections=MAX_CONNECTIONS)
+        )
+        http: dict[str, Any] = {"verify": verify, "limits": limits}
+        if (
+            "all" not in getproxies()
+        ):  # a proxy for all hosts would be replaced; those for http and https take precedence
+            http["mounts"] = {"all://": BoundedTransport(options.timeout, **http)}
+        client = QdrantClient(
+            url=url,
+            api_key=key and key.reveal(),
+            prefer_grpc=options.grpc,
+            grpc_port=options.grpc_port,
+            timeout=options.timeout,
+            check_compatibility=False,  # the check sends a request that could not be retried
+            **http,
+        )
+    except Exception as error:
+        raise StoreError(
+            f"{redact_url(url)} is not the URL of a Qdrant server ({error}). Give one such as http://localhost:6333."
+        ) from without_frames(error)
     return cast("QdrantClient", RetryingClient(client, url, options.retries, api_key, sleep))

@@ -18,7 +18,16 @@ from unidiff_sdk.errors import StoreError
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
-__all__ = ["INITIAL_BACKOFF", "MAX_BACKOFF", "RetryingClient", "ServerFault", "check_confirmed", "failure", "interrupt"]
+__all__ = [
+    "INITIAL_BACKOFF",
+    "MAX_BACKOFF",
+    "RetryingClient",
+    "ServerFault",
+    "check_confirmed",
+    "failure",
+    "interrupt",
+    "without_frames",
+]
 
 INITIAL_BACKOFF, MAX_BACKOFF = 0.25, 10.0  # seconds between two attempts
 MAX_WAIT = 60.0
@@ -124,8 +133,19 @@ def failure(client: object, collection: str, error: Exception) -> StoreError:
         reason = client.without_key(reason)
         cause = error if client.without_key(str(error)) == str(error) else None
     failed = StoreError(f'The Qdrant server failed on the collection "{collection}"{address}: {reason}')
-    failed.__cause__, failed.__suppress_context__ = cause, True
+    failed.__cause__, failed.__suppress_context__ = cause and without_frames(cause), True
     return failed
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error without the tracebacks of it and of its causes: their local variables hold the headers with the key."""
+    causes: list[BaseException | None] = [error]
+    while causes:
+        cause = causes.pop()
+        if cause is not None and cause.__traceback__ is not None:
+            cause.__traceback__ = None
+            causes += [cause.__cause__, cause.__context__, getattr(cause, "source", None)]
+    return error
 
 
 def interrupt(client: object) -> None:
