@@ -10,12 +10,13 @@ from PIL import Image
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, OptionError, StoreError
-from unidiff_sdk.catalog.snapshot import MAX_DELETED_SHARE, OPTIMIZE_FROM
+from unidiff_sdk.catalog.snapshot import OPTIMIZE_FROM
 from unidiff_sdk.store import Record, VectorQuery
 from unidiff_sdk.store.edge.page_cache import warm_page_cache
 from unidiff_sdk.store.edge.store import EdgeStore
 from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import key_of
+from unidiff_sdk.store.protocol import MAX_DELETED_SHARE
 
 MANY, WIDE = 1400, 2048  # just above 10,000 KB, where the engine starts to compress and to build a graph
 
@@ -98,7 +99,7 @@ def test_catalog_optimizes_many_unindexed_items_and_many_deletions(
 ) -> None:
     optimized: list[EdgeStore] = []
     monkeypatch.setattr(EdgeStore, "unindexed_count", lambda store: unindexed)
-    monkeypatch.setattr(EdgeStore, "deleted_share", lambda store: deleted)
+    monkeypatch.setattr(EdgeStore, "deleted_share", lambda store, tolerance=0.0: deleted)
     monkeypatch.setattr(EdgeStore, "optimize", lambda store: optimized.append(store))
     images = tmp_path / "images"
     images.mkdir()

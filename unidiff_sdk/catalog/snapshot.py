@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
 from unidiff_sdk._internal.text import Secret
-from unidiff_sdk._internal.warnings import safe_logger
+from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
@@ -21,6 +21,7 @@ from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Store
 from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import Location
+from unidiff_sdk.store.protocol import MAX_DELETED_SHARE
 
 from .aio import Resource, async_variant
 from .catalog_file import CatalogFile, CatalogPlace, file_lock
@@ -37,8 +38,9 @@ _log = safe_logger(__name__)
 
 # Building a graph index of 20,000 vectors takes 10 s and does not speed up searches; with 100,000 it does tenfold.
 OPTIMIZE_FROM = 50_000
-# The engine removes deleted vectors from its graphs only above this share.
-MAX_DELETED_SHARE = 0.2
+# How far the deleted share may be overestimated after a write, so that writing item by item need not wait for the disk
+# each time.
+DELETED_SHARE_TOLERANCE = 0.01
 
 
 class Snapshot:
@@ -60,6 +62,7 @@ class Snapshot:
         self._encoder: Encoder | None = None
         self._generator: Generator | None = None
         self._lock = threading.RLock()
+        self._rebuilding = threading.Lock()
 
     @classmethod
     def open(cls, place: CatalogPlace, bundle: Bundle | str | Path | None, *, create: bool) -> Snapshot:
@@ -137,6 +140,23 @@ class Snapshot:
         """Build the search index if searches would be slow without it, or miss items because many were deleted."""
         if self.store.unindexed_count() >= OPTIMIZE_FROM or self.store.deleted_share() > MAX_DELETED_SHARE:
             self.store.optimize()
+
+    def optimize_if_deleted(self) -> None:
+        """Build the search index again if more than `MAX_DELETED_SHARE` of it was deleted or replaced.
+
+        Does nothing while another thread does it. A failure is a warning: what was written is kept, and searches find
+        everything without a new index, but slower.
+        """
+        if not self._rebuilding.acquire(blocking=False):
+            return
+        try:
+            shares = map(self.store.deleted_share, (DELETED_SHARE_TOLERANCE, 0.0))
+            if all(share > MAX_DELETED_SHARE for share in shares):
+                self.store.optimize()
+        except StoreError as error:
+            warn(f"All changes are stored, but the search index was not built again: {error}")
+        finally:
+            self._rebuilding.release()
 
     def describe(self) -> dict[str, Any]:
         """The number of items, date of creation, columns and bundle, as in `Catalog.info`."""

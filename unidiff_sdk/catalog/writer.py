@@ -78,6 +78,7 @@ class Writer:
             records += self._encode(snapshot, some, copy)
             changed += some
         self._commit(snapshot, records, changed, copy)
+        self._current.get().optimize_if_deleted()
 
     def add_table(
         self,
@@ -159,9 +160,11 @@ class Writer:
     def delete(self, ids: Sequence[str | int]) -> int:
         """Delete items and the images that no other item uses. Returns the number of items that existed."""
         with self._current.lock:
-            store = self._current.get().store
-            records = store.retrieve([key_of(id) for id in ids])
-            self._delete_records(store, records)
+            snapshot = self._current.get()
+            records = snapshot.store.retrieve([key_of(id) for id in ids])
+            self._delete_records(snapshot.store, records)
+        if records:
+            snapshot.optimize_if_deleted()
         return len(records)
 
     # -------------------------------------------------------------------------------------------- stages

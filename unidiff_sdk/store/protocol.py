@@ -19,6 +19,7 @@ from .filters import Clause
 __all__ = [
     "CANDIDATES",
     "CAPTION",
+    "MAX_DELETED_SHARE",
     "RRF_K",
     "VECTOR",
     "Record",
@@ -38,6 +39,10 @@ VECTOR = "image"  # a named vector, so that caption vectors can be added later w
 # Reciprocal rank fusion (Cormack, Clarke and Büttcher 2009): the constant k, and the length of each ranking.
 RRF_K = 60
 CANDIDATES = 500
+
+# Above this deleted share of the search index, searches scan all vectors and the index is built again. It is also the
+# share above which Qdrant removes deleted vectors from an index.
+MAX_DELETED_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,13 @@ class Store(Protocol):
     def unindexed_count(self) -> int:
         """Return the number of records that searches scan until `optimize` indexes them."""
 
-    def deleted_share(self) -> float:
+    def deleted_share(self, tolerance: float = 0.0) -> float:
         """Return the share of the search index that is deleted or replaced: 0 to 1.
 
-        Searches pass through deleted vectors to find others, and miss some if many are deleted, until `optimize`.
+        The index takes space and time for deleted vectors until `optimize`.
+
+        Args:
+            tolerance: the result may be too high by this share. An exact one can wait for the disk.
         """
 
     def optimize(self) -> None:

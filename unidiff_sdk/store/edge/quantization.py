@@ -17,6 +17,8 @@ from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import OptionError, StoreError
 from unidiff_sdk.store.protocol import VECTOR
 
+from .shard_versions import CONFIG
+
 __all__ = ["RESCORE", "check_quantization", "stored_quantization", "vector_parameters"]
 
 # Twice as many candidates as results, rescored with the originals.
@@ -37,7 +39,7 @@ def vector_parameters(quantization: str | None) -> dict[str, Any]:
 
 def stored_quantization(shard: Path) -> str | None:
     """The quantization in a shard's configuration file: "scalar" or None."""
-    config = read_json(shard / "edge_config.json", error=StoreError)
+    config = read_json(shard / CONFIG, error=StoreError)
     return next(iter(config["vectors"][VECTOR].get("quantization_config") or {}), None)
 
 

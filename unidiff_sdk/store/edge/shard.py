@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import qdrant_edge as edge
 
+from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import StoreError
-from unidiff_sdk.store.protocol import VECTOR
+from unidiff_sdk.store.protocol import MAX_DELETED_SHARE, VECTOR
 
 from .page_cache import warm_page_cache
 from .quantization import vector_parameters
+from .shard_versions import CONFIG
 
 __all__ = [
     "FULL_SCAN_KB",
     "INDEX_TYPES",
     "TEXT_INDEX",
-    "deleted_from_graphs",
     "index_kinds_of",
     "mirror_indexes",
     "open_shard",
+    "stored_full_scan_kb",
 ]
 
 INDEX_TYPES = {
@@ -46,8 +46,8 @@ FULL_SCAN_KB = 40_000
 
 def open_shard(path: Path, dim: int, quantization: str | None, full_scan_kb: int) -> edge.EdgeShard:
     """Load the shard in a folder, or create one for vectors of `dim` numbers."""
-    if (path / "edge_config.json").is_file():
-        stored = json.loads((path / "edge_config.json").read_text(encoding="utf-8"))["vectors"][VECTOR]["size"]
+    if (path / CONFIG).is_file():
+        stored = read_json(path / CONFIG, error=StoreError)["vectors"][VECTOR]["size"]
         if stored != dim:
             raise StoreError(
                 f"The shard {path} has vectors of {stored} numbers, but the bundle of this catalog makes {dim}. "
@@ -58,7 +58,15 @@ def open_shard(path: Path, dim: int, quantization: str | None, full_scan_kb: int
     path.mkdir(parents=True, exist_ok=True)
     vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **vector_parameters(quantization))}
     graph = edge.HnswIndexConfig(_LINKS, _EF_CONSTRUCT, full_scan_kb)
-    return edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors, hnsw_config=graph))
+    # By default, the engine keeps deleted vectors in graphs of fewer than 1,000, which exist above 2,560 dimensions.
+    removal = edge.EdgeOptimizersConfig(deleted_threshold=MAX_DELETED_SHARE, vacuum_min_vector_number=1)
+    return edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors, hnsw_config=graph, optimizers=removal))
+
+
+def stored_full_scan_kb(path: Path) -> int:
+    """The limit for scans in a shard's configuration file, in kilobytes of vectors."""
+    config = read_json(path / CONFIG, error=StoreError)
+    return int(config["hnsw_config"]["full_scan_threshold"])
 
 
 def index_kinds_of(shard: edge.EdgeShard) -> dict[str, str]:
@@ -77,13 +85,3 @@ def mirror_indexes(source: edge.EdgeShard, target: edge.EdgeShard) -> None:
         if column not in existing or existing[column].data_type != index.data_type:
             schema = index.params or index.data_type
             target.update(edge.UpdateOperation.create_field_index(column, schema))
-
-
-def deleted_from_graphs(path: Path) -> int:
-    """The number of vectors in the graphs of a flushed shard that are deleted or replaced.
-
-    A segment with a graph never changes, except for a file with one bit for each deleted vector.
-    """
-    graphs = path.glob(f"segments/*/vector_index-{VECTOR}/graph.bin")
-    marks = (graph.parents[1] / "id_tracker.deleted" for graph in graphs)
-    return sum(int(np.unpackbits(np.fromfile(file, np.uint8)).sum()) for file in marks if file.is_file())

@@ -22,7 +22,7 @@ from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write
 from unidiff_sdk._internal.lifetimes import Owner, close_in_child
 from unidiff_sdk.errors import StoreError
 
-__all__ = ["ShardVersions"]
+__all__ = ["CONFIG", "ShardVersions"]
 
 CURRENT, LOCK = "current", "lock"
 CONFIG = "edge_config.json"  # every shard has one

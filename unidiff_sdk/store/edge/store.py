@@ -31,6 +31,7 @@ from unidiff_sdk.store.protocol import (
 )
 
 from .conditions import condition
+from .deletions import GraphState
 from .optimizer import optimize_in_subprocess
 from .page_cache import warm_page_cache
 from .quantization import RESCORE, check_quantization, stored_quantization
@@ -38,10 +39,10 @@ from .shard import (
     FULL_SCAN_KB,
     INDEX_TYPES,
     TEXT_INDEX,
-    deleted_from_graphs,
     index_kinds_of,
     mirror_indexes,
     open_shard,
+    stored_full_scan_kb,
 )
 from .shard_versions import ShardVersions
 
@@ -99,15 +100,16 @@ class EdgeStore:
                 self._shard = open_shard(self._versions.current, dim, quantization, full_scan_kb)
                 self._versions.activate(self._versions.current)
                 self.quantization = stored_quantization(self._versions.current)
+                self._full_scan_kb = stored_full_scan_kb(self._versions.current)
                 self._indexes = PayloadIndexes(index_kinds_of(self._shard))
+                self._graphs = GraphState.measure(self._shard, self._versions.current)
             check_quantization(quantization, self.quantization, path)
         except UniDiffError:
             self._versions.release()
             raise
         self._owner = Owner(f"The store at {path}")
         keep_in_child(self, "_shard", "_replaced")
-        rescore = RESCORE if self.quantization else None
-        self._params = edge.SearchParams(acorn=edge.AcornSearchParams(enable=True), quantization=rescore)
+        self._rescore = RESCORE if self.quantization else None
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -133,12 +135,17 @@ class EdgeStore:
         check_query(search.vector, self.dim)
         conditions = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
+        params = edge.SearchParams(
+            acorn=edge.AcornSearchParams(enable=True),
+            quantization=self._rescore,
+            **self._graphs.search_options(self.dim, self._full_scan_kb),
+        )
         prefetches = None
         if search.text is not None:
             self._indexes.ensure(CAPTION, "text", self)
             rankings = query, edge.TextQuery(CAPTION, search.text)
             prefetches = [
-                edge.Prefetch(CANDIDATES, query=ranking, filter=conditions, params=self._params) for ranking in rankings
+                edge.Prefetch(CANDIDATES, query=ranking, filter=conditions, params=params) for ranking in rankings
             ]
             weights = [2 * (1 - search.bm25_weight), 2 * search.bm25_weight]
             query = edge.Fusion.Rrf(RRF_K + 1, weights)  # + 1: the engine counts ranks from 0
@@ -148,7 +155,7 @@ class EdgeStore:
             limit=search.limit,
             offset=search.offset,
             filter=conditions,
-            params=self._params,
+            params=params,
             score_threshold=search.min_score,
             with_payload=search.with_payload,
             with_vector=search.with_vectors,
@@ -198,24 +205,17 @@ class EdgeStore:
             return int(shard.count(edge.CountRequest(exact=True, filter=self._filter(where))))
 
     def unindexed_count(self) -> int:
-        points, in_graphs, deleted = self._counts()
-        return max(0, points - in_graphs + deleted)
+        return self._measured().unindexed
 
-    def deleted_share(self) -> float:
-        _, in_graphs, deleted = self._counts()
-        return deleted / in_graphs if in_graphs else 0.0
+    def deleted_share(self, tolerance: float = 0.0) -> float:
+        graphs = self._graphs
+        exact = self._measured() if graphs.written > tolerance * graphs.in_graphs else graphs
+        return exact.deleted_share
 
-    def _counts(self) -> tuple[int, int, int]:
-        """The numbers of records, of vectors in the graphs, and of those among them that are deleted or replaced.
-
-        The engine leaves deleted vectors in its graphs and counts them as indexed.
-        """
+    def _measured(self) -> GraphState:
         with self._write([]) as shard:
-            info = shard.info()
-            if not info.indexed_vectors_count:
-                return info.points_count, 0, 0
-            shard.flush()  # writes the marks of deleted vectors
-            return info.points_count, info.indexed_vectors_count, deleted_from_graphs(self._versions.current)
+            self._graphs = GraphState.measure(shard, self._versions.current)
+            return self._graphs
 
     # -------------------------------------------------------------------------------------------- writing
 
@@ -306,7 +306,7 @@ class EdgeStore:
             mirror_indexes(old, fresh)
             self._replaced = old, self._versions.current
             self._versions.activate(folder)
-            self._shard = fresh
+            self._shard, self._graphs = fresh, GraphState.measure(fresh, folder)
 
     def _replay(self, ids: Sequence[str], fresh: edge.EdgeShard) -> None:
         """Make points of a new shard equal to those of the current one; deleted points are deleted."""
@@ -346,9 +346,12 @@ class EdgeStore:
         self._owner.check()
         with self._writing, self._engine() as shard:
             self.revision += bool(ids)
+            self._graphs.written += len(ids)
             if self._written is not None:
                 self._written.update(ids)
             yield shard
+            if self._graphs.is_stale:
+                self._graphs = GraphState.measure(shard, self._versions.current)
 
     def _filter(self, where: Clause | None, exclude: Sequence[str] = ()) -> edge.Filter | None:
         if where is None and not exclude:

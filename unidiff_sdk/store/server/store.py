@@ -252,7 +252,7 @@ class ServerStore:
         """0: the server builds its index by itself."""
         return 0
 
-    def deleted_share(self) -> float:
+    def deleted_share(self, tolerance: float = 0.0) -> float:
         """0: the server removes deleted vectors from its index by itself."""
         return 0.0
 
