@@ -148,7 +148,8 @@ def test_fingerprint_depends_on_the_files(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     before = Bundle.open(folder).fingerprint
     assert Bundle.open(tmp_path / "copy").fingerprint == before
-    (tmp_path / "copy" / "unet" / "model.onnx").write_bytes(b"other")
+    with (tmp_path / "copy" / "unet" / "model.onnx").open("ab") as unet:
+        unet.write(b"\x32\x01x")  # a documentation string
     assert Bundle.open(tmp_path / "copy").fingerprint != before
 
 

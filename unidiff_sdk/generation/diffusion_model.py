@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unidiff_sdk.errors import GenerationError, UniDiffError
+from unidiff_sdk.errors import GenerationError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import Latent
 from unidiff_sdk.inference.schedule import Schedule
@@ -76,9 +76,10 @@ class DiffusionModel:
         return images
 
     def _run(self, graph: str, feeds: dict[str, Float32], output: str) -> Float32:
+        session = self._bundle.session(graph)
         try:
-            return self._bundle.session(graph).run(feeds, [output])[output]
-        except UniDiffError:
+            return session.run(feeds, [output])[output]
+        except (StoreError, OptionError):
             raise
         except Exception as error:  # the exceptions of an engine have no common base class
             raise GenerationError(f"a call of the {graph} failed ({error})") from error

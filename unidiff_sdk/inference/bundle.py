@@ -20,6 +20,8 @@ from unidiff_sdk.errors import BundleError, OptionError
 
 from .folder.diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
 from .folder.files import BundleFiles
+from .folder.interfaces import check_interfaces, read_graph
+from .folder.onnx_file import OnnxFile
 from .manifest import GRAPH_FILE, MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile
 from .schedule import Schedule
 from .sessions import DEVICES, GraphWarmup, Session, SessionFactory, create_session, warm_up
@@ -79,6 +81,7 @@ class Bundle:
         self._capture = capture
         self._derived = manifest.format == PIPELINE_FORMAT
         self._sessions: dict[str, Session] = {}
+        self._onnx_files: dict[str, tuple[OnnxFile, list[str]]] = {}
         self._create_session = session_factory
         self._owner = Owner(f"The bundle {path}")
         self._lock = threading.Lock()
@@ -123,7 +126,21 @@ class Bundle:
         else:
             raise _not_a_bundle(folder)
         files.check()
-        return cls(folder, manifest, device=device, threads=threads, capture=capture, files=files)
+        bundle = cls(folder, manifest, device=device, threads=threads, capture=capture, files=files)
+        if verify or bundle._derived:
+            bundle.check_graphs()
+        return bundle
+
+    def check_graphs(self) -> None:
+        """Check that the graphs have the inputs and outputs that the manifest states. None is loaded.
+
+        `open` does this, unless `verify` is False and the folder has a manifest.
+
+        Raises:
+            BundleError: names, shapes or data types differ, or a file is not an ONNX graph.
+        """
+        found = {name: self._onnx_file(name)[0] for name in self.manifest.graphs}
+        check_interfaces(found, self.manifest, self.files, derived=self._derived)
 
     @property
     def verified(self) -> bool:
@@ -145,6 +162,8 @@ class Bundle:
         with self._lock:
             if graph not in self._sessions:
                 described = self._graph(graph)
+                for weights in self._onnx_file(graph)[1]:
+                    self.files.path(weights)
                 session = self._create_session(
                     self.files.path(described.file),
                     device=self.device,
@@ -288,6 +307,12 @@ class Bundle:
             f"{self.path} holds a Stable Diffusion without CLIP: it generates, but cannot search, rank or index. "
             "Export both together: unidiff-export CKPT -o BUNDLE"
         )
+
+    def _onnx_file(self, graph: str) -> tuple[OnnxFile, list[str]]:
+        """What the file of a graph states, and the paths of its external weights in the bundle."""
+        if graph not in self._onnx_files:
+            self._onnx_files[graph] = read_graph(self.files, self._graph(graph))
+        return self._onnx_files[graph]
 
     def _graph(self, name: str) -> Graph:
         graphs = self.manifest.graphs

@@ -6,9 +6,10 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 """The execution providers of each device. The first one must load; the others run what it has no kernel for."""
 
 ERRORS_ONLY = 3
+OUT_OF_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)  # in ONNX Runtime's and CUDA's messages
 TENSORRT_LIBRARY = "libnvinfer.so.10"  # the major version that ONNX Runtime links
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -57,6 +59,7 @@ class OnnxSession:
         device: where buffers are allocated, in ONNX Runtime's terms: "cuda" or "cpu".
         buffered: for each input a shape, at which calls reuse one set of buffers on the device. None: no call does.
         capture: whether the session captures a CUDA graph, which calls at the buffered shapes replay.
+        name: what the graph is called in messages.
 
     Attributes:
         inputs, outputs: their dtypes and shapes, by name.
@@ -72,12 +75,13 @@ class OnnxSession:
         device: str = "cpu",
         buffered: Mapping[str, Sequence[int]] | None = None,
         capture: bool = False,
+        name: str = "the graph",
     ) -> None:
         self.inputs = {value.name: _tensor_spec(value) for value in session.get_inputs()}
         self.outputs = {value.name: _tensor_spec(value) for value in session.get_outputs()}
         self.providers: tuple[str, ...] = tuple(session.get_providers())
         self.captured = capture
-        self._session, self._onnxruntime, self._device = session, onnxruntime, device
+        self._session, self._onnxruntime, self._device, self._name = session, onnxruntime, device, name
         self._buffered = None if buffered is None else {name: tuple(shape) for name, shape in buffered.items()}
         self._buffers: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
         self._owner = Owner("The graph")
@@ -91,11 +95,12 @@ class OnnxSession:
             raise BundleError(f"the graph has no output {', '.join(missing)}; it has {', '.join(self.outputs)}")
         if {name: array.shape for name, array in feeds.items()} == self._buffered:
             return self._run_buffered(feeds, names)
-        arrays = self._session.run(names, feeds, self._run_options(capture=False))
+        with engine_errors(self._name):
+            arrays = self._session.run(names, feeds, self._run_options(capture=False))
         return dict(zip(names, arrays, strict=True))
 
     def _run_buffered(self, feeds: Arrays, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        with self._lock:
+        with self._lock, engine_errors(self._name):
             if self._buffers is None:
                 self._buffers = self._allocate(feeds)
             binding, inputs, outputs = self._buffers
@@ -125,6 +130,18 @@ class OnnxSession:
         options = self._onnxruntime.RunOptions()
         options.add_run_config_entry("gpu_graph_id", "1" if capture else "-1")
         return options
+
+
+@contextmanager
+def engine_errors(name: str) -> Iterator[None]:
+    """Convert what ONNX Runtime raises in a call to a BundleError. Its exceptions have no common base class."""
+    try:
+        yield
+    except Exception as error:
+        fix = "export the bundle again"
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            fix = "memory does not suffice: use smaller images, or fewer at once"
+        raise BundleError(f"{name}: ONNX Runtime cannot run this graph ({error}); {fix}") from error
 
 
 def _tensor_spec(value: Any) -> TensorSpec:
@@ -200,7 +217,7 @@ def create_onnx_session(
         # listed as available, but its libraries could not be loaded: ONNX Runtime then falls back without an error
         raise ProviderError(f"{_cannot_use(device)}: its libraries did not load")
     usual = {name: bounds["opt"] for name, bounds in profile.items()} if profile and device == "cuda" else None
-    return OnnxSession(session, onnxruntime, device="cuda", buffered=usual, capture=capture)
+    return OnnxSession(session, onnxruntime, device="cuda", buffered=usual, capture=capture, name=str(file))
 
 
 def session_options(onnxruntime: Any, threads: int | None, cpuinfo: Path = CPUINFO) -> Any:
@@ -209,6 +226,7 @@ def session_options(onnxruntime: Any, threads: int | None, cpuinfo: Path = CPUIN
     options.log_severity_level = ERRORS_ONLY
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = threads or 0  # 0: one for each core
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # not also its own format, by the content
     # Idle threads of one graph must not compete with the next graph's: text encoder, UNet, decoder take turns.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     avoid_saturation(options, cpuinfo)

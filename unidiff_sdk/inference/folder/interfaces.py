@@ -1,0 +1,214 @@
+"""Whether the graphs of a bundle have the inputs and outputs that its manifest states and that the runtime calls.
+
+It is checked when a bundle is opened, from the files alone. Otherwise a graph of another model would fail at its first
+call, or would return embeddings of another space.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+from unidiff_sdk.errors import BundleError
+from unidiff_sdk.inference.manifest import Graph, Manifest, TensorSpec
+
+from .files import BundleFiles
+from .onnx_file import OnnxFile, read_onnx_file
+
+__all__ = ["check_interfaces", "read_graph"]
+
+# Only plain names: ONNX Runtime also accepts paths and addresses in memory ("*/_ORT_MEM_ADDR_/*").
+EXTERNAL_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+# A node that loads an engine from a file of its own choice.
+REFUSED_OPERATORS = {"EPContext"}
+
+ANY = "?"
+"""An axis of any size, fixed or not."""
+BATCH = "batch"
+"""An axis that the graph may not fix."""
+
+
+def read_graph(files: BundleFiles, graph: Graph) -> tuple[OnnxFile, list[str]]:
+    """Read the file of a graph.
+
+    Returns:
+        what the file states, and the paths of its external weights in the bundle.
+
+    Raises:
+        BundleError: it is not an ONNX graph, uses a refused operator, or names a file that is not in the bundle.
+    """
+    path = files.path(graph.file)
+    found = read_onnx_file(path)
+    if refused := REFUSED_OPERATORS & found.operators:
+        raise BundleError(f"{path}: the operator {', '.join(refused)} is not allowed; export the bundle again")
+    for name in found.external_files:
+        if not EXTERNAL_NAME.fullmatch(name):
+            raise BundleError(
+                f"{path}: its weights are in {name!r:.200}, which is not the name of a file next to it; export the "
+                "bundle again"
+            )
+    external = [PurePosixPath(graph.file).with_name(name).as_posix() for name in sorted(found.external_files)]
+    for name in external:
+        files.path(name)
+    return found, external
+
+
+def check_interfaces(found: Mapping[str, OnnxFile], manifest: Manifest, files: BundleFiles, *, derived: bool) -> None:
+    """Compare what the files of the graphs state with the manifest.
+
+    Args:
+        found: what each file states, by the name of its graph.
+        manifest: states the inputs and outputs, and the sizes of the model.
+        files: names the folder in messages.
+        derived: the graphs are those of another exporter, whose data types and timesteps `AdaptedSession` converts.
+
+    Raises:
+        BundleError: names, shapes or data types differ.
+    """
+    for name, onnx_file in found.items():
+        graph, where = manifest.graphs[name], f"{files.folder / manifest.graphs[name].file}: the graph {name}"
+        for kind, tensors, stated, called in (
+            ("input", onnx_file.inputs, graph.inputs, _inputs(name, manifest)),
+            ("output", onnx_file.outputs, graph.outputs, _outputs(name, manifest)),
+        ):
+            if derived:
+                tensors, called = _adapted(tensors, called)
+            elif stated:
+                _compare_names(tensors, stated, kind, where, "the manifest states")
+                for key, tensor in stated.items():
+                    if not _is_stated(tensors[key], tensor):
+                        raise _differs(where, kind, key, tensors[key], f"the manifest states {_text(tensor)}")
+            if called:
+                _compare_names(tensors, called, kind, where, "the runtime uses", extra=kind == "output")
+            for key, tensor in called.items():
+                if not _fits(tensors[key], tensor, derived):
+                    raise _differs(where, kind, key, tensors[key], f"the model has {_text(tensor)}")
+    _check_width(found, files)
+
+
+def _compare_names(
+    found: Mapping[str, TensorSpec | None],
+    expected: Mapping[str, TensorSpec],
+    kind: str,
+    where: str,
+    source: str,
+    *,
+    extra: bool = False,
+) -> None:
+    if expected.keys() == found.keys() or (extra and expected.keys() <= found.keys()):
+        return
+    raise BundleError(
+        f"{where} has the {kind}s {', '.join(sorted(found)):.200}, but {source} {', '.join(sorted(expected)):.200}; "
+        "export the bundle again"
+    )
+
+
+def _differs(where: str, kind: str, name: str, found: TensorSpec | None, expected: str) -> BundleError:
+    return BundleError(f"{where} has the {kind} {name} {_text(found)}, but {expected}; export the bundle again")
+
+
+def _check_width(found: Mapping[str, OnnxFile], files: BundleFiles) -> None:
+    """The UNet takes token states of the width that the text encoder returns."""
+    if "unet" not in found or "text_encoder" not in found:
+        return
+    taken = found["unet"].inputs.get("encoder_hidden_states")
+    returned = found["text_encoder"].outputs.get("last_hidden_state")
+    if taken and returned and not _same_axis(returned.shape[-1], taken.shape[-1]):
+        raise BundleError(
+            f"{files.folder}: the UNet takes token states of width {taken.shape[-1]}, but the text encoder returns "
+            f"{returned.shape[-1]}: they belong to different models; export the bundle again"
+        )
+
+
+def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
+    """The inputs that the runtime gives to a graph. Empty for an unknown graph."""
+    latent, embedding, image = manifest.latent, manifest.embedding, manifest.image
+    latents = TensorSpec("float32", (BATCH, latent.channels, latent.size, latent.size))
+    match graph:
+        case "text_encoder":
+            return {"input_ids": TensorSpec("int64", (BATCH, manifest.prompt_tokens))}
+        case "clip_text_encoder" if embedding:
+            return {"input_ids": TensorSpec("int64", (BATCH, embedding.max_tokens))}
+        case "image_encoder" if image:
+            return {"pixel_values": TensorSpec("float32", (BATCH, 3, image.size, image.size))}
+        case "unet":
+            return {
+                "sample": latents,
+                "timestep": TensorSpec("float32", (BATCH,)),
+                "encoder_hidden_states": TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY)),
+            }
+        case "vae_decoder":
+            return {"latent_sample": latents}
+        case "vae_encoder":
+            return {"sample": _pixels(manifest)}
+    return {}
+
+
+def _outputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
+    """The outputs of a graph that the runtime uses. Empty for an unknown graph."""
+    latent = manifest.latent
+    latents = TensorSpec("float32", (BATCH, latent.channels, latent.size, latent.size))
+    embeds = TensorSpec("float32", (BATCH, manifest.embedding.dim if manifest.embedding else ANY))
+    match graph:
+        case "text_encoder":
+            states = {"last_hidden_state": TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY))}
+            separate = manifest.embedding is None or "clip_text_encoder" in manifest.graphs
+            return states if separate else states | {"text_embeds": embeds}
+        case "clip_text_encoder":
+            return {"text_embeds": embeds}
+        case "image_encoder":
+            return {"image_embeds": embeds}
+        case "unet":
+            return {"out_sample": latents}
+        case "vae_decoder":
+            return {"sample": _pixels(manifest)}
+        case "vae_encoder":
+            return {"latent_sample": latents}
+    return {}
+
+
+def _pixels(manifest: Manifest) -> TensorSpec:
+    side = manifest.latent.size * manifest.latent.scale_factor
+    return TensorSpec("float32", (BATCH, 3, side, side))
+
+
+def _adapted(
+    found: Mapping[str, TensorSpec | None], called: Mapping[str, TensorSpec]
+) -> tuple[dict[str, TensorSpec | None], dict[str, TensorSpec]]:
+    """The tensors of another exporter, as `AdaptedSession` calls them."""
+    tensors, wanted = dict(found), dict(called)
+    if "latent_parameters" in tensors and "latent_sample" in wanted:  # mean and variance in twice the channels
+        latents = wanted["latent_sample"]
+        tensors["latent_sample"] = tensors.pop("latent_parameters")
+        wanted["latent_sample"] = TensorSpec(latents.dtype, (BATCH, ANY, *latents.shape[2:]))
+    if (timestep := tensors.get("timestep")) and not timestep.shape:  # one for all samples
+        tensors["timestep"] = TensorSpec(timestep.dtype, (BATCH,))
+    return tensors, wanted
+
+
+def _is_stated(found: TensorSpec | None, stated: TensorSpec) -> bool:
+    """Whether data type and shape are the same. Dynamic axes may have other names."""
+    return (
+        found is not None
+        and found.dtype == stated.dtype
+        and [axis if isinstance(axis, int) else ANY for axis in found.shape]
+        == [axis if isinstance(axis, int) else ANY for axis in stated.shape]
+    )
+
+
+def _fits(found: TensorSpec | None, called: TensorSpec, derived: bool) -> bool:
+    """Whether a tensor accepts or is what the runtime calls it with."""
+    if found is None or len(found.shape) != len(called.shape):
+        return False
+    if not derived and found.dtype != called.dtype:
+        return False
+    return all(map(_same_axis, found.shape, called.shape))
+
+
+def _same_axis(found: int | str, called: int | str) -> bool:
+    return isinstance(found, str) or called in (ANY, found)
+
+
+def _text(tensor: TensorSpec | None) -> str:
+    return "without a shape" if tensor is None else f"{tensor.dtype}[{', '.join(map(str, tensor.shape)):.100}]"
