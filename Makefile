@@ -65,6 +65,9 @@ ablation: $(VENV)/.ready ## the effect of each term of the joint objective (hour
 bench-ci: $(VENV)/.ready ## short latency gates against PyTorch in the same run
 	$(VENV)/bin/python benchmarks/ci.py $(ARGS)
 
+soak: $(VENV)/.ready ## try to break everything, for about an hour; resumable; writes docs/results/soak.md
+	$(VENV)/bin/python benchmarks/soak --record $(ARGS)
+
 lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -136,4 +139,4 @@ $(RELEASE_VENV)/.ready: .ci/requirements-release.txt
 	@touch $@
 
 .PHONY: help dev demo test test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
-	bench-ci lint docs notebooks dist smoke-test clean
+	bench-ci soak lint docs notebooks dist smoke-test clean
