@@ -1,12 +1,16 @@
-"""Files: atomic writes, reads of regular files of limited size, and stored paths, which may not leave their folder."""
+"""Files and folders: atomic replacement, reads of limited size, and stored paths, which may not leave their folder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -17,6 +21,8 @@ __all__ = [
     "is_plain_path",
     "open_regular_file",
     "read_regular_file",
+    "recover_folder",
+    "replacement_folder",
     "resolve_stored",
     "write_atomically",
 ]
@@ -131,3 +137,150 @@ def resolve_stored(folder: Path, name: str, error: type[UniDiffError]) -> Path:
         if is_link:
             raise error(f"{path} is a symbolic link. Replace the link by the files that it refers to.")
     return Path(os.path.abspath(folder), name)
+
+
+# ------------------------------------------------------------------------------------------------ replacing a folder
+
+# The names next to a folder that is being replaced. Only folders with these exact names are restored or deleted.
+_NEW, _PREVIOUS = ".{}.partial-save.tmp", ".{}.partial-save.old"
+# Version 0.1.0 had the number of the process in these names.
+_FROM_0_1 = r"\.{}\.(?:(\d+)\.(old|tmp)|(?:old|partial)-(\d+))"
+
+
+def _remove_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def replacement_folder(
+    path: Path, error: type[UniDiffError], *, retire: Callable[[Path], None] = _remove_folder
+) -> Iterator[Path]:
+    """Yield a new folder next to `path`. It replaces `path` if the block succeeds and is deleted if not.
+
+    Whatever ends the process, `path` is the old or the new folder, or `recover_folder` makes it one of them. The folder
+    is locked while it is written, so that a second process does not take it for a leftover.
+
+    Args:
+        path: the folder to create or replace.
+        error: the class of the error that is raised.
+        retire: called with the previous folder, which has another name then, once `path` is the new one.
+
+    Raises:
+        error: another process is writing `path`.
+        OSError: a folder cannot be created or renamed.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    new = path.with_name(_NEW.format(path.name))
+    busy = error(f"Another process is writing {path}. Wait for it, or choose another folder.")
+    try:
+        new.mkdir()
+    except FileExistsError:
+        raise busy from None
+    with _folder_lock(new) as is_locked:
+        if not is_locked:  # another process took it for a leftover, in the instant before it was locked
+            raise busy
+        try:
+            yield new
+            _swap(new, path, retire)
+        finally:
+            _remove_folder(new)
+
+
+def recover_folder(path: Path) -> None:
+    """Finish what a process that was killed in `replacement_folder` left: restore the previous folder, or delete it.
+
+    Folders that a running process is writing are left alone.
+    """
+    path = Path(os.path.realpath(path))
+    new, previous = path.with_name(_NEW.format(path.name)), path.with_name(_PREVIOUS.format(path.name))
+    _recover_from_0_1(path)
+    if not _is_folder(new) and not _is_folder(previous):
+        return
+    with _folder_lock(new) as is_new_free, _folder_lock(path) as is_path_free:  # a writer holds one or the other
+        if (_is_folder(new) and not is_new_free) or (_is_folder(path) and not is_path_free):
+            return
+        if _is_folder(previous) and not path.exists():
+            previous.rename(path)
+        for leftover in (new, previous):
+            if _is_folder(leftover):
+                _remove_folder(leftover)
+
+
+def _swap(new: Path, path: Path, retire: Callable[[Path], None]) -> None:
+    """Rename `new` to `path`. What is there is set aside first and retired last."""
+    if not os.path.lexists(path):
+        new.rename(path)
+        return
+    previous = path.with_name(_PREVIOUS.format(path.name))
+    path.rename(previous)
+    try:
+        new.rename(path)
+    except BaseException:
+        previous.rename(path)
+        raise
+    retire(previous)
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder against other processes. Yields False if another one has locked or replaced it, or it is missing.
+
+    The lock ends with the process, whatever ends it. It follows the folder when that is renamed.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    is_locked = _try_lock(descriptor)
+    try:
+        yield is_locked and _is_at(descriptor, folder)
+    finally:
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may have a copy of the open file
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # else the file system has no locks
+    return True
+
+
+def _is_at(descriptor: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _recover_from_0_1(path: Path) -> None:
+    """As `recover_folder`, for the names of version 0.1.0. A number may have been given to another process since."""
+    if not path.parent.is_dir():
+        return
+    pattern = re.compile(_FROM_0_1.format(re.escape(path.name)), re.ASCII)
+    leftovers = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name) and _is_folder(entry)]
+    for leftover in sorted(leftovers, key=lambda folder: folder.stat().st_mtime_ns, reverse=True):
+        is_previous = leftover.name.endswith(".old") or leftover.name.removeprefix(f".{path.name}.").startswith("old-")
+        if is_previous and not path.exists():
+            leftover.rename(path)
+        elif not _is_running(int(re.findall(r"\d+", leftover.name)[-1])):
+            _remove_folder(leftover)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

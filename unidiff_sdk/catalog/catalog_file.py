@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unidiff_sdk._internal.files import resolve_stored, write_atomically
+from unidiff_sdk._internal.files import replacement_folder, resolve_stored, write_atomically
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import BundleError, OptionError, StoreError
@@ -98,30 +97,25 @@ def restore_place(location: str | Path) -> Iterator[str | Path]:
     A URL and ":memory:" are restored in place.
 
     Raises:
-        StoreError: the folder is not empty, or a restore into it is running.
+        StoreError: the folder is not empty or cannot be written, or a restore into it is running.
     """
     if str(location) == MEMORY or _is_url(str(location)):
         yield location
         return
     folder = Path(location)
+    _check_unused(folder)
+    try:
+        with replacement_folder(folder, StoreError) as building:
+            yield building
+            _check_unused(folder)  # again, because a restore takes minutes
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
+def _check_unused(folder: Path) -> None:
+    """Raise StoreError if there is a catalog or anything else in a folder."""
     if CatalogFile.read(folder) is not None:
         raise StoreError(f"There is a catalog at {folder} already. Restore into a new folder.")
-    building = folder.parent / f".{folder.name}.restoring"
-    try:
-        building.mkdir(parents=True)
-    except FileExistsError:
-        raise StoreError(
-            f"{building} exists: another process is restoring {folder}, or was killed while doing so. In the latter "
-            "case, delete it."
-        ) from None
-    except OSError as error:
-        raise StoreError(f"{building} cannot be written: {error.strerror}.") from error
-    try:
-        yield building
-        building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def _is_url(location: str) -> bool:

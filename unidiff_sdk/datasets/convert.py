@@ -21,12 +21,12 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unidiff_sdk._internal.files import replacement_folder
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import DataError
 
@@ -104,8 +104,7 @@ def convert(
         DataError: `out` exists, no pair is valid, the disk is full, or in strict mode a pair is invalid.
     """
     out = Path(out)
-    if out.exists():
-        raise DataError(f"{out} exists already. Choose another folder, or remove it.")
+    _check_new(out)
     invalid: list[InvalidRow] = []
     chosen: dict[str, list[Pair]] = {split: [] for split in SHARES}
     for pair in pairs:
@@ -122,9 +121,7 @@ def convert(
         chosen["train"] = sorted(chosen["train"], key=lambda pair: _digest(pair.id, seed))[:n]
     counts = {split: len(pairs) for split, pairs in chosen.items()}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-            whole = Path(temporary) / out.name
+        with replacement_folder(out, DataError) as whole:
             for split, kept in chosen.items():
                 _write(kept, whole / split)
             rule = {
@@ -136,10 +133,15 @@ def convert(
                 "passed_over": len(invalid),
             }
             (whole / "split.json").write_text(json.dumps(rule, indent=2) + "\n", encoding="utf-8")
-            whole.rename(out)
+            _check_new(out)  # again, because a conversion takes minutes
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     return Converted(counts, invalid)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise DataError(f"{out} exists already. Choose another folder, or remove it.")
 
 
 def _write(pairs: list[Pair], folder: Path) -> None:

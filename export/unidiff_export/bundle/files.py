@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.manifest import GRAPH_FILE, MANIFEST, file_sha256
 
@@ -34,18 +33,13 @@ def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     After an exception, Ctrl-C included, the sibling is removed and `out` is unchanged.
 
     Raises:
-        ExportError: `out` exists and `overwrite` is false, or `out` is not a bundle.
+        ExportError: `out` exists and `overwrite` is false, or `out` is not a bundle, or another export writes it.
     """
+    recover_folder(out)  # a bundle that a killed export had set aside
     _check_replaceable(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir()
-        yield partial
+    with replacement_folder(out, ExportError) as folder:
+        yield folder
         _check_replaceable(out, overwrite=overwrite)  # again, because an export takes minutes
-        _swap(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_replaceable(out: Path, *, overwrite: bool) -> None:
@@ -58,21 +52,6 @@ def _check_replaceable(out: Path, *, overwrite: bool) -> None:
     replaceable = out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
     if not replaceable or out.is_symlink():
         raise ExportError(f"{out} is not a bundle, so it is not overwritten. Choose another output folder.")
-
-
-def _swap(new: Path, out: Path) -> None:
-    """Rename `new` to `out`. An existing bundle is removed only after the new one is in place."""
-    if not out.exists():
-        new.rename(out)
-        return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old)
 
 
 def write_graph(

@@ -1,7 +1,8 @@
 """Saving a checkpoint: the new folder appears whole, and only then replaces the old one.
 
 A checkpoint is written to a temporary folder next to its final path and renamed at the end. Whatever stops the process
-in between, `path` holds either the old checkpoint or the new one, or `recover_interrupted_save` restores it.
+in between, `path` holds either the old checkpoint or the new one, or `recover_interrupted_save` restores it
+(`files.replacement_folder`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
+from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import CheckpointError
 
 from .checkpoint import DIFFUSERS_WEIGHTS, METADATA, TRANSFORMERS_WEIGHTS
@@ -72,28 +75,24 @@ def save_checkpoint(
     """
     path = Path(path)
     require_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = {"format": "unidiff-checkpoint", "schema_version": 1, **meta}
     try:
-        temporary.mkdir(parents=True)
-        _save_diffusers(unet, temporary / "unet", dtype)
-        _save_diffusers(vae, temporary / "vae", dtype)
-        _save_clip(clip, temporary / "clip", dtype)
-        _save_text_encoder(text_encoder, temporary / "text_encoder", dtype)
-        _save_tokenizer(tokenizer, temporary / "tokenizer")
-        _save_tokenizer(clip_tokenizer or tokenizer, temporary / "clip")
-        image_processor.save_pretrained(temporary / "clip")
-        scheduler.save_pretrained(temporary / "scheduler")
-        write_json(temporary / "model_index.json", _model_index(scheduler))
-        (temporary / MODEL_CARD).write_text(model_card(content), encoding="utf-8")
-        if write_more:
-            write_more(temporary)
-        write_json(temporary / METADATA, content)
-        _move_into_place(temporary, path, keep)
+        with replacement_folder(path, CheckpointError, retire=partial(_retire, path=path, keep=keep)) as temporary:
+            _save_diffusers(unet, temporary / "unet", dtype)
+            _save_diffusers(vae, temporary / "vae", dtype)
+            _save_clip(clip, temporary / "clip", dtype)
+            _save_text_encoder(text_encoder, temporary / "text_encoder", dtype)
+            _save_tokenizer(tokenizer, temporary / "tokenizer")
+            _save_tokenizer(clip_tokenizer or tokenizer, temporary / "clip")
+            image_processor.save_pretrained(temporary / "clip")
+            scheduler.save_pretrained(temporary / "scheduler")
+            write_json(temporary / "model_index.json", _model_index(scheduler))
+            (temporary / MODEL_CARD).write_text(model_card(content), encoding="utf-8")
+            if write_more:
+                write_more(temporary)
+            write_json(temporary / METADATA, content)
     except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk
         raise CheckpointError(f"Cannot save the checkpoint {path}: {error}. The previous one is unchanged.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
@@ -109,24 +108,7 @@ def recover_interrupted_save(path: Path) -> None:
 
     Folders of processes that still run are left alone.
     """
-    for leftover in path.parent.glob(f".{path.name}.*"):
-        *_, process, kind = leftover.name.split(".")
-        if kind not in ("old", "tmp") or not process.isdigit() or _is_running(int(process)):
-            continue
-        if kind == "old" and not path.exists():
-            leftover.rename(path)
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
+    recover_folder(path)
 
 
 # --- models and tokenizers -------------------------------------------------------------------------------------------
@@ -207,21 +189,6 @@ def _remove_source_paths(file: Path) -> None:
 
 
 # --- replacing the previous checkpoint -------------------------------------------------------------------------------
-
-
-def _move_into_place(temporary: Path, path: Path, keep: int) -> None:
-    """Rename the finished folder to `path`. The previous checkpoint is set aside first and retired last."""
-    if not path.exists():
-        temporary.rename(path)
-        return
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
-    path.rename(replaced)
-    try:
-        temporary.rename(path)
-    except OSError:
-        replaced.rename(path)
-        raise
-    _retire(replaced, path, keep)
 
 
 def _retire(replaced: Path, path: Path, keep: int) -> None:
