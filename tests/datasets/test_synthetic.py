@@ -122,7 +122,7 @@ def test_rendering_at_another_size_gives_the_same_image() -> None:
     [
         ({"name": "fashion-child"}, "fashion-man, fashion-woman, ecommerce-product"),
         ({"name": "fashion-man", "split": "dev"}, "train, val, test, test-unseen"),
-        ({"name": "fashion-man", "n": 0}, "n >= 1"),
+        ({"name": "fashion-man", "n": 0}, "n is 0; give an integer of at least 1"),
         ({"name": "fashion-man", "size": 32}, "64 to 512"),
     ],
 )

@@ -52,7 +52,7 @@ def test_digest_identifies_a_query(tmp_path: Path) -> None:
         {"without": "red"},
         {"text": "red", "image": image},
         {"text": "red", "image": tmp_path / "a.png"},
-        {"text": "red", "weights": {"text": 2}},
+        {"text": "red", "without": "stripes", "weights": {"text": 2}},
         {"text": "red", "imagine": 2},
         {"text": "red", "imagine": 3},
         {"like": 7},

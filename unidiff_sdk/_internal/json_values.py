@@ -25,8 +25,10 @@ __all__ = [
     "checked_text",
     "is_missing",
     "parse_json",
+    "plain_number",
     "read_json",
     "to_json",
+    "whole_number",
 ]
 
 MAX_DEPTH = 32
@@ -119,6 +121,26 @@ def _check_depth(value: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ converting
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy, or an array of no dimensions with one, as a Python number; any other value unchanged."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+        return float(value) if isinstance(value, np.floating) else value  # a longdouble has no equal in Python
+    return value
+
+
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
+    """Check an argument that counts something. Integers of numpy are accepted, booleans are not.
+
+    Raises:
+        OptionError: the value is not an integer, or too small.
+    """
+    number = plain_number(value)
+    if not isinstance(number, int) or isinstance(number, bool) or number < at_least:
+        raise OptionError(f"{name} is {value!r:.60}; give an integer of at least {at_least}")
+    return number
 
 
 def checked_text(text: str) -> str:

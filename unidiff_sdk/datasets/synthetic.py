@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unidiff_sdk._internal.json_values import whole_number
 from unidiff_sdk.errors import DataError, OptionError
 
 from .drawing import BACKGROUNDS, COLORS, Pose, render_product
@@ -228,8 +229,7 @@ def products(name: str, n: int, seed: int = 0, split: str = "train") -> list[Pro
         raise OptionError(f"There is no synthetic catalog {name!r}. Choose one of {', '.join(CATALOGS)}.")
     if split not in SPLITS:
         raise OptionError(f"There is no split {split!r}. Choose one of {', '.join(SPLITS)}.")
-    if n < 1 or seed < 0:
-        raise OptionError(f"n={n} and seed={seed}: a catalog needs n >= 1 and seed >= 0.")
+    n, seed = whole_number("n", n, at_least=1), whole_number("seed", seed, at_least=0)
     stream = [CATALOGS.index(name), SPLITS.index(split), seed]
     return [
         _sample(name, split, f"{name}-{split}-{seed}-{i:05d}", np.random.default_rng([*stream, i])) for i in range(n)

@@ -242,6 +242,11 @@ class Generator:
                 f"negative_prompt has no effect at guidance_scale {resolved.guidance_scale:g}; give a scale above 1, "
                 "or omit the negative prompt"
             )
+        if resolved.guidance_rescale and not resolved.guided:
+            raise OptionError(
+                f"guidance_rescale has no effect at guidance_scale {resolved.guidance_scale:g}; give a scale above 1, "
+                "or omit it"
+            )
         return resolved
 
     # Checks

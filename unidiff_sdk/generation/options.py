@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 
 from unidiff_sdk._internal.images import HasImage, ImageSource
-from unidiff_sdk._internal.json_values import checked_text
+from unidiff_sdk._internal.json_values import checked_text, plain_number, whole_number
 from unidiff_sdk.errors import OptionError
 
 __all__ = [
@@ -28,6 +27,10 @@ LONG_PROMPTS = ("truncate", "chunk")
 MAX_GUIDANCE_SCALE = 50.0
 MAX_SEED = 2**63 - 1  # the largest integer in a payload
 BUDGET_FACTOR = 4
+_NUMBERS = (
+    *("n", "seed", "steps", "guidance_scale", "guidance_rescale", "width", "height", "strength"),
+    *("best_of", "min_score", "max_similarity", "budget"),
+)
 
 Safety = Callable[[Image.Image], Image.Image | None]
 """Receives a generated image; returns it, an image to use instead, or None to reject it."""
@@ -93,6 +96,7 @@ class GenerationOptions:
     safety: Safety | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self._set(**{name: plain_number(getattr(self, name)) for name in _NUMBERS})
         self._set(negative_prompt=_text("negative_prompt", self.negative_prompt))
         self._check_generation()
         self._check_source()
@@ -123,11 +127,11 @@ class GenerationOptions:
         )
 
     def _check_generation(self) -> None:
-        self._set(n=_integer("n", self.n, at_least=1))
+        self._set(n=whole_number("n", self.n, at_least=1))
         if self.seed is not None:
-            self._set(seed=_integer("seed", self.seed, at_least=0))
+            self._set(seed=whole_number("seed", self.seed, at_least=0))
         if self.steps is not None:
-            self._set(steps=_integer("steps", self.steps, at_least=1))
+            self._set(steps=whole_number("steps", self.steps, at_least=1))
         if self.guidance_scale is not None:
             self._set(guidance_scale=_number("guidance_scale", self.guidance_scale, at_most=MAX_GUIDANCE_SCALE))
         self._set(guidance_rescale=_number("guidance_rescale", self.guidance_rescale, at_most=1.0))
@@ -149,11 +153,16 @@ class GenerationOptions:
         for name, least in (("best_of", self.n), ("budget", self.first_round)):
             value = getattr(self, name)
             if value is not None:
-                self._set(**{name: _integer(name, value, at_least=least)})
+                self._set(**{name: whole_number(name, value, at_least=least)})
         for name in ("min_score", "max_similarity"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and -1 <= value <= 1):
                 raise OptionError(f"{name} is {value!r}; it is a cosine: give a number from -1 to 1")
+        if self.budget is not None and self.max_candidates == self.first_round < self.budget:
+            raise OptionError(
+                f"budget is {self.budget}, and no candidate can be rejected; give min_score, max_similarity or safety, "
+                "or omit it"
+            )
         if self.safety is not None and not callable(self.safety):
             raise OptionError(f"safety is {self.safety!r:.60}; give a function of an image")
 
@@ -218,14 +227,3 @@ def _number(name: str, value: Any, *, at_most: float) -> float:
     if not _is_number(value) or not 0 <= value <= at_most:
         raise OptionError(f"{name} is {value!r}; give a number from 0 to {at_most:g}")
     return float(value)
-
-
-def _integer(name: str, value: Any, *, at_least: int) -> int:
-    """`value` as an int. Integers of NumPy are accepted, booleans are not."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = at_least - 1
-    if isinstance(value, bool) or number < at_least:
-        raise OptionError(f"{name} is {value!r}; give an integer of at least {at_least}")
-    return number

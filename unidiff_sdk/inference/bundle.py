@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk._internal.files import read_regular_file
-from unidiff_sdk._internal.json_values import MAX_DOCUMENT
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT, whole_number
 from unidiff_sdk._internal.lifetimes import Owner
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError, OptionError
@@ -77,7 +77,7 @@ class Bundle:
         self.manifest = manifest
         self.files = files or BundleFiles(path, manifest.files)
         self.device = device
-        self._threads = threads
+        self._threads = None if threads is None else whole_number("threads", threads, at_least=1)
         self._capture = capture
         self._derived = manifest.format == PIPELINE_FORMAT
         self._sessions: dict[str, Session] = {}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from unidiff_sdk._internal.images import ImageSource, load_image
-from unidiff_sdk._internal.json_values import checked_text
+from unidiff_sdk._internal.json_values import checked_text, whole_number
 from unidiff_sdk._internal.lifetimes import weak_method
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk.errors import BundleError, OptionError
@@ -69,7 +69,7 @@ class Encoder:
         session = self.bundle.session(self._text_graph)
         batches = [
             session.run({"input_ids": token_ids(self._tokenizer, batch)}, ["text_embeds"])["text_embeds"]
-            for batch in batched(_checked_texts(texts), _checked_batch_size(batch_size))
+            for batch in batched(_checked_texts(texts), whole_number("batch_size", batch_size, at_least=1))
         ]
         return self._unit_vectors(batches, "text")
 
@@ -87,7 +87,7 @@ class Encoder:
             raise OptionError("encode_images needs several images; put a single one in a list")
         batches = [
             self.encode_pixels(np.stack([self.pixels(image) for image in batch]))
-            for batch in batched(images, _checked_batch_size(batch_size))
+            for batch in batched(images, whole_number("batch_size", batch_size, at_least=1))
         ]
         return np.concatenate(batches) if batches else np.zeros((0, self.bundle.dim), np.float32)
 
@@ -193,9 +193,3 @@ def _checked_texts(texts: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise OptionError(f"texts must be strings, but one is {type(text).__name__} ({text!r:.60})")
     return [checked_text(text) for text in texts]
-
-
-def _checked_batch_size(batch_size: int) -> int:
-    if batch_size < 1:
-        raise OptionError(f"batch_size is {batch_size}; give at least 1")
-    return batch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from unidiff_sdk._internal.json_values import plain_number
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Record, ScoredRecord, Store, VectorQuery
 from unidiff_sdk.store.filters import Clause
@@ -24,6 +25,7 @@ def near_duplicates(store: Store, threshold: float, where: Clause | None) -> lis
     Raises:
         OptionError: `threshold` is not above 0 and at most 1.
     """
+    threshold = plain_number(threshold)
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold <= 1:
         raise OptionError(f"threshold={threshold!r}: give a cosine above 0 and at most 1")
     parent: dict[str, str] = {}

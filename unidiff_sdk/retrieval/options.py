@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-
+from unidiff_sdk._internal.json_values import plain_number
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.protocol import CANDIDATES
@@ -57,10 +56,12 @@ class SearchOptions:
     clause: Clause | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("limit", "offset", "min_score", "diversity", "hybrid"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_page(self.limit, self.offset)
         if self.cursor and self.offset:
             raise OptionError("offset= and cursor= exclude each other: a cursor already marks where its page starts")
-        if self.min_score is not None and (isinstance(self.min_score, bool) or not _is_finite(self.min_score)):
+        if self.min_score is not None and not _is_finite(self.min_score):
             raise OptionError(f"min_score={self.min_score!r:.60}: give a finite number")
         if self.diversity is not None and not (_is_finite(self.diversity) and 0 <= self.diversity <= 1):
             raise OptionError(f"diversity={self.diversity!r:.60}: give a number from 0 (none) to 1")
@@ -68,7 +69,7 @@ class SearchOptions:
             raise OptionError(f"group_by={self.group_by!r:.60}: give the name of a column")
         if self.diversity is not None and self.group_by is not None:
             raise OptionError("diversity= and group_by= exclude each other: choose one")
-        hybrid = _DEFAULT_HYBRID if self.hybrid is True else self.hybrid
+        hybrid = {True: _DEFAULT_HYBRID, False: 0.0}[self.hybrid] if isinstance(self.hybrid, bool) else self.hybrid
         if not (_is_finite(hybrid) and 0 <= hybrid < 1):
             raise OptionError(f"hybrid={hybrid!r:.60}: give True, False, or a number from 0 to below 1")
         if hybrid and self.min_score is not None:
@@ -86,7 +87,7 @@ class SearchOptions:
 def check_page(limit: int, offset: int) -> None:
     """Check the bounds of a page. Raises OptionError."""
     for name, value in {"limit": limit, "offset": offset}.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise OptionError(f"{name}={value!r:.60}: give an integer")
     if not 1 <= limit <= MAX_LIMIT:
         raise OptionError(f"limit={limit}: give an integer from 1 to {MAX_LIMIT:,}")
@@ -105,4 +106,4 @@ def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unidiff_sdk._internal.images import HasImage
-from unidiff_sdk._internal.json_values import checked_text
+from unidiff_sdk._internal.json_values import checked_text, plain_number
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Vector
 from unidiff_sdk.store.ids import checked_id, key_of
@@ -67,7 +67,7 @@ class Query:
         """Check the query arguments of `Catalog.search`. Raises OptionError, ImageError."""
         query = cls(
             text=None if text is None else _text("text", text),
-            imagine=_imagine(imagine, text),
+            imagine=_imagine(plain_number(imagine), text),
             image=image if image is None or isinstance(image, Hit) else open_image(image),
             like=checked_ids(like),
             unlike=checked_ids(unlike),
@@ -79,6 +79,7 @@ class Query:
             raise OptionError("The query is empty: give a text, image=, like=, vector=, unlike= or without=")
         if not any(query.weights[part] for part in query.parts):
             raise OptionError(f"weights={weights!r}: give at least one of {', '.join(query.parts)} a weight above 0")
+        _check_weighted(weights, query.parts)
         return query
 
     @property
@@ -168,7 +169,22 @@ def _unit_vector(vector: npt.ArrayLike) -> Vector:
     return cast(Vector, array / norm)
 
 
+def _check_weighted(weights: Any, parts: Sequence[str]) -> None:
+    """Raise OptionError if weights cannot have an effect on a query of these parts."""
+    if weights is None:
+        return
+    named = list(weights) if isinstance(weights, Mapping) else ["text", "image"]
+    if missing := [part for part in named if part not in parts]:
+        raise OptionError(
+            f"weights= names {', '.join(missing)}, which the query does not have. Its parts: {', '.join(parts)}"
+        )
+    if len(parts) == 1:
+        raise OptionError(f"weights= has no effect on a query of one part ({parts[0]}). Omit it, or add another part.")
+
+
 def _weights(weights: Any) -> dict[str, float]:
+    if isinstance(weights, np.ndarray):
+        weights = weights.tolist()
     given = dict(zip(("text", "image"), weights, strict=False)) if isinstance(weights, _COLLECTIONS) else weights
     if given is None:
         return dict(WEIGHTS)
@@ -177,10 +193,10 @@ def _weights(weights: Any) -> dict[str, float]:
             f"weights={weights!r:.60}: give two numbers (text, image) such as (0.4, 0.6), or a dictionary with keys "
             f"from {', '.join(WEIGHTS)}"
         )
-    for name, weight in given.items():
+    for name, weight in ((name, plain_number(weight)) for name, weight in given.items()):
         if name not in WEIGHTS:
             raise OptionError(f"weights: {name!r:.60} is not a part of a query. Parts: {', '.join(WEIGHTS)}")
-        is_number = isinstance(weight, (int, float, np.number)) and not isinstance(weight, bool)
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not 0 <= weight < math.inf:
             raise OptionError(f"weights={weights!r:.80}: give each weight as a finite number of at least 0")
     return WEIGHTS | {name: float(weight) for name, weight in given.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
+from unidiff_sdk._internal.json_values import plain_number
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, ScoredRecord, Store, Vector, VectorQuery
@@ -21,7 +22,7 @@ from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CANDIDATES
 
-from .columns import facet_counts, ordered, value_at, warn_about_empty_result
+from .columns import column_kinds, facet_counts, ordered, value_at, warn_about_empty_result
 from .cursors import Cursor
 from .duplicates import near_duplicates
 from .mixing import NEUTRAL_TEXTS, ModalityGap, add_imagined, consensus, mean_direction, mix
@@ -73,9 +74,12 @@ class Searcher:
         """One page for each query, all with the same options.
 
         Raises:
-            OptionError: a named item does not exist, a vector has the wrong size, or the cursor is invalid.
+            OptionError: a named item or the column to group by does not exist, a vector has the wrong size, the cursor
+            is invalid, or a query without text is to be ranked by words.
         """
         started = time.perf_counter()
+        if options.hybrid and any(query.text is None for query in queries):
+            raise OptionError("hybrid= ranks by the words of a text, and a query has none. Give a text, or omit it.")
 
         # 1. Where the previous page ended.
         cursors = [
@@ -90,6 +94,9 @@ class Searcher:
         searches = [_nearest(query, vector, options) for query, vector in zip(queries, vectors, strict=True)]
         results = self._ranked(searches, options, cursors)
 
+        if options.group_by is not None:
+            self._require_column(options.group_by, results)
+
         # 4. Pages.
         took_ms = 1000 * (time.perf_counter() - started)
         if not any(results):
@@ -102,6 +109,7 @@ class Searcher:
     def browse(self, where: Mapping[str, Any] | None, order_by: str | None, limit: int, offset: int) -> Page:
         """A page of the items that match a filter, in the order of a column. Raises OptionError, FilterError."""
         started = time.perf_counter()
+        limit, offset = plain_number(limit), plain_number(offset)
         check_page(limit, offset)
         clause = parse(where)
         records: Iterable[Record]
@@ -116,6 +124,7 @@ class Searcher:
 
     def facets(self, column: str, where: Mapping[str, Any] | None, limit: int) -> dict[str | bool | int | float, int]:
         """Count the items with each value of a column. Raises OptionError, FilterError."""
+        limit = plain_number(limit)
         check_page(limit, 0)
         return facet_counts(self.store, column, parse(where), limit)
 
@@ -313,6 +322,15 @@ class Searcher:
                     break
                 size = min(2 * size, MAX_LIMIT)
         return sorted(groups, key=lambda scored: (-scored.score, scored.id))[start : start + search.limit]
+
+    def _require_column(self, group_by: str, results: Iterable[Sequence[ScoredRecord]]) -> None:
+        """Raise OptionError if no item has the column to group by, so that it would have no effect."""
+        found = list(chain.from_iterable(results))
+        if not found or any(value_at(scored.payload, group_by) is not None for scored in found):
+            return
+        if not self.store.count(Compare(column_path(group_by), "exists", True)):
+            known = ", ".join(column_kinds(self.store))
+            raise OptionError(f"group_by={group_by!r:.60}: no item has this column. Columns: {known}")
 
     def _diversified(self, search: VectorQuery, options: SearchOptions, cursor: Cursor | None) -> list[ScoredRecord]:
         """Candidates selected for variety. Their number depends on `limit` alone, so that pages are consistent."""

@@ -26,6 +26,8 @@ def checked_id(id: Any) -> str | int:
     Raises:
         OptionError: `id` is neither a non-empty string nor a 64-bit integer.
     """
+    if isinstance(id, np.ndarray) and id.ndim == 0:
+        id = id[()]
     if type(id) is str or type(id) is int:
         plain: Any = id
     elif isinstance(id, (bool, np.bool_)) or is_missing(id):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from unidiff_sdk._internal.json_values import plain_number
 from unidiff_sdk._internal.text import Secret, redact_url
 from unidiff_sdk.errors import OptionError, StoreError
 
@@ -60,6 +61,8 @@ class ServerOptions:
     on_disk: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("timeout", "retries", "shards", "replicas", "grpc_port"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         for name, least in {"timeout": 1, "retries": 0, "shards": 1, "replicas": 1, "grpc_port": 1}.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
