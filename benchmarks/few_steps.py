@@ -91,7 +91,7 @@ def student(work: Path, teacher: Any, seed: int) -> Path:
     if not checkpoint.is_dir():
         click.echo(f"Distilling {name} (once, several minutes)…", err=True)
         config = DistillationConfig(trajectories=1024, steps=800, precision="bf16", seed=seed)
-        distill("tiny", captions(work), checkpoint, config)
+        distill("tiny", captions(work), checkpoint, config, overwrite=True)
     return export_bundle(str(checkpoint), bundle).path
 
 

@@ -63,7 +63,7 @@ def clear(out: Path) -> None:
 def train_and_export(data: Path, out: Path, *options: str) -> Tuned:
     """Fine-tune the built-in base on `data` and export it: `out`/checkpoint and `out`/bundle."""
     checkpoint, bundle = out / "checkpoint", out / "bundle"
-    train = run("unidiff-train", data, "--base", "tiny", "-o", checkpoint, *options)
+    train = run("unidiff-train", data, "--base", "tiny", "-o", checkpoint, "--overwrite", *options)
     export = run("unidiff-export", checkpoint, "-o", bundle, "--overwrite")
     return Tuned(checkpoint, bundle, {"train": train, "export": export})
 

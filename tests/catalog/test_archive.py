@@ -194,9 +194,11 @@ def test_failed_export_keeps_the_previous_file(catalog: Catalog, tmp_path: Path)
     before = file.read_bytes()
     Image.new("RGB", (5, 5)).save(tmp_path / "outside.jpg")
     with pytest.raises(ImageError, match="'7' has changed since it was indexed"):
-        catalog.export(file)
+        catalog.export(file, overwrite=True)
     (tmp_path / "outside.jpg").unlink()
     with pytest.raises(ImageError, match="'7' cannot be read"):
+        catalog.export(file, overwrite=True)
+    with pytest.raises(DataError, match=r"is an earlier export.*--overwrite"):
         catalog.export(file)
     assert file.read_bytes() == before
     with pytest.raises(DataError, match="not a readable parquet"):

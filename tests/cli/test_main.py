@@ -304,7 +304,9 @@ def test_export_and_restore_keep_all_items(shop: Path, toy: Path) -> None:
     assert "12 items written to" in result.stdout and " MB)" in result.stdout
     assert "has 12 items" in run("restore", file, new).stdout
     assert json.loads(run("info", new, "--json").stdout)["items"] == 12
-    shirts = json.loads(run("export", new, file, "--where", '{"price": {"lt": 40}}', "--json").stdout)
+    check_error(run("export", new, file), "is an earlier export", "--overwrite")
+    cheap = ["--where", '{"price": {"lt": 40}}', "--overwrite", "--json"]
+    shirts = json.loads(run("export", new, file, *cheap).stdout)
     assert 0 < shirts["items"] < 12 and shirts["bytes"] == file.stat().st_size
     other = make_toy_bundle(shop / "other", seed=1)
     check_error(run("restore", file, shop / "more", "--bundle", other), "is another bundle", "reencode")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.modes import modes_below, umask
 
 from unidiff_sdk._internal.files import atomic_file, write_atomically
 from unidiff_sdk.errors import StoreError
@@ -17,7 +18,14 @@ def test_write_atomically_creates_folders_and_replaces_the_file(tmp_path: Path, 
         write_atomically(path, content, fsync=fsync)
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002, 0o027])
+def test_new_and_replaced_files_follow_the_umask(tmp_path: Path, mask: int) -> None:
+    with umask(mask):
+        for _ in range(2):
+            write_atomically(tmp_path / "a" / "b.json", b"content")
+    assert modes_below(tmp_path / "a") == ({0o666 & ~mask}, {0o777 & ~mask})
 
 
 def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Path) -> None:

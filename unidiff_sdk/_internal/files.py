@@ -6,9 +6,9 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -40,11 +40,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        os.close(handle)
+        temporary = path.parent / f".{secrets.token_hex(8)}.part"
+        temporary.touch(0o666, exist_ok=False)  # less what the umask removes; `tempfile` would make it private
         try:
-            yield Path(temporary)
-            os.chmod(temporary, 0o644)
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)

@@ -85,22 +85,29 @@ class ArchivedItem:
 
 
 def write_archive(
-    path: str | Path, snapshot: Snapshot, images: ImageStore, where: Mapping[str, Any] | None, *, progress: bool
+    path: str | Path,
+    snapshot: Snapshot,
+    images: ImageStore,
+    where: Mapping[str, Any] | None,
+    *,
+    overwrite: bool,
+    progress: bool,
 ) -> int:
     """Write the items that match a filter, one row group at a time. The file is complete or absent.
 
     Args:
-        path: the file; an existing archive is replaced.
+        path: the file.
         snapshot: the items.
         images: the image store.
         where: the filter; None writes all items.
+        overwrite: replace an existing archive.
         progress: show a progress bar.
 
     Returns:
         The number of items.
 
     Raises:
-        DataError: pyarrow is missing, or `path` is not an archive.
+        DataError: pyarrow is missing; `path` is not an archive, or is one and `overwrite` is false.
         FilterError: `where` is invalid.
         ImageError: an image is missing or has changed since it was indexed.
         StoreError: the file cannot be written.
@@ -109,6 +116,10 @@ def write_archive(
     parquet = pyarrow_parquet("export")
     if path.exists():
         Archive.open(path)  # raises for any other file, which must not be overwritten
+        if not overwrite:
+            raise DataError(
+                f"{path} is an earlier export. Name another file, or replace it: overwrite=True (--overwrite)."
+            )
     store, reference = snapshot.store, snapshot.file.bundle
     bundle = reference.describe(reference.portable(snapshot.folder))
     metadata = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle}

@@ -431,25 +431,33 @@ class Catalog(OpenCatalog):
 
         return reindex(self._current, self._images, self._stores, bundle, progress=progress)
 
-    def export(self, path: str | Path, *, where: Mapping[str, Any] | None = None, progress: bool = False) -> int:
+    def export(
+        self,
+        path: str | Path,
+        *,
+        where: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+    ) -> int:
         """Write all items into one parquet file, with vectors and images (`archive`). Returns the number of items.
 
         Other threads may search and write in the meantime; the file may or may not include what they write. Needs the
         extra `parquet`.
 
         Args:
-            path: the file. An earlier export with this name is replaced once the new one is complete.
+            path: the file.
             where: a filter; only matching items are written.
+            overwrite: replace an earlier export with this name, once the new one is complete.
             progress: show a progress bar.
 
         Raises:
-            DataError: pyarrow is missing, or the path is a file of another kind.
+            DataError: pyarrow is missing, or the file exists: an earlier export without `overwrite`, or another file.
             ImageError: an image is missing, or a referenced one has changed. Nothing is written then.
             StoreError: the file cannot be written.
         """
         from .archive import write_archive
 
-        return write_archive(path, self._current.get(), self._images, where, progress=progress)
+        return write_archive(path, self._current.get(), self._images, where, overwrite=overwrite, progress=progress)
 
     @classmethod
     def restore(

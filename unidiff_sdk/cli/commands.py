@@ -187,14 +187,17 @@ def reindex(catalog: Path, bundle: str, references: Path | None, as_json: bool) 
 @click.argument("catalog", type=CatalogFolder())
 @click.argument("file", type=click.Path(path_type=Path))
 @where_option
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export at FILE.")
 @references_option
 @json_option
-def export(catalog: Path, file: Path, where: str | None, references: Path | None, as_json: bool) -> None:
+def export(
+    catalog: Path, file: Path, where: str | None, overwrite: bool, references: Path | None, as_json: bool
+) -> None:
     """Write all items of CATALOG, with their vectors and images, to the parquet FILE. `unidiff restore` reads it."""
     from unidiff_sdk.catalog.catalog import Catalog
 
     with Catalog(catalog, create=False, references=references) as opened:
-        count = opened.export(file, where=parse_where(where), progress=not as_json)
+        count = opened.export(file, where=parse_where(where), overwrite=overwrite, progress=not as_json)
     size = file.stat().st_size
     if as_json:
         echo_json({"items": count, "bytes": size})

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from support.modes import modes_below, umask  # noqa: E402
 from transformers import CLIPModel  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError  # noqa: E402
@@ -94,6 +95,17 @@ def test_no_path_of_this_machine_is_written(random_checkpoint: Path, tmp_path: P
     saved = save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)))
     for file in saved.rglob("*.json"):
         assert str(random_checkpoint) not in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o007])
+def test_files_of_a_checkpoint_follow_the_umask(random_checkpoint: Path, tmp_path: Path, mask: int) -> None:
+    def write_more(folder: Path) -> None:
+        (folder / "training_state").mkdir()
+        save_file({"a": torch.zeros(1)}, folder / "training_state" / "optimizer.safetensors")
+
+    with umask(mask):
+        saved = save_checkpoint(tmp_path / "saved", **parts(load_checkpoint(random_checkpoint)), write_more=write_more)
+    assert modes_below(saved) == ({0o666 & ~mask}, {0o777 & ~mask})
 
 
 def test_metadata_is_loaded(random_checkpoint: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpo
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data.captions import group_keys, representative_captions  # noqa: E402
+from unidiff_sdk.training.loop.distiller import distill  # noqa: E402
 from unidiff_sdk.training.loop.learner import Ema, learning_rate_factor  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
 from unidiff_sdk.training.runtime.callbacks import StepReport  # noqa: E402
@@ -273,6 +275,23 @@ def test_invalid_requests_are_refused_before_training(
     with pytest.raises(TrainingError, match="too few valid pairs: 1"):
         train(one, random_checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_finished_checkpoint_is_replaced_only_on_request(
+    small_catalog: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(random_checkpoint, tmp_path / "out"))
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    config = TrainingConfig(**(FEW | {"steps": 1}))
+    with pytest.raises(CheckpointError, match=r"already holds a checkpoint.*--overwrite"):
+        train(small_catalog, random_checkpoint, out, config, device="cpu")
+    with pytest.raises(CheckpointError, match=r"already holds a checkpoint.*--overwrite"):
+        distill(random_checkpoint, small_catalog, out, device="cpu")
+    with pytest.raises(OptionError, match="exclude each other"):
+        train(small_catalog, random_checkpoint, out, config, device="cpu", resume=True, overwrite=True)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    train(small_catalog, random_checkpoint, out, config, device="cpu", overwrite=True)
+    assert load_checkpoint(out).meta["step"] == 1
 
 
 def test_averaged_weights_follow_the_closed_form() -> None:

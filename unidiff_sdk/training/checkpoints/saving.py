@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
@@ -91,13 +92,20 @@ def save_checkpoint(
             if write_more:
                 write_more(temporary)
             write_json(temporary / METADATA, content)
+            _follow_umask(temporary)
     except (OSError, SafetensorError) as error:  # safetensors wraps errors of the disk
         raise CheckpointError(f"Cannot save the checkpoint {path}: {error}. The previous one is unchanged.") from error
     return path
 
 
-def require_replaceable(path: Path) -> None:
-    """Raise CheckpointError if `path` holds something that is not a checkpoint. Call it before long work."""
+def require_replaceable(path: Path, *, overwrite: bool = True) -> None:
+    """Check that a checkpoint can be saved at `path`. Call it before long work.
+
+    Raises:
+        CheckpointError: `path` holds something that is not a checkpoint; or, without `overwrite`, a checkpoint.
+    """
+    if not overwrite and (path / METADATA).is_file():
+        raise CheckpointError(f"{path} already holds a checkpoint. Name another folder, or replace it: --overwrite.")
     is_empty_folder = path.is_dir() and not any(path.iterdir())
     if path.exists() and not ((path / METADATA).is_file() or is_empty_folder):
         raise CheckpointError(f"{path} exists and is not a checkpoint. Name a new folder, or remove it first.")
@@ -146,13 +154,14 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype 
         for name, tensor in tensors.items()
     }
     save_file(stored, file, metadata={"format": "pt"})
-    file.chmod(0o666 & ~_umask())  # safetensors makes its files readable for their owner only
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _follow_umask(folder: Path) -> None:
+    """Give all files of a new checkpoint the mode of its metadata: those of safetensors are private."""
+    mode = (folder / METADATA).stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(stat.S_IMODE(mode))
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

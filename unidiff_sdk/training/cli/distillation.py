@@ -13,7 +13,7 @@ from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.training.config import DistillationConfig
 
 from .display import LossDisplay, progress_display, show_invalid_rows, track
-from .options import CONTEXT, FOLDER, config_option, device_option, option, strict_option
+from .options import CONTEXT, FOLDER, config_option, device_option, option, overwrite_option, strict_option
 
 __all__ = ["distill"]
 
@@ -59,9 +59,10 @@ setting = partial(config_option, config=DistillationConfig)
     type=click.Choice(["fp32", "bf16"]),
     help="Precision of the forward passes. bf16 is twice as fast on processors that support it.",
 )
+@overwrite_option
 @strict_option()
 @device_option
-def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, **options: Any) -> None:
+def distill(checkpoint: str, data: Path, out: Path, overwrite: bool, strict: bool, device: str, **options: Any) -> None:
     """Make a checkpoint generate in few steps without guidance.
 
     CHECKPOINT is a folder, or "tiny". DATA is a catalog as for training; only its captions are used. The new checkpoint
@@ -80,6 +81,7 @@ def distill(checkpoint: str, data: Path, out: Path, strict: bool, device: str, *
             config,
             device=device,
             strict=strict,
+            overwrite=overwrite,
             on_rows=lambda reading: track(progress, reading, rows, "Reading captions"),
             on_invalid_rows=show_invalid_rows,
             on_trajectories=lambda batches: track(progress, batches, len(batches), "Recording trajectories (batches)"),

@@ -11,7 +11,17 @@ import click
 
 from unidiff_sdk.cli.console import Option
 
-__all__ = ["CONTEXT", "FILE", "FOLDER", "config_option", "device_option", "flag", "option", "strict_option"]
+__all__ = [
+    "CONTEXT",
+    "FILE",
+    "FOLDER",
+    "config_option",
+    "device_option",
+    "flag",
+    "option",
+    "overwrite_option",
+    "strict_option",
+]
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 FOLDER = click.Path(path_type=Path)
@@ -44,6 +54,7 @@ def strict_option(theme: str = "Options") -> Decorator:
     return flag("--strict", theme=theme, help="Fail on the first invalid row instead of skipping it.")
 
 
+overwrite_option = flag("--overwrite", help="Replace the checkpoint in --out, if there is one.")
 device_option = option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -19,7 +19,7 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.config import Precision, PriorConfig, RscTeacher, TrainingConfig
 
 from .display import LossDisplay, progress_display, show_invalid_rows, track
-from .options import CONTEXT, FOLDER, config_option, device_option, flag, option, strict_option
+from .options import CONTEXT, FOLDER, config_option, device_option, flag, option, overwrite_option, strict_option
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.evaluation.validation import RunCallback
@@ -85,6 +85,7 @@ def component_options(command: Any) -> Any:
 @setting("--lr", field="learning_rate", metavar="RATE", help="Peak learning rate.")
 @setting("--seed", field="seed", metavar="N", help="Random seed. On the CPU, the same seed gives the same weights.")
 @flag("--resume", help="Continue the run in --out, if there is one.")
+@overwrite_option
 @device_option
 @option(
     "--group",
@@ -270,7 +271,7 @@ def train(
     unidiff-export turns it into a bundle. You can interrupt at any time: the progress is saved, and --resume continues
     the run. OUT.log/report.html shows curves and, with --val, samples over time, searches and figures before and after.
     """
-    request = {name: options.pop(name) for name in ("clip", "device", "resume", "latents")}
+    request = {name: options.pop(name) for name in ("clip", "device", "resume", "overwrite", "latents")}
     config = TrainingConfig(**options)
     if val is None and (prompts or config.patience or config.wise_ft):
         raise OptionError("--prompt, --patience and --wise-ft need validation pairs. Add --val FOLDER.")

@@ -69,6 +69,7 @@ def distill(
     *,
     device: str = "auto",
     strict: bool = False,
+    overwrite: bool = False,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
     on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
@@ -93,6 +94,7 @@ def distill(
         config: Settings. Default: `DistillationConfig()`.
         device: "auto", "cpu" or "cuda".
         strict: Raise for the first invalid row instead of skipping it.
+        overwrite: Replace the checkpoint in `out`, if there is one.
         on_rows: Wraps the rows while they are read.
         on_invalid_rows: Called with the skipped rows once the data is read.
         on_start: Called with the teacher once it is loaded.
@@ -101,7 +103,7 @@ def distill(
 
     Raises:
         DataError: The catalog is missing or has no caption.
-        CheckpointError: The teacher is missing or incomplete, or `out` cannot be written.
+        CheckpointError: The teacher is missing or incomplete, or `out` cannot be written or holds a checkpoint.
         OptionError: An argument is out of range.
         TrainingError: The loss is not finite.
     """
@@ -110,7 +112,7 @@ def distill(
     out, data = Path(out), Path(data)
 
     # 1. teacher and captions
-    teacher = _open_teacher(checkpoint, out)
+    teacher = _open_teacher(checkpoint, out, overwrite)
     on_start(teacher)
     captions, invalid = _read_captions(data, strict, on_rows)
     if invalid:
@@ -149,12 +151,13 @@ def few_step_scheduler(teacher: Checkpoint) -> DDIMScheduler:
     )
 
 
-def _open_teacher(checkpoint: str | Path, out: Path) -> Checkpoint:
+def _open_teacher(checkpoint: str | Path, out: Path, overwrite: bool) -> Checkpoint:
     """Load the teacher, once it is sure that the result can be saved to `out`."""
     require_replaceable(out)
     teacher = load_checkpoint(checkpoint)
     if out.exists() and out.samefile(teacher.path):
         raise TrainingError(f"{out} is the teacher itself. Name another folder for the result.")
+    require_replaceable(out, overwrite=overwrite)
     return teacher
 
 

@@ -67,6 +67,7 @@ def train(
     clip: str | Path | None = None,
     strict: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     latents: str | Path | None = None,
     prior: PriorConfig | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
@@ -99,6 +100,7 @@ def train(
         strict: Raise for the first invalid row instead of skipping it.
         resume: Continue the run in `out`, if there is one. On the CPU, the final weights equal those of an
             uninterrupted run bit for bit.
+        overwrite: Replace the checkpoint in `out`, if there is one.
         latents: Folder that keeps VAE latents for later runs.
         prior: Prior pairs, trained on as well.
         on_rows: Wraps the rows while they are read.
@@ -111,7 +113,7 @@ def train(
 
     Raises:
         DataError: A catalog is missing or has no valid row.
-        CheckpointError: The base is missing or not supported, or `out` cannot be written.
+        CheckpointError: The base is missing or not supported, or `out` cannot be written or holds a checkpoint.
         OptionError: An argument is out of range.
         TrainingError: A loss is not finite, memory is too small, or `out` holds another run. The last good checkpoint
             remains.
@@ -120,10 +122,12 @@ def train(
     started = time.perf_counter()
     data, out = Path(data), Path(out)
     _check_request(config, prior, on_validate)
+    if resume and overwrite:
+        raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
     processes = Processes.join(device)
 
     # 1. base and pairs
-    checkpoint = _open_base(base, clip, out, resume, processes)
+    checkpoint = _open_base(base, clip, out, processes, resume=resume, overwrite=overwrite)
     if processes.is_main:
         on_start(checkpoint)
     load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
@@ -170,17 +174,22 @@ def _check_request(config: TrainingConfig, prior: PriorConfig | None, on_validat
         )
 
 
-def _open_base(base: str | Path, clip: str | Path | None, out: Path, resume: bool, processes: Processes) -> Checkpoint:
+def _open_base(
+    base: str | Path, clip: str | Path | None, out: Path, processes: Processes, *, resume: bool, overwrite: bool
+) -> Checkpoint:
     """Load the base, once it is sure that the result can be saved to `out`."""
     if processes.is_main:
         recover_interrupted_save(out)
     processes.wait()
     require_replaceable(out)
-    if unfinished(out) and not resume:
-        raise TrainingError(f"{out} holds an unfinished run. Continue it with --resume, or remove it first.")
+    if unfinished(out) and not (resume or overwrite):
+        raise TrainingError(
+            f"{out} holds an unfinished run. Continue it with --resume, or start again with --overwrite."
+        )
     checkpoint = load_base(base, clip)
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself. Name another folder for the result.")
+    require_replaceable(out, overwrite=resume or overwrite)
     return checkpoint
 
 
