@@ -7,7 +7,6 @@ in between, `path` holds either the old checkpoint or the new one, or `recover_i
 
 from __future__ import annotations
 
-import os
 import shutil
 import stat
 from collections.abc import Callable, Mapping
