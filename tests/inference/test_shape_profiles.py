@@ -8,7 +8,7 @@ import pytest
 from support.recorded import RecordedSession, recorded_session
 from support.toy_bundle import make_toy_bundle
 
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk.errors import BundleError, OptionError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import Embedding, Latent, ModelDescription, Prompt, SamplerDefaults, TensorSpec
@@ -53,6 +53,9 @@ def test_profile_of_stable_diffusion() -> None:
     assert shape_profile("clip_text_encoder", ids, model)["input_ids"]["max"] == [32, 50]
     images = {"sample": TensorSpec("float32", ("batch", 3, "height", "width"))}
     assert shape_profile("vae_encoder", images, model)["sample"]["opt"] == [1, 3, 512, 512]
+
+    with pytest.raises(BundleError, match=r"names the axis '4'.*unet.*Known axes: batch, "):
+        shape_profile("unet", {"sample": TensorSpec("float32", ("batch", "4"))}, model)
 
 
 def test_batches_are_split_to_fit_the_engine(toy: Bundle) -> None:

@@ -304,6 +304,12 @@ def test_search_options_refuse_invalid_values(options: dict[str, Any], says: str
         SearchOptions(**options)
 
 
+@pytest.mark.parametrize("cursor", [np.array([1, 2]), b"abc", 7, ["a"]])
+def test_options_refuse_a_cursor_that_is_no_string(cursor: Any) -> None:
+    with pytest.raises(OptionError, match="give the attribute cursor of a Page"):
+        SearchOptions(cursor=cursor)
+
+
 def test_search_options_are_normalized_and_frozen() -> None:
     options = SearchOptions(where={"price": {"lt": 3}}, cursor="", hybrid=True)
     assert (options.limit, options.cursor, options.hybrid) == (10, None, 0.5)

@@ -16,6 +16,7 @@ from unidiff_sdk.inference.manifest import Latent
 from unidiff_sdk.inference.schedule import Schedule
 
 from .img2img import to_samples
+from .memory import check_architecture
 
 __all__ = ["DiffusionModel"]
 
@@ -119,8 +120,13 @@ class DiffusionModel:
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
-        return self._bundle.config("unet/config.json")
+        return self._architecture("unet/config.json")
 
     @cached_property
     def decoder_config(self) -> dict[str, Any]:
-        return self._bundle.config("vae_decoder/config.json")
+        return self._architecture("vae_decoder/config.json")
+
+    def _architecture(self, file: str) -> dict[str, Any]:
+        config = self._bundle.config(file)
+        check_architecture(config, self._bundle.path / file)
+        return config

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["image_memory"]
+from unidiff_sdk.errors import BundleError
+
+__all__ = ["check_architecture", "image_memory"]
 
 FLOAT_BYTES = 4
 # Measured with ONNX Runtime's CPU kernels on the built-in model, and scaled with the channels: how many tensors of the
 # widest kind exist at the same time.
 UNET_TENSORS = 24
 DECODER_TENSORS = 6
+
+MAX_BLOCKS = 16
+MAX_WIDTH = 1 << 16  # channels or heads; models have a few thousand
+
+
+def check_architecture(config: Mapping[str, Any], file: Path) -> None:
+    """Check what the runtime reads of a diffusers configuration: channels and types of the blocks, attention heads.
+
+    Raises:
+        BundleError: a value is missing, or has another type or size than a model can have.
+    """
+    channels = config.get("block_out_channels")
+    if not (isinstance(channels, list) and 0 < len(channels) <= MAX_BLOCKS and all(map(_is_width, channels))):
+        raise _wrong(file, "block_out_channels", channels, f"a list of 1 to {MAX_BLOCKS} numbers of channels")
+    types = config.get("down_block_types", [])
+    if not (isinstance(types, list) and all(isinstance(name, str) for name in types)):
+        raise _wrong(file, "down_block_types", types, "a list of names")
+    for name in ("num_attention_heads", "attention_head_dim"):
+        heads = config.get(name)
+        if not (
+            heads is None or _is_width(heads) or (isinstance(heads, list) and heads and all(map(_is_width, heads)))
+        ):
+            raise _wrong(file, name, heads, "a number of heads, or one for each block")
+
+
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MAX_WIDTH
+
+
+def _wrong(file: Path, name: str, value: Any, accepted: str) -> BundleError:
+    return BundleError(f"{file}: {name} is {value!r:.80}; it must be {accepted}. Export the bundle again.")
 
 
 def image_memory(unet: Mapping[str, Any], decoder: Mapping[str, Any], width: int, height: int, predictions: int) -> int:
@@ -22,7 +56,7 @@ def image_memory(unet: Mapping[str, Any], decoder: Mapping[str, Any], width: int
     and after. For the built-in model, at 192 to 512 pixels, this is 1.05 to 1.3 of what a process grows by.
 
     Args:
-        unet, decoder: their diffusers configurations.
+        unet, decoder: their diffusers configurations, checked by `check_architecture`.
         width, height: of the latents.
         predictions: of the UNet for each step: 2 with guidance, else 1.
     """

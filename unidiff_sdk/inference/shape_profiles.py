@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk.errors import BundleError, OptionError
 
 from .manifest import ModelDescription, Profile, TensorSpec
 
@@ -40,6 +40,9 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
         graph: its name, such as "unet".
         inputs: with names for the dynamic axes: "batch", "steps", "height", "width", "tokens".
         model: sizes of latents and texts, and the default guidance.
+
+    Raises:
+        BundleError: an axis has another name.
     """
     latent = model.latent
     side = latent.size * (latent.scale_factor if graph == "vae_encoder" else 1)
@@ -56,6 +59,13 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
         "unet": (1, predictions, 2 * images),
     }.get(graph, (1, 1, images))
     axes = {"batch": batch, "steps": batch, "height": sides, "width": sides, "tokens": (tokens,) * 3}
+    for name, tensor in inputs.items():
+        for axis in tensor.shape:
+            if not isinstance(axis, int) and axis not in axes:
+                raise BundleError(
+                    f"the manifest names the axis {axis!r:.60} of {name:.60}, an input of the graph {graph}. "
+                    f"Known axes: {', '.join(axes)}. Export the bundle again."
+                )
     return {
         name: {
             bound: [axis if isinstance(axis, int) else axes[axis][i] for axis in tensor.shape]

@@ -59,6 +59,8 @@ class SearchOptions:
         for name in ("limit", "offset", "min_score", "diversity", "hybrid"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_page(self.limit, self.offset)
+        if not isinstance(self.cursor, (str, type(None))):
+            raise OptionError(f"cursor={self.cursor!r:.60}: not a cursor: give the attribute cursor of a Page")
         if self.cursor and self.offset:
             raise OptionError("offset= and cursor= exclude each other: a cursor already marks where its page starts")
         if self.min_score is not None and not _is_finite(self.min_score):
