@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from support.backends import BACKENDS, record
 
 from unidiff_sdk import Catalog, FilterError, OptionError
 from unidiff_sdk.datasets.synthetic import products, render
 from unidiff_sdk.retrieval.columns import FacetCounts
+from unidiff_sdk.retrieval.filter_kinds import warn_about_filter
+from unidiff_sdk.store.filters import parse
+from unidiff_sdk.store.payload import SYSTEM
 
 
 def test_facets_count_the_values_of_filtered_items() -> None:
@@ -199,3 +205,72 @@ def test_a_filter_of_another_kind_than_the_column_is_reported(where: dict[str, A
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert catalog.count({"value": {"lt": 5}}) == 0, "a filter of the same kind that matches nothing is silent"
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
+    ({"not": {"price": {"lt": 100}}}, '"lt" compares the column "price" with a number'),
+    ({"or": [{"price": {"gte": 3}}, {"brand": "Acme"}]}, '"gte" compares the column "price" with a number'),
+    ({"or": [{"brand": "Acme"}, {"prize": 3}]}, 'No item has a column "prize"'),
+    ({"brand": ["Acme", 7]}, '"eq" compares the column "brand" with a number'),
+    ({"stock": [7, "7", "8"]}, '"in" compares the column "stock" with a string'),
+    ({"not": {"stock": {"contains": "seven"}}}, '"contains" compares the column "stock" with a string'),
+    ({"stock": {"ne": True}}, '"eq" compares the column "stock" with a boolean'),
+    ({"not": {"stock": {"lt": "2026-01-01"}}}, '"lt" compares the column "stock" with a date'),
+    (
+        {"not": {"brand": {"near": {"lat": 1, "lon": 2, "radius": 9}}}},
+        '"near" compares the column "brand" with a place',
+    ),
+]
+POSSIBLE: list[dict[str, Any]] = [
+    {"price": "10,5", "brand": ["Acme", "Nord"], "stock": {"lt": 0}, "sale": False, "day": {"lt": "2020-01-01"}},
+    {"day": "2026-03-01", "at": {"near": {"lat": 50, "lon": 50, "radius": 1}}, "tags": ["x", 38]},
+    {"not": {"or": [{"size.cm": 4}, {"gone": {"exists": True}}, {"gone": None}]}},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.__name__)
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+def test_a_part_of_a_filter_that_no_item_can_match_is_reported_whatever_the_filter_matches(
+    backend: Any, tmp_path: Path
+) -> None:
+    columns: dict[str, Any] = {"price": "10,5", "brand": "Acme", "stock": 7, "sale": True, "day": "2026-03-01"}
+    columns |= {"at": {"lat": 1.0, "lon": 2.0}, "tags": ["new", 38], "size": {"cm": 3}, SYSTEM: {}}
+    store = backend(tmp_path)
+    try:
+        warn_about_filter(store, parse(IMPOSSIBLE[0][0]))  # an empty store is no reason to warn
+        store.upsert([record(number, **columns) for number in range(20)])
+        for where, message in IMPOSSIBLE:
+            for _ in range(2):
+                with pytest.warns(UserWarning, match=message):
+                    warn_about_filter(store, parse(where))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for where in POSSIBLE:
+                warn_about_filter(store, parse(where))
+            # The kind appears later.
+            store.upsert([record(21, price=20, prize=3, brand=7, **{SYSTEM: {}})])
+            for where, _ in IMPOSSIBLE[:4]:
+                warn_about_filter(store, parse(where))
+    finally:
+        store.close()
+
+
+def test_every_call_with_a_filter_reports_parts_that_cannot_match(tmp_path: Path) -> None:
+    where = {"not": {"value": {"lt": 100}}}
+    calls: list[Callable[[Catalog], Any]] = [
+        lambda catalog: catalog.search("red", where=where),
+        lambda catalog: catalog.browse(where=where),
+        lambda catalog: catalog.count(where),
+        lambda catalog: catalog.facets("value", where=where),
+        lambda catalog: catalog.duplicates(where=where),
+        lambda catalog: catalog.export(tmp_path / "shop.parquet", where=where),
+    ]
+    with filled(["10,5", "9,9"]) as catalog:
+        for call in calls:
+            with pytest.warns(UserWarning, match="no item has a number there"):
+                assert call(catalog)
+
+
+def test_info_reports_every_kind_of_a_mixed_column_whatever_comes_first() -> None:
+    with filled([*["M"] * 300, *[38] * 100, True, ["x", "2026-03-01"]]) as catalog:
+        assert catalog.info()["columns"]["value"] == "string, number, boolean, date"

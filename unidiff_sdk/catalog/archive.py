@@ -30,12 +30,13 @@ import numpy as np
 
 from unidiff_sdk._internal.files import atomic_file
 from unidiff_sdk._internal.json_values import parse_json
-from unidiff_sdk._internal.parallel import buffered_map
+from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
-from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet
+from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet, read_parquet
 from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.retrieval.filter_kinds import warn_about_filter
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.images import ImageStore, ItemImage
@@ -124,6 +125,7 @@ def write_archive(
     bundle = reference.describe(reference.portable(snapshot.folder))
     metadata = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle}
     schema = _schema(store.dim).with_metadata({KEY: json.dumps(metadata)})
+    warn_about_filter(store, clause)
     total, count = store.count(clause), 0
     with (
         progress_bar("Exporting", progress) as advance,
@@ -289,16 +291,18 @@ class Archive:
             )
 
     def batches(self, size: int) -> Iterator[list[ArchivedItem]]:
-        """All items, in lists of at most `size`, one row group at a time. Raises DataError at a damaged row."""
-        import pyarrow as pa
+        """All items, in lists of at most `size`. Raises DataError at a damaged row."""
+        yield from batched(self._items(), size)
 
-        file = open_parquet(self.path)
-        for group in range(file.num_row_groups):
+    def _items(self) -> Iterator[ArchivedItem]:
+        for number, row in read_parquet(self.path, lambda names: None):
             try:
-                for batch in file.read_row_group(group).to_batches(max_chunksize=size):
-                    yield [_item(row) for row in batch.to_pylist()]
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise DataError(f"{self.path}: a row is damaged ({error})") from error
+                if isinstance(row, str):
+                    raise ValueError(row)
+                item = _item(row)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{self.path}: a row is damaged (row {number}: {error})") from error
+            yield item
 
 
 def restore_archive(

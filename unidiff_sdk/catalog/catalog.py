@@ -492,8 +492,8 @@ class Catalog(OpenCatalog):
         return restore_archive(partial(cls, **opening), path, location, bundle, reencode=reencode, progress=progress)
 
     def info(self) -> dict[str, Any]:
-        """Location, number of items, columns with their kinds (of the first 256 items), and the bundle: name, path,
-        fingerprint, dimensions. Loads no model."""
+        """Location, number of items, columns with their kinds in 1,024 random items (such as "number, string"), and the
+        bundle: name, path, fingerprint, dimensions. Loads no model."""
         return {"location": self.location, **self._current.get().describe()}
 
     # -------------------------------------------------------------------------------------------- asyncio

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from unidiff_sdk._internal.files import open_regular_file
 from unidiff_sdk.errors import DataError
 
-__all__ = ["count_parquet_rows", "open_parquet", "parquet_errors", "pyarrow_parquet", "read_arrow", "read_parquet"]
+__all__ = [
+    "count_parquet_rows",
+    "open_parquet",
+    "parquet_errors",
+    "pyarrow_parquet",
+    "read_arrow",
+    "read_parquet",
+    "value_sizes",
+]
 
 BATCH_MEMORY = 32 << 20
 """The memory in bytes that a batch of average rows takes."""
@@ -18,10 +30,32 @@ BATCH_MEMORY = 32 << 20
 MAX_BATCH_ROWS = 1024
 
 MAX_COLUMN_CHUNK = 1 << 30
-"""The largest uncompressed column of one row group in bytes. A file of kilobytes can claim gigabytes."""
+"""The largest uncompressed column of one row group in bytes. Reading it takes up to five times this memory."""
+
+MAX_COMPRESSED_CHUNK = 256 << 20
+"""The same for a column that takes less than a quarter of it on disk. A file of kilobytes can claim gigabytes."""
+
+VALUE_SIZE = 8
+"""The memory in bytes that a value takes at least. Parquet stores millions of equal values in a few bytes."""
 
 MAX_ROW = 64 << 20
-"""The largest row in bytes of its strings and binary values. Parquet stores a value once for many rows."""
+"""The largest row in bytes of its strings, binary values and list elements. Parquet stores a value once for many."""
+
+MAX_TABLE = 16 << 30
+"""The bytes that all rows of a table may take one after the other, plus `MAX_EXPANSION` times the size of the file."""
+
+MAX_EXPANSION = 100
+
+MAX_PAGES = 1_000_000
+"""The most pages of a column of one row group. Writers use pages of about a megabyte."""
+
+MAX_PAGE_HEADER = 64 << 10
+"""The largest header of a page in bytes. It holds the least and greatest value, which writers shorten."""
+
+MAX_DICTIONARY = 64 << 20
+"""The largest dictionary in bytes that is searched for its largest value. Writers use a megabyte."""
+
+_DICTIONARY_ENCODINGS = (2, 8)  # PLAIN_DICTIONARY and RLE_DICTIONARY
 
 _BUILT_IN = (OSError, ValueError, TypeError, LookupError, ArithmeticError)
 
@@ -51,34 +85,164 @@ def pyarrow_parquet(purpose: str) -> Any:
     return pyarrow.parquet
 
 
-def open_parquet(path: Path, *, keep_dictionaries: bool = False) -> Any:
+def open_parquet(path: Path) -> Any:
     """Open a `pyarrow.parquet.ParquetFile`.
-
-    Args:
-        path: the file.
-        keep_dictionaries: whether values that are stored once for many rows take memory once. Their columns then have
-            dictionary types.
 
     Raises:
         DataError: the file cannot be read, or claims more memory than `MAX_COLUMN_CHUNK`.
     """
+    return _open(path)[0]
+
+
+def _open(path: Path) -> tuple[Any, list[_Column]]:
+    """A checked file and its columns, once for each row group. Nothing is decompressed but dictionaries."""
     parquet = pyarrow_parquet(str(path))
-    open_regular_file(path, DataError).close()
-    with parquet_errors(path):
+    with parquet_errors(path), open_regular_file(path, DataError) as content:
         file = parquet.ParquetFile(path)
-        metadata = file.metadata
-        in_dictionaries = set()
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(number)
-                if chunk.total_uncompressed_size > MAX_COLUMN_CHUNK:
-                    raise DataError(
-                        f"{path}: the column {chunk.path_in_schema} takes {chunk.total_uncompressed_size:,} bytes in a "
-                        f"row group; at most {MAX_COLUMN_CHUNK:,} are allowed. Write the file with smaller row groups."
-                    )
-                if chunk.physical_type == "BYTE_ARRAY" and any("DICTIONARY" in name for name in chunk.encodings):
-                    in_dictionaries.add(chunk.path_in_schema)
-        return parquet.ParquetFile(path, read_dictionary=sorted(in_dictionaries)) if keep_dictionaries else file
+        columns = []
+        for group in range(file.metadata.num_row_groups):
+            for number in range(file.metadata.num_columns):
+                chunk = file.metadata.row_group(group).column(number)
+                columns.append(_read_pages(chunk, content, file.schema.column(number).max_repetition_level > 0))
+                columns[-1].check(path, min(chunk.total_compressed_size, path.stat().st_size))
+        return file, columns
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What reading a column of one row group takes. The footer can misstate it, so it is taken from the pages, too.
+
+    Attributes:
+        name: its path in the schema.
+        is_list: whether a row can have several values.
+        size: uncompressed bytes.
+        values: the number of values, including nulls.
+        repeated: how many of them refer to a dictionary.
+        largest: the bytes of the largest string or binary value in the dictionary.
+    """
+
+    name: str
+    is_list: bool
+    size: int
+    values: int
+    repeated: int
+    largest: int
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the column is a part of another one. Only other columns can be read without repeating values."""
+        return "." in self.name
+
+    def check(self, path: Path, on_disk: int) -> None:
+        """Raise DataError if the column takes too much memory."""
+        # Rows are read a few at a time, but all values of a list at once.
+        size = max(self.size, self.values * VALUE_SIZE + self.repeated * self.largest) if self.is_list else self.size
+        limit = min(MAX_COLUMN_CHUNK, max(MAX_COMPRESSED_CHUNK, 4 * on_disk))
+        if size > limit:
+            raise DataError(
+                f"{path}: the column {self.name} takes {size:,} bytes in a row group, and {on_disk:,} on disk; "
+                f"at most {limit:,} are allowed. Write the file with smaller row groups."
+            )
+
+
+def _read_pages(chunk: Any, content: BinaryIO, is_list: bool) -> _Column:
+    """Read the headers of the pages of a column in one row group, and the dictionary."""
+    start = chunk.data_page_offset
+    if chunk.dictionary_page_offset:
+        start = min(start, chunk.dictionary_page_offset)
+    position, size, values, repeated, largest = start, 0, 0, 0, 0
+    for _ in range(MAX_PAGES):
+        if position >= start + chunk.total_compressed_size:
+            size, values = max(size, chunk.total_uncompressed_size), max(values, chunk.num_values)
+            return _Column(chunk.path_in_schema, is_list, size, values, repeated, largest)
+        content.seek(position)
+        header = _Thrift(content.read(MAX_PAGE_HEADER))
+        page = header.struct()
+        if page[2] < 0 or page[3] < 0:
+            raise ValueError(f"a page of the column {chunk.path_in_schema} has a negative size")
+        position += header.position
+        size += page[2]
+        for data, encoding in ((page.get(5), 2), (page.get(8), 4)):  # data pages of version 1 and 2
+            values += data[1] if data else 0
+            repeated += data[1] if data and data[encoding] in _DICTIONARY_ENCODINGS else 0
+        if 7 in page and chunk.physical_type == "BYTE_ARRAY":
+            largest = _largest_value(chunk.compression, content, position, page)
+        position += page[3]
+    raise ValueError(f"the column {chunk.path_in_schema} has more than {MAX_PAGES:,} pages in a row group")
+
+
+def _largest_value(compression: str, content: BinaryIO, position: int, page: dict[int, Any]) -> int:
+    """The bytes of the largest value in the page of a dictionary: each has 4 bytes of length before it."""
+    import pyarrow as pa
+
+    if page[2] > MAX_DICTIONARY:
+        return int(page[2])
+    content.seek(position)
+    values = content.read(page[3])
+    if compression != "UNCOMPRESSED":
+        values = pa.Codec("lz4_raw" if compression == "LZ4" else compression.lower()).decompress(
+            values, page[2], asbytes=True
+        )
+    largest = place = 0
+    while place < len(values):
+        length = int.from_bytes(values[place : place + 4], "little")
+        largest, place = max(largest, length), place + 4 + length
+    return largest
+
+
+class _Thrift:
+    """The header of a page: a structure of Thrift's compact protocol, as a dictionary from field number to value.
+
+    Fields of PageHeader: 2 is the uncompressed and 3 the compressed size, 7 the header of a dictionary, 5 and 8 those
+    of data pages. Their field 1 is the number of values, and field 2 or 4 the encoding. https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.position = content, 0
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        fields: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():
+            number = number + (head >> 4) if head >> 4 else self._integer()
+            fields[number] = self._value(head & 15, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int) -> Any:
+        match kind:
+            case 1 | 2:
+                return kind == 1
+            case 3:
+                return self._byte()
+            case 4 | 5 | 6:
+                return self._integer()
+            case 7:
+                self.position += 8
+                return None
+            case 8:
+                length = self._varint()
+                self.position += length
+                return None
+            case 12 if depth < 4:
+                return self.struct(depth + 1)
+        raise ValueError(f"a page header has a field of type {kind}")
+
+    def _byte(self) -> int:
+        self.position += 1
+        return self.content[self.position - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)  # zigzag
 
 
 def count_parquet_rows(path: Path) -> int:
@@ -88,10 +252,14 @@ def count_parquet_rows(path: Path) -> int:
 
 def read_parquet(path: Path, check_header: CheckHeader) -> Rows:
     """Iterate over the rows as (number from 1, columns), or (number, what is wrong). Raises DataError."""
-    file = open_parquet(path, keep_dictionaries=True)
+    file, columns = _open(path)
     check_header(file.schema_arrow.names)
     with parquet_errors(path):
-        yield from _rows(file.iter_batches(batch_size=_batch_rows(file.metadata)))
+        # Values of these columns take memory once, although many rows refer to them.
+        dictionaries = sorted({column.name for column in columns if column.repeated and not column.is_nested})
+        file = pyarrow_parquet(str(path)).ParquetFile(path, read_dictionary=dictionaries)
+        batches = file.iter_batches(batch_size=_batch_rows(file.metadata, columns))
+        yield from _rows(path, file.schema_arrow.names, batches)
 
 
 def read_arrow(path: Path, check_header: CheckHeader) -> Rows:
@@ -101,25 +269,66 @@ def read_arrow(path: Path, check_header: CheckHeader) -> Rows:
 
     open_regular_file(path, DataError).close()
     with parquet_errors(path), pa.memory_map(str(path)) as file:
+        if any(_is_compressed(message) for message in pa.ipc.MessageReader.open_stream(file)):
+            raise DataError(f"{path}: compressed Arrow data can claim any size and are not supported. Save as parquet.")
+        file.seek(0)
         stream = pa.ipc.open_stream(file)
         check_header(stream.schema.names)
-        yield from _rows(stream)
+        yield from _rows(path, stream.schema.names, stream)
 
 
-def _rows(batches: Iterable[Any]) -> Rows:
-    number = 0
+def _is_compressed(message: Any) -> bool:
+    """Whether the buffers of an Arrow message are compressed. pyarrow does not report it before it decompresses them.
+
+    The metadata is a flatbuffer: Message {version, header type, header, …}, whose header is RecordBatch {length, nodes,
+    buffers, compression} or DictionaryBatch {id, RecordBatch, …}.
+    """
+    metadata = message.metadata.to_pybytes()
+
+    def follow(position: int) -> int:
+        return position + int.from_bytes(metadata[position : position + 4], "little")
+
+    def member(table: int, index: int) -> int | None:
+        vtable = table - int.from_bytes(metadata[table : table + 4], "little", signed=True)
+        entry = 4 + 2 * index
+        if entry >= int.from_bytes(metadata[vtable : vtable + 2], "little"):
+            return None
+        offset = int.from_bytes(metadata[vtable + entry : vtable + entry + 2], "little")
+        return table + offset if offset else None
+
+    header = member(follow(0), 2)
+    if message.type == "dictionary" and header is not None:
+        header = member(follow(header), 1)
+    return message.type != "schema" and header is not None and member(follow(header), 3) is not None
+
+
+def _rows(path: Path, names: Sequence[str], batches: Iterable[Any]) -> Rows:
+    number = total = 0
+    limit = MAX_TABLE + MAX_EXPANSION * path.stat().st_size
     for batch in batches:
-        columns = [_as_python_can_hold_it(column) for column in batch.columns]
-        for row in range(batch.num_rows):
+        batch.validate(full=True)  # offsets and indices of a damaged file point outside of its buffers: a crash
+        columns = [(name, _as_python_can_hold_it(column)) for name, column in zip(names, batch.columns, strict=True)]
+        sizes = sum((value_sizes(column) for column in batch.columns), np.zeros(batch.num_rows, np.int64))
+        for row, size in enumerate(sizes.tolist()):
             number += 1
-            yield number, _row(batch.schema.names, columns, row)
+            total += size
+            if total > limit:
+                raise DataError(
+                    f"{path}: the first {number:,} rows take {total:,} bytes; at most {limit:,} are allowed for a file "
+                    "of this size. Parquet stores equal values once: leave out the column that repeats large ones."
+                )
+            if size > MAX_ROW:
+                yield number, f"the row takes more than {MAX_ROW:,} bytes, which is the most that is allowed"
+            else:
+                yield number, _row(columns, row)
 
 
-def _batch_rows(metadata: Any) -> int:
-    """So many rows that a batch of average rows takes `BATCH_MEMORY`."""
+def _batch_rows(metadata: Any, columns: Sequence[_Column]) -> int:
+    """So many rows that a batch of average rows takes `BATCH_MEMORY`, and eight times that if all values are large."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
-    return int(max(1, min(MAX_BATCH_ROWS, BATCH_MEMORY // max(1, largest))))
+    average = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    repeated = max((column.largest for column in columns if column.is_nested and column.repeated), default=0)
+    return int(max(1, min(MAX_BATCH_ROWS, BATCH_MEMORY // max(1, average, repeated // 8))))
 
 
 def _as_python_can_hold_it(column: Any) -> Any:
@@ -133,29 +342,64 @@ def _as_python_can_hold_it(column: Any) -> Any:
     return column
 
 
-def _row(names: Sequence[str], columns: Sequence[Any], row: int) -> dict[str, Any] | str:
+def _row(columns: Sequence[tuple[str, Any]], row: int) -> dict[str, Any] | str:
     """One row, or what is wrong with it."""
     values = {}
-    size = 0
-    for name, column in zip(names, columns, strict=True):
+    for name, column in columns:
         try:
             value = column[row]
-            value = value.as_py() if hasattr(value, "as_py") else value
+            values[name] = value.as_py() if hasattr(value, "as_py") else value
         except _BUILT_IN as error:
             return f"the column {name} holds a value that cannot be read ({error})"
-        size += _size(value)
-        if size > MAX_ROW:
-            return f"the row has {size:,} bytes; at most {MAX_ROW:,} are allowed"
-        values[name] = value
     return values
 
 
-def _size(value: Any) -> int:
-    match value:
-        case str() | bytes():
-            return len(value)
-        case dict():
-            return sum(_size(member) for member in value.values())
-        case list():
-            return sum(_size(member) for member in value)
-    return 8
+def value_sizes(array: Any) -> NDArray[np.int64]:
+    """The bytes that each value of an Arrow array takes at least as a Python object. Nothing is converted.
+
+    Raises:
+        DataError: the type can refer to the same bytes many times, as views do.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    types, kind = pa.types, array.type
+    sizes: NDArray[np.int64] = np.full(len(array), VALUE_SIZE, np.int64)
+    if isinstance(array, pa.ExtensionArray):
+        return value_sizes(array.storage)
+    if types.is_dictionary(kind):
+        indices = pc.fill_null(array.indices, 0).to_numpy(zero_copy_only=False)
+        sizes += value_sizes(array.dictionary)[indices] - VALUE_SIZE if len(array.dictionary) else 0
+    elif types.is_fixed_size_binary(kind):
+        sizes += kind.byte_width
+    elif any(
+        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    ):
+        sizes += pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
+    elif types.is_string_view(kind) or types.is_binary_view(kind):
+        views = np.frombuffer(array.buffers()[1], np.int32)[::4]  # 16 bytes each, the first four of them the length
+        sizes += views[array.offset : array.offset + len(array)] * array.is_valid().to_numpy(zero_copy_only=False)
+    elif types.is_struct(kind):
+        for field in array.flatten():
+            sizes += value_sizes(field)
+    elif types.is_fixed_size_list(kind):
+        bounds = np.arange(len(array) + 1, dtype=np.int64) + array.offset
+        sizes += _list_sizes(bounds * kind.list_size, array.values)
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        sizes += _list_sizes(array.offsets.to_numpy(zero_copy_only=False).astype(np.int64), array.values)
+    elif types.is_nested(kind) or types.is_run_end_encoded(kind):
+        raise DataError(f"columns of the Arrow type {kind!s:.60} are not supported. Save them as another type.")
+    return sizes
+
+
+def _list_sizes(bounds: NDArray[np.int64], values: Any) -> NDArray[np.int64]:
+    """The bytes of lists: list k holds the values from `bounds[k]` to `bounds[k + 1]`."""
+    sizes: NDArray[np.int64] = np.diff(bounds) * VALUE_SIZE
+    if (bounds[-1] - bounds[0]) * VALUE_SIZE > MAX_ROW:  # one row at a time, so that their sizes take little memory
+        for row in np.flatnonzero(sizes <= MAX_ROW):
+            sizes[row] = value_sizes(values.slice(bounds[row], bounds[row + 1] - bounds[row])).sum()
+        return sizes
+    members = value_sizes(values.slice(bounds[0], bounds[-1] - bounds[0]))
+    ends = np.concatenate([[0], np.cumsum(members)])
+    sizes[:] = ends[bounds[1:] - bounds[0]] - ends[bounds[:-1] - bounds[0]]
+    return sizes

@@ -15,31 +15,33 @@ from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.filters import (
+    GEOHASH_EDGE,
     AllOf,
     AnyOf,
+    Box,
     Clause,
     Compare,
     Not,
     column_path,
-    comparisons,
     path_segments,
-    referenced_columns,
 )
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CAPTION
 
 __all__ = [
     "FacetCounts",
+    "all_of_kind",
     "column_kinds",
+    "count_cached",
     "elements",
     "facet_counts",
     "kind_of",
     "ordered",
     "value_at",
-    "warn_about_empty_result",
+    "warn_about_missing_column",
 ]
 
-_SAMPLE = 256  # items that `column_kinds` reads
+_SAMPLE = 1024  # items that `column_kinds` reads
 _COLUMN_SAMPLE = 16  # items with a column that decide its kind
 _BATCH_SIZE = 1024
 _ORDER_KINDS = {"number": "float", "date": "datetime"}  # kind of a column -> kind of its index
@@ -90,13 +92,21 @@ def kind_of(value: Any) -> str:
 
 
 def column_kinds(store: Store) -> dict[str, str]:
-    """The columns of the first 256 items, sorted by name, and the kind of each (`kind_of`)."""
-    kinds: dict[str, str] = {}
+    """The columns of the store, sorted by name, and the kinds of each (`kind_of`), the most frequent first.
+
+    They are those of 1,024 items, which are a random sample, because ids are hashed. A column of numbers and strings is
+    "number, string".
+    """
+    kinds: dict[str, Counter[str]] = {}
     for record in next(store.scroll(_SAMPLE), []):
         for name, value in record.payload.items():
-            if name != SYSTEM and (kind := kind_of(value)):
-                kinds.setdefault(name, kind)
-    return dict(sorted(kinds.items()))
+            if name != SYSTEM:
+                kinds.setdefault(name, Counter()).update({kind_of(element) for element in elements(value)} - {""})
+    return {
+        name: ", ".join(sorted(counts, key=lambda kind: (-counts[kind], kind)))
+        for name, counts in sorted(kinds.items())
+        if counts
+    }
 
 
 class FacetCounts(dict[str | bool | int | float, int]):
@@ -190,11 +200,11 @@ def ordered(store: Store, order_by: str, where: Clause | None, limit: int, offse
     records = _items_with(store, column)
     path = column_path(column)
     first = kind_of(_first_value(records, column))
-    total = _count_cached(store, Compare(path, "exists", True))
+    total = count_cached(store, Compare(path, "exists", True))
     counts: dict[str, int] = {}
-    for kind in sorted(_ALL_OF_KIND, key=lambda kind: kind != first):
+    for kind in sorted(_ORDER_KINDS, key=lambda kind: kind != first):
         if sum(counts.values()) < total:
-            counts[kind] = _count_cached(store, _all_of_kind(path, kind))
+            counts[kind] = count_cached(store, all_of_kind(path, kind))
     kind = max(counts, key=lambda kind: counts[kind], default="")
     if not counts.get(kind) or any(isinstance(value_at(record.payload, column), list) for record in records):
         raise OptionError(f"order_by={order_by!r}: give a column of single numbers or dates")
@@ -211,55 +221,19 @@ def ordered(store: Store, order_by: str, where: Clause | None, limit: int, offse
     return found
 
 
-def warn_about_empty_result(store: Store, where: Clause | None) -> None:
-    """Warn if a filter that matched nothing names a column that no item has, or compares it with another kind."""
-    if where is None or not store.count():
-        return
-    for column in referenced_columns(where):
-        if not store.count(Compare(column, "exists", True)):
-            known = ", ".join(f'"{name}"' if "." in name else name for name in column_kinds(store))
-            warn(f'No item has a column "{column}". Columns: {known}.')
-    for test in comparisons(where):
-        wanted = _compared_kind(test)
-        if (
-            wanted
-            and store.count(Compare(test.key, "exists", True))
-            and not store.count(_all_of_kind(test.key, wanted))
-        ):
-            held = kind_of(_first_value(_items_with(store, test.key), test.key)) or "other"
-            warn(
-                f'"{test.op}" compares the column "{test.key}" with a {wanted}, and no item has a {wanted} there: its '
-                f"values are of the kind {held}. Compare it with a {held}, or correct the values."
-            )
-
-
-def _compared_kind(test: Compare) -> str:
-    """The kind of value that a comparison can match; "" if it is not checked."""
-    match test.value:
-        case _ if test.op in ("exists", "null"):
-            return ""
-        case bool():
-            return "boolean"
-        case int() | float():
-            return "number"
-        case datetime():
-            return "date"
-        case str() | tuple():
-            return "string"
-    return ""
-
-
+_EVERYWHERE = Box(-180.0, 180 - GEOHASH_EDGE, -90.0, 90 - GEOHASH_EDGE)
 _ALL_OF_KIND: dict[str, tuple[tuple[str, Any], ...]] = {
     "number": (("gte", -sys.float_info.max),),
     "date": (("gte", datetime(1, 1, 1, tzinfo=UTC)),),
+    "place": (("box", _EVERYWHERE),),
 }
 _BOOLEANS = (("eq", True), ("eq", False))
 
 
-def _all_of_kind(path: str, kind: str) -> Clause:
+def all_of_kind(path: str, kind: str) -> Clause:
     """A filter for all items whose column holds a value of a kind. A date is a string, too."""
     if kind == "string":
-        others = AnyOf((_all_of_kind(path, "number"), _all_of_kind(path, "boolean")))
+        others = AnyOf((all_of_kind(path, "number"), all_of_kind(path, "boolean")))
         return AllOf((Compare(path, "exists", True), Not(others)))
     tests = tuple(Compare(path, op, value) for op, value in _ALL_OF_KIND.get(kind, _BOOLEANS))
     return AnyOf(tests)
@@ -269,16 +243,16 @@ def _holds_other_values(store: Store, path: str, kind: str) -> bool:
     """Whether any item has a value in a column that the index of a facet does not hold."""
     others: Clause
     if kind == "keyword":
-        others = AnyOf((_all_of_kind(path, "number"), _all_of_kind(path, "boolean")))
+        others = AnyOf((all_of_kind(path, "number"), all_of_kind(path, "boolean")))
     else:
-        others = AllOf((Compare(path, "exists", True), Not(_all_of_kind(path, "boolean"))))
-    return _count_cached(store, others) > 0
+        others = AllOf((Compare(path, "exists", True), Not(all_of_kind(path, "boolean"))))
+    return count_cached(store, others) > 0
 
 
 _counts: WeakKeyDictionary[Store, dict[Clause, tuple[tuple[int, int], int]]] = WeakKeyDictionary()
 
 
-def _count_cached(store: Store, clause: Clause) -> int:
+def count_cached(store: Store, clause: Clause) -> int:
     """The number of items that match. It is counted again after a write, as it takes 0.3 s for 100,000 items."""
     state = store.revision, store.count()
     known = _counts.setdefault(store, {})
@@ -289,11 +263,17 @@ def _count_cached(store: Store, clause: Clause) -> int:
 
 def _items_with(store: Store, column: str) -> list[Record]:
     """A few items that have a column. Warns if there is none."""
-    has_column = Compare(column_path(column), "exists", True)
-    records = next(store.scroll(_COLUMN_SAMPLE, has_column), [])
-    if not any(kind_of(value_at(record.payload, column)) for record in records):
-        warn_about_empty_result(store, has_column)
+    records = next(store.scroll(_COLUMN_SAMPLE, Compare(column_path(column), "exists", True)), [])
+    if not records:
+        warn_about_missing_column(store, column)
     return records
+
+
+def warn_about_missing_column(store: Store, column: str) -> None:
+    """Warn that no item has a column, unless the store is empty."""
+    if store.count():
+        known = ", ".join(f'"{name}"' if "." in name else name for name in column_kinds(store))
+        warn(f'No item has a column "{column}". Columns: {known}.')
 
 
 def _first_value(records: list[Record], column: str) -> Any:

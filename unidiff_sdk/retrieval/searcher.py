@@ -22,9 +22,10 @@ from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CANDIDATES
 
-from .columns import column_kinds, facet_counts, ordered, value_at, warn_about_empty_result
+from .columns import column_kinds, facet_counts, ordered, value_at
 from .cursors import Cursor
 from .duplicates import near_duplicates
+from .filter_kinds import warn_about_filter
 from .mixing import NEUTRAL_TEXTS, ModalityGap, add_imagined, consensus, mean_direction, mix
 from .options import MAX_LIMIT, SearchOptions, check_page
 from .query import Query, open_image
@@ -99,8 +100,7 @@ class Searcher:
 
         # 4. Pages.
         took_ms = 1000 * (time.perf_counter() - started)
-        if not any(results):
-            warn_about_empty_result(self.store, options.clause)
+        warn_about_filter(self.store, options.clause)
         return [
             self._page(query, search, options, cursor, found, took_ms)
             for query, search, cursor, found in zip(queries, searches, cursors, results, strict=True)
@@ -118,19 +118,22 @@ class Searcher:
         else:
             records = ordered(self.store, order_by, clause, limit, offset)
         hits = tuple(self._make_hit(record.payload, 1.0) for record in records)
-        if not hits:
-            warn_about_empty_result(self.store, clause)
+        warn_about_filter(self.store, clause)
         return Page(hits, offset, limit, 1000 * (time.perf_counter() - started))
 
     def facets(self, column: str, where: Mapping[str, Any] | None, limit: int) -> dict[str | bool | int | float, int]:
         """Count the items with each value of a column. Raises OptionError, FilterError."""
         limit = plain_number(limit)
         check_page(limit, 0)
-        return facet_counts(self.store, column, parse(where), limit)
+        clause = parse(where)
+        warn_about_filter(self.store, clause)
+        return facet_counts(self.store, column, clause, limit)
 
     def duplicates(self, threshold: float, where: Mapping[str, Any] | None) -> list[tuple[Hit, ...]]:
         """Groups of near-duplicates, largest first. Raises OptionError, FilterError."""
-        groups = near_duplicates(self.store, threshold, parse(where))
+        clause = parse(where)
+        warn_about_filter(self.store, clause)
+        groups = near_duplicates(self.store, threshold, clause)
         return [tuple(self._make_hit(found.payload, found.score) for found in group) for group in groups]
 
     def get(self, id: str | int) -> Hit | None:
@@ -141,10 +144,8 @@ class Searcher:
     def count(self, where: Mapping[str, Any] | None) -> int:
         """The number of items that match a filter. Raises FilterError."""
         clause = parse(where)
-        count = self.store.count(clause)
-        if not count:
-            warn_about_empty_result(self.store, clause)
-        return count
+        warn_about_filter(self.store, clause)
+        return self.store.count(clause)
 
     # -------------------------------------------------------------------------------------------- the query vector
 

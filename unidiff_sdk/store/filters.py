@@ -66,6 +66,7 @@ from unidiff_sdk._internal.json_values import MAX_DEPTH, checked_text, to_json
 from unidiff_sdk.errors import FilterError, OptionError
 
 __all__ = [
+    "GEOHASH_EDGE",
     "MAX_DEPTH",
     "OPERATORS",
     "AllOf",
@@ -95,7 +96,7 @@ MAX_CHOICES = 65_536  # strings in one "in"; the engine looks them up in its ind
 MAX_SEARCH_TEXT = 10_000  # characters in one "contains"
 
 # The engine's geo index finds nothing in a box that ends exactly at 180° or 90°, because the geohash wraps there.
-_GEOHASH_EDGE = 1e-9  # degrees
+GEOHASH_EDGE = 1e-9  # degrees
 
 
 # ------------------------------------------------------------------------------------------------ the tree
@@ -360,7 +361,7 @@ def _boxes(key: str, value: Any) -> list[Box]:
             f'"box" on "{key}" is {_short_repr(value)}. west and east must be from -180 to 180, south and north from '
             "-90 to 90 with south below north."
         )
-    limit, north = 180 - _GEOHASH_EDGE, min(north, 90 - _GEOHASH_EDGE)
+    limit, north = 180 - GEOHASH_EDGE, min(north, 90 - GEOHASH_EDGE)
     if west <= east:
         return [Box(west, min(east, limit), south, north)]
     return [Box(west, limit, south, north), Box(-180.0, east, south, north)]
