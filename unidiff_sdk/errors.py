@@ -56,7 +56,7 @@ class GenerationError(UniDiffError):
 
 
 class BusyError(UniDiffError):
-    """Too many concurrent generation requests. Retry later."""
+    """Too many concurrent calls of one kind. Retry later."""
 
 
 class DataError(UniDiffError):

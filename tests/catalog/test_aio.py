@@ -16,8 +16,9 @@ from PIL import Image
 from support.color_bundle import make_color_bundle
 from support.recorded import open_watched
 
-from unidiff_sdk import Bundle, Catalog, OptionError, StoreError
-from unidiff_sdk.catalog.aio import in_thread
+from unidiff_sdk import Bundle, BusyError, Catalog, OptionError, StoreError
+from unidiff_sdk.catalog import aio
+from unidiff_sdk.catalog.aio import MAX_GENERATING, in_thread
 
 pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
 TIMEOUT = 30  # seconds after which an event loop counts as blocked
@@ -160,3 +161,117 @@ def test_context_variables_are_passed_to_the_thread() -> None:
         return await in_thread(request.get)
 
     assert asyncio.run(use()) == "abc"
+
+
+# ------------------------------------------------------------------------------------------------ load
+
+
+def held_generator(toy: Path, released: threading.Event) -> Bundle:
+    """A bundle whose UNet waits until `released` is set."""
+
+    def wait(graph: str, feeds: Mapping[str, np.ndarray]) -> None:
+        if graph == "unet":
+            assert released.wait(TIMEOUT)
+
+    return open_watched(toy, wait)
+
+
+def test_waiting_generations_delay_no_search_and_are_limited(toy: Path) -> None:
+    released = threading.Event()
+
+    async def use() -> None:
+        async with Catalog(bundle=held_generator(toy, released)) as catalog:
+            await catalog.aadd(shade(1), ids=1)
+            tasks = [asyncio.ensure_future(catalog.agenerate("red", steps=1, seed=n)) for n in range(99)]
+            tasks.append(asyncio.ensure_future(catalog.asearch("red boots", imagine=1)))
+            refused, _ = await asyncio.wait(tasks, timeout=0.5)
+            assert len(refused) == len(tasks) - MAX_GENERATING
+            assert all(isinstance(task.exception(), BusyError) for task in refused)
+            assert "64 generations are running, which is the limit" in str(refused.pop().exception())
+            assert (await asyncio.wait_for(catalog.asearch("red"), TIMEOUT))[0].id == 1
+            await asyncio.wait_for(catalog.aadd(shade(2), ids=2), TIMEOUT)
+            released.set()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert sum(not isinstance(result, BaseException) for result in results) == MAX_GENERATING
+            assert len(await catalog.agenerate("red", steps=1, seed=0)) == 1, "there is room again"
+
+    asyncio.run(use())
+
+
+def test_waiting_writes_delay_no_search(toy: Path) -> None:
+    async def use() -> None:
+        async with Catalog(bundle=toy) as catalog:
+            await catalog.aadd(shade(1), ids=1)
+            with catalog._opened.lock:  # as if a write took long
+                tasks = [asyncio.ensure_future(catalog.aadd(shade(n), ids=n)) for n in range(2, 100)]
+                await asyncio.sleep(0.2)
+                assert (await asyncio.wait_for(catalog.asearch("red"), TIMEOUT))[0].id == 1
+            await asyncio.gather(*tasks)
+            assert await catalog.acount() == 99
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize("how", ["close", "aclose"])
+def test_close_ends_waiting_generations(toy: Path, how: str) -> None:
+    released = threading.Event()
+
+    async def use() -> list[Any]:
+        catalog = Catalog(bundle=held_generator(toy, released))
+        tasks = [asyncio.ensure_future(catalog.agenerate("red", steps=1, seed=n)) for n in range(MAX_GENERATING)]
+        while len(catalog._opened.snapshot.generator._batcher._requests) < MAX_GENERATING:
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(catalog.aclose() if how == "aclose" else asyncio.to_thread(catalog.close), TIMEOUT)
+        done, _ = await asyncio.wait(tasks, timeout=1)
+        assert len(done) >= MAX_GENERATING - 1, "all but the one in the UNet end at once"
+        released.set()
+        with pytest.raises(StoreError, match="is closed"):
+            await catalog.agenerate("red", steps=1, seed=0)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = asyncio.run(use())
+    assert {str(result) for result in results if isinstance(result, StoreError)} == {
+        "The catalog :memory: was closed, which ended the generation."
+    }
+    assert all(isinstance(result, StoreError) for result in results)
+
+
+def test_cancelled_generations_that_wait_make_room_at_once(toy: Path) -> None:
+    released = threading.Event()
+
+    async def use() -> None:
+        async with Catalog(bundle=held_generator(toy, released)) as catalog:
+            tasks = [asyncio.ensure_future(catalog.agenerate("red", steps=1, seed=n)) for n in range(MAX_GENERATING)]
+            batcher = catalog._opened.snapshot.generator._batcher
+            while len(batcher._requests) < MAX_GENERATING:
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            assert all(
+                isinstance(r, asyncio.CancelledError) for r in await asyncio.gather(*tasks, return_exceptions=True)
+            )
+            async with asyncio.timeout(TIMEOUT):
+                while len(batcher._requests) > 1:  # the one in the UNet
+                    await asyncio.sleep(0.01)
+            again = asyncio.ensure_future(catalog.agenerate("red", steps=1, seed=0))
+            await asyncio.sleep(0.1)
+            assert not again.done()
+            released.set()
+            assert len(await again) == 1
+
+    asyncio.run(use())
+
+
+def test_searches_beyond_the_limit_are_refused(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio.READING, "_free", threading.Semaphore(3))
+    monkeypatch.setattr(aio.READING, "_limit", 3)
+
+    async def use() -> list[Any]:
+        async with Catalog(bundle=toy) as catalog:
+            with catalog._opened._searcher_lock:
+                tasks = [asyncio.ensure_future(catalog.acount()) for _ in range(5)]
+                await asyncio.sleep(0.1)
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = asyncio.run(use())
+    assert results[:3] == [0, 0, 0] and all(isinstance(result, BusyError) for result in results[3:])

@@ -1,4 +1,8 @@
-"""Async variants of methods: each call runs in a thread, so the event loop is not blocked."""
+"""Async variants of methods: each call runs in a thread, so the event loop is not blocked.
+
+Calls that may wait for each other have pools of their own: searches never wait for images that are generated, or for
+writes. The pools are not those of the event loop, whose few threads the application needs.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +10,99 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from unidiff_sdk._internal.text import hide_key
-from unidiff_sdk.errors import GenerationError
+from unidiff_sdk.errors import BusyError, GenerationError
 
-__all__ = ["Opening", "Resource", "async_variant", "cancellable", "in_thread"]
+__all__ = [
+    "GENERATING",
+    "MAX_GENERATING",
+    "MAX_WAITING",
+    "OPENING",
+    "READING",
+    "WRITING",
+    "Opening",
+    "Resource",
+    "async_variant",
+    "cancellable",
+    "in_thread",
+]
+
+_THREADS = 64  # of a pool; one starts only when all others are busy
+
+MAX_GENERATING = 64
+"""The most awaited calls that generate images, in the whole process. One more is refused: it would wait for minutes."""
+
+MAX_WAITING = 10_000
+"""The most awaited calls of another kind that wait for a thread, in the whole process."""
 
 S = TypeVar("S")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# A pool of our own: the event loop's default pool has few threads, which the application needs, and a reindexing may
-# take hours. A thread starts only when all others are busy; calls beyond the limit are queued.
-_THREADS = 64
-_pool = ThreadPoolExecutor(_THREADS, "unidiff")
+
+class _Pool:
+    """Threads for one kind of calls.
+
+    Args:
+        kind: the calls, for messages.
+        limit: the most calls that run or wait. One more is refused.
+    """
+
+    def __init__(self, kind: str, limit: int) -> None:
+        self._kind, self._limit = kind, limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew. A forked child does: the threads of its parent do not exist there."""
+        self._threads = ThreadPoolExecutor(_THREADS, f"unidiff-{self._kind}")
+        self._free = threading.Semaphore(self._limit)
+
+    def submit(self, call: Callable[[], R]) -> Future[R]:
+        """Run a call in a thread. Raises BusyError if too many calls run or wait."""
+        free = self._free
+        if not free.acquire(blocking=False):
+            state = "running" if self._limit <= _THREADS else "running or waiting"
+            raise BusyError(f"{self._limit:,} {self._kind} are {state}, which is the limit; try again later")
+        try:
+            future = self._threads.submit(call)
+        except BaseException:
+            free.release()
+            raise
+        future.add_done_callback(lambda _: free.release())
+        return future
 
 
-def _replace_pool() -> None:
-    """Give a forked child a pool of its own: the threads of the parent's pool do not exist there."""
-    global _pool
-    _pool = ThreadPoolExecutor(_THREADS, "unidiff")
+READING = _Pool("searches", _THREADS + MAX_WAITING)
+WRITING = _Pool("writes", _THREADS + MAX_WAITING)
+GENERATING = _Pool("generations", MAX_GENERATING)
+OPENING = _Pool("openings", _THREADS + MAX_WAITING)  # and closing, which ends calls that wait in the other pools
+
+
+def _reset_pools() -> None:
+    for pool in (READING, WRITING, GENERATING, OPENING):
+        pool.reset()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_replace_pool)
+    os.register_at_fork(after_in_child=_reset_pools)
 
 
-async def in_thread(call: Callable[[], R]) -> R:
+async def in_thread(call: Callable[[], R], pool: _Pool = READING) -> R:
     """Run a call in a thread with the caller's context variables, and return its result.
 
     Cancelling the task stops the waiting. A call that has started runs to its end.
+
+    Raises:
+        BusyError: too many calls run or wait in this pool.
     """
     import asyncio  # 20 ms that synchronous applications do not pay at import
 
     context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(_pool, lambda: context.run(call))
+    return await asyncio.wrap_future(pool.submit(lambda: context.run(call)))
 
 
 class Resource:
@@ -68,7 +127,7 @@ class Resource:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        await in_thread(self.close)
+        await in_thread(self.close, OPENING)
 
 
 C = TypeVar("C", bound=Resource)
@@ -81,22 +140,31 @@ class Opening(Generic[C]):
         self._open = open
 
     def __await__(self) -> Generator[Any, None, C]:
-        return in_thread(self._open).__await__()
+        return in_thread(self._open, OPENING).__await__()
 
     async def __aenter__(self) -> C:
         self._opened = await self
         return self._opened
 
     async def __aexit__(self, *exception: object) -> None:
-        await in_thread(self._opened.close)
+        await in_thread(self._opened.close, OPENING)
 
 
-def async_variant(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """The async variant of a method, with the same arguments, result and errors."""
+def async_variant(
+    method: Callable[Concatenate[S, P], R], pool: _Pool = READING, *, generates: Callable[..., bool] | None = None
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
+    """The async variant of a method, with the same arguments, result and errors.
+
+    Args:
+        method: the method.
+        pool: where its calls run.
+        generates: the arguments of a call, without `self`, to whether it generates images and runs in `GENERATING`.
+    """
 
     @wraps(method)
     async def variant(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return await in_thread(partial(method, self, *args, **kwargs))
+        chosen = GENERATING if generates is not None and generates(*args, **kwargs) else pool
+        return await in_thread(partial(method, self, *args, **kwargs), chosen)
 
     variant.__name__ = f"a{method.__name__}"
     variant.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{variant.__name__}"
@@ -107,9 +175,12 @@ def async_variant(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenat
 def cancellable(
     method: Callable[Concatenate[S, P], R],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
-    """As `async_variant`, for a method with a `callback=`. Cancelling the task stops the work at the next callback."""
+    """As `async_variant`, for a method that generates images and has a `callback=`.
 
-    plain = async_variant(method)
+    Cancelling the task stops the work at the next callback, or at once while it waits for its turn.
+    """
+
+    plain = async_variant(method, GENERATING)
 
     @wraps(plain)
     async def variant(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -122,10 +193,14 @@ def cancellable(
             if given is not None:
                 given(*progress)
 
+        from unidiff_sdk.generation.batching import cancellation
+
         kwargs["callback"] = callback
+        token = cancellation.set(cancelled)
         try:
             return await plain(self, *args, **kwargs)
         finally:
             cancelled.set()
+            cancellation.reset(token)
 
     return variant

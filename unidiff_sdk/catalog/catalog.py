@@ -15,10 +15,10 @@ from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.retrieval.options import SearchOptions, call_with
-from unidiff_sdk.retrieval.query import Query, batch_of, checked_ids
+from unidiff_sdk.retrieval.query import Query, batch_of, checked_ids, generates
 from unidiff_sdk.retrieval.results import Hit, Page
 
-from .aio import async_variant, cancellable
+from .aio import WRITING, async_variant, cancellable
 from .results import AddReport, Generated, Generation
 from .snapshot import OpenCatalog
 
@@ -498,18 +498,18 @@ class Catalog(OpenCatalog):
 
     # -------------------------------------------------------------------------------------------- asyncio
 
-    asearch = async_variant(search)
-    asearch_batch = async_variant(search_batch)
+    asearch = async_variant(search, generates=generates)
+    asearch_batch = async_variant(search_batch, generates=generates)
     abrowse = async_variant(browse)
     afacets = async_variant(facets)
     aduplicates = async_variant(duplicates)
     aget = async_variant(get)
     acount = async_variant(count)
-    aadd = async_variant(add)
-    aadd_folder = async_variant(add_folder)
-    aadd_table = async_variant(add_table)
-    adelete = async_variant(delete)
+    aadd = async_variant(add, WRITING)
+    aadd_folder = async_variant(add_folder, WRITING)
+    aadd_table = async_variant(add_table, WRITING)
+    adelete = async_variant(delete, WRITING)
     agenerate = cancellable(generate)
-    aoptimize = async_variant(optimize)
-    areindex = async_variant(reindex)
-    aexport = async_variant(export)
+    aoptimize = async_variant(optimize, WRITING)
+    areindex = async_variant(reindex, WRITING)
+    aexport = async_variant(export, WRITING)

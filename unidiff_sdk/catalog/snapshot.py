@@ -23,7 +23,7 @@ from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import Location
 from unidiff_sdk.store.protocol import MAX_DELETED_SHARE
 
-from .aio import Resource, async_variant
+from .aio import OPENING, Resource, async_variant
 from .catalog_file import CatalogFile, CatalogPlace, file_lock
 
 if TYPE_CHECKING:
@@ -127,6 +127,11 @@ class Snapshot:
             if self._generator is None:
                 self._generator = Generator(self.bundle)
             return self._generator
+
+    def stop_generating(self, reason: str) -> None:
+        """End all generations with a StoreError, also those that wait for their turn."""
+        if self._generator is not None:
+            self._generator.stop(reason)
 
     def generate_queries(self, texts: Sequence[str], n: int) -> list[Image.Image]:
         """Generate `n` images of each text to search with, in the order of the texts."""
@@ -274,9 +279,11 @@ class CurrentSnapshot:
     def close(self) -> bool:
         """Close the store once running writes have ended. Returns False if it was closed before.
 
-        New calls are refused at once. Writes to a server do not wait to repeat a request any more.
+        New calls are refused at once. Calls that wait end with a StoreError: those that generate images, and those
+        that would repeat a request to a server.
         """
         self._is_closing = True
+        self.snapshot.stop_generating(f"The catalog {self.location} was closed, which ended the generation.")
         if (interrupt := getattr(self.snapshot.store, "interrupt", None)) is not None:
             interrupt()
         with self.lock:
@@ -363,7 +370,7 @@ class OpenCatalog(Resource):
         if self._opened.owner.is_current and self._opened.close() and hasattr(self, "_remove_temporary"):
             self._remove_temporary()
 
-    aclose = async_variant(close)
+    aclose = async_variant(close, OPENING)
 
     def __repr__(self) -> str:
         if "_opened" not in vars(self):  # in the traceback of an error while it is opened

@@ -9,22 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk._internal.lifetimes import Owner
-from unidiff_sdk.errors import BusyError, GenerationError, UniDiffError
+from unidiff_sdk.errors import BusyError, GenerationError, StoreError, UniDiffError
 
 from .denoising import Batch, Job, Predict, Progress
 
-__all__ = ["MAX_REQUESTS", "Batcher"]
+__all__ = ["MAX_REQUESTS", "Batcher", "cancellation"]
 
 Float32 = NDArray[np.float32]
 
 MAX_REQUESTS = 64
 """The most requests at the same time. One more is refused instead of waiting for an unknown time."""
+
+cancellation: ContextVar[threading.Event | None] = ContextVar("cancellation", default=None)
+"""Set by the caller of `Batcher.denoise`: an event that ends its request, also while it waits for its turn."""
+
+_CANCELLATION_SECONDS = 0.25  # between two checks of that event
 
 # How long a call waits for requests whose callback is running, as a share of the duration of the last call. So a
 # callback that returns soon costs its request no turn, and a slow one does not delay the others.
@@ -57,6 +63,7 @@ class Batcher:
         self._requests: list[_Request] = []
         self._batch: Batch | None = None
         self._has_leader = False
+        self._stopped = ""  # the reason
         self._calls = 0
         self._last_call: dict[tuple[int, ...], int] = {}  # by the shape of its jobs
         self._call_seconds = 0.0
@@ -71,7 +78,8 @@ class Batcher:
 
         Raises:
             BusyError: too many requests are running.
-            GenerationError: a call failed. Errors of this package are passed on.
+            GenerationError: a call failed, or `cancellation` was set. Errors of this package are passed on.
+            StoreError: `stop` was called.
         """
         self._owner.check()
         request = _Request(jobs, self._lock, has_callback=on_step is not None)
@@ -80,6 +88,8 @@ class Batcher:
             while True:
                 self._lead_or_wait(request)
                 with self._lock:
+                    if request.is_cancelled and not request.finished:
+                        raise GenerationError("the task that awaited these images was cancelled")
                     if isinstance(request.error, UniDiffError):  # already says what is wrong
                         raise request.error
                     if request.error is not None:
@@ -88,7 +98,7 @@ class Batcher:
                     on_step(Progress(jobs))
                 with self._lock:
                     request.in_callback = False
-                    if request.finished:
+                    if request.finished and request.error is None:
                         return np.stack([job.x for job in jobs])
                     self._callback_returned.notify()
         finally:
@@ -98,8 +108,18 @@ class Batcher:
                     self._callback_returned.notify()
                     self._wake_leader()
 
+    def stop(self, reason: str) -> None:
+        """End all requests with a StoreError, and refuse new ones."""
+        with self._lock:
+            self._stopped = reason
+            for request in list(self._requests):
+                request.error = StoreError(reason)
+                self._notify(request, finished=True)
+
     def _submit(self, request: _Request) -> None:
         with self._lock:
+            if self._stopped:
+                raise StoreError(self._stopped)
             if len(self._requests) >= self._max_requests:
                 raise BusyError(f"{len(self._requests)} generations are running, which is the limit; try again later")
             self._requests.append(request)
@@ -109,12 +129,15 @@ class Batcher:
     def _lead_or_wait(self, request: _Request) -> None:
         """Run calls, or let another thread run them, until the request is in its callback or finished."""
         with self._lock:
-            request.changed.wait_for(lambda: request.paused or not self._has_leader)
+            while not request.paused and self._has_leader:
+                if request.is_cancelled:
+                    return
+                request.changed.wait(None if request.cancelled is None else _CANCELLATION_SECONDS)
             if request.paused:
                 return
             self._has_leader = True
         try:
-            while not request.paused:
+            while not request.paused and not request.is_cancelled:
                 self._call()
         finally:
             with self._lock:
@@ -201,8 +224,14 @@ class _Request:
         self.has_callback = has_callback
         self.in_callback = False
         self.finished = False
+        self.cancelled = cancellation.get()
         self.error: BaseException | None = None
         self.changed = threading.Condition(lock)  # the thread of the request waits for it
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the caller no longer waits for the images."""
+        return self.cancelled is not None and self.cancelled.is_set()
 
     @property
     def paused(self) -> bool:

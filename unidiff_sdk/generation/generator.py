@@ -208,6 +208,10 @@ class Generator:
         images = self._model.decode(denoised)
         return images if source is None else [source.restore(image) for image in images]
 
+    def stop(self, reason: str) -> None:
+        """End all running and waiting calls with a StoreError, and refuse new ones."""
+        self._batcher.stop(reason)
+
     def query_images(self, texts: Sequence[str], n: int) -> list[Image.Image]:
         """`n` images of each text query, to search with: in few steps, and the same ones for the same texts."""
         steps = min(self.bundle.manifest.sampler.steps, MAX_QUERY_STEPS)

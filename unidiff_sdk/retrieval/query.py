@@ -22,7 +22,7 @@ from .mixing import WEIGHTS
 from .options import call_with
 from .results import Hit
 
-__all__ = ["MAX_IMAGINED", "Query", "batch_of", "checked_ids", "open_image"]
+__all__ = ["MAX_IMAGINED", "Query", "batch_of", "checked_ids", "generates", "open_image"]
 
 MAX_IMAGINED = 16  # images generated from one text
 
@@ -114,6 +114,13 @@ def batch_of(queries: Any) -> list[Query]:
     if isinstance(queries, (str, Mapping)) or not isinstance(queries, Iterable):
         raise OptionError(f"queries is {queries!r:.60}: give a list of queries; for a single one, use search")
     return [call_with(Query.of, {"text": query} if isinstance(query, str) else query, "a query") for query in queries]
+
+
+def generates(queries: Any = None, *, imagine: Any = 0, **options: Any) -> bool:
+    """Whether a call of `Catalog.search` or `search_batch` with these arguments generates images. It checks nothing."""
+    batch = queries if isinstance(queries, _COLLECTIONS) else ()
+    each = [query.get("imagine") for query in batch if isinstance(query, Mapping)]
+    return any(isinstance(n, int | np.integer) and n > 0 for n in (imagine, *each))
 
 
 def open_image(source: Any) -> ItemImage:
