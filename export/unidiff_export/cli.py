@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unidiff_sdk.cli.console import Command, echo
+from unidiff_sdk.cli.console import Command, MainCommand, echo
 from unidiff_sdk.errors import ExportError
 
 from .options import TARGETS
@@ -22,10 +22,12 @@ unidiff-export runs/shop -o bundles/shop
 unidiff-export tiny -o bundles/tiny-fp16 --fp16
 unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
 unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
+unidiff-export runs/shop -o bundles/shop --sign KEY.pem
+unidiff-export sign bundles/shop --key KEY.pem
 """
 
 
-@click.command(cls=Command, epilog=EXAMPLES)
+@click.command(cls=MainCommand, epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--clip", help="CLIP for a pipeline without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
 @click.option(
@@ -48,6 +50,7 @@ unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
     help="Catalog to calibrate int8 and compare search on. Default: captions in CKPT and images generated from them.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at BUNDLE.")
+@click.option("--sign", metavar="PEM", help="Sign the bundle with this Ed25519 private key.")
 def main(
     checkpoint: str,
     clip: str | None,
@@ -56,6 +59,7 @@ def main(
     target: str,
     calibration: Path | None,
     overwrite: bool,
+    sign: str | None,
 ) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
@@ -79,12 +83,32 @@ def main(
             target=target,
             calibration=calibration,
             overwrite=overwrite,
+            sign=sign,
             progress=status.update,
         )
     console = Console()
     console.print(graph_table(export))
     console.print(result_table(export))
     echo(summary(export, precision))  # without rich, which would wrap and color a long path
+
+
+@click.command(
+    "sign", cls=Command, short_help="Sign a bundle.", epilog="unidiff-export sign bundles/shop --key KEY.pem"
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", metavar="PEM", required=True, help="Ed25519 private key.")
+def sign_existing(bundle: Path, key: str) -> None:
+    """Sign an existing BUNDLE, after its files have been compared with its manifest.
+
+    Make a key with: openssl genpkey -algorithm ed25519 -out KEY.pem
+    """
+    from unidiff_sdk.inference.folder.signature import SIGNATURE, sign_bundle
+
+    key_id = sign_bundle(bundle, key)
+    echo(f"Wrote {bundle / SIGNATURE}, signed with the key {key_id}.")
+
+
+main.add(sign_existing)
 
 
 def graph_table(export: Export) -> Table:

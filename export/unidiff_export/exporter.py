@@ -18,6 +18,7 @@ from unidiff_sdk.errors import ExportError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.folder.signature import read_private_key, sign_manifest
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
@@ -108,6 +109,7 @@ def export_bundle(
     calibration: str | Path | None = None,
     overwrite: bool = False,
     tolerance: Tolerance | None = None,
+    sign: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Export:
     """Export a checkpoint as an ONNX bundle in the new folder `out`, verified against PyTorch.
@@ -124,17 +126,20 @@ def export_bundle(
             the checkpoint records, and images generated from them.
         overwrite: replace an existing bundle at `out`.
         tolerance: the largest deviation from PyTorch. Default: `TOLERANCES[precision]`.
+        sign: a PEM file with an Ed25519 private key to sign the bundle with. `Bundle.open(…, trusted_keys=)` checks the
+            signature. Needs the extra `sign`.
         progress: called with one line at the start of each stage.
 
     Raises:
         ExportError: the checkpoint cannot be exported, or the result deviates too far from PyTorch. `out` is unchanged.
         CheckpointError: the checkpoint is missing or incomplete.
         DataError: `calibration` is not a catalog.
-        OptionError: an option has an unknown value.
+        OptionError: an option has an unknown value, or the key cannot be used.
     """
     check_options(precision, target)
     start, out, report = time.perf_counter(), Path(out).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
+    key = None if sign is None else read_private_key(sign)  # fails before the export, not after it
 
     with _disk_errors(out), new_folder(out, overwrite=overwrite) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for random inputs of tracing and comparing
@@ -156,6 +161,8 @@ def export_bundle(
 
         seconds, peak = time.perf_counter() - start, peak_bytes()
         bundle.finish(evidence, {"seconds": round(seconds, 1), "peak_mib": peak >> 20})
+        if key is not None:
+            sign_manifest(folder, key)
     return Export(out, _reports(writer, evidence), evidence.image, evidence.search, seconds, folder_size(out), peak)
 
 

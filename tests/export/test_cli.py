@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 from rich.table import Table
+from support.toy_bundle import make_toy_bundle
 
 pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
@@ -17,6 +18,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 from unidiff_export import Export, GraphReport
 from unidiff_export.cli import graph_table, main, result_table, summary
 from unidiff_export.verification import GraphParity, ImageParity, SearchParity
+from unidiff_sdk.inference.bundle import Bundle
 
 INT8 = {"layers": 83, "multiply_adds": 0.9804, "float_layers": []}
 EXPORT = Export(
@@ -55,12 +57,33 @@ def test_summary_ends_with_the_folder() -> None:
         ([], {"precision": "fp32", "target": "cpu", "overwrite": False, "calibration": None, "clip": None}),
         (["--fp16", "--target", "cuda", "--overwrite"], {"precision": "fp16", "target": "cuda", "overwrite": True}),
         (["--int8", "--calibration", "products"], {"precision": "int8", "calibration": Path("products")}),
+        (["--sign", "KEY.pem"], {"sign": "KEY.pem"}),
     ],
 )
 def test_options_are_parsed(options: list[str], expected: dict[str, object]) -> None:
     parameters = main.make_context("unidiff-export", ["tiny", "-o", "bundle", *options]).params
     assert expected.items() <= parameters.items()
     assert (parameters["checkpoint"], parameters["out"]) == ("tiny", Path("bundle"))
+
+
+def test_key_is_checked_before_the_export(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["tiny", "-o", str(tmp_path / "out"), "--sign", str(tmp_path / "nowhere.pem")])
+    assert result.exit_code == 1 and "nowhere.pem: cannot be read, because there is no such file" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_bundle_is_signed(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="needs the sign extra")
+    from cryptography.hazmat.primitives import serialization as serial
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key, pem = Ed25519PrivateKey.generate(), serial.Encoding.PEM
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(pem, serial.PrivateFormat.PKCS8, serial.NoEncryption()))
+    (tmp_path / "key.pub.pem").write_bytes(key.public_key().public_bytes(pem, serial.PublicFormat.SubjectPublicKeyInfo))
+    bundle = make_toy_bundle(tmp_path / "toy")
+    result = CliRunner().invoke(main, ["sign", str(bundle), "--key", str(tmp_path / "key.pem")])
+    assert result.exit_code == 0 and "manifest.sig, signed with the key" in result.stdout, result.stderr
+    assert Bundle.open(bundle, trusted_keys=[tmp_path / "key.pub.pem"]).verified
 
 
 def test_unknown_target_is_a_usage_error(tmp_path: Path) -> None:

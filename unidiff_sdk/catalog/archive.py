@@ -35,6 +35,7 @@ from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet, read_parquet
 from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
+from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.retrieval.filter_kinds import warn_about_filter
 from unidiff_sdk.store import Record, Store, Vector
@@ -256,7 +257,9 @@ class Archive:
             raise DataError(f"{path} does not have the columns of an export: {', '.join(file.schema_arrow.names)}")
         return cls(path, bundle, dim, file.metadata.num_rows)
 
-    def bundle_for(self, given: Bundle | str | Path | None, reencode: bool) -> Bundle:
+    def bundle_for(
+        self, given: Bundle | str | Path | None, reencode: bool, trusted_keys: Sequence[KeyFile] | None = None
+    ) -> Bundle:
         """Open the given bundle, or by default the one of the export, and check that it fits the embeddings.
 
         Raises:
@@ -264,13 +267,13 @@ class Archive:
             StoreError: it is not the bundle of the export, and `reencode` is False.
         """
         if given is None:
-            return self._open_recorded()
-        bundle = given if isinstance(given, Bundle) else Bundle.open(given)
+            return self._open_recorded(trusted_keys)
+        bundle = given if isinstance(given, Bundle) else Bundle.open(given, trusted_keys=trusted_keys)
         if not reencode:
             self._check(bundle.fingerprint, bundle.path)
         return bundle
 
-    def _open_recorded(self) -> Bundle:
+    def _open_recorded(self, trusted_keys: Sequence[KeyFile] | None) -> Bundle:
         """The bundle of the export. A stranger may have named its path: only its manifest is read before they match."""
         path = TINY if self.bundle["path"] == TINY_NAME else Path(self.bundle["path"])
         if not path.is_dir():
@@ -279,7 +282,7 @@ class Archive:
                 "place as bundle=."
             )
         self._check(Manifest.read(path).fingerprint, path)
-        return Bundle.open(path, fingerprint=self.bundle["fingerprint"])
+        return Bundle.open(path, fingerprint=self.bundle["fingerprint"], trusted_keys=trusted_keys)
 
     def _check(self, fingerprint: str, path: Path) -> None:
         if fingerprint != self.bundle["fingerprint"]:
@@ -310,13 +313,13 @@ def restore_archive(
     path: str | Path,
     location: str | Path,
     bundle: Bundle | str | Path | None,
-    *,
     reencode: bool,
     progress: bool,
+    trusted_keys: Sequence[KeyFile] | None,
 ) -> Catalog:
     """Create a catalog from an archive; see `Catalog.restore`. `create` opens a catalog at a place with a bundle."""
     archive = Archive.open(path)
-    opened = archive.bundle_for(bundle, reencode)
+    opened = archive.bundle_for(bundle, reencode, trusted_keys)
     with restore_place(location) as place:
         catalog = create(place, opened)
         try:

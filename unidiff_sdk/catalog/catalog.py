@@ -54,6 +54,7 @@ class Catalog(OpenCatalog):
         collection, api_key, server: only with a URL: the name of the collection, the API key, and `ServerOptions`.
         references: the folder of the files that were added with `copy=False`. A catalog may come from a stranger, so
             its references are followed only into this folder and into folders added since it was opened.
+        trusted_keys: PEM files with public keys, one of which must have signed each bundle that is opened from a path.
 
     Raises:
         StoreError: the location is not a catalog, is in use, or was created with another bundle.
@@ -479,7 +480,8 @@ class Catalog(OpenCatalog):
             bundle: the bundle of the export. Default: the path it had then.
             reencode: encode the images again with `bundle`, which may then be any bundle.
             progress: show a progress bar.
-            opening: further arguments of `Catalog`: quantization; for a URL images, collection, api_key, server.
+            opening: further arguments of `Catalog`: quantization, trusted_keys; for a URL images, collection, api_key,
+                server.
 
         Raises:
             DataError: pyarrow is missing, or the file is not an export or is damaged.
@@ -489,7 +491,9 @@ class Catalog(OpenCatalog):
         from .archive import restore_archive
 
         opening = hide_key(opening)
-        return restore_archive(partial(cls, **opening), path, location, bundle, reencode=reencode, progress=progress)
+        return restore_archive(
+            partial(cls, **opening), path, location, bundle, reencode, progress, opening.get("trusted_keys")
+        )
 
     def info(self) -> dict[str, Any]:
         """Location, number of items, columns with their kinds in 1,024 random items (such as "number, string"), and the

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import BundleError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
+from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 
@@ -180,11 +181,11 @@ class BundleRef:
         """Raise StoreError if `bundle` is not the one that the catalog in `folder` was indexed with."""
         self._check(bundle.fingerprint, bundle.dim, bundle.path, folder)
 
-    def open(self, folder: Path) -> Bundle:
+    def open(self, folder: Path, trusted_keys: Sequence[KeyFile] | None = None) -> Bundle:
         """Open the bundle. A stranger may have named its path, so only its manifest is read before they match.
 
         Raises:
-            BundleError: the bundle is missing or damaged.
+            BundleError: the bundle is missing, damaged, or not signed by a trusted key.
             StoreError: it is another bundle.
         """
         path = self.locate(folder)
@@ -195,7 +196,7 @@ class BundleRef:
             )
         manifest = Manifest.read(path)
         self._check(manifest.fingerprint, manifest.embedding.dim if manifest.embedding else 0, path, folder)
-        return Bundle.open(path, fingerprint=self.fingerprint)
+        return Bundle.open(path, fingerprint=self.fingerprint, trusted_keys=trusted_keys)
 
     def _check(self, fingerprint: str, dim: int, path: Path, folder: Path) -> None:
         if fingerprint == self.fingerprint:

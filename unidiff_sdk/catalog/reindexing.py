@@ -61,7 +61,7 @@ def reindex(
         raise StoreError(
             "A catalog built by from_parts cannot open a second store. Add the items to a new catalog instead."
         )
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, trusted_keys=current.get().trusted_keys)
     if not current.reindexing.acquire(blocking=False):
         raise StoreError(f"{current.location} is being reindexed already. Wait until that has finished.")
     try:
@@ -120,7 +120,8 @@ def _new_snapshot(before: Snapshot, stores: Location, bundle: Bundle) -> Snapsho
             shutil.rmtree(left)
     stores = replace(stores, quantization=getattr(before.store, "quantization", None))
     store = stores.open(vectors, bundle.dim, bundle.fingerprint, create=True)
-    return Snapshot(store, folder, replace(before.file, bundle=BundleRef.of(bundle, folder), vectors=vectors), bundle)
+    file = replace(before.file, bundle=BundleRef.of(bundle, folder), vectors=vectors)
+    return Snapshot(store, folder, file, bundle, before.trusted_keys)
 
 
 def _delete_store(store: Store, folder: Path) -> None:

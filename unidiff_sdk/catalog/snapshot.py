@@ -15,6 +15,7 @@ from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.retrieval.columns import column_kinds
 from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.retrieval.searcher import Searcher
@@ -54,10 +55,18 @@ class Snapshot:
         folder: the folder of the catalog; relative paths to the bundle start here.
         file: the content of `catalog.json`, which names the bundle.
         bundle: the bundle, if it is open already. Otherwise it is opened when first needed.
+        trusted_keys: as for `Bundle.open`, for this bundle and the next ones.
     """
 
-    def __init__(self, store: Store, folder: Path, file: CatalogFile, bundle: Bundle | None = None) -> None:
-        self.store, self.folder, self.file = store, folder, file
+    def __init__(
+        self,
+        store: Store,
+        folder: Path,
+        file: CatalogFile,
+        bundle: Bundle | None = None,
+        trusted_keys: Sequence[KeyFile] | None = None,
+    ) -> None:
+        self.store, self.folder, self.file, self.trusted_keys = store, folder, file, trusted_keys
         self._bundle = bundle
         self._encoder: Encoder | None = None
         self._generator: Generator | None = None
@@ -65,13 +74,21 @@ class Snapshot:
         self._rebuilding = threading.Lock()
 
     @classmethod
-    def open(cls, place: CatalogPlace, bundle: Bundle | str | Path | None, *, create: bool) -> Snapshot:
+    def open(
+        cls,
+        place: CatalogPlace,
+        bundle: Bundle | str | Path | None,
+        *,
+        create: bool,
+        trusted_keys: Sequence[KeyFile] | None = None,
+    ) -> Snapshot:
         """Open the catalog at a place, or create it there.
 
         Args:
             place: where its parts are.
             bundle: the bundle. Default: the one in `catalog.json`, or the built-in one for a new catalog.
             create: whether to create a missing catalog.
+            trusted_keys: as for `Bundle.open`.
 
         Raises:
             StoreError: there is no catalog, it is in use, or another bundle created it.
@@ -82,7 +99,7 @@ class Snapshot:
             raise StoreError(f"There is no catalog at {place.folder}. Create one: unidiff index FOLDER {place.folder}")
         opened: Bundle | None = None
         if bundle is not None or file is None:
-            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, trusted_keys=trusted_keys)
         with file_lock(place.folder):
             file = CatalogFile.read(place.folder)  # again: another process may have created the catalog meanwhile
             if file is not None:
@@ -92,7 +109,7 @@ class Snapshot:
             else:
                 raise StoreError(f"The catalog at {place.folder} was deleted while it was opened. Open it again.")
         _log.debug("opened %s, indexed with the bundle %s", place.location, file.bundle.name)
-        return cls(store, place.folder, file, opened)
+        return cls(store, place.folder, file, opened, trusted_keys)
 
     @property
     def bundle(self) -> Bundle:
@@ -103,7 +120,7 @@ class Snapshot:
             return self._bundle
 
     def _open_bundle(self) -> Bundle:
-        bundle = self.file.bundle.open(self.folder)
+        bundle = self.file.bundle.open(self.folder, self.trusted_keys)
         with file_lock(self.folder):
             file = CatalogFile.read(self.folder)
             if file is not None and file.bundle.fingerprint == bundle.fingerprint:  # not reindexed in the meantime
@@ -309,12 +326,13 @@ class OpenCatalog(Resource):
         api_key: str | None = None,
         server: ServerOptions | None = None,
         references: str | Path | None = None,
+        trusted_keys: Sequence[KeyFile] | None = None,
     ) -> None:
         api_key = Secret.of(api_key)  # also hides it in tracebacks that show local variables
         place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
         if place.temporary:
             self._remove_temporary = finalize_in_owner(self, shutil.rmtree, place.folder, ignore_errors=True)
-        snapshot = Snapshot.open(place, bundle, create=create)
+        snapshot = Snapshot.open(place, bundle, create=create, trusted_keys=trusted_keys)
         image_store = ImageStore(place.folder, None if references is None else Path(references))
         self._assemble(place.location, snapshot, image_store, place.stores)
 

@@ -18,6 +18,7 @@ from .parameters import (
     parse_where,
     references_option,
     stored_id,
+    trusted_key_option,
     where_option,
 )
 from .terminal import counted, print_table
@@ -58,6 +59,7 @@ SHOWN_PROBLEMS = 20
 @click.option("--reference", is_flag=True, help="Reference the image files where they are instead of copying them.")
 @click.option("--prune", is_flag=True, help="Delete items that were indexed from FOLDER and are no longer in it.")
 @click.option("--strict", is_flag=True, help="Fail on the first invalid row instead of skipping it.")
+@trusted_key_option
 @json_option
 def index(
     folder: Path,
@@ -69,6 +71,7 @@ def index(
     reference: bool,
     prune: bool,
     strict: bool,
+    trusted_keys: Sequence[str] | None,
     as_json: bool,
 ) -> None:
     """Add the images in FOLDER to CATALOG, which is created if it does not exist.
@@ -87,7 +90,7 @@ def index(
     names: dict[str, Any] = {"columns": columns, "kinds": kinds}
     # Fails before an empty catalog is created.
     next(read_catalog(folder, images=images, captions=False, on_error=lambda row: None, **names), None)
-    with Catalog(catalog, bundle) as opened:
+    with Catalog(catalog, bundle, trusted_keys=trusted_keys) as opened:
         options: dict[str, Any] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
         options |= names
         if folder.suffix.lower() in TABLES:
@@ -161,12 +164,15 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
 @click.argument("catalog", type=CatalogFolder())
 @click.argument("bundle")
 @references_option
+@trusted_key_option
 @json_option
-def reindex(catalog: Path, bundle: str, references: Path | None, as_json: bool) -> None:
+def reindex(
+    catalog: Path, bundle: str, references: Path | None, trusted_keys: Sequence[str] | None, as_json: bool
+) -> None:
     """Encode all images of CATALOG with BUNDLE, which becomes the bundle of the catalog."""
     from unidiff_sdk.catalog.catalog import Catalog
 
-    with Catalog(catalog, create=False, references=references) as opened:
+    with Catalog(catalog, create=False, references=references, trusted_keys=trusted_keys) as opened:
         count = opened.reindex(bundle, progress=not as_json)
     if as_json:
         echo_json({"reindexed": count})
@@ -217,12 +223,16 @@ def export(
 @click.argument("catalog", type=CatalogFolder())
 @click.option("--bundle", help="Bundle folder, if it has moved since the export. Another bundle needs --reencode.")
 @click.option("--reencode", is_flag=True, help="Encode the images again instead of using the vectors in FILE.")
+@trusted_key_option
 @json_option
-def restore(file: Path, catalog: Path, bundle: str | None, reencode: bool, as_json: bool) -> None:
+def restore(
+    file: Path, catalog: Path, bundle: str | None, reencode: bool, trusted_keys: Sequence[str] | None, as_json: bool
+) -> None:
     """Create CATALOG from FILE, which was written by `unidiff export`."""
     from unidiff_sdk.catalog.catalog import Catalog
 
-    with Catalog.restore(file, catalog, bundle, reencode=reencode, progress=not as_json) as opened:
+    options: dict[str, Any] = {"reencode": reencode, "progress": not as_json, "trusted_keys": trusted_keys}
+    with Catalog.restore(file, catalog, bundle, **options) as opened:
         items = opened.count()
     if as_json:
         echo_json({"items": items})

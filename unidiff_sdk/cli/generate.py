@@ -12,7 +12,7 @@ from unidiff_sdk._internal.text import json_text, shorten
 from unidiff_sdk.errors import GenerationError, OptionError
 
 from .console import Command, echo, echo_json
-from .parameters import json_option, stored_id
+from .parameters import json_option, stored_id, trusted_key_option
 from .terminal import counted, hit_as_dict, print_table
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ __all__ = ["generate"]
 @click.option("--budget", type=int, help="Maximum number of candidates. Default: 4 times the first round.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the images.")
 @click.option("--add", is_flag=True, help='Add the images to CATALOG, with the column "generated": true.')
+@trusted_key_option
 @json_option
 def generate(
     catalog_and_prompt: Sequence[str],
@@ -89,6 +90,7 @@ def generate(
     like: str | None,
     out: Path,
     add: bool,
+    trusted_keys: Sequence[str] | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -104,7 +106,8 @@ def generate(
     *catalog, prompt = catalog_and_prompt
     if add and not catalog:
         raise OptionError("--add needs a CATALOG. Give one before PROMPT, or omit --add.")
-    with Catalog(catalog[0] if catalog else ":memory:", bundle, create=not catalog) as opened:
+    location = catalog[0] if catalog else ":memory:"
+    with Catalog(location, bundle, create=not catalog, trusted_keys=trusted_keys) as opened:
         with progress_bar("Generating", shown=not as_json) as advance:
             generation = opened.generate(
                 prompt,

@@ -21,6 +21,7 @@ __all__ = [
     "parse_where",
     "references_option",
     "stored_id",
+    "trusted_key_option",
     "where_option",
 ]
 
@@ -31,6 +32,15 @@ references_option = click.option(
     metavar="FOLDER",
     type=click.Path(path_type=Path),
     help="Where the images are that were indexed with --reference.",
+)
+
+trusted_key_option = click.option(
+    "--trusted-key",
+    "trusted_keys",
+    metavar="PEM",
+    multiple=True,
+    callback=lambda context, option, files: files or None,
+    help="Public key that must have signed the bundle (unidiff-export --sign). Repeatable: any of them.",
 )
 
 

@@ -11,7 +11,7 @@ import click
 from unidiff_sdk.errors import OptionError, StoreError
 
 from .console import Command, echo, echo_json
-from .parameters import CatalogFolder, json_option, parse_where, stored_id, where_option
+from .parameters import CatalogFolder, json_option, parse_where, stored_id, trusted_key_option, where_option
 from .terminal import counted, hit_as_dict, print_hits
 
 __all__ = ["duplicates", "search"]
@@ -63,6 +63,7 @@ thumbnails_option = click.option(
 @click.option("--group-by", metavar="COLUMN", help="Return only the best hit for each value of this column.")
 @click.option("--hybrid", is_flag=True, help="Also rank by the words of the captions (BM25).")
 @thumbnails_option
+@trusted_key_option
 @json_option
 def search(
     catalog: Path,
@@ -73,6 +74,7 @@ def search(
     thumbnails: bool | None,
     as_json: bool,
     where: str | None,
+    trusted_keys: Sequence[str] | None,
     **options: Any,
 ) -> None:
     """Find the items in CATALOG that are most similar to TEXT, to an image, to other items, or to a mix of these."""
@@ -80,7 +82,7 @@ def search(
 
     if text is None and not (options["image"] or like or unlike or options["without"]):
         raise OptionError("The query is empty. Give TEXT, --image, --like, --unlike or --without.")
-    with Catalog(catalog, create=False) as opened:
+    with Catalog(catalog, create=False, trusted_keys=trusted_keys) as opened:
         if not opened.count():
             raise StoreError(f"{catalog} is empty. Add items with: unidiff index FOLDER {catalog}")
         condition = parse_where(where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,6 +22,7 @@ from .folder.diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_man
 from .folder.files import BundleFiles
 from .folder.interfaces import check_interfaces, read_graph
 from .folder.onnx_file import OnnxFile
+from .folder.signature import KeyFile, check_signature
 from .manifest import GRAPH_FILE, MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile
 from .schedule import Schedule
 from .sessions import DEVICES, GraphWarmup, Session, SessionFactory, create_session, warm_up
@@ -93,6 +94,7 @@ class Bundle:
         *,
         verify: bool = True,
         fingerprint: str | None = None,
+        trusted_keys: Sequence[KeyFile] | None = None,
         device: str = "cpu",
         threads: int | None = None,
         capture: bool = False,
@@ -106,6 +108,8 @@ class Bundle:
             verify: compare the SHA-256 of every file with the manifest (about a second for each 1.5 GB).
             fingerprint: the fingerprint that the bundle must have. It is compared before any file but the manifest is
                 read.
+            trusted_keys: PEM files with Ed25519 public keys, one of which must have signed the bundle. Needs the extra
+                `sign`. None: signatures are not checked.
             device: "cpu", "cuda" or "tensorrt".
             threads: number of threads for one call on the CPU. None: one for each core.
             capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs
@@ -113,14 +117,16 @@ class Bundle:
 
         Raises:
             BundleError: the folder is not a bundle, is incomplete, was changed after its export, has another
-                fingerprint, or was exported for another device.
-            OptionError: the device is unknown.
+                fingerprint, is not signed by a trusted key, or was exported for another device.
+            OptionError: the device is unknown, a key cannot be read, or `verify` is False with `trusted_keys`.
         """
         folder = TINY if path is None or path == "tiny" else Path(path)
+        if trusted_keys is not None and not verify:
+            raise OptionError("verify=False cannot be combined with trusted_keys, which sign the hashes of the files")
         if (folder / MANIFEST).is_file():
-            manifest = _read_manifest(folder, fingerprint)
+            manifest = _read_manifest(folder, fingerprint, trusted_keys)
             files = BundleFiles(folder, manifest.files, verify=verify)
-        elif fingerprint is None and is_pipeline(folder):
+        elif fingerprint is trusted_keys is None and is_pipeline(folder):
             manifest = _derive_manifest(folder, verify)
             files = BundleFiles(folder, manifest.files)
         else:
@@ -321,9 +327,12 @@ class Bundle:
         return graphs[name]
 
 
-def _read_manifest(folder: Path, fingerprint: str | None) -> Manifest:
+def _read_manifest(folder: Path, fingerprint: str | None, trusted_keys: Sequence[KeyFile] | None) -> Manifest:
     file = folder / MANIFEST
-    manifest = Manifest.parse(read_regular_file(file, MAX_DOCUMENT, BundleError), file)
+    content = read_regular_file(file, MAX_DOCUMENT, BundleError)
+    if trusted_keys is not None:
+        check_signature(folder, content, trusted_keys)
+    manifest = Manifest.parse(content, file)
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         raise BundleError(
             f"{folder}: has the fingerprint {manifest.fingerprint:.12}, not {fingerprint:.12}; give the bundle with "

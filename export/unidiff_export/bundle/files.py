@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import ExportError
+from unidiff_sdk.inference.folder.signature import SIGNATURE
 from unidiff_sdk.inference.manifest import GRAPH_FILE, MANIFEST, file_sha256
 
 if TYPE_CHECKING:
@@ -158,11 +159,11 @@ def without_origin(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file under `folder` except the manifest and the model card, by relative POSIX path.
+    """Return the SHA-256 of the files under `folder`, by relative POSIX path, except manifest, signature, model card.
 
     The card is not part of the bundle's identity: a user may edit it.
     """
-    unlisted = {folder / MANIFEST, folder / MODEL_CARD}
+    unlisted = {folder / MANIFEST, folder / SIGNATURE, folder / MODEL_CARD}
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in unlisted)
     return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
