@@ -16,6 +16,7 @@ from provenance import digest
 from rich.console import Console
 
 from . import results
+from .faults import can_mount
 from .mutations import replay
 from .sections import SECTIONS, Record, run_section
 
@@ -77,6 +78,11 @@ def main(
             for name, one in SECTIONS.items()
             if not only or name.startswith(only)
         }
+        if any(name.startswith("disk-") for name in planned) and not can_mount(work):
+            click.echo(
+                "The full disks are left out: this user cannot mount a tmpfs. Run as root to include them.", err=True
+            )
+            planned = {name: 0 if name.startswith("disk-") else trials for name, trials in planned.items()}
         _run_all(planned, seed, state, work, jobs, minutes)
     finally:
         shutil.rmtree(work, ignore_errors=True)

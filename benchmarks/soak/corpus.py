@@ -84,6 +84,7 @@ def images(kind: str) -> list[bytes]:
             (image.convert("F"), {}),
         ],
         "BMP": [(image, {}), (image.convert("P"), {})],
+        "AVIF": [(image, {}), (image.convert("RGBA"), {})],
         "PPM": [(image, {}), (image.convert("L"), {})],
     }
     found = []

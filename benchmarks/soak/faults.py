@@ -12,14 +12,14 @@ from random import Random
 from typing import Any
 
 from unidiff_sdk import Catalog, ServerOptions, UniDiffError
+from unidiff_sdk.store.server import retries
 
 from .corpus import COLORS, copy_sparse
 from .operations import OPERATIONS, require
 from .workers import ACCEPTED, FAILED, Limits, Outcome, call, run_cases
 
-__all__ = ["DISK_OPERATIONS", "run_full_disk", "run_server"]
+__all__ = ["can_mount", "run_full_disk", "run_server"]
 
-DISK_OPERATIONS = ("index", "delete", "prune", "reindex", "optimize", "export", "restore")
 ROOM = 1 << 30  # enough for every operation
 SECONDS = 120.0
 
@@ -77,8 +77,24 @@ def _full_disk_trial(operation: Any, trial: int, size: int, disk: Path, log: Pat
     return ran
 
 
+def can_mount(folder: Path) -> bool:
+    """Whether this user may mount a file system of limited size."""
+    place = folder / "mount"
+    place.mkdir()
+    try:
+        _mount(place, 1 << 20)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    finally:
+        subprocess.run(["umount", "-l", place], check=False, stderr=subprocess.DEVNULL)
+        place.rmdir()
+    return True
+
+
 def _mount(place: Path, size: int) -> None:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True, stderr=subprocess.DEVNULL
+    )
 
 
 def _resize(place: Path, size: int) -> None:
@@ -126,8 +142,9 @@ CHANGES: dict[str, Any] = {
     "score": lambda result: _each(result, score="high"),
     "id": lambda result: _each(result, id=17),
 }
-# The client gives up soon, so that a trial is short.
+# The client gives up soon and pauses briefly, so that a trial is short.
 OPTIONS = ServerOptions(timeout=1, retries=2)
+PAUSE, MAX_PAUSES = 0.01, 0.5  # seconds
 
 
 def _each(result: Any, **changes: Any) -> Any:
@@ -146,6 +163,7 @@ def run_server(trials: Sequence[int], seed: int, corpus: Path, work: Path) -> It
     """
 
     def prepare() -> Any:
+        retries.INITIAL_BACKOFF, retries.MAX_WAIT = PAUSE, MAX_PAUSES
         return lambda trial: _server_trial(trial, seed, corpus, work / "server")
 
     limits = Limits(seconds=SECONDS, cpu_seconds=30.0)

@@ -107,6 +107,7 @@ _MUTATORS: dict[str, Callable[[Random, bytes, Sequence[bytes]], bytes]] = {
     "tiff": mutate_tiff,
     "bmp": mutate_bytes,
     "ppm": mutate_bytes,
+    "avif": mutate_bytes,
 }
 
 

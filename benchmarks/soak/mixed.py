@@ -176,7 +176,7 @@ def _maintain(
             case 2:
                 calls.record("add_folder", lambda: catalog.add_folder(source, prune=True))
             case _:
-                calls.record("export", lambda: catalog.export(folder / "shop.parquet"))
+                calls.record("export", lambda: catalog.export(folder / "shop.parquet", overwrite=True))
 
 
 async def _tasks(catalog: Catalog, calls: Calls, stop: threading.Event, seed: int, expected: dict[str, str]) -> None:

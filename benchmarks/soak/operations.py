@@ -229,7 +229,7 @@ class Export(CatalogOperation):
     def run(self, folder: Path, acknowledge: Acknowledge) -> None:
         with self.open(folder) as catalog:
             for count in (1, 2):
-                catalog.export(folder / "archives" / "shop.parquet")
+                catalog.export(folder / "archives" / "shop.parquet", overwrite=True)
                 acknowledge(str(count))
 
     def check(self, folder: Path, acknowledged: list[str]) -> None:

@@ -22,11 +22,11 @@ KILLS, SHORT_KILLS = 100, 1
 SHORT_EXPORTS = 0  # tracing the graphs takes longer than all other sections together
 INPUTS, SHORT_INPUTS = 10_000, 20
 DISKS, SHORT_DISKS = 30, 1
-SERVERS, SHORT_SERVERS = 200, 2
+SERVERS, SHORT_SERVERS = 100, 1
 MIXED_SECONDS, SHORT_MIXED_SECONDS = 600, 4
 
 FORMATS = (
-    *("png", "jpeg", "webp", "gif", "tiff", "bmp", "ppm"),
+    *("png", "jpeg", "webp", "gif", "tiff", "bmp", "ppm", "avif"),
     *("jsonl", "csv", "parquet", "tar", "where", "filter", "cursor"),
     *("manifest", "config", "onnx", "catalog", "archive", "checkpoint"),
 )
