@@ -294,6 +294,18 @@ def test_restore_refuses_other_files(catalog: Catalog, tmp_path: Path) -> None:
         Catalog.restore(tmp_path / "less.parquet")
 
 
+def test_exporting_and_opening_remove_unfinished_files(toy: Path, tmp_path: Path) -> None:
+    left = [tmp_path / "archives" / ".0123456789abcdef.part", tmp_path / "new.catalog" / ".fedcba9876543210.part"]
+    with Catalog(tmp_path / "new.catalog", toy) as catalog:
+        for file in left:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"half")
+        catalog.export(left[0].parent / "shop.parquet")
+    assert [file.exists() for file in left] == [False, True]
+    Catalog(tmp_path / "new.catalog").close()
+    assert not left[1].exists()
+
+
 def test_killed_restore_leaves_no_catalog(catalog: Catalog, tmp_path: Path) -> None:
     catalog.add([shade(n) for n in range(100)])
     catalog.export(tmp_path / "shop.parquet")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support.modes import modes_below, umask
 
-from unidiff_sdk._internal.files import atomic_file, write_atomically
+from unidiff_sdk._internal.files import atomic_file, remove_unfinished, write_atomically
 from unidiff_sdk.errors import StoreError
 
 
@@ -35,6 +37,25 @@ def test_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path: Pat
         temporary.write_bytes(b"new")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_unfinished_files_of_killed_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom unidiff_sdk._internal.files import atomic_file\n"
+        "with atomic_file(Path(sys.argv[1], 'b.json')) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n    os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)])
+    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
+    others = {".download.part", "0123456789abcdef.part", ".0123456789abcdef.part.txt", "b.json"}
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".0123456789abcdef.part").symlink_to(tmp_path / "b.json")
+    with atomic_file(tmp_path / "c.json") as temporary:
+        assert remove_unfinished(tmp_path) == 1
+        assert temporary.exists(), "a file that is being written is locked"
+    assert {path.name for path in tmp_path.iterdir()} == others | {".0123456789abcdef.part", "c.json"}
+    assert remove_unfinished(tmp_path / "missing") == 0
 
 
 def test_unwritable_path_is_a_store_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
 from unidiff_sdk.errors import StoreError, UniDiffError
@@ -22,6 +22,7 @@ __all__ = [
     "open_regular_file",
     "read_regular_file",
     "recover_folder",
+    "remove_unfinished",
     "replacement_folder",
     "resolve_stored",
     "write_atomically",
@@ -29,6 +30,9 @@ __all__ = [
 
 # Opening a FIFO or a device waits for its other end unless this flag is set. Windows has neither.
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+
+
+_PART = re.compile(r"\.[0-9a-f]{16}\.part", re.ASCII)  # the temporary names of `atomic_file`
 
 
 @contextmanager
@@ -40,16 +44,44 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{secrets.token_hex(8)}.part"
-        temporary.touch(0o666, exist_ok=False)  # less what the umask removes; `tempfile` would make it private
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        temporary, lock = _new_part(path.parent)
+        with lock:
+            try:
+                yield temporary
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _new_part(folder: Path) -> tuple[Path, BufferedWriter]:
+    """A new file with a temporary name, which is locked until it is closed."""
+    while True:
+        path = folder / f".{secrets.token_hex(8)}.part"
+        file = path.open("xb")  # `tempfile` would make it private, whatever the umask is
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():  # else `remove_unfinished` was faster than the lock
+            return path, file
+        file.close()
+
+
+def remove_unfinished(folder: Path) -> int:
+    """Delete the files in a folder that a killed process had not finished, and return their number.
+
+    A file of `atomic_file` is locked while it is written, by any process. Files in subfolders stay.
+    """
+    removed = 0
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _PART.fullmatch(path.name) or path.is_symlink():
+            continue
+        with suppress(OSError), open_regular_file(path, StoreError) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
 
 
 def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unidiff_sdk._internal.files import atomic_file
+from unidiff_sdk._internal.files import atomic_file, remove_unfinished
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
@@ -115,6 +115,7 @@ def write_archive(
         StoreError: the file cannot be written.
     """
     path, clause = Path(path), parse(where)
+    remove_unfinished(path.parent)
     parquet = pyarrow_parquet("export")
     if path.exists():
         Archive.open(path)  # raises for any other file, which must not be overwritten

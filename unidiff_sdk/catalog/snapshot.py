@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from unidiff_sdk._internal.files import remove_unfinished
 from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
 from unidiff_sdk._internal.text import Secret
 from unidiff_sdk._internal.warnings import safe_logger, warn
@@ -101,6 +102,7 @@ class Snapshot:
         if bundle is not None or file is None:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, trusted_keys=trusted_keys)
         with file_lock(place.folder):
+            remove_unfinished(place.folder)
             file = CatalogFile.read(place.folder)  # again: another process may have created the catalog meanwhile
             if file is not None:
                 store, file = _open_existing(place, file, opened)
