@@ -64,7 +64,15 @@ class DataError(UniDiffError):
 
 
 class StoreError(UniDiffError):
-    """The vector store or the image store failed or refused an operation. Stored items are not lost."""
+    """The vector store or the image store failed or refused an operation. Stored items are not lost.
+
+    Attributes:
+        stored_ids: the ids of the items that `Catalog.add` had stored before it failed; () if there are none.
+    """
+
+    def __init__(self, *args: object, stored_ids: tuple[str | int, ...] = ()) -> None:
+        super().__init__(*args)
+        self.stored_ids = stored_ids
 
 
 class FilterError(StoreError):

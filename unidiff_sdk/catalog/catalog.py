@@ -84,7 +84,11 @@ class Catalog(OpenCatalog):
         *,
         copy: bool = True,
     ) -> list[str | int]:
-        """Add images, or replace those with the same ids. Either all of them are stored or none.
+        """Add images, or replace those with the same ids.
+
+        All images are encoded before any is stored, so an invalid one stores nothing. They are then stored in order,
+        256 at a time. If that fails, or the process ends, the batches before stay stored: add the same items again to
+        store the rest. For more images than memory holds, call it several times, or use `add_folder`.
 
         Args:
             images: one image or a sequence: paths, bytes of image files, PIL images, arrays; hits, with their ids,
@@ -100,7 +104,8 @@ class Catalog(OpenCatalog):
         Raises:
             OptionError: lengths differ, or an id, caption or payload is invalid.
             ImageError: an image cannot be read.
-            StoreError: an embedding is not finite, or the disk is full.
+            StoreError: an embedding is not finite, or the disk is full. `stored_ids` has the ids of the items that are
+                stored nevertheless.
         """
         from .items import items_of
 

@@ -18,21 +18,22 @@ from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.datasets.compact_set import CompactSet
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, count_rows, read_catalog
-from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
+from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError, UniDiffError
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Compare
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.protocol import check_records
 
 from .items import Item, images_of, item_of
 from .results import AddReport
 from .snapshot import CurrentSnapshot, Snapshot
 
-__all__ = ["BATCH_SIZE", "PreparedBatch", "Writer"]
+__all__ = ["BATCH_SIZE", "COMMIT_SIZE", "PreparedBatch", "Writer"]
 
 BATCH_SIZE = 32  # images encoded at once
-_COMMIT_SIZE = 256  # records in one call of the store
+COMMIT_SIZE = 256  # records in one call of the store
 
 _NO_VECTOR = np.zeros(0, np.float32)
 _log = safe_logger(__name__)
@@ -69,15 +70,30 @@ class Writer:
         self._current, self._images = current, images
 
     def add(self, items: Sequence[Item], *, copy: bool) -> None:
-        """Store items, all of them or none."""
+        """Encode all items, then store them in batches; see `Catalog.add`."""
+        # 1. Encode everything: an item that is invalid stores nothing.
         snapshot = self._current.get()
-        changed: list[Item] = []
-        records: list[Record] = []
+        pending: list[tuple[Item, Record]] = []
         for batch in batched(items, BATCH_SIZE):
             some = self._changed(batch, copy)
-            records += self._encode(snapshot, some, copy)
-            changed += some
-        self._commit(snapshot, records, changed, copy)
+            pending += zip(some, self._encode(snapshot, some, copy), strict=True)
+        check_records([record for _, record in pending], snapshot.store.dim)
+
+        # 2. Store it.
+        waiting = {item.id for item, _ in pending}
+        try:
+            for part in batched(pending, COMMIT_SIZE):
+                self._commit(snapshot, [record for _, record in part], [item for item, _ in part], copy)
+                waiting -= {item.id for item, _ in part}
+        except UniDiffError as error:
+            stored = tuple(item.id for item in items if item.id not in waiting)
+            if not stored:
+                raise
+            raise StoreError(
+                f"{error} {len(stored):,} of {len(items):,} items are stored; StoreError.stored_ids has their ids. Add "
+                "the others again.",
+                stored_ids=stored,
+            ) from error
         self._current.get().optimize_if_deleted()
 
     def add_table(
@@ -276,7 +292,7 @@ class Writer:
                     records += self._encode(now, [replace(item, vector=None) for item in some], copy)
             self._current.record_changes(record.id for record in records)
             unused = {item.image.sha256: self._images.add(item.image, copy=copy) for item in repeated}
-            for batch in batched(records, _COMMIT_SIZE):
+            for batch in batched(records, COMMIT_SIZE):
                 # Read here and not when the rows were read, because another thread may have written since.
                 unused |= images_of(now.store.retrieve([record.id for record in batch]))
                 now.store.upsert(batch)
@@ -293,7 +309,7 @@ class Writer:
             kept = keys.has(uuid.UUID(record.id).bytes for record in batch)
             removed += [replace(r, vector=_NO_VECTOR) for r, is_kept in zip(batch, kept, strict=True) if not is_kept]
         with self._current.lock:
-            for some in batched(removed, _COMMIT_SIZE):
+            for some in batched(removed, COMMIT_SIZE):
                 self._delete_records(self._current.get().store, some)
         return len(removed)
 
