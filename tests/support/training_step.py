@@ -33,6 +33,7 @@ class TrainingStep:
 
     def backpropagate(self, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Gradients by parameter, and the value of each term."""
+        self.batches.refresh_negatives(step, ALONE)
         values = backpropagate(
             self.model,
             self.batches,
@@ -63,7 +64,7 @@ def prepare_step(
     if config.checkpoint_activations:
         model.checkpoint_activations()
 
-    def batches_of(folder: Path, size: int, seed: int) -> BatchLoader:
+    def batches_of(folder: Path, size: int, seed: int, hard_negatives: int = 0) -> BatchLoader:
         pairs = load_pairs(folder, checkpoint)
         return loader(
             model,
@@ -73,10 +74,12 @@ def prepare_step(
             size=size,
             flip=config.flip,
             seed=seed,
+            hard_negatives=hard_negatives,
             feature_distillation=config.lambda_feature_distillation > 0,
         )
 
-    batches = batches_of(data, max(config.batch_size, config.contrastive_batch), config.seed)
+    size = max(config.batch_size, config.contrastive_batch)
+    batches = batches_of(data, size, config.seed, config.hard_negatives)
     prior_seed = derive_seed(config.seed, Purpose.PRIOR)
     prior_batches = batches_of(prior, config.prior_batch, prior_seed) if prior else None
     if disturbed:

@@ -31,6 +31,8 @@ TERM_TITLES = {
     "is": "IS: image synthesis",
     "rsc": "RSC pixel: the generator learns from the encoder",
     "rsc_generated": "RSC generated: the encoder learns from the generator",
+    "rsc_encoder": "RSC encoder: the encoder learns the generator's ranking",
+    "rsc_generator": "RSC generator: the generator learns the encoder's ranking",
     "rsc_feature": "RSC feature: encoder and generator learn from each other's features",
     "feature_distillation": "Feature distillation: CLIP embeddings stay close to the base's",
 }
@@ -111,6 +113,9 @@ class TrainingConfig:
 
     lambda_itc: float = 1.0
     """Weight of ITC, at least 0."""
+    hard_negatives: int = 0
+    """K: each pair brings the K images of other meaning that are nearest to its caption, at least 0. A step then has
+    1 / (K + 1) as many pairs of its own. 0: random batches."""
     group: tuple[str, ...] = ()
     """Columns whose equal values make two pairs positives of each other. Empty: pairs with equal captions."""
 
@@ -131,6 +136,16 @@ class TrainingConfig:
     """Weight of RSC generated: the encoder learns from the generator's estimates. At least 0."""
     lambda_rsc_feature: float = 0.0
     """Weight of RSC feature: UNet and CLIP features learn from each other, without decoding. At least 0."""
+    lambda_rsc_encoder: float = 0.0
+    """Weight of RSC encoder: the encoder learns how the generator ranks images for a caption. At least 0."""
+    lambda_rsc_generator: float = 0.0
+    """Weight of RSC generator: the generator learns how the encoder ranks images for a caption. At least 0."""
+    rsc_captions: int = 8
+    """Captions per step whose candidates RSC encoder and RSC generator rank, above 0."""
+    rsc_candidates: int = 4
+    """Images that they rank for each caption, its own included, at least 2."""
+    rsc_timesteps: int = 1
+    """Timesteps, all of high noise, over which the generator's score is a mean, above 0."""
     rsc_t_max: int = 400
     """Highest timestep whose denoising estimate RSC uses, at least 0."""
     rsc_samples: int = 16
@@ -174,16 +189,18 @@ class TrainingConfig:
         _require_positive(
             self,
             *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
+            *("rsc_captions", "rsc_timesteps"),
             *("save_every", "keep", "validate_every"),
         )
         _require_non_negative(
             self,
-            *("contrastive_batch", "micro_batch"),
+            *("contrastive_batch", "micro_batch", "hard_negatives"),
             *("learning_rate_unet", "learning_rate_text", "learning_rate_image"),
             *("lora_unet", "lora_text", "lora_image"),
             *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
             *("lambda_feature_distillation", "lambda_prior", "prior_batch"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
+            *("lambda_rsc_encoder", "lambda_rsc_generator"),
         )
         _require_below_one(self, "ema_decay", "caption_dropout")
         _require_choice(self, "precision", get_args(Precision))
@@ -191,6 +208,7 @@ class TrainingConfig:
         if self.fit is not None:
             _require_choice(self, "fit", get_args(Fit))
         self._require_trainable_batches()
+        self._require_useful_negatives()
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("All term weights are 0, so there is nothing to train. Set at least one lambda above 0.")
 
@@ -204,6 +222,23 @@ class TrainingConfig:
             raise OptionError(
                 f"batch_size is {self.batch_size}, but the contrastive term needs at least two pairs in a batch. Raise "
                 "batch_size (micro_batch=1 saves memory), set contrastive_batch, or turn the term off (lambda_itc=0)."
+            )
+
+    def _require_useful_negatives(self) -> None:
+        if self.rsc_candidates < 2:
+            raise OptionError(
+                f"rsc_candidates is {self.rsc_candidates}, but must be at least 2: a caption's own image and another."
+            )
+        largest = max(self.batch_size, self.contrastive_batch)
+        if self.hard_negatives >= largest:
+            raise OptionError(
+                f"hard_negatives is {self.hard_negatives}, but a batch of {largest} holds a pair and at most "
+                f"{largest - 1} negatives."
+            )
+        if self.hard_negatives and not (self.lambda_itc or self.ranks):
+            raise OptionError(
+                "hard_negatives has no effect: no term compares images of a batch. Set lambda_itc, lambda_rsc_encoder "
+                "or lambda_rsc_generator above 0."
             )
 
     @classmethod
@@ -241,18 +276,33 @@ class TrainingConfig:
 
     @property
     def trains_generator(self) -> bool:
-        """Whether any term runs the UNet."""
-        return any((self.lambda_is, self.lambda_rsc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+        """Whether any term trains the UNet."""
+        return self.denoises or self.lambda_rsc_generator > 0
 
     @property
     def trains_encoder(self) -> bool:
         """Whether any term needs CLIP embeddings of images with gradients."""
-        return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+        return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature, self.lambda_rsc_encoder))
+
+    @property
+    def denoises(self) -> bool:
+        """Whether any term needs the UNet's output for the pairs of a batch, each with its own caption."""
+        return any((self.lambda_is, self.lambda_rsc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+
+    @property
+    def ranks(self) -> bool:
+        """Whether any term compares how encoder and generator rank images for a caption."""
+        return any((self.lambda_rsc_encoder, self.lambda_rsc_generator))
+
+    @property
+    def embeds_images(self) -> bool:
+        """Whether any term needs CLIP embeddings of images."""
+        return self.trains_encoder or self.ranks
 
     @property
     def embeds_texts(self) -> bool:
         """Whether any term needs CLIP embeddings of captions."""
-        return self.trains_encoder or self.lambda_feature_distillation > 0
+        return self.embeds_images or self.lambda_feature_distillation > 0
 
     @property
     def embeds_generator(self) -> bool:

@@ -29,7 +29,10 @@ EVERYTHING = {
     "lambda_rsc": 0.3,
     "lambda_rsc_generated": 0.5,
     "lambda_rsc_feature": 0.2,
+    "lambda_rsc_encoder": 0.3,
+    "lambda_rsc_generator": 0.6,
     "lambda_feature_distillation": 0.4,
+    "rsc_captions": 3,
     "rsc_t_max": 800,
     "rsc_samples": 3,
     "caption_dropout": 0.3,
@@ -42,6 +45,8 @@ TERMS = (
     "lambda_rsc",
     "lambda_rsc_generated",
     "lambda_rsc_feature",
+    "lambda_rsc_encoder",
+    "lambda_rsc_generator",
     "lambda_feature_distillation",
 )
 STEP = 10_000  # after the warm-up
@@ -65,7 +70,8 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 def test_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, random_checkpoint: Path) -> None:
     """Compared with one graph from the images to the weighted sum, differentiated at once."""
-    config = TrainingConfig(**EVERYTHING, batch_size=9)
+    everything = EVERYTHING | {"lambda_rsc_encoder": 0.0, "lambda_rsc_generator": 0.0}  # of no single forward pass
+    config = TrainingConfig(**everything, batch_size=9)
     prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=True)
     model, batches = prepared.model, prepared.batches
     noise = seeded_generator(config.seed, Purpose.NOISE, STEP)
@@ -73,7 +79,7 @@ def test_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, ran
     batch = batches.load(batches.indices(STEP), 9)
     terms = joint_losses(model, batch, config, random=random, empty_ids=prepared.empty_ids, step=STEP)
     sum(weight * value for weight, value in terms.values()).backward()
-    ours, values = gradients(random_checkpoint, small_catalog, **EVERYTHING, batch_size=9)
+    ours, values = gradients(random_checkpoint, small_catalog, **everything, batch_size=9)
     assert_equal(ours, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert values == pytest.approx({name: value.item() for name, (_, value) in terms.items()}, rel=1e-5)
 
@@ -90,7 +96,11 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(
 
 
 @pytest.mark.parametrize(
-    "term", ["lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"]
+    "term",
+    [
+        *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
+        *("lambda_rsc_encoder", "lambda_rsc_generator"),
+    ],
 )
 def test_micro_batches_have_the_gradients_of_each_single_term(
     small_catalog: Path, random_checkpoint: Path, term: str
@@ -157,6 +167,7 @@ def test_two_processes_train_like_one(small_catalog: Path, random_checkpoint: Pa
         "steps": 3,
         "batch_size": 5,
         "contrastive_batch": 9,
+        "hard_negatives": 2,
         "micro_batch": 2,
         "warmup_steps": 1,
         "rsc_warmup_steps": 1,

@@ -110,6 +110,13 @@ def component_options(command: Any) -> Any:
 @setting("--gradient-clip", field="gradient_clip", metavar="X", theme=OPTIMIZER, help="Maximum gradient norm.")
 @setting("--ema", field="ema_decay", metavar="X", theme=OPTIMIZER, help="Decay of the averaged weights that are saved.")
 @setting("--itc", field="lambda_itc", metavar="WEIGHT", theme=LOSSES, help="Weight of image-text contrast. 0: off.")
+@setting(
+    "--hard-negatives",
+    field="hard_negatives",
+    metavar="K",
+    theme=LOSSES,
+    help="Images of other meaning, nearest to its caption, that each pair brings into a batch. 0: random batches.",
+)
 @setting("--is", field="lambda_is", metavar="WEIGHT", theme=LOSSES, help="Weight of image synthesis. 0: off.")
 @setting(
     "--min-snr-gamma", field="min_snr_gamma", metavar="X", theme=LOSSES, help="γ of min-SNR weighting. 0: no weighting."
@@ -141,6 +148,35 @@ def component_options(command: Any) -> Any:
     metavar="WEIGHT",
     theme=RSC,
     help="Weight of RSC feature: both learn from each other's features, without decoding.",
+)
+@setting(
+    "--rsc-encoder",
+    field="lambda_rsc_encoder",
+    metavar="WEIGHT",
+    theme=RSC,
+    help="Weight of RSC encoder: the encoder learns how the generator ranks images for a caption.",
+)
+@setting(
+    "--rsc-generator",
+    field="lambda_rsc_generator",
+    metavar="WEIGHT",
+    theme=RSC,
+    help="Weight of RSC generator: the generator learns how the encoder ranks images for a caption.",
+)
+@setting("--rsc-captions", field="rsc_captions", metavar="N", theme=RSC, help="Captions per step that both rank for.")
+@setting(
+    "--rsc-candidates",
+    field="rsc_candidates",
+    metavar="N",
+    theme=RSC,
+    help="Images that both rank for a caption, its own included.",
+)
+@setting(
+    "--rsc-timesteps",
+    field="rsc_timesteps",
+    metavar="N",
+    theme=RSC,
+    help="Timesteps of high noise in the generator's score.",
 )
 @setting(
     "--rsc-t-max", field="rsc_t_max", metavar="T", theme=RSC, help="Highest timestep whose denoising estimate is used."

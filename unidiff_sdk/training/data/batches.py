@@ -12,9 +12,11 @@ from torch import Tensor
 
 from unidiff_sdk.training.objective.batch import Batch
 from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.runtime.processes import Processes
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator
 
 from .feature_distillation import embed_images, embed_texts
+from .hard_negatives import HardNegatives
 from .latents import LatentCache, encode_latents
 from .mapped_tensor import MEMORY_LIMIT
 from .pairs import Pairs
@@ -57,6 +59,7 @@ class BatchLoader:
         seed: Seed of order and mirroring.
         cache: Latents on disk.
         clip_ids: int64[n, tokens], captions for CLIP's text tower, if it has another tokenizer.
+        hard_negatives: Negatives of each pair, see `HardNegatives`. 0: random batches.
         feature_distillation: Embed all pairs by the model as it is now, as targets of feature distillation.
         scratch: Folder for tensors that do not fit in memory, see `allocate_rows`.
         memory_limit: Size, in bytes, up to which a tensor of all pairs is in memory.
@@ -74,13 +77,15 @@ class BatchLoader:
         seed: int,
         cache: LatentCache | None = None,
         clip_ids: Tensor | None = None,
+        hard_negatives: int = 0,
         feature_distillation: bool = False,
         scratch: Path | None = None,
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self.model = model
         self.clip_images = pairs.clip_images
-        storage: dict[str, Any] = {"scratch": scratch, "memory_limit": memory_limit}
+        self.storage: dict[str, Any] = {"scratch": scratch, "memory_limit": memory_limit}
+        storage = self.storage
         self.latents = encode_latents(model, pairs.images, cache, **storage)
         # The latents of a mirrored image are not its mirrored latents, so both are encoded.
         self.mirrored = encode_latents(model, pairs.images.mirrored(), cache, **storage) if flip else None
@@ -90,6 +95,7 @@ class BatchLoader:
         self.groups = torch.tensor([numbers[key] for key in groups])
         self.size = min(size, len(pairs))
         self.seed = seed
+        self.negatives = HardNegatives(hard_negatives, self.size, len(pairs)) if hard_negatives else None
         self.base_embeddings: dict[str, Tensor] = {}
         if feature_distillation:
             self.base_embeddings = {
@@ -105,10 +111,17 @@ class BatchLoader:
         return tuple(self.latents.shape[1:])
 
     def indices(self, step: int) -> BatchIndices:
-        """The pairs of a step, counted from 0. Pairs left over at the end of an epoch are skipped in that epoch."""
-        epoch, place = divmod(step, len(self.latents) // self.size)
-        order = torch.randperm(len(self.latents), generator=seeded_generator(self.seed, Purpose.ORDER, epoch))
-        rows = order[place * self.size : (place + 1) * self.size]
+        """The pairs of a step, counted from 0. Pairs left over at the end of an epoch are skipped in that epoch.
+
+        With hard negatives, an epoch passes over the pairs that bring them. `refresh_negatives` comes first.
+        """
+        n, own = len(self.latents), self.negatives.anchors if self.negatives else self.size
+        epoch, place = divmod(step, n // own)
+        order = torch.randperm(n, generator=seeded_generator(self.seed, Purpose.ORDER, epoch))
+        rows = order[place * own : (place + 1) * own]
+        if self.negatives:
+            others = torch.randperm(n, generator=seeded_generator(self.seed, Purpose.NEGATIVES, step))
+            rows = self.negatives.rows(rows, others)
         if self.mirrored is None:
             return BatchIndices(rows, torch.zeros(len(rows), dtype=torch.bool))
         random = torch.rand(len(rows), generator=seeded_generator(self.seed, Purpose.MIRROR, step))
@@ -118,18 +131,35 @@ class BatchLoader:
         """The model inputs of these pairs, on the model's device. The first `samples` pairs have latents."""
         device = self.model.device
         rows, mirror = indices.rows, indices.mirror[:, None, None, None]
-        pixels, latents = self.clip_images[rows], self.latents[rows[:samples]]
+        pixels = self.clip_images[rows]
         if self.mirrored is not None:
             pixels = torch.where(mirror, pixels.flip(-1), pixels)
-            latents = torch.where(mirror[:samples], self.mirrored[rows[:samples]], latents)
         return Batch(
             clip_pixels=self.model.to_clip(pixels.to(device).float() / 255),
-            latents=latents.to(device),
+            latents=self.load_latents(indices.select(torch.arange(samples))),
             input_ids=self.input_ids[rows].to(device),
             groups=self.groups[rows].to(device),
             clip_ids=None if self.clip_ids is None else self.clip_ids[rows].to(device),
             base_embeddings={name: rows.to(device) for name, rows in self._base_embeddings(indices).items()},
         )
+
+    def load_latents(self, indices: BatchIndices) -> Tensor:
+        """The latents of these pairs, float[m, c, h, w], on the model's device."""
+        latents = self.latents[indices.rows]
+        if self.mirrored is not None:
+            latents = torch.where(indices.mirror[:, None, None, None], self.mirrored[indices.rows], latents)
+        return latents.to(self.model.device)
+
+    def refresh_negatives(self, step: int, processes: Processes) -> None:
+        """Find the hard negatives anew with the model as it is, if that is due before a step. All processes call it."""
+        if self.negatives is None or not self.negatives.due(step):
+            return
+        nearest = torch.zeros(self.negatives.shape, dtype=torch.int64)
+        if processes.is_main:
+            u = embed_images(self.model, self.clip_images, **self.storage)
+            v = embed_texts(self.model, self.input_ids if self.clip_ids is None else self.clip_ids, **self.storage)
+            nearest = self.negatives.find(u, v, self.groups)
+        self.negatives.nearest = processes.sum(nearest.to(processes.device)).cpu()
 
     def _base_embeddings(self, indices: BatchIndices) -> dict[str, Tensor]:
         found = {name: embeddings[indices.rows] for name, embeddings in self.base_embeddings.items()}

@@ -17,8 +17,16 @@ from torch import Tensor
 
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data.batches import BatchIndices, BatchLoader
+from unidiff_sdk.training.objective import losses
 from unidiff_sdk.training.objective.batch import Batch, RandomInputs
 from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.score_consistency import (
+    Ranking,
+    ScoreInputs,
+    choose_candidates,
+    encoder_logits,
+    generator_logits,
+)
 from unidiff_sdk.training.objective.terms import ForwardOutput, forward, pairwise_terms, prior_terms, term_weights
 from unidiff_sdk.training.runtime.processes import Processes
 from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed, seeded_generator
@@ -83,18 +91,26 @@ def backpropagate(
     # 2. all embeddings; a single micro-batch keeps its graph, several are computed again in 4
     whole = run(micro_batches[0]) if len(micro_batches) == 1 else None
     leaves: dict[str, Tensor] = {}
-    if config.trains_encoder:
+    if config.embeds_images:
         with torch.no_grad():
             embedded = [(part, (whole or run(part, embeddings_only=True)).embeddings) for part in micro_batches]
             leaves = _gather(embedded, random, processes)
 
     # 3. pairwise terms, and their gradients with respect to the embeddings
     groups = batches.groups[indices.rows].to(processes.device)
-    values = pairwise_terms(model, leaves, groups, config, random)
+    terms: dict[str, Tensor] = {}
+    ranking = None
+    if config.ranks:
+        candidates = choose_candidates(leaves["u"], leaves["v"], groups, config, random.samples)
+        teacher_logits = encoder_logits(leaves["u"], leaves["v"], candidates, model.clip.logit_scale).detach()
+        ranking, found = _backward_ranking(
+            model, batches, indices, config, step, empty_ids, processes, weights, candidates, teacher_logits
+        )
+        _add(terms, found)
+    values = pairwise_terms(model, leaves, groups, config, random, ranking)
     _backward_pairwise(model, values, weights, processes)
 
     # 4. back through the models
-    terms: dict[str, Tensor] = {}
     for micro_batch in micro_batches:
         output = whole or run(micro_batch)
         _backward(output, micro_batch, leaves, weights)
@@ -199,6 +215,45 @@ def _backward(
             gradients.append(torch.ones_like(value))
     if tensors:
         torch.autograd.backward(tensors, gradients)
+
+
+def _backward_ranking(
+    model: JointModel,
+    batches: BatchLoader,
+    indices: BatchIndices,
+    config: TrainingConfig,
+    step: int,
+    empty_ids: Tensor,
+    processes: Processes,
+    weights: Mapping[str, float],
+    candidates: Tensor,
+    teacher_logits: Tensor,
+) -> tuple[Ranking, dict[str, Tensor]]:
+    """Rank the candidates by the generator, with the backward pass of "rsc_generator" if it is active.
+
+    candidates: int64[a, c], see `choose_candidates`. teacher_logits: float[a, c], the encoder's.
+    """
+    captions = len(candidates)
+    generator = seeded_generator(batches.seed, Purpose.SCORE, step)
+    inputs = ScoreInputs.sample(generator, captions, batches.latent_shape, len(model.alpha_bar), config)
+    logits, terms = torch.zeros_like(teacher_logits), {}
+    mine = processes.shard(captions)
+    at_once = max(1, config.micro_batch // candidates.shape[1]) if config.micro_batch else captions
+    for number, part in enumerate(mine.split(at_once) if len(mine) else ()):
+        torch.manual_seed(derive_seed(batches.seed, Purpose.SCORE, step, processes.rank, number))
+        images = candidates[part.to(candidates.device)].cpu()
+        latents = batches.load_latents(indices.select(images.flatten())).unflatten(0, images.shape)
+        input_ids = batches.input_ids[indices.rows[part]].to(model.device)
+        with torch.set_grad_enabled(config.lambda_rsc_generator > 0):
+            found = generator_logits(model, latents, input_ids, empty_ids, inputs.select(part))
+        logits[part.to(logits.device)] = found.detach()
+        if config.lambda_rsc_generator:
+            share = len(part) / captions
+            value = losses.score_consistency(found, teacher_logits[part.to(logits.device)]) * share
+            if value.requires_grad:  # not if all that it reaches is locked
+                (weights["rsc_generator"] * value).backward()
+            _add(terms, {"rsc_generator": value})
+    return Ranking(candidates, processes.sum(logits)), terms
 
 
 def _backward_prior(

@@ -53,6 +53,8 @@ class Learner:
         self, step: int, batches: BatchLoader, empty_ids: Tensor, prior: BatchLoader | None = None
     ) -> dict[str, float]:
         """Take step `step`, from 0. Returns the value of each term. Raises TrainingError if one is not finite."""
+        batches.refresh_negatives(step, self.processes)
+
         # 1. gradients
         teacher = self.ema.weights if self.config.rsc_teacher == "ema" else self.frozen_teacher
         self.optimizer.zero_grad(set_to_none=True)

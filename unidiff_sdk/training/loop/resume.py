@@ -20,6 +20,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import METADATA
 from unidiff_sdk.training.checkpoints.json_files import read_json
 from unidiff_sdk.training.checkpoints.saving import TRAINING_STATE
 from unidiff_sdk.training.config import TrainingConfig, with_current_names
+from unidiff_sdk.training.data.hard_negatives import HardNegatives
 
 from .learner import Learner
 from .model_selection import ModelSelection
@@ -60,6 +61,7 @@ def write_state(
     out: Path,
     learner: Learner,
     selection: ModelSelection,
+    negatives: HardNegatives | None,
     weights: Mapping[str, Tensor],
     progress: Progress,
     identity: Mapping[str, Any],
@@ -77,11 +79,19 @@ def write_state(
         "config": asdict(learner.config),
         "identity": dict(identity),
     }
+    if negatives:
+        negatives.save(folder)
     (folder / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def restore(out: Path, learner: Learner, selection: ModelSelection, identity: Mapping[str, Any]) -> Progress:
-    """Restore learner and model selection to the state of the run in `out`.
+def restore(
+    out: Path,
+    learner: Learner,
+    selection: ModelSelection,
+    negatives: HardNegatives | None,
+    identity: Mapping[str, Any],
+) -> Progress:
+    """Restore learner, model selection and hard negatives to the state of the run in `out`.
 
     Raises:
         TrainingError: The run has other settings, another base or other data.
@@ -92,6 +102,8 @@ def restore(out: Path, learner: Learner, selection: ModelSelection, identity: Ma
     _require_same_run(out, content, learner.config, identity)
     learner.restore(folder, content["learner"])
     selection.restore(folder, content["selection"])
+    if negatives:
+        negatives.restore(folder)
     return Progress(**content["progress"])
 
 
@@ -130,7 +142,11 @@ def _require_same_run(
 ) -> None:
     # Through JSON and back, like the recorded values: tuples become lists.
     ours = json.loads(json.dumps({"config": asdict(config), "identity": dict(identity)}))
-    theirs = {"config": with_current_names(content["config"]), "identity": content["identity"]}
+    # A version without a setting worked as its default does.
+    theirs = {
+        "config": json.loads(json.dumps(asdict(TrainingConfig()))) | with_current_names(content["config"]),
+        "identity": content["identity"],
+    }
     ignored = UNRELATED_TO_WEIGHTS - ({"validate_every"} if config.patience else set())  # then validation chooses them
     for section in ("config", "identity"):
         for name in ours[section].keys() | theirs[section].keys():

@@ -89,7 +89,7 @@ class TrainingRun:
         Raises TrainingError if `out` holds another run, CheckpointError if its state cannot be read.
         """
         if unfinished(self.out):
-            self.progress = restore(self.out, self.learner, self.selection, self.identity)
+            self.progress = restore(self.out, self.learner, self.selection, self.batches.negatives, self.identity)
             self.saved_step = self.progress.step
         elif self.out.exists():
             self.progress = read_finished(self.out, self.config, self.identity)
@@ -147,7 +147,10 @@ class TrainingRun:
             def write_more(folder: Path) -> None:
                 save_adapters(self.checkpoint, folder / ADAPTERS)
                 if not finished:
-                    write_state(folder, self.learner, self.selection, current, self.progress, self.identity)
+                    write_state(
+                        *(folder, self.learner, self.selection, self.batches.negatives),
+                        *(current, self.progress, self.identity),
+                    )
 
             save_checkpoint(
                 self.out,

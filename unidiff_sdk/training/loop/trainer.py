@@ -139,7 +139,8 @@ def train(
     model = _build_model(checkpoint, config, processes)
     cache = LatentCache(Path(latents), model) if latents else None
     make_batches = partial(_make_batches, model, checkpoint, config, cache=cache, scratch=out.parent)
-    batches = make_batches(pairs, groups, size=max(config.batch_size, config.contrastive_batch), seed=config.seed)
+    size = max(config.batch_size, config.contrastive_batch)
+    batches = make_batches(pairs, groups, size=size, seed=config.seed, hard_negatives=config.hard_negatives)
     prior_pairs, prior_batches = None, None
     if prior:
         _generate_prior(prior, model, checkpoint, config, processes, on_prior)
@@ -242,6 +243,7 @@ def _make_batches(
     seed: int,
     cache: LatentCache | None,
     scratch: Path,
+    hard_negatives: int = 0,
 ) -> BatchLoader:
     return BatchLoader(
         model,
@@ -253,6 +255,7 @@ def _make_batches(
         seed=seed,
         cache=cache,
         clip_ids=None if checkpoint.shared_layers else tokenize(checkpoint.clip_tokenizer, pairs.captions),
+        hard_negatives=hard_negatives,
         feature_distillation=config.lambda_feature_distillation > 0,
         scratch=scratch,
     )

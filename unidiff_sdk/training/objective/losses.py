@@ -27,9 +27,11 @@ __all__ = [
     "linear_warmup",
     "min_snr_weight",
     "predict_original",
+    "relative_gain",
     "rsc_feature",
     "rsc_pixel",
     "same_meaning",
+    "score_consistency",
     "synthesis",
 ]
 
@@ -216,6 +218,29 @@ def _neighbors(features: Tensor, temperature: float) -> Tensor:
     n = len(unit)
     others = ~torch.eye(n, dtype=torch.bool, device=unit.device)
     return ((unit @ unit.T)[others].view(n, n - 1) / temperature).log_softmax(dim=1)
+
+
+def relative_gain(error: Tensor, error_without: Tensor) -> Tensor:
+    """The generator's score of an image for a caption, (e(x, ∅) - e(x, y)) / e(x, ∅): at most 1, 0 if it does not help.
+
+    error, error_without: Denoising errors with and without the caption, of equal shape. Without the division, images
+    that are hard to denoise would dominate.
+    """
+    return (error_without - error) / error_without
+
+
+def score_consistency(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of KL(softmax(teacher_i) ‖ softmax(student_i)) over captions i. The teacher is a constant.
+
+    Distillation of scores: Hinton et al. 2015, "Distilling the knowledge in a neural network", with logits that are
+    scores of candidates.
+
+    student, teacher: float[a, c], logits of the c candidates of each caption. a = 0 or c < 2 gives 0.
+    """
+    if student.shape[0] == 0:
+        return 0.0 * student.sum()
+    target = teacher.detach().log_softmax(dim=1)
+    return F.kl_div(student.log_softmax(dim=1), target, log_target=True, reduction="batchmean")
 
 
 def gradient_only_through_input(tower: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor) -> Tensor:

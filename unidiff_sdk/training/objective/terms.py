@@ -17,6 +17,7 @@ from unidiff_sdk.training.config import TrainingConfig
 from . import losses
 from .batch import Batch, RandomInputs
 from .joint_model import JointModel
+from .score_consistency import Ranking, encoder_logits
 
 __all__ = ["ForwardOutput", "forward", "joint_losses", "pairwise_terms", "prior_terms", "term_weights"]
 
@@ -66,6 +67,8 @@ def term_weights(config: TrainingConfig, step: int) -> dict[str, float]:
         "rsc": config.lambda_rsc,
         "rsc_generated": config.lambda_rsc_generated,
         "rsc_feature": config.lambda_rsc_feature,
+        "rsc_encoder": config.lambda_rsc_encoder,
+        "rsc_generator": config.lambda_rsc_generator,
         "feature_distillation": config.lambda_feature_distillation,
         "prior": config.lambda_prior * config.lambda_is,
         "prior_feature_distillation": config.lambda_prior * config.lambda_feature_distillation,
@@ -113,7 +116,7 @@ def forward(
     `joint_losses`.
     """
     n = len(batch.latents)
-    runs_unet = n > 0 and (config.embeds_generator if embeddings_only else config.trains_generator)
+    runs_unet = n > 0 and (config.embeds_generator if embeddings_only else config.denoises)
     terms: dict[str, Tensor] = {}
     embeddings: dict[str, Tensor] = {}
 
@@ -123,7 +126,7 @@ def forward(
         states, pooled = model.encode_captions(batch, dropped, empty_ids, pooled=config.embeds_texts)
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
-        if config.trains_encoder:
+        if config.embeds_images:
             embeddings["u"] = model.f(batch.clip_pixels)
     if config.lambda_feature_distillation and not embeddings_only:
         terms["feature_distillation"] = _feature_distillation(embeddings, batch, random)
@@ -160,7 +163,7 @@ def prior_terms(
         states, pooled = model.encode_captions(batch, dropped, empty_ids, pooled=config.lambda_feature_distillation > 0)
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
-            if config.trains_encoder:
+            if config.embeds_images:
                 embeddings["u"] = model.f(batch.clip_pixels)
         if config.lambda_is:
             denoising = _denoise(model, batch.latents, states, random)
@@ -172,14 +175,20 @@ def prior_terms(
 
 
 def pairwise_terms(
-    model: JointModel, embeddings: Mapping[str, Tensor], groups: Tensor, config: TrainingConfig, random: RandomInputs
+    model: JointModel,
+    embeddings: Mapping[str, Tensor],
+    groups: Tensor,
+    config: TrainingConfig,
+    random: RandomInputs,
+    ranking: Ranking | None = None,
 ) -> dict[str, Tensor]:
-    """Terms that compare the samples of a whole step: ITC, RSC generated and RSC feature.
+    """Terms that compare the samples of a whole step: ITC, RSC generated, RSC feature and RSC encoder.
 
     Args:
         embeddings: As in `ForwardOutput`, of the whole step.
         groups: int64[m]. Pairs with equal values have the same meaning.
         random: Random inputs of the whole step.
+        ranking: The generator's ranking, which RSC encoder needs.
     """
     values: dict[str, Tensor] = {}
     if not config.trains_encoder:
@@ -198,6 +207,9 @@ def pairwise_terms(
             )
     if config.lambda_rsc_feature:
         values["rsc_feature"] = losses.rsc_feature(embeddings["h"][gated], u[gated])
+    if config.lambda_rsc_encoder and ranking is not None:
+        logits = encoder_logits(u, v, ranking.candidates, model.clip.logit_scale)
+        values["rsc_encoder"] = losses.score_consistency(logits, ranking.logits)
     return values
 
 

@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     DROPOUT = 4
     PRIOR = 5
     VALIDATION = 6
+    SCORE = 7
+    NEGATIVES = 8
 
 
 def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:
