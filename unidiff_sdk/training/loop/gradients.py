@@ -236,7 +236,8 @@ def _backward_ranking(
     captions = len(candidates)
     generator = seeded_generator(batches.seed, Purpose.SCORE, step)
     inputs = ScoreInputs.sample(generator, captions, batches.latent_shape, len(model.alpha_bar), config)
-    logits, terms = torch.zeros_like(teacher_logits), {}
+    logits = torch.zeros_like(teacher_logits)
+    terms: dict[str, Tensor] = {}
     mine = processes.shard(captions)
     at_once = max(1, config.micro_batch // candidates.shape[1]) if config.micro_batch else captions
     for number, part in enumerate(mine.split(at_once) if len(mine) else ()):
