@@ -65,8 +65,9 @@ def test_search_finds_the_rest_after_half_of_the_index_was_deleted(tmp_path: Pat
 
 def test_search_considers_more_candidates_after_few_deletions() -> None:
     assert GraphState(100_000, 100_000).search_options(512, 40_000) == {}
-    assert GraphState(99_000, 100_000, 1_000).search_options(512, 40_000) == {"hnsw_ef": 256}
-    assert GraphState(100_000, 100_000, written=1).search_options(512, 40_000) == {"hnsw_ef": 256}
+    assert GraphState(100_000, 100_000, written=1).search_options(512, 40_000) == {"hnsw_ef": 200}
+    assert GraphState(90_000, 100_000, 10_000).search_options(512, 40_000) == {"hnsw_ef": 360}
+    assert GraphState(80_000, 100_000, 20_000).search_options(512, 40_000) == {"hnsw_ef": 520}
     assert GraphState(20_000, 20_001, 1).search_options(512, 40_000) == {"exact": True}  # 40,000 KB remain
     assert GraphState(79_000, 100_000, 21_000).search_options(512, 40_000) == {"exact": True}
 

@@ -1,10 +1,26 @@
-"""The available memory, so that work that cannot fit is refused before it starts."""
+"""The available memory and disk space, so that work that cannot fit is refused before it starts.
+
+Qdrant Edge maps sparse files of 1 to 32 MiB into memory. The operating system allocates a page of them when it is first
+written. If the disk is full then, it ends the process with SIGBUS, which no code can handle. So each write is checked
+beforehand. Images and archives leave the last `RESERVE` bytes to the engine, which can then always finish and be opened
+again. The checks know nothing of disk quotas, and another process can fill the disk between a check and a write.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-__all__ = ["available_memory", "readable_size"]
+from unidiff_sdk.errors import StoreError
+
+__all__ = ["RESERVE", "DiskFullError", "available_memory", "free_space", "readable_size", "require_free_space"]
+
+RESERVE = 32 << 20
+"""Bytes that remain free on the disk of a catalog: a few times what a batch of writes, a new shard or closing needs."""
+
+
+class DiskFullError(StoreError):
+    """A disk has too little room for an operation, which was not started."""
 
 
 def available_memory() -> int | None:
@@ -19,6 +35,37 @@ def available_memory() -> int | None:
 def readable_size(size: float) -> str:
     """A number of bytes in binary units: 1.5e9 is "1.4 GiB"."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
+
+
+def free_space(folder: Path) -> int:
+    """The free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def require_free_space(folder: Path, size: int, purpose: str, *, reserve: int = RESERVE) -> None:
+    """Check that a disk has room.
+
+    Args:
+        folder: a folder on the disk.
+        size: bytes that will be written.
+        purpose: what is written, as the subject of a sentence.
+        reserve: bytes that must remain free afterwards.
+
+    Raises:
+        DiskFullError: the disk has less room.
+    """
+    free = free_space(folder)
+    if free < size + reserve:
+        raise DiskFullError(
+            f"The disk is too full: {purpose} needs {_mebibytes(size + reserve)} of free space, and the disk of "
+            f"{folder} has {_mebibytes(free)}. Nothing that was stored is lost. Free some space, or move the catalog "
+            "to another disk, and try again."
+        )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _system_available() -> int | None:

@@ -30,6 +30,7 @@ import numpy as np
 
 from unidiff_sdk._internal.files import atomic_file, remove_unfinished
 from unidiff_sdk._internal.json_values import parse_json
+from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet, read_parquet
@@ -137,6 +138,8 @@ def write_archive(
         ) as writer,
     ):
         for group in _groups(_rows(store, images, clause)):
+            size = sum(len(row["image"]) + len(row["payload"]) + 4 * store.dim for row in group)
+            require_free_space(path.parent, size, f"{path.name}")
             writer.write_table(_table(group, schema))
             count += len(group)
             advance(count, total)

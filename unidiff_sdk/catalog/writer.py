@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unidiff_sdk._internal.memory import DiskFullError
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import safe_logger, warn
@@ -322,9 +323,12 @@ class Writer:
 
     def _release_images(self, store: Store, images: dict[str, str]) -> None:
         """Delete the images (sha256 -> uri) that no item uses."""
-        for sha256, uri in images.items():
-            if not store.count(Compare(f"{SYSTEM}.sha256", "eq", sha256)):
-                self._images.remove(sha256, uri)
+        try:
+            for sha256, uri in images.items():
+                if not store.count(Compare(f"{SYSTEM}.sha256", "eq", sha256)):
+                    self._images.remove(sha256, uri)
+        except DiskFullError as error:  # the first search for a hash creates an index
+            warn(f"The items are changed, but the images that they no longer use were not deleted: {error}")
 
     def _warn_about_real_images(self, items: Sequence[Item]) -> None:
         bundle = self._current.get().bundle

@@ -24,6 +24,7 @@ from PIL import Image
 
 from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
 from unidiff_sdk._internal.images import MAX_FILE_SIZE, ImageSource, load_image
+from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk.errors import ImageError, StoreError
 
 __all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
@@ -144,13 +145,13 @@ class ImageStore:
         """
         thumbnail = self._thumbnail_path(image.sha256)
         if not _exists_with_content(thumbnail):
-            write_atomically(thumbnail, _thumbnail(image.decoded))
+            self._write(thumbnail, _thumbnail(image.decoded))
         if image.path is not None and not copy:
             return self._allowed_reference(image.path)
         uri = f"images/{image.sha256[:2]}/{image.sha256}{image.suffix}"
         path = resolve_stored(self.root, uri, StoreError)
         if not _exists_with_content(path):
-            write_atomically(path, image.encoded())
+            self._write(path, image.encoded())
         return uri
 
     def expected_uri(self, image: ItemImage, stored_uri: str, *, copy: bool) -> str:
@@ -227,6 +228,10 @@ class ImageStore:
         """The URI of a file that the caller adds by reference, and may therefore be read."""
         self._references.add(path.resolve().parent)
         return self.reference(path)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        require_free_space(self.root, len(data), f"the image {path.name}")
+        write_atomically(path, data)
 
     def _thumbnail_path(self, sha256: str) -> Path:
         if not _SHA256.fullmatch(sha256):

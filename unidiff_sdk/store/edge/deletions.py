@@ -22,9 +22,10 @@ __all__ = ["GraphState", "deleted_from_graphs"]
 _FLOAT = 4  # bytes
 _REMEASURE = 0.05  # writes since the last measurement, as a share of the graphs
 
-# Candidates per search while vectors of the graphs are deleted. The engine's own number is 100, as in the construction.
-# Measured in benchmarks/deleting.py.
-_WIDE_EF = 256
+# Candidates per search while vectors of the graphs are deleted: the first number, plus the second times their share.
+# The engine's own number is 100. With 60,000 vectors of 512 numbers and a fifth of them deleted, those nearest to the
+# queries, 100 candidates find 0.80 of the nearest 10, 200 find 0.95, and 400 find 0.99.
+_EF, _EF_PER_SHARE = 200, 1600
 
 
 @dataclass
@@ -78,7 +79,9 @@ class GraphState:
         if not self.deleted_share:
             return {}
         is_small = (self.points + self.written) * dim * _FLOAT <= full_scan_kb * 1024
-        return {"exact": True} if is_small or self.deleted_share > MAX_DELETED_SHARE else {"hnsw_ef": _WIDE_EF}
+        if is_small or self.deleted_share > MAX_DELETED_SHARE:
+            return {"exact": True}
+        return {"hnsw_ef": round(_EF + _EF_PER_SHARE * self.deleted_share)}
 
 
 def deleted_from_graphs(path: Path) -> int:

@@ -39,6 +39,8 @@ def optimize_in_subprocess(shard: Path) -> None:
     )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        if done.returncode == -signal.SIGBUS:
+            reason = "the disk is full"
         raise StoreError(
             f"The search index of {shard.parent} was not built: {reason}. No data is lost, and searches scan all "
             "vectors instead. Call optimize() again."

@@ -7,9 +7,11 @@ from pathlib import Path
 import qdrant_edge as edge
 
 from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store.protocol import MAX_DELETED_SHARE, VECTOR
 
+from .growth import ESSENTIAL, opening_growth
 from .page_cache import warm_page_cache
 from .quantization import vector_parameters
 from .shard_versions import CONFIG
@@ -53,8 +55,10 @@ def open_shard(path: Path, dim: int, quantization: str | None, full_scan_kb: int
                 f"The shard {path} has vectors of {stored} numbers, but the bundle of this catalog makes {dim}. "
                 "Restore the folder from a backup."
             )
+        require_free_space(path, opening_growth(path), "opening a catalog", reserve=ESSENTIAL)
         warm_page_cache(path)
         return edge.EdgeShard.load(str(path))
+    require_free_space(path, 0, "a new catalog")
     path.mkdir(parents=True, exist_ok=True)
     vectors = {VECTOR: edge.EdgeVectorParams(dim, edge.Distance.Dot, **vector_parameters(quantization))}
     graph = edge.HnswIndexConfig(_LINKS, _EF_CONSTRUCT, full_scan_kb)

@@ -13,10 +13,13 @@ import numpy as np
 import qdrant_edge as edge
 
 from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
+from unidiff_sdk._internal.memory import RESERVE, free_space, require_free_space
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import StoreError, UniDiffError
 from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
 from unidiff_sdk.store.ordering import Ranked, Window, in_total_order, ranked_by_value, read_page, records_in_order
+from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import (
     CANDIDATES,
     CAPTION,
@@ -32,6 +35,7 @@ from unidiff_sdk.store.protocol import (
 
 from .conditions import condition
 from .deletions import GraphState
+from .growth import ESSENTIAL, PLENTY, UNFLUSHED, growth_of, index_growth, opening_growth, optimizing_growth
 from .optimizer import optimize_in_subprocess
 from .page_cache import warm_page_cache
 from .quantization import RESCORE, check_quantization, stored_quantization
@@ -48,6 +52,7 @@ from .shard_versions import ShardVersions
 
 __all__ = ["EdgeStore"]
 
+_SAMPLE = 64  # records by which the size of all is estimated
 _REPLAY_BATCH = 64  # points copied to a new shard at a time, which takes a few milliseconds
 
 
@@ -93,6 +98,7 @@ class EdgeStore:
         self._written: set[str] | None = None  # ids written since `optimize` copied the shard
         self._replaced: tuple[edge.EdgeShard, Path] | None = None
         self._closed = False
+        self._unflushed = 0  # ids written since the last flush
         self.revision = 0
         self._versions = ShardVersions(path, create=create)
         try:
@@ -222,17 +228,24 @@ class EdgeStore:
     def upsert(self, records: Sequence[Record]) -> None:
         check_records(records, self.dim)
         points = [edge.Point(r.id, {VECTOR: r.vector.tolist()}, r.payload) for r in records]
-        with self._write([r.id for r in records]) as shard:
+        with self._write([r.id for r in records], lambda: growth_of((r.payload for r in records), self.dim)) as shard:
             shard.update(edge.UpdateOperation.upsert_points(points))
 
     def delete(self, ids: Sequence[str]) -> None:
-        with self._write(ids) as shard:
+        with self._write(ids, reserve=ESSENTIAL) as shard:
             shard.update(edge.UpdateOperation.delete_points(list(ids)))
 
     def create_index(self, column: str, kind: str) -> None:
         schema = TEXT_INDEX if kind == "text" else INDEX_TYPES[kind]
         with self._write([]) as shard:
+            # Deleting needs an index of a system column, and must be possible where little space is left.
+            is_system = column.startswith(SYSTEM)
+            sample = [payload.get(SYSTEM, payload) if is_system else payload for payload in self._sample()]
+            growth = index_growth(sample, shard.info().points_count)
+            reserve = ESSENTIAL if is_system else RESERVE
+            require_free_space(self.path, growth, f"an index of the column {column!r}", reserve=reserve)
             shard.update(edge.UpdateOperation.create_field_index(column, schema))
+            self._flush_if_scarce(shard)
 
     def drop_index(self, column: str) -> None:
         with self._write([]) as shard:
@@ -249,6 +262,14 @@ class EdgeStore:
                         self._shard.flush()
                         self._shard.close()
                     self._close_replaced()
+                except StoreError as error:
+                    if free_space(self.path) >= ESSENTIAL:
+                        raise
+                    del self._shard  # releases its files
+                    warn(
+                        f"{self.path} was closed on a full disk. No data is lost: what was not written yet is in the "
+                        f"log, which is replayed when the catalog is opened again. ({error})"
+                    )
                 finally:
                     self._versions.release()
 
@@ -264,11 +285,14 @@ class EdgeStore:
         with self._optimizing:
             self._close_replaced()
             copy = self._versions.next_folder()
+            growth = optimizing_growth(self._versions.current, self._sample(), self.count(), self.dim)
+            require_free_space(self.path, growth, "building the search index")
             fresh = None
             try:
                 self._copy_shard(copy)
                 self._build_index(copy)
                 with _store_errors(self.path):
+                    require_free_space(self.path, opening_growth(copy), "opening the new search index")
                     warm_page_cache(copy)
                     fresh = edge.EdgeShard.load(str(copy))
                     self._catch_up(fresh)
@@ -314,6 +338,8 @@ class EdgeStore:
             batch = ids[start : start + _REPLAY_BATCH]
             points = self._shard.retrieve(list(batch), True, True)
             deleted = set(batch) - {str(point.id) for point in points}
+            growth = growth_of((point.payload or {} for point in points), self.dim)
+            require_free_space(self.path, growth, "copying concurrent changes to the new search index")
             fresh.update(edge.UpdateOperation.delete_points(sorted(deleted)))
             fresh.update(
                 edge.UpdateOperation.upsert_points(
@@ -341,17 +367,41 @@ class EdgeStore:
             yield self._shard
 
     @contextlib.contextmanager
-    def _write(self, ids: Sequence[str]) -> Iterator[edge.EdgeShard]:
-        """The shard, locked for writing the points with these ids."""
+    def _write(
+        self, ids: Sequence[str], growth: Callable[[], int] = lambda: 0, *, reserve: int = RESERVE
+    ) -> Iterator[edge.EdgeShard]:
+        """The shard, locked for writing the points with these ids.
+
+        Args:
+            ids: the points; none if only files are copied or indexes changed.
+            growth: estimates the bytes that will be written.
+            reserve: bytes of disk space that must remain free.
+        """
         self._owner.check()
         with self._writing, self._engine() as shard:
+            if ids and free_space(self.path) < PLENTY:
+                required = growth() + opening_growth(self._versions.current)
+                require_free_space(self.path, required, "a write to the catalog", reserve=reserve)
             self.revision += bool(ids)
             self._graphs.written += len(ids)
             if self._written is not None:
                 self._written.update(ids)
             yield shard
+            if ids:
+                self._unflushed += len(ids)
+                self._flush_if_scarce(shard)
             if self._graphs.is_stale:
                 self._graphs = GraphState.measure(shard, self._versions.current)
+
+    def _sample(self) -> list[dict[str, Any]]:
+        """The payloads of some records."""
+        return [record.payload for record in next(self.scroll(_SAMPLE), [])]
+
+    def _flush_if_scarce(self, shard: edge.EdgeShard) -> None:
+        """Write what waits in memory while the disk has room for it. Its files are mapped into memory, too."""
+        if self._unflushed >= UNFLUSHED or free_space(self.path) < PLENTY:
+            shard.flush()
+            self._unflushed = 0
 
     def _filter(self, where: Clause | None, exclude: Sequence[str] = ()) -> edge.Filter | None:
         if where is None and not exclude:
