@@ -156,6 +156,10 @@ def result_table(export: Export) -> Table:
         f"{search.reference_recall_at_1:.1%}",
         "− 0.5 points",
     )
+    embeddings = export.embeddings
+    worst = min(embeddings.text_cosine, embeddings.image_cosine)
+    inputs = f"{embeddings.texts} odd texts and {embeddings.images} odd images"
+    table.add_row(f"worst embedding of {inputs}", f"{worst:.5f}", "", f"≥ {embeddings.min_cosine}")
     return table
 
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import ExportError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.folder.signature import read_private_key, sign_manifest
 from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.inference.schedule import replacement_notice
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
@@ -29,19 +31,13 @@ from .bundle.manifest import build_manifest, describe_model, sampler_defaults, w
 from .bundle.model_card import write_model_card
 from .graphs.lowering import GraphSpec, graph_specs
 from .options import TARGETS, check_options
+from .pipeline import generate_images, load_pipeline
 from .quantization.calibration import calibrate
 from .quantization.policy import Int8Policy
-from .reference import (
-    Reference,
-    Samples,
-    generate_images,
-    make_reference,
-    read_samples,
-    reference_scheduler,
-    workload_for,
-)
+from .reference import Reference, Samples, make_reference, read_samples, workload_for
 from .verification import (
     TOLERANCES,
+    EmbeddingParity,
     Evidence,
     GraphParity,
     ImageParity,
@@ -49,6 +45,7 @@ from .verification import (
     Tolerance,
     ToleranceError,
     calls_for,
+    compare_embeddings,
     compare_graph,
     compare_images,
     compare_search,
@@ -84,7 +81,7 @@ class Export:
     Attributes:
         path: the bundle folder.
         graphs: the graphs, in the order of generation.
-        image, search: the comparison of images and search with PyTorch.
+        image, search, embeddings: the comparison of images, search and embeddings with PyTorch.
         seconds: duration of the export.
         bytes: size of the bundle.
         peak_bytes: peak memory of the process.
@@ -94,6 +91,7 @@ class Export:
     graphs: tuple[GraphReport, ...]
     image: ImageParity
     search: SearchParity
+    embeddings: EmbeddingParity
     seconds: float
     bytes: int
     peak_bytes: int
@@ -145,16 +143,18 @@ def export_bundle(
         torch.manual_seed(0)  # for random inputs of tracing and comparing
         report("Loading the checkpoint")
         loaded = _load(checkpoint, clip)
+        warn_of_replacement(loaded)
         specs = graph_specs(loaded)
 
-        reference, policy = _prepare(loaded, specs, precision, calibration, report)
+        from_disk = loaded is not checkpoint
+        reference, policy = _prepare(loaded, specs, precision, calibration, report, from_disk)
         writer = GraphWriter(folder, loaded, precision, target, policy, reference, report)
         for spec in specs:
             writer.write(spec)
         write_pipeline_files(loaded, folder)
 
         bundle = _UnfinishedBundle(folder, out.name, loaded, precision, target, writer)
-        release = partial(_release_weights, loaded) if loaded is not checkpoint else None
+        release = partial(_release_weights, loaded) if from_disk else None
         evidence = _verify(bundle, specs, reference, policy, tolerance, report, release)
         if TARGETS[target].channels_last:
             evidence = _finish_for_gpu(bundle, reference, evidence, report)
@@ -163,7 +163,16 @@ def export_bundle(
         bundle.finish(evidence, {"seconds": round(seconds, 1), "peak_mib": peak >> 20})
         if key is not None:
             sign_manifest(folder, key)
-    return Export(out, _reports(writer, evidence), evidence.image, evidence.search, seconds, folder_size(out), peak)
+    return Export(
+        path=out,
+        graphs=_reports(writer, evidence),
+        image=evidence.image,
+        search=evidence.search,
+        embeddings=evidence.embeddings,
+        seconds=seconds,
+        bytes=folder_size(out),
+        peak_bytes=peak,
+    )
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -176,12 +185,20 @@ def _load(checkpoint: str | Path | Checkpoint, clip: str | Path | None) -> Check
     return load_base(checkpoint, clip)
 
 
+def warn_of_replacement(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint, with a warning if the bundle's default sampler is another than its scheduler."""
+    if replaces := checkpoint.replaced_scheduler:
+        warn(replacement_notice(checkpoint.path, checkpoint.sampler_defaults["name"], replaces))
+    return checkpoint
+
+
 def _prepare(
     checkpoint: Checkpoint,
     specs: Sequence[GraphSpec],
     precision: str,
     calibration: str | Path | None,
     report: Progress,
+    from_disk: bool,
 ) -> tuple[Reference, Int8Policy | None]:
     """Compute the reference of PyTorch; for int8, calibrate on other captions than those of the reference."""
     workload = workload_for(checkpoint, precision)
@@ -196,7 +213,7 @@ def _prepare(
                 "--calibration DATA, a folder of your images with captions."
             )
     report("Generating reference images with diffusers")
-    reference = make_reference(checkpoint, specs, samples, workload, sampler_defaults(checkpoint))
+    reference = make_reference(checkpoint, specs, samples, workload, sampler_defaults(checkpoint), from_disk)
     if calibration_samples is None:
         return reference, None
     report("Calibrating int8")
@@ -206,11 +223,9 @@ def _prepare(
 def _calibrate(
     checkpoint: Checkpoint, specs: Sequence[GraphSpec], samples: Samples, reference: Reference
 ) -> Int8Policy:
-    scheduler, _ = reference_scheduler(reference.sampler, checkpoint)
     generate = partial(
         generate_images,
-        checkpoint,
-        scheduler,
+        load_pipeline(checkpoint, reference.sampler),
         side=checkpoint.unet.config.sample_size,
         seed=1,
         steps=reference.steps,
@@ -313,13 +328,14 @@ def _compare_graphs(
 
 def _compare_results(
     bundle: Bundle, reference: Reference, tolerance: Tolerance, report: Progress
-) -> tuple[ImageParity, SearchParity]:
-    """Compare whole images with diffusers, then search with PyTorch."""
+) -> tuple[ImageParity, SearchParity, EmbeddingParity]:
+    """Compare whole images with diffusers, then search and the embeddings of unusual inputs with transformers."""
     encoder = Encoder(bundle)
     report("Comparing images with diffusers")
     image = compare_images(Generator(bundle).generate, encoder, reference, tolerance)
     report("Comparing search with PyTorch")
-    return image, compare_search(encoder, reference, tolerance)
+    search = compare_search(encoder, reference, tolerance)
+    return image, search, compare_embeddings(encoder, reference, tolerance)
 
 
 def _finish_for_gpu(bundle: _UnfinishedBundle, reference: Reference, evidence: Evidence, report: Progress) -> Evidence:
@@ -336,8 +352,9 @@ def _finish_for_gpu(bundle: _UnfinishedBundle, reference: Reference, evidence: E
         report("Skipping the comparison on a GPU: ONNX Runtime finds none")
         return evidence
     report("Comparing on the GPU")
-    image, search = _compare_results(on_gpu, reference, TOLERANCES["fp16"], report)
-    return replace(evidence, devices={"cuda": {"image": asdict(image), "search": asdict(search)}})
+    image, search, embeddings = _compare_results(on_gpu, reference, TOLERANCES["fp16"], report)
+    figures = {"image": asdict(image), "search": asdict(search), "embeddings": asdict(embeddings)}
+    return replace(evidence, devices={"cuda": figures})
 
 
 def _reports(writer: GraphWriter, evidence: Evidence) -> tuple[GraphReport, ...]:

@@ -15,24 +15,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from unidiff_sdk.training.data.captions import normalize_caption, tokenize
 from unidiff_sdk.training.data.pairs import load_pairs
 
 from .bundle.files import clip_tokenizer
-from .graphs.lowering import GraphSpec, quiet
+from .graphs.lowering import GraphSpec
+from .pipeline import (
+    GeneratedImages,
+    ImageArray,
+    Inputs,
+    ReferenceEmbeddings,
+    embed_odd_inputs,
+    generate_images,
+    load_pipeline,
+    unit,
+)
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-
-Inputs = tuple[Tensor, ...]
-ImageArray = NDArray[np.uint8]
 
 # The captions if a checkpoint records none.
 PROMPTS = ("a red dress", "blue striped boots")
+# What guidance leads away from in the comparison of images, so that a negative prompt is compared as well.
+NEGATIVE_PROMPT = "a blurry photo"
 # UNets with more parameters generate fewer images, so that verifying Stable Diffusion takes minutes on two cores.
 LARGE = 100_000_000
 
@@ -112,100 +118,6 @@ def _distinct(captions: Sequence[str]) -> tuple[str, ...]:
     return tuple(first.values())
 
 
-# --- generation with diffusers ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GeneratedImages:
-    """Images that diffusers' pipeline generated in float32 PyTorch, and the values on the way.
-
-    Attributes:
-        prompts: one for each image.
-        noise: the initial latents, float32[n, channels, height, width].
-        latents: the final latents, as the VAE decoder takes them.
-        images: uint8[height, width, 3] for each prompt.
-        unet_inputs: the UNet's inputs at each step.
-    """
-
-    prompts: tuple[str, ...]
-    noise: NDArray[np.float32]
-    latents: Tensor
-    images: tuple[ImageArray, ...]
-    unet_inputs: tuple[Inputs, ...]
-
-
-def generate_images(
-    checkpoint: Checkpoint,
-    scheduler: SchedulerMixin,
-    prompts: Sequence[str],
-    *,
-    side: int,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
-) -> GeneratedImages:
-    """Generate one image of each prompt with diffusers' StableDiffusionPipeline, from `side` x `side` latents."""
-    shape = (len(prompts), checkpoint.unet.config.in_channels, side, side)
-    noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    calls: list[Inputs] = []
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample, timestep = args
-        calls.append((sample, timestep.float().reshape(-1).expand(len(sample)), kwargs["encoder_hidden_states"]))
-
-    with quiet():
-        pipeline = _pipeline(checkpoint, scheduler)
-        handle = checkpoint.unet.register_forward_pre_hook(record, with_kwargs=True)
-        try:
-            latents = pipeline(
-                list(prompts),
-                latents=torch.from_numpy(noise),
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                output_type="latent",
-            ).images
-        finally:
-            handle.remove()
-        latents = latents / checkpoint.vae.config.scaling_factor + (checkpoint.vae.config.shift_factor or 0)
-        with torch.no_grad():
-            decoded = checkpoint.vae.decode(latents).sample
-        images = pipeline.image_processor.postprocess(decoded, output_type="pil")
-    return GeneratedImages(tuple(prompts), noise, latents, tuple(map(np.asarray, images)), tuple(calls))
-
-
-def _pipeline(checkpoint: Checkpoint, scheduler: SchedulerMixin) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline(
-        vae=checkpoint.vae,
-        text_encoder=checkpoint.text_encoder,
-        tokenizer=checkpoint.tokenizer,
-        unet=checkpoint.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def reference_scheduler(sampler: str, checkpoint: Checkpoint) -> tuple[SchedulerMixin, str]:
-    """Return diffusers' scheduler for our sampler, and the sampler's name; DDIM for samplers that add fresh noise."""
-    import diffusers
-
-    # The bundle records the whole configuration, including the defaults of the checkpoint's own scheduler class.
-    # from_config of another class would drop those.
-    config = {key: value for key, value in checkpoint.scheduler.config.items() if key != "_use_default_values"}
-    if sampler in ("euler", "euler_karras"):
-        karras = sampler.endswith("karras")
-        return diffusers.EulerDiscreteScheduler.from_config(config, use_karras_sigmas=karras), sampler
-    if sampler in ("dpm++2m", "dpm++2m_karras"):
-        karras = sampler.endswith("karras")
-        return diffusers.DPMSolverMultistepScheduler.from_config(config, use_karras_sigmas=karras), sampler
-    return diffusers.DDIMScheduler.from_config(config), "ddim"
-
-
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +130,7 @@ class Reference:
         sampler, steps, guidance_scale: how they were generated.
         searched: the pairs for search.
         embeddings: unit embeddings of their captions and of their images.
+        odd: unit embeddings of unusual texts and images.
         agreement: mean cosine of the generated images and their prompts.
         inputs: the inputs of each graph in all of this.
     """
@@ -228,6 +141,7 @@ class Reference:
     guidance_scale: float
     searched: Samples
     embeddings: tuple[NDArray[np.float32], NDArray[np.float32]]
+    odd: ReferenceEmbeddings
     agreement: float
     inputs: dict[str, tuple[Inputs, ...]]
 
@@ -243,25 +157,38 @@ def make_reference(
     samples: Samples,
     workload: Workload,
     sampler_defaults: dict[str, Any],
+    from_disk: bool = True,
 ) -> Reference:
-    """Generate images of the captions of `samples`, and embed its pairs (the generated images if it has none)."""
-    scheduler, sampler = reference_scheduler(sampler_defaults["name"], checkpoint)
+    """Generate images of the captions of `samples`, and embed its pairs (the generated images if it has none).
+
+    Images, and the embeddings of unusual inputs, are those of diffusers and transformers with the checkpoint's folders,
+    or with the models in memory unless `from_disk`. The weights loaded for it are released on return.
+    """
+    pipeline = load_pipeline(checkpoint, sampler_defaults["name"], checkpoint.path if from_disk else None)
     steps = min(workload.steps or sampler_defaults["steps"], sampler_defaults["steps"])
     guidance = sampler_defaults["guidance_scale"]
     prompts = samples.captions[: workload.images]
     generated = generate_images(
-        checkpoint, scheduler, prompts, side=workload.latent_side, seed=0, steps=steps, guidance_scale=guidance
+        pipeline,
+        prompts,
+        side=workload.latent_side,
+        seed=0,
+        steps=steps,
+        guidance_scale=guidance,
+        negative_prompt=NEGATIVE_PROMPT if guidance > 1 else "",
     )
+    del pipeline
     searched = samples if samples.images else Samples(prompts, generated.images)
     texts, images = _embed(checkpoint, specs, prompts, generated.images)
     embeddings = _embed(checkpoint, specs, searched.captions, samples.images) if samples.images else (texts, images)
     return Reference(
         generated=generated,
-        sampler=sampler,
+        sampler=sampler_defaults["name"],
         steps=steps,
         guidance_scale=guidance,
         searched=searched,
         embeddings=embeddings,
+        odd=embed_odd_inputs(checkpoint, checkpoint.clip_path if from_disk else None),
         agreement=float((texts * images).sum(axis=1).mean()),
         inputs=graph_inputs(checkpoint, generated, searched.captions, samples.images or generated.images),
     )
@@ -278,11 +205,7 @@ def _embed(
         else:
             texts = modules["clip_text_encoder"](tokenize(clip_tokenizer(checkpoint), captions))
         pixels = checkpoint.image_processor(list(images), return_tensors="pt").pixel_values
-        return _unit(texts), _unit(modules["image_encoder"](pixels))
-
-
-def _unit(embeddings: Tensor) -> NDArray[np.float32]:
-    return torch.nn.functional.normalize(embeddings, dim=-1).numpy()
+        return unit(texts), unit(modules["image_encoder"](pixels))
 
 
 def graph_inputs(

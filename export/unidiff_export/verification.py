@@ -14,7 +14,8 @@ from unidiff_sdk.training.data.captions import normalize_caption
 from unidiff_sdk.training.evaluation.retrieval import retrieval_figures
 
 from .graphs.lowering import GraphSpec
-from .reference import Inputs, Reference
+from .pipeline import Inputs
+from .reference import Reference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,6 +30,9 @@ MAX_PSNR_DB = 100.0
 BLACK = 8
 # Largest relative change of the mean text-image agreement, and largest decrease of R@1.
 AGREEMENT_TOLERANCE, RECALL_TOLERANCE = 0.02, 0.005
+# Smallest cosine of an embedding and that of transformers, at any precision that is not coarser: other backends of
+# transformers' preprocessing round pixels to 8 bits in another way.
+EMBEDDING_COSINE = 0.9999
 # The agreement of an untrained model is close to zero. Below this cosine, the change is relative to this value.
 MIN_AGREEMENT = 0.1
 GENERATION_GRAPHS = ("unet", "vae_decoder", "text_encoder")
@@ -118,6 +122,23 @@ class SearchParity:
 
 
 @dataclass(frozen=True)
+class EmbeddingParity:
+    """Embeddings of unusual texts and images, compared with CLIPModel and CLIPProcessor of transformers.
+
+    Attributes:
+        text_cosine, image_cosine: the smallest cosine of an embedding and its reference.
+        min_cosine: its limit.
+        texts, images: number of texts and of images.
+    """
+
+    text_cosine: float
+    image_cosine: float
+    min_cosine: float
+    texts: int
+    images: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     """The results of a verification that passed.
 
@@ -125,18 +146,21 @@ class Evidence:
         graphs: by name.
         image: generated images.
         search: text and image search.
-        devices: images and search on further devices, by name, as in the manifest.
+        embeddings: embeddings of unusual texts and images.
+        devices: images, search and embeddings on further devices, by name, as in the manifest.
     """
 
     graphs: dict[str, GraphParity]
     image: ImageParity
     search: SearchParity
+    embeddings: EmbeddingParity
     devices: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the parity report of the manifest."""
         graphs = {name: asdict(parity) for name, parity in self.graphs.items()}
-        return graphs | {"image": asdict(self.image), "search": asdict(self.search)} | self.devices
+        results = {name: asdict(getattr(self, name)) for name in ("image", "search", "embeddings")}
+        return graphs | results | self.devices
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
@@ -272,6 +296,7 @@ def _generate(generate: Generate, reference: Reference) -> Sequence[Image.Image]
     try:
         return generate(
             expected.prompts,
+            negative_prompt=expected.negative_prompt,
             sampler=reference.sampler,
             latents=expected.noise,
             width=width,
@@ -300,6 +325,30 @@ def compare_search(encoder: Encoder, reference: Reference, tolerance: Tolerance)
             SEARCH_GRAPHS,
         )
     return SearchParity(recall, expected, len(pairs.captions))
+
+
+def compare_embeddings(encoder: Encoder, reference: Reference, tolerance: Tolerance) -> EmbeddingParity:
+    """Embed the reference's unusual texts and images with the bundle's encoder.
+
+    Raises:
+        ToleranceError: an embedding differs from that of transformers, by its tokens, its pixels or its graph.
+    """
+    odd = reference.odd
+    limit = min(EMBEDDING_COSINE, tolerance.cosine)
+    texts = (encoder.encode_texts(odd.texts) * odd.text_embeddings).sum(axis=1)
+    images = (encoder.encode_images(odd.images) * odd.image_embeddings).sum(axis=1)
+    for kind, cosines, inputs, graphs in (
+        ("text", texts, odd.texts, SEARCH_GRAPHS[:2]),
+        ("image", images, [f"{image.width} x {image.height} pixels" for image in odd.images], SEARCH_GRAPHS[2:]),
+    ):
+        worst = int(cosines.argmin())
+        if cosines[worst] < limit:
+            raise ToleranceError(
+                f"the embedding of the {kind} {inputs[worst]!r:.60} diverges from transformers: cosine "
+                f"{cosines[worst]:.4f}, required ≥ {limit}. {tolerance.advice}",
+                graphs,
+            )
+    return EmbeddingParity(float(texts.min()), float(images.min()), limit, len(texts), len(images))
 
 
 def recall_at_1(texts: NDArray[np.float32], images: NDArray[np.float32], captions: Sequence[str]) -> float:

@@ -17,7 +17,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 
 from unidiff_export import Export, GraphReport
 from unidiff_export.cli import graph_table, main, result_table, summary
-from unidiff_export.verification import GraphParity, ImageParity, SearchParity
+from unidiff_export.verification import EmbeddingParity, GraphParity, ImageParity, SearchParity
 from unidiff_sdk.inference.bundle import Bundle
 
 INT8 = {"layers": 83, "multiply_adds": 0.9804, "float_layers": []}
@@ -26,6 +26,7 @@ EXPORT = Export(
     (GraphReport("unet", "int8", 8, 12_900_000, GraphParity(1.7e-6, 0.9999999, 1e-4, 0.99), INT8),),
     ImageParity(89.0, 45.0, 0.911, 0.912, images=16, steps=12, resolution=64),
     SearchParity(0.9375, 0.95, pairs=200),
+    EmbeddingParity(0.99997, 0.99995, 0.9999, texts=6, images=4),
     seconds=31.26,
     bytes=21_217_000,
     peak_bytes=885_400_000,
@@ -42,7 +43,17 @@ def test_tables_show_the_evidence() -> None:
     graphs, results = rendered(graph_table(EXPORT)), rendered(result_table(EXPORT))
     for figure in ("unet", "int8", "98.0%", "12.9", "1.7e-06", "≤ 1e-04"):
         assert figure in graphs
-    for figure in ("worst of 16 images, 64 px", "89.0 dB", "≥ 45 dB", "0.911", "0.912", "93.8%", "95.0%", "200 pairs"):
+    for figure in (
+        "worst of 16 images, 64 px",
+        "89.0 dB",
+        "≥ 45 dB",
+        "0.911",
+        "0.912",
+        "93.8%",
+        "95.0%",
+        "200 pairs",
+        "0.99995",
+    ):
         assert figure in results
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +17,23 @@ pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
-from diffusers import PNDMScheduler
 from PIL import Image
 from support.batching import batch_differences
 
 from unidiff_export import Export, export_bundle
-from unidiff_export.reference import reference_scheduler
+from unidiff_export.bundle.files import write_pipeline_files
+from unidiff_export.bundle.manifest import describe_model
+from unidiff_export.exporter import warn_of_replacement
+from unidiff_export.pipeline import generate_images, load_pipeline
+from unidiff_export.verification import psnr_db
 from unidiff_sdk.errors import ExportError, OptionError
-from unidiff_sdk.generation.samplers import make_table
+from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.manifest import Latent, SamplerDefaults
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.training.objective.joint_model import JointModel
 
 INTERFACE = {
     "text_encoder": ({"input_ids": "int64"}, ["last_hidden_state", "text_embeds"]),
@@ -52,29 +60,6 @@ def bundle(export: Export) -> Bundle:
     return Bundle.open(export.path, threads=1)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpm++2m"])
-def test_reference_scheduler_has_the_timesteps_of_the_runtime(
-    checkpoint: Checkpoint, sampler: str, tmp_path: Path
-) -> None:
-    # As published with Stable Diffusion 1.5: without timestep_spacing, whose default depends on the scheduler.
-    published = PNDMScheduler.from_config(
-        {
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "num_train_timesteps": 1000,
-            "set_alpha_to_one": False,
-            "skip_prk_steps": True,
-            "steps_offset": 1,
-        }
-    )
-    published.save_pretrained(tmp_path)
-    ours = Schedule.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
-    scheduler, _ = reference_scheduler(sampler, replace(checkpoint, scheduler=published))
-    scheduler.set_timesteps(5)
-    assert scheduler.timesteps.tolist() == [row.timestep for row in make_table(sampler, ours, 5)]
-
-
 def test_manifest_describes_the_model(bundle: Bundle, export: Export, checkpoint: Checkpoint) -> None:
     manifest = bundle.manifest
     assert (manifest.name, manifest.precision, manifest.target, manifest.opset) == ("bundle", "fp32", "cpu", 23)
@@ -98,7 +83,7 @@ def test_manifest_describes_the_model(bundle: Bundle, export: Export, checkpoint
 
 def test_manifest_holds_the_evidence(bundle: Bundle) -> None:
     parity = dict(bundle.manifest.parity)
-    image, search = parity.pop("image"), parity.pop("search")
+    image, search, embeddings = (parity.pop(name) for name in ("image", "search", "embeddings"))
     assert parity.keys() == INTERFACE.keys()
     for figures in parity.values():
         assert figures["max_abs_error"] <= figures["tolerance"] == 1e-4
@@ -106,6 +91,8 @@ def test_manifest_holds_the_evidence(bundle: Bundle) -> None:
     assert image["psnr_db"] >= image["tolerance_db"] == 45
     assert image["agreement"] == pytest.approx(image["reference_agreement"], abs=1e-3)
     assert (search["pairs"], search["recall_at_1"]) == (2, search["reference_recall_at_1"])
+    assert embeddings["min_cosine"] == 0.9999
+    assert embeddings["text_cosine"] > 0.99999 and embeddings["image_cosine"] > 0.99999
 
 
 def test_manifest_holds_time_memory_and_sizes(bundle: Bundle, export: Export) -> None:
@@ -115,6 +102,78 @@ def test_manifest_holds_time_memory_and_sizes(bundle: Bundle, export: Export) ->
     }
     for name, graph in bundle.manifest.graphs.items():
         assert graph.bytes == sum(file.stat().st_size for file in (bundle.path / name).glob("model.onnx*"))
+
+
+# As published with Stable Diffusion 1.5: without timestep_spacing, whose default depends on the class.
+PUBLISHED = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+SCHEDULER_FILES: list[dict[str, Any]] = [
+    {},
+    {"steps_offset": 0, "timestep_spacing": "leading"},
+    {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True},
+    {"_class_name": "DDIMScheduler", "set_alpha_to_one": True, "prediction_type": "v_prediction"},
+    {"_class_name": "EulerDiscreteScheduler", "steps_offset": 0, "use_karras_sigmas": True},
+    {"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True},
+    {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "rescale_betas_zero_snr": False},
+    {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3, "lambda_min_clipped": -5.1},
+    {"_class_name": "LCMScheduler"},
+    {"_class_name": "DEISMultistepScheduler", "num_train_timesteps": 800, "beta_schedule": "squaredcos_cap_v2"},
+]
+
+
+@pytest.mark.parametrize(
+    "scheduler_file", SCHEDULER_FILES, ids=lambda file: ",".join(map(str, file.values())) or "PNDM"
+)
+def test_images_equal_those_of_diffusers_for_each_scheduler_file(
+    random_checkpoint: Path, export: Export, tmp_path: Path, scheduler_file: dict[str, Any]
+) -> None:
+    """The bundle's default sampler, from the files that a training or an export writes after reading the base."""
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    content = json.dumps(PUBLISHED | scheduler_file)
+    (base / "scheduler" / "scheduler_config.json").write_text(content, encoding="utf-8")
+    checkpoint = load_base(base)
+    name, steps = checkpoint.sampler_defaults["name"], 4
+    pipeline = load_pipeline(checkpoint, name, base)
+    expected = generate_images(
+        pipeline, TEXTS, side=16, seed=1, steps=steps, guidance_scale=5.0, negative_prompt="a blue coat"
+    )
+    bundle = Path(shutil.copytree(export.path, tmp_path / "bundle"))
+    write_pipeline_files(checkpoint, bundle)
+    images = Generator(Bundle.open(bundle, threads=1, verify=False)).generate(
+        TEXTS, latents=expected.noise, sampler=name, steps=steps, guidance_scale=5.0, negative_prompt="a blue coat"
+    )
+    assert min(psnr_db(np.asarray(a), b) for a, b in zip(images, expected.images, strict=True)) > 60
+
+
+def test_replaced_scheduler_is_warned_about_and_recorded(random_checkpoint: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(PUBLISHED), encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"scheduler is PNDMScheduler, .* The sampler dpm\+\+2m generates instead"):
+        checkpoint = warn_of_replacement(load_base(base))
+    assert describe_model(checkpoint).sampler.replaces == "PNDMScheduler"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert describe_model(warn_of_replacement(load_base(random_checkpoint))).sampler.replaces is None
+
+
+def test_shift_factor_of_the_vae_is_ignored_as_in_diffusers(checkpoint: Checkpoint) -> None:
+    vae = deepcopy(checkpoint.vae)
+    vae.register_to_config(shift_factor=0.1, scaling_factor=0.5)
+    shifted = replace(checkpoint, vae=vae)
+    assert describe_model(shifted).latent.shift_factor == 0.0
+    pixels = torch.rand(1, 3, 32, 32)
+    latents = JointModel(shifted).encode(pixels)
+    torch.testing.assert_close(latents, 0.5 * vae.encode(2 * pixels - 1).latent_dist.mode())
+    decoded = JointModel(shifted).decode(latents)
+    torch.testing.assert_close(decoded, vae.decode(latents / 0.5).sample / 2 + 0.5)
 
 
 def test_graphs_have_the_expected_interface(bundle: Bundle) -> None:

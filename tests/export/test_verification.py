@@ -21,11 +21,13 @@ from unidiff_export.graphs.lowering import GraphSpec
 from unidiff_export.reference import LARGE, workload_for
 from unidiff_export.verification import (
     TOLERANCES,
+    EmbeddingParity,
     Evidence,
     GraphParity,
     ImageParity,
     SearchParity,
     ToleranceError,
+    compare_embeddings,
     compare_graph,
     compare_images,
     compare_search,
@@ -157,9 +159,11 @@ def test_equal_results_give_the_evidence() -> None:
     assert image == ImageParity(100.0, 25.0, 1.0, 1.0, images=2, steps=4, resolution=8)
     search = compare_search(encoder_of(), gray_reference(), TOLERANCES["int8"])
     assert search == SearchParity(1.0, 1.0, pairs=2)
-    evidence = Evidence({"unet": GraphParity(1e-6, 1.0, 1e-4, 0.999)}, image, search, {"cuda": {}})
+    embeddings = compare_embeddings(encoder_of(), gray_reference(), TOLERANCES["int8"])
+    assert embeddings == EmbeddingParity(1.0, 1.0, 0.98, texts=2, images=2)
+    evidence = Evidence({"unet": GraphParity(1e-6, 1.0, 1e-4, 0.999)}, image, search, embeddings, {"cuda": {}})
     report = evidence.to_json()
-    assert report.keys() == {"unet", "image", "search", "cuda"}
+    assert report.keys() == {"unet", "image", "search", "embeddings", "cuda"}
     assert report["unet"] == {"max_abs_error": 1e-6, "cosine": 1.0, "tolerance": 1e-4, "min_cosine": 0.999}
 
 
@@ -167,6 +171,18 @@ def test_search_that_finds_less_is_refused() -> None:
     with pytest.raises(ToleranceError, match=r"R@1 0\.0% instead of 100\.0% over 2 pairs, allowed − 0\.5 points") as e:
         compare_search(encoder_of(UNIT[::-1]), gray_reference(), TOLERANCES["int8"])
     assert "image_encoder" in e.value.graphs
+
+
+def test_embedding_that_diverges_is_refused() -> None:
+    turned = UNIT + np.float32([[0, 0, 0, 0], [0.02, 0, 0, 0]])
+    turned /= np.linalg.norm(turned, axis=1, keepdims=True)
+    message = (
+        r"image '8 x 8 pixels' diverges from transformers: cosine 0\.9998, required ≥ 0\.9999\. Install the package"
+    )
+    with pytest.raises(ToleranceError, match=message) as error:
+        compare_embeddings(encoder_of(turned), gray_reference(), TOLERANCES["fp32"])
+    assert error.value.graphs == ("image_encoder",)
+    assert compare_embeddings(encoder_of(turned), gray_reference(), TOLERANCES["fp16"]).image_cosine < 0.9999
 
 
 def test_psnr() -> None:

@@ -27,7 +27,7 @@ from .memory import image_memory
 from .options import GenerationOptions, ResolvedOptions, checked_prompts, default_strength
 from .samplers import Table, make_table
 
-__all__ = ["Generator", "Preview"]
+__all__ = ["Generator", "Preview", "image_rng"]
 
 Float32 = NDArray[np.float32]
 Callback = Callable[[int, int], None]
@@ -189,7 +189,7 @@ class Generator:
         # 2. Prepare a job for each image
         source = load_source(options, self.bundle.image_fit, self._model.encode)
         table = self._table(options)
-        rngs = [_rng(options.seed + k) for _ in prompts for k in range(options.n)]
+        rngs = [image_rng(options.seed + k) for _ in prompts for k in range(options.n)]
         noise = self._noise(rngs, options) if latents is None else self._checked_noise(latents, len(rngs), options)
         per_prompt = [self._token_states(prompt, options) for prompt in prompts]
         states = [each for each in per_prompt for _ in range(options.n)]
@@ -328,7 +328,7 @@ class Generator:
         return Job(table, x, *states, options.guidance_scale, options.guidance_rescale, rng, known)
 
 
-def _rng(seed: int) -> np.random.Generator:
+def image_rng(seed: int) -> np.random.Generator:
     """All the noise of one image. A counter-based generator: neighboring seeds have nothing in common."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
 

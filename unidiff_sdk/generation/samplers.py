@@ -6,9 +6,10 @@ fresh noise. So one step is the same two lines for all of them (see `advance`):
     x0 = x0_from_x * x + x0_from_output * output
     x  = next_from_x * x + next_from_x0 * x0 + next_from_previous_x0 * previous_x0 + next_from_noise * noise
 
-Each table is tested against the diffusers scheduler with the same settings, over whole trajectories. Symbols are those
-of the papers: x = alpha * x0 + sigma * noise with alpha² + sigma² = 1 ("variance preserving"). The Euler samplers work
-on x / alpha, where only the noise level sigma / alpha changes ("variance exploding").
+Each table is tested against the diffusers scheduler with the same settings, over whole trajectories. Where the model
+states no timestep spacing, it is the default of that scheduler. Symbols are those of the papers:
+x = alpha * x0 + sigma * noise with alpha² + sigma² = 1 ("variance preserving"). The Euler samplers work on x / alpha,
+where only the noise level sigma / alpha changes ("variance exploding").
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _predict_x0(schedule: Schedule, alpha: Float64, sigma: Float64) -> tuple[Flo
 
 def ddim(schedule: Schedule, steps: int) -> Table:
     """Song et al. 2021, "Denoising Diffusion Implicit Models" (arXiv:2010.02502), equation 12 with eta = 0."""
-    timestep = schedule.timesteps(steps).round().astype(int)
+    timestep = schedule.spaced("leading").timesteps(steps).round().astype(int)
     timestep_next = timestep - schedule.num_train_timesteps // steps
     bar = schedule.alphas_cumprod[timestep]
     bar_next = np.where(timestep_next >= 0, schedule.alphas_cumprod[timestep_next], schedule.final_alpha_cumprod)
@@ -194,7 +195,7 @@ def dpmpp_2m(schedule: Schedule, steps: int, *, karras: bool = False) -> Table:
     `karras` spaces the noise levels as in `euler`, over the whole range of the model.
     """
     levels = schedule.noise_levels
-    timestep = schedule.timesteps(steps, left_out=1).round()
+    timestep = schedule.spaced("linspace").timesteps(steps, left_out=1).round()
     level = levels[timestep.astype(int)]
     if karras:
         level = _karras(levels[-1], levels[0], steps)
@@ -251,7 +252,7 @@ def lcm(schedule: Schedule, steps: int) -> Table:
 def _euler_levels(schedule: Schedule, steps: int, karras: bool) -> tuple[Float64, Float64]:
     """Fractional timesteps, and noise levels with a final 0: float64[steps], float64[steps + 1]."""
     levels = schedule.noise_levels
-    timestep = schedule.timesteps(steps)
+    timestep = schedule.spaced("linspace").timesteps(steps)
     level = np.interp(timestep, np.arange(len(levels)), levels)
     if karras:
         level = _karras(level[0], level[-1], steps)

@@ -225,7 +225,7 @@ class Bundle:
 
     def schedule(self) -> Schedule:
         """The noise schedule that the UNet was trained with."""
-        return Schedule.from_config(self.config("scheduler/scheduler_config.json"))
+        return Schedule.from_pipeline(self.config("scheduler/scheduler_config.json"))
 
     @property
     def fingerprint(self) -> str:

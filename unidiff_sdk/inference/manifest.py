@@ -154,12 +154,18 @@ class Latent:
 
 @dataclass(frozen=True)
 class SamplerDefaults:
-    """What a generation uses where the caller names nothing else."""
+    """What a generation uses where the caller names nothing else.
+
+    Attributes:
+        name: the sampler.
+        replaces: the scheduler of the base model that the sampler stands in for, if the runtime does not have it.
+    """
 
     name: str
     steps: Count
     guidance_scale: Positive
     prediction_type: str | None = None
+    replaces: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

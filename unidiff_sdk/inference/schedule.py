@@ -1,18 +1,30 @@
-"""The noise schedule that a UNet was trained with, and the timesteps that samplers use."""
+"""The noise schedule that a UNet was trained with, the timesteps that samplers use, and the sampler of a scheduler.
+
+All three are read from diffusers' `scheduler_config.json`. Where the file leaves out a setting, the default of a class
+of diffusers holds: for the noise schedule the file's own class, for the choice of timesteps that of the sampler.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk.errors import BundleError, OptionError
 
-__all__ = ["PREDICTION_TYPES", "Schedule"]
+__all__ = [
+    "PREDICTION_TYPES",
+    "SamplerChoice",
+    "Schedule",
+    "replacement_notice",
+    "sampler_choice",
+    "scheduler_refusal",
+    "stated_settings",
+]
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -20,6 +32,20 @@ Float64 = NDArray[np.float64]
 SMALLEST_ALPHA_BAR = 2.0**-24  # replaces zero where sigma / alpha must stay finite; diffusers uses the same value
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
+
+# Noise schedules of diffusers' scheduler classes, where their configuration states none.
+BETAS: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+LATENT_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
+CLASS_BETAS: dict[str, dict[str, Any]] = {
+    "DPMSolverSDEScheduler": LATENT_BETAS,
+    "HeunDiscreteScheduler": LATENT_BETAS,
+    "KDPM2AncestralDiscreteScheduler": LATENT_BETAS,
+    "KDPM2DiscreteScheduler": LATENT_BETAS,
+    "LCMScheduler": LATENT_BETAS | {"beta_schedule": "scaled_linear"},
+}
+
+# Settings of the sampler, not of the trained model. Where the file leaves them out, the sampler decides.
+SAMPLER_SETTINGS = ("timestep_spacing", "steps_offset", "set_alpha_to_one")
 
 
 @dataclass(frozen=True)
@@ -29,13 +55,14 @@ class Schedule:
     Attributes:
         alphas_cumprod: float64[num_train_timesteps], the papers' alpha-bar: the share of signal at each timestep.
         prediction_type: what the UNet predicts, one of PREDICTION_TYPES.
-        timestep_spacing, steps_offset, final_alpha_cumprod: how samplers choose timesteps.
+        timestep_spacing, steps_offset, final_alpha_cumprod: how samplers choose timesteps. A spacing of None leaves
+            it to the sampler, see `spaced`.
         original_inference_steps, timestep_scaling: of latent consistency models.
     """
 
     alphas_cumprod: Float64
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None
     steps_offset: int = 0
     final_alpha_cumprod: float = 1.0
     original_inference_steps: int = 50
@@ -51,12 +78,12 @@ class Schedule:
             BundleError: a setting is not supported.
         """
         prediction_type = config.get("prediction_type", PREDICTION_TYPES[0])
-        spacing = config.get("timestep_spacing", "leading")
+        spacing = config.get("timestep_spacing")
         if prediction_type not in PREDICTION_TYPES:
             raise BundleError(
                 f"prediction_type {prediction_type!r} is not supported; use one of {', '.join(PREDICTION_TYPES)}"
             )
-        if spacing not in SPACINGS:
+        if spacing is not None and spacing not in SPACINGS:
             raise BundleError(f"timestep_spacing {spacing!r} is not supported; use one of {', '.join(SPACINGS)}")
         if config.get("thresholding"):
             raise BundleError("a scheduler with thresholding is not supported: it is meant for pixels, not for latents")
@@ -70,6 +97,15 @@ class Schedule:
             original_inference_steps=int(config.get("original_inference_steps", 50)),
             timestep_scaling=float(config.get("timestep_scaling", 10.0)),
         )
+
+    @classmethod
+    def from_pipeline(cls, config: Mapping[str, Any]) -> Schedule:
+        """The same as diffusers' Stable Diffusion pipeline reads it: `steps_offset` is 1, whatever the file states."""
+        return replace(cls.from_config(config), steps_offset=1)
+
+    def spaced(self, spacing: str) -> Schedule:
+        """This schedule with a timestep spacing, unless it has one."""
+        return self if self.timestep_spacing else replace(self, timestep_spacing=spacing)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -105,9 +141,9 @@ class Schedule:
 
 def _alphas_cumprod(config: Mapping[str, Any]) -> Float64:
     """alpha-bar in the float32 arithmetic of training, because the model was trained with its rounding errors."""
+    config = BETAS | CLASS_BETAS.get(str(config.get("_class_name")), {}) | dict(config)
     total = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    kind = config.get("beta_schedule", "linear")
+    start, end, kind = float(config["beta_start"]), float(config["beta_end"]), config["beta_schedule"]
     betas: Float32
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], np.float32)
@@ -147,3 +183,128 @@ def _zero_terminal_snr(alphas_cumprod: Float32) -> Float32:
     bar = root**2
     # diffusers converts to betas and multiplies them again: repeated here for the same rounding
     return _cumprod32(np.concatenate([bar[:1], bar[1:] / bar[:-1]]))
+
+
+# The sampler of a scheduler
+
+# Schedulers of diffusers whose sampler the runtime has.
+FOLLOWED_SCHEDULERS = {
+    "DDIMParallelScheduler": "ddim",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "EulerDiscreteScheduler": "euler",
+    "LCMScheduler": "lcm",
+}
+# Schedulers for models with the same noise schedule, which any sampler generates with: REPLACEMENT does.
+REPLACED_SCHEDULERS = (
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+REPLACEMENT = "dpm++2m"
+# Kinds of models that other schedulers are made for, by the start of the class name.
+OTHER_MODELS = {
+    "CMStochasticIterative": "consistency models",
+    "CogVideoX": "video models",
+    "CosineDPMSolver": "audio models",
+    "DDIMInverse": "turning images into noise",
+    "DPMSolverMultistepInverse": "turning images into noise",
+    "EDM": "EDM models",
+    "Flow": "flow matching models, as Stable Diffusion 3 and FLUX are",
+    "RePaint": "inpainting with RePaint",
+    "ScoreSdeVe": "variance exploding models",
+    "KarrasVe": "variance exploding models",
+    "TCD": "models distilled for it, whose sampler the runtime does not have",
+    "UnCLIP": "unCLIP models",
+}
+# Options that change the solver or its noise levels, and the values that the runtime follows. None: not set.
+FOLLOWED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": (None, "dpmsolver++"),
+    "final_sigmas_type": (None, "zero"),
+    "interpolation_type": (None, "linear"),
+    "lambda_min_clipped": (None, -math.inf, "-inf"),
+    "sigma_max": (None,),
+    "sigma_min": (None,),
+    "solver_order": (None, 2),
+    "solver_type": (None, "midpoint"),
+    "use_beta_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
+}
+# Options that only models of other kinds are made for.
+REFUSED_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "timestep_type": (None, "discrete"),
+    "use_flow_sigmas": (None, False),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+UNSTATED_SCHEDULER = "DPMSolverMultistepScheduler"  # of a configuration that names none
+
+
+class SamplerChoice(NamedTuple):
+    """The sampler that stands for a scheduler.
+
+    Attributes:
+        name: of the sampler.
+        replaces: the class of the scheduler, and its options that the sampler does not follow; None if it computes the
+            same as the scheduler.
+    """
+
+    name: str
+    replaces: str | None
+
+
+def sampler_choice(config: Mapping[str, Any]) -> SamplerChoice:
+    """The sampler for a supported scheduler configuration (see `scheduler_refusal`)."""
+    scheduler = str(config.get("_class_name", UNSTATED_SCHEDULER))
+    name = FOLLOWED_SCHEDULERS.get(scheduler, REPLACEMENT)
+    replaces = None if scheduler in FOLLOWED_SCHEDULERS else scheduler
+    options = FOLLOWED_OPTIONS if scheduler in FOLLOWED_SCHEDULERS else {}
+    if others := [f"{key} {config[key]!r}" for key, values in options.items() if config.get(key) not in values]:
+        replaces = f"{scheduler} with {', '.join(others)}"
+    if config.get("use_karras_sigmas") and name in ("dpm++2m", "euler"):
+        name = f"{name}_karras"
+    return SamplerChoice(name, replaces)
+
+
+def replacement_notice(model: object, sampler: str, replaces: str) -> str:
+    """The warning that a sampler stands in for the scheduler of a model."""
+    return (
+        f"{model}: the scheduler of the model is {replaces}, which the runtime does not have. The sampler {sampler} "
+        "generates instead, from the same noise schedule"
+    )
+
+
+def scheduler_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why no sampler can stand for a scheduler configuration. None if one can."""
+    scheduler = str(config.get("_class_name", UNSTATED_SCHEDULER))
+    known = sorted((*FOLLOWED_SCHEDULERS, *REPLACED_SCHEDULERS))
+    if scheduler not in known:
+        made_for = next((kind for start, kind in OTHER_MODELS.items() if scheduler.startswith(start)), None)
+        return (
+            f"the scheduler {scheduler!r} is not supported{f': it is made for {made_for}' if made_for else ''}; use a "
+            "Stable Diffusion 1 or 2, or, if the model is one, put the scheduler of its base into scheduler/, one of "
+            f"{', '.join(known)}"
+        )
+    for option, values in REFUSED_OPTIONS.items():
+        if config.get(option) not in values:
+            return (
+                f"{option} {config[option]!r} of the scheduler {scheduler} is not supported; use a model that was "
+                f"trained with {option} {values[1]!r}"
+            )
+    return None
+
+
+def stated_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a diffusers scheduler, without the SAMPLER_SETTINGS that no file and no caller stated."""
+    unstated = set(config.get("_use_default_values", ())) & set(SAMPLER_SETTINGS)
+    return {key: value for key, value in config.items() if key not in unstated and key != "_use_default_values"}

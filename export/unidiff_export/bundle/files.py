@@ -15,6 +15,7 @@ from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.folder.signature import SIGNATURE
 from unidiff_sdk.inference.manifest import GRAPH_FILE, MANIFEST, file_sha256
+from unidiff_sdk.training.checkpoints.saving import save_scheduler
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
@@ -99,7 +100,7 @@ def graph_files(folder: Path) -> list[Path]:
 
 def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the other files of a pipeline: index, scheduler, tokenizer, image preprocessing."""
-    checkpoint.scheduler.save_pretrained(folder / "scheduler")
+    save_scheduler(checkpoint.scheduler, folder / "scheduler")
     write_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
     if not checkpoint.shared:
         write_tokenizer(clip_tokenizer(checkpoint), folder / "clip_tokenizer")

@@ -105,10 +105,12 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
             size=unet.config.sample_size,
             scale_factor=checkpoint.latent_factor,
             scaling_factor=vae.config.scaling_factor,
-            shift_factor=vae.config.shift_factor or 0.0,
+            shift_factor=0.0,  # diffusers' Stable Diffusion pipeline ignores that of the VAE
         ),
         sampler=SamplerDefaults(
-            **sampler_defaults(checkpoint), prediction_type=checkpoint.scheduler.config.prediction_type
+            **sampler_defaults(checkpoint),
+            prediction_type=checkpoint.scheduler.config.prediction_type,
+            replaces=checkpoint.replaced_scheduler,
         ),
         synthetic=bool(checkpoint.meta.get("synthetic", False)),
     )

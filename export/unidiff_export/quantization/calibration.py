@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from unidiff_export.graphs.lowering import GraphSpec
-from unidiff_export.reference import GeneratedImages, Inputs, Samples, graph_inputs
+from unidiff_export.pipeline import GeneratedImages, Inputs
+from unidiff_export.reference import Samples, graph_inputs
 from unidiff_sdk.errors import ExportError
 
 from .qdq import LayerRanges, Range

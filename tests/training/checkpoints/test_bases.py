@@ -106,10 +106,13 @@ def test_unsupported_models_are_refused(
     [
         ("FlowMatchEulerDiscreteScheduler", {}, "the scheduler 'FlowMatchEulerDiscreteScheduler' is not supported"),
         ("EDMEulerScheduler", {}, "the scheduler 'EDMEulerScheduler' is not supported"),
-        ("DEISMultistepScheduler", {}, "the scheduler 'DEISMultistepScheduler' is not supported"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type 'sde-dpmsolver[+][+]'"),
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "solver_order 3 of the scheduler .*set it to 2"),
-        ("EulerDiscreteScheduler", {"use_exponential_sigmas": True}, "use_exponential_sigmas True of the scheduler"),
+        ("TCDScheduler", {}, "the scheduler 'TCDScheduler' is not supported: it is made for models distilled for it"),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_type": "continuous"},
+            "timestep_type 'continuous' of the scheduler Euler",
+        ),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True of the scheduler UniPC"),
     ],
 )
 def test_schedulers_that_the_runtime_does_not_follow_are_refused_by_name(
@@ -145,6 +148,8 @@ def test_sampler_of_the_base_is_followed_unless_the_metadata_names_another(
     assert checkpoint.sampler_defaults == {"steps": 20, "guidance_scale": 5.0} | expected
     recorded = replace(checkpoint, meta={"sampler": {"name": "euler", "steps": 7}})
     assert recorded.sampler_defaults["name"] == "euler" and recorded.sampler_defaults["steps"] == 7
+    assert checkpoint.replaced_scheduler == (name if name == "PNDMScheduler" else None)
+    assert recorded.replaced_scheduler is None
 
 
 @pytest.mark.parametrize(

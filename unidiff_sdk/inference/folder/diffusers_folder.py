@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError
 from unidiff_sdk.inference.manifest import (
     DEFAULT_SAMPLER,
@@ -26,7 +27,12 @@ from unidiff_sdk.inference.manifest import (
     fingerprint_of,
     read_json,
 )
-from unidiff_sdk.inference.schedule import PREDICTION_TYPES
+from unidiff_sdk.inference.schedule import (
+    PREDICTION_TYPES,
+    replacement_notice,
+    sampler_choice,
+    scheduler_refusal,
+)
 
 from .files import hash_folder
 
@@ -40,7 +46,6 @@ __all__ = [
     "is_pipeline",
     "refusal",
     "sampler_defaults",
-    "scheduler_refusal",
 ]
 
 PIPELINE_FORMAT = "onnx-pipeline"
@@ -57,37 +62,6 @@ EXTRA_CONDITIONS = (
     "time_cond_proj_dim",
 )
 
-# Schedulers of diffusers whose sampler the runtime has.
-SAMPLER_OF_SCHEDULER = {
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpm++2m",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "EulerDiscreteScheduler": "euler",
-    "LCMScheduler": "lcm",
-}
-# Schedulers for models with the same noise schedule, which any sampler generates with: the default one is used.
-REPLACED_SCHEDULERS = (
-    "DDPMScheduler",
-    "DPMSolverSinglestepScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
-# Options that change the solver or its noise levels, and the values that the runtime follows. None: not set.
-FOLLOWED_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": (None, "dpmsolver++"),
-    "final_sigmas_type": (None, "zero"),
-    "interpolation_type": (None, "linear"),
-    "timestep_type": (None, "discrete"),
-    "use_beta_sigmas": (None, False),
-    "use_exponential_sigmas": (None, False),
-    "use_flow_sigmas": (None, False),
-    "use_lu_lambdas": (None, False),
-}
-DEFAULT_SCHEDULER = "DPMSolverMultistepScheduler"  # of a configuration that names none
-MULTISTEP_OPTIONS: dict[str, tuple[Any, ...]] = {"solver_order": (None, 2), "solver_type": (None, "midpoint")}
-WITH_KARRAS = ("dpm++2m", "euler")
 LCM_DEFAULTS = {"steps": 4, "guidance_scale": 1.0}  # as latent consistency models are used
 
 
@@ -119,19 +93,6 @@ def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | N
     return None
 
 
-def scheduler_refusal(config: Mapping[str, Any]) -> str | None:
-    """Why a scheduler configuration is not supported. None for one that is."""
-    name = str(config.get("_class_name", DEFAULT_SCHEDULER))
-    if name not in SAMPLER_OF_SCHEDULER and name not in REPLACED_SCHEDULERS:
-        known = ", ".join(sorted((*SAMPLER_OF_SCHEDULER, *REPLACED_SCHEDULERS)))
-        return f"the scheduler {name!r} is not supported; use a model for one of {known}"
-    options = FOLLOWED_OPTIONS | (MULTISTEP_OPTIONS if name == DEFAULT_SCHEDULER else {})
-    for option, followed in options.items():
-        if name in SAMPLER_OF_SCHEDULER and config.get(option) not in followed:
-            return f"{option} {config[option]!r} of the scheduler {name} is not supported; set it to {followed[1]!r}"
-    return None
-
-
 def sampler_defaults(scheduler: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """name, steps and guidance_scale that a model generates with.
 
@@ -139,11 +100,8 @@ def sampler_defaults(scheduler: Mapping[str, Any], recorded: Mapping[str, Any] |
         scheduler: the scheduler configuration of its pipeline.
         recorded: what the model was made for, if it states that.
     """
-    name = SAMPLER_OF_SCHEDULER.get(str(scheduler.get("_class_name", DEFAULT_SCHEDULER)), DEFAULT_SAMPLER["name"])
-    defaults = DEFAULT_SAMPLER | {"name": name} | (LCM_DEFAULTS if name == "lcm" else {})
-    if scheduler.get("use_karras_sigmas") and name in WITH_KARRAS:
-        defaults["name"] = f"{name}_karras"
-    return defaults | dict(recorded or {})
+    name = sampler_choice(scheduler).name
+    return DEFAULT_SAMPLER | {"name": name} | (LCM_DEFAULTS if name == "lcm" else {}) | dict(recorded or {})
 
 
 def derive_manifest(folder: Path) -> Manifest:
@@ -158,6 +116,9 @@ def derive_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: {refused}")
     if refused := scheduler_refusal(scheduler):
         raise BundleError(f"{folder}: {refused}")
+    choice = sampler_choice(scheduler)
+    if choice.replaces:
+        warn(replacement_notice(folder, choice.name, choice.replaces))
     files = hash_folder(folder)
     try:
         return Manifest(
@@ -175,10 +136,12 @@ def derive_manifest(folder: Path) -> Manifest:
                 size=unet["sample_size"],
                 scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
                 scaling_factor=vae["scaling_factor"],
-                shift_factor=vae.get("shift_factor") or 0.0,
+                shift_factor=0.0,  # diffusers' Stable Diffusion pipeline ignores that of the VAE
             ),
             sampler=SamplerDefaults(
-                **sampler_defaults(scheduler), prediction_type=scheduler.get("prediction_type", PREDICTION_TYPES[0])
+                **sampler_defaults(scheduler),
+                prediction_type=scheduler.get("prediction_type", PREDICTION_TYPES[0]),
+                replaces=choice.replaces,
             ),
             files=files,
             fingerprint=fingerprint_of(files),

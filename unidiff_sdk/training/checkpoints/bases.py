@@ -48,7 +48,8 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
         model = load_open_clip(str(clip))
         checkpoint = assemble_checkpoint(folder, model.clip, _image_processor(model.image_size, model.mean, model.std))
     else:
-        checkpoint = assemble_checkpoint(folder, *load_clip(_local_folder(clip, ["*"])))
+        clip_folder = _local_folder(clip, ["*"])
+        checkpoint = replace(assemble_checkpoint(folder, *load_clip(clip_folder)), clip_path=clip_folder)
     tokens, embedded = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
     if tokens != embedded:
         raise CheckpointError(

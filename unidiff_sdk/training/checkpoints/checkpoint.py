@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults, scheduler_refusal
+from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults
+from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
 
 from .image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
@@ -76,6 +77,7 @@ class Checkpoint:
         clip_tokenizer: Tokenizer of CLIP; `tokenizer` is the pipeline's.
         image_processor: Image preprocessing of CLIP.
         meta: Content of unidiff.json. Empty for a folder without it.
+        clip_path: Folder that CLIP was loaded from. None for a converted model.
     """
 
     path: Path
@@ -88,6 +90,7 @@ class Checkpoint:
     scheduler: Any
     image_processor: Any
     meta: dict[str, Any] = field(default_factory=dict)
+    clip_path: Path | None = None
 
     def parts(self) -> dict[str, Any]:
         """The keyword arguments of `save_checkpoint`, except `meta`."""
@@ -137,13 +140,18 @@ class Checkpoint:
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
-        """Configuration of the scheduler with the name of its class."""
-        return dict(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__}
+        """Configuration of the scheduler as its file states it, with the name of its class."""
+        return stated_settings(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__}
 
     @property
     def sampler_defaults(self) -> dict[str, Any]:
         """name, steps and guidance_scale: those of the metadata, else those that the scheduler stands for."""
         return sampler_defaults(self.scheduler_config, self.meta.get("sampler"))
+
+    @property
+    def replaced_scheduler(self) -> str | None:
+        """The scheduler that the default sampler stands in for, as the runtime does not have it. None if it has."""
+        return None if "sampler" in self.meta else sampler_choice(self.scheduler_config).replaces
 
     @property
     def normalization(self) -> tuple[Any, Any]:
@@ -177,7 +185,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     clip, image_processor = load_clip(folder / "clip")
     has_tokenizer = (folder / "clip" / "tokenizer_config.json").is_file()
     clip_tokenizer = _from_pretrained(CLIPTokenizer, folder / "clip") if has_tokenizer else None
-    return assemble_checkpoint(folder, clip, image_processor, clip_tokenizer)
+    return replace(assemble_checkpoint(folder, clip, image_processor, clip_tokenizer), clip_path=folder / "clip")
 
 
 def load_clip(folder: Path) -> tuple[CLIPModel, Any]:

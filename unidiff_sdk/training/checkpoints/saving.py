@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
 from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.inference.schedule import stated_settings
 
 from .checkpoint import DIFFUSERS_WEIGHTS, METADATA, TRANSFORMERS_WEIGHTS
 from .json_files import read_json, write_json
@@ -33,7 +34,7 @@ from .merging import merged_state_dict
 from .model_card import MODEL_CARD, model_card
 from .text_sharing import tower_of
 
-__all__ = ["TRAINING_STATE", "recover_interrupted_save", "require_replaceable", "save_checkpoint"]
+__all__ = ["TRAINING_STATE", "recover_interrupted_save", "require_replaceable", "save_checkpoint", "save_scheduler"]
 
 TRAINING_STATE = "training_state"  # subfolder with the state of an unfinished run
 TEXT_PREFIX = "text_model."
@@ -85,7 +86,7 @@ def save_checkpoint(
             _save_tokenizer(tokenizer, temporary / "tokenizer")
             _save_tokenizer(clip_tokenizer or tokenizer, temporary / "clip")
             image_processor.save_pretrained(temporary / "clip")
-            scheduler.save_pretrained(temporary / "scheduler")
+            save_scheduler(scheduler, temporary / "scheduler")
             write_json(temporary / "model_index.json", _model_index(scheduler))
             (temporary / MODEL_CARD).write_text(model_card(content), encoding="utf-8")
             if write_more:
@@ -194,6 +195,18 @@ def _remove_source_paths(file: Path) -> None:
     for key in ("_name_or_path", "is_local", "local_files_only"):
         content.pop(key, None)
     write_json(file, content)
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> None:
+    """Write a scheduler's configuration without the sampler settings that its own file left out.
+
+    diffusers writes the defaults of the class as if they were stated. Another scheduler class, which has other
+    defaults, would then take them over.
+    """
+    scheduler.save_pretrained(folder)
+    file = folder / "scheduler_config.json"
+    content, stated = read_json(file), stated_settings(scheduler.config)
+    write_json(file, {key: value for key, value in content.items() if key[0] == "_" or key in stated})
 
 
 # --- replacing the previous checkpoint -------------------------------------------------------------------------------

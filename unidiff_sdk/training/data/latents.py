@@ -72,7 +72,7 @@ class LatentCache:
         digest = hashlib.sha256(model.device.type.encode())
         for name, tensor in model.vae.state_dict().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        digest.update(repr((model.vae.config.scaling_factor, getattr(model.vae.config, "shift_factor", None))).encode())
+        digest.update(repr(model.vae.config.scaling_factor).encode())
         self._vae = digest.digest()
 
     def read(self, image: Tensor) -> Tensor | None:

@@ -41,7 +41,7 @@ def sampler_table(checkpoint: Checkpoint, sampler: str, steps: int) -> Table:
 
     Raises OptionError for an unknown sampler, or for more steps than the schedule has.
     """
-    return make_table(sampler, Schedule.from_config(checkpoint.scheduler.config), steps)
+    return make_table(sampler, Schedule.from_pipeline(checkpoint.scheduler_config), steps)
 
 
 @torch.no_grad()

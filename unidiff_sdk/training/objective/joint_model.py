@@ -123,10 +123,11 @@ class JointModel(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents to pixels. Differentiable, and not clipped.
 
+        The VAE's `shift_factor` is ignored, as in diffusers' Stable Diffusion pipeline.
+
         latents: float[n, c, h, w]. Returns float[n, 3, h·f, w·f], approximately in [0, 1].
         """
-        config = self.vae.config
-        unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        unscaled = latents / self.vae.config.scaling_factor
         return self.vae.decode(unscaled).sample.float() / 2 + 0.5
 
     @torch.no_grad()
@@ -135,9 +136,8 @@ class JointModel(nn.Module):
 
         pixels: float[n, 3, h, w] in [0, 1]. Returns float[n, c, h/f, w/f].
         """
-        config = self.vae.config
-        mean = self.vae.encode(pixels * 2 - 1).latent_dist.mode()
-        return (mean - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        mean: Tensor = self.vae.encode(pixels * 2 - 1).latent_dist.mode()
+        return mean * self.vae.config.scaling_factor
 
     def encode_captions(
         self, batch: Batch, dropped: Tensor, empty_ids: Tensor, *, pooled: bool

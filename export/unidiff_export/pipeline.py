@@ -1,0 +1,292 @@
+"""What diffusers and transformers compute for a checkpoint, by the calls that their users make.
+
+Everything is loaded from the checkpoint's own folder: `StableDiffusionPipeline`, `CLIPModel` and `CLIPProcessor` with
+their own configuration files. So a bundle is compared with the model as it was published, not with a copy of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from unidiff_sdk.errors import ExportError
+from unidiff_sdk.generation.generator import image_rng
+from unidiff_sdk.inference.schedule import FOLLOWED_OPTIONS
+
+from .graphs.lowering import quiet
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+
+Inputs = tuple[Tensor, ...]
+ImageArray = NDArray[np.uint8]
+
+# The diffusers scheduler of each sampler, and its options.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
+    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+# What embeddings are compared on: texts and images that a tokenizer or a preprocessing may treat in another way.
+ODD_TEXTS = (
+    "",
+    "a photo of a RED dress!",
+    "Ünïcode — 日本 & <b>tags</b>",
+    "don't   SHOUT\n",
+    "! !! 🙂 12.5%",
+    "long " * 100,
+)
+ODD_SIZES = ((97, 161), (300, 40), (5, 7), (64, 64))
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images that diffusers' pipeline generated in float32 PyTorch, and the values on the way.
+
+    Attributes:
+        prompts: one for each image.
+        negative_prompt: of all images.
+        noise: the initial latents, float32[n, channels, height, width].
+        latents: the final latents, as the VAE decoder takes them.
+        images: uint8[height, width, 3] for each prompt.
+        unet_inputs: the UNet's inputs at each step.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str
+    noise: NDArray[np.float32]
+    latents: Tensor
+    images: tuple[ImageArray, ...]
+    unet_inputs: tuple[Inputs, ...]
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = None) -> Any:
+    """Return a StableDiffusionPipeline with diffusers' scheduler of a sampler.
+
+    Args:
+        checkpoint: the models of the pipeline if there is no folder.
+        sampler: see SCHEDULERS.
+        folder: the pipeline folder that `from_pretrained` reads, weights included.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with _quiet():
+        scheduler = reference_scheduler(checkpoint, sampler, folder)
+        if folder is None:
+            pipeline = StableDiffusionPipeline(
+                vae=checkpoint.vae,
+                text_encoder=checkpoint.text_encoder,
+                tokenizer=checkpoint.tokenizer,
+                unet=checkpoint.unet,
+                scheduler=scheduler,
+                **absent,
+            )
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                folder,
+                scheduler=scheduler,
+                image_encoder=None,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                **absent,
+            )
+        pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def reference_scheduler(checkpoint: Checkpoint, sampler: str, folder: Path | None = None) -> SchedulerMixin:
+    """Return diffusers' scheduler of a sampler with the checkpoint's configuration, as its users replace a scheduler.
+
+    Options of the configuration that the sampler does not follow are set to those of the sampler.
+    """
+    import diffusers
+
+    name, options = SCHEDULERS[sampler]
+    scheduler_class = getattr(diffusers, name)
+    known = inspect.signature(scheduler_class.__init__).parameters
+    followed = {option: values[1] for option, values in FOLLOWED_OPTIONS.items() if len(values) > 1}
+    options = {option: value for option, value in followed.items() if option in known} | options
+    if folder is None:
+        return scheduler_class.from_config(checkpoint.scheduler.config, **options)
+    return scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence messages to developers, and the progress bars of loading."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        with quiet():
+            yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+def generate_images(
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    side: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str = "",
+) -> GeneratedImages:
+    """Generate one image of each prompt with diffusers' StableDiffusionPipeline, from `side` x `side` latents.
+
+    The noise of stochastic schedulers is that of our runtime: each image has the generator of seed 0.
+    """
+    shape = (len(prompts), pipeline.unet.config.in_channels, side, side)
+    noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    calls: list[Inputs] = []
+    latents: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample, timestep = args
+        calls.append((sample, timestep.float().reshape(-1).expand(len(sample)), kwargs["encoder_hidden_states"]))
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents[:] = [values["latents"]]
+        return values
+
+    handle = pipeline.unet.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with quiet(), _runtime_noise(pipeline.scheduler):
+            images = pipeline(
+                list(prompts),
+                negative_prompt=[negative_prompt] * len(prompts),
+                latents=torch.from_numpy(noise),
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                callback_on_step_end=on_step_end,
+            ).images
+    finally:
+        handle.remove()
+    scaled = latents[0] / pipeline.vae.config.scaling_factor
+    return GeneratedImages(tuple(prompts), negative_prompt, noise, scaled, tuple(map(np.asarray, images)), tuple(calls))
+
+
+@contextmanager
+def _runtime_noise(scheduler: SchedulerMixin) -> Iterator[None]:
+    """Within the block, a stochastic scheduler adds the noise that our runtime adds. PyTorch's generators differ."""
+    module: Any = sys.modules[type(scheduler).__module__]
+    theirs = getattr(module, "randn_tensor", None)
+    if theirs is None:
+        yield
+        return
+    streams: list[np.random.Generator] = []
+
+    def ours(shape: Sequence[int], **options: Any) -> Tensor:
+        streams.extend(image_rng(0) for _ in range(len(streams), shape[0]))
+        noise = [stream.standard_normal(tuple(shape[1:]), dtype=np.float32) for stream in streams]
+        return torch.from_numpy(np.stack(noise))
+
+    module.randn_tensor = ours
+    try:
+        yield
+    finally:
+        module.randn_tensor = theirs
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReferenceEmbeddings:
+    """Odd texts and images, and their unit embeddings by CLIPModel: float32[n, dim]."""
+
+    texts: tuple[str, ...]
+    images: tuple[Image.Image, ...]
+    text_embeddings: NDArray[np.float32]
+    image_embeddings: NDArray[np.float32]
+
+
+def embed_odd_inputs(checkpoint: Checkpoint, folder: Path | None = None) -> ReferenceEmbeddings:
+    """Embed ODD_TEXTS and images of ODD_SIZES with CLIPModel and CLIPProcessor.
+
+    Args:
+        checkpoint: the model and its preprocessing if there is no folder.
+        folder: the CLIP folder that `from_pretrained` reads.
+
+    Raises:
+        ExportError: transformers cannot embed them.
+    """
+    images = _odd_images(checkpoint)
+    try:
+        with _quiet(), torch.no_grad():
+            model, tokenize, preprocess = _clip(checkpoint, folder)
+            length = model.config.text_config.max_position_embeddings
+            tokens = tokenize(
+                list(ODD_TEXTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            texts = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            pixels = [preprocess(image, return_tensors="pt").pixel_values for image in images]
+            features = model.get_image_features(pixel_values=torch.cat(pixels))
+    except (ValueError, TypeError, RuntimeError, OSError, AttributeError) as error:
+        raise ExportError(
+            f"{folder or checkpoint.path}: transformers' CLIPModel and CLIPProcessor cannot embed texts and images "
+            f"({error}). Repair the CLIP folder, so that there is something to compare the bundle with."
+        ) from error
+    return ReferenceEmbeddings(ODD_TEXTS, images, unit(texts), unit(features))
+
+
+def _clip(checkpoint: Checkpoint, folder: Path | None) -> tuple[Any, Any, Any]:
+    """Return CLIP, its tokenizer and its image processor, from the folder or from the checkpoint."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    if folder is None:
+        return checkpoint.clip, checkpoint.clip_tokenizer, checkpoint.image_processor
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
+    if not (folder / "tokenizer_config.json").is_file():  # the pipeline's own tokenizer is CLIP's
+        from transformers import AutoImageProcessor
+
+        return model, checkpoint.clip_tokenizer, AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    return model, processor.tokenizer, processor.image_processor
+
+
+def _odd_images(checkpoint: Checkpoint) -> tuple[Image.Image, ...]:
+    """Return smooth images with noise, in color and in gray; squares if the model was trained on padded images."""
+    rng, images = np.random.default_rng(0), []
+    for i, (width, height) in enumerate(ODD_SIZES):
+        width, height = (width, height) if checkpoint.fit == "crop" else (width, width)
+        coarse = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize((width, height))
+        noisy = np.asarray(coarse, np.int64) + rng.integers(-20, 20, (height, width, 3))
+        image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        images.append(image.convert("L") if i == 1 else image)
+    return tuple(images)
+
+
+def unit(embeddings: Any) -> NDArray[np.float32]:
+    """Return embeddings with length 1."""
+    tensor: Tensor = getattr(embeddings, "pooler_output", embeddings)  # transformers 5 returns an output object
+    return torch.nn.functional.normalize(tensor, dim=-1).numpy()
