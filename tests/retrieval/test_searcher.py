@@ -15,7 +15,7 @@ from support.backends import BACKENDS, DIM
 from unidiff_sdk import FilterError, Hit, OptionError, Page, SearchOptions
 from unidiff_sdk.retrieval.cursors import Cursor
 from unidiff_sdk.retrieval.query import Query
-from unidiff_sdk.retrieval.ranking import diversify
+from unidiff_sdk.retrieval.reranking.diversity import diversify
 from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.filters import parse
@@ -59,7 +59,7 @@ def searcher(store: Store) -> Searcher:
     def hit(payload: dict[str, Any], score: float) -> Hit:
         return Hit(payload["id"], score, payload.get("text"), payload, "", payload["_unidiff"]["sha256"], images)
 
-    return Searcher(store, HashEncoder, hit, lambda texts, n: [])  # type: ignore[arg-type]
+    return Searcher(store, HashEncoder, hit, lambda texts, n: [], lambda: None)  # type: ignore[arg-type, return-value]
 
 
 def page(store: Store, query: Query, **options: Any) -> Page:

@@ -55,10 +55,11 @@ class Catalog(OpenCatalog):
         references: the folder of the files that were added with `copy=False`. A catalog may come from a stranger, so
             its references are followed only into this folder and into folders added since it was opened.
         trusted_keys: PEM files with public keys, one of which must have signed each bundle that is opened from a path.
+        rerank: compute what `search(rerank=)` needs of each image when it is added, as `prepare_rerank` does.
 
     Raises:
         StoreError: the location is not a catalog, is in use, or was created with another bundle.
-        BundleError: the bundle is missing or damaged.
+        BundleError: the bundle is missing or damaged; with `rerank`, it has no generator.
     """
 
     @property
@@ -202,6 +203,7 @@ class Catalog(OpenCatalog):
         diversity: float | None = None,
         group_by: str | None = None,
         hybrid: bool | float = False,
+        rerank: bool | int = False,
     ) -> Page:
         """Find the items most similar to a text, an image, items, a vector, or any mix of these.
 
@@ -229,15 +231,19 @@ class Catalog(OpenCatalog):
             group_by: a column; only the best item of each of its values is a hit. Items without it are kept.
             hybrid: also rank by the words of the captions (BM25) and fuse both rankings: True, or the share of the
                 captions below 1. For names and numbers that an encoder does not know. Scores are then ranks.
+            rerank: re-rank this number of best hits with the generator, 2 to 64; True: the number that the bundle
+                recommends. Improves long, detailed queries (`retrieval.reranking`). Needs a text. The other parts of a
+                mixed query count only for the encoder. Re-ranked hits have a `rerank_score`.
 
         Returns:
             A Page of hits, best first; an empty one if nothing matches.
 
         Raises:
-            OptionError, FilterError, ImageError: an argument is invalid. `SearchOptions` has more on the last eight.
+            OptionError, FilterError, ImageError: an argument is invalid. `SearchOptions` has more on the last nine.
+            BundleError: `imagine` or `rerank` with a bundle that has no generator.
         """
         query = Query.of(text, imagine, image, like, unlike, without, vector, weights)
-        options = SearchOptions(limit, offset, cursor, where, min_score, diversity, group_by, hybrid)
+        options = SearchOptions(limit, offset, cursor, where, min_score, diversity, group_by, hybrid, rerank)
         return self._current.searcher().search([query], options)[0]
 
     def search_batch(self, /, queries: Sequence[str | Mapping[str, Any]], **options: Any) -> list[Page]:
@@ -435,7 +441,28 @@ class Catalog(OpenCatalog):
         """
         from .reindexing import reindex
 
-        return reindex(self._current, self._images, self._stores, bundle, progress=progress)
+        count = reindex(self._current, self._images, self._stores, bundle, progress=progress)
+        if self._current.prepares_rerank:
+            self.prepare_rerank(progress=progress)
+        return count
+
+    def prepare_rerank(self, *, progress: bool = False) -> int:
+        """Compute and store what `search(rerank=)` needs of each image, so that searches need not.
+
+        These are the latents in half precision and the errors without a text. Images that have them are skipped, so an
+        interrupted run continues where it stopped; damaged ones are replaced. Without it, searches compute them when
+        needed and keep the last ones in memory. They are deleted with their image, and when the catalog is reindexed.
+        Returns the number of images computed. A warning names items whose image cannot be read.
+
+        Raises:
+            BundleError: the bundle has no generator.
+            StoreError: the disk is full.
+        """
+        from unidiff_sdk.retrieval.reranking.preparing import prepare_all
+
+        current = self._current
+        current.get().reranker(self._images)  # raises for a bundle that cannot
+        return prepare_all(current.get().store, current.prepare_rerank, progress=progress)
 
     def export(
         self,
@@ -521,4 +548,5 @@ class Catalog(OpenCatalog):
     agenerate = cancellable(generate)
     aoptimize = async_variant(optimize, WRITING)
     areindex = async_variant(reindex, WRITING)
+    aprepare_rerank = async_variant(prepare_rerank, WRITING)
     aexport = async_variant(export, WRITING)

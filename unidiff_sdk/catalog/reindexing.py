@@ -106,6 +106,7 @@ def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bun
         raise
     # Searches that are still running hold the old snapshot; its store is deleted with the last of them.
     finalize_in_owner(before, _delete_store, before.store, before.folder / before.file.vectors)
+    after.latents.remove_others()
     _log.info("%s: reindexed %d items with the bundle %s", current.location, done, bundle.name)
     return after.store.count()
 

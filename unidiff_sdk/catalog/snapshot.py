@@ -18,11 +18,14 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.retrieval.columns import column_kinds
+from unidiff_sdk.retrieval.reranking.latents import LatentStore
+from unidiff_sdk.retrieval.reranking.reranker import Reranker, check_generator
 from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.retrieval.searcher import Searcher
-from unidiff_sdk.store import Store
+from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import Location
+from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import MAX_DELETED_SHARE
 
 from .aio import OPENING, Resource, async_variant
@@ -57,6 +60,9 @@ class Snapshot:
         file: the content of `catalog.json`, which names the bundle.
         bundle: the bundle, if it is open already. Otherwise it is opened when first needed.
         trusted_keys: as for `Bundle.open`, for this bundle and the next ones.
+
+    Attributes:
+        latents: the stored latents of its items by its bundle.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class Snapshot:
         self._bundle = bundle
         self._encoder: Encoder | None = None
         self._generator: Generator | None = None
+        self._reranker: Reranker | None = None
+        self.latents = LatentStore(folder, file.bundle.fingerprint)
         self._lock = threading.RLock()
         self._rebuilding = threading.Lock()
 
@@ -151,6 +159,13 @@ class Snapshot:
         """End all generations with a StoreError, also those that wait for their turn."""
         if self._generator is not None:
             self._generator.stop(reason)
+
+    def reranker(self, images: ImageStore) -> Reranker:
+        """The reranker of items with images in a store. Raises BundleError if the bundle has no generator."""
+        with self._lock:
+            if self._reranker is None:
+                self._reranker = Reranker(self.bundle, lambda: self.generator, images.load, self.latents)
+            return self._reranker
 
     def generate_queries(self, texts: Sequence[str], n: int) -> list[Image.Image]:
         """Generate `n` images of each text to search with, in the order of the texts."""
@@ -236,10 +251,12 @@ class CurrentSnapshot:
         make_hit: (payload, score) to a hit.
         owner: the process that opened the catalog.
         warned: whether a warning about real images was issued.
+        prepares_rerank: whether the latents of new items are computed when they are added.
     """
 
     def __init__(self, snapshot: Snapshot, images: ImageStore, location: str) -> None:
-        self.snapshot, self.location = snapshot, location
+        self.snapshot, self.location, self.images = snapshot, location, images
+        self.prepares_rerank = False
         self.owner = Owner(f"The catalog {location}")
         self.lock = threading.RLock()
         self.reindexing = threading.Lock()
@@ -265,7 +282,11 @@ class CurrentSnapshot:
             snapshot = self.get()
             if self._searcher is None:
                 self._searcher = Searcher(
-                    snapshot.store, lambda: snapshot.encoder, self.make_hit, snapshot.generate_queries
+                    snapshot.store,
+                    lambda: snapshot.encoder,
+                    self.make_hit,
+                    snapshot.generate_queries,
+                    partial(snapshot.reranker, self.images),
                 )
             return self._searcher
 
@@ -273,6 +294,22 @@ class CurrentSnapshot:
         """Answer with another snapshot from now on. Call it under `lock`."""
         with self._searcher_lock:
             self.snapshot, self._searcher = snapshot, None
+
+    def prepare_rerank(self, records: Sequence[Record]) -> int:
+        """Compute and store the latents of items that have none. Returns the number of images.
+
+        Raises:
+            BundleError: the bundle has no generator.
+            ImageError: an image cannot be read.
+            StoreError: the disk is full.
+        """
+        snapshot = self.get()
+        latents = snapshot.reranker(self.images).prepare(records)
+        with self.lock:  # no item is deleted between the check and the writing
+            kept = {record.payload[SYSTEM]["sha256"] for record in snapshot.store.retrieve([r.id for r in records])}
+            for sha256 in latents.keys() & kept:
+                snapshot.latents.write(sha256, latents[sha256])
+        return len(latents)
 
     def track_changes(self) -> None:
         """Start recording the keys of all items that are written or deleted."""
@@ -329,6 +366,7 @@ class OpenCatalog(Resource):
         server: ServerOptions | None = None,
         references: str | Path | None = None,
         trusted_keys: Sequence[KeyFile] | None = None,
+        rerank: bool = False,
     ) -> None:
         api_key = Secret.of(api_key)  # also hides it in tracebacks that show local variables
         place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
@@ -337,6 +375,13 @@ class OpenCatalog(Resource):
         snapshot = Snapshot.open(place, bundle, create=create, trusted_keys=trusted_keys)
         image_store = ImageStore(place.folder, None if references is None else Path(references))
         self._assemble(place.location, snapshot, image_store, place.stores)
+        self._opened.prepares_rerank = rerank
+        if rerank:
+            try:
+                check_generator(snapshot.bundle)
+            except BaseException:
+                self.close()
+                raise
 
     @classmethod
     def from_parts(cls, store: Store, images: ImageStore, bundle: Bundle) -> Self:

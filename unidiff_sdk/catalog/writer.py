@@ -299,6 +299,15 @@ class Writer:
                 now.store.upsert(batch)
             used = {item.image.sha256 for item in items}
             self._release_images(now.store, {sha256: uri for sha256, uri in unused.items() if sha256 not in used})
+        if self._current.prepares_rerank:
+            self._prepare_rerank(records)
+
+    def _prepare_rerank(self, records: Sequence[Record]) -> None:
+        try:
+            for batch in batched(records, BATCH_SIZE):
+                self._current.prepare_rerank(batch)
+        except UniDiffError as error:
+            warn(f"The items are stored, but not prepared for rerank=: {error}. Call prepare_rerank() later.")
 
     def _prune(self, source: str, keys: CompactSet) -> int:
         """Delete the items of a source whose keys are not in `keys`. Returns their number."""
@@ -322,11 +331,12 @@ class Writer:
         self._release_images(store, images_of(records))
 
     def _release_images(self, store: Store, images: dict[str, str]) -> None:
-        """Delete the images (sha256 -> uri) that no item uses."""
+        """Delete the images (sha256 -> uri) that no item uses, and their latents."""
         try:
             for sha256, uri in images.items():
                 if not store.count(Compare(f"{SYSTEM}.sha256", "eq", sha256)):
                     self._images.remove(sha256, uri)
+                    self._current.snapshot.latents.remove(sha256)
         except DiskFullError as error:  # the first search for a hash creates an index
             warn(f"The items are changed, but the images that they no longer use were not deleted: {error}")
 

@@ -60,6 +60,7 @@ SHOWN_PROBLEMS = 20
 @click.option("--prune", is_flag=True, help="Delete items that were indexed from FOLDER and are no longer in it.")
 @click.option("--strict", is_flag=True, help="Fail on the first invalid row instead of skipping it.")
 @trusted_key_option
+@click.option("--rerank", is_flag=True, help="Also compute what search --rerank needs of each image.")
 @json_option
 def index(
     folder: Path,
@@ -72,6 +73,7 @@ def index(
     prune: bool,
     strict: bool,
     trusted_keys: Sequence[str] | None,
+    rerank: bool,
     as_json: bool,
 ) -> None:
     """Add the images in FOLDER to CATALOG, which is created if it does not exist.
@@ -97,6 +99,8 @@ def index(
             report = opened.add_table(folder, images=images, **options)
         else:
             report = opened.add_folder(folder, **options)
+        if rerank:
+            opened.prepare_rerank(progress=not as_json)
         items = opened.count()
     if as_json:
         failed = [{"line": row.line, "file_name": row.file_name, "reason": row.reason} for row in report.failed]

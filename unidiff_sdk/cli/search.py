@@ -31,6 +31,7 @@ thumbnails_option = click.option(
     unidiff search shop.catalog "but in blue" --image dress.jpg --weights 0.6 0.4
     unidiff search shop.catalog --like D-17 --unlike D-4 --without stripes
     unidiff search shop.catalog "a long slim coat with navy checks" --imagine 4
+    unidiff search shop.catalog "a long slim coat with navy checks" --rerank 8
     unidiff search shop.catalog "model QX-7719" --hybrid --group-by brand
     unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}}'
     """,
@@ -62,6 +63,12 @@ thumbnails_option = click.option(
 @click.option("--diversity", type=float, help="0 (rank by similarity alone) to 1 (prefer variety). Default: 0.")
 @click.option("--group-by", metavar="COLUMN", help="Return only the best hit for each value of this column.")
 @click.option("--hybrid", is_flag=True, help="Also rank by the words of the captions (BM25).")
+@click.option(
+    "--rerank",
+    default=0,
+    metavar="K",
+    help="Re-rank the best K hits with the generator. 2 to 64; 0 (default): off.",
+)
 @thumbnails_option
 @trusted_key_option
 @json_option

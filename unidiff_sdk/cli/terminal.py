@@ -104,7 +104,9 @@ def print_hits(
 
 def hit_as_dict(hit: Hit) -> dict[str, Any]:
     """A hit for JSON output."""
-    return {"id": hit.id, "score": hit.score, "text": hit.text, "payload": hit.payload, "uri": hit.uri}
+    hit_dict = {"id": hit.id, "score": hit.score, "text": hit.text, "payload": hit.payload, "uri": hit.uri}
+    reranked = {"rerank_score": hit.rerank_score, "gain": hit.gain}
+    return hit_dict if hit.rerank_score is None else hit_dict | reranked
 
 
 def _all_columns(hit: Hit, length: int = MAX_LINE) -> str:

@@ -22,10 +22,10 @@ from .batching import MAX_REQUESTS, Batcher
 from .conditioning import Conditioner
 from .denoising import Job, KnownRegion, Progress
 from .diffusion_model import DiffusionModel
-from .img2img import SourceImage, first_step, load_source
+from .img2img import SourceImage, first_step, fit_image, load_source
 from .memory import image_memory
 from .options import GenerationOptions, ResolvedOptions, checked_prompts, default_strength
-from .samplers import Table, make_table
+from .samplers import Table, make_table, prediction
 
 __all__ = ["Generator", "Preview", "image_rng"]
 
@@ -216,6 +216,50 @@ class Generator:
         """`n` images of each text query, to search with: in few steps, and the same ones for the same texts."""
         steps = min(self.bundle.manifest.sampler.steps, MAX_QUERY_STEPS)
         return self.generate(texts, n=n, seed=QUERY_SEED, steps=steps)
+
+    # The model itself, for scores (`retrieval.reranking`)
+
+    def latents(self, image: Image.Image) -> Float32:
+        """The latents that the UNet was trained on for an RGB image: float32[channels, height, width].
+
+        The image is cropped or padded to the training size first. Raises GenerationError.
+        """
+        side = self._model.default_side
+        latents = self._model.encode(fit_image(image, side, side, self.bundle.image_fit))
+        if not np.isfinite(latents).all():
+            raise GenerationError(
+                f"the VAE encoder of the {self.bundle.precision} bundle {self.bundle.path} returns latents that are "
+                "not finite; export it at a higher precision"
+            )
+        return latents
+
+    def token_states(self, text: str) -> Float32:
+        """The token states that condition the UNet: float32[tokens, width], read-only. A long text is truncated."""
+        return self._conditioner.states(text)
+
+    def predict(self, samples: Sequence[Float32], timesteps: Sequence[int], states: Sequence[Float32]) -> Float32:
+        """The UNet's outputs for noisy latents, in calls that are shared with running generations.
+
+        Args:
+            samples: latents with noise, each float32[channels, height, width], all of one shape.
+            timesteps: the timestep of each.
+            states: the token states of each, float32[tokens, width], all of one shape.
+
+        Returns:
+            float32[len(samples), channels, height, width]
+
+        Raises:
+            GenerationError: the UNet failed.
+            BusyError: too many generations are running.
+        """
+        tables = {timestep: prediction(timestep) for timestep in set(timesteps)}
+        unused = image_rng(0)  # no row of these tables adds noise
+        jobs = [
+            Job(tables[timestep], sample, each, None, 1.0, 0.0, unused)
+            for sample, timestep, each in zip(samples, timesteps, states, strict=True)
+        ]
+        self.bundle.session("unet")  # raises in the calling thread
+        return self._batcher.denoise(jobs)
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
         """Fill in the bundle's defaults, and a random seed, for what `options` leaves open.

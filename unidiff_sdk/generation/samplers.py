@@ -146,6 +146,11 @@ def _predict_x0(schedule: Schedule, alpha: Float64, sigma: Float64) -> tuple[Flo
     return 1 / alpha, -sigma / alpha
 
 
+def prediction(timestep: float) -> Table:
+    """A table of one step, after which x is the UNet's output at `timestep` itself: to measure it, not to sample."""
+    return _table(0.0, np.ones(1), timestep=np.array([timestep]), input_scale=1.0, x0_from_output=1.0, next_from_x0=1.0)
+
+
 # Samplers
 
 

@@ -18,6 +18,7 @@ from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import BundleError
 
 __all__ = [
+    "DEFAULT_RERANK",
     "DEFAULT_SAMPLER",
     "FORMAT",
     "GRAPH_FILE",
@@ -31,6 +32,8 @@ __all__ = [
     "ModelDescription",
     "Profile",
     "Prompt",
+    "RerankDefaults",
+    "RerankGain",
     "SamplerDefaults",
     "TensorSpec",
     "file_sha256",
@@ -60,6 +63,7 @@ MAX_COUNT = 65_536
 Count = Annotated[int, "above 0", MAX_COUNT]
 Size = Annotated[int, "above 0"]
 Positive = Annotated[float, "above 0"]
+Share = Annotated[float, "from 0", 1]
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,46 @@ class SamplerDefaults:
     replaces: str | None = None
 
 
+@dataclass(frozen=True)
+class RerankGain:
+    """What re-ranking gained on captions that its defaults were not chosen with.
+
+    Attributes:
+        recall_at_1: the share of captions whose own item was the first hit of the encoder, 0 to 1.
+        reranked_recall_at_1: the same after re-ranking.
+        queries: number of captions.
+        gallery: number of items that were searched.
+    """
+
+    recall_at_1: Share
+    reranked_recall_at_1: Share
+    queries: Count
+    gallery: Size
+
+
+@dataclass(frozen=True)
+class RerankDefaults:
+    """How `search(rerank=)` measures denoising errors, and what it gained (`retrieval.reranking`).
+
+    Attributes:
+        timesteps: the training timesteps at which errors are measured, each with a call of the UNet for each candidate.
+        candidates: the number of hits that `rerank=True` re-ranks.
+        weight: the weight of the generator against the encoder, in standard deviations of both.
+        noise_seed: the seed of the noise, 0 or more.
+        gain: None if it was not measured.
+    """
+
+    timesteps: tuple[int, ...]
+    candidates: Count
+    weight: Positive
+    noise_seed: int = 0
+    gain: RerankGain | None = None
+
+
+DEFAULT_RERANK = RerankDefaults(timesteps=(650, 750, 850, 950), candidates=8, weight=1.0)
+"""For bundles without their own, whose model has 1,000 training timesteps; for others in proportion."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
     """Sizes and defaults of the models in a bundle. `embedding` and `image` are None for a model that only generates.
@@ -202,6 +246,7 @@ class Manifest(ModelDescription):
         target, opset, devices: what the graphs were exported for. `devices` is None if any device may run them.
         created, sdk_version: when and by which version.
         parity: how close the graphs are to PyTorch.
+        rerank: the defaults of `search(rerank=)`, chosen and measured on data; None if no data was given.
         export: time and memory that the export took.
         format: another than FORMAT only for a manifest that was derived from a diffusers folder.
         extra: further entries, kept as they are.
@@ -218,6 +263,7 @@ class Manifest(ModelDescription):
     created: str | None = None
     sdk_version: str | None = None
     parity: Mapping[str, Any] = field(default_factory=dict)
+    rerank: RerankDefaults | None = None
     export: Mapping[str, Any] | None = None
     format: str = FORMAT
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -272,6 +318,7 @@ class Manifest(ModelDescription):
             "synthetic": self.synthetic,
             "files": self.files,
             "parity": self.parity,
+            "rerank": self.rerank,
             "fingerprint": self.fingerprint,
             "export": self.export,
             **self.extra,
@@ -367,6 +414,10 @@ def _check_content(manifest: Manifest, file: Path) -> None:
             )
         if not graph.file.endswith(GRAPH_SUFFIX):  # ONNX Runtime reads other formats by their suffix
             raise BundleError(f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must end with {GRAPH_SUFFIX}")
+    if manifest.rerank is not None and not manifest.rerank.timesteps:
+        raise BundleError(f"{file}: rerank.timesteps is empty; it must list at least one timestep")
+    if manifest.rerank is not None and min(*manifest.rerank.timesteps, manifest.rerank.noise_seed) < 0:
+        raise BundleError(f"{file}: rerank.timesteps and rerank.noise_seed must be at least 0")
     if fingerprint_of(manifest.files) != manifest.fingerprint:
         raise BundleError(f"{file}: the fingerprint does not match the list of files; export the bundle again")
 
@@ -388,7 +439,8 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if len(members) == 1 or type(value) in members:
             return _decode(members[0] if len(members) == 1 else type(value), value, path)
     elif origin is Annotated:
-        if _is_a(arguments[0], value) and 0 < value <= (arguments[2] if len(arguments) > 2 else math.inf):
+        most = arguments[2] if len(arguments) > 2 else math.inf
+        if _is_a(arguments[0], value) and (0 < value <= most or (value == 0 and arguments[1] == "from 0")):
             return value
     elif origin is Literal:
         if value in arguments:
@@ -437,7 +489,7 @@ def _accepted(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         at_most = f" and at most {arguments[2]:,}" if len(arguments) > 2 else ""
-        return f"{_accepted(arguments[0])} above 0{at_most}"
+        return f"{_accepted(arguments[0])} {arguments[1]}{at_most}"
     if origin in (Union, UnionType):
         return " or ".join(_accepted(member) for member in arguments if member is not NoneType)
     if origin is Literal:

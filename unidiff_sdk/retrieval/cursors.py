@@ -2,7 +2,7 @@
 
 A cursor of a similarity search is a position in the order of scores: the last score shown, and the ids of the items
 shown with that score. Items added or deleted between two pages neither repeat nor hide any other item. Where hits are
-not ordered by score (`diversity`, `hybrid`), a cursor only counts the items shown.
+not ordered by score (`diversity`, `hybrid`, `rerank`), a cursor only counts the items shown.
 
 A cursor contains no query and no filter, so an application may pass it to clients. The next page needs the same query
 again; a cursor of another query is refused.

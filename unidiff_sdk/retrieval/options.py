@@ -13,11 +13,12 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.protocol import CANDIDATES
 
-__all__ = ["MAX_LIMIT", "SearchOptions", "call_with", "check_page"]
+__all__ = ["MAX_LIMIT", "MAX_RERANKED", "SearchOptions", "call_with", "check_page"]
 
 T = TypeVar("T")
 
 MAX_LIMIT = 10_000
+MAX_RERANKED = 64  # each item costs calls of the UNet; beyond the first few, the right item is rarely among them
 _DEFAULT_HYBRID = 0.5  # the share of the caption ranking for hybrid=True
 
 
@@ -33,11 +34,14 @@ class SearchOptions:
         where: a filter on the columns (`store.filters`): `{"price": {"lt": 80}, "brand": ["a", "b"]}`.
         min_score: exclude hits with a lower score.
         diversity: 0 to 1, the weight of variety against similarity among the best max(100, 5 * limit) items
-            (`ranking.diversify`). Start with 0.3.
+            (`reranking.diversity`). Start with 0.3.
         group_by: a column of single values; only the best item of each value is a hit. Items without it are kept.
         hybrid: also rank by the words of the captions (BM25) and fuse both rankings; for names and numbers that an
             encoder does not know. The share of the captions, from 0 to below 1; True means 0.5, False means 0. Scores
             are then ranks. With it, offset + limit is at most 500.
+        rerank: re-rank this number of best items with the generator, 2 to 64 (`retrieval.reranking`); True means the
+            number that the bundle recommends, False or 0 none. Needs a text. `min_score` and the choice of the best
+            item of a group use the encoder's score; items after the re-ranked ones keep their order.
         clause: `where`, parsed.
 
     Raises:
@@ -53,10 +57,11 @@ class SearchOptions:
     diversity: float | None = None
     group_by: str | None = None
     hybrid: bool | float = False
+    rerank: bool | int = False
     clause: Clause | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("limit", "offset", "min_score", "diversity", "hybrid"):
+        for name in ("limit", "offset", "min_score", "diversity", "hybrid", "rerank"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_page(self.limit, self.offset)
         if not isinstance(self.cursor, (str, type(None))):
@@ -81,6 +86,12 @@ class SearchOptions:
                 f"offset + limit = {self.offset + self.limit:,}: give at most {CANDIDATES} in total with "
                 f"hybrid=, which fuses the first {CANDIDATES} items of two rankings"
             )
+        if not isinstance(self.rerank, bool) and not _is_reranked(self.rerank):
+            raise OptionError(
+                f"rerank={self.rerank!r:.60}: give True, False, or the number of items to re-rank, 2 to {MAX_RERANKED}"
+            )
+        if self.rerank and self.diversity is not None:
+            raise OptionError("rerank= and diversity= exclude each other: choose one")
         object.__setattr__(self, "cursor", self.cursor or None)
         object.__setattr__(self, "hybrid", float(hybrid))
         object.__setattr__(self, "clause", parse(self.where))
@@ -109,3 +120,7 @@ def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_reranked(count: Any) -> bool:
+    return isinstance(count, int) and (count == 0 or 2 <= count <= MAX_RERANKED)

@@ -31,6 +31,10 @@ class Hit:
         payload: all other columns.
         uri: the location of the original image, relative to the image store.
         sha256: the hash of the image.
+        rerank_score: with `rerank`, the value that ordered this hit among the re-ranked ones, higher first; it compares
+            only hits of one search. None for hits that were not re-ranked.
+        gain: with `rerank`, the share by which the text lowers the generator's error on the image, at most 1. It is
+            negative if the image is more likely without the text.
     """
 
     id: str | int
@@ -40,6 +44,8 @@ class Hit:
     uri: str = field(repr=False)
     sha256: str = field(repr=False)
     _images: ImageStore = field(repr=False, compare=False)
+    rerank_score: float | None = field(default=None, repr=False)
+    gain: float | None = field(default=None, repr=False)
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any], score: float, images: ImageStore) -> Hit:

@@ -29,7 +29,8 @@ from .filter_kinds import warn_about_filter
 from .mixing import NEUTRAL_TEXTS, ModalityGap, add_imagined, consensus, mean_direction, mix
 from .options import MAX_LIMIT, SearchOptions, check_page
 from .query import Query, open_image
-from .ranking import diversify, group_of
+from .reranking.diversity import diversify, group_of
+from .reranking.reranker import Reranked, Reranker
 from .results import Hit, Page
 
 __all__ = ["Searcher"]
@@ -57,6 +58,7 @@ class Searcher:
         encoder: returns the encoder; called only if a text or an image must be encoded.
         make_hit: (payload, score) to a hit.
         generate: (texts, n) to n images of each text, in the order of the texts.
+        reranker: returns the reranker; called only for searches with `rerank`.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class Searcher:
         encoder: Callable[[], Encoder],
         make_hit: Callable[[dict[str, Any], float], Hit],
         generate: Callable[[Sequence[str], int], list[Image]],
+        reranker: Callable[[], Reranker],
     ) -> None:
-        self.store = store
+        self.store, self._reranker = store, reranker
         self._encoder, self._make_hit, self._generate = encoder, make_hit, generate
         self._sample: _Sample | None = None
         self._lock = threading.Lock()
@@ -82,7 +85,10 @@ class Searcher:
         if options.hybrid and any(query.text is None for query in queries):
             raise OptionError("hybrid= ranks by the words of a text, and a query has none. Give a text, or omit it.")
 
-        # 1. Where the previous page ended.
+        # 1. Whether the queries can be re-ranked, and where the previous page ended.
+        if options.rerank:
+            _check_rerank(queries)
+            self._reranker()  # raises for a bundle that cannot
         cursors = [
             Cursor.read(options.cursor, _digest(query, options), self.store.dim) if options.cursor else None
             for query in queries
@@ -93,7 +99,10 @@ class Searcher:
 
         # 3. Ask the store, for one more hit than the limit: it shows whether there is another page.
         searches = [_nearest(query, vector, options) for query, vector in zip(queries, vectors, strict=True)]
-        results = self._ranked(searches, options, cursors)
+        if options.rerank:
+            results = self._reranked(queries, searches, options, cursors)
+        else:
+            results = self._ranked(searches, options, cursors)
 
         if options.group_by is not None:
             self._require_column(options.group_by, results)
@@ -279,6 +288,29 @@ class Searcher:
             return [self._query(search) for search in searches]
         return self.store.query_batch(searches)
 
+    def _reranked(
+        self,
+        queries: Sequence[Query],
+        searches: Sequence[VectorQuery],
+        options: SearchOptions,
+        cursors: Sequence[Cursor | None],
+    ) -> list[list[ScoredRecord]]:
+        """Results whose best items are re-ranked. All queries start at the same item, because a batch has no cursor."""
+        reranker = self._reranker()
+        count = reranker.settings.candidates if options.rerank is True else options.rerank
+        start, limit = cursors[0].shown if cursors and cursors[0] else options.offset, options.limit + 1
+
+        def from_item(offset: int, limit: int) -> list[list[ScoredRecord]]:
+            moved = [replace(search, offset=offset, limit=limit) for search in searches]
+            return self._ranked(moved, replace(options, offset=0, cursor=None), [None] * len(searches))
+
+        if start >= count:
+            return from_item(start, limit)
+        found = from_item(0, max(count, start + limit))
+        texts = [query.text or "" for query in queries]
+        reranked = reranker.rerank([(text, items[:count]) for text, items in zip(texts, found, strict=True)])
+        return [[*best, *items[count:]][start : start + limit] for best, items in zip(reranked, found, strict=True)]
+
     def _continued(self, search: VectorQuery, cursor: Cursor | None) -> list[ScoredRecord]:
         """The results after a cursor, whatever was added or deleted in between."""
         assert cursor is not None
@@ -300,8 +332,8 @@ class Searcher:
         """The best item of each group, best first."""
         assert options.group_by is not None
         path = column_path(options.group_by)
-        start = cursor.shown if cursor and cursor.score is None else options.offset
-        wanted = options.offset + (cursor.shown if cursor else 0) + search.limit
+        start = cursor.shown if cursor and cursor.score is None else search.offset
+        wanted = search.offset + (cursor.shown if cursor else 0) + search.limit
         best: dict[str, ScoredRecord] = {}
         size = CANDIDATES if search.text is not None else min(4 * wanted, MAX_LIMIT)
         where = search.where
@@ -340,7 +372,7 @@ class Searcher:
         found = self._query(replace(search, offset=0, limit=pool, with_vectors=True))
         if not found:
             return []
-        start = cursor.shown if cursor else options.offset
+        start = cursor.shown if cursor else search.offset
         scores = np.array([scored.score for scored in found], np.float32)
         vectors = np.array([scored.vector for scored in found])
         return [found[k] for k in diversify(scores, vectors, options.diversity, start + search.limit)[start:]]
@@ -376,12 +408,28 @@ class Searcher:
         if len(found) > len(shown):
             digest, total = _digest(query, options), offset + len(shown)
             vector = search.vector if len(query.parts) > 1 else None  # a mix depends on the content of the catalog
-            if options.hybrid or options.diversity is not None:
+            if options.hybrid or options.rerank or options.diversity is not None:
                 cursor = Cursor(digest, total, vector=vector)
             else:
                 cursor = Cursor.after(before, digest, total, shown, vector)
-        hits = tuple(self._make_hit(scored.payload, scored.score) for scored in shown)
+        hits = tuple(map(self._hit, shown))
         return Page(hits, offset, options.limit, took_ms, str(cursor) if cursor else None)
+
+    def _hit(self, scored: ScoredRecord) -> Hit:
+        hit = self._make_hit(scored.payload, scored.score)
+        if isinstance(scored, Reranked):
+            return replace(hit, rerank_score=scored.rerank_score, gain=scored.gain)
+        return hit
+
+
+def _check_rerank(queries: Sequence[Query]) -> None:
+    for query in queries:
+        if query.text is None or not query.weights["text"]:
+            parts = ", ".join(part for part in query.parts if query.weights[part])
+            raise OptionError(
+                f"rerank= compares images with a text, but this query searches by {parts}: give a text with a weight "
+                "above 0, or search without rerank="
+            )
 
 
 def _nearest(query: Query, vector: Vector, options: SearchOptions) -> VectorQuery:
@@ -401,7 +449,15 @@ def _nearest(query: Query, vector: Vector, options: SearchOptions) -> VectorQuer
 
 def _digest(query: Query, options: SearchOptions) -> bytes:
     """8 bytes that identify a query and everything else that determines the order of its hits."""
-    order = (options.clause, options.min_score, options.diversity, options.group_by, options.hybrid)
+    order: tuple[Any, ...] = (
+        options.clause,
+        options.min_score,
+        options.diversity,
+        options.group_by,
+        options.hybrid,
+    )
+    if options.rerank:
+        order += (options.rerank,)
     return hashlib.sha256(query.digest() + repr(order).encode()).digest()[:8]
 
 

@@ -8,9 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from unidiff_sdk.retrieval.columns import value_at
 from unidiff_sdk.store import Vector
-
-from .columns import value_at
 
 __all__ = ["diversify", "group_of"]
 

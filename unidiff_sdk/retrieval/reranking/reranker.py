@@ -1,0 +1,283 @@
+"""Re-rank the encoder's best items with the generator.
+
+**The formula.** Let s_i be the encoder's score of item i and e the denoising error (`denoising_error`). The share by
+which the text lowers the error of the image is the item's gain,
+
+    g_i = (e(x_i, ∅) - e(x_i, y)) / e(x_i, ∅)
+
+where ∅ is the empty text. The K best items of the encoder are ordered by
+
+    z(s_i) + w · z(g_i)        z(a_i) = (a_i - mean a) / (standard deviation of a), over these K items
+
+and by id where that is equal. Dividing by e(x_i, ∅) is what makes items comparable: a plain image has small errors
+under every text. Without it, re-ranking is worse than the encoder alone.
+
+`benchmarks/rerank.py` measures the gain against the time it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from unidiff_sdk._internal.parallel import batched
+from unidiff_sdk._internal.warnings import warn
+from unidiff_sdk.errors import BundleError, GenerationError, ImageError
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.manifest import DEFAULT_RERANK, RerankDefaults
+from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.store import Record, ScoredRecord
+from unidiff_sdk.store.payload import SYSTEM
+
+from .denoising_error import Denoiser, DenoisingError, Row
+from .latents import ImageLatents, LatentCache, LatentStore
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Reranked", "Reranker", "combined_scores", "gains_of"]
+
+Float64 = npt.NDArray[np.float64]
+
+GRAPHS = ("unet", "vae_encoder")
+QUERIES_AT_ONCE = 16  # of a batch; bounds the memory for the latents of their candidates
+TRAIN_TIMESTEPS = 1000  # that the timesteps of `DEFAULT_RERANK` refer to
+_SMALLEST_SPREAD = 1e-6  # of scores or gains; below that the items are the same
+_SMALLEST_ERROR = 1e-12
+
+
+@dataclass(frozen=True)
+class Reranked(ScoredRecord):
+    """A search result that was re-ranked.
+
+    Attributes:
+        rerank_score: z(s) + w · z(g), which orders the items that were re-ranked.
+        gain: g, the share by which the text lowers the denoising error of the image; at most 1.
+    """
+
+    rerank_score: float = 0.0
+    gain: float = 0.0
+
+
+class Reranker:
+    """Re-ranks the items of one catalog with the generator of its bundle. May be shared between threads.
+
+    Args:
+        bundle: the model.
+        denoiser: makes its generator, once the bundle is known to have one.
+        load_image: returns the image with a URI.
+        stored: latents that were computed before.
+
+    Raises:
+        BundleError: the bundle has no generator, or its defaults do not fit its noise schedule.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        denoiser: Callable[[], Denoiser],
+        load_image: Callable[[str], Image.Image],
+        stored: LatentStore,
+    ) -> None:
+        check_generator(bundle)
+        schedule = bundle.schedule()
+        self.settings = settings_of(bundle, schedule)
+        self.stored = stored
+        self._bundle, self._denoiser, self._load_image = bundle, denoiser(), load_image
+        self._error = DenoisingError(self._denoiser, schedule, self.settings.noise_seed)
+        self._cache = LatentCache()
+        latent = bundle.manifest.latent
+        self._shape = (latent.channels, latent.size, latent.size)
+
+    def rerank(self, queries: Sequence[tuple[str, Sequence[ScoredRecord]]]) -> list[list[Reranked]]:
+        """The candidates of each text in their new order.
+
+        Raises:
+            ImageError: the image of a candidate cannot be read.
+            GenerationError: the model returned values that are not finite.
+            BusyError: too many generations are running.
+        """
+        self._warn_if_unproven()
+        return [
+            _ordered(candidates, np.array([gains[text, _sha256(item)] for item in candidates]), self.settings.weight)
+            for some in batched(queries, QUERIES_AT_ONCE)
+            for gains in [self._gains(some)]
+            for text, candidates in some
+        ]
+
+    def prepare(self, records: Sequence[Record]) -> dict[str, ImageLatents]:
+        """The latents of those records that have none in `stored`, or damaged ones, by the hash of the image.
+
+        Raises:
+            ImageError, GenerationError: as for `rerank`.
+        """
+        stored = {_sha256(record): self._read(record) for record in records}
+        missing = {_sha256(record): record for record in records if not self._is_complete(stored[_sha256(record)])}
+        return self._computed(missing, stored)
+
+    # Stages
+
+    def _gains(self, queries: Sequence[tuple[str, Sequence[ScoredRecord]]]) -> dict[tuple[str, str], float]:
+        """The gain of each pair of a text and the hash of an image. All pairs go through the UNet together."""
+        items = {_sha256(item): item for _, candidates in queries for item in candidates}
+        latents = self._latents_of(items)
+        pairs = list(dict.fromkeys((text, _sha256(item)) for text, candidates in queries for item in candidates))
+        states = {text: self._denoiser.token_states(text) for text, _ in queries}
+        rows = [
+            Row(latents[sha256].latents, timestep, states[text])
+            for text, sha256 in pairs
+            for timestep in self.settings.timesteps
+        ]
+        errors = self._error.measure(rows).reshape(len(pairs), len(self.settings.timesteps))
+        unconditional = np.array(
+            [[latents[sha256].errors[timestep] for timestep in self.settings.timesteps] for _, sha256 in pairs]
+        ).reshape(errors.shape)
+        gains = gains_of(unconditional, errors)
+        for (_, sha256), gain in zip(pairs, gains, strict=True):
+            if not np.isfinite(gain):
+                raise self._not_finite("unet", items[sha256])
+        return dict(zip(pairs, map(float, gains), strict=True))
+
+    def _latents_of(self, items: Mapping[str, ScoredRecord]) -> dict[str, ImageLatents]:
+        """The latents of images, by their hash: cached, stored, or computed now."""
+        known = {sha256: self._cache.get(sha256) or self._read(item, damage=warn) for sha256, item in items.items()}
+        incomplete = {sha256: item for sha256, item in items.items() if not self._is_complete(known[sha256])}
+        computed = self._computed(incomplete, known)
+        found = {sha256: latents for sha256, latents in (known | computed).items() if latents is not None}
+        for sha256, latents in found.items():
+            self._cache.put(sha256, latents)
+        return found
+
+    def _read(self, item: Record | ScoredRecord, damage: Callable[[str], None] | None = None) -> ImageLatents | None:
+        """The stored latents of an item; None if they are missing, damaged, or of another shape or noise seed."""
+        try:
+            latents = self.stored.read(_sha256(item))
+        except ValueError as error:
+            if damage is not None:
+                damage(
+                    f"the stored latents of {item.payload['id']!r} are damaged ({error}) and were computed again; "
+                    "call prepare_rerank() to replace them"
+                )
+            return None
+        is_ours = latents and latents.latents.shape == self._shape and latents.noise_seed == self.settings.noise_seed
+        return latents if is_ours else None
+
+    def _is_complete(self, latents: ImageLatents | None) -> bool:
+        return latents is not None and latents.errors.keys() >= set(self.settings.timesteps)
+
+    def _computed(
+        self, items: Mapping[str, Record | ScoredRecord], known: Mapping[str, ImageLatents | None]
+    ) -> dict[str, ImageLatents]:
+        """The latents of images and their errors without a text. Latents that are known already lack only errors."""
+        if not items:
+            return {}
+        latents: dict[str, npt.NDArray[np.float16]] = {}
+        for sha256, item in items.items():
+            before = known[sha256]
+            latents[sha256] = self._encode(item) if before is None else before.latents
+        empty, timesteps = self._denoiser.token_states(""), self.settings.timesteps
+        rows = [Row(each, timestep, empty) for each in latents.values() for timestep in timesteps]
+        errors = self._error.measure(rows).reshape(len(latents), len(timesteps))
+        for item, measured in zip(items.values(), errors, strict=True):
+            if not np.isfinite(measured).all():
+                raise self._not_finite("unet", item)
+        return {
+            sha256: ImageLatents(
+                each, dict(zip(timesteps, map(float, measured), strict=True)), self.settings.noise_seed
+            )
+            for (sha256, each), measured in zip(latents.items(), errors, strict=True)
+        }
+
+    def _encode(self, item: Record | ScoredRecord) -> npt.NDArray[np.float16]:
+        try:
+            image = self._load_image(item.payload[SYSTEM]["uri"])
+        except ImageError as error:
+            raise ImageError(
+                f"rerank= needs the image of {item.payload['id']!r}: {error} Restore the file, delete the item, or "
+                "search without rerank="
+            ) from error
+        latents = self._denoiser.latents(image)
+        with np.errstate(over="ignore"):  # becomes infinite, which is an error below
+            half = latents.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise self._not_finite("vae_encoder", item)
+        return half
+
+    def _not_finite(self, graph: str, item: Record | ScoredRecord) -> GenerationError:
+        return GenerationError(
+            f"the {graph} of the {self._bundle.precision} bundle {self._bundle.path} returns values that are not "
+            f"finite for the image of {item.payload['id']!r}; search without rerank=, or export the bundle at a higher "
+            "precision"
+        )
+
+    def _warn_if_unproven(self) -> None:
+        gain = self.settings.gain
+        if gain is None:
+            warn(
+                f'rerank= uses general defaults with the bundle "{self._bundle.name}", and whether it gains with this '
+                "model was not measured. Evaluate it on your own captions first"
+            )
+        elif gain.reranked_recall_at_1 <= gain.recall_at_1:
+            warn(
+                f'rerank= does not gain with the bundle "{self._bundle.name}": recall at 1 was '
+                f"{gain.recall_at_1:.3f} without it and {gain.reranked_recall_at_1:.3f} with it, over {gain.queries} "
+                "captions"
+            )
+
+
+def check_generator(bundle: Bundle) -> None:
+    """Raise BundleError if a bundle lacks the graphs that re-ranking needs."""
+    if missing := [graph for graph in GRAPHS if not bundle.has_graph(graph)]:
+        raise BundleError(
+            f"rerank= needs a generator, but {bundle.path} has no {' and no '.join(missing)}; search without rerank=, "
+            "or export CLIP and Stable Diffusion together"
+        )
+
+
+def settings_of(bundle: Bundle, schedule: Schedule) -> RerankDefaults:
+    """The bundle's own defaults, or the general ones at its number of timesteps. Raises BundleError."""
+    own, total = bundle.manifest.rerank, schedule.num_train_timesteps
+    if own is None:
+        timesteps = tuple(timestep * total // TRAIN_TIMESTEPS for timestep in DEFAULT_RERANK.timesteps)
+        return RerankDefaults(timesteps, DEFAULT_RERANK.candidates, DEFAULT_RERANK.weight)
+    if max(own.timesteps) >= total:
+        raise BundleError(
+            f"{bundle.path}: rerank.timesteps are {list(own.timesteps)}, but the model has timesteps 0 to {total - 1}; "
+            "export it again"
+        )
+    return own
+
+
+def gains_of(unconditional: Float64, errors: Float64) -> Float64:
+    """The gains g, from errors without a text and with one: float64[items, timesteps] to float64[items]."""
+    without, with_text = unconditional.mean(axis=1), errors.mean(axis=1)
+    return cast(Float64, (without - with_text) / np.maximum(without, _SMALLEST_ERROR))
+
+
+def combined_scores(scores: npt.ArrayLike, gains: npt.ArrayLike, weight: float) -> Float64:
+    """z(s) + w · z(g): float64[items]."""
+    return _standardized(scores) + weight * _standardized(gains)
+
+
+def _ordered(candidates: Sequence[ScoredRecord], gains: Float64, weight: float) -> list[Reranked]:
+    combined = combined_scores([item.score for item in candidates], gains, weight)
+    reranked = [
+        Reranked(item.id, item.score, item.payload, item.vector, float(score), float(gain))
+        for item, score, gain in zip(candidates, combined, gains, strict=True)
+    ]
+    return sorted(reranked, key=lambda item: (-item.rerank_score, item.id))
+
+
+def _standardized(values: npt.ArrayLike) -> Float64:
+    array = np.asarray(values, np.float64)
+    spread = array.std() if array.size else 0.0
+    return (array - array.mean()) / spread if spread > _SMALLEST_SPREAD else np.zeros_like(array)
+
+
+def _sha256(item: Record | ScoredRecord) -> str:
+    system: dict[str, Any] = item.payload[SYSTEM]
+    return str(system["sha256"])
