@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from unidiff_sdk.cli.console import Command, MainCommand, echo
+from unidiff_sdk._internal.progress import ProgressLines
+from unidiff_sdk._internal.text import terminal_safe
+from unidiff_sdk.cli.console import MainCommand, echo
 from unidiff_sdk.errors import ExportError
 
 from .options import TARGETS
@@ -27,7 +31,7 @@ unidiff-export sign bundles/shop --key KEY.pem
 """
 
 
-@click.command(cls=MainCommand, epilog=EXAMPLES)
+@click.command(cls=MainCommand, resuming="No bundle was written.", epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--clip", help="CLIP for a pipeline without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
 @click.option(
@@ -69,7 +73,7 @@ def main(
     """
     from rich.console import Console
 
-    with Console(stderr=True).status("Importing PyTorch") as status:
+    with _stage_display() as show:
         try:
             from .exporter import export_bundle
         except ImportError as error:
@@ -84,7 +88,7 @@ def main(
             calibration=calibration,
             overwrite=overwrite,
             sign=sign,
-            progress=status.update,
+            progress=show,
         )
     console = Console()
     console.print(graph_table(export))
@@ -92,23 +96,19 @@ def main(
     echo(summary(export, precision))  # without rich, which would wrap and color a long path
 
 
-@click.command(
-    "sign", cls=Command, short_help="Sign a bundle.", epilog="unidiff-export sign bundles/shop --key KEY.pem"
-)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--key", metavar="PEM", required=True, help="Ed25519 private key.")
-def sign_existing(bundle: Path, key: str) -> None:
-    """Sign an existing BUNDLE, after its files have been compared with its manifest.
+@contextmanager
+def _stage_display() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the stage of an export: beside a spinner, or as lines without a terminal."""
+    from rich.console import Console
+    from rich.markup import escape
 
-    Make a key with: openssl genpkey -algorithm ed25519 -out KEY.pem
-    """
-    from unidiff_sdk.inference.folder.signature import SIGNATURE, sign_bundle
-
-    key_id = sign_bundle(bundle, key)
-    echo(f"Wrote {bundle / SIGNATURE}, signed with the key {key_id}.")
-
-
-main.add(sign_existing)
+    console, first = Console(stderr=True), "Importing PyTorch"
+    if console.is_terminal:
+        with console.status(first) as status:
+            yield lambda stage: status.update(escape(terminal_safe(stage)))
+    else:
+        with ProgressLines(first) as lines:
+            yield lines.update
 
 
 def graph_table(export: Export) -> Table:

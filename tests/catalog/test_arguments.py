@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from unidiff_sdk import Bundle, Catalog, GenerationOptions, OptionError, SearchOptions, ServerOptions
 from unidiff_sdk.datasets.synthetic import products
 from unidiff_sdk.generation.generator import Generator
+from unidiff_sdk.inference.encoder import Encoder
 
 COLORS = ("red", "blue", "lime", "black", "white")
 
@@ -103,6 +105,31 @@ def test_other_values_of_generation_options_are_errors(toy: Path, options: dict[
     generator = Generator(Bundle.open(toy))
     with pytest.raises(OptionError):
         generator.resolve(GenerationOptions(**options))
+
+
+# ------------------------------------------------------------------------------------------------ long texts
+
+
+def test_texts_past_the_token_limit_warn_once_with_their_number(shop: Catalog) -> None:
+    long = ["red " * 200, "blue " * 200]
+    with pytest.warns(UserWarning, match=r"2 of 3 texts are longer than the \d+ tokens of the encoder") as warned:
+        shop.search_batch([*long, "lime"])
+    assert len(warned) == 1 and "'red red" in str(warned[0].message)
+    with pytest.warns(UserWarning, match="1 of 2 texts are longer"):
+        shop.search("red", without=long[1])
+
+
+def test_longest_text_within_the_limit_does_not_warn(toy: Path) -> None:
+    encoder = Encoder(Bundle.open(toy))
+    text = "red"
+    while not encoder.too_long([f"{text} red"]):
+        text += " red"
+    assert encoder.too_long([text, "x", f"{text} red"]) == [f"{text} red"]
+    whole = Tokenizer.from_file(str(toy / "tokenizer" / "tokenizer.json"))
+    whole.no_truncation()
+    whole.no_padding()
+    lengths = [len(whole.encode(each).ids) for each in (text, f"{text} red")]
+    assert lengths[0] <= encoder.bundle.max_tokens < lengths[1]
 
 
 # ------------------------------------------------------------------------------------------------ without effect

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points, version
@@ -22,7 +24,8 @@ from support.toy_bundle import make_toy_bundle
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.console import Group
 from unidiff_sdk.cli.main import main
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.datasets.synthetic import write_catalog
+from unidiff_sdk.errors import FilterError, OptionError, StoreError
 from unidiff_sdk.generation.provenance import read_recipe
 
 
@@ -36,13 +39,18 @@ def run(*arguments: object, columns: int | None = None) -> Result:
     )
 
 
-def check_error(result: Result, *says: str) -> None:
-    """One error line on stderr apart from warnings, exit code 1, no traceback."""
+def check_error(result: Result, *says: str, code: int = 1) -> None:
+    """One error line on stderr apart from warnings, the exit code, no traceback."""
     lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith("Warning:")]
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == code, result.output
     assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
     for part in says:
         assert part in lines[0]
+
+
+def check_usage_error(result: Result, *says: str) -> None:
+    """The same for an invalid argument."""
+    check_error(result, *says, code=2)
 
 
 @pytest.fixture(scope="session")
@@ -115,8 +123,17 @@ def test_every_script_has_a_version(script: str) -> None:
     assert (result.exit_code, result.stdout) == (0, f"unidiff-sdk {version('unidiff-sdk')}\n")
 
 
-def test_subcommands_have_no_version() -> None:
-    assert run("info", "--version").exit_code == 2
+@pytest.mark.parametrize("path", list(all_commands(main)), ids=" ".join)
+def test_every_command_has_a_version(path: tuple[str, ...]) -> None:
+    result = run(*path, "--version")
+    assert (result.exit_code, result.stdout) == (0, f"unidiff-sdk {version('unidiff-sdk')}\n")
+
+
+@pytest.mark.parametrize("module", ["unidiff_sdk", "unidiff_export"])
+def test_packages_run_as_modules(module: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"Usage: {module.replace('_', '-').removesuffix('-sdk')} ")
 
 
 def test_search_prints_a_table_or_json(indexed: Path) -> None:
@@ -178,7 +195,7 @@ def test_ids_can_be_integers_or_strings(tmp_path: Path, toy: Path) -> None:
         assert {hit["id"] for hit in hits} == left
         generate = ("generate", tmp_path / "shop.catalog", "a shirt", "--steps", 2, f"--like={id}", "-o", tmp_path / id)
         assert len(json.loads(run(*generate, "--json").stdout)[0]["like"]) == 64
-    check_error(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
+    check_usage_error(run("search", tmp_path / "shop.catalog", "--like", "99"), "no item '99'")
     assert json.loads(run("delete", tmp_path / "shop.catalog", "007", "7", "--json").stdout) == {
         "removed": 1,
         "items": 2,
@@ -220,7 +237,7 @@ def test_duplicates_lists_groups(shop: Path) -> None:
     assert len(group) >= 2 and group[0]["score"] == pytest.approx(1, abs=1e-4)
     table = run("duplicates", shop / "shop.catalog", "--threshold", "0.9999999", "--limit", 1)
     assert "Found 1 group with 2 items" in table.stdout and "a cosine similarity of 1 or more" in table.stdout
-    check_error(run("duplicates", shop / "shop.catalog", "--threshold", "2"), "threshold=2.0")
+    check_usage_error(run("duplicates", shop / "shop.catalog", "--threshold", "2"), "threshold=2.0")
 
 
 def test_index_skips_unchanged_rows_and_reports_invalid_ones(shop: Path) -> None:
@@ -243,7 +260,9 @@ def test_index_prunes_and_accepts_tables(shop: Path) -> None:
     (shop / "spring.jsonl").write_text("\n".join(lines[9:]) + "\n")
     result = run("index", shop / "spring.jsonl", shop / "shop.catalog", "--images", shop / "products")
     assert result.exit_code == 0 and "3 added" in result.stdout and "12 items" in result.stdout
-    check_error(run("index", shop / "products", shop / "shop.catalog", "--images", shop), "--images needs a table")
+    check_usage_error(
+        run("index", shop / "products", shop / "shop.catalog", "--images", shop), "--images needs a table"
+    )
 
 
 def test_generate_writes_images_with_their_recipes(shop: Path, toy: Path) -> None:
@@ -274,7 +293,7 @@ def test_generate_starts_from_an_item_with_a_mask(shop: Path) -> None:
     assert made["strength"] == 1.0 and len(made["like"]) == len(made["mask"]) == 64
     result = run(*arguments, "--strength", "0.7", "--best-of", 3, "-n", 2, "-o", shop / "varied")
     assert "Kept 2 of 3 generated images in" in result.stdout
-    check_error(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "--like nobody is neither")
+    check_usage_error(run("generate", "x", "--like", "nobody", "-o", shop / "none"), "--like nobody is neither")
     result = run(*arguments, "--min-score", 1, "-o", shop / "none", "--json")
     check_error(result, "No image was written: 4 candidates rejected")
     assert "4 scored below min_score=1.0" in result.stderr and not (shop / "none").exists()
@@ -323,21 +342,21 @@ def test_invalid_arguments_print_one_line(indexed: Path, toy: Path, tmp_path: Pa
     catalog = indexed / "shop.catalog"
     check_error(run("search", tmp_path / "none", "x"), "There is no catalog at", "unidiff index")
     assert not (tmp_path / "none").exists()
-    check_error(run("search", catalog), "The query is empty")
-    check_error(run("search", catalog, "x", "--where", "{price"), "--where is not valid JSON")
-    check_error(run("search", catalog, "x", "--where", '{"price": {"below": 3}}'), "Valid operators")
-    check_error(run("search", catalog, "x", "--where", "[1]"), "A filter is a dictionary")
-    check_error(run("search", catalog, "x", "--limit", 0), "limit=0")
+    check_usage_error(run("search", catalog), "The query is empty")
+    check_usage_error(run("search", catalog, "x", "--where", "{price"), "--where is not valid JSON")
+    check_usage_error(run("search", catalog, "x", "--where", '{"price": {"below": 3}}'), "Valid operators")
+    check_usage_error(run("search", catalog, "x", "--where", "[1]"), "A filter is a dictionary")
+    check_usage_error(run("search", catalog, "x", "--limit", 0), "limit=0")
     check_error(run("search", catalog, "--image", tmp_path / "none.png"), "none.png")
     check_error(run("index", tmp_path / "none", tmp_path / "new", "--bundle", toy), "no such folder")
     assert not (tmp_path / "new").exists()
     check_error(run("index", indexed / "products", tmp_path / "new", "--bundle", tmp_path / "none"), "no such folder")
     assert not (tmp_path / "new").exists()
-    check_error(run("generate", catalog, "red", "--steps", 0, "-o", tmp_path / "out"), "steps")
-    check_error(run("generate", catalog, "red", "--sampler", "magic", "-o", tmp_path / "out"), "magic")
-    check_error(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
-    check_error(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
-    check_error(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
+    check_usage_error(run("generate", catalog, "red", "--steps", 0, "-o", tmp_path / "out"), "steps")
+    check_usage_error(run("generate", catalog, "red", "--sampler", "magic", "-o", tmp_path / "out"), "magic")
+    check_usage_error(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
+    check_usage_error(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
+    check_usage_error(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
     check_error(run("info", toy), "is not a catalog")
     assert json.loads(run("info", catalog, "--json").stdout)["items"] == 12
 
@@ -384,25 +403,46 @@ def test_photographs_give_a_warning(tmp_path: Path, toy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "keeps", "code", "line"),
+    ("raised", "code", "line"),
     [
-        (StoreError("two\n lines"), False, 1, "Error: two lines"),
-        (KeyboardInterrupt(), True, 130, "Interrupted. Finished work is kept."),
-        (KeyboardInterrupt(), False, 130, "Interrupted."),
+        (StoreError("two\n lines"), 1, "Error: two lines"),
+        (OptionError("n is 0"), 2, "Error: n is 0"),
+        (FilterError("no operator"), 2, "Error: no operator"),
+        (KeyboardInterrupt(), 130, "Interrupted. Run it again."),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "Interrupted. Run it again."),
     ],
 )
-def test_errors_and_interrupts_print_one_line(raised: BaseException, keeps: bool, code: int, line: str) -> None:
+def test_errors_and_interrupts_print_one_line(raised: BaseException, code: int, line: str) -> None:
     @click.group(cls=Group)
     def tool() -> None:
         """A tool."""
 
-    @tool.command(keeps=keeps)
+    @tool.command(resuming="Run it again.")
     def fail() -> None:
         """Fail."""
         raise raised
 
     result = CliRunner().invoke(tool, ["fail"])
     assert (result.exit_code, result.stderr.strip()) == (code, line)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_index_that_was_interrupted_says_how_to_continue(
+    tmp_path: Path, toy: Path, number: signal.Signals, code: int
+) -> None:
+    write_catalog("fashion-man", tmp_path / "products", n=400)
+    command = [sys.executable, "-m", "unidiff_sdk", "index", "products", "shop.catalog", "--bundle", str(toy)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        while process.poll() is None and not list(tmp_path.glob("shop.catalog/images/*/*")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, stderr = process.communicate()
+    last = stderr.decode().splitlines()[-1]
+    assert (process.returncode, last) == (
+        code,
+        "Interrupted. The items added so far are kept. Run the same command again to add the others.",
+    )
+    assert "0 failed" in run("index", tmp_path / "products", tmp_path / "shop.catalog").stdout
 
 
 def test_index_reports_equal_problems_once_and_fails_if_most_rows_are_invalid(toy: Path, tmp_path: Path) -> None:
@@ -439,3 +479,17 @@ def test_search_fits_80_columns_and_shows_the_columns_of_the_filter(tmp_path: Pa
     assert max(map(len, shown.splitlines())) <= 80
     assert re.search(r"score +id +price +size\.waist +caption", shown) and re.search(r"2 +39\.5 +32 +short", shown)
     assert re.search(r"id +brand +caption", run(*search, "--group-by", "brand", columns=80).stdout)
+
+
+def test_options_without_effect_are_usage_errors(indexed: Path, toy: Path, tmp_path: Path) -> None:
+    catalog, out = indexed / "shop.catalog", ("-o", tmp_path / "out")
+    check_usage_error(run("search", catalog, "red", "--json", "--thumbnails"), "--thumbnails has no effect with --json")
+    check_usage_error(run("search", catalog, "red", "--weights", 0.5, 0.5), "names image, which the query")
+    check_usage_error(run("search", catalog, "red", "--group-by", "brnd"), "no item has this column", "brand")
+    check_usage_error(run("search", catalog, "--without", "red", "--hybrid"), "hybrid= ranks by the words")
+    check_usage_error(run("duplicates", catalog, "--json", "--limit", 3), "--limit has no effect with --json")
+    check_usage_error(run("generate", "red", "--bundle", toy, "--max-similarity", 0.9, *out), "without a CATALOG")
+    for option in (("--budget", 9), ("--strength", 0.5), ("--mask", "mask.png"), ("--rescale", 0.5, "--guidance", 1)):
+        result = run("generate", catalog, "red", *option, *out)
+        check_usage_error(result)
+    assert not (tmp_path / "out").exists()

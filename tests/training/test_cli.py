@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,9 +29,9 @@ def call(command, *arguments: object) -> Result:
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
-def one_line(result: Result) -> str:
-    """The error of a failed command: one line, and exit code 1."""
-    assert result.exit_code == 1, result.output
+def one_line(result: Result, code: int = 1) -> str:
+    """The error of a failed command: one line, and the exit code."""
+    assert result.exit_code == code, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert len(lines) == 1 and "Traceback" not in result.output
     return lines[0]
@@ -87,7 +89,7 @@ def test_distill(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -
     assert "2 steps on 12 captions" in result.output and "distillation" in result.stderr
     assert load_checkpoint(tmp_path / "fast").meta["sampler"] == {"name": "ddim", "steps": 4, "guidance_scale": 1.0}
     common = (train, "distill", random_checkpoint, small_catalog, "-o", tmp_path / "none")
-    assert "must be a multiple" in one_line(call(*common, "--teacher-steps", 6))
+    assert "must be a multiple" in one_line(call(*common, "--teacher-steps", 6), code=2)
     assert "nowhere" in one_line(call(train, "distill", tmp_path / "nowhere", small_catalog, "-o", tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
@@ -150,15 +152,21 @@ def test_empty_catalog_is_refused(random_checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_invalid_options_are_refused(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+    refused = partial(one_line, code=2)
     common = (train, small_catalog, "--base", random_checkpoint, "-o", tmp_path / "out")
-    assert "caption_dropout" in one_line(call(*common, "--caption-dropout", 2))
+    assert "caption_dropout" in refused(call(*common, "--caption-dropout", 2))
     assert "colour" in one_line(call(*common, "--group", "brand"))
     assert call(*common, "--rsc-teacher", "judge").exit_code == 2
-    assert "--val" in one_line(call(*common, "--patience", 3)) and "--val" in one_line(call(*common, "--wise-ft"))
-    assert "--prior" in one_line(call(*common, "--prior-prompt", "a coat"))
-    assert "needs at least 1" in one_line(call(*common, "--prior", tmp_path, "--prior-prompt", "a", "--prior-pairs", 0))
-    assert "both --base and --base-data" in one_line(call(evaluate, random_checkpoint, small_catalog, "--base", "tiny"))
-    assert "is a folder" in one_line(call(evaluate, random_checkpoint, small_catalog, "--json", tmp_path))
+    assert "--val" in refused(call(*common, "--patience", 3)) and "--val" in refused(call(*common, "--wise-ft"))
+    assert "--prior" in refused(call(*common, "--prior-prompt", "a coat"))
+    assert "needs at least 1" in refused(call(*common, "--prior", tmp_path, "--prior-prompt", "a", "--prior-pairs", 0))
+    assert "both --base and --base-data" in refused(call(evaluate, random_checkpoint, small_catalog, "--base", "tiny"))
+    assert "--prior-pairs has no effect without --prior" in refused(call(*common, "--prior-pairs", 9))
+    assert "--validate-every has no effect without --val" in refused(call(*common, "--validate-every", 9))
+    assert "rsc_teacher has no effect" in refused(call(*common, "--rsc", 0, "--rsc-teacher", "ema"))
+    no_images = (evaluate, random_checkpoint, small_catalog, "--prompts", 0)
+    assert "--sheet, --steps have no effect" in refused(call(*no_images, "--steps", 4, "--sheet", tmp_path / "x.png"))
+    assert "is a folder" in refused(call(evaluate, random_checkpoint, small_catalog, "--json", tmp_path))
 
 
 def test_loss_that_is_not_finite_is_an_error_of_one_line(
@@ -174,18 +182,24 @@ def test_loss_that_is_not_finite_is_an_error_of_one_line(
 INTERRUPTIBLE = "from unidiff_sdk.training.cli import train; train()"
 
 
-def test_interrupt_saves_and_exits_with_130(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_saves_and_says_how_to_continue(
+    random_checkpoint: Path, small_catalog: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     """A real process, interrupted by the first line of losses."""
     out, many = tmp_path / "out", ["--steps", "100000", "--batch-size", "4", "--rsc", "0", "--device", "cpu"]
-    command = [sys.executable, "-c", INTERRUPTIBLE, small_catalog, "--base", random_checkpoint, "-o", out, *many]
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+    arguments = list(map(str, [small_catalog, "--base", random_checkpoint, "-o", out, *many]))
+    command = [sys.executable, "-c", INTERRUPTIBLE, *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stderr:
             lines.append(line)
             if line.startswith("step 1/"):
-                process.send_signal(signal.SIGINT)
-    assert process.returncode == 130, lines
-    assert "Interrupted" in lines[-1] and load_checkpoint(out).meta["step"] >= 1
+                process.send_signal(number)
+    assert process.returncode == code, lines
+    command_to_continue = f"unidiff-train {shlex.join(arguments)} --resume"
+    assert lines[-1] == f"Interrupted. The steps done are saved. Continue with: {command_to_continue}\n"
+    assert load_checkpoint(out).meta["step"] >= 1
     assert (out / TRAINING_STATE / "state.json").is_file()
 
 
@@ -197,4 +211,4 @@ def test_model_card_gets_the_figures_of_an_evaluation(
     assert result.exit_code == 0, result.output
     assert load_checkpoint(out).meta["evaluation"]["retrieval"].keys() == {"text_to_image", "image_to_text"}
     assert "| retrieval, text to image, R@1 |" in (out / "README.md").read_text(encoding="utf-8")
-    assert "not a folder" in one_line(call(evaluate, "tiny", small_catalog, "--model-card"))
+    assert "not a folder" in one_line(call(evaluate, "tiny", small_catalog, "--model-card"), code=2)

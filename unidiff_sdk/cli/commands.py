@@ -30,7 +30,7 @@ SHOWN_PROBLEMS = 20
 
 @click.command(
     cls=Command,
-    keeps=True,
+    resuming="The items added so far are kept. Run the same command again to add the others.",
     short_help="Add a folder of images to a catalog.",
     epilog="""
     unidiff index products shop.catalog
@@ -162,6 +162,7 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
 
 @click.command(
     cls=Command,
+    resuming="The catalog still has its old vectors. Run the same command again to continue.",
     short_help="Encode a catalog with another bundle.",
     epilog="unidiff reindex shop.catalog bundles/tuned",
 )
@@ -188,6 +189,7 @@ def reindex(
 
 @click.command(
     cls=Command,
+    resuming="Nothing was written.",
     short_help="Write a catalog to one parquet file.",
     epilog="""
     unidiff export shop.catalog shop.parquet
@@ -217,6 +219,7 @@ def export(
 
 @click.command(
     cls=Command,
+    resuming="No catalog was created.",
     short_help="Create a catalog from an exported file.",
     epilog="""
     unidiff restore shop.parquet shop.catalog

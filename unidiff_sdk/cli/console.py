@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
 from unidiff_sdk._internal.text import json_text, terminal_safe
-from unidiff_sdk.errors import UniDiffError
+from unidiff_sdk.errors import FilterError, OptionError, UniDiffError
 
 __all__ = ["Command", "Group", "MainCommand", "Option", "echo", "echo_json"]
 
@@ -43,14 +47,17 @@ def _show_version(ctx: click.Context, option: click.Parameter, value: bool) -> N
         ctx.exit()
 
 
-_VERSION_OPTION = click.Option(
-    ["--version"],
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show_version,
-    help="Show the version and exit.",
-)
+@cache
+def _version_option(hidden: bool) -> click.Option:
+    return click.Option(
+        ["--version"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_show_version,
+        hidden=hidden,
+        help="Show the version and exit.",
+    )
 
 
 class Option(click.Option):
@@ -66,17 +73,21 @@ class Option(click.Option):
 
 
 class _ScriptCommand(click.Command):
-    """A command that prints an error in one line and exits with 1, or with 130 if it is interrupted.
+    """A command that prints an error in one line.
+
+    It exits with 2 if an argument is invalid, with 1 after another error, with 130 after Ctrl-C and with 143 after
+    SIGTERM.
 
     Args:
-        keeps: whether an interrupted run keeps its finished work. The message then says so.
+        resuming: what an interrupted run keeps and how to continue it, printed after an interrupt. Either a text, or a
+            function of the context.
         epilog: examples, one per line.
     """
 
-    def __init__(self, *args: Any, keeps: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, resuming: str | Callable[[click.Context], str] = "", **kwargs: Any) -> None:
         kwargs["context_settings"] = CONTEXT | (kwargs.get("context_settings") or {})
         super().__init__(*args, **kwargs)
-        self.keeps = keeps
+        self.resuming = resuming
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _escape_output()
@@ -85,7 +96,7 @@ class _ScriptCommand(click.Command):
                 return super().main(*args, **kwargs)
             except UniDiffError as error:
                 echo(f"Error: {' '.join(str(error).split())}", err=True)
-                sys.exit(1)
+                sys.exit(2 if isinstance(error, OptionError | FilterError) else 1)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _safe_usage_errors():
@@ -93,16 +104,18 @@ class _ScriptCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _safe_usage_errors():
+            with _safe_usage_errors(), _terminated_as_interrupted():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            echo("Interrupted." + " Finished work is kept." * self.keeps, err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as interrupt:
+            resuming = self.resuming if isinstance(self.resuming, str) else self.resuming(ctx)
+            echo(f"Interrupted. {resuming}".strip(), err=True)
+            number = interrupt.args[0] if interrupt.args else signal.SIGINT
+            sys.exit(128 + int(number))
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The parameters of the command, with `--version` if it is a console script and not a subcommand."""
-        parameters = super().get_params(ctx)
-        return parameters if ctx.parent else [*parameters[:-1], _VERSION_OPTION, parameters[-1]]
+        """The parameters of the command, with `--version`. The help of a console script lists it."""
+        *parameters, help_option = super().get_params(ctx)
+        return [*parameters, _version_option(hidden=ctx.parent is not None), help_option]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the options under the headings of their themes."""
@@ -133,18 +146,22 @@ class MainCommand(Command):
     """A console script with a main command and further ones: `unidiff-train DATA …`, `unidiff-train distill …`.
 
     If the first argument is the name of another command, that command runs.
+
+    Attributes:
+        words: the arguments that it was called with.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.others: dict[str, click.Command] = {}
+        self.words: list[str] = []
 
     def add(self, command: click.Command) -> None:
         """Add another command under its own name."""
         self.others[str(command.name)] = command
 
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **kwargs: Any) -> Any:
-        words = list(sys.argv[1:] if args is None else args)
+        self.words = words = list(sys.argv[1:] if args is None else args)
         script = prog_name or Path(sys.argv[0]).name
         if words and words[0] in self.others:
             return self.others[words[0]].main(words[1:], f"{script} {words[0]}", *rest, **kwargs)
@@ -171,6 +188,23 @@ def _one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
         yield
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, with which schedulers and containers end a process, interrupt a command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from unidiff_sdk._internal.text import json_text, shorten
 from unidiff_sdk.errors import GenerationError, OptionError
 
 from .console import Command, echo, echo_json
-from .parameters import json_option, stored_id, trusted_key_option
+from .parameters import json_option, refuse_options, stored_id, trusted_key_option
 from .terminal import counted, hit_as_dict, print_table
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = ["generate"]
 
 @click.command(
     cls=Command,
+    resuming="The same command with the same --seed generates the same images.",
     short_help="Generate product images, ranked by score.",
     epilog="""
     unidiff generate "red striped dress" -o images
@@ -106,6 +107,8 @@ def generate(
     *catalog, prompt = catalog_and_prompt
     if add and not catalog:
         raise OptionError("--add needs a CATALOG. Give one before PROMPT, or omit --add.")
+    if not catalog:
+        refuse_options("without a CATALOG to compare with. Give one before PROMPT", "max_similarity")
     location = catalog[0] if catalog else ":memory:"
     with Catalog(location, bundle, create=not catalog, trusted_keys=trusted_keys) as opened:
         with progress_bar("Generating", shown=not as_json) as advance:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.text import redact_url
-from unidiff_sdk.errors import FilterError
+from unidiff_sdk.errors import FilterError, OptionError
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
@@ -20,6 +21,7 @@ __all__ = [
     "parse_pairs",
     "parse_where",
     "references_option",
+    "refuse_options",
     "stored_id",
     "trusted_key_option",
     "where_option",
@@ -57,6 +59,19 @@ class CatalogFolder(click.Path):
                 "Catalog(url, images=…)."
             )
         return super().convert(value, param, ctx)
+
+
+def refuse_options(reason: str, *names: str) -> None:
+    """Raise OptionError if any of these parameters was given on the command line, where it has no effect."""
+    ctx = click.get_current_context()
+    given = [
+        parameter.opts[-1]
+        for parameter in ctx.command.params
+        if parameter.name in names and ctx.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        have = "has" if len(given) == 1 else "have"
+        raise OptionError(f"{', '.join(given)} {have} no effect {reason}.")
 
 
 def parse_where(where: str | None) -> Any:

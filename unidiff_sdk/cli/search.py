@@ -11,7 +11,15 @@ import click
 from unidiff_sdk.errors import OptionError, StoreError
 
 from .console import Command, echo, echo_json
-from .parameters import CatalogFolder, json_option, parse_where, stored_id, trusted_key_option, where_option
+from .parameters import (
+    CatalogFolder,
+    json_option,
+    parse_where,
+    refuse_options,
+    stored_id,
+    trusted_key_option,
+    where_option,
+)
 from .terminal import counted, hit_as_dict, print_hits
 
 __all__ = ["duplicates", "search"]
@@ -87,6 +95,8 @@ def search(
     """Find the items in CATALOG that are most similar to TEXT, to an image, to other items, or to a mix of these."""
     from unidiff_sdk.catalog.catalog import Catalog
 
+    if as_json:
+        refuse_options("with --json", "thumbnails")
     if text is None and not (options["image"] or like or unlike or options["without"]):
         raise OptionError("The query is empty. Give TEXT, --image, --like, --unlike or --without.")
     with Catalog(catalog, create=False, trusted_keys=trusted_keys) as opened:
@@ -148,6 +158,8 @@ def duplicates(
     """
     from unidiff_sdk.catalog.catalog import Catalog
 
+    if as_json:
+        refuse_options("with --json, which prints all groups", "thumbnails", "limit")
     with Catalog(catalog, create=False) as opened:
         groups = opened.duplicates(threshold, where=parse_where(where))
     if as_json:

@@ -109,6 +109,16 @@ class Encoder:
         """Token ids with start and end tokens, truncated and padded: int64[len(texts), max_tokens]."""
         return token_ids(self._tokenizer, _checked_texts(texts)).reshape(len(texts), self.bundle.max_tokens)
 
+    def too_long(self, texts: Sequence[str]) -> list[str]:
+        """The texts with more than `bundle.max_tokens` tokens, whose ends are ignored."""
+        # A token has at least one byte, so most queries need no tokenizer here. Two tokens mark start and end.
+        long = [text for text in texts if len(text.encode()) + 2 > self.bundle.max_tokens]
+        if not long:
+            return []
+        with tokenizer_errors("bundle"):
+            encodings = self._tokenizer.encode_batch([cut_text(text, self.bundle.max_tokens) for text in long])
+        return [text for text, encoding in zip(long, encodings, strict=True) if encoding.overflowing]
+
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.bundle.files.part(self._tokenizer_folder), self.bundle.max_tokens)

@@ -14,6 +14,7 @@ import numpy as np
 from PIL.Image import Image
 
 from unidiff_sdk._internal.json_values import plain_number
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, ScoredRecord, Store, Vector, VectorQuery
@@ -207,6 +208,11 @@ class Searcher:
         if not texts:
             return {}
         encoder = self._encoder()
+        if long := encoder.too_long(texts):
+            warn(
+                f"{len(long)} of {len(texts)} texts are longer than the {encoder.bundle.max_tokens} tokens of the "
+                f"encoder, so their ends are ignored. Shorten them. The first one: {long[0]!r:.100}"
+            )
         vectors = encoder.encode_texts(texts) if len(texts) > 1 else [encoder.encode_text(texts[0])]
         return dict(zip(texts, vectors, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unidiff_sdk._internal.images import Fit
+from unidiff_sdk._internal.json_values import plain_number
 from unidiff_sdk.errors import OptionError
 
 __all__ = [
@@ -186,6 +188,7 @@ class TrainingConfig:
     """Steps between validations, above 0."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_positive(
             self,
             *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
@@ -240,6 +243,40 @@ class TrainingConfig:
                 "hard_negatives has no effect: no term compares images of a batch. Set lambda_itc, lambda_rsc_encoder "
                 "or lambda_rsc_generator above 0."
             )
+
+    def without_effect(self, *, prior: bool, validation: bool) -> str | None:
+        """The first setting that differs from its default and that no part of the run reads, with the reason.
+
+        Args:
+            prior: whether prior pairs are given.
+            validation: whether the run is validated.
+        """
+        gated = self.lambda_rsc or self.lambda_rsc_generated or self.lambda_rsc_feature
+        ranks = (self.ranks, "lambda_rsc_encoder and lambda_rsc_generator are 0")
+        needs = {
+            "min_snr_gamma": (self.lambda_is, "lambda_is is 0"),
+            "caption_dropout": (self.denoises, "no term denoises the pairs of a batch"),
+            "group": (self.embeds_texts, "no term uses CLIP embeddings"),
+            "contrastive_batch": (self.embeds_texts, "no term uses CLIP embeddings"),
+            "rsc_t_max": (gated, "the RSC weights that denoising estimates are used for are 0"),
+            "rsc_warmup_steps": (gated or self.ranks, "all RSC weights are 0"),
+            "rsc_captions": ranks,
+            "rsc_candidates": ranks,
+            "rsc_timesteps": ranks,
+            "rsc_samples": (self.decodes, "the RSC weights that decode are 0"),
+            "rsc_teacher": (self.lambda_rsc, "lambda_rsc is 0"),
+            "lambda_prior": (prior, "there is no prior"),
+            "prior_batch": (prior, "there is no prior"),
+            "validate_every": (validation, "there is no validation"),
+        }
+        for component in Component:
+            for name in (f"lora_{component}", f"learning_rate_{component}"):
+                needs[name] = (component not in self.locked, "the component is locked, or no term trains it")
+        for field in fields(self):
+            is_read, reason = needs.get(field.name, (True, ""))
+            if not is_read and getattr(self, field.name) != field.default:
+                return f"{field.name} has no effect: {reason}."
+        return None
 
     @classmethod
     def from_dict(cls, recorded: Mapping[str, Any]) -> TrainingConfig:
@@ -330,8 +367,14 @@ class PriorConfig:
     """Number of pairs that the folder holds after generation, at least 1. Used only with `prompts`."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         if self.pairs < 1:
             raise OptionError(f"The prior has pairs={self.pairs}, but it needs at least 1.")
+        if self.pairs != PriorConfig.pairs and not self.prompts:
+            raise OptionError(
+                f"The prior has pairs={self.pairs}, which has no effect without prompts. Give prompts to generate "
+                "images for, or omit it."
+            )
 
 
 @dataclass(frozen=True)
@@ -375,6 +418,7 @@ class DistillationConfig:
     """Decay of the averaged weights (EMA) that are saved, in [0, 1)."""
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _require_positive(
             self, *("student_steps", "trajectories", "steps", "batch_size", "learning_rate", "gradient_clip")
         )
@@ -393,6 +437,31 @@ class DistillationConfig:
 def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded training configuration under the field names of this version."""
     return {_RENAMED_FIELDS.get(name, name): value for name, value in recorded.items()}
+
+
+def _require_types(config: Any) -> None:
+    """Check the type of every setting by that of its default, and turn numbers of numpy into those of Python."""
+    for field in fields(config):
+        value = plain_number(getattr(config, field.name))
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        match field.default:
+            case bool():
+                fits, wanted = isinstance(value, bool), "True or False"
+            case int():
+                fits, wanted = is_number and isinstance(value, int), "an integer"
+            case float():
+                fits, wanted = is_number and math.isfinite(value), "a finite number"
+            case tuple():
+                names = value if isinstance(value, tuple | list) else ()
+                fits = isinstance(value, tuple | list) and all(isinstance(name, str) for name in names)
+                value, wanted = tuple(names) if fits else value, "a sequence of texts"
+            case None if field.name == "guidance_scale":
+                fits, wanted = value is None or (is_number and math.isfinite(value)), "a finite number, or None"
+            case _:
+                continue
+        if not fits:
+            raise OptionError(f"{field.name} is {value!r:.60}, but must be {wanted}.")
+        object.__setattr__(config, field.name, value)
 
 
 def _require_positive(config: object, *names: str) -> None:

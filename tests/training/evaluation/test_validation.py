@@ -283,7 +283,7 @@ def test_command_writes_the_report(small_catalog: Path, random_checkpoint: Path,
     assert read.about["pairs"] == 12 and read.about["config"]["steps"] == 2
     assert json.loads((out / "unidiff.json").read_text())["step"] == 2
     refused = CliRunner().invoke(train_command, [str(small_catalog), "--base", "tiny", "-o", "x", "--prompt", "a"])
-    assert refused.exit_code == 1 and "--val" in refused.stderr
+    assert refused.exit_code == 2 and "--val" in refused.stderr
 
 
 def test_tensorboard_receives_curves_and_samples(tmp_path: Path) -> None:

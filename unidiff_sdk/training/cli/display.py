@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from unidiff_sdk._internal.progress import ProgressLines, count_line
 from unidiff_sdk.cli.console import echo
 from unidiff_sdk.cli.terminal import print_table
 from unidiff_sdk.datasets.reader import InvalidRow
@@ -16,18 +18,59 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.training.runtime.callbacks import StepReport
 
-__all__ = ["LossDisplay", "progress_display", "show_figures", "show_invalid_rows", "show_stage", "track"]
+__all__ = ["Display", "LossDisplay", "progress_display", "show_figures", "show_invalid_rows"]
 
 T = TypeVar("T")
-LOG_INTERVAL = 50  # steps between lines if the output is not a terminal
 SHOWN_INVALID_ROWS = 5
 SHOWN_CHARACTERS = 24  # of a value in a table, so that hashes leave room for the names
 SMOOTHING = 0.95
 
 
+class Display:
+    """The task that a command works on: a bar on a terminal, otherwise a line every 30 seconds.
+
+    Args:
+        bar: None without a terminal.
+        lines: None on a terminal.
+    """
+
+    def __init__(self, bar: Progress | None, lines: ProgressLines | None) -> None:
+        self._bar, self._lines = bar, lines
+
+    def show(self, description: str, total: int | None = None) -> None:
+        """Replace the displayed task."""
+        if self._lines is not None:
+            self._lines.update(description)
+        if self._bar is not None:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(description, total=total, figures="")
+
+    def track(self, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+        """The items, with their number while they are consumed."""
+        self.show(description, total)
+        if self._bar is not None:
+            yield from self._bar.track(items, task_id=self._bar.task_ids[-1], total=total)
+            return
+        started = time.monotonic()
+        for done, item in enumerate(items):
+            self.show(count_line(description, done, total, time.monotonic() - started))
+            yield item
+
+    def update(self, completed: int, total: int, figures: str) -> None:
+        """Show the number of training steps and their figures. Without a terminal, also the first and last at once."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[-1], completed=completed, figures=figures)
+            return
+        line = f"step {completed}/{total}  {figures}"
+        self.show(line)
+        if completed in (1, total):
+            echo(line, err=True)
+
+
 @contextmanager
-def progress_display() -> Iterator[Progress]:
-    """A progress display on stderr, hidden if stderr is not a terminal."""
+def progress_display() -> Iterator[Display]:
+    """A display on stderr."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -38,54 +81,47 @@ def progress_display() -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        with ProgressLines() as lines:
+            yield _importing(Display(None, lines))
+        return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task("Importing PyTorch", total=None, figures="")
-        yield progress
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _importing(Display(progress, None))
 
 
-def show_stage(progress: Progress, description: str, total: int | None = None) -> None:
-    """Replace the displayed task."""
-    for task in progress.task_ids:
-        progress.remove_task(task)
-    progress.add_task(description, total=total, figures="")
-
-
-def track(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """The items, with a progress bar while they are consumed."""
-    show_stage(progress, description, total)
-    yield from progress.track(items, task_id=progress.task_ids[-1], total=total)
+def _importing(display: Display) -> Display:
+    display.show("Importing PyTorch")
+    return display
 
 
 class LossDisplay:
-    """Smoothed losses and throughput: an updated line on a terminal, else a line every `LOG_INTERVAL` steps."""
+    """Smoothed losses and throughput."""
 
-    def __init__(self, progress: Progress, steps: int) -> None:
-        self.progress = progress
+    def __init__(self, display: Display, steps: int) -> None:
+        self.display = display
         self.steps = steps
         self.smoothed: dict[str, float] = {}
 
     def on_step(self, report: StepReport) -> None:
         """Show a step."""
         if not self.smoothed:
-            show_stage(self.progress, "Training", self.steps)
+            self.display.show("Training", self.steps)
         values = report.losses | {"pairs/s": report.pairs / report.seconds}
         self.smoothed = {
             name: SMOOTHING * self.smoothed.get(name, value) + (1 - SMOOTHING) * value for name, value in values.items()
         }
         figures = "  ".join(f"{name} {value:.3g}" for name, value in self.smoothed.items())
-        self.progress.update(self.progress.task_ids[-1], completed=report.step, figures=figures)
-        if self.progress.disable and (report.step % LOG_INTERVAL == 0 or report.step in (1, self.steps)):
-            echo(f"step {report.step}/{self.steps}  {figures}", err=True)
+        self.display.update(report.step, self.steps, figures)
 
 
 def show_invalid_rows(data: Path, rows: list[InvalidRow], file: Path | None = None) -> None:

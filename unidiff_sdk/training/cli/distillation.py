@@ -12,7 +12,7 @@ from unidiff_sdk.cli.console import Command, echo
 from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.training.config import DistillationConfig
 
-from .display import LossDisplay, progress_display, show_invalid_rows, track
+from .display import LossDisplay, progress_display, show_invalid_rows
 from .options import CONTEXT, FOLDER, config_option, device_option, option, overwrite_option, strict_option
 
 __all__ = ["distill"]
@@ -20,8 +20,15 @@ __all__ = ["distill"]
 setting = partial(config_option, config=DistillationConfig)
 
 
+def _resuming(ctx: click.Context) -> str:
+    out = ctx.params["out"]
+    if not out.is_dir():
+        return "Nothing was saved."
+    return f"The checkpoint so far is {out}. A distillation cannot be continued. Start again with --overwrite."
+
+
 @click.command(
-    keeps=True,
+    resuming=_resuming,
     cls=Command,
     context_settings=CONTEXT,
     epilog="""
@@ -66,12 +73,12 @@ def distill(checkpoint: str, data: Path, out: Path, overwrite: bool, strict: boo
     """Make a checkpoint generate in few steps without guidance.
 
     CHECKPOINT is a folder, or "tiny". DATA is a catalog as for training; only its captions are used. The new checkpoint
-    has another UNet and another sampler, which unidiff-export, the runtime and diffusers use. You can interrupt at any
-    time: the progress is saved.
+    has another UNet and another sampler, which unidiff-export, the runtime and diffusers use. After an interrupt, the
+    new checkpoint has the steps done so far.
     """
     config = DistillationConfig(**options)
     rows = count_rows(data)
-    with progress_display() as progress:
+    with progress_display() as display:
         from unidiff_sdk.training.loop.distiller import distill as run
 
         result = run(
@@ -82,10 +89,10 @@ def distill(checkpoint: str, data: Path, out: Path, overwrite: bool, strict: boo
             device=device,
             strict=strict,
             overwrite=overwrite,
-            on_rows=lambda reading: track(progress, reading, rows, "Reading captions"),
+            on_rows=lambda reading: display.track(reading, rows, "Reading captions"),
             on_invalid_rows=show_invalid_rows,
-            on_trajectories=lambda batches: track(progress, batches, len(batches), "Recording trajectories (batches)"),
-            on_step=LossDisplay(progress, config.steps).on_step,
+            on_trajectories=lambda batches: display.track(batches, len(batches), "Recording trajectories (batches)"),
+            on_step=LossDisplay(display, config.steps).on_step,
         )
     echo(f"Trained {result.steps} steps on {result.captions:,} captions in {result.seconds:.0f} s.")
     echo(f"Checkpoint: {result.path}")

@@ -9,10 +9,11 @@ import click
 
 from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.cli.console import Command
+from unidiff_sdk.cli.parameters import refuse_options
 from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.errors import OptionError
 
-from .display import progress_display, show_figures, show_invalid_rows, show_stage
+from .display import progress_display, show_figures, show_invalid_rows
 from .options import CONTEXT, FILE, FOLDER, device_option, flag, option, strict_option
 
 __all__ = ["evaluate"]
@@ -22,6 +23,7 @@ FORGETTING = "Copying and forgetting"
 
 @click.command(
     cls=Command,
+    resuming="Nothing was written.",
     context_settings=CONTEXT,
     epilog="""
     unidiff-evaluate runs/shop products-test --json shop.json
@@ -85,6 +87,9 @@ def evaluate(
     A frozen judge rates the generated images, never the CLIP under test. On the synthetic catalogs, an image is
     relevant to a caption if their attributes are equal; on other data, if their captions are.
     """
+    if not options["prompts"]:
+        generation = "per_prompt", "sampler", "steps", "guidance", "seed", "sheet", "train_data"
+        refuse_options("with --prompts 0, which generates no images", *generation)
     if (base is None) != (base_data is None):
         raise OptionError("Measuring forgetting needs both --base and --base-data.")
     if json_file and json_file.is_dir():
@@ -93,7 +98,7 @@ def evaluate(
         raise OptionError(f"--model-card changes the folder of a checkpoint, but {checkpoint} is not a folder.")
     for folder in filter(None, (data, train_data, base_data)):
         count_rows(folder)
-    with progress_display() as progress:
+    with progress_display() as display:
         from unidiff_sdk.training.evaluation.evaluate import evaluate as run
 
         result = run(
@@ -102,7 +107,7 @@ def evaluate(
             train_data=train_data,
             base=base,
             base_data=base_data,
-            on_stage=lambda stage: show_stage(progress, stage),
+            on_stage=display.show,
             **options,
         )
     show_invalid_rows(data, result.invalid_rows)

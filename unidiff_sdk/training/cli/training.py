@@ -9,16 +9,17 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
 from unidiff_sdk.cli.console import MainCommand, echo
+from unidiff_sdk.cli.parameters import refuse_options
 from unidiff_sdk.datasets.reader import InvalidRow, count_rows
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.config import Precision, PriorConfig, RscTeacher, TrainingConfig
 
-from .display import LossDisplay, progress_display, show_invalid_rows, track
+from .display import LossDisplay, progress_display, show_invalid_rows
 from .options import CONTEXT, FOLDER, config_option, device_option, flag, option, overwrite_option, strict_option
 
 if TYPE_CHECKING:
@@ -56,8 +57,17 @@ def component_options(command: Any) -> Any:
     return command
 
 
+def _resuming(ctx: click.Context) -> str:
+    """How to continue an interrupted run."""
+    resume = sys.modules.get("unidiff_sdk.training.loop.resume")  # not imported yet: no step was done
+    if resume is None or not resume.unfinished(ctx.params["out"]):
+        return "No step was saved."
+    words = [word for word in cast(MainCommand, ctx.command).words if word not in ("--resume", "--overwrite")]
+    return f"The steps done are saved. Continue with: unidiff-train {shlex.join(words)} --resume"
+
+
 @click.command(
-    keeps=True,
+    resuming=_resuming,
     cls=MainCommand,
     context_settings=CONTEXT,
     epilog="""
@@ -309,25 +319,29 @@ def train(
     """
     request = {name: options.pop(name) for name in ("clip", "device", "resume", "overwrite", "latents")}
     config = TrainingConfig(**options)
+    if prior is None:
+        refuse_options("without --prior", "prior_pairs", "prior_weight", "lambda_prior", "prior_batch")
+    if val is None:
+        refuse_options("without --val", "validate_every")
     if val is None and (prompts or config.patience or config.wise_ft):
         raise OptionError("--prompt, --patience and --wise-ft need validation pairs. Add --val FOLDER.")
     _check_folders(data, val, prior, prior_prompts)
     prior_config = PriorConfig(prior, prior_prompts, prior_pairs) if prior else None
     rows = count_rows(data)
-    with progress_display() as progress, ExitStack() as stack:
+    with progress_display() as display, ExitStack() as stack:
         from unidiff_sdk.training.evaluation.validation import Validator
         from unidiff_sdk.training.loop.trainer import train as run
         from unidiff_sdk.training.reporting.run_log import RunLog
 
         log = RunLog(out.with_name(f"{out.name}.log"), _about(data, base, out, val, config))
         callbacks: list[RunCallback] = [log, *([_tensorboard(tensorboard, stack)] if tensorboard else [])]
-        display = LossDisplay(progress, config.steps)
+        losses = LossDisplay(display, config.steps)
 
         def on_invalid_rows(folder: Path, invalid: list[InvalidRow]) -> None:
             show_invalid_rows(folder, invalid, log.on_invalid_rows(folder, invalid))
 
         def on_step(report: StepReport) -> None:
-            display.on_step(report)
+            losses.on_step(report)
             for callback in callbacks:
                 callback.on_step(report)
 
@@ -341,9 +355,9 @@ def train(
             strict=strict,
             **request,
             prior=prior_config,
-            on_prior=lambda batches: track(progress, batches, len(batches), "Generating prior images (batches)"),
+            on_prior=lambda batches: display.track(batches, len(batches), "Generating prior images (batches)"),
             on_start=lambda checkpoint: echo(checkpoint.describe_sharing(), err=True),
-            on_rows=lambda reading: track(progress, reading, rows, "Reading images"),
+            on_rows=lambda reading: display.track(reading, rows, "Reading images"),
             on_invalid_rows=on_invalid_rows,
             on_step=on_step,
             on_validate=validator,

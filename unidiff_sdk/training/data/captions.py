@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.inference.encoder import cut_text
 
 if TYPE_CHECKING:
     from .pairs import Pairs
 
-__all__ = ["group_keys", "normalize_caption", "representative_captions", "tokenize"]
+__all__ = ["group_keys", "normalize_caption", "representative_captions", "tokenize", "warn_about_long_captions"]
 
 RECORDED_CAPTIONS = 256
 
@@ -30,6 +31,30 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
         return_tensors="pt",
     ).input_ids
     return ids
+
+
+def warn_about_long_captions(tokenizers: Sequence[Any], captions: Sequence[str], source: object) -> None:
+    """Warn once if captions have more tokens than a tokenizer's length, with their number.
+
+    Args:
+        tokenizers: of the generator and of CLIP; the same one may occur twice.
+        captions: the captions.
+        source: the data, for the message.
+    """
+    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    # A token has at least one byte, so most captions need not be tokenized here. Two tokens mark start and end.
+    long = [cut_text(caption, limit) for caption in captions if len(caption.encode()) + 2 > limit]
+    if not long:
+        return
+    lengths = [
+        max(map(len, ids))
+        for ids in zip(*(tokenizer(long, verbose=False).input_ids for tokenizer in tokenizers), strict=True)
+    ]
+    if count := sum(length > limit for length in lengths):
+        warn(
+            f"{source}: {count:,} of {len(captions):,} captions are longer than the {limit} tokens of the model, so "
+            f"their ends are ignored. The longest has {max(lengths)} or more. Shorten them, or put what matters first."
+        )
 
 
 def normalize_caption(caption: str) -> str:

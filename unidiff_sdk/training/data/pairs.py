@@ -17,6 +17,7 @@ from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, UniDiffError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
+from .captions import warn_about_long_captions
 from .square_images import SquareImages, map_in_threads, to_square
 
 __all__ = ["Pairs", "load_pairs"]
@@ -105,6 +106,8 @@ def load_pairs(
     if not reader.rows:
         reason = f"All {len(invalid)} rows are invalid. The first one: {invalid[0]}" if invalid else "It has no rows."
         raise DataError(f"{path} holds no valid image-caption pair. {reason}")
+    captions = [row.text for row in reader.rows]
+    warn_about_long_captions([checkpoint.tokenizer, checkpoint.clip_tokenizer], captions, path)
     return reader.pairs(sorted(invalid, key=lambda row: row.line))
 
 

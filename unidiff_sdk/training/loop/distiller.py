@@ -21,7 +21,7 @@ from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from unidiff_sdk.training.checkpoints.saving import require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import DistillationConfig
-from unidiff_sdk.training.data.captions import representative_captions, tokenize
+from unidiff_sdk.training.data.captions import representative_captions, tokenize, warn_about_long_captions
 from unidiff_sdk.training.objective.distillation import (
     STUDENT_SAMPLER,
     coefficients_at,
@@ -117,6 +117,7 @@ def distill(
     captions, invalid = _read_captions(data, strict, on_rows)
     if invalid:
         on_invalid_rows(data, invalid)
+    warn_about_long_captions([teacher.tokenizer], captions, data)
     model = JointModel(teacher, config.precision).to(pick_device(device)).eval()
     run = _Distillation(model, teacher, captions, config)
 

@@ -121,7 +121,7 @@ def train(
     config = config or TrainingConfig()
     started = time.perf_counter()
     data, out = Path(data), Path(out)
-    _check_request(config, prior, on_validate)
+    _check_request(config, prior, on_validate, latents)
     if resume and overwrite:
         raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
     processes = Processes.join(device)
@@ -163,7 +163,12 @@ def train(
     return _result(run, started)
 
 
-def _check_request(config: TrainingConfig, prior: PriorConfig | None, on_validate: ValidationFunction | None) -> None:
+def _check_request(
+    config: TrainingConfig,
+    prior: PriorConfig | None,
+    on_validate: ValidationFunction | None,
+    latents: str | Path | None,
+) -> None:
     if prior and not (config.lambda_prior and (config.lambda_is or config.lambda_feature_distillation)):
         raise OptionError(
             "A prior is given, but no term trains on it. Set lambda_prior, and lambda_is or "
@@ -173,6 +178,10 @@ def _check_request(config: TrainingConfig, prior: PriorConfig | None, on_validat
         raise OptionError(
             "Early stopping (patience) and WiSE-FT (wise_ft) choose weights by validation. Give on_validate (--val)."
         )
+    if reason := config.without_effect(prior=prior is not None, validation=on_validate is not None):
+        raise OptionError(f"{reason} Omit it, or change what it depends on.")
+    if latents is not None and not (config.trains_generator or config.ranks):
+        raise OptionError("latents has no effect: no term reads VAE latents. Omit it.")
 
 
 def _open_base(

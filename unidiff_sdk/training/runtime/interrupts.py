@@ -37,7 +37,7 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
 
     def raise_if_interrupted() -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(received[0])
 
     previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
