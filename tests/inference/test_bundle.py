@@ -116,7 +116,7 @@ def test_open_explains_why_a_folder_is_not_a_bundle(tmp_path: Path, toy: Path) -
     with pytest.raises(BundleError, match=r"has no manifest.json"):
         Bundle.open(tmp_path)
     (tmp_path / "unidiff.json").write_text("{}")
-    with pytest.raises(BundleError, match="is a training checkpoint; export it: unidiff-export"):
+    with pytest.raises(BundleError, match="It is a training checkpoint, for: unidiff-export"):
         Bundle.open(tmp_path)
     for text in ("{", "[]"):
         (toy / "manifest.json").write_text(text)

@@ -18,6 +18,8 @@ from unidiff_sdk.errors import StoreError, UniDiffError
 
 __all__ = [
     "atomic_file",
+    "folder_hint",
+    "folder_kind",
     "is_plain_path",
     "open_regular_file",
     "read_regular_file",
@@ -134,6 +136,37 @@ def read_regular_file(path: Path, max_size: int, error: type[UniDiffError]) -> b
             return file.read(max_size)
         except OSError as reason:
             raise error(f"{path}: cannot be read ({reason.strerror})") from reason
+
+
+# The file that tells what a folder is, and what it contains -> what it is, and the command that takes it.
+_FOLDERS = {
+    ("catalog.json", b'"unidiff-catalog"'): ("a catalog", "unidiff search {path} TEXT"),
+    ("manifest.json", b'"unidiff-bundle"'): ("a bundle", "unidiff index FOLDER CATALOG --bundle {path}"),
+    ("unidiff.json", b""): ("a training checkpoint", "unidiff-export {path} -o BUNDLE"),
+    ("metadata.jsonl", b""): ("a dataset", "unidiff index {path} CATALOG"),
+    ("metadata.csv", b""): ("a dataset", "unidiff index {path} CATALOG"),
+    ("metadata.parquet", b""): ("a dataset", "unidiff index {path} CATALOG"),
+    ("model_index.json", b""): ("a diffusers pipeline", "unidiff-export {path} --clip MODEL -o BUNDLE"),
+}
+_HEAD = 4096  # bytes; the format is one of the first values of a file
+
+
+def folder_kind(path: Path) -> tuple[str, str]:
+    """What a folder is, such as "a bundle", and the command that takes it; two empty texts if that is unknown."""
+    for (name, content), (kind, command) in _FOLDERS.items():
+        try:
+            with open_regular_file(path / name, StoreError) as file:
+                if content in file.read(_HEAD):
+                    return kind, command.format(path=path)
+        except (StoreError, OSError):
+            continue
+    return "", ""
+
+
+def folder_hint(path: Path) -> str:
+    """A sentence that says what a folder is that was given for something else; "" if that is unknown."""
+    kind, command = folder_kind(path)
+    return f" It is {kind}, for: {command}." if kind else ""
 
 
 def is_plain_path(name: str) -> bool:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unidiff_sdk._internal.files import atomic_file, remove_unfinished
+from unidiff_sdk._internal.files import atomic_file, folder_hint, remove_unfinished
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk._internal.parallel import batched, buffered_map
@@ -244,6 +244,8 @@ class Archive:
     def open(cls, path: str | Path) -> Archive:
         """Read the header. Raises DataError if the file is not an archive, or one of a later version."""
         path = Path(path)
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, not a file that `unidiff export` wrote.{folder_hint(path)}")
         file = open_parquet(path)
         try:
             head = parse_json((file.schema_arrow.metadata or {})[KEY], "the metadata", error=OptionError)

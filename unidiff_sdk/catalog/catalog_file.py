@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unidiff_sdk._internal.files import replacement_folder, resolve_stored, write_atomically
+from unidiff_sdk._internal.files import folder_hint, replacement_folder, resolve_stored, write_atomically
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import BundleError, OptionError, StoreError
@@ -255,6 +255,8 @@ class CatalogFile:
         try:
             if not path.is_file():
                 if folder.exists() and not (folder.is_dir() and _is_unused(folder)):
+                    if hint := folder_hint(folder):
+                        raise StoreError(f"{folder} is not a catalog: it has no {FILE_NAME}.{hint}")
                     raise StoreError(
                         f"{folder} is not a catalog: it has no {FILE_NAME}. Choose a new folder. If it is a damaged "
                         f"catalog, restore {FILE_NAME} from a backup."

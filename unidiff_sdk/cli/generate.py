@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from unidiff_sdk._internal.files import folder_kind
 from unidiff_sdk._internal.text import json_text, shorten
 from unidiff_sdk.errors import GenerationError, OptionError
 
@@ -105,6 +106,8 @@ def generate(
     if len(catalog_and_prompt) > 2:
         raise OptionError(f"Found {len(catalog_and_prompt)} arguments. Give CATALOG and PROMPT, with PROMPT in quotes.")
     *catalog, prompt = catalog_and_prompt
+    if folder_kind(Path(prompt))[0] == "a catalog":
+        raise OptionError(f"{prompt} is a catalog, not a prompt. Give PROMPT after it: unidiff generate CATALOG PROMPT")
     if add and not catalog:
         raise OptionError("--add needs a CATALOG. Give one before PROMPT, or omit --add.")
     if not catalog:

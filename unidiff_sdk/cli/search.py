@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from unidiff_sdk._internal.files import folder_kind
 from unidiff_sdk.errors import OptionError, StoreError
 
 from .console import Command, echo, echo_json
@@ -97,6 +98,8 @@ def search(
 
     if as_json:
         refuse_options("with --json", "thumbnails")
+    if text is not None and not catalog.exists() and folder_kind(Path(text))[0] == "a catalog":
+        raise OptionError(f"{text} is a catalog, and {catalog} is not. Swap them: unidiff search CATALOG TEXT")
     if text is None and not (options["image"] or like or unlike or options["without"]):
         raise OptionError("The query is empty. Give TEXT, --image, --like, --unlike or --without.")
     with Catalog(catalog, create=False, trusted_keys=trusted_keys) as opened:

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from unidiff_sdk._internal.files import folder_hint, folder_kind
 from unidiff_sdk.errors import DataError
 
 from .shards import IMAGES, find_shards
@@ -74,6 +75,8 @@ def find_layout(path: str | Path, images: str | Path | None = None, *, captions:
         return Layout(root, tables=((table, Path(images or table.parent)),))
     if shards := find_shards(root):
         return Layout(root, shards=tuple(shards))
+    if (kind := folder_kind(root)[0]) and kind != "a dataset":  # its images are not those of a dataset
+        raise DataError(f"{root} is not a dataset.{folder_hint(root)}")
     return _search_subfolders(root, captions)
 
 

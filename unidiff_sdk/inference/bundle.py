@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk._internal.files import folder_hint, read_regular_file
 from unidiff_sdk._internal.json_values import MAX_DOCUMENT, whole_number
 from unidiff_sdk._internal.lifetimes import Owner
 from unidiff_sdk._internal.warnings import warn
@@ -365,6 +365,6 @@ def _not_a_bundle(folder: Path) -> BundleError:
         )
     if not folder.is_dir():
         return BundleError(f"{folder}: there is no such folder; give the folder that unidiff-export wrote, or 'tiny'")
-    if (folder / "unidiff.json").is_file():
-        return BundleError(f"{folder}: is a training checkpoint; export it: unidiff-export {folder} -o BUNDLE")
-    return BundleError(f"{folder}: is not a bundle, as it has no {MANIFEST}; give the folder that unidiff-export wrote")
+    if hint := folder_hint(folder):
+        return BundleError(f"{folder} is not a bundle: it has no {MANIFEST}.{hint}")
+    return BundleError(f"{folder} is not a bundle: it has no {MANIFEST}. Give the folder that unidiff-export wrote.")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal.files import folder_hint
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import CheckpointError, OptionError
 
@@ -42,6 +43,11 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
     if clip is None and (str(base) == "tiny" or (Path(base) / "clip").is_dir()):
         return require_supported(load_checkpoint(base))
     folder = _local_folder(base, ["model_index.json", *PIPELINE_FILES])
+    if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{base} is neither a checkpoint nor a diffusers pipeline: it has no model_index.json and clip/."
+            f"{folder_hint(folder)}"
+        )
     if clip is None:
         raise CheckpointError(f"{base} has no CLIP model. Name one with --clip{_matching_clip(folder)}.")
     if str(clip).startswith(PREFIX):

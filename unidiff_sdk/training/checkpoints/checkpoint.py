@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from unidiff_sdk._internal.files import folder_hint
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults
@@ -243,6 +244,8 @@ def _require_files(folder: Path, files: Mapping[str, str]) -> None:
     if not folder.is_dir():
         raise CheckpointError(f'There is no checkpoint folder {folder}. Name an existing folder, or use "tiny".')
     missing = [f"{name} ({content})" for name, content in files.items() if not (folder / name).is_file()]
+    if missing and (hint := folder_hint(folder)) and not (folder / METADATA).is_file() and len(missing) > 2:
+        raise CheckpointError(f"{folder} is not a checkpoint.{hint}")
     if missing:
         raise CheckpointError(f"{folder} is not a complete checkpoint. Missing: {', '.join(missing)}.")
 
@@ -251,6 +254,12 @@ def _load_model(model_class: Any, folder: Path) -> Any:
     """Load a model in float32. Every tensor of the model must be in the file."""
     weights = DIFFUSERS_WEIGHTS if issubclass(model_class, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
     if not (folder / weights).is_file() and not (folder / f"{weights}.index.json").is_file():
+        stem, _, extension = weights.rpartition(".")
+        if variants := sorted(file.name for file in folder.glob(f"{stem}.*.{extension}")):
+            raise CheckpointError(
+                f"{folder} has its weights only as the variant {variants[0]}. Rename it to {weights}, in whatever "
+                "precision it is, or download the main variant."
+            )
         raise CheckpointError(
             f"{folder} has no {weights}. Only safetensors are read; convert other weight formats first."
         )
