@@ -120,7 +120,7 @@ def test_run_with_prior_and_feature_distillation_resumes_bit_for_bit(
     run("parts", resume=True)
     run("whole")
     assert equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-    other = replace(config, lambda_feature_distillation=0.0)
+    other = replace(config, lambda_feature_distillation=0.0, prior_batch=0)
     train(small_catalog, random_checkpoint, tmp_path / "without", other, device="cpu")
     assert not equal(weights(tmp_path / "without"), weights(tmp_path / "whole"))
 
