@@ -12,6 +12,7 @@ import click
 from unidiff_sdk._internal.progress import ProgressLines
 from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.cli.console import MainCommand, echo
+from unidiff_sdk.cli.parameters import parse_pairs
 from unidiff_sdk.errors import ExportError
 
 from .options import TARGETS
@@ -53,6 +54,12 @@ unidiff-export sign bundles/shop --key KEY.pem
     type=click.Path(path_type=Path),
     help="Catalog to calibrate int8 and compare search on. Default: captions in CKPT and images generated from them.",
 )
+@click.option(
+    "--columns",
+    callback=parse_pairs,
+    metavar="ROLE=NAME,…",
+    help="Names of columns of --calibration: image=photo,text=title.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at BUNDLE.")
 @click.option("--sign", metavar="PEM", help="Sign the bundle with this Ed25519 private key.")
 def main(
@@ -62,6 +69,7 @@ def main(
     precision: str,
     target: str,
     calibration: Path | None,
+    columns: dict[str, str | None] | None,
     overwrite: bool,
     sign: str | None,
 ) -> None:
@@ -86,6 +94,7 @@ def main(
             precision=precision,
             target=target,
             calibration=calibration,
+            columns=columns,
             overwrite=overwrite,
             sign=sign,
             progress=show,

@@ -105,6 +105,7 @@ def export_bundle(
     precision: str = "fp32",
     target: str = "cpu",
     calibration: str | Path | None = None,
+    columns: Mapping[str, str | None] | None = None,
     overwrite: bool = False,
     tolerance: Tolerance | None = None,
     sign: str | Path | None = None,
@@ -122,6 +123,7 @@ def export_bundle(
         target: the runtime of the graphs, a name in `TARGETS`.
         calibration: a catalog on disk with pairs to calibrate int8 and to compare search. Default: the captions that
             the checkpoint records, and images generated from them.
+        columns: names of columns of `calibration`, see `read_catalog`.
         overwrite: replace an existing bundle at `out`.
         tolerance: the largest deviation from PyTorch. Default: `TOLERANCES[precision]`.
         sign: a PEM file with an Ed25519 private key to sign the bundle with. `Bundle.open(…, trusted_keys=)` checks the
@@ -147,7 +149,8 @@ def export_bundle(
         specs = graph_specs(loaded)
 
         from_disk = loaded is not checkpoint
-        reference, policy = _prepare(loaded, specs, precision, calibration, report, from_disk)
+        read = partial(read_samples, loaded, calibration, columns=columns)
+        reference, policy = _prepare(loaded, specs, precision, read, report, from_disk)
         writer = GraphWriter(folder, loaded, precision, target, policy, reference, report)
         for spec in specs:
             writer.write(spec)
@@ -196,16 +199,19 @@ def _prepare(
     checkpoint: Checkpoint,
     specs: Sequence[GraphSpec],
     precision: str,
-    calibration: str | Path | None,
+    read: Callable[..., Samples],
     report: Progress,
     from_disk: bool,
 ) -> tuple[Reference, Int8Policy | None]:
-    """Compute the reference of PyTorch; for int8, calibrate on other captions than those of the reference."""
+    """Compute the reference of PyTorch; for int8, calibrate on other captions than those of the reference.
+
+    `read` is `read_samples` of the data.
+    """
     workload = workload_for(checkpoint, precision)
     if precision != "int8":
-        samples, calibration_samples = read_samples(checkpoint, calibration, workload.pairs), None
+        samples, calibration_samples = read(workload.pairs), None
     else:
-        all_samples = read_samples(checkpoint, calibration, workload.pairs, default=())
+        all_samples = read(workload.pairs, default=())
         samples, calibration_samples = all_samples.split(workload.calibration_images)
         if not calibration_samples.captions:
             raise ExportError(

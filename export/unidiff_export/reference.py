@@ -7,7 +7,7 @@ give the inputs of all graphs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,12 @@ class Samples:
 
 
 def read_samples(
-    checkpoint: Checkpoint, data: str | Path | None, limit: int, *, default: tuple[str, ...] = PROMPTS
+    checkpoint: Checkpoint,
+    data: str | Path | None,
+    limit: int,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    default: tuple[str, ...] = PROMPTS,
 ) -> Samples:
     """Return the pairs of the catalog `data`, or without one the captions that the checkpoint records, or `default`.
 
@@ -104,7 +109,7 @@ def read_samples(
     """
     if data is None:
         return Samples(_distinct(tuple(checkpoint.meta.get("captions", ())) or default))
-    pairs = load_pairs(data, checkpoint, limit=limit)
+    pairs = load_pairs(data, checkpoint, columns=columns, limit=limit)
     captions = _distinct(pairs.captions)
     indices = torch.tensor([pairs.captions.index(caption) for caption in captions])
     return Samples(captions, tuple(pairs.clip_images[indices].permute(0, 2, 3, 1).numpy()))

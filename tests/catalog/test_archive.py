@@ -337,3 +337,16 @@ def test_missing_pyarrow_names_the_extra(catalog: Catalog, tmp_path: Path, monke
         catalog.export(tmp_path / "shop.parquet")
     with pytest.raises(DataError, match=r"pip install 'unidiff-sdk\[parquet\]'"):
         Catalog.restore(tmp_path / "shop.parquet")
+
+
+def test_an_archive_is_indexed_with_the_same_ids_and_columns(catalog: Catalog, tmp_path: Path) -> None:
+    columns: list[dict[str, Any]] = [{"price": 1.5, "tags": ["a", None]}, {"size": {"cm": 3}}, {}]
+    catalog.add([shade(n) for n in range(3)], ["red", "green", "blue"], [7, "7", "x"], columns)
+    catalog.add(shade(3), ids="without a caption")
+    catalog.export(tmp_path / "shop.parquet")
+    with Catalog(tmp_path / "again.catalog", catalog.bundle) as again:
+        report = again.add_table(tmp_path / "shop.parquet")
+        assert report.added == 3 and "the caption (text) is missing" in report.failed[0].reason
+        catalog.delete("without a caption")
+        kept = {(type(hit.id), hit.id): (hit.text, hit.payload) for hit in catalog.browse()}
+        assert {(type(hit.id), hit.id): (hit.text, hit.payload) for hit in again.browse()} == kept

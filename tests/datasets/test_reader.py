@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unidiff_sdk._internal.json_values import to_json
-from unidiff_sdk.datasets.reader import InvalidRow, count_rows, group_by_reason, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, count_rows, describe_problems, group_by_reason, read_catalog
 from unidiff_sdk.errors import DataError, OptionError
 
 ROWS = [
@@ -412,3 +412,38 @@ def test_images_alone_are_read_where_captions_are_not_needed(folder: Path) -> No
 def test_equal_problems_are_grouped() -> None:
     rows = [InvalidRow(n, "", "gone" if n % 10 else "damaged") for n in range(5000)]
     assert [(row.line, count) for row, count in group_by_reason(rows)] == [(0, 500), (1, 4500)]
+
+
+def test_problems_that_differ_in_values_only_are_grouped() -> None:
+    reasons = [
+        "price is '{}' and the column is declared as number",
+        "the row has {} cells and the header has 7",
+        "/data/shop/image-{}.png: damaged or truncated (broken data stream)",
+        'the line is not valid JSON (Expecting "," at line 1 column {})',
+        "there is no such image file (/data/{}/metadata.jsonl, line {})",
+    ]
+    rows = [InvalidRow(n, f"{n}.png", reasons[n % 5].format(n, n)) for n in range(5000)]
+    assert [(row.line, count) for row, count in group_by_reason(rows)] == [(n, 1000) for n in range(5)]
+    lines = describe_problems(rows, 2)
+    assert (
+        lines[0] == "line 0 (0.png): price is '0' and the column is declared as number (1,000 rows with this problem)"
+    )
+    assert lines[2:] == ["3,000 more rows with 3 other problems"]
+    assert describe_problems(rows[:1], 2) == [str(rows[0])] and describe_problems([], 2) == []
+
+
+def test_each_problem_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_jsonl(folder, [{"file_name": f"gone-{n}.png", "text": "x"} for n in range(5000)] + [ROWS[0]])
+    assert len(list(read_catalog(folder))) == 1
+    assert len(caplog.messages) == 2 and "line 1 (gone-0.png)" in caplog.messages[0]
+    assert "4,999 more rows skipped for the same reason: there is no such image file" in caplog.messages[1]
+
+
+def test_a_table_with_too_many_invalid_rows_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unidiff_sdk.datasets.reader.MAX_INVALID_ROWS", 100)
+    write_jsonl(folder, [{"file_name": "gone.png", "text": "x"}] * 100)
+    assert not list(read_catalog(folder, on_error=lambda row: None))
+    write_jsonl(folder, [{"file_name": "gone.png", "text": "x"}] * 101)
+    for on_error in (None, lambda row: None):
+        with pytest.raises(DataError, match="more than 100 rows are invalid"):
+            list(read_catalog(folder, on_error=on_error))

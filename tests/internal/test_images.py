@@ -203,8 +203,9 @@ def test_padding_keeps_the_whole_image_and_its_aspect_ratio(width: int, height: 
 def peak_memory(act: Any) -> int:
     """The peak of memory in bytes that a call takes in a process of its own, beyond what the process has before."""
     code = (
-        "import resource, sys; from unidiff_sdk._internal.images import load_image; from PIL import features; "
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "from pathlib import Path; from unidiff_sdk._internal.images import load_image; "
+        # Not ru_maxrss, which a new program inherits from the one that started it.
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]); before = peak(); "
         f"{act}; print((peak() - before) * 1024)"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -226,6 +227,32 @@ def test_a_large_image_in_a_few_bytes_is_refused(tmp_path: Path) -> None:
 def test_a_large_image_takes_a_bounded_amount_of_memory(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (5000, 5000)).save(tmp_path / "large.png")
     assert peak_memory(f"load_image({str(tmp_path / 'large.png')!r})") < 13 * 25_000_000
+
+
+@pytest.mark.parametrize("format", ["WEBP", "AVIF", "TIFF", "GIF", "BMP"])
+def test_other_formats_take_a_bounded_amount_of_memory(tmp_path: Path, format: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise.repeat(20, 0).repeat(20, 1)).save(tmp_path / "image", format)
+    assert peak_memory(f"load_image({str(tmp_path / 'image')!r})") < 22 * 4_000_000
+
+
+def test_a_tiff_with_tiles_far_larger_than_the_image_is_refused(tmp_path: Path) -> None:
+    tags = {256: 100, 257: 100, 258: 8, 259: 8, 262: 1, 277: 1, 322: 32768, 323: 32768, 324: 200, 325: 100}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    file = tmp_path / "tiles.tif"
+    file.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + zlib.compress(bytes(1 << 20)))
+    with pytest.raises(ImageError, match=r"tiles of 1,073,741,824 pixels for an image of 10,000"):
+        load_image(file)
+
+
+def test_a_jpeg_of_very_many_exif_segments_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    segment = b"\xff\xe1" + struct.pack(">H", 1002) + b"Exif\0\0" + bytes(994)
+    assert load_image(data[:2] + segment * 2 + data[2:]).size == (8, 8)
+    with pytest.raises(ImageError, match="with 300 EXIF segments"):
+        load_image(data[:2] + segment * 300 + data[2:])
 
 
 def test_a_jpeg_of_very_many_scans_is_refused() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import enum
 import uuid
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
 
+from unidiff_sdk._internal.json_values import to_json
 from unidiff_sdk.errors import OptionError
+from unidiff_sdk.retrieval.options import SearchOptions
+from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.ids import checked_id, key_of
 
 
@@ -35,6 +39,27 @@ def test_an_id_of_another_class_is_the_plain_value(given: Any, plain: str | int)
     assert checked_id(given) == plain
     assert type(checked_id(given)) is type(plain)
     assert key_of(given) == key_of(plain)
+
+
+def test_scalars_of_pyarrow_and_torch_are_what_they_hold_at_every_door() -> None:
+    pa = pytest.importorskip("pyarrow")
+    for scalar, value in ((pa.scalar(7), 7), (pa.scalar("boots-1"), "boots-1"), (pa.scalar(7, pa.uint8()), 7)):
+        assert checked_id(scalar) == value == to_json(scalar, "x") and key_of(scalar) == key_of(value)
+        assert parse({"a": scalar}) == parse({"a": value}) == parse({"a": [scalar]})
+    assert parse({"a": pa.array([1, 2])}) == parse({"a": {"in": pa.array([1, 2])}}) == parse({"a": [1, 2]})
+    day = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    assert parse({"a": {"lt": pa.scalar(day)}}) == parse({"a": {"lt": day}})
+    assert to_json({"a": pa.scalar({"b": [1, None]}), "c": pa.array([day])}, "x") == {
+        "a": {"b": [1, None]},
+        "c": ["2026-03-01T12:00:00+00:00"],
+    }
+    assert SearchOptions(limit=pa.scalar(5)).limit == 5  # type: ignore[arg-type]
+    for invalid in (pa.scalar(None), pa.scalar(1.0), pa.scalar(True), pa.scalar(b"x"), pa.array([1])):
+        with pytest.raises(OptionError, match="is not an id"):
+            checked_id(invalid)
+    torch = pytest.importorskip("torch")
+    assert (checked_id(torch.tensor(7)), to_json(torch.tensor([1.5, 2]), "x")) == (7, [1.5, 2.0])
+    assert parse({"a": {"gt": torch.tensor(3)}}) == parse({"a": {"gt": 3}})
 
 
 def test_a_number_and_its_digits_are_different_ids() -> None:

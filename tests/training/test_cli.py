@@ -126,6 +126,26 @@ def test_invalid_rows_are_skipped_and_shown(random_checkpoint: Path, small_catal
     assert distilled.exit_code == 0 and "line 3 (1.png)" in distilled.stderr
 
 
+def test_columns_name_the_images_and_captions(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (small_catalog / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    shutil.copytree(small_catalog, tmp_path / "data")
+    (tmp_path / "data" / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"photo": row.pop("file_name"), "title": row.pop("text")} | row) for row in rows)
+    )
+    named = ("--columns", "image=photo,text=title")
+    validation = ("--val", tmp_path / "data", "--validate-every", 2, "--prompt", "a red dress")
+    arguments = (train, tmp_path / "data", "--base", random_checkpoint, "-o", tmp_path / "out", *FEW, *validation)
+    result = call(*arguments, *named)
+    assert result.exit_code == 0, result.output
+    assert f"on {len(rows)} pairs in" in result.stdout and "Skipped" not in result.stderr
+    measured = call(evaluate, tmp_path / "out", tmp_path / "data", "--prompts", 0, *named)
+    assert measured.exit_code == 0 and "text_to_image R@1" in measured.stdout, measured.output
+    distilled = (train, "distill", random_checkpoint, tmp_path / "data", "-o", tmp_path / "fast", *FEW_DISTILLED)
+    assert call(*distilled, *named).exit_code == 0
+    assert "image=photo" in one_line(call(*arguments, "--overwrite")), "the message names the option"
+    assert "training needs captions" in one_line(call(*distilled, "--overwrite", "--columns", "image=photo,text="))
+
+
 def test_all_invalid_rows_are_listed_in_the_log(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
     data, val = (tmp_path / name for name in ("data", "val"))
     for folder, bad in ((data, 7), (val, 1)):
@@ -136,9 +156,10 @@ def test_all_invalid_rows_are_listed_in_the_log(random_checkpoint: Path, small_c
     result = call(train, data, "--base", random_checkpoint, "-o", tmp_path / "out", *FEW, *validation)
     assert result.exit_code == 0, result.output
     shown = [line for line in result.stderr.splitlines() if line.startswith("Skipped /")]
-    assert len(shown) == 5 + 1 and "val" in shown[-1] and "(gone-0.png)" in shown[-1]
+    assert len(shown) == 2 and "(gone-0.png)" in shown[0] and "(7 rows with this problem)" in shown[0]
+    assert "val" in shown[-1] and "(gone-0.png)" in shown[-1]
     file = tmp_path / "out.log" / "invalid_rows.jsonl"
-    assert f"Skipped 2 more invalid rows. All of them: {file}" in result.stderr
+    assert f"All 7 invalid rows: {file}" in result.stderr
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [row["file_name"] for row in rows] == [f"gone-{n}.png" for n in (*range(7), 0)]
     assert [row["data"] for row in rows] == 7 * ["data"] + ["val"] and "no such image" in rows[0]["reason"]

@@ -28,6 +28,7 @@ __all__ = [
     "plain_number",
     "read_json",
     "to_json",
+    "unwrapped",
     "whole_number",
 ]
 
@@ -123,8 +124,24 @@ def _check_depth(value: Any) -> None:
 # ------------------------------------------------------------------------------------------------ converting
 
 
+def unwrapped(value: Any) -> Any:
+    """A scalar or array of pyarrow, or a tensor of torch, as Python has it. Other values are returned as they are.
+
+    Raises:
+        OptionError: Python has no such value.
+    """
+    if type(value).__module__.partition(".")[0] not in ("pyarrow", "torch"):  # neither library is imported
+        return value
+    convert = getattr(value, "as_py", None) or getattr(value, "tolist", None)
+    try:
+        return value if convert is None else convert()
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise OptionError(f"{value!r:.60} cannot be converted to Python ({error}). Give a Python value.") from None
+
+
 def plain_number(value: Any) -> Any:
-    """A number of numpy, or an array of no dimensions with one, as a Python number; any other value unchanged."""
+    """A number of numpy or pyarrow, or an array of no dimensions with one, as a Python number; others unchanged."""
+    value = unwrapped(value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
         return float(value) if isinstance(value, np.floating) else value  # a longdouble has no equal in Python
@@ -180,6 +197,7 @@ def to_json(value: Any, name: str, depth: int = 0) -> Any:
     | `Decimal` | a number, if it has no more digits than a 64-bit float |
     | `uuid.UUID` | a string |
     | NaT and pandas.NA | None |
+    | scalars and arrays of pyarrow, tensors of torch | what they hold |
 
     Args:
         value: any value.
@@ -191,6 +209,7 @@ def to_json(value: Any, name: str, depth: int = 0) -> Any:
     """
     if depth > MAX_DEPTH:
         raise OptionError(f"{name:.60} is nested more than {MAX_DEPTH} levels deep. Flatten it.")
+    value = unwrapped(value)
     if isinstance(value, enum.Enum) and not isinstance(value, (str, int, float)):
         value = value.value
     match value:

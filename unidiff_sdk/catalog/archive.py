@@ -33,7 +33,7 @@ from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
-from unidiff_sdk.datasets.parquet import open_parquet, pyarrow_parquet, read_parquet
+from unidiff_sdk.datasets.parquet import ARCHIVE_KEY, open_parquet, pyarrow_parquet, read_parquet
 from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.folder.signature import KeyFile
@@ -56,7 +56,7 @@ __all__ = ["Archive", "ArchivedItem", "restore_archive", "write_archive"]
 
 _RESERVED = set(RESERVED)  # keys of a stored payload that have their own columns
 
-KEY, FORMAT, SCHEMA_VERSION = b"unidiff", "unidiff-export", 1
+FORMAT, SCHEMA_VERSION = "unidiff-export", 1
 ROW_GROUP_BYTES = 32 << 20  # size of the images of a row group, which writer and readers hold in memory
 ROW_GROUP_ROWS = 1024
 READ_SIZE = 64  # records read from the store at once
@@ -127,7 +127,7 @@ def write_archive(
     store, reference = snapshot.store, snapshot.file.bundle
     bundle = reference.describe(reference.portable(snapshot.folder))
     metadata = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle}
-    schema = _schema(store.dim).with_metadata({KEY: json.dumps(metadata)})
+    schema = _schema(store.dim).with_metadata({ARCHIVE_KEY: json.dumps(metadata)})
     warn_about_filter(store, clause)
     total, count = store.count(clause), 0
     with (
@@ -248,7 +248,7 @@ class Archive:
             raise DataError(f"{path} is a folder, not a file that `unidiff export` wrote.{folder_hint(path)}")
         file = open_parquet(path)
         try:
-            head = parse_json((file.schema_arrow.metadata or {})[KEY], "the metadata", error=OptionError)
+            head = parse_json((file.schema_arrow.metadata or {})[ARCHIVE_KEY], "the metadata", error=OptionError)
             version = head["schema_version"] if head["format"] == FORMAT else None
             bundle = {name: str(head["bundle"][name]) for name in ("name", "path", "fingerprint")}
             dim = int(head["bundle"]["dim"])

@@ -18,7 +18,7 @@ from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.datasets.compact_set import CompactSet
-from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, count_rows, read_catalog
+from unidiff_sdk.datasets.reader import TABLES, InvalidRow, Row, check_invalid_count, count_rows, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, StoreError, UniDiffError
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Compare
@@ -153,6 +153,7 @@ class Writer:
             for batch in stored:
                 added, skipped = added + len(batch.changed), skipped + len(batch.unchanged)
                 invalid.extend(batch.invalid)
+                check_invalid_count(source, len(invalid))
                 advance(added + skipped + len(invalid), total)
 
         # 2. Delete what is no longer in the source.

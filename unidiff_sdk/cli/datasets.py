@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["dataset"]
 
-LISTED_ROWS = 5  # invalid rows that are printed
+LISTED_PROBLEMS = 5  # kinds of invalid rows that are printed
 
 
 class _RenderByDefault(Group):
@@ -122,9 +122,9 @@ def m5product(src: Path, out: Path, **options: Any) -> None:
 
 
 def _report(converted: Converted, out: Path) -> None:
-    for row in converted.invalid[:LISTED_ROWS]:
-        echo(f"Skipped: {row}", err=True)
-    if len(converted.invalid) > LISTED_ROWS:
-        echo(f"… and {len(converted.invalid) - LISTED_ROWS:,} more.", err=True)
+    from unidiff_sdk.datasets.reader import describe_problems
+
+    for line in describe_problems(converted.invalid, LISTED_PROBLEMS):
+        echo(f"Skipped: {line}", err=True)
     counts = ", ".join(f"{count:,} {split}" for split, count in converted.counts.items())
     echo(f"{counts} pairs written to {out}. Next: unidiff-train {out / 'train'} --base tiny -o CKPT")

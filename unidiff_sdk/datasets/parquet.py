@@ -15,6 +15,7 @@ from unidiff_sdk._internal.files import open_regular_file
 from unidiff_sdk.errors import DataError
 
 __all__ = [
+    "ARCHIVE_KEY",
     "count_parquet_rows",
     "open_parquet",
     "parquet_errors",
@@ -23,6 +24,9 @@ __all__ = [
     "read_parquet",
     "value_sizes",
 ]
+
+ARCHIVE_KEY = b"unidiff"
+"""The key of the metadata of an archive, which `Catalog.export` writes."""
 
 BATCH_MEMORY = 32 << 20
 """The memory in bytes that a batch of average rows takes."""

@@ -22,7 +22,9 @@ images in another folder.
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,20 @@ from .shards import MAX_TEXT_SIZE, Member, Sample, count_samples, read_shards
 from .tables import TABLES, count_table_rows, read_table
 from .values import checked_kinds, present_columns
 
-__all__ = ["TABLES", "EmbeddedImage", "InvalidRow", "Row", "count_rows", "group_by_reason", "read_catalog"]
+__all__ = [
+    "TABLES",
+    "EmbeddedImage",
+    "InvalidRow",
+    "Row",
+    "check_invalid_count",
+    "count_rows",
+    "describe_problems",
+    "group_by_reason",
+    "read_catalog",
+]
+
+MAX_INVALID_ROWS = 1_000_000
+"""The most invalid rows of a dataset. A table of kilobytes can claim billions of rows, and each one is reported."""
 
 _FILE_NAME = "file_name"
 # Names that other tools use, to suggest in messages. They are not used without being asked for.
@@ -45,6 +60,9 @@ _ALIASES = {
     "image": ("file_name", "image", "img", "photo", "picture", "file", "filename", "path", "image_path", "url"),
     "text": ("text", "caption", "title", "description", "prompt", "label", "name"),
 }
+
+# What differs between rows with the same problem: quoted values, numbers, and names of files and folders.
+_DETAILS = re.compile(r"""'[^']*'|"[^"]*"|\S*[0-9/\\]\S*""")
 
 _log = safe_logger(__name__)
 
@@ -128,7 +146,7 @@ def read_catalog(
         kinds: kinds of csv columns: "string", "number" or "boolean". Default: detected (`values.CellTypes`).
         captions: whether each image needs a caption. Otherwise, folders of images alone can be read, too.
         strict: raise DataError at the first invalid row instead of skipping it.
-        on_error: called with each invalid row. By default, invalid rows are logged as warnings.
+        on_error: called with each invalid row. By default, the problems are logged as warnings, each once.
 
     Raises:
         DataError: the folder or its table is missing or unreadable, has no column of images or captions, or in strict
@@ -143,10 +161,8 @@ def read_catalog(
         raise DataError(f"images= needs a table ({', '.join(TABLES)}), and {path} is not one. Omit images=.")
     where = layout.tables[0][0] if len(layout.tables) == 1 else Path(path)
 
-    def log(invalid: InvalidRow) -> None:
-        _log.warning("%s, %s: skipped", where, invalid)
-
-    return _checked(where, reader.rows(layout), strict, on_error or log)
+    rows = reader.rows(layout)
+    return _checked(where, rows, strict, on_error) if strict or on_error else _logged(where, rows)
 
 
 def count_rows(path: str | Path, *, captions: bool = True) -> int:
@@ -157,24 +173,60 @@ def count_rows(path: str | Path, *, captions: bool = True) -> int:
 
 
 def group_by_reason(rows: Iterable[InvalidRow]) -> list[tuple[InvalidRow, int]]:
-    """The first row with each reason, and the number of rows with it."""
+    """The first row with each reason, and the number of rows with it. Reasons that differ in values are the same."""
     groups: dict[str, tuple[InvalidRow, int]] = {}
     for row in rows:
-        first, count = groups.get(row.reason, (row, 0))
-        groups[row.reason] = first, count + 1
+        reason = _DETAILS.sub("…", row.reason)
+        first, count = groups.get(reason, (row, 0))
+        groups[reason] = first, count + 1
     return list(groups.values())
 
 
+def describe_problems(rows: Iterable[InvalidRow], shown: int) -> list[str]:
+    """A line for each of the first `shown` reasons, with the number of its rows, and one for all other reasons."""
+    groups = group_by_reason(rows)
+    lines = [f"{row}{f' ({count:,} rows with this problem)' if count > 1 else ''}" for row, count in groups[:shown]]
+    others = sum(count for _, count in groups[shown:])
+    return lines + ([f"{others:,} more rows with {len(groups) - shown:,} other problems"] if others else [])
+
+
+def check_invalid_count(where: str | Path, count: int) -> None:
+    """Raise DataError if a dataset has more than `MAX_INVALID_ROWS` invalid rows."""
+    if count > MAX_INVALID_ROWS:
+        raise DataError(
+            f"{where}: more than {MAX_INVALID_ROWS:,} rows are invalid. Correct the table and read it again."
+        )
+
+
 def _checked(
-    where: Path, rows: Iterator[Row | InvalidRow], strict: bool, on_error: Callable[[InvalidRow], None]
+    where: Path, rows: Iterator[Row | InvalidRow], strict: bool, on_error: Callable[[InvalidRow], None] | None
 ) -> Iterator[Row]:
+    invalid = 0
     for row in rows:
         if isinstance(row, Row):
             yield row
-        elif strict:
+        elif strict or on_error is None:
             raise DataError(f"{where}, {row}")
         else:
             on_error(row)
+            invalid += 1
+            check_invalid_count(where, invalid)
+
+
+def _logged(where: Path, rows: Iterator[Row | InvalidRow]) -> Iterator[Row]:
+    """The valid rows. The others are logged: the first of each reason at once, and the number of others at the end."""
+    counts: Counter[str] = Counter()
+
+    def log(invalid: InvalidRow) -> None:
+        reason = _DETAILS.sub("…", invalid.reason)
+        if not counts[reason]:
+            _log.warning("%s, %s: skipped", where, invalid)
+        counts[reason] += 1
+
+    yield from _checked(where, rows, False, log)
+    for reason, count in counts.items():
+        if count > 1:
+            _log.warning("%s: %s more rows skipped for the same reason: %s", where, f"{count - 1:,}", reason)
 
 
 # ------------------------------------------------------------------------------------------------ names of columns

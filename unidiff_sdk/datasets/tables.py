@@ -12,7 +12,7 @@ from unidiff_sdk._internal.files import open_regular_file
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk.errors import DataError
 
-from .parquet import count_parquet_rows, read_arrow, read_parquet
+from .parquet import ARCHIVE_KEY, count_parquet_rows, open_parquet, read_arrow, read_parquet
 from .values import CellTypes
 
 __all__ = ["MAX_LINE", "TABLES", "count_table_rows", "read_table"]
@@ -49,7 +49,8 @@ def read_table(
         case ".arrow":
             return read_arrow(path, check_header)
         case _:
-            return read_parquet(path, check_header)
+            rows = read_parquet(path, check_header)
+            return _archived(rows) if ARCHIVE_KEY in (open_parquet(path).schema_arrow.metadata or {}) else rows
 
 
 def count_table_rows(path: Path) -> int:
@@ -63,6 +64,22 @@ def count_table_rows(path: Path) -> int:
             return sum(1 for _ in read_arrow(path, lambda header: None))
         case _:
             return count_parquet_rows(path)
+
+
+def _archived(rows: TableRows) -> TableRows:
+    """The rows of an archive (`catalog.archive`) as they were indexed: 7 and "7" are different ids."""
+    for number, row in rows:
+        if isinstance(row, str):
+            yield number, row
+            continue
+        try:
+            payload = parse_json(row["payload"], "the payload")
+            if repeated := payload.keys() & {"image", "file_name", "id", "text"}:
+                raise DataError(f"the payload has a column {min(repeated)}. Use unidiff restore.")
+            id = int(row["id"]) if row["id_is_int"] else row["id"]
+            yield number, {"image": row["image"], "text": row["text"], "id": id, **payload}
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            yield number, f"the row of the archive is damaged: {error}"
 
 
 def _read_jsonl(path: Path) -> TableRows:

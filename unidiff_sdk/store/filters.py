@@ -62,7 +62,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from unidiff_sdk._internal.json_values import MAX_DEPTH, checked_text, to_json
+from unidiff_sdk._internal.json_values import MAX_DEPTH, checked_text, to_json, unwrapped
 from unidiff_sdk.errors import FilterError, OptionError
 
 __all__ = [
@@ -224,14 +224,21 @@ _LISTS = (list, tuple, set, frozenset)
 
 def _parse_column(key: str, condition: Any) -> list[Clause]:
     path = column_path(key)
-    if isinstance(condition, np.ndarray) and condition.ndim == 1:
-        condition = list(condition)
+    condition = _listed(condition)
     if not isinstance(condition, Mapping):
         operator = "in" if isinstance(condition, _LISTS) else "eq"
         condition = {operator: condition}
     if not condition:
         raise FilterError(f'The condition on "{key}" is empty. Valid operators: {", ".join(OPERATORS)}.')
     return [_parse_comparison(path, key, operator, value) for operator, value in condition.items()]
+
+
+def _listed(values: Any) -> Any:
+    """An array of numpy, pyarrow or torch as a list; other values as they are."""
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        return list(values)
+    plain = unwrapped(values) if hasattr(values, "tolist") else values
+    return plain if isinstance(plain, list) else values
 
 
 def _parse_comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
@@ -264,8 +271,7 @@ def _parse_comparison(path: str, key: str, operator: Any, value: Any) -> Clause:
 
 def _parse_in(path: str, key: str, values: Any) -> Clause:
     """One lookup for all strings, and one comparison for every other value."""
-    if isinstance(values, np.ndarray) and values.ndim == 1:
-        values = list(values)
+    values = _listed(values)
     if not isinstance(values, _LISTS) or not values:
         raise FilterError(f'"in" on "{key}" needs a list of at least one value, not {_short_repr(values)}.')
     if isinstance(values, (set, frozenset)):
@@ -283,9 +289,11 @@ def _parse_in(path: str, key: str, values: Any) -> Clause:
 
 
 def _plain(value: Any) -> Any:
-    """A value of numpy, a `Decimal`, an enumeration or a duration as it is stored; other values as they are."""
+    """A value of numpy or pyarrow, a `Decimal`, an enumeration or a duration as it is stored; others as they are."""
     if type(value) in (str, bool, int, float) or isinstance(value, (Mapping, *_LISTS)):
         return value
+    with contextlib.suppress(OptionError):
+        value = unwrapped(value)
     if isinstance(value, date) and value == value:  # NaT of pandas differs from itself
         return value
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unidiff_sdk._internal.json_values import checked_text, is_missing, to_json
+from unidiff_sdk._internal.json_values import checked_text, is_missing, to_json, unwrapped
 from unidiff_sdk.errors import OptionError
 
 __all__ = ["checked_id", "key_of"]
@@ -21,11 +21,12 @@ def checked_id(id: Any) -> str | int:
     """Return an id as a plain string or integer. 7 and "7" are different ids.
 
     A member of a StrEnum, a string of numpy and other subclasses are the plain value that they equal. A UUID is its
-    string, and a whole `Decimal` (an integer column of a database) is an integer.
+    string, a whole `Decimal` (an integer column of a database) is an integer, and a scalar of pyarrow is what it holds.
 
     Raises:
         OptionError: `id` is neither a non-empty string nor a 64-bit integer.
     """
+    id = unwrapped(id)
     if isinstance(id, np.ndarray) and id.ndim == 0:
         id = id[()]
     if type(id) is str or type(id) is int:

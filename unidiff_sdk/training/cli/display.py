@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unidiff_sdk._internal.progress import ProgressLines, count_line
 from unidiff_sdk.cli.console import echo
 from unidiff_sdk.cli.terminal import print_table
-from unidiff_sdk.datasets.reader import InvalidRow
+from unidiff_sdk.datasets.reader import InvalidRow, describe_problems
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Display", "LossDisplay", "progress_display", "show_figures", "show_invalid_rows"]
 
 T = TypeVar("T")
-SHOWN_INVALID_ROWS = 5
+SHOWN_PROBLEMS = 5
 SHOWN_CHARACTERS = 24  # of a value in a table, so that hashes leave room for the names
 SMOOTHING = 0.95
 
@@ -125,12 +125,11 @@ class LossDisplay:
 
 
 def show_invalid_rows(data: Path, rows: list[InvalidRow], file: Path | None = None) -> None:
-    """Show the first skipped rows and the number of the others. file: where all of them are listed."""
-    for row in rows[:SHOWN_INVALID_ROWS]:
-        echo(f"Skipped {data}, {row}", err=True)
-    if len(rows) > SHOWN_INVALID_ROWS:
-        where = f" All of them: {file}" if file else ""
-        echo(f"Skipped {len(rows) - SHOWN_INVALID_ROWS:,} more invalid rows.{where}", err=True)
+    """Show why rows were skipped, with the first row and the number of rows. file: where all of them are listed."""
+    for line in describe_problems(rows, SHOWN_PROBLEMS):
+        echo(f"Skipped {data}, {line}", err=True)
+    if len(rows) > 1 and file:
+        echo(f"All {len(rows):,} invalid rows: {file}", err=True)
 
 
 def show_figures(figures: dict[str, Any]) -> None:

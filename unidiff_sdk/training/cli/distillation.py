@@ -13,7 +13,16 @@ from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.training.config import DistillationConfig
 
 from .display import LossDisplay, progress_display, show_invalid_rows
-from .options import CONTEXT, FOLDER, config_option, device_option, option, overwrite_option, strict_option
+from .options import (
+    CONTEXT,
+    FOLDER,
+    columns_option,
+    config_option,
+    device_option,
+    option,
+    overwrite_option,
+    strict_option,
+)
 
 __all__ = ["distill"]
 
@@ -67,9 +76,19 @@ def _resuming(ctx: click.Context) -> str:
     help="Precision of the forward passes. bf16 is twice as fast on processors that support it.",
 )
 @overwrite_option
+@columns_option()
 @strict_option()
 @device_option
-def distill(checkpoint: str, data: Path, out: Path, overwrite: bool, strict: bool, device: str, **options: Any) -> None:
+def distill(
+    checkpoint: str,
+    data: Path,
+    out: Path,
+    overwrite: bool,
+    columns: dict[str, str | None] | None,
+    strict: bool,
+    device: str,
+    **options: Any,
+) -> None:
     """Make a checkpoint generate in few steps without guidance.
 
     CHECKPOINT is a folder, or "tiny". DATA is a catalog as for training; only its captions are used. The new checkpoint
@@ -87,6 +106,7 @@ def distill(checkpoint: str, data: Path, out: Path, overwrite: bool, strict: boo
             out,
             config,
             device=device,
+            columns=columns,
             strict=strict,
             overwrite=overwrite,
             on_rows=lambda reading: display.track(reading, rows, "Reading captions"),

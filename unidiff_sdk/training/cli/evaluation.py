@@ -14,7 +14,7 @@ from unidiff_sdk.datasets.reader import count_rows
 from unidiff_sdk.errors import OptionError
 
 from .display import progress_display, show_figures, show_invalid_rows
-from .options import CONTEXT, FILE, FOLDER, device_option, flag, option, strict_option
+from .options import CONTEXT, FILE, FOLDER, columns_option, device_option, flag, option, strict_option
 
 __all__ = ["evaluate"]
 
@@ -49,6 +49,7 @@ FORGETTING = "Copying and forgetting"
 @option("--guidance", type=float, metavar="SCALE", help="Guidance scale. 1: no guidance.")
 @option("--seed", default=0, show_default=True, metavar="N", help="Seed of the generated images.")
 @option("--limit", type=click.IntRange(min=2), metavar="N", help="Use the first N pairs of DATA only.")
+@columns_option("DATA and --train-data")
 @strict_option()
 @device_option
 @option(

@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from unidiff_sdk.cli.console import Option
+from unidiff_sdk.cli.parameters import parse_pairs
 
 __all__ = [
     "CONTEXT",
     "FILE",
     "FOLDER",
+    "columns_option",
     "config_option",
     "device_option",
     "flag",
@@ -55,6 +57,19 @@ def strict_option(theme: str = "Options") -> Decorator:
 
 
 overwrite_option = flag("--overwrite", help="Replace the checkpoint in --out, if there is one.")
+
+
+def columns_option(data: str = "DATA", theme: str = "Options") -> Decorator:
+    """--columns"""
+    return option(
+        "--columns",
+        theme=theme,
+        callback=parse_pairs,
+        metavar="ROLE=NAME,…",
+        help=f"Names of columns of {data}: image=photo,text=title.",
+    )
+
+
 device_option = option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -20,7 +20,17 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.config import Precision, PriorConfig, RscTeacher, TrainingConfig
 
 from .display import LossDisplay, progress_display, show_invalid_rows
-from .options import CONTEXT, FOLDER, config_option, device_option, flag, option, overwrite_option, strict_option
+from .options import (
+    CONTEXT,
+    FOLDER,
+    columns_option,
+    config_option,
+    device_option,
+    flag,
+    option,
+    overwrite_option,
+    strict_option,
+)
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.evaluation.validation import RunCallback
@@ -112,6 +122,7 @@ def _resuming(ctx: click.Context) -> str:
     help="Make images square: crop to the center, or pad with white. Default: as for the base.",
 )
 @flag("--flip", theme=DATA, help="Mirror half of the images. Not for images with text.")
+@columns_option("DATA and --val", DATA)
 @strict_option(DATA)
 @option("--latents", type=FOLDER, metavar="FOLDER", theme=DATA, help="Folder that keeps VAE latents for later runs.")
 @component_options
@@ -301,6 +312,7 @@ def train(
     data: Path,
     base: str,
     out: Path,
+    columns: dict[str, str | None] | None,
     strict: bool,
     val: Path | None,
     prompts: tuple[str, ...],
@@ -345,13 +357,19 @@ def train(
             for callback in callbacks:
                 callback.on_step(report)
 
-        validation: dict[str, Any] = {"prompts": prompts, "strict": strict, "on_invalid_rows": on_invalid_rows}
+        validation: dict[str, Any] = {
+            "prompts": prompts,
+            "columns": columns,
+            "strict": strict,
+            "on_invalid_rows": on_invalid_rows,
+        }
         validator = Validator(val, callbacks, **validation) if val else None
         result = run(
             data,
             base,
             out,
             config,
+            columns=columns,
             strict=strict,
             **request,
             prior=prior_config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from unidiff_sdk._internal.images import Fit, load_image
 from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
-from unidiff_sdk.errors import DataError, ImageError, UniDiffError
+from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
 from .captions import warn_about_long_captions
 from .square_images import SquareImages, map_in_threads, to_square
 
-__all__ = ["Pairs", "load_pairs"]
+__all__ = ["Pairs", "load_pairs", "require_captions"]
 
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images: about 80,000 at 64 px, or 2,000 at 512 px with CLIP's 224 px
 
@@ -68,6 +68,7 @@ def load_pairs(
     path: str | Path,
     checkpoint: Checkpoint,
     *,
+    columns: Mapping[str, str | None] | None = None,
     limit: int | None = None,
     strict: bool = False,
     fit: Fit | None = None,
@@ -79,6 +80,7 @@ def load_pairs(
     Args:
         path: A folder or shards, see `datasets.reader`.
         checkpoint: Provides the image sizes.
+        columns: Names of columns, see `datasets.reader.read_catalog`.
         limit: Read this many pairs at most.
         strict: Raise for the first invalid row instead of skipping it.
         fit: "crop" or "pad". Default: as the checkpoint was trained.
@@ -87,12 +89,14 @@ def load_pairs(
 
     Raises:
         DataError: The catalog is missing, or no row is valid.
+        OptionError: `columns` is invalid.
     """
+    require_captions(columns)
     fit = fit or checkpoint.fit
     sizes = checkpoint.image_size, int(checkpoint.clip.config.vision_config.image_size)
     reader = _PairReader(sizes, fit, memory_limit)
     invalid: list[InvalidRow] = []
-    rows = progress(read_catalog(path, strict=strict, on_error=invalid.append))
+    rows = progress(read_catalog(path, columns=columns, strict=strict, on_error=invalid.append))
     for row, squares in map_in_threads(partial(_decode, sizes=sizes, fit=fit), rows):
         if len(reader.rows) == limit:
             invalid = [other for other in invalid if other.line < row.line]  # rows are read ahead
@@ -109,6 +113,12 @@ def load_pairs(
     captions = [row.text for row in reader.rows]
     warn_about_long_captions([checkpoint.tokenizer, checkpoint.clip_tokenizer], captions, path)
     return reader.pairs(sorted(invalid, key=lambda row: row.line))
+
+
+def require_captions(columns: Mapping[str, str | None] | None) -> None:
+    """Raise OptionError if no column is named for the captions, which training needs."""
+    if columns and columns.get("text", "text") is None:
+        raise OptionError("columns: training needs captions. Name the column that holds them, such as text=title.")
 
 
 class _PairReader:

@@ -6,7 +6,7 @@ relevant to a caption if their attributes are equal; on other data, if their nor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def evaluate(
     guidance: float | None = None,
     seed: int = 0,
     limit: int | None = None,
+    columns: Mapping[str, str | None] | None = None,
     train_data: str | Path | None = None,
     base: str | Path | None = None,
     base_data: str | Path | None = None,
@@ -88,6 +89,7 @@ def evaluate(
         guidance: Guidance scale, at least 0. 1: no guidance.
         seed: Seed of the generated images, at least 0.
         limit: Use the first pairs of `data` only, at least 2.
+        columns: Names of columns of `data` and `train_data`, see `read_catalog`.
         train_data: Training data of the checkpoint, to measure whether generated images are copies.
         base: Checkpoint before tuning. With `base_data`, measures forgetting.
         base_data: Data that the base was trained on.
@@ -107,7 +109,7 @@ def evaluate(
 
     on_stage("Loading the checkpoint and the data")
     judge = judge or (Judge.load() if prompts else None)
-    subject = _load(checkpoint, data, device, limit, strict)
+    subject = _load(checkpoint, data, columns, device, limit, strict)
     figures: dict[str, Any] = {
         "checkpoint": subject.checkpoint.name,
         "data": subject.pairs.describe(data),
@@ -124,7 +126,8 @@ def evaluate(
         images = _generate(subject, rows, settings, seed, on_stage)
         on_stage("Judging the generated images")
         assert judge is not None
-        quality, collapse = _judge(subject, judge, images, rows, seed, train_data)
+        gallery = load_pairs(train_data, subject.checkpoint, columns=columns) if train_data else None
+        quality, collapse = _judge(subject, judge, images, rows, seed, gallery)
         figures["generation"] = {
             "prompts": len(rows) // per_prompt,
             "per_prompt": per_prompt,
@@ -163,9 +166,16 @@ def _check_options(prompts: int, per_prompt: int, steps: int | None, guidance: f
             raise OptionError(f"{name} is {value}, but must be at least {lowest}.")
 
 
-def _load(checkpoint: str | Path, data: str | Path, device: str, limit: int | None, strict: bool) -> _Subject:
+def _load(
+    checkpoint: str | Path,
+    data: str | Path,
+    columns: Mapping[str, str | None] | None,
+    device: str,
+    limit: int | None,
+    strict: bool,
+) -> _Subject:
     loaded = load_checkpoint(checkpoint)
-    pairs = load_pairs(data, loaded, limit=limit, strict=strict)
+    pairs = load_pairs(data, loaded, columns=columns, limit=limit, strict=strict)
     if len(pairs) < 2:
         raise OptionError(f"{data} holds {len(pairs)} valid pair, but retrieval needs at least 2.")
     attributes = synthetic_attributes(pairs)
@@ -212,9 +222,14 @@ def _judge(
     images: Sequence[ImageArray],
     rows: Sequence[int],
     seed: int,
-    train_data: str | Path | None,
+    gallery: Pairs | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(quality, collapse) of generated images. rows: the pair whose caption each image was generated from."""
+    """(quality, collapse) of generated images.
+
+    Args:
+        rows: The pair whose caption each image was generated from.
+        gallery: The training data, to measure copies.
+    """
     pairs, attributes = subject.pairs, subject.attributes
     generated, real = judge.features(images), judge.features(_arrays(pairs.images))
     # The judge was trained on synthetic images. On other data its distances compare runs, but mean little alone.
@@ -227,10 +242,10 @@ def _judge(
     collapse: dict[str, Any] = {}
     if len(set(rows)) < len(rows):
         collapse["per_prompt_diversity"] = metrics.per_prompt_diversity(generated, rows)
-    if train_data is not None:
-        gallery = judge.features(_arrays(load_pairs(train_data, subject.checkpoint).images))
+    if gallery is not None:
+        trained_on = judge.features(_arrays(gallery.images))
         collapse["nearest_training_image"] = {
-            name: float(metrics.nearest_neighbor_similarity(features, gallery)[0].mean())
+            name: float(metrics.nearest_neighbor_similarity(features, trained_on)[0].mean())
             for name, features in {"generated": generated, "real": real}.items()
         }
     return quality, collapse

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,6 +122,7 @@ class Validator:
         callbacks: Receive each validation.
         prompts: Prompts to generate samples for. Default: the first captions with different meanings.
         steps: Denoising steps of the samples. Default: the checkpoint's own, else 20.
+        columns: Names of columns, see `read_catalog`.
         strict: Raise for the first invalid row instead of skipping it.
         on_invalid_rows: Called with the skipped rows once the data is read.
     """
@@ -133,6 +134,7 @@ class Validator:
         *,
         prompts: Sequence[str] = (),
         steps: int | None = None,
+        columns: Mapping[str, str | None] | None = None,
         strict: bool = False,
         on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     ) -> None:
@@ -140,6 +142,7 @@ class Validator:
         self.callbacks = callbacks
         self.prompts = list(prompts)
         self.steps = steps
+        self.columns = columns
         self.strict = strict
         self.on_invalid_rows = on_invalid_rows
         self._data: _ValidationData | None = None
@@ -157,7 +160,9 @@ class Validator:
         return ValidationResult(score, figures, self.data.name, data.pairs.sha256)
 
     def _read(self, snapshot: ModelSnapshot) -> _ValidationData:
-        pairs = load_pairs(self.data, snapshot.checkpoint, strict=self.strict, fit=snapshot.config.fit)
+        pairs = load_pairs(
+            self.data, snapshot.checkpoint, columns=self.columns, strict=self.strict, fit=snapshot.config.fit
+        )
         if pairs.invalid_rows:
             self.on_invalid_rows(self.data, pairs.invalid_rows)
         if len(pairs) < 2:

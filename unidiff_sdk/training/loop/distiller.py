@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpo
 from unidiff_sdk.training.checkpoints.saving import require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import DistillationConfig
 from unidiff_sdk.training.data.captions import representative_captions, tokenize, warn_about_long_captions
+from unidiff_sdk.training.data.pairs import require_captions
 from unidiff_sdk.training.objective.distillation import (
     STUDENT_SAMPLER,
     coefficients_at,
@@ -68,6 +69,7 @@ def distill(
     config: DistillationConfig | None = None,
     *,
     device: str = "auto",
+    columns: Mapping[str, str | None] | None = None,
     strict: bool = False,
     overwrite: bool = False,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
@@ -93,6 +95,7 @@ def distill(
         out: Folder of the new checkpoint.
         config: Settings. Default: `DistillationConfig()`.
         device: "auto", "cpu" or "cuda".
+        columns: Names of columns of `data`, see `read_catalog`.
         strict: Raise for the first invalid row instead of skipping it.
         overwrite: Replace the checkpoint in `out`, if there is one.
         on_rows: Wraps the rows while they are read.
@@ -114,7 +117,7 @@ def distill(
     # 1. teacher and captions
     teacher = _open_teacher(checkpoint, out, overwrite)
     on_start(teacher)
-    captions, invalid = _read_captions(data, strict, on_rows)
+    captions, invalid = _read_captions(data, columns, strict, on_rows)
     if invalid:
         on_invalid_rows(data, invalid)
     warn_about_long_captions([teacher.tokenizer], captions, data)
@@ -163,10 +166,15 @@ def _open_teacher(checkpoint: str | Path, out: Path, overwrite: bool) -> Checkpo
 
 
 def _read_captions(
-    data: Path, strict: bool, on_rows: Callable[[Iterable[Row]], Iterable[Row]]
+    data: Path,
+    columns: Mapping[str, str | None] | None,
+    strict: bool,
+    on_rows: Callable[[Iterable[Row]], Iterable[Row]],
 ) -> tuple[list[str], list[InvalidRow]]:
+    require_captions(columns)
     invalid: list[InvalidRow] = []
-    captions = [row.text for row in on_rows(read_catalog(data, strict=strict, on_error=invalid.append))]
+    rows = read_catalog(data, columns=columns, strict=strict, on_error=invalid.append)
+    captions = [row.text for row in on_rows(rows)]
     if not captions:
         reason = f"The first invalid row: {invalid[0]}" if invalid else "It has no rows."
         raise DataError(f"{data} holds no valid caption. {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ def train(
     *,
     device: str = "auto",
     clip: str | Path | None = None,
+    columns: Mapping[str, str | None] | None = None,
     strict: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -97,6 +98,7 @@ def train(
         config: Settings. Default: `TrainingConfig()`.
         device: "auto", "cpu" or "cuda".
         clip: CLIP model for a base without one. See `load_base`.
+        columns: Names of columns of `data`: {"image": "photo", "text": "title"}. See `read_catalog`.
         strict: Raise for the first invalid row instead of skipping it.
         resume: Continue the run in `out`, if there is one. On the CPU, the final weights equal those of an
             uninterrupted run bit for bit.
@@ -131,7 +133,7 @@ def train(
     if processes.is_main:
         on_start(checkpoint)
     load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
-    pairs = load(data, progress=on_rows)
+    pairs = load(data, columns=columns, progress=on_rows)
     _require_enough_pairs(pairs, data, config, processes)
     groups = group_keys(pairs, config.group)
 
@@ -210,10 +212,11 @@ def _load_pairs(
     folder: Path,
     *,
     strict: bool,
+    columns: Mapping[str, str | None] | None = None,
     on_invalid_rows: Callable[[Path, list[InvalidRow]], None],
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
 ) -> Pairs:
-    pairs = load_pairs(folder, checkpoint, strict=strict, fit=config.fit, progress=progress)
+    pairs = load_pairs(folder, checkpoint, columns=columns, strict=strict, fit=config.fit, progress=progress)
     if pairs.invalid_rows and processes.is_main:
         on_invalid_rows(folder, pairs.invalid_rows)
     return pairs
