@@ -80,19 +80,33 @@ def test_manifest_without_optional_fields_is_read(toy: Path) -> None:
             {"sample": {"min": [True]}},
             r"profile\.sample\.min\[0\] is True",
         ),
+        ("graphs.unet.inputs.sample.dtype", "x", r"graphs\.unet gives 'sample' the dtype 'x'; use one of float16"),
+        ("graphs.unet.profile", {}, r"graphs\.unet\.profile names , which are not the inputs"),
+        (
+            "graphs.text_encoder.profile",
+            {"input_ids": {"min": [1, 1]}},
+            r"input_ids is .*; it must be min, opt",
+        ),
+        (
+            "graphs.text_encoder.profile",
+            {"input_ids": {"min": [1, 1], "opt": [60000, 60000], "max": [60000, 60000]}},
+            "opt at most 268,435,456 elements",
+        ),
+        ("image.size", 65_536, r"image\.size is 65536; it must be an integer from 1 to 4,096"),
+        ("image.std", [1, 1, 1e-300], r"image\.std\[2\] is 1e-300; it must be a number from 1e-06"),
         ("embedding", 3, "embedding is 3; it must be a JSON object"),
         ("embedding", None, "embedding is missing; it must be a JSON object"),
-        ("embedding.dim", ..., r"embedding\.dim is missing; it must be an integer above 0"),
-        ("embedding.dim", "8", r"embedding\.dim is '8'; it must be an integer above 0"),
-        ("embedding.dim", True, r"embedding\.dim is True; it must be an integer above 0"),
-        ("embedding.dim", -8, r"embedding\.dim is -8; it must be an integer above 0"),
-        ("embedding.logit_scale", 0, r"embedding\.logit_scale is 0; it must be a number above 0"),
-        ("image.mean", [0, 0], r"image\.mean is \[0, 0\]; it must be a list of 3, each of it a number"),
+        ("embedding.dim", ..., r"embedding\.dim is missing; it must be an integer from 1 to 65,536"),
+        ("embedding.dim", "8", r"embedding\.dim is '8'; it must be an integer from 1 to 65,536"),
+        ("embedding.dim", True, r"embedding\.dim is True; it must be an integer from 1 to 65,536"),
+        ("embedding.dim", -8, r"embedding\.dim is -8; it must be an integer from 1 to 65,536"),
+        ("embedding.logit_scale", 0, r"embedding\.logit_scale is 0; it must be a number from 1e-06 to 1e\+06"),
+        ("image.mean", [0, 0], r"image\.mean is \[0, 0\]; it must be a list of 3, each of it a number from"),
         ("image.std", [1, 1, float("inf")], r"image\.std\[2\] is inf; it must be a number"),
         ("image.fit", "squash", r"image\.fit is 'squash'; it must be crop or pad"),
-        ("latent.scale_factor", 4.0, r"latent\.scale_factor is 4\.0; it must be an integer above 0"),
+        ("latent.scale_factor", 4.0, r"latent\.scale_factor is 4\.0; it must be an integer from 1 to 65,536"),
         ("latent.shift_factor", None, r"latent\.shift_factor is None; it must be a number"),
-        ("sampler.guidance_scale", "3", r"sampler\.guidance_scale is '3'; it must be a number above 0"),
+        ("sampler.guidance_scale", "3", r"sampler\.guidance_scale is '3'; it must be a number from 1e-06"),
         ("files", {"../secret": "0"}, r"files names '\.\./secret', which lies outside the bundle"),
         ("fingerprint", "0" * 64, "the fingerprint does not match the list of files"),
     ],
@@ -145,5 +159,5 @@ def test_sizes_have_an_upper_bound(tmp_path: Path, toy: Path) -> None:
     del content["checksum"]
     content["embedding"]["max_tokens"] = 10**9
     (tmp_path / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(BundleError, match="max_tokens is 1000000000; it must be an integer above 0 and at most 65,536"):
+    with pytest.raises(BundleError, match="max_tokens is 1000000000; it must be an integer from 1 to 65,536"):
         Manifest.read(tmp_path)

@@ -18,7 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidiff_sdk._internal.json_values import MAX_DEPTH, checked_text, is_missing, parse_json, read_json, to_json
+from unidiff_sdk._internal.json_values import (
+    MAX_DEPTH,
+    checked_text,
+    is_missing,
+    number_within,
+    parse_json,
+    read_json,
+    to_json,
+)
 from unidiff_sdk.errors import DataError, OptionError, UniDiffError
 
 
@@ -192,3 +200,17 @@ def test_valid_unicode_is_returned(text: str) -> None:
 def test_lone_surrogate_is_an_error_with_its_position() -> None:
     with pytest.raises(OptionError, match=r"not valid Unicode: it has a lone surrogate .* at 4"):
         checked_text("red \ud83d dress")
+
+
+@pytest.mark.parametrize("content", [b'{"a": "\\ud800"}', b'{"\\ud83d": 1}', '{"a": "\udcff"}'])
+def test_lone_surrogate_is_refused(content: bytes | str) -> None:
+    with pytest.raises(DataError, match="is not valid Unicode: it has a lone surrogate"):
+        parse_json(content, "the row")
+    assert parse_json(b'{"a": "\\ud83d\\ude42\\u0000"}', "the row") == {"a": "\U0001f642\0"}
+
+
+@pytest.mark.parametrize("value", [True, None, "7", math.nan, math.inf, -1, 11, 10**40, [7], 6.5])
+def test_number_within_refuses_everything_else(value: Any) -> None:
+    assert number_within("steps", 7.0, 0, 10, DataError, whole=True) == 7
+    with pytest.raises(DataError, match=r"steps is .*; it must be an integer from 0 to 10"):
+        number_within("steps", value, 0, 10, DataError, whole=True)

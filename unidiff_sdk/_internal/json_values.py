@@ -24,6 +24,7 @@ __all__ = [
     "MAX_JSON_DEPTH",
     "checked_text",
     "is_missing",
+    "number_within",
     "parse_json",
     "plain_number",
     "read_json",
@@ -83,14 +84,22 @@ def parse_json(
         nan: whether NaN and infinity are accepted as numbers. JSON does not have them, but Python writes them.
 
     Raises:
-        error: the text is not valid JSON, exceeds a limit, or holds a value of another type.
+        error: the text is not valid JSON, exceeds a limit, contains a lone surrogate such as "\\ud83d", or holds a
+            value of another type.
     """
     try:
-        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        if isinstance(content, str):
+            content = content.encode()  # a string can hold lone surrogates, too
+        text = content.decode("utf-8-sig")
         value = json.loads(text, parse_int=_parse_int, parse_constant=None if nan else _refuse_constant)
         _check_depth(value)
+        if "\\u" in text:  # an escape can make what UTF-8 cannot hold
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as reason:
         raise error(f"{name} is not UTF-8 text ({reason}). Save it as UTF-8.") from None
+    except UnicodeEncodeError as reason:
+        letter = reason.object[reason.start]
+        raise error(f"{name} is not valid Unicode: it has a lone surrogate {letter!r}. Remove or replace it.") from None
     except RecursionError:
         raise error(f"{name} is not valid JSON (nested more than {MAX_JSON_DEPTH} levels deep). Flatten it.") from None
     except ValueError as reason:
@@ -158,6 +167,28 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < at_least:
         raise OptionError(f"{name} is {value!r:.60}; give an integer of at least {at_least}")
     return number
+
+
+def number_within(
+    name: str, value: Any, low: float, high: float, error: type[UniDiffError], *, whole: bool = False
+) -> float:
+    """Check a number in a file from outside.
+
+    Args:
+        name: the field, for messages.
+        value: what the file holds.
+        low, high: the smallest and the largest number that are accepted.
+        error: the class of the error that is raised.
+        whole: whether it must be an integer.
+
+    Raises:
+        error: the value is not a number, or not within the limits. NaN and booleans are not.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and low <= value <= high and (not whole or value == int(value)):
+        return int(value) if whole else float(value)
+    kind = "an integer" if whole else "a number"
+    raise error(f"{name} is {value!r:.60}; it must be {kind} from {low:g} to {high:g}")
 
 
 def checked_text(text: str) -> str:

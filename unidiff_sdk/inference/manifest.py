@@ -59,11 +59,24 @@ Profile = Mapping[str, Mapping[str, Sequence[int]]]
 MAX_COUNT = 65_536
 """The largest number of tokens, dimensions, channels, steps or pixels on a side. They size buffers."""
 
-# Types of fields: the annotations below are the schema that a manifest is read by.
-Count = Annotated[int, "above 0", MAX_COUNT]
-Size = Annotated[int, "above 0"]
-Positive = Annotated[float, "above 0"]
-Share = Annotated[float, "from 0", 1]
+MAX_IMAGE_SIDE = 4096
+"""The largest side of what the image encoder takes, in pixels. The pixels of one such image take 192 MiB."""
+
+MAX_ELEMENTS = 1 << 28
+"""The largest number of elements of an input at its usual shape, 1 GiB of float32: `warmup` allocates it."""
+
+DTYPES = (
+    *("float16", "float32", "float64", "bool"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+)
+"""The data types of inputs and outputs."""
+
+# Types of fields: the annotations below are the schema that a manifest is read by, with the limits of numbers.
+Count = Annotated[int, 1, MAX_COUNT]
+Size = Annotated[int, 1, 1 << 62]  # bytes
+Positive = Annotated[float, 1e-6, 1e6]
+Offset = Annotated[float, -1e6, 1e6]
+Share = Annotated[float, 0, 1]
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,7 @@ class Embedding:
 
     dim: Count
     shared_text_encoder: bool | None = None
-    conditioning_layer: int | None = None
+    conditioning_layer: Annotated[int, -MAX_COUNT, MAX_COUNT] | None = None
     max_tokens: Count
     logit_scale: Positive | None = None
 
@@ -132,9 +145,9 @@ class Prompt:
 class ImageInput:
     """What the image encoder takes: squares of `size` pixels, normalized by `mean` and `std` of each channel."""
 
-    size: Count
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    size: Annotated[int, 1, MAX_IMAGE_SIDE]
+    mean: tuple[Offset, Offset, Offset]
+    std: tuple[Positive, Positive, Positive]
     fit: Fit = "crop"
 
 
@@ -153,7 +166,7 @@ class Latent:
     size: Count
     scale_factor: Count
     scaling_factor: Positive
-    shift_factor: float
+    shift_factor: Offset
 
 
 @dataclass(frozen=True)
@@ -201,10 +214,10 @@ class RerankDefaults:
         gain: None if it was not measured.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[Annotated[int, 0, MAX_COUNT], ...]
     candidates: Count
     weight: Positive
-    noise_seed: int = 0
+    noise_seed: Annotated[int, 0, (1 << 63) - 1] = 0
     gain: RerankGain | None = None
 
 
@@ -412,14 +425,39 @@ def _check_content(manifest: Manifest, file: Path) -> None:
             raise BundleError(
                 f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must be one of the files of the bundle"
             )
+        _check_tensors(graph, f"{file}: graphs.{name}")
         if not graph.file.endswith(GRAPH_SUFFIX):  # ONNX Runtime reads other formats by their suffix
             raise BundleError(f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must end with {GRAPH_SUFFIX}")
     if manifest.rerank is not None and not manifest.rerank.timesteps:
         raise BundleError(f"{file}: rerank.timesteps is empty; it must list at least one timestep")
-    if manifest.rerank is not None and min(*manifest.rerank.timesteps, manifest.rerank.noise_seed) < 0:
-        raise BundleError(f"{file}: rerank.timesteps and rerank.noise_seed must be at least 0")
     if fingerprint_of(manifest.files) != manifest.fingerprint:
         raise BundleError(f"{file}: the fingerprint does not match the list of files; export the bundle again")
+
+
+def _check_tensors(graph: Graph, where: str) -> None:
+    """Check data types, and that the profile gives each input three shapes that it can have."""
+    for name, tensor in (*graph.inputs.items(), *graph.outputs.items()):
+        if tensor.dtype not in DTYPES:
+            raise BundleError(
+                f"{where} gives {name!r:.60} the dtype {tensor.dtype!r:.60}; use one of {', '.join(DTYPES)}"
+            )
+    if graph.profile is None:
+        return
+    if graph.profile.keys() != graph.inputs.keys():
+        raise BundleError(
+            f"{where}.profile names {', '.join(graph.profile):.200}, which are not the inputs of the graph"
+        )
+    for name, bounds in graph.profile.items():
+        rank = len(graph.inputs[name].shape)
+        shapes = [bounds.get(bound, ()) for bound in ("min", "opt", "max")]
+        valid = all(len(shape) == rank for shape in shapes) and all(
+            0 < least <= usual <= most <= MAX_COUNT for least, usual, most in zip(*shapes, strict=True)
+        )
+        if not valid or math.prod(shapes[1]) > MAX_ELEMENTS:
+            raise BundleError(
+                f"{where}.profile.{name} is {dict(bounds)!r:.120}; it must be min, opt and max: each {rank} rising "
+                f"sizes from 1 to {MAX_COUNT:,}, and opt at most {MAX_ELEMENTS:,} elements"
+            )
 
 
 class _InvalidField(Exception):
@@ -439,8 +477,7 @@ def _decode(kind: Any, value: Any, path: str) -> Any:
         if len(members) == 1 or type(value) in members:
             return _decode(members[0] if len(members) == 1 else type(value), value, path)
     elif origin is Annotated:
-        most = arguments[2] if len(arguments) > 2 else math.inf
-        if _is_a(arguments[0], value) and (0 < value <= most or (value == 0 and arguments[1] == "from 0")):
+        if _is_a(arguments[0], value) and arguments[1] <= value <= arguments[2]:
             return value
     elif origin is Literal:
         if value in arguments:
@@ -488,8 +525,8 @@ def _is_a(kind: type, value: Any) -> bool:
 def _accepted(kind: Any) -> str:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        at_most = f" and at most {arguments[2]:,}" if len(arguments) > 2 else ""
-        return f"{_accepted(arguments[0])} {arguments[1]}{at_most}"
+        low, high = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in arguments[1:])
+        return f"{_accepted(arguments[0])} from {low} to {high}"
     if origin in (Union, UnionType):
         return " or ".join(_accepted(member) for member in arguments if member is not NoneType)
     if origin is Literal:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import BundleError, OptionError
 
 __all__ = [
@@ -32,6 +33,9 @@ Float64 = NDArray[np.float64]
 SMALLEST_ALPHA_BAR = 2.0**-24  # replaces zero where sigma / alpha must stay finite; diffusers uses the same value
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 SPACINGS = ("leading", "trailing", "linspace")
+MAX_TIMESTEPS = 100_000  # in training; models have 1,000
+BETA_RANGE = (1e-9, 0.9999)
+"""The smallest and largest share of noise that a timestep can add."""
 
 # Noise schedules of diffusers' scheduler classes, where their configuration states none.
 BETAS: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -75,7 +79,7 @@ class Schedule:
         `clip_sample` is ignored, as in diffusers' Stable Diffusion pipeline: it is meant for pixels.
 
         Raises:
-            BundleError: a setting is not supported.
+            BundleError: a setting is not supported, or is of another type or size than a scheduler can have.
         """
         prediction_type = config.get("prediction_type", PREDICTION_TYPES[0])
         spacing = config.get("timestep_spacing")
@@ -88,14 +92,16 @@ class Schedule:
         if config.get("thresholding"):
             raise BundleError("a scheduler with thresholding is not supported: it is meant for pixels, not for latents")
         alphas_cumprod = _alphas_cumprod(config)
+        total = len(alphas_cumprod)
         return cls(
             alphas_cumprod=alphas_cumprod,
             prediction_type=prediction_type,
             timestep_spacing=spacing,
-            steps_offset=int(config.get("steps_offset", 0)),
+            steps_offset=_integer(config, "steps_offset", 0, 0, total),
             final_alpha_cumprod=1.0 if config.get("set_alpha_to_one", True) else float(alphas_cumprod[0]),
-            original_inference_steps=int(config.get("original_inference_steps", 50)),
-            timestep_scaling=float(config.get("timestep_scaling", 10.0)),
+            # 50 is the default of diffusers, also for models with fewer timesteps, which lcm is not meant for.
+            original_inference_steps=_integer(config, "original_inference_steps", min(50, total), 1, total),
+            timestep_scaling=_number(config, "timestep_scaling", 10.0, 1e-6, 1e6),
         )
 
     @classmethod
@@ -139,14 +145,28 @@ class Schedule:
         return timesteps
 
 
+def _integer(config: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    return int(number_within(name, config.get(name, default), low, high, BundleError, whole=True))
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    return number_within(name, config.get(name, default), low, high, BundleError)
+
+
 def _alphas_cumprod(config: Mapping[str, Any]) -> Float64:
     """alpha-bar in the float32 arithmetic of training, because the model was trained with its rounding errors."""
     config = BETAS | CLASS_BETAS.get(str(config.get("_class_name")), {}) | dict(config)
-    total = int(config.get("num_train_timesteps", 1000))
-    start, end, kind = float(config["beta_start"]), float(config["beta_end"]), config["beta_schedule"]
+    total = _integer(config, "num_train_timesteps", 1000, 1, MAX_TIMESTEPS)
+    start, end = (number_within(name, config[name], *BETA_RANGE, BundleError) for name in ("beta_start", "beta_end"))
+    kind = config["beta_schedule"]
     betas: Float32
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float32)
+    if (trained := config.get("trained_betas")) is not None:
+        trained = trained.tolist() if isinstance(trained, np.ndarray) else trained  # diffusers accepts both
+        if not isinstance(trained, (list, tuple)) or not 0 < len(trained) <= MAX_TIMESTEPS:
+            raise BundleError(f"trained_betas is {trained!r:.60}; it must be a list of 1 to {MAX_TIMESTEPS} numbers")
+        for beta in trained:
+            number_within("trained_betas", beta, *BETA_RANGE, BundleError)
+        betas = np.asarray(trained, np.float32)
     elif kind == "linear":
         betas = _linspace32(start, end, total)
     elif kind == "scaled_linear":
@@ -158,6 +178,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64:
         raise BundleError(f"beta_schedule {kind!r} is not supported; use linear, scaled_linear or squaredcos_cap_v2")
     alphas_cumprod = _cumprod32(1 - betas)
     if config.get("rescale_betas_zero_snr"):
+        if alphas_cumprod[0] == alphas_cumprod[-1]:
+            raise BundleError("rescale_betas_zero_snr needs a noise schedule of more than one noise level")
         alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
     return alphas_cumprod.astype(np.float64)
 
