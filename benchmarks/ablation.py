@@ -35,7 +35,8 @@ SEEDS = (0, 1, 2)
 PAIRS, GALLERY, PROMPTS, PER_PROMPT = 200, 300, 60, 2
 BASE_STEPS = {"clip": 900, "unet": 1500}  # of the bases trained here
 RETAINED = 200  # products of each catalog that the base was trained on
-COMMON = {"steps": 250, "batch_size": 32, "rsc_samples": 8, "save_every": 10_000}
+COMMON = {"steps": 250, "batch_size": 32, "save_every": 10_000}
+DECODED = {"rsc_samples": 8}  # for the arms with a term that decodes estimates
 
 # The differences from the defaults. Separate tuning, today's practice, is "CLIP alone" for retrieval and "SD alone"
 # (the UNet without its text encoder) for generation, with one checkpoint each. "SD and text" shows the effect of
@@ -143,10 +144,13 @@ def score(arm: str, figures: Mapping[str, float]) -> float:
 
 def options(run: Run, work: Path) -> dict[str, Any]:
     """Return the training configuration of a run."""
+    from unidiff_sdk.training.config import TrainingConfig
+
     chosen = COMMON | ARMS[run.arm] | {"seed": run.seed}
     if "RSC" in run.arm:
         chosen |= RATES[best_setting(work, "ITC + IS")]
-    return chosen | SETTINGS[run.arm][run.setting]
+    chosen |= SETTINGS[run.arm][run.setting]
+    return chosen | (DECODED if TrainingConfig(**chosen).decodes else {})
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -161,7 +165,9 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
     tuned, checkpoint, seconds = base, work / f"checkpoint.{os.getpid()}", 0.0
     if run.arm != "base":
         shutil.rmtree(checkpoint, ignore_errors=True)
-        trained = train(data["train"], base, checkpoint, TrainingConfig(**options(run, work)), latents=work / "latents")
+        config = TrainingConfig(**options(run, work))
+        latents = work / "latents" if config.trains_generator else None
+        trained = train(data["train"], base, checkpoint, config, latents=latents)
         tuned, seconds = checkpoint, trained.seconds
     measured = measure(tuned, base, run, work)
     measured["figures"]["seconds"] = seconds
