@@ -174,3 +174,16 @@ def test_group_by_of_a_rare_column_is_accepted(toy: Path, tmp_path: Path) -> Non
 def test_generation_options_without_effect_are_errors(shop: Catalog, options: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says):
         shop.generate("red", **options)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"images": "i"}, {"api_key": "k"}, {"server": ServerOptions()}, {"collection": "shop"}], ids=str
+)
+def test_arguments_for_a_server_are_errors_for_a_folder(toy: Path, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    for location in (tmp_path / "shop.catalog", ":memory:"):
+        with pytest.raises(OptionError, match=f"{name}: only for a Qdrant server"):
+            Catalog(location, toy, **arguments)
+    assert not (tmp_path / "shop.catalog").exists()
+    with pytest.raises(OptionError, match="grpc_port=7000"):
+        ServerOptions(grpc_port=7000)

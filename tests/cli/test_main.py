@@ -492,4 +492,6 @@ def test_options_without_effect_are_usage_errors(indexed: Path, toy: Path, tmp_p
     for option in (("--budget", 9), ("--strength", 0.5), ("--mask", "mask.png"), ("--rescale", 0.5, "--guidance", 1)):
         result = run("generate", catalog, "red", *option, *out)
         check_usage_error(result)
+    (tmp_path / "file").touch()
+    check_usage_error(run("generate", "red", "--bundle", toy, "-o", tmp_path / "file" / "x"), "--out", "not writable")
     assert not (tmp_path / "out").exists()

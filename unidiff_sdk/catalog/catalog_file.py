@@ -37,6 +37,7 @@ MAX_DIM = 65_536  # the longest vectors that the engine stores
 
 TINY_NAME = "tiny"
 MEMORY = ":memory:"
+DEFAULT_COLLECTION = "catalog"
 _SCHEME = re.compile("([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 # ------------------------------------------------------------------------------------------------ places
@@ -71,13 +72,22 @@ class CatalogPlace:
         """Interpret the arguments of `Catalog`. Creates a temporary folder for ":memory:".
 
         Raises:
-            OptionError: with a URL, `images` is missing or `quantization` is given; or the URL is not http or https.
+            OptionError: with a URL, `images` is missing or `quantization` is given; without one, an argument for a
+                server is given; or the URL is not http or https.
         """
         name = str(location)
         scheme = _SCHEME.match(name)
         if scheme and scheme[1].lower() not in ("http", "https"):
             raise OptionError(f"{redact_url(name):.200} has the scheme {scheme[1]}. Give a folder, or an http(s) URL.")
         if not _is_url(name):
+            for_servers = {"images": images, "api_key": api_key, "server": server}
+            ignored = [argument for argument, value in for_servers.items() if value is not None]
+            ignored += ["collection"] if collection != DEFAULT_COLLECTION else []
+            if ignored:
+                raise OptionError(
+                    f"{', '.join(ignored)}: only for a Qdrant server, and {name:.200} is a folder. Give the URL of the "
+                    "server, or omit them."
+                )
             temporary = name == MEMORY
             folder = Path(tempfile.mkdtemp(prefix="unidiff-")) if temporary else Path(location)
             return cls(name, folder, Location(folder, quantization), temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,7 @@ def generate(
         raise OptionError(f"{prompt} is a catalog, not a prompt. Give PROMPT after it: unidiff generate CATALOG PROMPT")
     if add and not catalog:
         raise OptionError("--add needs a CATALOG. Give one before PROMPT, or omit --add.")
+    _check_writable(out)
     if not catalog:
         refuse_options("without a CATALOG to compare with. Give one before PROMPT", "max_similarity")
     location = catalog[0] if catalog else ":memory:"
@@ -136,6 +138,13 @@ def generate(
         echo_json(_as_list(generation, files))
     else:
         _print_summary(generation, files)
+
+
+def _check_writable(out: Path) -> None:
+    """Raise OptionError if the folder cannot be created or written, before images are generated for it."""
+    place = next(folder for folder in (out, *out.absolute().parents) if os.path.lexists(folder))
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise OptionError(f"--out {out} is not writable, because of {place}. Choose another folder.")
 
 
 def _start_image(catalog: Catalog, like: str | None) -> Any:

@@ -67,6 +67,8 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise OptionError(f"ServerOptions({name}={value!r}): {name} must be an integer, at least {least}")
+        if self.grpc_port != ServerOptions.grpc_port and not self.grpc:
+            raise OptionError(f"ServerOptions(grpc_port={self.grpc_port}) has no effect without grpc=True. Add it.")
         if self.quantization not in (None, *QUANTIZATIONS):
             raise OptionError(
                 f"ServerOptions(quantization={self.quantization!r}): quantization must be None or one of "
