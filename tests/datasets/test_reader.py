@@ -404,6 +404,25 @@ def test_text_files_next_to_images_are_captions(folder: Path) -> None:
     assert [row.file_name for row in invalid] == ["sub/b.png"] and "caption is missing" in invalid[0].reason
 
 
+def test_the_extension_of_a_text_file_can_be_in_capitals(folder: Path) -> None:
+    (folder / "a.TXT").write_text("a red square\n")
+    assert [row.text for row in read_catalog(folder, on_error=lambda row: None)] == ["a red square"]
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "Metadata.tsv", "sub/metadata.xlsx"])
+def test_a_metadata_file_that_cannot_be_read_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("[]")
+    with pytest.raises(DataError, match=rf"{name} is not read.*metadata\.jsonl, metadata\.csv"):
+        read_catalog(folder, captions=False)
+
+
+@pytest.mark.parametrize(("name", "fix"), [("shop.csv", "--images"), ("a.caption", r"a\.txt"), ("a.json", r"a\.txt")])
+def test_captions_that_are_not_read_are_reported(folder: Path, name: str, fix: str) -> None:
+    (folder / name).write_text("file_name,text\na.png,x\n")
+    with pytest.warns(UserWarning, match=rf"{name} is not read.*{fix}"):
+        assert len(list(read_catalog(folder, captions=False))) == 2
+
+
 def test_images_alone_are_read_where_captions_are_not_needed(folder: Path) -> None:
     assert [row.text for row in read_catalog(folder, captions=False, strict=True)] == ["", ""]
     assert count_rows(folder, captions=False) == 2

@@ -16,11 +16,12 @@ folder. Hidden folders and links to folders are ignored.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from unidiff_sdk._internal.files import folder_hint, folder_kind
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import DataError
 
 from .shards import IMAGES, find_shards
@@ -42,14 +43,14 @@ class Layout:
         tables: tables, each with the folder of its images.
         shards: webdataset shards.
         images: image files.
-        has_sidecars: whether a text file of the same name holds the caption of an image.
+        sidecars: text files of the same names, which hold the captions of the images: name without extension -> file.
     """
 
     root: Path
     tables: tuple[tuple[Path, Path], ...] = ()
     shards: tuple[Path, ...] = ()
     images: tuple[Path, ...] = ()
-    has_sidecars: bool = False
+    sidecars: Mapping[Path, Path] = field(default_factory=dict)
 
 
 def find_layout(path: str | Path, images: str | Path | None = None, *, captions: bool = True) -> Layout:
@@ -86,7 +87,8 @@ def _search_subfolders(root: Path, captions: bool) -> Layout:
     metadata: list[Path] = []
     shards: list[Path] = []
     images: list[Path] = []
-    texts: set[Path] = set()
+    texts: dict[Path, Path] = {}
+    others: list[Path] = []
     for place, folders, names in os.walk(root):
         folder = Path(place)
         is_deep = len(folder.relative_to(root).parts) >= MAX_FOLDER_DEPTH
@@ -106,20 +108,43 @@ def _search_subfolders(root: Path, captions: bool) -> Layout:
             elif suffix[1:] in IMAGES:
                 images.append(file)
             elif suffix == ".txt":
-                texts.add(file.with_suffix(""))
+                texts[file.with_suffix("")] = file
+            else:
+                others.append(file)
     for tables in (metadata, parquet, arrow):
         if tables:
             return Layout(root, tables=tuple((table, table.parent) for table in tables))
     if shards:
         return Layout(root, shards=tuple(shards))
-    has_sidecars = any(image.with_suffix("") in texts for image in images)
-    if images and (has_sidecars or not captions):
-        return Layout(root, images=tuple(images), has_sidecars=has_sidecars)
+    sidecars = texts if any(image.with_suffix("") in texts for image in images) else {}
+    if images and (sidecars or not captions):
+        if not sidecars:
+            _check_ignored_files(root, images, others)
+        return Layout(root, images=tuple(images), sidecars=sidecars)
     raise DataError(
         f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, no .tar shards and no images with .txt captions. "
         'Add a metadata.jsonl with a line for each image: {"file_name": "boots.png", "text": "red leather boots", '
         '"price": 79.0}'
     )
+
+
+def _check_ignored_files(root: Path, images: Sequence[Path], others: Sequence[Path]) -> None:
+    """Refuse or report files that hold captions in a way that is not read."""
+    stems = {image.with_suffix("") for image in images}
+    for file in others:
+        if file.stem.lower() == "metadata" and file.suffix:
+            raise DataError(
+                f"{file} is not read, and the images would have no captions. Save it as one of {', '.join(METADATA)}."
+            )
+        if file.suffix.lower() in TABLES:
+            warn(
+                f"{root} is indexed as images without captions, and {file} is not read. To read it: "
+                f"unidiff index {file} CATALOG --images {root}"
+            )
+            return
+        if file.suffix.lower() in (".caption", ".json", ".yaml") and file.with_suffix("") in stems:
+            warn(f"{root} is indexed without captions: {file} is not read. Save captions as {file.stem}.txt.")
+            return
 
 
 def _metadata(folder: Path, names: Iterable[str]) -> Path | None:

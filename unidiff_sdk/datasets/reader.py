@@ -267,7 +267,8 @@ class Names:
     def missing(self, role: str, present: Sequence[str]) -> str:
         """What to add to the message about a row that lacks a column."""
         name = (self.image or _FILE_NAME) if role == "image" else str(self.text)
-        return "" if name in present else f". {self._suggest(role, name, present)}"
+        without = " Without captions: --columns text=" if role == "text" else ""
+        return "" if name in present else f". {self._suggest(role, name, present)}{without}"
 
     def split(self, columns: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
         """The image, the caption and the payload of a row, in which "id" is the id."""
@@ -388,10 +389,11 @@ def _image_with_sidecar(layout: Layout, number: int, image: Path) -> Row | Inval
     source = _file_in(layout.root.resolve(), name)
     if isinstance(source, str):
         return InvalidRow(number, name, source)
-    if not layout.has_sidecars:
+    if not layout.sidecars:
         return Row(source, "", {}, number)
     try:
-        content = read_regular_file(image.with_suffix(".txt"), MAX_TEXT_SIZE, DataError)
+        sidecar = layout.sidecars.get(image.with_suffix(""), image.with_suffix(".txt"))
+        content = read_regular_file(sidecar, MAX_TEXT_SIZE, DataError)
         text = content.decode("utf-8-sig").strip()
     except DataError as error:
         return InvalidRow(number, name, f"the caption is missing ({error})")
