@@ -43,10 +43,12 @@ def filled_catalog(folder: Path, vectors: Vectors, *, quantization: str | None =
     """
     from unidiff_sdk import Catalog
     from unidiff_sdk.catalog.catalog_file import BundleRef, CatalogFile
+    from unidiff_sdk.store.edge.store import EdgeStore
 
     no_bundle = BundleRef("none", "none", "none", 64 * "0", vectors.shape[1])
     CatalogFile(no_bundle, "vectors", datetime.now(UTC).isoformat(timespec="seconds")).write(folder)
-    catalog = Catalog(folder, create=False, quantization=quantization)
+    EdgeStore(folder / "vectors", vectors.shape[1], quantization).close()
+    catalog = Catalog(folder, create=False)
     for start in range(0, len(vectors), BATCH):
         catalog._store.upsert(list(_records(vectors[start : start + BATCH], start)))
     return catalog

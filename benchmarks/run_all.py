@@ -22,6 +22,7 @@ from harness import ROOT, fresh
 # Time budgets in seconds on two cores; less than 90 minutes in total.
 BUDGETS = {
     "cold_start": 150,
+    "deleting": 240,
     "few_steps": 660,
     "generate": 480,
     "generate_large": 720,
