@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .retrieval.options import SearchOptions as SearchOptions
     from .retrieval.results import Hit as Hit
     from .retrieval.results import Page as Page
+    from .store.images.checking import CheckReport as CheckReport
     from .store.server.connection import ServerOptions as ServerOptions
 
     __version__: str
@@ -47,6 +48,7 @@ _HOME = {
     "BundleError": "errors",
     "BusyError": "errors",
     "Catalog": "catalog.catalog",
+    "CheckReport": "store.images.checking",
     "CheckpointError": "errors",
     "DataError": "errors",
     "ExportError": "errors",

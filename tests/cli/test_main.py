@@ -98,6 +98,7 @@ def test_help_lists_the_commands_in_order_of_use() -> None:
             "duplicates",
             "generate",
             "info",
+            "check",
             "delete",
             "reindex",
             "export",

@@ -27,6 +27,7 @@ __all__ = [
     "remove_unfinished",
     "replacement_folder",
     "resolve_stored",
+    "unfinished_files",
     "write_atomically",
 ]
 
@@ -76,14 +77,21 @@ def remove_unfinished(folder: Path) -> int:
     A file of `atomic_file` is locked while it is written, by any process. Files in subfolders stay.
     """
     removed = 0
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if not _PART.fullmatch(path.name) or path.is_symlink():
-            continue
-        with suppress(OSError), open_regular_file(path, StoreError) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for path in unfinished_files(folder):
+        with suppress(OSError):
             path.unlink(missing_ok=True)
             removed += 1
     return removed
+
+
+def unfinished_files(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder that a killed process had not finished. Each is locked until the next one."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _PART.fullmatch(path.name) or path.is_symlink():
+            continue
+        with suppress(OSError, StoreError), open_regular_file(path, StoreError) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
 
 
 def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:

@@ -24,6 +24,7 @@ from .snapshot import OpenCatalog
 
 if TYPE_CHECKING:
     from unidiff_sdk.generation.generator import Preview
+    from unidiff_sdk.store.images.checking import CheckReport
 
     from .writer import Writer
 
@@ -464,6 +465,30 @@ class Catalog(OpenCatalog):
         current.get().reranker(self._images)  # raises for a bundle that cannot
         return prepare_all(current.get().store, current.prepare_rerank, progress=progress)
 
+    def check(self, *, repair: bool = False) -> CheckReport:
+        """Compare the stored items with the image files, and report what is missing and what is left over.
+
+        Reads all items and lists all files: about a minute for a million items. Other threads may continue.
+
+        Args:
+            repair: delete images that no item uses and what killed processes left, including the progress of an
+                interrupted `reindex`, and build the search index if it is incomplete or holds deleted vectors.
+                Only files with names that this library gives are deleted, and none that another process uses. On a
+                server, whose images other processes may write, only files older than an hour are deleted.
+
+        Returns:
+            A CheckReport. `remaining` lists what was not fixed, and how to do it. Missing images cannot be restored.
+
+        Raises:
+            StoreError: the catalog is being reindexed, or the store failed.
+        """
+        from unidiff_sdk.store.images.checking import check
+
+        current, is_local = self._current, self._stores is not None and self._stores.url is None
+        with current.while_not_reindexing() as snapshot:
+            vectors = snapshot.file.vectors if is_local else None
+            return check(snapshot.store, self._images, current.lock, vectors, repair=repair)
+
     def export(
         self,
         path: str | Path,
@@ -549,4 +574,5 @@ class Catalog(OpenCatalog):
     aoptimize = async_variant(optimize, WRITING)
     areindex = async_variant(reindex, WRITING)
     aprepare_rerank = async_variant(prepare_rerank, WRITING)
+    acheck = async_variant(check, WRITING)
     aexport = async_variant(export, WRITING)

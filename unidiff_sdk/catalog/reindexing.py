@@ -62,15 +62,13 @@ def reindex(
             "A catalog built by from_parts cannot open a second store. Add the items to a new catalog instead."
         )
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, trusted_keys=current.get().trusted_keys)
-    if not current.reindexing.acquire(blocking=False):
-        raise StoreError(f"{current.location} is being reindexed already. Wait until that has finished.")
-    try:
-        if opened.fingerprint == current.get().file.bundle.fingerprint:
+    with current.while_not_reindexing() as snapshot:
+        if opened.fingerprint == snapshot.file.bundle.fingerprint:
             return 0
-        return _reindex(current, images, stores, opened, progress)
-    finally:
-        current.stop_tracking()
-        current.reindexing.release()
+        try:
+            return _reindex(current, images, stores, opened, progress)
+        finally:
+            current.stop_tracking()
 
 
 def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bundle: Bundle, progress: bool) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -310,6 +311,16 @@ class CurrentSnapshot:
             for sha256 in latents.keys() & kept:
                 snapshot.latents.write(sha256, latents[sha256])
         return len(latents)
+
+    @contextmanager
+    def while_not_reindexing(self) -> Iterator[Snapshot]:
+        """The current snapshot, which no reindexing replaces meanwhile. Raises StoreError if one is running."""
+        if not self.reindexing.acquire(blocking=False):
+            raise StoreError(f"{self.location} is being reindexed already. Wait until that has finished.")
+        try:
+            yield self.get()
+        finally:
+            self.reindexing.release()
 
     def track_changes(self) -> None:
         """Start recording the keys of all items that are written or deleted."""

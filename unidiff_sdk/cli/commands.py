@@ -1,8 +1,10 @@
-"""The commands that manage a catalog: index, info, delete, reindex, export and restore."""
+"""The commands that manage a catalog: index, info, check, delete, reindex, export and restore."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from .parameters import (
 )
 from .terminal import counted, print_table
 
-__all__ = ["delete", "export", "index", "info", "reindex", "restore"]
+__all__ = ["check", "delete", "export", "index", "info", "reindex", "restore"]
 
 SHOWN_PROBLEMS = 20
 
@@ -141,6 +143,33 @@ def info(catalog: Path, as_json: bool) -> None:
     echo(f"         {bundle['path']}")
     if facts["columns"]:
         print_table(["column", "type"], facts["columns"].items())
+
+
+@click.command(
+    cls=Command,
+    short_help="Check a catalog, and repair it.",
+    epilog="""
+    unidiff check shop.catalog
+    unidiff check shop.catalog --repair
+    """,
+)
+@click.argument("catalog", type=CatalogFolder())
+@click.option("--repair", is_flag=True, help="Delete unused images and leftovers, and complete the search index.")
+@json_option
+def check(catalog: Path, repair: bool, as_json: bool) -> None:
+    """Compare the items of CATALOG with its image files. The exit code is 1 if a problem remains."""
+    from unidiff_sdk.catalog.catalog import Catalog
+
+    with Catalog(catalog, create=False) as opened:
+        report = opened.check(repair=repair)
+    if as_json:
+        echo_json(asdict(report))
+    else:
+        orphans, leftovers = len(report.orphaned_images), len(report.leftovers)
+        found = f"{counted(orphans, 'unused image file')} and {counted(leftovers, 'leftover')} found"
+        echo(f"{counted(report.items, 'item')} checked, {found}.", *report.remaining)
+    if report.remaining:
+        sys.exit(1)
 
 
 @click.command(cls=Command, short_help="Delete items.", epilog="unidiff delete shop.catalog boots-17 boots-18")

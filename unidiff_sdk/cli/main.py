@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .commands import delete, export, index, info, reindex, restore
+from .commands import check, delete, export, index, info, reindex, restore
 from .console import Group
 from .datasets import dataset
 from .generate import generate
@@ -26,5 +26,5 @@ def main() -> None:
     """Search a product catalog by text and image, and generate new product images that fit it."""
 
 
-for command in (dataset, index, search, duplicates, generate, info, delete, reindex, export, restore):
+for command in (dataset, index, search, duplicates, generate, info, check, delete, reindex, export, restore):
     main.add_command(command)

@@ -419,7 +419,8 @@ def _scored_record(point: edge.ScoredPoint) -> ScoredRecord:
 
 
 def _record(point: Any) -> Record:
-    return Record(str(point.id), np.asarray(point.vector[VECTOR], np.float32), point.payload or {})
+    vector = (point.vector or {}).get(VECTOR, [])  # a damaged record may lack it; `images.checking` reports that
+    return Record(str(point.id), np.asarray(vector, np.float32), point.payload or {})
 
 
 @contextlib.contextmanager

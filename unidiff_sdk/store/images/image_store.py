@@ -15,6 +15,8 @@ import hashlib
 import io
 import os
 import re
+import stat
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -31,6 +33,13 @@ __all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
 
 THUMBNAIL_SIZE = 128  # pixels on the longer side
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+# All files that are named by the hash of an image; `retrieval.reranking.latents` writes the last kind.
+_DERIVED = re.compile(
+    r"(images/../[0-9a-f]{64}\.[a-z0-9]{1,16}|thumbnails/../[0-9a-f]{64}\.webp|latents-[0-9a-f]{12}/../[0-9a-f]{64}\.bin)",
+    re.ASCII,
+)
+_KIND = re.compile(r"images|thumbnails|latents-[0-9a-f]{12}", re.ASCII)
+_PREFIX = re.compile(r"[0-9a-f]{2}", re.ASCII)
 _COPY = re.compile(r"images/([0-9a-f]{2})/(\1[0-9a-f]{62})\.[a-z0-9]{1,16}", re.ASCII)  # the URI of a copy
 
 
@@ -217,6 +226,29 @@ class ImageStore:
         if copy and copy[2] == sha256:
             self.path(uri).unlink(missing_ok=True)
 
+    def stored_files(self) -> Iterator[tuple[str, Path]]:
+        """Yield (hash, file) of all files that are named by the hash of an image: copies, thumbnails and latents."""
+        for folder in self.folders():
+            for path in folder.iterdir():
+                name = path.relative_to(self.root).as_posix()
+                if _DERIVED.fullmatch(name) and path.stem.startswith(folder.name) and _is_real(path, stat.S_ISREG):
+                    yield path.stem, path
+
+    def folders(self) -> Iterator[Path]:
+        """Yield the folders of the files named by the hash of an image."""
+        for parent in self.root.iterdir() if self.root.is_dir() else ():
+            if _KIND.fullmatch(parent.name) and _is_real(parent, stat.S_ISDIR):
+                for folder in parent.iterdir():
+                    if _PREFIX.fullmatch(folder.name) and _is_real(folder, stat.S_ISDIR):
+                        yield folder
+
+    def has(self, uri: str) -> bool:
+        """Whether the file that a URI refers to exists and is not empty. It may be anywhere: it is not opened."""
+        try:
+            return _exists_with_content(self.path(uri) if _COPY.fullmatch(uri) else self.locate(uri))
+        except ImageError:
+            return False
+
     def reference(self, path: Path) -> str:
         """The URI of a file or folder outside the store: relative if it is below the parent of the root."""
         path, root = path.resolve(), self.root.resolve()
@@ -237,6 +269,14 @@ class ImageStore:
         if not _SHA256.fullmatch(sha256):
             raise ImageError(f"{sha256!r:.200} is not the hash of an image: 64 hexadecimal digits. Index it again.")
         return resolve_stored(self.root, f"thumbnails/{sha256[:2]}/{sha256}.webp", ImageError)
+
+
+def _is_real(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Whether a path is of a kind, and no symbolic link."""
+    try:
+        return is_kind(path.lstat().st_mode)
+    except OSError:  # deleted meanwhile
+        return False
 
 
 def _exists_with_content(path: Path) -> bool:
