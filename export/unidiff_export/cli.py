@@ -11,7 +11,7 @@ import click
 
 from unidiff_sdk._internal.progress import ProgressLines
 from unidiff_sdk._internal.text import terminal_safe
-from unidiff_sdk.cli.console import MainCommand, echo
+from unidiff_sdk.cli.console import Command, MainCommand, echo
 from unidiff_sdk.cli.parameters import parse_pairs
 from unidiff_sdk.errors import ExportError
 
@@ -103,6 +103,25 @@ def main(
     console.print(graph_table(export))
     console.print(result_table(export))
     echo(summary(export, precision))  # without rich, which would wrap and color a long path
+
+
+@click.command(
+    "sign", cls=Command, short_help="Sign a bundle.", epilog="unidiff-export sign bundles/shop --key KEY.pem"
+)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--key", metavar="PEM", required=True, help="Ed25519 private key.")
+def sign_existing(bundle: Path, key: str) -> None:
+    """Sign an existing BUNDLE, after its files have been compared with its manifest.
+
+    Make a key with: openssl genpkey -algorithm ed25519 -out KEY.pem
+    """
+    from unidiff_sdk.inference.folder.signature import SIGNATURE, sign_bundle
+
+    key_id = sign_bundle(bundle, key)
+    echo(f"Wrote {bundle / SIGNATURE}, signed with the key {key_id}.")
+
+
+main.add(sign_existing)
 
 
 @contextmanager

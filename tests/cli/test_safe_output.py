@@ -19,6 +19,7 @@ from unidiff_sdk import Catalog
 from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
 from unidiff_sdk.cli.console import Command, echo
 from unidiff_sdk.cli.main import main
+from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.training.checkpoints.model_card import model_card
 
 ATTACK = "\x1b]52;c;cm0=\x07\x1b[2J\x9b31m\x7f\u202e\u200b[bold]:heart:\nError: false"
@@ -93,6 +94,7 @@ def test_other_commands_escape_too(hostile: Path, tmp_path: Path, toy: Path) -> 
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Image.new("RGB", (20, 20)).save(tmp_path / "x.png")
     assert r"\x1b[2J" in run("index", tmp_path, tmp_path / "new.catalog", "--bundle", toy)
+    assert_safe(str(InvalidRow(1, ATTACK, ATTACK)))
     assert r"\x1b[2J" in run("generate", ATTACK, "--bundle", toy, "--steps", 1, "-o", tmp_path / "out\x1b[2J")
     assert_safe((tmp_path / "out\x1b[2J" / "generation.json").read_text())
 

@@ -168,8 +168,9 @@ class MainCommand(Command):
         return super().main(words, script, *rest, **kwargs)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Other commands"):
-            formatter.write_dl([(name, command.get_short_help_str(80)) for name, command in self.others.items()])
+        if self.others:
+            with formatter.section("Other commands"):
+                formatter.write_dl([(name, command.get_short_help_str(80)) for name, command in self.others.items()])
         super().format_epilog(ctx, formatter)
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk._internal.warnings import safe_logger
 from unidiff_sdk.errors import DataError, OptionError
 
@@ -121,7 +122,7 @@ class InvalidRow:
     hides_later_rows: bool = False
 
     def __str__(self) -> str:
-        return f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}"
+        return terminal_safe(f"line {self.line}{f' ({self.file_name})' if self.file_name else ''}: {self.reason}")
 
 
 def read_catalog(
