@@ -79,7 +79,7 @@ def test_options_are_parsed(options: list[str], expected: dict[str, object]) -> 
 
 def test_key_is_checked_before_the_export(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["tiny", "-o", str(tmp_path / "out"), "--sign", str(tmp_path / "nowhere.pem")])
-    assert result.exit_code == 1 and "nowhere.pem: cannot be read, because there is no such file" in result.stderr
+    assert result.exit_code == 2 and "nowhere.pem: cannot be read, because there is no such file" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
