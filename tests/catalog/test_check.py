@@ -181,6 +181,29 @@ def test_check_on_shared_images_keeps_recent_files(tmp_path: Path) -> None:
     assert not set(orphans) & files(tmp_path / "shop")
 
 
+def test_check_of_a_server_store_reports_records_without_vector(tmp_path: Path) -> None:
+    from qdrant_client import QdrantClient, models
+
+    from unidiff_sdk import Bundle
+    from unidiff_sdk.store.server.store import ServerStore
+
+    bundle, client = Bundle.open(make_toy_bundle(tmp_path / "bundle")), QdrantClient(":memory:")
+    store = ServerStore(client, "shop", bundle.dim, bundle.fingerprint)
+    with Catalog.from_parts(store, ImageStore(tmp_path / "shop"), bundle) as catalog:
+        catalog.add([image(k) for k in range(3)], ids=[1, 2, 3])
+        catalog._images.path(catalog.get(2).uri).unlink()
+        payload = store.retrieve([key_of(3)])[0].payload
+        client.upsert("shop", [models.PointStruct(id=key_of(3), vector={}, payload=payload)])
+        before = files(tmp_path / "shop")
+        for name in before:
+            os.utime(tmp_path / "shop" / name, (time.time() - 7200,) * 2)
+        with pytest.warns(UserWarning, match="skipped"):
+            report = catalog.check(repair=True)
+    assert (report.items, report.missing_images, report.unindexed, report.deleted_share) == (2, (2,), 0, 0)
+    assert any(sentence.startswith("1 records have no usable vector") for sentence in report.remaining)
+    assert files(tmp_path / "shop") == before
+
+
 def test_check_during_a_reindexing_is_refused(shop: Path) -> None:
     with (
         Catalog(shop) as catalog,

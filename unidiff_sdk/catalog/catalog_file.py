@@ -89,7 +89,7 @@ class CatalogPlace:
                     "server, or omit them."
                 )
             temporary = name == MEMORY
-            folder = Path(tempfile.mkdtemp(prefix="unidiff-")) if temporary else Path(location)
+            folder = _temporary_folder() if temporary else Path(location)
             return cls(name, folder, Location(folder, quantization), temporary)
         if quantization is not None:
             raise OptionError(
@@ -99,6 +99,13 @@ class CatalogPlace:
         if images is None:
             raise OptionError("A Qdrant server stores no images. Give a folder for them: Catalog(url, images='folder')")
         return cls(name, Path(images), Location(Path(images), None, name, collection, api_key, server))
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="unidiff-"))
+    except OSError as error:
+        raise StoreError(f"No temporary folder can be created for {MEMORY!r}: {error.strerror or error}.") from error
 
 
 @contextmanager

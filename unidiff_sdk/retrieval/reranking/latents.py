@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
+from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk.errors import StoreError
 
 __all__ = ["ImageLatents", "LatentCache", "LatentStore"]
@@ -115,7 +116,9 @@ class LatentStore:
 
     def write(self, sha256: str, latents: ImageLatents) -> None:
         """Store latents, or replace stored ones. Raises StoreError."""
-        write_atomically(self._path(sha256), latents.to_bytes())
+        content = latents.to_bytes()
+        require_free_space(self._root, len(content), f"the latents of the image {sha256}")
+        write_atomically(self._path(sha256), content)
 
     def remove(self, sha256: str) -> None:
         """Delete the latents of an image, if they are stored. Raises StoreError."""

@@ -90,12 +90,13 @@ def check(
             missing_images.append(id)
         if not _is_usable(record, store.dim):
             missing_vectors.append(id)
+    unread = len(getattr(store, "foreign", ()))  # points that a server store skips
     orphans = [(sha256, path) for sha256, path in files if sha256 not in used]
     unindexed, deleted_share = store.unindexed_count(), store.deleted_share()
 
     # 3. Repair.
     if repair:
-        if not damaged:  # whose images are not known
+        if not (damaged or unread):  # whose images are not known
             for sha256, path in orphans:
                 _delete_orphan(store, lock, sha256, path)
         for path in leftovers:
@@ -113,18 +114,23 @@ def check(
         deleted_share=deleted_share,
         repaired=repair,
         remaining=(
-            *_lost(missing_images, missing_vectors, damaged),
+            *_lost(missing_images, missing_vectors, damaged, unread),
             *_left([path for _, path in orphans], leftovers, store.deleted_share(), repair),
         ),
     )
 
 
-def _lost(images: list[str | int], vectors: list[str | int], damaged: list[str | int]) -> Iterator[str]:
+def _lost(images: list[str | int], vectors: list[str | int], damaged: list[str | int], unread: int) -> Iterator[str]:
     """Sentences about what no repair can restore."""
     if images:
         yield f"The images of the items {_some(images)} are missing. Add these items again, or delete them."
     if vectors:
         yield f"No search finds the items {_some(vectors)}: they have no usable vector. Add them again, or delete them."
+    if unread:
+        yield (
+            f"{unread:,} records have no usable vector, or were not stored by this SDK. Images that no item uses are "
+            "kept, because they may belong to them. Delete these records, or restore a backup."
+        )
     if damaged:
         yield (
             f"The records {_some(damaged)} were not stored by this SDK, or are damaged. Images that no item uses are "

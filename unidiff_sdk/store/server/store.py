@@ -248,6 +248,11 @@ class ServerStore:
         with self._engine():
             return max(0, self.client.count(self.collection, count_filter=conditions, exact=True).count)
 
+    @property
+    def foreign(self) -> tuple[Any, ...]:
+        """Ids of points that are no items or have no vector, as far as they were met. All methods skip them."""
+        return self._points.foreign
+
     def unindexed_count(self) -> int:
         """0: the server builds its index by itself."""
         return 0
