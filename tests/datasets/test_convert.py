@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,40 @@ def test_convert_commands(deepfashion: Path, m5: Path, tmp_path: Path) -> None:
     assert "render" in help_text and "convert" in help_text
     rendered = run(main, ["dataset", "--n", "3", "fashion-man", str(tmp_path / "rendered")])
     assert rendered.exit_code == 0 and "3 synthetic products" in rendered.stdout
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"1": {"title": "x", "pv": ' + b"9" * 5000 + b"}}",
+        b'{"1": {"title": "\xff"}}',
+        b'{"1": ' + b"[" * 100_000,
+        b'{"1": {"title": NaN, "pv": 1e999}',
+        b"\x00" * 100,
+        b"",
+    ],
+    ids=["digits", "not UTF-8", "depth", "truncated", "NUL", "empty"],
+)
+def test_damaged_annotations_are_data_errors(m5: Path, content: bytes) -> None:
+    (m5 / "product1m_product5m_id_label.json").write_bytes(content)
+    with pytest.raises(DataError):
+        list(m5product(m5))
+
+
+@pytest.mark.parametrize("name", ["captions.json", "labels/shape/shape_anno_all.txt", "labels/texture/fabric_ann.txt"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"\n\n", b"[1]", b"a " + b"9" * 5000])
+def test_damaged_captions_and_labels_are_data_errors(deepfashion: Path, name: str, content: bytes) -> None:
+    (deepfashion / name).write_bytes(content)
+    with pytest.raises(DataError):
+        list(deepfashion_multimodal(deepfashion, "men"))
+
+
+def test_annotations_are_regular_files(deepfashion: Path, m5: Path) -> None:
+    for folder, file, read in (
+        (m5, "product1m_product5m_id_label.json", lambda: m5product(m5)),
+        (deepfashion, "labels/texture/fabric_ann.txt", lambda: deepfashion_multimodal(deepfashion, "men")),
+    ):
+        (folder / file).unlink()
+        (folder / file).symlink_to("/dev/zero")
+        with contextlib.suppress(DataError):  # and does not read forever
+            assert list(read())

@@ -191,6 +191,43 @@ def test_declared_kinds_take_precedence(folder: Path) -> None:
         read_catalog(folder, kinds={"price": "money"})
 
 
+@pytest.mark.parametrize("write", [write_jsonl, write_csv])
+@pytest.mark.parametrize(
+    ("kind", "values", "expected"),
+    [
+        ("string", [38, "M", 2.5, True], ["38", "M", "2.5", "true"]),
+        ("number", [38, "39", "-2.5", 4.0], [38, 39, -2.5, 4.0]),
+        ("boolean", [True, "true", "FALSE"], [True, True, False]),
+    ],
+)
+def test_a_declared_kind_converts_the_values_of_every_format(
+    folder: Path, write: Any, kind: str, values: list[Any], expected: list[Any]
+) -> None:
+    write(folder, [{"file_name": "a.png", "text": "x", "size": value} for value in values])
+    found = [row.payload["size"] for row in read_catalog(folder, kinds={"size": kind}, strict=True)]
+    if write is write_csv and kind == "string":
+        expected = [str(value) for value in values]  # True is written as "True" in csv
+    assert [(type(value), value) for value in found] == [(type(value), value) for value in expected]
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet])
+def test_a_value_that_contradicts_a_declared_kind_is_an_invalid_row(folder: Path, write: Any) -> None:
+    write(folder, [{"file_name": "a.png", "text": "x", "price": price} for price in ("3", "soon", None)])
+    invalid: list[InvalidRow] = []
+    rows = list(read_catalog(folder, kinds={"price": "number"}, on_error=invalid.append))
+    assert [row.payload for row in rows] == [{"price": 3}, {}]
+    assert [row.reason for row in invalid] == ["price is 'soon' and the column is declared as number"]
+    if write is not write_jsonl:  # rows of JSON Lines have no common columns
+        with pytest.raises(DataError, match=r"no column 'prise'.*The nearest is 'price'"):
+            list(read_catalog(folder, kinds={"prise": "number"}))
+
+
+def test_lists_and_ids_have_declared_kinds_too(folder: Path) -> None:
+    write_jsonl(folder, [{"file_name": "a.png", "text": "x", "id": 7, "tags": ["new", 2026, None]}])
+    (row,) = read_catalog(folder, kinds={"tags": "string", "id": "string"}, strict=True)
+    assert row.payload == {"id": "7", "tags": ["new", "2026", None]}
+
+
 def test_nan_inside_a_value_is_null(folder: Path) -> None:
     write_jsonl(folder, ['{"file_name": "a.png", "text": "x", "size": {"cm": NaN, "all": [1, NaN]}}'])
     (row,) = read_catalog(folder)

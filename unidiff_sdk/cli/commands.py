@@ -56,7 +56,7 @@ SHOWN_PROBLEMS = 20
     help="Names of columns: image=photo,text=title,id=sku. text= reads no captions.",
 )
 @click.option(
-    "--kinds", callback=parse_pairs, metavar="COLUMN=KIND,…", help="Kinds of CSV columns: string, number or boolean."
+    "--kinds", callback=parse_pairs, metavar="COLUMN=KIND,…", help="Kinds of columns: string, number or boolean."
 )
 @click.option("--reference", is_flag=True, help="Reference the image files where they are instead of copying them.")
 @click.option("--prune", is_flag=True, help="Delete items that were indexed from FOLDER and are no longer in it.")

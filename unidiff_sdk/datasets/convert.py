@@ -17,17 +17,19 @@ the layouts were reconstructed from their documentation and from programs that r
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unidiff_sdk._internal.files import replacement_folder
-from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk._internal.files import open_regular_file, read_regular_file, replacement_folder
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT, read_json
 from unidiff_sdk.errors import DataError
 
 from .reader import InvalidRow
@@ -264,8 +266,8 @@ def _labels(folder: Path) -> dict[str, dict[str, str]]:
         file = folder / name
         if not file.is_file():
             continue
-        for line, content in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            image, *numbers = content.split()
+        for line, content in enumerate(_text_of(file).splitlines(), start=1):
+            image, *numbers = content.split() or [""]
             words = found.setdefault(image, {})
             try:
                 for (column, meanings), number in zip(columns.items(), numbers, strict=True):
@@ -277,6 +279,13 @@ def _labels(folder: Path) -> dict[str, dict[str, str]]:
                     f"{', '.join(columns)}."
                 ) from error
     return found
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return read_regular_file(file, MAX_DOCUMENT, DataError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 # -------------------------------------------------------------------------------------------- M5Product
@@ -347,7 +356,7 @@ def read_members(file: Path, chunk_size: int = _CHUNK) -> Iterator[tuple[str, An
         DataError: the file is truncated or does not hold a JSON object.
     """
     decode = json.JSONDecoder().raw_decode
-    with file.open(encoding="utf-8") as stream:
+    with io.TextIOWrapper(open_regular_file(file, DataError), encoding="utf-8-sig") as stream, _read_errors(file):
         text, place = stream.read(chunk_size), 0
         opening = _OPENING.match(text)
         if opening is None:
@@ -358,7 +367,7 @@ def read_members(file: Path, chunk_size: int = _CHUNK) -> Iterator[tuple[str, An
                 key, end = decode(text, place)
                 value, end = decode(text, _after(_COLON, text, end))
                 end = _after(_COMMA, text, end)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
                 more = stream.read(chunk_size)  # the chunk may end within the member
                 if not more or len(text) - place > _MAX_ENTRY:
                     raise DataError(f"{file}: truncated or not valid JSON near {text[place : place + 60]!r}") from error
@@ -366,6 +375,16 @@ def read_members(file: Path, chunk_size: int = _CHUNK) -> Iterator[tuple[str, An
                 continue
             yield str(key), value
             place = end
+
+
+@contextmanager
+def _read_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def _after(pattern: re.Pattern[str], text: str, place: int) -> int:

@@ -144,7 +144,9 @@ def read_catalog(
             table.
         columns: names of columns: `{"image": "photo", "text": "title", "id": "sku"}`; any other key renames a column
             of the payload. `{"text": None}` reads a table without captions.
-        kinds: kinds of csv columns: "string", "number" or "boolean". Default: detected (`values.CellTypes`).
+        kinds: kinds of columns: "string", "number" or "boolean". Values are converted: 38 is the string "38", and "38"
+            the number 38. A row with another value is invalid. Default: as the table has them, and in csv detected
+            (`values.CellTypes`).
         captions: whether each image needs a caption. Otherwise, folders of images alone can be read, too.
         strict: raise DataError at the first invalid row instead of skipping it.
         on_error: called with each invalid row. By default, the problems are logged as warnings, each once.
@@ -249,9 +251,9 @@ class Names:
         self.strings = {self.image or _FILE_NAME, self.text or ""}
         self._given = {role: name for role, name in columns.items() if name is not None}
 
-    def check(self, table: Path, present: Sequence[str]) -> None:
-        """Raise DataError if a table lacks a column."""
-        for role, name in self._given.items():
+    def check(self, table: Path, present: Sequence[str], declared: Iterable[str] = ()) -> None:
+        """Raise DataError if a table lacks a column that is named or declared."""
+        for role, name in [*self._given.items(), *(("", name) for name in declared)]:
             if name not in present:
                 raise DataError(f"{table}: there is no column {name!r}. {self._suggest(role, name, present)}")
         if self.image is None and not {_FILE_NAME, "image"} & set(present):
@@ -295,6 +297,8 @@ class Names:
         columns = f"Columns: {', '.join(map(repr, present[:20])) or 'none'}{', …' if len(present) > 20 else ''}."
         if nearest is None:
             return columns
+        if not role:
+            return f"{columns} The nearest is {nearest!r}."
         return f"{columns} The nearest is {nearest!r}: columns={{{role!r}: {nearest!r}}} (--columns {role}={nearest})."
 
 
@@ -313,7 +317,7 @@ class _Reader:
             several = f" ({table}, line %d)" if len(layout.tables) > 1 else ""
 
             def check_header(names: Sequence[str], table: Path = table) -> None:
-                self.names.check(table, names)
+                self.names.check(table, names, self.kinds)
 
             for line, columns in read_table(table, check_header, self.kinds, self.names.strings):
                 last = max(last, line)
@@ -329,7 +333,10 @@ class _Reader:
             yield _image_with_sidecar(layout, number, image)
 
     def _table_row(self, root: Path, line: int, columns: dict[str, Any], where: str) -> Row | InvalidRow:
-        image, text, payload = self.names.split(present_columns(columns, self.kinds))
+        try:
+            image, text, payload = self.names.split(present_columns(columns, self.kinds))
+        except ValueError as error:
+            return InvalidRow(line, "", f"{error}{where}")
         if image is None or (isinstance(image, str) and not image.strip()):
             return InvalidRow(line, "", f"file_name is missing{self.names.missing('image', list(columns))}{where}")
         source = _image_of(root, line, image)
@@ -342,7 +349,10 @@ class _Reader:
         return Row(source, text.strip() if isinstance(text, str) else "", payload, line)
 
     def _sample(self, number: int, sample: Sample) -> Row | InvalidRow:
-        _, text, payload = self.names.split(present_columns(sample.columns, self.kinds))
+        try:
+            _, text, payload = self.names.split(present_columns(sample.columns, self.kinds))
+        except ValueError as error:
+            return InvalidRow(number, sample.name, str(error))
         if sample.image is None:
             return InvalidRow(number, sample.name, sample.problem, sample.hides_later_rows)
         if self.names.text is not None and (not isinstance(text, str) or not text.strip()):

@@ -103,10 +103,7 @@ def _read_csv(path: Path, check_header: CheckHeader, types: CellTypes) -> TableR
         if isinstance(cells, str):
             yield line, cells
             continue
-        try:
-            yield line, {column: types.convert(column, cell) for column, cell in cells.items()}
-        except ValueError as error:
-            yield line, str(error)
+        yield line, {column: types.convert(column, cell) for column, cell in cells.items()}
 
 
 def _read_cells(path: Path, check_header: CheckHeader) -> Iterator[tuple[int, dict[str, str] | str]]:

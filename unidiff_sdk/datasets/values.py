@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from unidiff_sdk._internal.json_values import is_missing
@@ -39,9 +40,13 @@ def checked_kinds(kinds: Mapping[str, str] | None) -> dict[str, str]:
 def present_columns(columns: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
     """The columns with a value. NaN inside a list or an object becomes null.
 
-    In `id`, and in a column that is declared as strings, every non-empty string is a value.
+    In `id`, and in a column that is declared as strings, every non-empty string is a value. Other values of declared
+    columns are converted.
+
+    Raises:
+        ValueError: a value contradicts the declared kind of its column.
     """
-    present = {}
+    present: dict[str, Any] = {}
     for name, value in columns.items():
         if isinstance(value, str):
             if value.strip() not in MISSING_WORDS or (value and (name == "id" or kinds.get(name) == "string")):
@@ -50,7 +55,24 @@ def present_columns(columns: Mapping[str, Any], kinds: Mapping[str, str]) -> dic
             present[name] = _without_nan(value)
         elif not is_missing(value):
             present[name] = value
+    for name in kinds.keys() & present.keys():
+        present[name] = _of_kind(name, present[name], kinds[name])
     return present
+
+
+def _of_kind(column: str, value: Any, kind: str) -> Any:
+    """A value as its declared kind: 38 as "38", "38" as 38, "true" as true, and each element of a list."""
+    if isinstance(value, list):
+        return [None if element is None else _of_kind(column, element, kind) for element in value]
+    if kind == "string":
+        if isinstance(value, bool):
+            return str(value).lower()
+        return str(value) if isinstance(value, (int, float, Decimal)) else value
+    typed = _typed(value) if isinstance(value, str) else value
+    is_number = isinstance(typed, (int, float, Decimal)) and not isinstance(typed, bool)
+    if not (is_number if kind == "number" else isinstance(typed, bool)):
+        raise ValueError(f"{column} is {value!r:.60} and the column is declared as {kind}")
+    return typed
 
 
 def _without_nan(value: Any) -> Any:
@@ -99,7 +121,7 @@ class CellTypes:
                 tally.numbers += 1
 
     def convert(self, column: str, cell: str) -> Any:
-        """The value of a cell. Raises ValueError if it contradicts the declared kind."""
+        """The value of a cell. Cells of declared columns stay strings, which `present_columns` converts."""
         kind = self.kinds.get(column)
         if kind == "string" or column in self.strings:
             return cell
@@ -109,11 +131,7 @@ class CellTypes:
         value = _typed(cell)
         if cell.strip() in MISSING_WORDS:
             return None
-        if kind is None:
-            return cell if self._is_text(column) else value
-        if isinstance(value, bool) != (kind == "boolean") or isinstance(value, str):
-            raise ValueError(f"{column} is {cell!r:.60} and the column is declared as {kind}")
-        return value
+        return cell if kind is not None or self._is_text(column) else value  # declared columns are converted later
 
     def warn_about_mixed_columns(self, table: str) -> None:
         """Warn about each column that holds numbers and other text, with an example."""
