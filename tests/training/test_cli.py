@@ -143,7 +143,9 @@ def test_columns_name_the_images_and_captions(random_checkpoint: Path, small_cat
     distilled = (train, "distill", random_checkpoint, tmp_path / "data", "-o", tmp_path / "fast", *FEW_DISTILLED)
     assert call(*distilled, *named).exit_code == 0
     assert "image=photo" in one_line(call(*arguments, "--overwrite")), "the message names the option"
-    assert "training needs captions" in one_line(call(*distilled, "--overwrite", "--columns", "image=photo,text="))
+    assert "training needs captions" in one_line(
+        call(*distilled, "--overwrite", "--columns", "image=photo,text="), code=2
+    )
 
 
 def test_all_invalid_rows_are_listed_in_the_log(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:

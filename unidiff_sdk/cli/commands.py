@@ -81,8 +81,8 @@ def index(
     """Add the images in FOLDER to CATALOG, which is created if it does not exist.
 
     FOLDER contains images and a metadata.jsonl, metadata.csv or metadata.parquet. Each row names an image (file_name)
-    and its caption (text). The other columns are stored for filters. FOLDER can also contain webdataset shards (.tar),
-    be one shard, or be a table (.jsonl, .csv, .parquet) of any name.
+    and its caption (text). The other columns are stored for filters. FOLDER can also be
+    a folder of webdataset shards (.tar), a single shard, or a table (.jsonl, .csv, .parquet) of any name.
 
     Rows that have not changed since the last run are skipped. Invalid rows are skipped and listed at the end.
     """

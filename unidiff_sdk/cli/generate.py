@@ -59,7 +59,7 @@ __all__ = ["generate"]
     type=click.Choice(["truncate", "chunk"]),
     default="truncate",
     show_default=True,
-    help="How to handle tokens beyond the limit of the model: ignore or encode them.",
+    help="What to do with tokens past the limit of the model: ignore them, or encode them in chunks.",
 )
 @click.option("--like", metavar="IMAGE", help="Image to start from: a file, or the id of an item in CATALOG.")
 @click.option(
@@ -70,14 +70,17 @@ __all__ = ["generate"]
 @click.option(
     "--mask", type=click.Path(path_type=Path), help="With --like: mask for inpainting, bright where to repaint."
 )
-@click.option("--best-of", type=int, metavar="N", help="Generate N candidates and keep the best -n. Default: -n.")
 @click.option(
-    "--min-score", type=float, help="Replace candidates with a lower cosine similarity to PROMPT than this, -1 to 1."
+    "--best-of",
+    type=int,
+    metavar="N",
+    help="Generate N candidates and keep the best -n. Default: no further candidates.",
 )
+@click.option("--min-score", type=float, help="Replace candidates whose cosine similarity to PROMPT is lower, -1 to 1.")
 @click.option(
     "--max-similarity",
     type=float,
-    help="Replace candidates with a higher cosine similarity to an item in CATALOG than this, -1 to 1.",
+    help="Replace candidates whose cosine similarity to an item in CATALOG is higher, -1 to 1.",
 )
 @click.option("--budget", type=int, help="Maximum number of candidates. Default: 4 times the first round.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Folder for the images.")
@@ -99,7 +102,8 @@ def generate(
 ) -> None:
     """Generate images from PROMPT, rank them by their similarity to it, and name the nearest item in CATALOG.
 
-    The folder contains each image as a PNG with its recipe, contact-sheet.png with all images, and generation.json.
+    The output folder receives each image as a PNG with its recipe, a contact sheet (contact-sheet.png), and the values
+    that reproduce the images (generation.json).
     """
     from unidiff_sdk._internal.progress import progress_bar
     from unidiff_sdk.catalog.catalog import Catalog

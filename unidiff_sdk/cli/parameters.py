@@ -33,7 +33,7 @@ references_option = click.option(
     "--references",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Where the images are that were indexed with --reference.",
+    help="Folder of the images that were indexed with --reference.",
 )
 
 trusted_key_option = click.option(

@@ -67,8 +67,8 @@ thumbnails_option = click.option(
 @where_option
 @click.option("--limit", default=10, show_default=True, help="Maximum number of hits, 1 to 10000.")
 @click.option("--offset", default=0, show_default=True, help="Number of best hits to skip.")
-@click.option("--cursor", help="Continue after a page: the cursor that it printed, with the same other options.")
-@click.option("--min-score", type=float, help="Minimum score: the cosine similarity, -1 to 1.")
+@click.option("--cursor", help="Continue after a page: the cursor that it printed. Repeat its other options.")
+@click.option("--min-score", type=float, help="Exclude hits with a lower score (cosine similarity), -1 to 1.")
 @click.option("--diversity", type=float, help="0 (rank by similarity alone) to 1 (prefer variety). Default: 0.")
 @click.option("--group-by", metavar="COLUMN", help="Return only the best hit for each value of this column.")
 @click.option("--hybrid", is_flag=True, help="Also rank by the words of the captions (BM25).")

@@ -113,10 +113,11 @@ def test_validations_of_the_same_weights_agree_and_leave_the_random_state(
 def test_training_is_the_same_with_and_without_validation(
     small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = TrainingConfig(steps=2, batch_size=4, warmup_steps=1, validate_every=1, lambda_rsc=0)
+    config = TrainingConfig(steps=2, batch_size=4, warmup_steps=1, lambda_rsc=0)
     recorder = Recorder()
-    for name, validate in {"with": validator_of(small_catalog, [recorder]), "without": None}.items():
-        train(small_catalog, random_checkpoint, tmp_path / name, config, device="cpu", on_validate=validate)
+    validated = {"config": replace(config, validate_every=1), "on_validate": validator_of(small_catalog, [recorder])}
+    for name, options in {"with": validated, "without": {"config": config}}.items():
+        train(small_catalog, random_checkpoint, tmp_path / name, device="cpu", **options)
     a, b = (load_checkpoint(tmp_path / name).unet.state_dict() for name in ("with", "without"))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [record.step for record in recorder.records] == [0, 1, 2]
