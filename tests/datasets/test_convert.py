@@ -219,6 +219,34 @@ def test_reading_in_chunks_equals_reading_at_once(
     assert dict(read_members(file, chunk)) == content
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"1": {"title": "\\xff"}}', "not valid JSON"),
+        (b'{"1": {"title": "\xff"}}', "is not UTF-8 text"),
+        (b'{"1": ' + b"9" * 5000 + b"}", "an integer has 5,000 digits"),
+        (b'{"1": ' + b"[" * 5000 + b"}", "truncated or not valid JSON|nested more than"),
+        (b'{"1": ' + b"[" * 500 + b"]" * 500 + b"}", "nested more than 100 levels"),
+        (b'{"1": "\\ud800"}', "has a lone surrogate"),
+        (b"{1: 2}", "has the key 1"),
+        (b"[]", "must hold a JSON object"),
+        (b"", "must hold a JSON object"),
+        (b'{"1": 2', "truncated"),
+    ],
+)
+def test_damaged_annotations_are_a_data_error(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_members(tmp_path / "a.json", 7))
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a.jpg x 1 2", b"\n", b"a.jpg " + b"9" * 5000])
+def test_damaged_labels_are_a_data_error(deepfashion: Path, content: bytes) -> None:
+    (deepfashion / "labels/shape/shape_anno_all.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"is not UTF-8 text|Expected a file name and"):
+        list(deepfashion_multimodal(deepfashion, "men"))
+
+
 def test_convert_commands(deepfashion: Path, m5: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     arguments = ["dataset", "convert", "deepfashion-multimodal", str(deepfashion), str(tmp_path / "men")]

@@ -6,7 +6,8 @@ import enum
 import json
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = [
     "MAX_DOCUMENT",
     "MAX_JSON_DEPTH",
     "checked_text",
+    "damaged_content",
     "is_missing",
     "number_within",
     "parse_json",
@@ -69,6 +71,23 @@ def read_json(
         error: the file is missing, is not a regular file or too large, or `parse_json` refuses its content.
     """
     return parse_json(read_regular_file(path, max_size, error), str(path), error=error, kind=kind, nan=nan)
+
+
+@contextmanager
+def damaged_content(name: object, error: type[UniDiffError], fix: str) -> Iterator[None]:
+    """Convert what Python raises for missing keys and other types while the content of a file is used.
+
+    Args:
+        name: the file or folder, for messages.
+        error: the class of the error that is raised. A `UniDiffError` is passed on.
+        fix: what to do, a sentence.
+    """
+    try:
+        yield
+    except UniDiffError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as reason:
+        raise error(f"{name} is damaged ({type(reason).__name__}: {reason!s:.200}). {fix}") from reason
 
 
 def parse_json(

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unidiff_sdk._internal.files import open_regular_file, read_regular_file, replacement_folder
-from unidiff_sdk._internal.json_values import MAX_DOCUMENT, read_json
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT, parse_json, read_json
 from unidiff_sdk.errors import DataError
 
 from .reader import InvalidRow
@@ -353,9 +353,9 @@ def read_members(file: Path, chunk_size: int = _CHUNK) -> Iterator[tuple[str, An
         chunk_size: characters to read at a time.
 
     Raises:
-        DataError: the file is truncated or does not hold a JSON object.
+        DataError: the file is truncated, is not UTF-8, or does not hold a JSON object.
     """
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(parse_int=float).raw_decode  # only finds the end of a member
     with io.TextIOWrapper(open_regular_file(file, DataError), encoding="utf-8-sig") as stream, _read_errors(file):
         text, place = stream.read(chunk_size), 0
         opening = _OPENING.match(text)
@@ -365,15 +365,19 @@ def read_members(file: Path, chunk_size: int = _CHUNK) -> Iterator[tuple[str, An
         while not text.startswith("}", place):
             try:
                 key, end = decode(text, place)
-                value, end = decode(text, _after(_COLON, text, end))
-                end = _after(_COMMA, text, end)
-            except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+                start = _after(_COLON, text, end)
+                _, value_end = decode(text, start)
+                end = _after(_COMMA, text, value_end)
+            except (ValueError, RecursionError) as error:
                 more = stream.read(chunk_size)  # the chunk may end within the member
                 if not more or len(text) - place > _MAX_ENTRY:
                     raise DataError(f"{file}: truncated or not valid JSON near {text[place : place + 60]!r}") from error
                 text, place = (text[place:] + more).lstrip(), 0
                 continue
-            yield str(key), value
+            if not isinstance(key, str):
+                raise DataError(f"{file}: must hold a JSON object, but has the key {key!r:.60}")
+            name = f"{file}: the annotation of {key!r:.60}"
+            yield key, parse_json(text[start:value_end], name, kind=object, nan=True)
             place = end
 
 

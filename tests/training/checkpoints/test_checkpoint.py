@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,3 +212,28 @@ def test_older_libraries_load_every_tensor(random_checkpoint: Path, tmp_path: Pa
 def check_compatibility(python: str | Path, checkpoint: Path) -> None:
     run = subprocess.run([python, COMPAT / "check_checkpoint.py", checkpoint], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vae/config.json", '"linear"'),
+        ("clip/config.json", '"org/name"'),
+        ("unet/config.json", "7"),
+        ("tokenizer/tokenizer_config.json", "[" * 5000),
+        ("scheduler/scheduler_config.json", '{"_class_name": {}}'),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": ' + "9" * 5000 + "}"),
+        ("text_encoder/config.json", '{"model_type": "\\ud800"}'),
+    ],
+)
+def test_configuration_that_is_no_object_is_refused_without_asking_the_hub(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    """diffusers takes a configuration that is a string for the name of a model on the hub."""
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **options: asked.append(address))
+    folder = shutil.copytree(random_checkpoint, tmp_path / "copy")
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(folder)
+    assert asked == []

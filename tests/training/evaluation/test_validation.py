@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
-from unidiff_sdk.errors import DataError, OptionError, TrainingError  # noqa: E402
+from unidiff_sdk.errors import DataError, OptionError, TrainingError, UniDiffError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from unidiff_sdk.training.cli import train as train_command  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
@@ -209,6 +210,35 @@ def test_entries_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     read = read_log(tmp_path / "log")
     assert [step["step"] for step in read.steps] == [1, 2, 3, 4]
     assert list(read.samples) == [0, 2]
+
+
+def test_damaged_log_is_a_training_error(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    log = RunLog(folder, ABOUT)
+    log.on_validation(make_record(0))
+    log.on_step(make_report(1))
+    log.on_validation(make_record(1))
+    write_report(folder, tmp_path / "report.html")
+    refused = 0
+    for name in ("run.json", "steps.jsonl", "validations.jsonl", "examples.json", "samples/000001.webp"):
+        original = (folder / name).read_bytes()
+        for seed in range(20):
+            rng = random.Random(seed)
+            damaged = bytearray(original)
+            for _ in range(3):
+                damaged[rng.randrange(len(damaged))] = rng.choice(b'0{}[]":,\\x\xff')
+            (folder / name).write_bytes(damaged)
+            try:
+                write_report(folder, tmp_path / "report.html")
+            except UniDiffError:
+                refused += 1
+        (folder / name).write_bytes(original)
+    assert refused > 20
+    for lines in ('{"step": "x"}', "7\n7", '{"step": 1, "prompts": []}', '{"step": 1e400}', '{"step": null}'):
+        (folder / "validations.jsonl").write_text(lines)
+        with pytest.raises(UniDiffError):
+            read_log(folder)
+            write_report(folder, tmp_path / "report.html")
 
 
 def test_folder_without_a_log_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +24,8 @@ from unidiff_sdk.training.checkpoints.saving import (  # noqa: E402
     save_checkpoint,
 )
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+from unidiff_sdk.training.loop.model_selection import ModelSelection  # noqa: E402
+from unidiff_sdk.training.loop.resume import Progress, restore  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
 from unidiff_sdk.training.runtime.callbacks import ModelSnapshot, StepReport, ValidationResult  # noqa: E402
 
@@ -310,3 +314,46 @@ def test_leftovers_of_a_killed_save_are_restored_or_removed(random_checkpoint: P
     recover_interrupted_save(out)
     assert not aside.exists() and load_checkpoint(out).shared
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.1.tmp", "out"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": None},
+        {"progress": {}},
+        {"progress": {"step": "4", "losses": {}}},
+        {"progress": {"step": -1, "losses": {}}},
+        {"progress": {"step": 4, "losses": {"itc": "x"}}},
+        {"progress": {"step": 4, "losses": 7}},
+        {"selection": None},
+        {"selection": {"best_step": "x"}},
+        {"selection": {"latest": 3}},
+        {"config": None},
+        {"config": 3},
+        {"identity": []},
+        {"learner": 7},
+        {"schema_version": []},
+        {"schema_version": 2},
+    ],
+)
+def test_damaged_state_is_a_checkpoint_error(tmp_path: Path, change: dict) -> None:
+    config = TrainingConfig()
+    learner = SimpleNamespace(config=config, restore=lambda folder, state: state["averaged_updates"], processes=None)
+    selection = ModelSelection.__new__(ModelSelection)
+    vars(selection).update(learner=learner, validated_step=-1, data_fingerprint="", best_step=-1, best_score=0.0)
+    vars(selection).update(validations_since_best=0, latest={})
+    state = {
+        "schema_version": 3,
+        "progress": {"step": 4, "losses": {"itc": 0.5}},
+        "learner": {"averaged_updates": 3},
+        "selection": selection.__dict__ | {"learner": None},
+        "config": asdict(config),
+        "identity": {"base": "b"},
+    }
+    file = tmp_path / TRAINING_STATE / "state.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(state))
+    assert restore(tmp_path, learner, selection, None, {"base": "b"}) == Progress(4, {"itc": 0.5})
+    file.write_text(json.dumps(state | change))
+    with pytest.raises((CheckpointError, TrainingError)):
+        restore(tmp_path, learner, selection, None, {"base": "b"})

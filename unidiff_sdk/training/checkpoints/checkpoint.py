@@ -277,6 +277,8 @@ def _load_model(model_class: Any, folder: Path) -> Any:
 
 
 def _from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)  # the libraries ask the hub for a model of that name where a file holds a string
     try:
         return loader.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the libraries raise any error of their parsers
@@ -286,7 +288,8 @@ def _from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
 
 def _scheduler_class(folder: Path) -> Any:
     name = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
-    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    is_scheduler = isinstance(name, str) and name.endswith("Scheduler")
+    scheduler_class = getattr(diffusers, name, None) if is_scheduler else None
     if scheduler_class is None:
         raise CheckpointError(f"{folder / 'scheduler'} names {name!r}, which the installed diffusers does not have.")
     return scheduler_class

@@ -98,7 +98,12 @@ class ModelSelection:
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Restore a state that `save` wrote. Raises CheckpointError if it cannot be read."""
         for name in STATE:
-            setattr(self, name, state.get(name, getattr(self, name)))
+            now, recorded = getattr(self, name), state.get(name, getattr(self, name))
+            if not isinstance(recorded, (int, float) if isinstance(now, float) else type(now)):
+                raise CheckpointError(
+                    f"Cannot resume from {folder}: {name} is {recorded!r:.60}. Remove the folder to start again."
+                )
+            setattr(self, name, recorded)
         if self.learner.config.patience and self.best_step >= 0 and self.learner.processes.is_main:
             try:
                 self.best = load_file(folder / BEST)

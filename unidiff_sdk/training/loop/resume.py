@@ -8,6 +8,7 @@ The state is part of the checkpoint folder, so that both appear together or not 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unidiff_sdk._internal.json_values import damaged_content, number_within
 from unidiff_sdk.errors import CheckpointError, TrainingError
 from unidiff_sdk.training.checkpoints.checkpoint import METADATA
 from unidiff_sdk.training.checkpoints.json_files import read_json
@@ -30,6 +32,7 @@ __all__ = ["Progress", "read_finished", "restore", "unfinished", "write_state"]
 SCHEMA_VERSION = 3
 # Settings that do not affect the weights. They may change when a run is resumed.
 UNRELATED_TO_WEIGHTS = {"save_every", "keep", "validate_every"}
+MAX_STEPS = 10**9
 # Names of schema 2, in the state of the model selection and in the losses.
 SELECTION_NAMES_2 = {
     "looked": "validated_step",
@@ -98,13 +101,15 @@ def restore(
         CheckpointError: The state cannot be read.
     """
     folder = out / TRAINING_STATE
-    content = _upgrade(out, read_json(folder / "state.json"))
-    _require_same_run(out, content, learner.config, identity)
-    learner.restore(folder, content["learner"])
-    selection.restore(folder, content["selection"])
-    if negatives:
-        negatives.restore(folder)
-    return Progress(**content["progress"])
+    with damaged_content(folder, CheckpointError, "Remove it to start again."):
+        content = _upgrade(out, read_json(folder / "state.json"))
+        _require_same_run(out, content, learner.config, identity)
+        progress = _progress(content["progress"]["step"], content["progress"]["losses"])
+        learner.restore(folder, content["learner"])
+        selection.restore(folder, content["selection"])
+        if negatives:
+            negatives.restore(folder)
+        return progress
 
 
 def read_finished(out: Path, config: TrainingConfig, identity: Mapping[str, Any]) -> Progress:
@@ -112,8 +117,16 @@ def read_finished(out: Path, config: TrainingConfig, identity: Mapping[str, Any]
     meta = read_json(out / METADATA)
     if not meta.keys() >= {"config", "identity", "step", "losses"}:
         raise TrainingError(f"{out} holds no run that can be resumed. Omit --resume, or name another folder.")
-    _require_same_run(out, meta, config, identity)
-    return Progress(meta["step"], _renamed(meta["losses"], LOSS_NAMES_2))
+    with damaged_content(out / METADATA, CheckpointError, "Restore it from a backup, or name another folder."):
+        _require_same_run(out, meta, config, identity)
+        return _progress(meta["step"], _renamed(meta["losses"], LOSS_NAMES_2))
+
+
+def _progress(step: Any, losses: Mapping[str, Any]) -> Progress:
+    """The recorded progress, with its types checked. A loss that is not finite ended its run."""
+    largest = sys.float_info.max
+    values = {name: number_within(name, loss, -largest, largest, CheckpointError) for name, loss in losses.items()}
+    return Progress(int(number_within("step", step, 0, MAX_STEPS, CheckpointError, whole=True)), values)
 
 
 def _upgrade(out: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal.json_values import damaged_content
 from unidiff_sdk._internal.pages.charts import Line, line_chart
 from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
 from unidiff_sdk._internal.text import json_text
+from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.training.config import TERM_TITLES
 
 from .run_log import Log, read_log
@@ -41,10 +43,11 @@ FIGURES = (
 def write_report(log_folder: Path, file: Path) -> Path:
     """Write the report of a run log (see `run_log`), finished or not. Raises TrainingError if there is no log."""
     log = read_log(log_folder)
-    sections = [_curves(log)]
-    if log.validations:
-        sections += [_samples(log), *_searches(log), *_weight_selection(log), _before_and_after(log)]
-    return _page(log, [*sections, _reproduction(log)]).write(file)
+    with damaged_content(log_folder, TrainingError, "Move it away, so that the next run starts a new log."):
+        sections = [_curves(log)]
+        if log.validations:
+            sections += [_samples(log), *_searches(log), *_weight_selection(log), _before_and_after(log)]
+        return _page(log, [*sections, _reproduction(log)]).write(file)
 
 
 def _page(log: Log, sections: Sequence[Section]) -> Page:

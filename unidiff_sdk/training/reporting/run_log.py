@@ -22,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk._internal.images import load_image
+from unidiff_sdk._internal.json_values import damaged_content, parse_json, read_json
 from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import TrainingError
@@ -32,6 +35,7 @@ __all__ = ["Log", "RunLog", "read_log"]
 
 RUN, STEPS, VALIDATIONS, EXAMPLES = "run.json", "steps.jsonl", "validations.jsonl", "examples.json"
 INVALID_ROWS = "invalid_rows.jsonl"
+MAX_LOG = 1 << 30  # bytes of a .jsonl file: a million steps take 200 MB
 SAMPLES, PER_ROW = "samples", 8  # a WebP image has at most 16,383 pixels per side
 
 
@@ -123,19 +127,24 @@ def read_log(folder: Path) -> Log:
     """Read what a run has logged so far. Raises TrainingError if the folder holds no log."""
     if not (folder / RUN).is_file():
         raise TrainingError(f"{folder} holds no run log: {RUN} is missing.")
+    with damaged_content(folder, TrainingError, "Move it away, so that the next run starts a new log."):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Log:
     # Of several validations after the same step, the last one measures the chosen weights.
     validations = list({line["step"]: line for line in _lines(folder / VALIDATIONS)}.values())
     samples = {}
     for line in validations:
-        with Image.open(folder / SAMPLES / f"{line['step']:06d}.webp") as sheet:
-            samples[line["step"]] = _cut(sheet.convert("RGB"), len(line["prompts"]))
-    examples = json.loads((folder / EXAMPLES).read_text(encoding="utf-8")) if validations else []
+        sheet = load_image(folder / SAMPLES / f"{line['step']:06d}.webp")
+        samples[line["step"]] = _cut(sheet, len(line["prompts"]))
+    examples = read_json(folder / EXAMPLES, error=TrainingError, kind=list, nan=True) if validations else []
     examples = [example for example in examples if "expected" in example]  # earlier versions wrote another format
     for example in examples:
         example["expected"] = _decoded(example["expected"])
         for hit in example["hits"]:
             hit["image"] = _decoded(hit["image"])
-    about = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    about = read_json(folder / RUN, error=TrainingError, nan=True)
     return Log(about, list(_lines(folder / STEPS)), validations, samples, examples)
 
 
@@ -189,13 +198,16 @@ def _append(file: Path, line: Mapping[str, Any]) -> None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The complete lines. A process that was killed may have left half a line."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    """The complete lines. A process that was killed may have left half a line at the end."""
+    found: list[dict[str, Any]] = []
+    content = read_regular_file(file, MAX_LOG, TrainingError) if file.is_file() else b""
+    lines = content.splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            found.append(parse_json(line, f"{file}, line {number}", error=TrainingError, nan=True))
+        except TrainingError:
+            if number < len(lines):
+                raise
     return found
 
 
@@ -216,4 +228,4 @@ def _encoded(image: Any) -> str:
 
 
 def _decoded(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+    return load_image(base64.b64decode(text))
