@@ -157,7 +157,13 @@ def test_fingerprint_depends_on_the_files(folder: Path, tmp_path: Path) -> None:
     ("file", "change", "message"),
     [
         ("unet/config.json", {"addition_embed_type": "text_time"}, r"addition_embed_type text_time\), as SDXL"),
-        ("vae_decoder/config.json", {"scaling_factor": None}, "lack 'scaling_factor'; export the pipeline again"),
+        (
+            "vae_decoder/config.json",
+            {"block_out_channels": None},
+            "lack 'block_out_channels'; export the pipeline again",
+        ),
+        ("vae_decoder/config.json", {"latents_std": [1.0]}, "the VAE states latents_std"),
+        ("unet/config.json", {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; it must be one number"),
         ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
     ],
 )
@@ -169,6 +175,22 @@ def test_unsupported_or_damaged_configuration_is_named(
     (tmp_path / "copy" / file).write_text("{" if change is None else json.dumps(config))
     with pytest.raises(BundleError, match=message):
         Bundle.open(tmp_path / "copy")
+
+
+def test_configuration_is_completed_as_by_diffusers(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    vae = {key: value for key, value in CONFIGS["vae_decoder/config.json"].items() if key != "scaling_factor"}
+    (tmp_path / "copy" / "vae_decoder" / "config.json").write_text(json.dumps(vae | {"shift_factor": 0.1}))
+    unet = CONFIGS["unet/config.json"] | {"sample_size": [8, 8]}
+    (tmp_path / "copy" / "unet" / "config.json").write_text(json.dumps(unet))
+    scheduler = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear"}
+    (tmp_path / "copy" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    with pytest.warns(
+        UserWarning, match=r"the scheduler of the model is PNDMScheduler.*The sampler dpm\+\+2m generates"
+    ):
+        manifest = Bundle.open(tmp_path / "copy").manifest
+    assert (manifest.latent.scaling_factor, manifest.latent.shift_factor, manifest.latent.size) == (0.18215, 0.0, 8)
+    assert (manifest.sampler.name, manifest.sampler.replaces) == ("dpm++2m", "PNDMScheduler")
 
 
 def test_missing_output_is_named(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.inference.preprocessing import preprocess  # noqa: E402
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
-from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint, require_supported  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.open_clip import load_open_clip  # noqa: E402
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data.captions import tokenize  # noqa: E402
@@ -84,21 +86,134 @@ def test_stable_diffusion_2_is_conditioned_by_the_second_to_last_layer(separate:
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "message"),
+    ("file", "changes", "message"),
     [
-        ("unet", {"addition_embed_type": "text_time"}, r"additional inputs \(addition_embed_type text_time\), as SDXL"),
-        ("unet", {"in_channels": 9}, r"additional inputs \(in_channels 9\)"),
-        ("unet", {"cross_attention_dim": 768}, "states of width 768, but text_encoder/ returns 32"),
-        ("scheduler", {"prediction_type": "sample"}, "predicts 'sample'. Training supports epsilon and v_prediction"),
+        (
+            "unet/config",
+            {"addition_embed_type": "text_time"},
+            r"inputs \(addition_embed_type text_time\), as",
+        ),
+        ("unet/config", {"in_channels": 9}, r"additional inputs \(in_channels 9: inpainting\)"),
+        ("unet/config", {"in_channels": 8}, r"\(in_channels 8: InstructPix2Pix\)"),
+        ("unet/config", {"class_embed_type": "timestep"}, r"\(class_embed_type timestep\)"),
+        ("unet/config", {"time_cond_proj_dim": 256}, r"\(time_cond_proj_dim 256\)"),
+        (
+            "unet/config",
+            {"out_channels": 8},
+            "takes 4 channels and returns 8, as models do that also",
+        ),
+        ("unet/config", {"sample_size": [16, 24]}, r"sample_size is \[16, 24\]; it must be one number"),
+        ("unet/config", {"sample_size": None}, "sample_size is None; it must be one number"),
+        ("unet/config", {"cross_attention_dim": 768}, "states of width 768, but text_encoder/ returns 32"),
+        (
+            "unet/config",
+            {"_class_name": "UNet3DConditionModel"},
+            "_class_name is 'UNet3DConditionModel', but only",
+        ),
+        ("vae/config", {"_class_name": "AutoencoderTiny"}, "_class_name is 'AutoencoderTiny', but only AutoencoderKL"),
+        ("vae/config", {"latents_mean": [0.0] * 4}, "the VAE states latents_mean, which diffusers' Stable Diffusion"),
+        ("text_encoder/config", {"model_type": "t5"}, "model_type is 't5', but only clip_text_model and clip"),
+        (
+            "tokenizer/tokenizer_config",
+            {"tokenizer_class": "T5Tokenizer"},
+            "tokenizer_class is 'T5Tokenizer', but",
+        ),
+        (
+            "tokenizer/tokenizer_config",
+            {"padding_side": "left"},
+            "pads on the left, but CLIP reads prompts",
+        ),
+        (
+            "tokenizer/tokenizer_config",
+            {"model_max_length": 8},
+            "model_max_length is 8, but the text encoder has",
+        ),
+        ("clip/config", {"model_type": "siglip"}, "model_type is 'siglip', but only clip can be loaded"),
+        ("clip/tokenizer_config", {"tokenizer_class": "SiglipTokenizer"}, "tokenizer_class is 'SiglipTokenizer'"),
+        (
+            "clip/preprocessor_config",
+            {"image_processor_type": "SiglipImageProcessor"},
+            "'SiglipImageProcessor' is not",
+        ),
+        (
+            "clip/preprocessor_config",
+            {"image_processor_type": "ViTImageProcessor"},
+            "'ViTImageProcessor' is not",
+        ),
+        (
+            "scheduler/scheduler_config",
+            {"prediction_type": "sample"},
+            "predicts 'sample'. Training supports",
+        ),
+        ("scheduler/scheduler_config", {"timestep_spacing": "odd"}, "timestep_spacing 'odd' is not supported"),
+        ("scheduler/scheduler_config", {"beta_schedule": "laplace"}, "beta_schedule 'laplace' is not supported"),
+        ("scheduler/scheduler_config", {"thresholding": True}, "thresholding is not supported"),
+        (
+            "scheduler/scheduler_config",
+            {"num_train_timesteps": "many"},
+            "states no valid noise schedule",
+        ),
+        (
+            "scheduler/scheduler_config",
+            {"_class_name": "LMSDiscreteScheduler"},
+            "requires the scipy library",
+        ),
     ],
 )
-def test_unsupported_models_are_refused(
-    random_checkpoint: Path, part: str, changes: dict[str, Any], message: str
+def test_unsupported_models_are_refused_by_what_their_files_state(
+    random_checkpoint: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
-    checkpoint = load_checkpoint(random_checkpoint)
-    getattr(checkpoint, part).register_to_config(**changes)
+    if "LMSDiscreteScheduler" in changes.values() and find_spec("scipy"):
+        pytest.skip("scipy is installed")
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    change_json(base / f"{file}.json", changes)
     with pytest.raises(CheckpointError, match=message):
-        require_supported(checkpoint)
+        load_base(base)
+
+
+def change_json(file: Path, changes: dict[str, Any]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("sample_size", "version", "side"), [([16, 16], "0.30.0", 16), (16, "0.6.0", 64)])
+def test_side_of_the_latents_is_read_as_by_diffusers(
+    random_checkpoint: Path, tmp_path: Path, sample_size: Any, version: str, side: int
+) -> None:
+    base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
+    change_json(base / "unet" / "config.json", {"sample_size": sample_size, "_diffusers_version": version})
+    assert load_base(base).image_size == 2 * side
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    theirs = pipeline.unet.config.sample_size
+    assert (theirs[0] if isinstance(theirs, (list, tuple)) else theirs) == side
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_cfg", {"vision_cfg": {"layers": [3, 4, 6, 3], "image_size": 32}}, "ModifiedResNet as image tower"),
+        ("model_cfg", {"text_cfg": {"hf_tokenizer_name": "t5"}}, "sets hf_tokenizer_name"),
+        ("preprocess_cfg", {"resize_mode": "squash"}, "images with resize_mode 'squash', which is not supported"),
+        ("preprocess_cfg", {"interpolation": "bilinear"}, "images with interpolation 'bilinear'"),
+        ("preprocess_cfg", {"size": [64, 64]}, "images with size 64, which is not supported, only 32"),
+    ],
+)
+def test_open_clip_models_that_transformers_does_not_follow_are_refused(
+    tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    tower = {"layers": 1, "width": 64, "head_width": 32}
+    config = {
+        "model_cfg": {
+            "embed_dim": 8,
+            "vision_cfg": tower | {"image_size": 32, "patch_size": 16},
+            "text_cfg": {"layers": 1, "width": 32, "heads": 2, "vocab_size": 100, "context_length": 8},
+        },
+        "preprocess_cfg": {"size": [32, 32], "resize_mode": "shortest"},
+    }
+    config[file] = config[file] | change
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({"x": torch.zeros(1)}, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        load_open_clip(f"open_clip:{tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ folder holds no CLIP, so it cannot search.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ __all__ = [
     "AdaptedSession",
     "derive_manifest",
     "is_pipeline",
+    "native_size",
     "refusal",
     "sampler_defaults",
 ]
@@ -62,6 +64,10 @@ EXTRA_CONDITIONS = (
     "time_cond_proj_dim",
 )
 
+# What UNets with other numbers of input channels do.
+OTHER_CHANNELS = {5: ": depth to image", 7: ": upscaling", 8: ": InstructPix2Pix", 9: ": inpainting"}
+OLD_VERSION, OLD_SIZE = 9, 64  # see `native_size`
+SCALING_FACTOR = 0.18215  # of diffusers' AutoencoderKL where the file states none, as Stable Diffusion 1's
 LCM_DEFAULTS = {"steps": 4, "guidance_scale": 1.0}  # as latent consistency models are used
 
 
@@ -71,26 +77,58 @@ def is_pipeline(folder: Path) -> bool:
     return all((folder / name).is_file() for name in needed)
 
 
-def refusal(unet: Mapping[str, Any], latent_channels: int | None, width: int | None) -> str | None:
-    """Why a UNet is not supported, by its configuration. None for one of Stable Diffusion 1 or 2.
+def refusal(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int | None) -> str | None:
+    """Why a UNet and its VAE are not supported, by their configuration. None for those of Stable Diffusion 1 or 2.
 
-    latent_channels is that of the VAE, width that of the text encoder's states; None where they are unknown.
+    width is that of the text encoder's states; None where it is unknown.
     """
+    channels, latent_channels, states = (
+        unet.get("in_channels"),
+        vae.get("latent_channels"),
+        unet.get("cross_attention_dim"),
+    )
     extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if unet.get(name) is not None]
-    channels, states = unet.get("in_channels"), unet.get("cross_attention_dim")
     if None not in (channels, latent_channels) and channels != latent_channels:
-        extra.append(f"in_channels {channels}")
+        extra.append(f"in_channels {channels}{OTHER_CHANNELS.get(cast(int, channels), '')}")
     if extra:
         return (
             f"the UNet takes additional inputs ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
             "do; use a text-to-image model with the architecture of Stable Diffusion 1 or 2"
         )
+    if None not in (channels, unet.get("out_channels")) and channels != unet["out_channels"]:
+        return (
+            f"the UNet takes {channels} channels and returns {unet['out_channels']}, as models do that also predict "
+            "the variance; use one that returns as many as it takes"
+        )
+    for name in ("latents_mean", "latents_std"):
+        if vae.get(name) is not None:
+            return (
+                f"the VAE states {name}, which diffusers' Stable Diffusion pipeline does not apply; use a VAE of "
+                "Stable Diffusion 1 or 2"
+            )
     if None not in (states, width) and states != width:
         return (
             f"the UNet takes token states of width {states}, but text_encoder/ returns {width}: they belong to "
             "different models; export the pipeline again"
         )
+    side = unet.get("sample_size")
+    if "sample_size" in unet and native_size(unet) is None:
+        return f"the UNet's sample_size is {side!r}; it must be one number, or two equal ones: images are square"
     return None
+
+
+def native_size(unet: Mapping[str, Any]) -> int | None:
+    """The side of the latents that a UNet was trained at, by its configuration; None if they are not square.
+
+    Before version 0.9, diffusers saved Stable Diffusion with a sample_size of 32. Its pipeline reads it as 64.
+    """
+    size = unet.get("sample_size")
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        return int(size[0]) if isinstance(size[0], int) and size[0] > 0 else None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        return None
+    version = re.match(r"0\.(\d+)\.", str(unet.get("_diffusers_version", "")))
+    return max(size, OLD_SIZE) if version and int(version[1]) < OLD_VERSION else size
 
 
 def sampler_defaults(scheduler: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -112,7 +150,7 @@ def derive_manifest(folder: Path) -> Manifest:
     """
     text, unet, vae = (read_json(folder / name / "config.json") for name in ("text_encoder", "unet", "vae_decoder"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    if refused := refusal(unet, vae.get("latent_channels"), text.get("hidden_size")):
+    if refused := refusal(unet, vae, text.get("hidden_size")):
         raise BundleError(f"{folder}: {refused}")
     if refused := scheduler_refusal(scheduler):
         raise BundleError(f"{folder}: {refused}")
@@ -133,9 +171,9 @@ def derive_manifest(folder: Path) -> Manifest:
             prompt=Prompt(text["max_position_embeddings"]),
             latent=Latent(
                 channels=unet["in_channels"],
-                size=unet["sample_size"],
+                size=native_size(unet) or unet["sample_size"],
                 scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
-                scaling_factor=vae["scaling_factor"],
+                scaling_factor=vae.get("scaling_factor", SCALING_FACTOR),
                 shift_factor=0.0,  # diffusers' Stable Diffusion pipeline ignores that of the VAE
             ),
             sampler=SamplerDefaults(

@@ -26,9 +26,10 @@ from transformers.utils import logging as transformers_logging
 from unidiff_sdk._internal.files import folder_hint
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults
+from unidiff_sdk.inference.folder.diffusers_folder import native_size, refusal, sampler_defaults
 from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
 
+from .architectures import check_clip_files, check_pipeline_files
 from .image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
 from .text_sharing import layers_of, share_text_layers, tower_of
@@ -195,6 +196,7 @@ def load_clip(folder: Path) -> tuple[CLIPModel, Any]:
     Raises CheckpointError if a part is missing, unreadable or incomplete.
     """
     _require_files(folder, {"config.json": "model", "preprocessor_config.json": "image preprocessing"})
+    check_clip_files(folder)
     with _progress_bars_hidden():
         return _load_model(CLIPModel, folder), _from_pretrained(ImageProcessor, folder)
 
@@ -207,11 +209,12 @@ def assemble_checkpoint(
     clip_tokenizer: Default: the pipeline's. Raises CheckpointError if a part is missing, unreadable or incomplete.
     """
     _require_files(folder, PIPELINE_FILES)
+    check_pipeline_files(folder)
     with _progress_bars_hidden():
         tokenizer = _from_pretrained(CLIPTokenizer, folder / "tokenizer")
         return Checkpoint(
             path=folder,
-            unet=_load_model(UNet2DConditionModel, folder / "unet"),
+            unet=_load_unet(folder / "unet"),
             vae=_load_model(AutoencoderKL, folder / "vae"),
             clip=clip,
             text_encoder=share_text_layers(_load_model(CLIPTextModel, folder / "text_encoder"), clip),
@@ -226,7 +229,7 @@ def assemble_checkpoint(
 def require_supported(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint itself. Raises CheckpointError if its UNet cannot be trained by the losses."""
     scheduler, width = checkpoint.scheduler.config, checkpoint.text_encoder.config.hidden_size
-    if refused := refusal(checkpoint.unet.config, checkpoint.vae.config.latent_channels, width):
+    if refused := refusal(checkpoint.unet.config, checkpoint.vae.config, width):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
     if refused := scheduler_refusal(checkpoint.scheduler_config):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
@@ -274,6 +277,13 @@ def _load_model(model_class: Any, folder: Path) -> Any:
             f"{folder} lacks {len(wrong)} tensors of its model, or holds them in another shape, for example {wrong[0]}."
         )
     return model.eval()
+
+
+def _load_unet(folder: Path) -> UNet2DConditionModel:
+    """Load a UNet, with the side of its latents as one number."""
+    unet: UNet2DConditionModel = _load_model(UNet2DConditionModel, folder)
+    unet.register_to_config(sample_size=native_size(read_json(folder / "config.json")))
+    return unet
 
 
 def _from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:

@@ -28,7 +28,9 @@ INSTALL = "Run `pip install open_clip_torch` in an environment whose torchvision
 # Settings that CLIPModel supports. Any other setting means another architecture.
 VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id"}
-NO_EFFECT = {"patch_dropout", "output_tokens", "tokenizer_kwargs", "hf_tokenizer_name", "tokenizer_mode"}
+NO_EFFECT = {"patch_dropout", "output_tokens"}
+# The preprocessing of transformers' CLIP. Settings that a configuration leaves out have these values in OpenCLIP.
+PREPROCESSING = {"resize_mode": "shortest", "interpolation": "bicubic", "mode": "RGB"}
 # Mean and standard deviation of the RGB channels in OpenAI's CLIP training, also OpenCLIP's default.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -95,6 +97,7 @@ def load_open_clip(name: str) -> ConvertedOpenClip:
         )
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file} is not a safetensors file. Only safetensors are read; convert it first.")
+    _check_preprocessing(preprocessing, int(config["vision_cfg"].get("image_size", 224)), name)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -110,6 +113,11 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str)
     name: Used in errors. Raises CheckpointError for another architecture.
     """
     vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    if isinstance(vision.get("layers"), (list, tuple)):
+        raise CheckpointError(
+            f"{name} has a ModifiedResNet as image tower (such as RN50), which transformers' CLIPModel does not have. "
+            "Use an architecture with a vision transformer, such as ViT-B-32."
+        )
     unknown = {key for key, value in vision.items() if value and key not in VISION | NO_EFFECT}
     unknown |= {key for key, value in text.items() if value and key not in TEXT | NO_EFFECT}
     if unknown:
@@ -127,6 +135,20 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str)
             f"unexpected, for example {(missing + unexpected)[0]}."
         )
     return model
+
+
+def _check_preprocessing(preprocessing: Mapping[str, Any], image_size: int, name: str) -> None:
+    """Raise CheckpointError if OpenCLIP prepares images for this model in another way than transformers' CLIP does."""
+    expected = PREPROCESSING | {"size": image_size}
+    for key, value in expected.items():
+        given = preprocessing.get(key)
+        if isinstance(given, (list, tuple)) and len(set(given)) == 1:
+            given = given[0]
+        if given is not None and given != value:
+            raise CheckpointError(
+                f"{name} prepares images with {key} {given!r}, which is not supported, only {value!r}. Use a model "
+                "that resizes the shorter edge by bicubic interpolation and crops the center."
+            )
 
 
 def _config(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> CLIPConfig:

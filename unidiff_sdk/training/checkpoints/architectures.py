@@ -1,0 +1,104 @@
+"""Which models are supported: their configuration files are checked before any weight is read.
+
+The libraries load a model of another class without its other parts, or fail with a message about tensors. So what each
+file states that it is comes first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from unidiff_sdk.errors import BundleError, CheckpointError
+from unidiff_sdk.inference.folder.diffusers_folder import refusal
+from unidiff_sdk.inference.schedule import Schedule, scheduler_refusal
+
+from .json_files import read_json
+
+__all__ = ["check_clip_files", "check_pipeline_files"]
+
+ADVICE = "use a model with the architecture of Stable Diffusion 1 or 2"
+CLIP_ADVICE = "use a CLIP model, which transformers' CLIPModel and CLIPProcessor load"
+# For each file: the field that names a class, and the names that are supported.
+PIPELINE_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "unet/config.json": ("_class_name", ("UNet2DConditionModel",)),
+    "vae/config.json": ("_class_name", ("AutoencoderKL",)),
+    "text_encoder/config.json": ("model_type", ("clip_text_model", "clip")),
+    "tokenizer/tokenizer_config.json": ("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast")),
+}
+CLIP_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "config.json": ("model_type", ("clip",)),
+    "tokenizer_config.json": ("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast")),
+}
+PREPROCESSOR = "preprocessor_config.json"
+# BitImageProcessor has the steps and the defaults of CLIP's.
+PREPROCESSORS = (
+    "CLIPFeatureExtractor",
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+    "CLIPImageProcessorPil",
+    "BitImageProcessor",
+    "BitImageProcessorFast",
+    "BitImageProcessorPil",
+)
+
+
+def check_pipeline_files(folder: Path) -> None:
+    """Check the configuration files of a Stable Diffusion pipeline. Raises CheckpointError if it is another model."""
+    _check_classes(folder, PIPELINE_CLASSES, ADVICE)
+    unet, vae, text = (read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
+    if refused := refusal(unet, vae, text.get("hidden_size")):
+        raise CheckpointError(f"{folder}: {refused}")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if refused := scheduler_refusal(scheduler):
+        raise CheckpointError(f"{folder}: {refused}")
+    if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        raise CheckpointError(
+            f"The UNet of {folder} predicts {scheduler['prediction_type']!r}. Training supports epsilon and "
+            "v_prediction."
+        )
+    try:
+        Schedule.from_config(scheduler)
+    except BundleError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{folder / 'scheduler'} states no valid noise schedule: {error}") from error
+    _check_tokenizer(folder / "tokenizer", text.get("max_position_embeddings", 77))
+
+
+def check_clip_files(folder: Path) -> None:
+    """Check the configuration files of a CLIP folder. Raises CheckpointError if it is another model."""
+    _check_classes(folder, CLIP_CLASSES, CLIP_ADVICE)
+    if not (folder / PREPROCESSOR).is_file():
+        return
+    preprocessor = read_json(folder / PREPROCESSOR)
+    name = preprocessor.get("image_processor_type", preprocessor.get("feature_extractor_type", PREPROCESSORS[0]))
+    if name not in PREPROCESSORS:
+        raise CheckpointError(
+            f"{folder / PREPROCESSOR}: the image preprocessing {name!r} is not supported. It resizes or crops in "
+            f"another way than CLIPImageProcessor; {CLIP_ADVICE}."
+        )
+
+
+def _check_classes(folder: Path, classes: dict[str, tuple[str, tuple[str, ...]]], advice: str) -> None:
+    for name, (field, supported) in classes.items():
+        if not (folder / name).is_file():
+            continue
+        stated = read_json(folder / name).get(field)
+        if stated is not None and stated not in supported:
+            raise CheckpointError(
+                f"{folder / name}: {field} is {stated!r}, but only {' and '.join(supported)} can be loaded; {advice}."
+            )
+
+
+def _check_tokenizer(folder: Path, positions: Any) -> None:
+    """Check that diffusers' pipeline and the runtime pad prompts alike."""
+    config = read_json(folder / "tokenizer_config.json")
+    if config.get("padding_side", "right") != "right":
+        raise CheckpointError(f"{folder} pads on the {config['padding_side']}, but CLIP reads prompts from the left.")
+    length = config.get("model_max_length")
+    if length != positions:
+        raise CheckpointError(
+            f"{folder}: model_max_length is {length}, but the text encoder has {positions} positions. Set "
+            f"model_max_length in tokenizer_config.json to {positions}."
+        )
