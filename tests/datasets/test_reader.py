@@ -503,3 +503,11 @@ def test_a_table_with_too_many_invalid_rows_is_given_up(folder: Path, monkeypatc
     for on_error in (None, lambda row: None):
         with pytest.raises(DataError, match="more than 100 rows are invalid"):
             list(read_catalog(folder, on_error=on_error))
+
+
+def test_rows_report_the_size_of_their_image(folder: Path, tmp_path: Path) -> None:
+    write_jsonl(folder, ROWS[:1])
+    (row,) = read_catalog(folder)
+    assert row.nbytes == (folder / "a.png").stat().st_size
+    pytest.importorskip("pyarrow.parquet").write_table(hub_table(), tmp_path / "hub.parquet")
+    assert [row.nbytes for row in read_catalog(tmp_path / "hub.parquet")] == [len(png()), len(png("blue"))]

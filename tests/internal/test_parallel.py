@@ -66,3 +66,10 @@ def test_error_of_the_source_is_raised_after_the_results_before_it() -> None:
 
 def test_batched_yields_lists() -> None:
     assert list(batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
+
+
+def test_batched_ends_a_batch_at_its_limit_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unidiff_sdk._internal.parallel.BATCH_BYTES", 10)
+    sizes = [4, 4, 4, 30, 1, 1, 1, 1]
+    assert list(batched(sizes, 3, lambda size: size)) == [[4, 4, 4], [30], [1, 1, 1], [1]]
+    assert list(batched(sizes, 5, lambda size: size)) == [[4, 4, 4], [30], [1, 1, 1, 1]]

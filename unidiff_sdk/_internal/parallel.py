@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TypeVar
 
-__all__ = ["batched", "buffered_map"]
+__all__ = ["BATCH_BYTES", "batched", "buffered_map"]
+
+BATCH_BYTES = 64 << 20
+"""The bytes of a batch of items with a known size. Each worker holds a batch, so that large items make it shorter."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,8 +56,21 @@ def buffered_map(function: Callable[[T], R], items: Iterable[T], *, workers: int
         pool.shutdown(cancel_futures=True)
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of `size` items; the last one may be shorter. `itertools.batched` needs Python 3.12."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+def batched(items: Iterable[T], size: int, weight: Callable[[T], int] | None = None) -> Iterator[list[T]]:
+    """Yield lists of `size` items; the last one may be shorter.
+
+    Args:
+        items: read lazily.
+        size: the largest number of items of a list.
+        weight: the bytes of an item. A list ends at the item with which it reaches `BATCH_BYTES`.
+    """
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += weight(item) if weight else 0
+        if len(batch) == size or total >= BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+    if batch:
         yield batch

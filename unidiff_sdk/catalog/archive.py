@@ -301,7 +301,7 @@ class Archive:
 
     def batches(self, size: int) -> Iterator[list[ArchivedItem]]:
         """All items, in lists of at most `size`. Raises DataError at a damaged row."""
-        yield from batched(self._items(), size)
+        yield from batched(self._items(), size, lambda item: len(item.image))
 
     def _items(self) -> Iterator[ArchivedItem]:
         for number, row in read_parquet(self.path, lambda names: None):

@@ -202,7 +202,7 @@ class Writer:
             copy: whether to copy the images into the catalog.
         """
         prepare = partial(self._prepare, source=source, strict=strict, copy=copy)
-        prepared = buffered_map(prepare, batched(rows, BATCH_SIZE), workers=os.cpu_count() or 1)
+        prepared = buffered_map(prepare, batched(rows, BATCH_SIZE, lambda row: row.nbytes), workers=os.cpu_count() or 1)
         with closing(prepared):
             yield from self.store((_without_repeated_ids(batch, keys, strict) for batch in prepared), copy=copy)
 

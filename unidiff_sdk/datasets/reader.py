@@ -22,13 +22,14 @@ images in another folder.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from unidiff_sdk._internal.files import read_regular_file
 from unidiff_sdk._internal.text import terminal_safe
@@ -45,6 +46,7 @@ __all__ = [
     "EmbeddedImage",
     "InvalidRow",
     "Row",
+    "SpooledImage",
     "check_invalid_count",
     "count_rows",
     "describe_problems",
@@ -77,18 +79,32 @@ class EmbeddedImage:
 
 
 @dataclass(frozen=True)
+class SpooledImage:
+    """An image that was stored in a table and is kept in a temporary file."""
+
+    name: str
+    file: BinaryIO = field(repr=False)
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Read the content. Safe to use from several threads."""
+        return os.pread(self.file.fileno(), self.size, self.offset)
+
+
+@dataclass(frozen=True)
 class Row:
     """One valid row of a dataset.
 
     Attributes:
-        source: the image: an existing file, a member of a shard, or the content of a column.
+        source: the image: an existing file, a member of a shard, or the content of a column, in memory or spooled.
         text: the caption; "" if the dataset has none.
         payload: the other columns.
         line: the line in the table, from 1 (the header of a csv is line 1), or the number of the sample in the shards.
             With several tables, the lines of a table follow those of the tables before it.
     """
 
-    source: Path | Member | EmbeddedImage
+    source: Path | Member | EmbeddedImage | SpooledImage
     text: str
     payload: dict[str, Any] = field(default_factory=dict)
     line: int = 0
@@ -102,7 +118,17 @@ class Row:
         """The image for `load_image`: a path, or its bytes. Raises DataError if the shard cannot be read."""
         if isinstance(self.source, EmbeddedImage):
             return self.source.content
-        return self.source.read() if isinstance(self.source, Member) else self.source
+        return self.source if isinstance(self.source, Path) else self.source.read()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the image file, to bound the memory of several rows."""
+        match self.source:
+            case EmbeddedImage():
+                return len(self.source.content)
+            case Path():
+                return self.source.stat().st_size if self.source.is_file() else 0
+        return self.source.size
 
 
 @dataclass(frozen=True)

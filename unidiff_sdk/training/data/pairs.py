@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from unidiff_sdk._internal.images import Fit, load_image
-from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
+from unidiff_sdk.datasets.reader import EmbeddedImage, InvalidRow, Row, SpooledImage, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
@@ -97,7 +99,7 @@ def load_pairs(
     reader = _PairReader(sizes, fit, memory_limit)
     invalid: list[InvalidRow] = []
     rows = progress(read_catalog(path, columns=columns, strict=strict, on_error=invalid.append))
-    for row, squares in map_in_threads(partial(_decode, sizes=sizes, fit=fit), rows):
+    for row, squares in map_in_threads(partial(_decode, sizes=sizes, fit=fit), rows, lambda row: row.nbytes):
         if len(reader.rows) == limit:
             invalid = [other for other in invalid if other.line < row.line]  # rows are read ahead
             break
@@ -128,10 +130,11 @@ class _PairReader:
         self.sizes, self.fit, self.memory_limit = sizes, fit, memory_limit
         self.rows: list[Row] = []
         self.digest = hashlib.sha256()
+        self.spool: BinaryIO | None = None
         self.decoded: dict[int, list[Tensor]] | None = {size: [] for size in sizes}
 
     def add(self, row: Row, squares: dict[int, Tensor]) -> None:
-        self.rows.append(row)
+        self.rows.append(self._spooled(row))
         self.digest.update(row.text.encode() + b"\0")
         self.digest.update(squares[self.sizes[0]].numpy().tobytes())
         if self.decoded is not None:
@@ -139,6 +142,22 @@ class _PairReader:
                 self.decoded[size].append(square)
             if sum(square.nbytes for square in squares.values()) * len(self.rows) > self.memory_limit:
                 self.decoded = None
+
+    def _spooled(self, row: Row) -> Row:
+        """The row without an image in memory: an image of a table is kept in a temporary file."""
+        if not isinstance(row.source, EmbeddedImage):
+            return row
+        self.spool = self.spool or tempfile.TemporaryFile()  # noqa: SIM115  # as long as rows refer to it
+        try:
+            offset = self.spool.seek(0, os.SEEK_END)
+            self.spool.write(row.source.content)
+            self.spool.flush()
+        except OSError as error:
+            raise DataError(
+                f"the images of a table cannot be kept in {tempfile.gettempdir()}: {error.strerror}. Free space there, "
+                "or set TMPDIR to another folder."
+            ) from error
+        return replace(row, source=SpooledImage(row.source.name, self.spool, offset, len(row.source.content)))
 
     def pairs(self, invalid: list[InvalidRow]) -> Pairs:
         # If both sizes are equal, both views share one tensor.

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiff_sdk._internal.images import Fit, load_image
+from unidiff_sdk._internal.parallel import BATCH_BYTES
 from unidiff_sdk.datasets.reader import Row
 from unidiff_sdk.errors import UniDiffError
 from unidiff_sdk.inference.preprocessing import preprocess
@@ -34,8 +35,12 @@ def to_square(image: Image.Image, size: int, fit: Fit) -> Tensor:
     return torch.from_numpy(np.rint(preprocess(image, size, _ZERO, _ONE, fit) * 255).astype(np.uint8))
 
 
-def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+def map_in_threads(
+    function: Callable[[T], R], items: Iterable[T], weight: Callable[[T], int] = lambda item: 0
+) -> Iterator[R]:
     """Apply `function` to each item in parallel. Yields results in order and reads only a few items ahead.
+
+    At most `BATCH_BYTES` and one item are read ahead, by the `weight` of the items in bytes.
 
     If reading an item raises, the results of the items before it come first.
     """
@@ -43,9 +48,14 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R
     with ThreadPoolExecutor(_THREADS) as pool:
         while True:
             ahead: list[T] = []
+            size = 0
             failure: UniDiffError | None = None
             try:
-                ahead.extend(islice(iterator, _READ_AHEAD))
+                for item in islice(iterator, _READ_AHEAD):
+                    ahead.append(item)
+                    size += weight(item)
+                    if size >= BATCH_BYTES:
+                        break
             except UniDiffError as error:
                 failure = error
             yield from pool.map(function, ahead)
