@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -127,7 +128,7 @@ def test_part_of_a_dataset_has_the_splits_of_the_whole(deepfashion: Path, tmp_pa
 def test_smaller_n_is_a_subset_of_larger_n(deepfashion: Path, tmp_path: Path) -> None:
     chosen = {}
     for n in (5, 20):
-        convert(deepfashion_multimodal(deepfashion, "men"), tmp_path / str(n), source="deepfashion", n=n)
+        convert(deepfashion_multimodal(deepfashion, "men"), tmp_path / str(n), source="deepfashion", n=np.int64(n))
         chosen[n] = {row.payload["id"] for row in rows(tmp_path / str(n))["train"]}
         assert len(chosen[n]) == n
     assert chosen[5] < chosen[20]

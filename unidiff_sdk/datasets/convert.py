@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unidiff_sdk._internal.files import open_regular_file, read_regular_file, replacement_folder
-from unidiff_sdk._internal.json_values import MAX_DOCUMENT, parse_json, read_json
+from unidiff_sdk._internal.json_values import MAX_DOCUMENT, parse_json, read_json, whole_number
 from unidiff_sdk.errors import DataError
 
 from .reader import InvalidRow
@@ -108,6 +108,7 @@ def convert(
     out = Path(out)
     _check_new(out)
     invalid: list[InvalidRow] = []
+    seed, n = whole_number("seed", seed, at_least=0), None if n is None else whole_number("n", n, at_least=1)
     chosen: dict[str, list[Pair]] = {split: [] for split in SHARES}
     for pair in pairs:
         if isinstance(pair, Pair):

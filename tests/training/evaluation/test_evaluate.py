@@ -158,13 +158,17 @@ def test_no_guidance_is_half_the_work(random_checkpoint: Path) -> None:
 
 
 def test_retrieval_only_generates_nothing(random_checkpoint: Path, small_catalog: Path) -> None:
-    evaluation = evaluate(random_checkpoint, small_catalog, prompts=0)
+    evaluation = evaluate(
+        random_checkpoint, small_catalog, prompts=np.int64(0), seed=np.array(1), guidance=np.float32(2)
+    )
     assert evaluation.figures["relevance"] == "captions" and evaluation.sheet is None
     assert "generation" not in evaluation.figures and "forgetting" not in evaluation.figures
 
 
 def test_invalid_arguments_are_refused(random_checkpoint: Path, small_catalog: Path, tmp_path: Path) -> None:
-    for wrong in ({"prompts": -1}, {"per_prompt": 0}, {"steps": 0}, {"base": random_checkpoint}, {"limit": 1}):
+    types = ({"prompts": 1.5}, {"per_prompt": True}, {"steps": "4"}, {"guidance": float("nan")}, {"seed": None})
+    values = ({"prompts": -1}, {"per_prompt": 0}, {"steps": 0}, {"base": random_checkpoint}, {"limit": 1})
+    for wrong in (*types, *values):
         with pytest.raises(OptionError):
             evaluate(random_checkpoint, small_catalog, **wrong)
     with pytest.raises(DataError):

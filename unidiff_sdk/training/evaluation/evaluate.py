@@ -6,6 +6,7 @@ relevant to a caption if their attributes are equal; on other data, if their nor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from unidiff_sdk._internal.json_values import plain_number, whole_number
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -103,7 +105,12 @@ def evaluate(
         CheckpointError: A checkpoint is missing or incomplete.
         OptionError: An argument is out of range, or only one of `base` and `base_data` is given.
     """
-    _check_options(prompts, per_prompt, steps, guidance, seed)
+    prompts, per_prompt = (
+        whole_number("prompts", prompts, at_least=0),
+        whole_number("per_prompt", per_prompt, at_least=1),
+    )
+    steps, limit = _whole_or_none("steps", steps, 1), _whole_or_none("limit", limit, 2)
+    seed, guidance = whole_number("seed", seed, at_least=0), _guidance_scale(guidance)
     if (base is None) != (base_data is None):
         raise OptionError("Measuring forgetting needs both base and base_data. Give both, or neither.")
 
@@ -154,16 +161,17 @@ class _Subject:
     keys: list[tuple[Any, ...]]
 
 
-def _check_options(prompts: int, per_prompt: int, steps: int | None, guidance: float | None, seed: int) -> None:
-    for name, value, lowest in (
-        ("prompts", prompts, 0),
-        ("per_prompt", per_prompt, 1),
-        ("steps", steps, 1),
-        ("guidance", guidance, 0),
-        ("seed", seed, 0),
-    ):
-        if value is not None and not value >= lowest:
-            raise OptionError(f"{name} is {value}, but must be at least {lowest}.")
+def _whole_or_none(name: str, value: int | None, at_least: int) -> int | None:
+    return None if value is None else whole_number(name, value, at_least=at_least)
+
+
+def _guidance_scale(guidance: float | None) -> float | None:
+    guidance = plain_number(guidance)
+    if guidance is None:
+        return None
+    if not isinstance(guidance, int | float) or isinstance(guidance, bool) or not 0 <= guidance < math.inf:
+        raise OptionError(f"guidance is {guidance!r:.60}; give a finite number of at least 0")
+    return float(guidance)
 
 
 def _load(
