@@ -67,6 +67,7 @@ def main(
     if unknown:
         raise click.UsageError(f"--only {unknown[0]}: there is no such section. Sections: {', '.join(SECTIONS)}")
     work = _work_folder()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the sections, too
     try:
         if replayed is not None:
             _replay(replayed, seed, work)

@@ -74,9 +74,15 @@ class CatalogOperation(Operation):
         place = folder / "shop.catalog"
         return Catalog(place, None if (place / "catalog.json").exists() else self.bundle)
 
-    def expect(self, folder: Path, present: Iterable[Any], absent: Iterable[Any] = ()) -> None:
-        """Check that items are in the catalog, whole, and that others are not."""
+    def expect(self, folder: Path, present: Iterable[Any], absent: Iterable[Any] = (), *, repair: bool = True) -> None:
+        """Check that items are in the catalog, whole, and that others are not.
+
+        Args:
+            repair: first delete what a killed process left, as `Catalog.check` does. Nothing may be left after it.
+        """
         with self.open(folder) as catalog:
+            if repair:
+                catalog.check(repair=True)
             stored = {hit.id: hit for hit in catalog.browse(limit=10_000)}
             missing = [id for id in present if id not in stored]
             require(not missing, f"{len(missing)} acknowledged items are lost, such as {missing[:3]}")
@@ -88,8 +94,12 @@ class CatalogOperation(Operation):
             if stored:
                 found = {hit.id for hit in catalog.search("red", limit=10_000)}
                 require(found == set(stored), f"a search finds {len(found)} of {len(stored)} items")
-        extra = left_overs(folder / "shop.catalog")
-        require(not extra, f"left-overs after opening and closing: {extra[:3]}")
+            report = catalog.check()
+            damaged = report.missing_images or report.missing_vectors or report.damaged
+            require(not damaged, f"the check reports {report}")
+            require(not repair or not (report.orphaned_images or report.leftovers), f"after the repair: {report}")
+        extra = left_overs(folder / "shop.catalog") if repair else []
+        require(not extra, f"left-overs after opening, repairing and closing: {extra[:3]}")
 
 
 def sub_folders() -> list[str]:
@@ -198,7 +208,7 @@ class Reindex(CatalogOperation):
                 acknowledge(name)
 
     def check(self, folder: Path, acknowledged: list[str]) -> None:
-        self.expect(folder, ids_of())
+        self.expect(folder, ids_of(), repair=False)  # the next run continues what the repair would delete
         self.run(folder, lambda name: None)
         self.expect(folder, ids_of())
         stores = [place for place in (folder / "shop.catalog").glob("vectors*")]

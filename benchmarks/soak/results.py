@@ -26,8 +26,9 @@ _GROUPS = {
         "Killed processes",
         "Each trial kills the operation with SIGKILL once or twice, at random moments of its measured duration. Then "
         "another process opens what is left. Everything acknowledged must be stored, a search must find every item, "
-        "the operation must complete when it is started again, and no unfinished file may be left. Training must end "
-        "with the weights of an uninterrupted run, bit for bit. For `unidiff-export`, the graphs are traced before the "
+        "the operation must complete when it is started again, and `Catalog.check(repair=True)` must leave no file "
+        "that nothing uses. Training must end with the weights of an uninterrupted run, bit for bit. For "
+        "`unidiff-export`, the graphs are traced before the "
         "trials, since tracing writes nothing.",
     ),
     "mutate-": (
