@@ -16,7 +16,7 @@ from .workers import FAILED, Outcome, call, fork, kill, wait
 
 __all__ = ["run_kills"]
 
-MEASURED = 3  # uninterrupted runs whose longest duration bounds the moment of a kill
+MEASURED = 2  # uninterrupted runs whose longest duration bounds the moment of a kill
 SECONDS = 300.0  # the longest that an operation or a check may take
 
 
