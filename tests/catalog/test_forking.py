@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,3 +153,45 @@ def test_child_uses_a_catalog_that_it_opens(tmp_path: Path, catalog: Catalog, bu
     assert in_child(use) == DONE
     with Catalog(tmp_path / "own.catalog", create=False) as own:
         assert own.count() == 1
+
+
+# The child ends as an interpreter does, with exit handlers: its own, those of Python, and those of C libraries.
+EXITING = """
+import atexit, gc, os, sys
+from unidiff_sdk import Catalog
+from unidiff_sdk.inference.encoder import Encoder
+location, bundle, how = sys.argv[1:]
+catalog = Catalog(location, bundle)
+catalog.add(bytes.fromhex(sys.stdin.read()), ids="red")
+catalog.search("red")
+if how == "closed":
+    catalog.close()
+child = os.fork()
+if child == 0:
+    atexit.register(lambda: print("handler"))
+    if how == "deleted":
+        del catalog
+        gc.collect()
+    if how == "own":
+        with Catalog(":memory:", bundle) as own:
+            own.search("red")
+    print("child")
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(catalog) if how != "closed" else 1, flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses on_exit of the GNU C library")
+@pytest.mark.parametrize("how", ["idle", "closed", "deleted", "own"])
+def test_child_ends_regularly_with_its_status(tmp_path: Path, bundle: Path, how: str) -> None:
+    image = io.BytesIO()
+    color_image("red").save(image, "PNG")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXITING, tmp_path / "shop.catalog", bundle, how],
+        input=image.getvalue().hex(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.stdout.split("\n") == ["child", "handler", "7 1", ""], run.stderr

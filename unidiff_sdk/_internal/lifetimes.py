@@ -67,11 +67,17 @@ def finalize_in_owner(target: object, function: Callable[..., Any], *args: Any, 
     return weakref.finalize(target, lambda: function(*args, **kwargs) if owner.is_current else None)
 
 
+_has_engines = False  # whether this process has ever opened one
 _kept: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def keep_in_child(target: object, *attributes: str) -> None:
-    """Never destroy the values of attributes in a forked child: engines would wait there for threads that are gone."""
+    """Never destroy the values of attributes in a forked child: engines would wait there for threads that are gone.
+
+    The same holds for what engines destroy at the exit of a process: a forked child skips it (`_skip_exit_handlers`).
+    """
+    global _has_engines
+    _has_engines = True
     _kept[target] = attributes
 
 
@@ -101,8 +107,21 @@ def _close_all() -> None:
             continue
 
 
+def _skip_exit_handlers() -> None:
+    """End this process without the exit handlers of libraries that are loaded, among them the destructors of engines.
+
+    `on_exit` of the GNU C library calls the handler that was registered last first, with the status of the process. The
+    interpreter has ended regularly by then, so Python's own exit handlers have run and its files are flushed.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "on_exit"):
+        library.on_exit(ctypes.cast(library._exit, ctypes.c_void_p), None)
+
+
 def _after_fork() -> None:
     _close_all()
+    if _has_engines:
+        _skip_exit_handlers()
     for target, attributes in list(_kept.items()):
         for name in attributes:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(getattr(target, name, None)))
