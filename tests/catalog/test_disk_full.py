@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.disk_full import can_mount, make_assets, run_trials, small_disk
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, StoreError
 from unidiff_sdk._internal import memory
 from unidiff_sdk._internal.memory import require_free_space
+from unidiff_sdk.catalog.snapshot import OPTIMIZE_FROM
 from unidiff_sdk.store.edge.optimizer import optimize_in_subprocess
+from unidiff_sdk.store.edge.store import EdgeStore
 from unidiff_sdk.store.images import ImageStore
 
 MIB = 1 << 20
@@ -85,6 +88,17 @@ def test_delete_succeeds_where_the_images_cannot_be_looked_up(tmp_path: Path, mo
         fill(monkeypatch, 5 * MIB)
         with pytest.warns(UserWarning, match="images that they no longer use were not deleted"):
             assert catalog.delete(1) == 1
+        assert catalog.count() == 1
+
+
+def test_items_are_kept_where_the_search_index_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "table.csv").write_text("file_name,text\na.png,black\n")
+    with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "bundle")) as catalog:
+        monkeypatch.setattr(EdgeStore, "unindexed_count", lambda store: OPTIMIZE_FROM)
+        fill(monkeypatch, 100 * MIB)
+        with pytest.warns(UserWarning, match="index was not built. Call optimize.. later. The disk is too full"):
+            assert catalog.add_table(tmp_path / "table.csv").added == 1
         assert catalog.count() == 1
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from unidiff_sdk._internal.files import remove_unfinished
 from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
+from unidiff_sdk._internal.memory import DiskFullError
 from unidiff_sdk._internal.text import Secret
 from unidiff_sdk._internal.warnings import safe_logger, warn
 from unidiff_sdk.errors import StoreError
@@ -177,9 +178,15 @@ class Snapshot:
         self.store.optimize()
 
     def optimize_if_large(self) -> None:
-        """Build the search index if searches would be slow without it, or miss items because many were deleted."""
-        if self.store.unindexed_count() >= OPTIMIZE_FROM or self.store.deleted_share() > MAX_DELETED_SHARE:
-            self.store.optimize()
+        """Build the search index if searches would be slow without it, or if much of it was deleted.
+
+        On a full disk, that is a warning: everything is stored, and searches find it without an index, but slower.
+        """
+        try:
+            if self.store.unindexed_count() >= OPTIMIZE_FROM or self.store.deleted_share() > MAX_DELETED_SHARE:
+                self.store.optimize()
+        except DiskFullError as error:
+            warn(f"All items are stored, but the search index was not built. Call optimize() later. {error}")
 
     def optimize_if_deleted(self) -> None:
         """Build the search index again if more than `MAX_DELETED_SHARE` of it was deleted or replaced.
