@@ -163,6 +163,9 @@ def test_fingerprint_depends_on_the_files(folder: Path, tmp_path: Path) -> None:
             "lack 'block_out_channels'; export the pipeline again",
         ),
         ("vae_decoder/config.json", {"latents_std": [1.0]}, "the VAE states latents_std"),
+        ("scheduler/scheduler_config.json", {"beta_end": "x"}, "beta_end is 'x'"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "odd"}, "timestep_spacing 'odd' is not supported"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not"),
         ("unet/config.json", {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; it must be one number"),
         ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
     ],
@@ -171,7 +174,7 @@ def test_unsupported_or_damaged_configuration_is_named(
     folder: Path, tmp_path: Path, file: str, change: dict[str, Any] | None, message: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "copy")
-    config = {key: value for key, value in (CONFIGS[file] | (change or {})).items() if value is not None}
+    config = {key: value for key, value in (CONFIGS.get(file, {}) | (change or {})).items() if value is not None}
     (tmp_path / "copy" / file).write_text("{" if change is None else json.dumps(config))
     with pytest.raises(BundleError, match=message):
         Bundle.open(tmp_path / "copy")
@@ -209,6 +212,16 @@ def test_tokenizer_from_vocabulary_and_merges_equals_tokenizer_json(tmp_path: Pa
     np.testing.assert_array_equal(token_ids(ours, TEXTS), token_ids(theirs, TEXTS))
     ids, merges = json.loads((tiny / "vocab.json").read_text()), (tiny / "merges.txt").read_text()
     assert clip_tokenizer(ids, merges).get_vocab() == theirs.get_vocab()
+
+
+def test_tokenizer_that_pads_on_the_left_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(Bundle.open("tiny").path / "tokenizer", tmp_path / "tokenizer"))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        BundleError, match="the tokenizer pads on the 'left' side, but CLIP needs padding on the 'right'"
+    ):
+        load_tokenizer(folder, 20)
 
 
 def test_damaged_vocabulary_is_named(tmp_path: Path) -> None:

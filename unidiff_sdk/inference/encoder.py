@@ -157,6 +157,11 @@ def load_tokenizer(folder: Path | BundleFiles, max_tokens: int) -> Tokenizer:
         config = files.read_json("tokenizer_config.json")
     if "special_tokens_map.json" in files and "added_tokens_decoder" not in config:  # transformers 4 reads it first
         config |= files.read_json("special_tokens_map.json")
+    if config.get("padding_side", "right") != "right":
+        raise BundleError(
+            f"{folder}: the tokenizer pads on the {config['padding_side']!r} side, but CLIP needs padding on the "
+            "'right'; export a model with CLIP's tokenizer"
+        )
     pad = config.get("pad_token") or config.get("eos_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad  # transformers 4 writes tokens with their flags
     pad_id = tokenizer.token_to_id(pad) if isinstance(pad, str) else None

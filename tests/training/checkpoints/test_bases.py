@@ -148,10 +148,13 @@ def test_stable_diffusion_2_is_conditioned_by_the_second_to_last_layer(separate:
         ("scheduler/scheduler_config", {"timestep_spacing": "odd"}, "timestep_spacing 'odd' is not supported"),
         ("scheduler/scheduler_config", {"beta_schedule": "laplace"}, "beta_schedule 'laplace' is not supported"),
         ("scheduler/scheduler_config", {"thresholding": True}, "thresholding is not supported"),
+        ("scheduler/scheduler_config", {"num_train_timesteps": "many"}, "num_train_timesteps is 'many'; it must be"),
+        ("scheduler/scheduler_config", {"num_train_timesteps": 0}, "num_train_timesteps is 0; it must be an integer"),
+        ("scheduler/scheduler_config", {"trained_betas": []}, "trained_betas is .*; it must be a list"),
         (
-            "scheduler/scheduler_config",
-            {"num_train_timesteps": "many"},
-            "states no valid noise schedule",
+            "text_encoder/config",
+            {"vocab_size": 100},
+            "tokens, but its text encoder embeds 100. Remove the added tokens",
         ),
         (
             "scheduler/scheduler_config",

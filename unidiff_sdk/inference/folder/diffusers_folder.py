@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from unidiff_sdk.inference.manifest import (
 )
 from unidiff_sdk.inference.schedule import (
     PREDICTION_TYPES,
+    Schedule,
     replacement_notice,
     sampler_choice,
     scheduler_refusal,
@@ -65,7 +66,7 @@ EXTRA_CONDITIONS = (
 )
 
 # What UNets with other numbers of input channels do.
-OTHER_CHANNELS = {5: ": depth to image", 7: ": upscaling", 8: ": InstructPix2Pix", 9: ": inpainting"}
+OTHER_CHANNELS = {"5": ": depth to image", "7": ": upscaling", "8": ": InstructPix2Pix", "9": ": inpainting"}
 OLD_VERSION, OLD_SIZE = 9, 64  # see `native_size`
 SCALING_FACTOR = 0.18215  # of diffusers' AutoencoderKL where the file states none, as Stable Diffusion 1's
 LCM_DEFAULTS = {"steps": 4, "guidance_scale": 1.0}  # as latent consistency models are used
@@ -89,7 +90,7 @@ def refusal(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int | None) 
     )
     extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if unet.get(name) is not None]
     if None not in (channels, latent_channels) and channels != latent_channels:
-        extra.append(f"in_channels {channels}{OTHER_CHANNELS.get(cast(int, channels), '')}")
+        extra.append(f"in_channels {channels}{OTHER_CHANNELS.get(str(channels), '')}")
     if extra:
         return (
             f"the UNet takes additional inputs ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
@@ -154,6 +155,10 @@ def derive_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: {refused}")
     if refused := scheduler_refusal(scheduler):
         raise BundleError(f"{folder}: {refused}")
+    try:
+        Schedule.from_pipeline(scheduler)
+    except BundleError as error:
+        raise BundleError(f"{folder}: {error}") from error
     choice = sampler_choice(scheduler)
     if choice.replaces:
         warn(replacement_notice(folder, choice.name, choice.replaces))

@@ -61,8 +61,6 @@ def check_pipeline_files(folder: Path) -> None:
         Schedule.from_config(scheduler)
     except BundleError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    except (TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{folder / 'scheduler'} states no valid noise schedule: {error}") from error
     _check_tokenizer(folder / "tokenizer", text.get("max_position_embeddings", 77))
 
 

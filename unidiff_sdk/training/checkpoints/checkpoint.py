@@ -212,6 +212,12 @@ def assemble_checkpoint(
     check_pipeline_files(folder)
     with _progress_bars_hidden():
         tokenizer = _from_pretrained(CLIPTokenizer, folder / "tokenizer")
+        embedded = read_json(folder / "text_encoder" / "config.json").get("vocab_size", len(tokenizer))
+        if len(tokenizer) > embedded:
+            raise CheckpointError(
+                f"The tokenizer of {folder} has {len(tokenizer):,} tokens, but its text encoder embeds {embedded:,}. "
+                "Remove the added tokens, or save the text encoder with their embeddings."
+            )
         return Checkpoint(
             path=folder,
             unet=_load_unet(folder / "unet"),

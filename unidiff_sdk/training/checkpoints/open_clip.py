@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import CheckpointError, OptionError
 
 __all__ = ["PREFIX", "ConvertedOpenClip", "convert", "load_open_clip"]
@@ -103,6 +104,10 @@ def load_open_clip(name: str) -> ConvertedOpenClip:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot read {file}: {error}") from error
     clip = convert(config, tensors, name)
+    warn(
+        f"{name}: texts are tokenized as by transformers' CLIPTokenizer. OpenCLIP also repairs broken encodings, "
+        "decodes HTML entities and straightens quotation marks first. Clean such texts before you use them"
+    )
     mean, std = (tuple(preprocessing.get(key) or default) for key, default in (("mean", MEAN), ("std", STD)))
     return ConvertedOpenClip(clip, int(clip.config.vision_config.image_size), mean, std)
 
