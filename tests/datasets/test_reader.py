@@ -511,3 +511,24 @@ def test_rows_report_the_size_of_their_image(folder: Path, tmp_path: Path) -> No
     assert row.nbytes == (folder / "a.png").stat().st_size
     pytest.importorskip("pyarrow.parquet").write_table(hub_table(), tmp_path / "hub.parquet")
     assert [row.nbytes for row in read_catalog(tmp_path / "hub.parquet")] == [len(png()), len(png("blue"))]
+
+
+def test_a_repeated_key_is_an_invalid_row(folder: Path) -> None:
+    write_jsonl(folder, ['{"file_name": "a.png", "text": "x", "text": "y"}', '{"file_name": "a.png", "text": "z"}'])
+    invalid: list[InvalidRow] = []
+    assert [row.text for row in read_catalog(folder, on_error=invalid.append)] == ["z"]
+    assert "the key 'text' occurs several times" in invalid[0].reason
+
+
+def test_an_open_quote_does_not_hide_rows(folder: Path) -> None:
+    lines = ["file_name,text", 'a.png,"x"', 'a.png,"5" pipe"', "a.png,y", 'a.png,"open', "a.png,z", "a.png,z"]
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    invalid: list[InvalidRow] = []
+    assert [row.text for row in read_catalog(folder, on_error=invalid.append)] == ["x", "y"]
+    assert [row.line for row in invalid] == [3, 7]
+    assert "lines 5 to 7 are not valid CSV" in invalid[1].reason and count_rows(folder) == 4
+
+
+def test_a_long_cell_of_csv_is_read(folder: Path) -> None:
+    (folder / "metadata.csv").write_text(f'file_name,text\na.png,"{"x" * 200_000}"\n')
+    assert [len(row.text) for row in read_catalog(folder, strict=True)] == [200_000]

@@ -6,6 +6,7 @@ import enum
 import json
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
@@ -91,7 +92,13 @@ def damaged_content(name: object, error: type[UniDiffError], fix: str) -> Iterat
 
 
 def parse_json(
-    content: bytes | str, name: str, *, error: type[UniDiffError] = DataError, kind: type = dict, nan: bool = False
+    content: bytes | str,
+    name: str,
+    *,
+    error: type[UniDiffError] = DataError,
+    kind: type = dict,
+    nan: bool = False,
+    unique_keys: bool = False,
 ) -> Any:
     """Parse JSON within the limits of this module.
 
@@ -101,6 +108,7 @@ def parse_json(
         error: the class of the error that is raised.
         kind: the type that the value must have.
         nan: whether NaN and infinity are accepted as numbers. JSON does not have them, but Python writes them.
+        unique_keys: whether an object with a repeated key is refused. Python keeps the last value only.
 
     Raises:
         error: the text is not valid JSON, exceeds a limit, contains a lone surrogate such as "\\ud83d", or holds a
@@ -110,7 +118,12 @@ def parse_json(
         if isinstance(content, str):
             content = content.encode()  # a string can hold lone surrogates, too
         text = content.decode("utf-8-sig")
-        value = json.loads(text, parse_int=_parse_int, parse_constant=None if nan else _refuse_constant)
+        value = json.loads(
+            text,
+            parse_int=_parse_int,
+            parse_constant=None if nan else _refuse_constant,
+            object_pairs_hook=_with_unique_keys if unique_keys else None,
+        )
         _check_depth(value)
         if "\\u" in text:  # an escape can make what UTF-8 cannot hold
             json.dumps(value, ensure_ascii=False).encode()
@@ -133,6 +146,14 @@ def _parse_int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"an integer has {len(digits):,} digits; at most {MAX_DIGITS} are allowed")
     return int(digits)
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {repeated!r:.60} occurs several times")
+    return members
 
 
 def _refuse_constant(constant: str) -> float:

@@ -171,7 +171,7 @@ def _sample(shard: Path, tar: tarfile.TarFile, name: str, members: list[tarfile.
     columns: dict[str, Any] = {}
     try:
         if COLUMNS in by_extension:
-            columns = parse_json(_text(tar, by_extension[COLUMNS]), "the .json", nan=True)
+            columns = parse_json(_text(tar, by_extension[COLUMNS]), "the .json", nan=True, unique_keys=True)
         if CAPTION in by_extension:
             columns["text"] = _text(tar, by_extension[CAPTION])
     except UnicodeDecodeError as error:

@@ -88,7 +88,7 @@ def _read_jsonl(path: Path) -> TableRows:
             yield line, f"the line has more than {MAX_LINE:,} characters"
         elif content.strip():
             try:
-                yield line, parse_json(content, "the line", nan=True)
+                yield line, parse_json(content, "the line", nan=True, unique_keys=True)
             except DataError as error:
                 yield line, str(error)
 
@@ -117,19 +117,34 @@ def _read_cells(path: Path, check_header: CheckHeader) -> Iterator[tuple[int, di
     first = next(lines, "")
     # Tabs are unambiguous. A semicolon goes with decimal commas, which would be read as text.
     tabs = "\t" in first and "," not in first
-    reader = csv.reader(_chain(first, lines), delimiter="\t" if tabs else ",", skipinitialspace=", " in first)
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))  # of this process; by default 131,072 characters
+    # Not strict, an open quote would take all rows after it into one cell.
+    reader = csv.reader(
+        _chain(first, lines), delimiter="\t" if tabs else ",", skipinitialspace=", " in first, strict=True
+    )
     try:
         header = [name.strip() for name in next(reader, [])]
         _check_csv_header(path, header, check_header)
-        for cells in reader:
-            if not cells:
+        while (cells := _next_row(reader)) is not None:
+            if isinstance(cells, str):
+                yield reader.line_num, cells
+            elif not cells:
                 continue
-            if len(cells) != len(header):
+            elif len(cells) != len(header):
                 yield reader.line_num, f"the row has {len(cells)} cells and the header has {len(header)}"
             else:
                 yield reader.line_num, {column: cell for column, cell in zip(header, cells, strict=True) if cell != ""}
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _next_row(reader: Any) -> list[str] | str | None:
+    """The cells of the next row, what is wrong with it, or None after the last one."""
+    start = reader.line_num + 1
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        return f"lines {start} to {reader.line_num} are not valid CSV ({error}). Double the quotes inside of a cell."
 
 
 def _chain(first: str, lines: Iterator[str]) -> Iterator[str]:
