@@ -164,7 +164,7 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text, vision = checkpoint.text_encoder.config, clip.config.vision_config
-    if refused := refusal(unet.config, vae.config.latent_channels, text.hidden_size):
+    if refused := refusal(unet.config, vae.config, text.hidden_size):
         raise ExportError(refused)
     smallest = 2 ** len(
         unet.config.block_out_channels
