@@ -101,6 +101,7 @@ def test_mutated_file_raises_no_foreign_error(tmp_path: Path, name: str) -> None
         ({"steps_offset": [1]}, r"steps_offset is \[1\]"),
         ({"original_inference_steps": 2000}, "original_inference_steps is 2000"),
         ({"timestep_scaling": 0}, "timestep_scaling is 0; it must be a number from 1e-06 to 1e"),
+        ({"beta_start": 0.85, "beta_end": 0.9}, "does not add noise at each of its 1000 timesteps"),
         ({"prediction_type": ["epsilon"]}, "is not supported"),
         ({"timestep_spacing": {}}, "is not supported"),
     ],

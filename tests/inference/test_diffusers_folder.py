@@ -15,7 +15,7 @@ import pytest
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog
-from unidiff_sdk.errors import BundleError
+from unidiff_sdk.errors import BundleError, GenerationError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder, load_tokenizer, token_ids
@@ -167,6 +167,12 @@ def test_fingerprint_depends_on_the_files(folder: Path, tmp_path: Path) -> None:
         ("scheduler/scheduler_config.json", {"timestep_spacing": "odd"}, "timestep_spacing 'odd' is not supported"),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not"),
         ("unet/config.json", {"sample_size": [8, 16]}, r"sample_size is \[8, 16\]; it must be one number"),
+        ("vae_decoder/config.json", {"block_out_channels": True}, "scale_factor is True; it must be an integer from 1"),
+        ("vae_decoder/config.json", {"scaling_factor": "x"}, "scaling_factor is 'x'; it must be a number from"),
+        ("unet/config.json", {"in_channels": {}}, r"in_channels is \{\}; it must be an integer from 1 to 65536"),
+        ("unet/config.json", {"sample_size": 10**9}, "size is 1000000000; it must be an integer from 1 to 65,536"),
+        ("unet/config.json", {"cross_attention_dim": -1}, "cross_attention_dim is -1"),
+        ("text_encoder/config.json", {"max_position_embeddings": 10**9}, "max_tokens is 1000000000"),
         ("text_encoder/config.json", None, r"text_encoder.config.json: cannot be read as JSON"),
     ],
 )
@@ -228,3 +234,13 @@ def test_damaged_vocabulary_is_named(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(BundleError, match="the tokenizer cannot be read"):
         load_tokenizer(tmp_path, 20)
+
+
+def test_folder_with_a_wrong_vae_is_refused_at_its_first_call(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    config = CONFIGS["vae_decoder/config.json"] | {"block_out_channels": [4, 4, 4]}
+    (tmp_path / "copy" / "vae_decoder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        GenerationError, match=r"vae_decoder returns the shape \[1, 3, 16, 16\], but .* \[1, 3, 32, 32\]"
+    ):
+        Generator(Bundle.open(tmp_path / "copy")).generate("a coat", steps=1)

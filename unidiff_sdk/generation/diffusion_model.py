@@ -48,12 +48,13 @@ class DiffusionModel:
         timestep is float32[batch], states are float32[batch, tokens, width]. Raises GenerationError.
         """
         feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
-        return self._run("unet", feeds, "out_sample")
+        return self._run("unet", feeds, "out_sample", sample.shape)
 
     def encode(self, image: Image.Image) -> Float32:
         """The latents of an RGB image: float32[channels, height, width]. Raises GenerationError."""
         with self._vae_lock:
-            encoded = self._run("vae_encoder", {"sample": to_samples(image)}, "latent_sample")[0]
+            shape = (1, *self.latent_shape(*image.size))
+            encoded = self._run("vae_encoder", {"sample": to_samples(image)}, "latent_sample", shape)[0]
         shift, scale = np.float32(self.latent.shift_factor), np.float32(self.latent.scaling_factor)
         latents: Float32 = (encoded - shift) * scale
         return latents
@@ -69,21 +70,30 @@ class DiffusionModel:
         batch = max(1, self._positions // (2 * latents.shape[2] * latents.shape[3]))
         images: list[Image.Image] = []
         for start in range(0, len(scaled), batch):
+            part = scaled[start : start + batch]
+            shape = (len(part), 3, *(side * self.latent.scale_factor for side in part.shape[2:]))
             with self._vae_lock:
-                decoded = self._run("vae_decoder", {"latent_sample": scaled[start : start + batch]}, "sample")
+                decoded = self._run("vae_decoder", {"latent_sample": part}, "sample", shape)
             self._check_finite(decoded)
             pixels = np.rint((decoded * 0.5 + 0.5).clip(0, 1) * 255).astype(np.uint8)
             images += [Image.fromarray(image) for image in pixels.transpose(0, 2, 3, 1)]
         return images
 
-    def _run(self, graph: str, feeds: dict[str, Float32], output: str) -> Float32:
+    def _run(self, graph: str, feeds: dict[str, Float32], output: str, shape: tuple[int, ...]) -> Float32:
+        """Call a graph. Raises GenerationError if it fails, or if its output has another shape than `shape`."""
         session = self._bundle.session(graph)
         try:
-            return session.run(feeds, [output])[output]
+            result = session.run(feeds, [output])[output]
         except (StoreError, OptionError):
             raise
         except Exception as error:  # the exceptions of an engine have no common base class
             raise GenerationError(f"a call of the {graph} failed ({error})") from error
+        if result.shape != shape:
+            raise GenerationError(
+                f"{self._bundle.path}: the {graph} returns the shape {list(result.shape)}, but the sizes in the "
+                f"manifest give {list(shape)}; export the bundle again"
+            )
+        return result
 
     def _check_finite(self, values: Float32) -> None:
         if not np.isfinite(values).all():

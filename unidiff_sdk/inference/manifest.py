@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from unidiff_sdk._internal import json_values
 from unidiff_sdk._internal.files import is_plain_path, read_regular_file
@@ -36,6 +36,7 @@ __all__ = [
     "RerankGain",
     "SamplerDefaults",
     "TensorSpec",
+    "decode_section",
     "file_sha256",
     "fingerprint_of",
     "manifest_checksum",
@@ -52,6 +53,8 @@ GRAPH_SUFFIX = ".onnx"
 
 DEFAULT_SAMPLER: dict[str, Any] = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
 """For models that name no sampler of their own."""
+
+Section = TypeVar("Section")
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]
 """The smallest, usual and largest shape of each input of a graph: {"sample": {"min": …, "opt": …, "max": …}, …}."""
@@ -301,10 +304,7 @@ class Manifest(ModelDescription):
     def from_json(cls, values: Mapping[str, Any], file: Path) -> Manifest:
         """The same from the content of `file`."""
         _check_version(values, file)
-        try:
-            manifest: Manifest = _decode_dataclass(cls, values, "")
-        except _InvalidField as error:
-            raise BundleError(f"{file}: {error}") from None
+        manifest = decode_section(cls, values, file)
         _check_content(manifest, file)
         if "checksum" not in values:
             raise BundleError(f"{file}: checksum is missing, so changes cannot be found; export the bundle again")
@@ -458,6 +458,15 @@ def _check_tensors(graph: Graph, where: str) -> None:
                 f"{where}.profile.{name} is {dict(bounds)!r:.120}; it must be min, opt and max: each {rank} rising "
                 f"sizes from 1 to {MAX_COUNT:,}, and opt at most {MAX_ELEMENTS:,} elements"
             )
+
+
+def decode_section(kind: type[Section], values: Mapping[str, Any], file: object) -> Section:
+    """A dataclass of this module from JSON values. Raises BundleError that names the field and what is accepted."""
+    try:
+        section: Section = _decode_dataclass(kind, values, "")
+    except _InvalidField as error:
+        raise BundleError(f"{file}: {error}") from None
+    return section
 
 
 class _InvalidField(Exception):

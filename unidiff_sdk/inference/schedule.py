@@ -181,6 +181,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64:
         if alphas_cumprod[0] == alphas_cumprod[-1]:
             raise BundleError("rescale_betas_zero_snr needs a noise schedule of more than one noise level")
         alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
+    if not (np.diff(alphas_cumprod) < 0).all():  # samplers divide by the differences
+        raise BundleError(f"the noise schedule ({kind!r:.40}) does not add noise at each of its {total} timesteps")
     return alphas_cumprod.astype(np.float64)
 
 

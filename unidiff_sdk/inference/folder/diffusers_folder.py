@@ -14,17 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError
 from unidiff_sdk.inference.manifest import (
     DEFAULT_SAMPLER,
     GRAPH_FILE,
+    MAX_COUNT,
     Graph,
     Latent,
     Manifest,
     Prompt,
     SamplerDefaults,
     TensorSpec,
+    decode_section,
     fingerprint_of,
     read_json,
 )
@@ -55,6 +58,7 @@ PIPELINE_FORMAT = "onnx-pipeline"
 """The `format` of a derived manifest."""
 
 PIPELINE_INDEX = "model_index.json"
+MAX_BLOCKS = 16  # of a VAE; models have four
 GRAPHS = ("text_encoder", "unet", "vae_decoder")  # "vae_encoder" may be missing
 # Set in the configuration of a UNet only if it takes more than latents, a timestep and token states.
 EXTRA_CONDITIONS = (
@@ -128,7 +132,7 @@ def native_size(unet: Mapping[str, Any]) -> int | None:
         return int(size[0]) if isinstance(size[0], int) and size[0] > 0 else None
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         return None
-    version = re.match(r"0\.(\d+)\.", str(unet.get("_diffusers_version", "")))
+    version = re.match(r"0\.(\d{1,6})\.", str(unet.get("_diffusers_version", "")))
     return max(size, OLD_SIZE) if version and int(version[1]) < OLD_VERSION else size
 
 
@@ -173,18 +177,16 @@ def derive_manifest(folder: Path) -> Manifest:
                 for name, inputs in _inputs(unet).items()
                 if (folder / name / GRAPH_FILE).is_file()
             },
-            prompt=Prompt(text["max_position_embeddings"]),
-            latent=Latent(
-                channels=unet["in_channels"],
-                size=native_size(unet) or unet["sample_size"],
-                scale_factor=2 ** (len(vae["block_out_channels"]) - 1),
-                scaling_factor=vae.get("scaling_factor", SCALING_FACTOR),
-                shift_factor=0.0,  # diffusers' Stable Diffusion pipeline ignores that of the VAE
-            ),
-            sampler=SamplerDefaults(
-                **sampler_defaults(scheduler),
-                prediction_type=scheduler.get("prediction_type", PREDICTION_TYPES[0]),
-                replaces=choice.replaces,
+            prompt=decode_section(Prompt, {"max_tokens": text["max_position_embeddings"]}, folder),
+            latent=decode_section(Latent, _latent(unet, vae), folder),
+            sampler=decode_section(
+                SamplerDefaults,
+                sampler_defaults(scheduler)
+                | {
+                    "prediction_type": scheduler.get("prediction_type", PREDICTION_TYPES[0]),
+                    "replaces": choice.replaces,
+                },
+                folder,
             ),
             files=files,
             fingerprint=fingerprint_of(files),
@@ -193,15 +195,32 @@ def derive_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder}: its configuration files lack {error}; export the pipeline again") from error
 
 
+def _latent(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `Latent`, which checks their types and sizes."""
+    blocks = vae["block_out_channels"]
+    valid_blocks = isinstance(blocks, list) and 0 < len(blocks) <= MAX_BLOCKS
+    return {
+        "channels": unet["in_channels"],
+        "size": native_size(unet) or unet["sample_size"],
+        "scale_factor": 2 ** (len(blocks) - 1) if valid_blocks else blocks,
+        "scaling_factor": vae.get("scaling_factor", SCALING_FACTOR),
+        "shift_factor": 0.0,  # diffusers' Stable Diffusion pipeline ignores that of the VAE
+    }
+
+
 def _inputs(unet: Mapping[str, Any]) -> dict[str, dict[str, TensorSpec]]:
     """The inputs of each graph, as our own bundles have them."""
-    latents = TensorSpec("float32", ("batch", unet["in_channels"], "height", "width"))
+    channels, width = (
+        int(number_within(name, unet[name], 1, MAX_COUNT, BundleError, whole=True))
+        for name in ("in_channels", "cross_attention_dim")
+    )
+    latents = TensorSpec("float32", ("batch", channels, "height", "width"))
     return {
         "text_encoder": {"input_ids": TensorSpec("int64", ("batch", "tokens"))},
         "unet": {
             "sample": latents,
             "timestep": TensorSpec("float32", ("batch",)),
-            "encoder_hidden_states": TensorSpec("float32", ("batch", "tokens", unet["cross_attention_dim"])),
+            "encoder_hidden_states": TensorSpec("float32", ("batch", "tokens", width)),
         },
         "vae_decoder": {"latent_sample": latents},
         "vae_encoder": {"sample": TensorSpec("float32", ("batch", 3, "height", "width"))},
