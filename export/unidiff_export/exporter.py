@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.errors import ExportError, ProviderError
+from unidiff_sdk.errors import DataError, ExportError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.folder.signature import read_private_key, sign_manifest
-from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.inference.manifest import Manifest, RerankDefaults
 from unidiff_sdk.inference.schedule import replacement_notice
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from .bundle.files import folder_size, new_folder, write_pipeline_files
 from .bundle.graph_writer import GraphWriter
 from .bundle.manifest import build_manifest, describe_model, sampler_defaults, write_manifest
 from .bundle.model_card import write_model_card
+from .bundle.reranking import MAX_QUERIES, MIN_QUERIES, affordable_queries, rerank_defaults
 from .graphs.lowering import GraphSpec, graph_specs
 from .options import TARGETS, check_options
 from .pipeline import generate_images, load_pipeline
@@ -163,7 +164,8 @@ def export_bundle(
             evidence = _finish_for_gpu(bundle, reference, evidence, report)
 
         seconds, peak = time.perf_counter() - start, peak_bytes()
-        bundle.finish(evidence, {"seconds": round(seconds, 1), "peak_mib": peak >> 20})
+        rerank = None if calibration is None else _choose_rerank(bundle.open(), calibration, report)
+        bundle.finish(evidence, {"seconds": round(seconds, 1), "peak_mib": peak >> 20}, rerank)
         if key is not None:
             sign_manifest(folder, key)
     return Export(
@@ -267,10 +269,10 @@ class _UnfinishedBundle:
         """Open the bundle without verifying the hashes that `write_manifest` has just computed."""
         return Bundle.open(self._folder, verify=False, **options)
 
-    def finish(self, evidence: Evidence, cost: Mapping[str, Any]) -> None:
-        """Add the evidence, and the time and memory of the export, to the manifest; write the model card."""
+    def finish(self, evidence: Evidence, cost: Mapping[str, Any], rerank: RerankDefaults | None) -> None:
+        """Add the evidence, time and memory of the export, and defaults to the manifest; write the model card."""
         assert self._manifest is not None  # nothing is verified without a manifest
-        manifest = replace(self._manifest, parity=evidence.to_json(), export=cost)
+        manifest = replace(self._manifest, parity=evidence.to_json(), export=cost, rerank=rerank)
         write_manifest(self._folder, manifest)
         write_model_card(self._folder, manifest, self._checkpoint)
 
@@ -361,6 +363,23 @@ def _finish_for_gpu(bundle: _UnfinishedBundle, reference: Reference, evidence: E
     image, search, embeddings = _compare_results(on_gpu, reference, TOLERANCES["fp16"], report)
     figures = {"image": asdict(image), "search": asdict(search), "embeddings": asdict(embeddings)}
     return replace(evidence, devices={"cuda": figures})
+
+
+def _choose_rerank(bundle: Bundle, calibration: str | Path, report: Progress) -> RerankDefaults | None:
+    """Choose the defaults of `search(rerank=)`. None without a CPU, time or captions to measure on."""
+    if "cpu" not in (bundle.manifest.devices or ("cpu",)):
+        report("Skipping the defaults of rerank=: the bundle does not run on a CPU")
+        return None
+    affordable = affordable_queries(bundle)
+    if affordable < MIN_QUERIES:
+        report(f"Skipping the defaults of rerank=: time for {affordable} captions only. Run: unidiff-export rerank")
+        return None
+    report("Choosing the defaults of rerank=")
+    try:
+        return rerank_defaults(bundle, [calibration], min(affordable, MAX_QUERIES))
+    except DataError as error:
+        report(f"Skipping the defaults of rerank=: {error}")
+        return None
 
 
 def _reports(writer: GraphWriter, evidence: Evidence) -> tuple[GraphReport, ...]:

@@ -32,7 +32,7 @@ NOT_RUN = "not-run"  # class of a shell block that is parsed only
 REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/data.md": (2, "the data exists on the machine of the reader only"),
     "docs/guides/evaluate.md": (1, "needs a tuned checkpoint"),
-    "docs/guides/export.md": (2, "exports three times, for minutes, and needs a key"),
+    "docs/guides/export.md": (3, "exports three times, for minutes, and needs a key and data"),
     "docs/guides/gpu.md": (1, "exports for a GPU, for minutes"),
     "docs/guides/reindex.md": (2, "needs a bundle of another model"),
     "docs/guides/train.md": (2, "trains for minutes"),

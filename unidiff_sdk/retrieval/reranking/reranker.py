@@ -253,13 +253,13 @@ def settings_of(bundle: Bundle, schedule: Schedule) -> RerankDefaults:
 
 
 def gains_of(unconditional: Float64, errors: Float64) -> Float64:
-    """The gains g, from errors without a text and with one: float64[items, timesteps] to float64[items]."""
-    without, with_text = unconditional.mean(axis=1), errors.mean(axis=1)
+    """The gains g, from errors without a text and with one: float64[…, items, timesteps] to float64[…, items]."""
+    without, with_text = unconditional.mean(axis=-1), errors.mean(axis=-1)
     return cast(Float64, (without - with_text) / np.maximum(without, _SMALLEST_ERROR))
 
 
 def combined_scores(scores: npt.ArrayLike, gains: npt.ArrayLike, weight: float) -> Float64:
-    """z(s) + w · z(g): float64[items]."""
+    """z(s) + w · z(g): float64[…, items]."""
     return _standardized(scores) + weight * _standardized(gains)
 
 
@@ -274,8 +274,11 @@ def _ordered(candidates: Sequence[ScoredRecord], gains: Float64, weight: float) 
 
 def _standardized(values: npt.ArrayLike) -> Float64:
     array = np.asarray(values, np.float64)
-    spread = array.std() if array.size else 0.0
-    return (array - array.mean()) / spread if spread > _SMALLEST_SPREAD else np.zeros_like(array)
+    if not array.size:
+        return array
+    spread, centered = array.std(axis=-1, keepdims=True), array - array.mean(axis=-1, keepdims=True)
+    differs = spread > _SMALLEST_SPREAD
+    return np.where(differs, centered, 0) / np.where(differs, spread, 1)
 
 
 def _sha256(item: Record | ScoredRecord) -> str:
