@@ -42,7 +42,7 @@ from unidiff_sdk.retrieval.filter_kinds import warn_about_filter
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.images import ImageStore, ItemImage
-from unidiff_sdk.store.payload import RESERVED, SYSTEM
+from unidiff_sdk.store.payload import RESERVED, system_of
 
 from .catalog_file import TINY_NAME, restore_place
 from .items import item_of
@@ -176,7 +176,7 @@ def _rows(store: Store, images: ImageStore, where: Clause | None) -> Iterator[di
 
 
 def _row(record: Record, images: ImageStore) -> dict[str, Any]:
-    id, system = record.payload["id"], record.payload[SYSTEM]
+    system, id = system_of(record.payload), record.payload["id"]
     source = system.get("source")
     return {
         "id": str(id),

@@ -21,7 +21,7 @@ from unidiff_sdk.store import Record, Vector
 from unidiff_sdk.store.filters import is_column_name
 from unidiff_sdk.store.ids import checked_id, key_of
 from unidiff_sdk.store.images import ItemImage
-from unidiff_sdk.store.payload import RESERVED, SYSTEM
+from unidiff_sdk.store.payload import RESERVED, SYSTEM, is_item, system_of
 
 from .results import Generated
 
@@ -115,8 +115,9 @@ def _is_single(images: Any) -> bool:
 
 
 def images_of(records: Iterable[Record]) -> dict[str, str]:
-    """The images of records: sha256 -> uri."""
-    return {record.payload[SYSTEM]["sha256"]: record.payload[SYSTEM]["uri"] for record in records}
+    """The images of records: sha256 -> uri. Those of damaged records are unknown."""
+    systems = [system_of(record.payload) for record in records if is_item(record.id, record.payload)]
+    return {system["sha256"]: system["uri"] for system in systems}
 
 
 def _checked_columns(payload: Mapping[str, Any]) -> dict[str, Any]:

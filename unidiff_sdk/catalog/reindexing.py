@@ -22,7 +22,7 @@ from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
-from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.payload import system_of
 
 from .catalog_file import BundleRef, file_lock
 from .snapshot import CurrentSnapshot, Snapshot
@@ -174,7 +174,7 @@ class Reencoder:
             if stored.get(record.id) == record.payload:
                 continue
             try:
-                pixels.append(self.encoder.pixels(self.images.load(record.payload[SYSTEM]["uri"])))
+                pixels.append(self.encoder.pixels(self.images.load(system_of(record.payload)["uri"])))
                 records.append(record)
             except ImageError:
                 now = self.old.retrieve([record.id])

@@ -27,7 +27,7 @@ from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Record, Store
 from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import Location
-from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.payload import system_of
 from unidiff_sdk.store.protocol import MAX_DELETED_SHARE
 
 from .aio import OPENING, Resource, async_variant
@@ -314,7 +314,7 @@ class CurrentSnapshot:
         snapshot = self.get()
         latents = snapshot.reranker(self.images).prepare(records)
         with self.lock:  # no item is deleted between the check and the writing
-            kept = {record.payload[SYSTEM]["sha256"] for record in snapshot.store.retrieve([r.id for r in records])}
+            kept = {system_of(record.payload)["sha256"] for record in snapshot.store.retrieve([r.id for r in records])}
             for sha256 in latents.keys() & kept:
                 snapshot.latents.write(sha256, latents[sha256])
         return len(latents)

@@ -24,7 +24,7 @@ from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Compare
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore, ItemImage
-from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.payload import SYSTEM, is_item, system_of
 from unidiff_sdk.store.protocol import check_records
 
 from .items import Item, images_of, item_of
@@ -246,10 +246,10 @@ class Writer:
         changed: list[Item] = []
         for item in items:
             old = stored.get(item.key)
-            if old is None or old.payload[SYSTEM]["sha256"] != item.image.sha256:
+            if old is None or not is_item(old.id, old.payload) or system_of(old.payload)["sha256"] != item.image.sha256:
                 changed.append(item)
                 continue
-            uri = self._images.expected_uri(item.image, old.payload[SYSTEM]["uri"], copy=copy)
+            uri = self._images.expected_uri(item.image, system_of(old.payload)["uri"], copy=copy)
             if old.payload != item.payload(uri):
                 changed.append(replace(item, vector=old.vector))
         return changed

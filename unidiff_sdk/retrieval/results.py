@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from unidiff_sdk._internal.text import shorten
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
-from unidiff_sdk.store.payload import RESERVED, SYSTEM
+from unidiff_sdk.store.payload import RESERVED, system_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,9 +49,9 @@ class Hit:
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any], score: float, images: ImageStore) -> Hit:
-        """Build a hit from a stored payload."""
+        """Build a hit from a stored payload. Raises StoreError if it is damaged."""
+        system = system_of(payload)
         columns = {name: value for name, value in payload.items() if name not in RESERVED}
-        system = payload[SYSTEM]
         return cls(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], images)
 
     def load_image(self) -> Image.Image:

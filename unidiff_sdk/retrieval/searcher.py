@@ -20,7 +20,7 @@ from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, ScoredRecord, Store, Vector, VectorQuery
 from unidiff_sdk.store.filters import AllOf, AnyOf, Clause, Compare, Not, column_path, parse
 from unidiff_sdk.store.ids import key_of
-from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.payload import system_of
 from unidiff_sdk.store.protocol import CANDIDATES
 
 from .columns import column_kinds, facet_counts, ordered, value_at
@@ -236,7 +236,7 @@ class Searcher:
         vectors: dict[str, Vector] = {}
         if hits := [image for image in images.values() if isinstance(image, Hit)]:
             for record in self.store.retrieve([key_of(hit.id) for hit in hits]):
-                vectors.setdefault(record.payload[SYSTEM]["sha256"], record.vector)
+                vectors.setdefault(system_of(record.payload)["sha256"], record.vector)
         if missing := [sha256 for sha256 in images if sha256 not in vectors]:
             opened = [open_image(image) if isinstance(image := images[key], Hit) else image for key in missing]
             encoded = self._encoder().encode_images([image.decoded for image in opened])

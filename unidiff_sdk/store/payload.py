@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk.errors import OptionError, StoreError
 
 from .ids import key_of
 
-__all__ = ["RESERVED", "SYSTEM", "is_item"]
+__all__ = ["RESERVED", "SYSTEM", "is_item", "system_of"]
 
 SYSTEM = "_unidiff"
 """The key of the catalog's own values."""
@@ -31,12 +31,26 @@ RESERVED = ("id", "text", SYSTEM)
 
 def is_item(key: str, payload: Any) -> bool:
     """Whether a payload has this schema and belongs to the record with the id `key`."""
-    match payload:
-        case {"id": str() | int() as id, "_unidiff": {"sha256": str(), "uri": str()} as system}:
-            texts = payload.get("text"), system.get("source")
-        case _:
-            return False
     try:
-        return key_of(id) == key and all(text is None or isinstance(text, str) for text in texts)
+        return _system(payload) is not None and key_of(payload["id"]) == key
     except OptionError:  # not an id
         return False
+
+
+def system_of(payload: Any) -> dict[str, Any]:
+    """The catalog's own values in a payload. Raises StoreError if it does not have this schema."""
+    system = _system(payload)
+    if system is None:
+        raise StoreError(
+            f"An item is damaged: its payload is {payload!r:.200}, which lacks an id, or the hash and the URI of an "
+            "image. catalog.check() lists damaged items. Restore the catalog from a backup, or add them again."
+        )
+    return system
+
+
+def _system(payload: Any) -> dict[str, Any] | None:
+    match payload:
+        case {"id": str() | int(), "_unidiff": {"sha256": str(), "uri": str()} as system}:
+            texts = payload.get("text"), system.get("source")
+            return system if all(text is None or isinstance(text, str) for text in texts) else None
+    return None

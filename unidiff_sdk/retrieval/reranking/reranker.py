@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import DEFAULT_RERANK, RerankDefaults
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.store import Record, ScoredRecord
-from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.payload import system_of
 
 from .denoising_error import Denoiser, DenoisingError, Row
 from .latents import ImageLatents, LatentCache, LatentStore
@@ -194,7 +194,7 @@ class Reranker:
 
     def _encode(self, item: Record | ScoredRecord) -> npt.NDArray[np.float16]:
         try:
-            image = self._load_image(item.payload[SYSTEM]["uri"])
+            image = self._load_image(system_of(item.payload)["uri"])
         except ImageError as error:
             raise ImageError(
                 f"rerank= needs the image of {item.payload['id']!r}: {error} Restore the file, delete the item, or "
@@ -282,5 +282,4 @@ def _standardized(values: npt.ArrayLike) -> Float64:
 
 
 def _sha256(item: Record | ScoredRecord) -> str:
-    system: dict[str, Any] = item.payload[SYSTEM]
-    return str(system["sha256"])
+    return str(system_of(item.payload)["sha256"])
