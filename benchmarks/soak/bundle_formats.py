@@ -197,6 +197,8 @@ def _change_value_info(rng: Random, model: Any) -> None:
 
 
 def _change_node(rng: Random, model: Any) -> None:
+    if not model.graph.node:  # an earlier change removed the only one
+        return
     node = rng.choice(model.graph.node)
     operators = (
         "Relu",

@@ -220,6 +220,7 @@ def test_payload_values_are_stored_as_json(catalog: Catalog) -> None:
         ({"payloads": [{}, {"x": object()}]}, "give a JSON value"),
         ({"payloads": [{}, {"x": {1: 2}}]}, "give a JSON value"),
         ({"payloads": [{}, {"text": "x"}]}, '"text" is a reserved column name'),
+        ({"payloads": [{}, {"a\\b": 1}]}, "without double quotes and backslashes"),
         ({"payloads": [{}, 3]}, "payload 3 is not a dictionary"),
     ],
 )

@@ -324,6 +324,8 @@ def test_column_path_quotes_names(key: str, path: str) -> None:
         ({3: 1}, "names of columns"),
         ({"": 1}, "names of columns"),
         ({"a..b": 1}, "not a column"),
+        ({"C:\\x": 1}, "a name has no backslash"),
+        ({'"C:\\x"': {"exists": True}}, "a name has no backslash"),
         ({'a"b': 1}, "not a column"),
         ({"n": {"in": list(range(1025))}}, "at most 1,024"),
         ({"brand": ["a", "\ud83d"]}, "not valid Unicode"),

@@ -127,7 +127,7 @@ def _checked_columns(payload: Mapping[str, Any]) -> dict[str, Any]:
         if not is_column_name(name):
             raise OptionError(
                 f"{name!r:.60} cannot be the name of a column, because a filter could not refer to it. Give a "
-                "non-empty string without double quotes."
+                "non-empty string without double quotes and backslashes."
             )
         columns[checked_text(str.__str__(name))] = to_json(value, f"payload.{name}", depth=1)
     return columns

@@ -413,7 +413,8 @@ _short_repr = _repr.repr
 # ------------------------------------------------------------------------------------------------ columns
 
 _PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])*")
-_SEGMENT = re.compile(r'"[^"]+"(?:\[\d*\])*|[^."]+')
+# The engine accepts neither a double quote nor a backslash in a name, however it is quoted.
+_SEGMENT = re.compile(r'"[^"\\]+"(?:\[\d*\])*|[^."\\]+')
 
 
 def column_path(key: str) -> str:
@@ -427,14 +428,15 @@ def column_path(key: str) -> str:
     segments = _SEGMENT.findall(_valid_text(key))
     if ".".join(segments) != key:
         raise FilterError(
-            f"{_short_repr(key)} is not a column. A dot separates two names, and quotes must be balanced."
+            f"{_short_repr(key)} is not a column. A dot separates two names, quotes must be balanced, and a name has "
+            "no backslash."
         )
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
 
 
 def is_column_name(name: Any) -> bool:
     """Whether a filter can refer to a column of this name, in quotes if it has dots."""
-    return isinstance(name, str) and bool(name.strip()) and '"' not in name
+    return isinstance(name, str) and bool(name.strip()) and not {'"', "\\"} & set(name)
 
 
 @lru_cache(maxsize=64)  # called for every item that a ranking reads
