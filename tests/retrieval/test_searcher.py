@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import random
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from support.backends import BACKENDS, DIM
 
 from unidiff_sdk import FilterError, Hit, OptionError, Page, SearchOptions
 from unidiff_sdk.retrieval.cursors import Cursor
+from unidiff_sdk.retrieval.options import MAX_LIMIT
 from unidiff_sdk.retrieval.query import Query
 from unidiff_sdk.retrieval.reranking.diversity import diversify
 from unidiff_sdk.retrieval.searcher import Searcher
@@ -159,6 +163,28 @@ def test_cursor_of_another_search_is_refused(store: Store) -> None:
             OptionError, match=r"not a cursor: give the attribute cursor of a Page|damaged, or from another catalog"
         ):
             page(store, QUERY, limit=3, cursor=text)
+
+
+def test_forged_cursor_is_an_option_error() -> None:
+    digest, dim = b"8 bytes.", 4
+    valid = str(Cursor(digest, 7, 0.5, frozenset({str(uuid.UUID(int=1))}), np.ones(dim, np.float32)))
+    data = base64.urlsafe_b64decode(valid + "=" * (-len(valid) % 4))
+    for seed in range(400):
+        rng = random.Random(seed)
+        forged = bytearray(data)
+        for _ in range(rng.choice([1, 2, 4])):
+            forged[rng.randrange(len(forged))] = rng.randrange(256)
+        del forged[rng.choice([len(forged), rng.randrange(len(forged))]) :]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                read = Cursor.read(base64.urlsafe_b64encode(forged).decode().rstrip("="), digest, dim)
+            except OptionError:
+                continue
+        assert str(replace(read, shown=read.shown + MAX_LIMIT))  # the next page has a cursor, too
+    for shown in (2**31 + 1, 2**32 - 1):
+        with pytest.raises(OptionError, match="damaged"):
+            Cursor.read(str(Cursor(digest, shown)), digest, dim)
 
 
 def test_cursor_round_trips_through_its_string() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import struct
 import uuid
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ __all__ = ["Cursor"]
 VERSION = 1
 # version, digest, items shown, last score, whether ordered by score, number of ties, length of the vector
 _HEADER = struct.Struct("<B8sIfBIH")
+MAX_SHOWN = 2**31
+"""The largest count of items shown. The next page adds to it, and the header has 32 bits for it."""
 _TOLERANCE = 1e-6  # relative; scores of one item in two searches differ by less
 
 
@@ -88,7 +91,8 @@ class Cursor:
             )
         except (TypeError, ValueError, binascii.Error, struct.error):
             raise OptionError(f"cursor={text!r:.60}: not a cursor: give the attribute cursor of a Page") from None
-        if version != VERSION or len(vector) != size or size not in (0, dim) or not np.isfinite([score, *vector]).all():
+        finite = math.isfinite(score) and bool(np.isfinite(vector).all())
+        if version != VERSION or len(vector) != size or size not in (0, dim) or shown > MAX_SHOWN or not finite:
             raise OptionError(f"cursor={text!r:.60}: damaged, or from another catalog or version of unidiff-sdk")
         if read_digest != digest:
             raise OptionError(

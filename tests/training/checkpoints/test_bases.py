@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.inference.preprocessing import preprocess  # noqa: E402
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.image_preprocessing import preprocessing_refusal  # noqa: E402
 from unidiff_sdk.training.checkpoints.open_clip import load_open_clip  # noqa: E402
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
@@ -474,3 +477,32 @@ def test_converted_open_clip_models_equal_open_clip() -> None:
     command = [python, COMPAT / "check_open_clip.py"]
     run = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(COMPAT.parents[1])})
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_mean": "x"}, "image_mean 'x' of the image preprocessing is not a list of three numbers"),
+        ({"image_std": [1, "x", 1]}, r"image_std \[1, 'x', 1\]"),
+        ({"image_std": [1, 0, 1]}, r"image_std \[1, 0, 1\] of the image preprocessing must be above 0"),
+        ({"image_std": 7}, "image_std 7"),
+        ({"rescale_factor": "x"}, "rescale_factor 'x' of the image preprocessing is not a number above 0"),
+        ({"image_mean": [0, 0, 1e300]}, "image_mean"),
+        ({"size": [1]}, r"size \[1\] of the image preprocessing is not supported"),
+    ],
+)
+def test_image_preprocessing_of_odd_values_is_refused(change: dict[str, Any], message: str) -> None:
+    config = {
+        "do_resize": True,
+        "size": {"shortest_edge": 32},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    assert preprocessing_refusal(SimpleNamespace(to_dict=lambda: config), 32) is None
+    assert re.search(message, preprocessing_refusal(SimpleNamespace(to_dict=lambda: config | change), 32) or "")

@@ -67,6 +67,9 @@ CLIP_FILES = {
 # The image processor without torchvision has another name in transformers 5. Version 4.57 has only one class.
 ImageProcessor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
+MAX_LAYERS = 1_000  # in the configuration of a model: layers, or layers of a block
+MAX_SIZE = 10_000_000  # any other integer there: widths, tokens, timesteps
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -294,12 +297,28 @@ def _load_unet(folder: Path) -> UNet2DConditionModel:
 
 def _from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     for file in sorted(folder.glob("*.json")):
-        read_json(file)  # the libraries ask the hub for a model of that name where a file holds a string
+        content = read_json(file)  # the libraries ask the hub for a model of that name where a file holds a string
+        if file.name == "config.json":
+            _check_sizes(content, file)
     try:
         return loader.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # the libraries raise any error of their parsers
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"Cannot read {folder} as {loader.__name__}: {first_line}") from error
+
+
+def _check_sizes(config: Any, file: Path, name: str = "") -> None:
+    """Check the integers in the configuration of a model, as the libraries build any model that one describes.
+
+    Raises:
+        CheckpointError: one is beyond what a model has.
+    """
+    inner = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in inner:
+        _check_sizes(value, file, f"{name}.{key}" if name else str(key))
+    largest = MAX_LAYERS if "layers" in name else MAX_SIZE
+    if isinstance(config, int) and abs(config) > largest:
+        raise CheckpointError(f"{file}: {name:.100} is {config!r:.60}; at most {largest:,} is accepted. Fix the file.")
 
 
 def _scheduler_class(folder: Path) -> Any:
