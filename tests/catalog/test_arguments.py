@@ -84,6 +84,10 @@ def test_weights_may_be_an_array(shop: Catalog) -> None:
         {"limit": np.array([2])},
         {"limit": "2"},
         {"offset": np.float32(1)},
+        {"offset": 10**30},
+        {"offset": 10**5000},
+        {"offset": -(10**5000)},
+        {"limit": 10**5000},
         {"min_score": True},
         {"min_score": np.nan},
         {"min_score": "0.5"},
@@ -99,7 +103,8 @@ def test_other_values_of_search_options_are_errors(options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    "options", [{"n": True}, {"n": 1.0}, {"n": np.array([1])}, {"seed": "7"}, {"steps": np.float64(4)}, {"width": 1.5}]
+    "options",
+    [{"n": True}, {"n": 1.0}, {"n": np.array([1])}, {"seed": "7"}, {"steps": np.float64(4)}, {"seed": 10**5000}],
 )
 def test_other_values_of_generation_options_are_errors(toy: Path, options: dict[str, Any]) -> None:
     generator = Generator(Bundle.open(toy))
@@ -187,3 +192,15 @@ def test_arguments_for_a_server_are_errors_for_a_folder(toy: Path, tmp_path: Pat
     assert not (tmp_path / "shop.catalog").exists()
     with pytest.raises(OptionError, match="grpc_port=7000"):
         ServerOptions(grpc_port=7000)
+
+
+@pytest.mark.parametrize("location", [None, 5, b"shop", "", "a\0b", ["shop"]], ids=repr)
+def test_location_of_another_type_is_an_error(toy: Path, location: Any) -> None:
+    with pytest.raises(OptionError, match="Give a folder, ':memory:', or the URL"):
+        Catalog(location, toy)
+
+
+@pytest.mark.parametrize("name", ["callback", "preview"])
+def test_callbacks_must_be_callable(shop: Catalog, name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} is 3; give a function"):
+        shop.generate("red", steps=1, **{name: 3})  # type: ignore[arg-type]

@@ -204,6 +204,8 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
         OptionError: the value is not an integer, or too small.
     """
     number = plain_number(value)
+    if isinstance(number, int) and number.bit_length() > 128:  # Python refuses to print those of 4,300 digits
+        raise OptionError(f"{name} is an integer of {number.bit_length():,} bits; give at most 64 bits")
     if not isinstance(number, int) or isinstance(number, bool) or number < at_least:
         raise OptionError(f"{name} is {value!r:.60}; give an integer of at least {at_least}")
     return number

@@ -75,6 +75,10 @@ class CatalogPlace:
             OptionError: with a URL, `images` is missing or `quantization` is given; without one, an argument for a
                 server is given; or the URL is not http or https.
         """
+        if not isinstance(location, str | os.PathLike) or not str(location) or "\0" in str(location):
+            raise OptionError(
+                f"location is {location!r:.60}. Give a folder, {MEMORY!r}, or the URL of a Qdrant server."
+            )
         name = str(location)
         scheme = _SCHEME.match(name)
         if scheme and scheme[1].lower() not in ("http", "https"):

@@ -56,6 +56,9 @@ def generate(
     """
     # 1. Check the request and read its images
     started, generator, prompts = time.perf_counter(), snapshot.generator, checked_prompts(prompt)
+    for name, function in (("callback", callback), ("preview", preview)):
+        if function is not None and not callable(function):
+            raise OptionError(f"{name} is {function!r:.60}; give a function")
     for each in prompts:
         if not each.strip():
             raise OptionError(f"prompt is {each!r}; give a text that is not empty")

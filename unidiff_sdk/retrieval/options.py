@@ -18,6 +18,7 @@ __all__ = ["MAX_LIMIT", "MAX_RERANKED", "SearchOptions", "call_with", "check_pag
 T = TypeVar("T")
 
 MAX_LIMIT = 10_000
+MAX_OFFSET = 10**12  # more than any store has items; the engine's own limit is 64 bits
 MAX_RERANKED = 64  # each item costs calls of the UNet; beyond the first few, the right item is rarely among them
 _DEFAULT_HYBRID = 0.5  # the share of the caption ranking for hybrid=True
 
@@ -103,9 +104,14 @@ def check_page(limit: int, offset: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise OptionError(f"{name}={value!r:.60}: give an integer")
     if not 1 <= limit <= MAX_LIMIT:
-        raise OptionError(f"limit={limit}: give an integer from 1 to {MAX_LIMIT:,}")
-    if offset < 0:
-        raise OptionError(f"offset={offset}: give an integer of at least 0")
+        raise OptionError(f"limit={_shown(limit)}: give an integer from 1 to {MAX_LIMIT:,}")
+    if not 0 <= offset <= MAX_OFFSET:
+        raise OptionError(f"offset={_shown(offset)}: give an integer from 0 to {MAX_OFFSET:,}")
+
+
+def _shown(number: int) -> str:
+    """An integer for a message. Python refuses to print those of more than 4,300 digits."""
+    return str(number) if number.bit_length() <= 128 else f"an integer of {number.bit_length():,} bits"
 
 
 def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:
