@@ -104,7 +104,15 @@ def test_other_values_of_search_options_are_errors(options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     "options",
-    [{"n": True}, {"n": 1.0}, {"n": np.array([1])}, {"seed": "7"}, {"steps": np.float64(4)}, {"seed": 10**5000}],
+    [
+        {"n": True},
+        {"n": 1.0},
+        {"n": np.array([1])},
+        {"seed": "7"},
+        {"steps": np.float64(4)},
+        {"width": 1.5},
+        {"seed": 10**5000},
+    ],
 )
 def test_other_values_of_generation_options_are_errors(toy: Path, options: dict[str, Any]) -> None:
     generator = Generator(Bundle.open(toy))
