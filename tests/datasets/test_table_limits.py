@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +168,34 @@ def test_sizes_of_values_count_what_python_will_hold() -> None:
     assert value_sizes(pa.array([{"a": "abc", "b": [1, 2]}, None])).tolist() == [8 + 11 + 8 + 16, 8 + 8 + 8]
     assert value_sizes(pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int8(), 2)).slice(1)).tolist() == [24, 24]
     assert value_sizes(pa.array([[("k", "abc")]], pa.map_(pa.string(), pa.string()))).tolist() == [8 + 8 + 9 + 11]
+
+
+FLIP_EVERY_BYTE = """
+import sys
+from pathlib import Path
+from unidiff_sdk.datasets.tables import read_table
+from unidiff_sdk.errors import DataError
+
+file = Path(sys.argv[1])
+content = file.read_bytes()
+footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+refused = 0
+for position in range(footer, len(content)):
+    damaged = bytearray(content)
+    damaged[position] ^= 1 << position % 3
+    file.write_bytes(damaged)
+    try:
+        list(read_table(file, lambda header: None, {}))
+    except DataError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_no_damaged_byte_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    table = pa.table({"tags": [["a", "b"], []], "size": [{"cm": 1, "exact": None}] * 2, "text": ["x", "y"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    command = [sys.executable, "-c", FLIP_EVERY_BYTE, str(tmp_path / "t.parquet")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-300:]
+    assert int(result.stdout) > 100

@@ -274,3 +274,21 @@ def test_every_call_with_a_filter_reports_parts_that_cannot_match(tmp_path: Path
 def test_info_reports_every_kind_of_a_mixed_column_whatever_comes_first() -> None:
     with filled([*["M"] * 300, *[38] * 100, True, ["x", "2026-03-01"]]) as catalog:
         assert catalog.info()["columns"]["value"] == "string, number, boolean, date"
+
+
+@pytest.mark.parametrize("name", ["a\\b", "\\", 'size 12"', "", " "])
+def test_a_column_that_no_filter_could_name_is_refused(name: str) -> None:
+    with Catalog() as catalog:
+        with pytest.raises(OptionError, match="cannot be the name of a column"):
+            catalog.add(Image.new("RGB", (16, 16)), payloads={"catalog": "fashion-man", name: 1})
+        for call in (catalog.facets, lambda column: catalog.count({column: 1})):
+            with pytest.raises(FilterError):
+                call(name if name.strip() else "")
+
+
+@pytest.mark.parametrize("name", ["a b", "ünï", '"x-y.z"', '"[0]"', "a'b", '"and"', "  p ", "$", "*", "a\nb", "😀"])
+def test_every_other_name_works_in_filters_facets_order_and_groups(name: str) -> None:
+    with filled([3, 1, 2], name.strip('"')) as catalog:
+        assert catalog.facets(name) == {1: 1, 2: 1, 3: 1} and catalog.count({name: {"gte": 2}}) == 2
+        assert [hit.id for hit in catalog.browse(order_by=f"-{name}")] == [0, 2, 1]
+        assert len(catalog.search("red", group_by=name)) == 3

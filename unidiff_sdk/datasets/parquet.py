@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,9 +60,20 @@ MAX_PAGE_HEADER = 64 << 10
 MAX_DICTIONARY = 64 << 20
 """The largest dictionary in bytes that is searched for its largest value. Writers use a megabyte."""
 
+MAX_FOOTER = 64 << 20
+"""The largest metadata of a file in bytes."""
+
+MAX_THRIFT_DEPTH = 12
+
+# Fields of FileMetaData and ColumnMetaData, and values of them.
+ROW_GROUPS = 4
+TYPE, NAME, CODEC, VALUES, UNCOMPRESSED, COMPRESSED, DATA_PAGE, DICTIONARY_PAGE = 1, 3, 4, 5, 6, 7, 9, 11
+BYTE_ARRAY = 6
+_CODECS = {0: "", 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+
 _DICTIONARY_ENCODINGS = (2, 8)  # PLAIN_DICTIONARY and RLE_DICTIONARY
 
-_BUILT_IN = (OSError, ValueError, TypeError, LookupError, ArithmeticError)
+_BUILT_IN = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 CheckHeader = Callable[[Sequence[str]], None]
 Rows = Iterator[tuple[int, dict[str, Any] | str]]
@@ -104,12 +116,24 @@ def _open(path: Path) -> tuple[Any, list[_Column]]:
     with parquet_errors(path), open_regular_file(path, DataError) as content:
         file = parquet.ParquetFile(path)
         columns = []
-        for group in range(file.metadata.num_row_groups):
-            for number in range(file.metadata.num_columns):
-                chunk = file.metadata.row_group(group).column(number)
-                columns.append(_read_pages(chunk, content, file.schema.column(number).max_repetition_level > 0))
-                columns[-1].check(path, min(chunk.total_compressed_size, path.stat().st_size))
+        # Not from file.metadata: pyarrow ends the process if a column in it is damaged.
+        for group in _footer(content)[ROW_GROUPS]:
+            for number, chunk in enumerate(group[1]):
+                is_list = file.schema.column(number).max_repetition_level > 0
+                columns.append(_read_pages(chunk[3], content, is_list))
+                columns[-1].check(path, min(chunk[3][COMPRESSED], path.stat().st_size))
         return file, columns
+
+
+def _footer(content: BinaryIO) -> dict[int, Any]:
+    """The metadata of a parquet file, which precedes its last eight bytes: its length, and "PAR1"."""
+    size = content.seek(0, os.SEEK_END)
+    content.seek(max(0, size - 8))
+    length = int.from_bytes(content.read(4), "little")
+    if length > min(MAX_FOOTER, size - 8):
+        raise ValueError(f"the footer has {length:,} bytes; at most {MAX_FOOTER:,} are allowed")
+    content.seek(size - 8 - length)
+    return _Thrift(content.read(length)).struct()
 
 
 @dataclass(frozen=True)
@@ -149,44 +173,43 @@ class _Column:
             )
 
 
-def _read_pages(chunk: Any, content: BinaryIO, is_list: bool) -> _Column:
+def _read_pages(chunk: dict[int, Any], content: BinaryIO, is_list: bool) -> _Column:
     """Read the headers of the pages of a column in one row group, and the dictionary."""
-    start = chunk.data_page_offset
-    if chunk.dictionary_page_offset:
-        start = min(start, chunk.dictionary_page_offset)
+    name = ".".join(part.decode() for part in chunk[NAME])
+    if min(chunk[VALUES], chunk[UNCOMPRESSED], chunk[COMPRESSED], chunk[DATA_PAGE]) < 0:
+        raise ValueError(f"the column {name} has a negative size")
+    start = min(chunk[DATA_PAGE], chunk.get(DICTIONARY_PAGE) or chunk[DATA_PAGE])
     position, size, values, repeated, largest = start, 0, 0, 0, 0
     for _ in range(MAX_PAGES):
-        if position >= start + chunk.total_compressed_size:
-            size, values = max(size, chunk.total_uncompressed_size), max(values, chunk.num_values)
-            return _Column(chunk.path_in_schema, is_list, size, values, repeated, largest)
+        if position >= start + chunk[COMPRESSED]:
+            size, values = max(size, chunk[UNCOMPRESSED]), max(values, chunk[VALUES])
+            return _Column(name, is_list, size, values, repeated, largest)
         content.seek(position)
         header = _Thrift(content.read(MAX_PAGE_HEADER))
         page = header.struct()
         if page[2] < 0 or page[3] < 0:
-            raise ValueError(f"a page of the column {chunk.path_in_schema} has a negative size")
+            raise ValueError(f"a page of the column {name} has a negative size")
         position += header.position
         size += page[2]
         for data, encoding in ((page.get(5), 2), (page.get(8), 4)):  # data pages of version 1 and 2
             values += data[1] if data else 0
             repeated += data[1] if data and data[encoding] in _DICTIONARY_ENCODINGS else 0
-        if 7 in page and chunk.physical_type == "BYTE_ARRAY":
-            largest = _largest_value(chunk.compression, content, position, page)
+        if 7 in page and chunk[TYPE] == BYTE_ARRAY:
+            largest = _largest_value(chunk[CODEC], content, position, page)
         position += page[3]
-    raise ValueError(f"the column {chunk.path_in_schema} has more than {MAX_PAGES:,} pages in a row group")
+    raise ValueError(f"the column {name} has more than {MAX_PAGES:,} pages in a row group")
 
 
-def _largest_value(compression: str, content: BinaryIO, position: int, page: dict[int, Any]) -> int:
+def _largest_value(codec: int, content: BinaryIO, position: int, page: dict[int, Any]) -> int:
     """The bytes of the largest value in the page of a dictionary: each has 4 bytes of length before it."""
     import pyarrow as pa
 
-    if page[2] > MAX_DICTIONARY:
+    if page[2] > MAX_DICTIONARY or codec not in _CODECS:
         return int(page[2])
     content.seek(position)
     values = content.read(page[3])
-    if compression != "UNCOMPRESSED":
-        values = pa.Codec("lz4_raw" if compression == "LZ4" else compression.lower()).decompress(
-            values, page[2], asbytes=True
-        )
+    if _CODECS[codec]:
+        values = pa.Codec(_CODECS[codec]).decompress(values, page[2], asbytes=True)
     largest = place = 0
     while place < len(values):
         length = int.from_bytes(values[place : place + 4], "little")
@@ -195,7 +218,7 @@ def _largest_value(compression: str, content: BinaryIO, position: int, page: dic
 
 
 class _Thrift:
-    """The header of a page: a structure of Thrift's compact protocol, as a dictionary from field number to value.
+    """A structure of Thrift's compact protocol, as a dictionary from field number to value: a footer or a page header.
 
     Fields of PageHeader: 2 is the uncompressed and 3 the compressed size, 7 the header of a dictionary, 5 and 8 those
     of data pages. Their field 1 is the number of values, and field 2 or 4 the encoding. https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
@@ -226,10 +249,14 @@ class _Thrift:
             case 8:
                 length = self._varint()
                 self.position += length
-                return None
-            case 12 if depth < 4:
+                return self.content[self.position - length : self.position]
+            case 9 | 10 if depth < MAX_THRIFT_DEPTH:
+                head = self._byte()
+                length = head >> 4 if head >> 4 < 15 else self._varint()
+                return [self._value(head & 15, depth + 1) for _ in range(min(length, len(self.content)))]
+            case 12 if depth < MAX_THRIFT_DEPTH:
                 return self.struct(depth + 1)
-        raise ValueError(f"a page header has a field of type {kind}")
+        raise ValueError(f"the metadata have a field of type {kind}")
 
     def _byte(self) -> int:
         self.position += 1
