@@ -1,7 +1,7 @@
 """The section of concurrency: 16 threads and an event loop call one catalog for ten minutes.
 
-Every thread owns some ids, so that it knows what must be stored. The resident memory is sampled; after a warm-up its
-slope must be flat.
+Every thread owns some ids, so that it knows what must be stored. The private memory is sampled; after a warm-up it must
+be flat.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = ["MAX_SLOPE", "WARM_UP", "run_mixed", "slope_per_minute"]
 THREADS, TASKS = 16, 8
 IDS = 12  # items of one thread
 SAMPLE_SECONDS = 1.0
+KEPT_SAMPLES = 60  # pairs of seconds and MiB in the result
 WARM_UP = 0.3  # share of the duration
 MAX_SLOPE = 4 << 20  # bytes per minute
 _MAX_ERRORS = 20  # tracebacks that are kept
@@ -83,7 +84,7 @@ class Calls:
 
 
 def run_mixed(seconds: float, seed: int, corpus: Path, folder: Path) -> dict[str, Any]:
-    """Run the calls, and return counts, errors, samples of the resident memory in bytes and its slope."""
+    """Run the calls, and return counts, errors, samples of the private memory and its slope."""
     calls, stop = Calls(), threading.Event()
     source = products(folder / "products", 6)
     expected: list[dict[str, str]] = [{} for _ in range(THREADS + 1)]
@@ -100,7 +101,7 @@ def run_mixed(seconds: float, seed: int, corpus: Path, folder: Path) -> dict[str
             thread.start()
         started = time.monotonic()
         while (elapsed := time.monotonic() - started) < seconds:
-            samples.append((elapsed, _resident()))
+            samples.append((elapsed, _private_memory()))
             stop.wait(min(SAMPLE_SECONDS, seconds / 20))
         stop.set()
         for thread in (*threads, loop):
@@ -120,7 +121,7 @@ def run_mixed(seconds: float, seed: int, corpus: Path, folder: Path) -> dict[str
         "items": sum(map(len, expected)),
         "errors": calls.errors,
         "memory": {
-            "samples": len(samples),
+            "samples": [[round(at), size >> 20] for at, size in samples[:: max(1, len(samples) // KEPT_SAMPLES)]],
             "after_warm_up": next(size for at, size in samples if at >= WARM_UP * seconds),
             "last": samples[-1][1],
             "slope_per_minute": round(slope),
@@ -228,9 +229,10 @@ def _image(color: str, rng: Random) -> Any:
     return color_image(color, (24, 20 + rng.randrange(8)))
 
 
-def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
+def _private_memory() -> int:
+    """The resident memory in bytes without mapped files, which grow with what is stored."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon:"))
 
 
 def slope_per_minute(samples: list[tuple[float, int]]) -> float:

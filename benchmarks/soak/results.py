@@ -156,7 +156,7 @@ def _mixed(section: Mapping[str, Any]) -> Iterator[str]:
     if section["done"] < MIXED_SECONDS:
         yield "The run was too short to measure the slope of the memory."
         return
-    yield f"Resident memory after the warm-up: {memory['after_warm_up'] / 2**20:.0f} MiB, at the end "
+    yield f"Private memory after the warm-up: {memory['after_warm_up'] / 2**20:.0f} MiB, at the end "
     yield f"{memory['last'] / 2**20:.0f} MiB. Its slope is {memory['slope_per_minute'] / 2**20:.2f} MiB per minute; at "
     yield f"most {memory['limit_per_minute'] / 2**20:.0f} are allowed."
     yield ""
