@@ -81,6 +81,7 @@ def measure(
     images: Sequence[Image.Image],
     queries: Sequence[tuple[str, Collection[int]]],
     timesteps: Sequence[int],
+    candidates: int = max(CANDIDATES),
 ) -> Measured:
     """Search a gallery and measure the errors of the best items.
 
@@ -89,13 +90,14 @@ def measure(
         images: the gallery.
         queries: texts, each with the indices of the relevant images.
         timesteps: training timesteps.
+        candidates: the number of best items for each query.
     """
     check_generator(bundle)
     encoder, generator = Encoder(bundle), Generator(bundle)
     error = DenoisingError(generator, bundle.schedule(), NOISE_SEED)
     vectors = encoder.encode_images(images)
     scores = encoder.encode_texts([text for text, _ in queries]) @ vectors.T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, : max(CANDIDATES)]
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :candidates]
 
     latents = {int(item): generator.latents(images[item]).astype(np.float16) for item in np.unique(order)}
     empty = generator.token_states("")

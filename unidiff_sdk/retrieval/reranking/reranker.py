@@ -10,9 +10,14 @@ where ∅ is the empty text. The K best items of the encoder are ordered by
     z(s_i) + w · z(g_i)        z(a_i) = (a_i - mean a) / (standard deviation of a), over these K items
 
 and by id where that is equal. Dividing by e(x_i, ∅) is what makes items comparable: a plain image has small errors
-under every text. Without it, re-ranking is worse than the encoder alone.
+under every text.
 
-`benchmarks/rerank.py` measures the gain against the time it takes.
+Measured with the built-in model on 180 whole captions and 180 short queries over 3 x 500 synthetic products with
+combinations that training never showed ("test-unseen"), R@1 of both: the encoder alone 0.839 and 0.961; K = 4, w = 1.5
+and t in {550, 750, 900} 0.928 and 0.972 (19 and 4 queries won, 3 and 2 lost); t in {750, 900} 0.922 and 0.972; t = 750
+alone 0.850 and 0.956. With K = 8 at the first three timesteps 0.917 and 0.961; without the division by e(x, ∅) 0.900
+and 0.944; by g alone 0.900 and 0.961. The setting was chosen on the split "val". `benchmarks/rerank.py` measures the
+gain against the time it takes.
 """
 
 from __future__ import annotations
