@@ -81,8 +81,10 @@ class CatalogOperation(Operation):
             repair: first delete what a killed process left, as `Catalog.check` does. Nothing may be left after it.
         """
         with self.open(folder) as catalog:
-            if repair:
+            report = catalog.check()
+            if repair and (report.orphaned_images or report.leftovers):  # else it would only build the index
                 catalog.check(repair=True)
+                report = catalog.check()
             stored = {hit.id: hit for hit in catalog.browse(limit=10_000)}
             missing = [id for id in present if id not in stored]
             require(not missing, f"{len(missing)} acknowledged items are lost, such as {missing[:3]}")
@@ -94,7 +96,6 @@ class CatalogOperation(Operation):
             if stored:
                 found = {hit.id for hit in catalog.search("red", limit=10_000)}
                 require(found == set(stored), f"a search finds {len(found)} of {len(stored)} items")
-            report = catalog.check()
             damaged = report.missing_images or report.missing_vectors or report.damaged
             require(not damaged, f"the check reports {report}")
             require(not repair or not (report.orphaned_images or report.leftovers), f"after the repair: {report}")
