@@ -347,6 +347,15 @@ def test_timesteps_beyond_the_schedule_are_a_bundle_error(tmp_path: Path) -> Non
             catalog.search(TEXT, rerank=4)
 
 
+@pytest.mark.parametrize("changes", [{"candidates": 1}, {"candidates": 65}, {"timesteps": [500] * 17}])
+def test_settings_that_cost_too_much_are_a_bundle_error(tmp_path: Path, changes: Any) -> None:
+    bundle = make_toy_bundle(tmp_path / "bundle", rerank=RERANK | changes)
+    with Catalog(bundle=bundle) as catalog:
+        fill(catalog)
+        with pytest.raises(BundleError, match=r"they must be 2 to 64, and at most 16\. Run: unidiff-export rerank"):
+            catalog.search(TEXT, rerank=True)
+
+
 def test_the_section_is_read_as_it_was_written(toy: Path) -> None:
     manifest = Manifest.read(toy)
     assert manifest.to_json()["rerank"] == RERANK

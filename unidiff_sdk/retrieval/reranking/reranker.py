@@ -35,6 +35,7 @@ from unidiff_sdk.errors import BundleError, GenerationError, ImageError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import DEFAULT_RERANK, RerankDefaults
 from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.retrieval.options import MAX_RERANKED
 from unidiff_sdk.store import Record, ScoredRecord
 from unidiff_sdk.store.payload import system_of
 
@@ -50,6 +51,7 @@ Float64 = npt.NDArray[np.float64]
 
 GRAPHS = ("unet", "vae_encoder")
 QUERIES_AT_ONCE = 16  # of a batch; bounds the memory for the latents of their candidates
+MAX_TIMESTEPS = 16  # of a manifest, which may be a stranger's: each costs a call of the UNet for each candidate
 TRAIN_TIMESTEPS = 1000  # that the timesteps of `DEFAULT_RERANK` refer to
 _SMALLEST_SPREAD = 1e-6  # of scores or gains; below that the items are the same
 _SMALLEST_ERROR = 1e-12
@@ -224,7 +226,7 @@ class Reranker:
         if gain is None:
             warn(
                 f'rerank= uses general defaults with the bundle "{self._bundle.name}", and whether it gains with this '
-                "model was not measured. Evaluate it on your own captions first"
+                "model was not measured. Measure it: unidiff-export rerank BUNDLE DATA"
             )
         elif gain.reranked_recall_at_1 <= gain.recall_at_1:
             warn(
@@ -253,6 +255,12 @@ def settings_of(bundle: Bundle, schedule: Schedule) -> RerankDefaults:
         raise BundleError(
             f"{bundle.path}: rerank.timesteps are {list(own.timesteps)}, but the model has timesteps 0 to {total - 1}; "
             "export it again"
+        )
+    if not 2 <= own.candidates <= MAX_RERANKED or len(own.timesteps) > MAX_TIMESTEPS:
+        raise BundleError(
+            f"{bundle.path}: rerank.candidates is {own.candidates} and rerank.timesteps has {len(own.timesteps)} "
+            f"entries; they must be 2 to {MAX_RERANKED}, and at most {MAX_TIMESTEPS}. Run: "
+            "unidiff-export rerank BUNDLE DATA"
         )
     return own
 
