@@ -131,3 +131,26 @@ def test_builtin_bundle_states_a_gain() -> None:
     assert rerank is not None
     assert rerank.gain is not None
     assert rerank.gain.reranked_recall_at_1 > rerank.gain.recall_at_1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("captions", [59, 66])
+def test_export_chooses_the_defaults_on_enough_captions(random_checkpoint: Path, tmp_path: Path, captions: int) -> None:
+    from unidiff_export import export_bundle
+
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    folder.mkdir()
+    rows = [{"file_name": f"{k}.png", "text": f"a red dress {k}"} for k in range(captions)]
+    for row in rows:
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    stages: list[str] = []
+    export = export_bundle(random_checkpoint, tmp_path / "bundle", calibration=folder, progress=stages.append)
+    rerank = Bundle.open(export.path).manifest.rerank
+    if captions < reranking.MIN_QUERIES:
+        assert rerank is None
+        assert "59 captions; give at least 60" in stages[-1]
+    else:
+        assert rerank is not None
+        assert rerank.gain is not None
+        assert (rerank.gain.queries, rerank.gain.gallery) == (captions, captions)
