@@ -157,8 +157,8 @@ def _mixed(section: Mapping[str, Any]) -> Iterator[str]:
         yield "The run was too short to measure the slope of the memory."
         return
     yield f"Private memory after the warm-up: {memory['after_warm_up'] / 2**20:.0f} MiB, at the end "
-    yield f"{memory['last'] / 2**20:.0f} MiB. Its slope is {memory['slope_per_minute'] / 2**20:.2f} MiB per minute; at "
-    yield f"most {memory['limit_per_minute'] / 2**20:.0f} are allowed."
+    yield f"{memory['last'] / 2**20:.0f} MiB. It grows by {memory['slope_per_minute'] / 2**20:.2f} MiB a minute, or "
+    yield f"{memory['growth_per_call']:,} bytes a call; at most {memory['limit_per_call']:,} are allowed."
     yield ""
     yield "| Call | Number |"
     yield "|---|---|"

@@ -202,8 +202,8 @@ def _mixed(seconds: int, seed: int, corpus: Path, work: Path) -> Tally:
         result = json.loads(file.read_text())
     problems = [*result.get("errors", ()), *([outcome.detail] if outcome.kind == FAILED else ())]
     memory = result.get("memory", {})
-    if seconds >= MIXED_SECONDS and memory.get("slope_per_minute", 0) > memory.get("limit_per_minute", 0):
-        problems.append(f"the memory grows by {memory['slope_per_minute']:,} bytes a minute")
+    if seconds >= MIXED_SECONDS and memory.get("growth_per_call", 0) > memory.get("limit_per_call", 0):
+        problems.append(f"the memory grows by {memory['growth_per_call']:,} bytes a call")
     failures = [{"case": 0, "detail": problem} for problem in problems]
     return Tally(seconds, seconds, Counter(), len(problems), failures, result.get("seconds", 0.0), result=result)
 
