@@ -29,7 +29,7 @@ SAMPLE_SECONDS = 1.0
 KEPT_SAMPLES = 60  # pairs of seconds and MiB in the result
 WARM_UP = 0.3  # share of the duration
 # Bytes a call, which do not depend on the speed of the machine. A payload, a vector or an image that each call forgets
-# to release is larger. Calls of one kind in 16 threads measured 50 to 320: the allocator's arenas, and deleted items of
+# to release is larger. Calls of one kind in 16 threads measured 40 to 300: the allocator's arenas, and deleted items of
 # the engine.
 MAX_GROWTH = 512
 _MAX_ERRORS = 20  # tracebacks that are kept
