@@ -60,6 +60,7 @@ def main(
     Takes about an hour on two cores. Trials that were done with the same code and seed are not repeated. The exit code
     is 1 if a trial failed or is missing.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs the `finally` blocks: ends sections, unmounts disks
     if section is not None and trials is not None and work is not None:
         run_section(section, trials, seed, state, work)
         return
@@ -67,7 +68,6 @@ def main(
     if unknown:
         raise click.UsageError(f"--only {unknown[0]}: there is no such section. Sections: {', '.join(SECTIONS)}")
     work = _work_folder()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the sections, too
     try:
         if replayed is not None:
             _replay(replayed, seed, work)
