@@ -156,7 +156,7 @@ def test_images_equal_those_of_diffusers_for_each_scheduler_file(
 def test_replaced_scheduler_is_warned_about_and_recorded(random_checkpoint: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(random_checkpoint, tmp_path / "base"))
     (base / "scheduler" / "scheduler_config.json").write_text(json.dumps(PUBLISHED), encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"scheduler is PNDMScheduler, .* The sampler dpm\+\+2m generates instead"):
+    with pytest.warns(UserWarning, match=r"model is PNDMScheduler, .* The sampler dpm\+\+2m generates instead"):
         checkpoint = warn_of_replacement(load_base(base))
     assert describe_model(checkpoint).sampler.replaces == "PNDMScheduler"
     with warnings.catch_warnings():
