@@ -68,9 +68,12 @@ def open_shard(path: Path, dim: int, quantization: str | None, full_scan_kb: int
 
 
 def stored_full_scan_kb(path: Path) -> int:
-    """The limit for scans in a shard's configuration file, in kilobytes of vectors."""
-    config = read_json(path / CONFIG, error=StoreError)
-    return int(config["hnsw_config"]["full_scan_threshold"])
+    """The limit for scans in a shard's configuration file, in kilobytes of vectors. 0: it states none.
+
+    Shards of earlier releases state none. The engine has a limit of its own for them, which is not known here.
+    """
+    graph = read_json(path / CONFIG, error=StoreError).get("hnsw_config") or {}
+    return int(graph.get("full_scan_threshold", 0))
 
 
 def index_kinds_of(shard: edge.EdgeShard) -> dict[str, str]:
