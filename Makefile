@@ -68,6 +68,9 @@ bench-ci: $(VENV)/.ready ## short latency gates against PyTorch in the same run
 soak: $(VENV)/.ready ## try to break everything, for about an hour; resumable; writes docs/results/soak.md
 	$(VENV)/bin/python benchmarks/soak --record $(ARGS)
 
+soak-short: $(VENV)/.ready ## the same with a few trials of each section, as in CI; a minute
+	$(VENV)/bin/python benchmarks/soak --short --state $$(mktemp -d) $(ARGS)
+
 lint: $(VENV)/.ready ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -139,4 +142,4 @@ $(RELEASE_VENV)/.ready: .ci/requirements-release.txt
 	@touch $@
 
 .PHONY: help dev demo test test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
-	bench-ci soak lint docs notebooks dist smoke-test clean
+	bench-ci soak soak-short lint docs notebooks dist smoke-test clean

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import time
 import zlib
@@ -33,9 +32,6 @@ from soak.workers import ACCEPTED, FAILED, REFUSED, Limits, Outcome, call, run_c
 
 from unidiff_sdk import StoreError
 
-SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak"
-# Without the right to mount a file system; and since tracing the graphs takes longer than all others.
-LEFT_OUT = [name for name in SECTIONS if name.startswith("disk-") or name == "kill-unidiff-export"]
 LIMITS = Limits(seconds=2.0, cpu_seconds=0.5, memory=64 << 20)
 
 
@@ -170,14 +166,6 @@ def test_slope_ignores_a_peak() -> None:
     assert slope_per_minute(rising) == pytest.approx(60_000)
     flat = [(second, 10**9 if second == 30 else 5) for second in range(60)]
     assert slope_per_minute(flat) == 0
-
-
-def test_short_run_breaks_nothing(tmp_path: Path) -> None:
-    """Every section with a few trials, as `python benchmarks/soak --short`."""
-    command = [sys.executable, str(SOAK), "--short", "--state", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert len(list(tmp_path.rglob("*.jsonl"))) >= len(SECTIONS) - len(LEFT_OUT)
 
 
 def test_page_is_the_one_of_the_results() -> None:

@@ -433,7 +433,14 @@ def test_index_that_was_interrupted_says_how_to_continue(
 ) -> None:
     write_catalog("fashion-man", tmp_path / "products", n=400)
     command = [sys.executable, "-m", "unidiff_sdk", "index", "products", "shop.catalog", "--bundle", str(toy)]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell starts jobs in the background with SIGINT ignored, and processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         while process.poll() is None and not list(tmp_path.glob("shop.catalog/images/*/*")):
             time.sleep(0.01)
         process.send_signal(number)
