@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -177,7 +178,8 @@ def _maintain(
             case 0:
                 calls.record("optimize", catalog.optimize)
             case 1:
-                calls.record("reindex", lambda: catalog.reindex(corpus / rng.choice(("colors", "colors2"))))
+                bundle = corpus / rng.choice(("colors", "colors2"))
+                calls.record("reindex", partial(catalog.reindex, bundle), BusyError)
             case 2:
                 calls.record("add_folder", lambda: catalog.add_folder(source, prune=True))
             case _:

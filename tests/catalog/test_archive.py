@@ -289,6 +289,11 @@ def test_restore_refuses_other_files(catalog: Catalog, tmp_path: Path) -> None:
     pq.write_table(table.replace_schema_metadata(later), tmp_path / "later.parquet")
     with pytest.raises(DataError, match="Upgrade"):
         Catalog.restore(tmp_path / "later.parquet")
+    for dim in (-2, 0, 10**30, True, "12", None):
+        odd = {b"unidiff": json.dumps(head | {"bundle": head["bundle"] | {"dim": dim}}).encode()}
+        pq.write_table(table.replace_schema_metadata(odd), tmp_path / "odd.parquet")
+        with pytest.raises(DataError, match="dim is"):
+            Catalog.restore(tmp_path / "odd.parquet")
     pq.write_table(table.drop_columns(["image"]), tmp_path / "less.parquet")
     with pytest.raises(DataError, match="does not have the columns"):
         Catalog.restore(tmp_path / "less.parquet")

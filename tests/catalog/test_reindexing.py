@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from support.color_bundle import COLORS, color_image, make_color_bundle
 from support.recorded import open_watched
 
-from unidiff_sdk import Bundle, Catalog, StoreError
+from unidiff_sdk import Bundle, BusyError, Catalog, StoreError
 
 TIMEOUT = 30  # seconds
 
@@ -110,3 +111,19 @@ def test_searches_and_writes_continue_during_a_reindex(catalog: Catalog, other: 
     assert not reindexing.is_alive()
     assert catalog.bundle.path == other
     assert {hit.id for hit in catalog.browse(limit=1000)} == (set(COLORS) | set(range(1, 65)) | {"late"}) - {5}
+
+
+def test_store_that_searches_still_read_is_not_opened_again(
+    tmp_path: Path, catalog: Catalog, bundle: Path, other: Path
+) -> None:
+    """The bundles change A, B, A, B while something still reads the first store of B."""
+    fill(catalog, 4)
+    catalog.reindex(other)
+    reading = catalog._current.get()
+    catalog.reindex(bundle)
+    with pytest.raises(BusyError, match="searches or generations that began then still read its store"):
+        catalog.reindex(other)
+    assert reading.store.count() == catalog.count() and catalog.bundle.path == bundle
+    del reading
+    gc.collect()
+    assert catalog.reindex(other) == catalog.count()

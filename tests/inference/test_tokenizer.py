@@ -73,3 +73,8 @@ def test_damaged_files_are_bundle_errors(toy: Path, tmp_path: Path, name: str, c
     (folder / name).write_text(json.dumps({"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}))
     with pytest.raises(BundleError):
         load_tokenizer(folder, 12)
+
+
+def test_length_that_special_tokens_exceed_is_refused(toy: Path) -> None:
+    with pytest.raises(BundleError, match="where the manifest states 1"):
+        load_tokenizer(toy / "tokenizer", 1)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unidiff_sdk._internal.files import atomic_file, folder_hint, remove_unfinished
-from unidiff_sdk._internal.json_values import parse_json
+from unidiff_sdk._internal.json_values import number_within, parse_json
 from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
@@ -44,7 +44,7 @@ from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import RESERVED, system_of
 
-from .catalog_file import TINY_NAME, restore_place
+from .catalog_file import MAX_DIM, TINY_NAME, restore_place
 from .items import item_of
 from .snapshot import Snapshot
 from .writer import BATCH_SIZE, PreparedBatch
@@ -251,7 +251,7 @@ class Archive:
             head = parse_json((file.schema_arrow.metadata or {})[ARCHIVE_KEY], "the metadata", error=OptionError)
             version = head["schema_version"] if head["format"] == FORMAT else None
             bundle = {name: str(head["bundle"][name]) for name in ("name", "path", "fingerprint")}
-            dim = int(head["bundle"]["dim"])
+            dim = int(number_within("dim", head["bundle"]["dim"], 1, MAX_DIM, DataError, whole=True))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} was not written by Catalog.export: it lacks the metadata") from error
         if version != SCHEMA_VERSION:

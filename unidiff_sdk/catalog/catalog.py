@@ -438,6 +438,7 @@ class Catalog(OpenCatalog):
         Raises:
             ImageError: an image is missing or damaged. The catalog then keeps its old vectors.
             StoreError: the catalog is being reindexed already, or was built by `from_parts`.
+            BusyError: the catalog had this bundle before, and a search or generation that began then is still running.
             OptionError: no bundle is given.
         """
         from .reindexing import reindex

@@ -16,7 +16,7 @@ from unidiff_sdk._internal.lifetimes import finalize_in_owner
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.warnings import safe_logger
-from unidiff_sdk.errors import ImageError, OptionError, StoreError
+from unidiff_sdk.errors import BusyError, ImageError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Record, Store
@@ -73,6 +73,11 @@ def reindex(
 
 def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bundle: Bundle, progress: bool) -> int:
     before = current.get()
+    if _store_name(bundle) in current.replaced_stores:
+        raise BusyError(
+            f"{current.location} had the bundle {bundle.name} before, and searches or generations that began then "
+            "still read its store. Try again when they have ended."
+        )
     after = _new_snapshot(before, stores, bundle)
     try:
         # 1. Re-encode what the new store lacks, and record concurrent writes.
@@ -103,15 +108,20 @@ def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bun
         after.store.close()
         raise
     # Searches that are still running hold the old snapshot; its store is deleted with the last of them.
-    finalize_in_owner(before, _delete_store, before.store, before.folder / before.file.vectors)
+    current.replaced_stores.add(before.file.vectors)
+    finalize_in_owner(before, _delete_store, before.store, before.folder, before.file.vectors, current.replaced_stores)
     after.latents.remove_others()
     _log.info("%s: reindexed %d items with the bundle %s", current.location, done, bundle.name)
     return after.store.count()
 
 
+def _store_name(bundle: Bundle) -> str:
+    return f"{VECTORS}-{bundle.fingerprint[:12]}"
+
+
 def _new_snapshot(before: Snapshot, stores: Location, bundle: Bundle) -> Snapshot:
     """The snapshot to re-encode into. Its store holds the progress of an interrupted reindexing with this bundle."""
-    folder, vectors = before.folder, f"{VECTORS}-{bundle.fingerprint[:12]}"
+    folder, vectors = before.folder, _store_name(bundle)
     # Left by an interrupted reindexing with another bundle, or by one that was killed after the swap.
     for left in folder.glob(f"{VECTORS}*"):
         is_store = STORE_NAME.fullmatch(left.name) and left.is_dir() and not left.is_symlink()
@@ -123,9 +133,10 @@ def _new_snapshot(before: Snapshot, stores: Location, bundle: Bundle) -> Snapsho
     return Snapshot(store, folder, file, bundle, before.trusted_keys)
 
 
-def _delete_store(store: Store, folder: Path) -> None:
+def _delete_store(store: Store, folder: Path, name: str, replaced_stores: set[str]) -> None:
     store.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    replaced_stores.discard(name)
 
 
 class Reencoder:

@@ -272,6 +272,7 @@ class CurrentSnapshot:
         self._searcher: Searcher | None = None
         self._searcher_lock = threading.Lock()
         self._written: set[str] | None = None  # keys, while a reindexing tracks changes
+        self.replaced_stores: set[str] = set()  # names of stores that running searches or generations still read
         self._is_closing = self._is_closed = False
         self.warned = False
 

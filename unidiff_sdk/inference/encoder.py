@@ -171,6 +171,12 @@ def load_tokenizer(folder: Path | BundleFiles, max_tokens: int) -> Tokenizer:
         tokenizer.add_special_tokens([pad])
         tokenizer.enable_truncation(max_tokens)
         tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
+        lengths = {len(encoding.ids) for encoding in tokenizer.encode_batch(["", "a " * max_tokens])}
+    if lengths != {max_tokens}:
+        raise BundleError(
+            f"{files.folder}: the tokenizer returns {max(lengths)} tokens where the manifest states {max_tokens}; "
+            "export the bundle again"
+        )
     return tokenizer
 
 
