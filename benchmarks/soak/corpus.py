@@ -88,9 +88,9 @@ def images(kind: str) -> list[bytes]:
         "PPM": [(image, {}), (image.convert("L"), {})],
     }
     found = []
-    for picture, options in variants[kind]:
+    for variant, options in variants[kind]:
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        variant.save(buffer, kind, **options)
         found.append(buffer.getvalue())
     return found
 

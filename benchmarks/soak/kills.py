@@ -1,4 +1,4 @@
-"""The sections of kills: an operation is killed with SIGKILL at a random moment, then everything is checked."""
+"""The sections of kills: an operation is killed with SIGKILL at a random time, then everything is checked."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .workers import FAILED, Outcome, call, fork, kill, wait
 
 __all__ = ["run_kills"]
 
-MEASURED = 2  # uninterrupted runs whose longest duration bounds the moment of a kill
+MEASURED = 2  # uninterrupted runs whose longest duration bounds the time of a kill
 SECONDS = 300.0  # the longest that an operation or a check may take
 
 
 def run_kills(name: str, trials: Sequence[int], seed: int, corpus: Path, work: Path) -> Iterator[Outcome]:
-    """Run trials of one operation: set it up, kill it once or twice at random moments, check it, and yield the outcome.
+    """Run trials of one operation: set it up, kill it once or twice at random times, check it, and yield the outcome.
 
     The check runs in a process of its own, too, as a user would open the catalog after a crash.
     """
@@ -48,24 +48,24 @@ def _trial(
     operation: Operation, trial: int, rng: Random, duration: float, template: Path, folder: Path, log: Path
 ) -> Outcome:
     acknowledged: list[str] = []
-    moments = [rng.uniform(0, duration) for _ in range(rng.choice((1, 1, 2)))]
-    for number, moment in enumerate(moments):
-        some, _ = _run(operation, None if number else template, folder, log, moment)
+    delays = [rng.uniform(0, duration) for _ in range(rng.choice((1, 1, 2)))]
+    for number, delay in enumerate(delays):
+        some, _ = _run(operation, None if number else template, folder, log, delay)
         acknowledged = some or acknowledged  # a second run starts from what the first one left
     checked = call(trial, lambda: operation.check(folder, acknowledged), SECONDS, log)
-    detail = f"killed after {', '.join(f'{moment:.3f}' for moment in moments)} of {duration:.3f} s\n{checked.detail}"
+    detail = f"killed after {', '.join(f'{delay:.3f}' for delay in delays)} of {duration:.3f} s\n{checked.detail}"
     kind = checked.kind if checked.kind == "accepted" else FAILED  # an error of the SDK is no right outcome here
     return Outcome(trial, kind, detail if kind == FAILED else "", checked.cpu_seconds, checked.memory)
 
 
 def _run(
-    operation: Operation, template: Path | None, folder: Path, log: Path, moment: float | None
+    operation: Operation, template: Path | None, folder: Path, log: Path, delay: float | None
 ) -> tuple[list[str], float]:
-    """Run an operation in a forked child, and kill it at a moment.
+    """Run an operation in a forked child, and kill it after a delay.
 
     Args:
         template: what `set_up` wrote; copied first. None: continue with what is in `folder`.
-        moment: in seconds after its start. None: let it end.
+        delay: seconds after its start. None: let it end.
 
     Returns:
         What it acknowledged, and the seconds that it ran.
@@ -86,11 +86,11 @@ def _run(
             kill(child)
             raise RuntimeError(f"{operation.name} did not start")
         started = time.monotonic()
-        code = wait(child, SECONDS if moment is None else moment)
+        code = wait(child, SECONDS if delay is None else delay)
         elapsed = time.monotonic() - started
         if code is None:
             kill(child)
-        if moment is None and code != 0:
+        if delay is None and code != 0:
             raise RuntimeError(f"{operation.name} failed without a kill ({code}):\n{log.read_text()[-3000:]}")
         lines = b"".join(iter(lambda: acknowledgments.read(1 << 16), b"")).decode().split()
     return [line for line in lines if line != "start"], elapsed

@@ -11,7 +11,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -45,30 +46,25 @@ class Calls:
         self._lock = threading.Lock()
 
     def record(self, name: str, act: Callable[[], Any], expected: type[Exception] | tuple[()] = ()) -> Any:
-        """Make a call. `expected` is an error that is right at a busy time; returns None after it."""
-        try:
-            result = act()
-        except expected:
-            self._count(f"{name} (busy)")
-            return None
-        except Exception:
-            self._fail(name)
-            return None
-        self._count(name)
-        return result
+        """Make a call. `expected` is an error that is right at a busy time; returns None after an error."""
+        with self._counted(name, expected):
+            return act()
 
     async def arecord(self, name: str, call: Any, expected: type[Exception] | tuple[()] = ()) -> Any:
-        """Await a call."""
+        """Await a call, as `record`."""
+        with self._counted(name, expected):
+            return await call
+
+    @contextmanager
+    def _counted(self, name: str, expected: type[Exception] | tuple[()]) -> Iterator[None]:
         try:
-            result = await call
+            yield
         except expected:
             self._count(f"{name} (busy)")
-            return None
         except Exception:
             self._fail(name)
-            return None
-        self._count(name)
-        return result
+        else:
+            self._count(name)
 
     def wrong(self, message: str) -> None:
         """Record a wrong result."""

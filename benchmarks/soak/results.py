@@ -24,7 +24,7 @@ _LOCAL = re.compile(rf"{re.escape(str(ROOT))}/|/[^\s'\"]*/(?:site-packages|unidi
 _GROUPS = {
     "kill-": (
         "Killed processes",
-        "Each trial kills the operation with SIGKILL once or twice, at random moments of its measured duration. Then "
+        "Each trial kills the operation with SIGKILL once or twice, at random times of its measured duration. Then "
         "another process opens what is left. Everything acknowledged must be stored, a search must find every item, "
         "the operation must complete when it is started again, and `Catalog.check(repair=True)` must leave no file "
         "that nothing uses. Training must end with the weights of an uninterrupted run, bit for bit. For "
@@ -116,7 +116,7 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def write(result: Mapping[str, Any], results: Path = RESULTS, page_file: Path = PAGE) -> None:
     """Write results.json and the page."""
-    results.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results.write_text(_LOCAL.sub("", json.dumps(result, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
     page_file.write_text("\n".join(page(result)) + "\n", encoding="utf-8")
 
 
