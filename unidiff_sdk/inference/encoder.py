@@ -23,7 +23,7 @@ from .preprocessing import preprocess
 from .tokenizer import clip_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 __all__ = ["Encoder", "cut_text", "load_tokenizer", "token_ids"]
 
@@ -41,6 +41,7 @@ class Encoder:
         self._text_graph = "clip_text_encoder" if separate else "text_encoder"
         self._tokenizer_folder = "clip_tokenizer" if separate else "tokenizer"
         self._cached = lru_cache(maxsize=CACHED_TEXTS)(weak_method(self._encode_alone))
+        self._tokens = lru_cache(maxsize=CACHED_TEXTS)(weak_method(self._tokenize_alone))
 
     def encode_text(self, text: str) -> NDArray[np.float32]:
         """Embed one text, and cache it: float32[dim], a read-only unit vector.
@@ -59,6 +60,11 @@ class Encoder:
         embedding.flags.writeable = False  # shared by all that use the same text
         return embedding
 
+    def _tokenize_alone(self, text: str) -> tuple[NDArray[np.int64], bool]:
+        """Token ids of one text, int64[1, max_tokens], and whether it has more. A search needs both."""
+        (encoding,) = _encodings(self._tokenizer, [text])
+        return np.array([encoding.ids], np.int64), bool(encoding.overflowing)
+
     def encode_texts(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
         """Embed texts: float32[len(texts), dim], unit vectors. Tokens beyond `bundle.max_tokens` are ignored.
 
@@ -68,7 +74,7 @@ class Encoder:
         """
         session = self.bundle.session(self._text_graph)
         batches = [
-            session.run({"input_ids": token_ids(self._tokenizer, batch)}, ["text_embeds"])["text_embeds"]
+            session.run({"input_ids": self._token_ids(batch)}, ["text_embeds"])["text_embeds"]
             for batch in batched(_checked_texts(texts), whole_number("batch_size", batch_size, at_least=1))
         ]
         return self._unit_vectors(batches, "text")
@@ -109,14 +115,16 @@ class Encoder:
         """Token ids with start and end tokens, truncated and padded: int64[len(texts), max_tokens]."""
         return token_ids(self._tokenizer, _checked_texts(texts)).reshape(len(texts), self.bundle.max_tokens)
 
+    def _token_ids(self, texts: list[str]) -> NDArray[np.int64]:
+        return self._tokens(texts[0])[0] if len(texts) == 1 else token_ids(self._tokenizer, texts)
+
     def too_long(self, texts: Sequence[str]) -> list[str]:
         """The texts with more than `bundle.max_tokens` tokens, whose ends are ignored."""
         # A token has at least one byte, so most queries need no tokenizer here. Two tokens mark start and end.
         long = [text for text in texts if len(text.encode()) + 2 > self.bundle.max_tokens]
-        if not long:
-            return []
-        with tokenizer_errors("bundle"):
-            encodings = self._tokenizer.encode_batch([cut_text(text, self.bundle.max_tokens) for text in long])
+        if len(long) == 1:
+            return long if self._tokens(long[0])[1] else []
+        encodings = _encodings(self._tokenizer, long) if long else []
         return [text for text, encoding in zip(long, encodings, strict=True) if encoding.overflowing]
 
     @cached_property
@@ -190,11 +198,15 @@ def _read_tokenizer(files: BundleFiles) -> Tokenizer:
 
 def token_ids(tokenizer: Tokenizer, texts: list[str]) -> NDArray[np.int64]:
     """int64[len(texts), max_tokens], by a tokenizer from `load_tokenizer`. At least one text."""
+    return np.array([encoding.ids for encoding in _encodings(tokenizer, texts)], np.int64)
+
+
+def _encodings(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:
     assert tokenizer.truncation is not None  # `load_tokenizer` enables it
     max_tokens = int(tokenizer.truncation["max_length"])
     with tokenizer_errors("bundle"):
-        encodings = tokenizer.encode_batch([cut_text(text, max_tokens) for text in texts])
-    return np.array([encoding.ids for encoding in encodings], np.int64)
+        encodings: list[Encoding] = tokenizer.encode_batch([cut_text(text, max_tokens) for text in texts])
+    return encodings
 
 
 def cut_text(text: str, max_tokens: int) -> str:
