@@ -56,7 +56,8 @@ class Encoder:
         return self._cached(text)
 
     def _encode_alone(self, text: str) -> NDArray[np.float32]:
-        embedding: NDArray[np.float32] = self.encode_texts([text])[0]
+        outputs = self.bundle.session(self._text_graph).run({"input_ids": self._tokens(text)[0]}, ["text_embeds"])
+        embedding: NDArray[np.float32] = self._unit_vectors([outputs["text_embeds"]], "text")[0]
         embedding.flags.writeable = False  # shared by all that use the same text
         return embedding
 
@@ -74,7 +75,7 @@ class Encoder:
         """
         session = self.bundle.session(self._text_graph)
         batches = [
-            session.run({"input_ids": self._token_ids(batch)}, ["text_embeds"])["text_embeds"]
+            session.run({"input_ids": token_ids(self._tokenizer, batch)}, ["text_embeds"])["text_embeds"]
             for batch in batched(_checked_texts(texts), whole_number("batch_size", batch_size, at_least=1))
         ]
         return self._unit_vectors(batches, "text")
@@ -114,9 +115,6 @@ class Encoder:
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids with start and end tokens, truncated and padded: int64[len(texts), max_tokens]."""
         return token_ids(self._tokenizer, _checked_texts(texts)).reshape(len(texts), self.bundle.max_tokens)
-
-    def _token_ids(self, texts: list[str]) -> NDArray[np.int64]:
-        return self._tokens(texts[0])[0] if len(texts) == 1 else token_ids(self._tokenizer, texts)
 
     def too_long(self, texts: Sequence[str]) -> list[str]:
         """The texts with more than `bundle.max_tokens` tokens, whose ends are ignored."""

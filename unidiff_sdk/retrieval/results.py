@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from unidiff_sdk._internal.text import shorten
@@ -77,14 +78,18 @@ class Page(Sequence[Hit]):
         offset: the number of better hits on earlier pages.
         limit: the requested number of hits.
         took_ms: the duration of the whole search in milliseconds, including encoding the query.
-        cursor: the end of this page, for `search(…, cursor=)`; None on the last page.
     """
 
     hits: tuple[Hit, ...]
     offset: int
     limit: int
     took_ms: float
-    cursor: str | None = None
+    _end: Callable[[], str] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def cursor(self) -> str | None:
+        """The end of this page, for `search(…, cursor=)`; None on the last page. Most searches never ask for it."""
+        return None if self._end is None else self._end()
 
     @overload
     def __getitem__(self, index: int) -> Hit: ...

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -410,16 +411,10 @@ class Searcher:
     ) -> Page:
         shown = found[: options.limit]
         offset = before.shown if before else options.offset
-        cursor = None
-        if len(found) > len(shown):
-            digest, total = _digest(query, options), offset + len(shown)
-            vector = search.vector if len(query.parts) > 1 else None  # a mix depends on the content of the catalog
-            if options.hybrid or options.rerank or options.diversity is not None:
-                cursor = Cursor(digest, total, vector=vector)
-            else:
-                cursor = Cursor.after(before, digest, total, shown, vector)
+        vector = search.vector if len(query.parts) > 1 else None  # a mix depends on the content of the catalog
+        end = partial(_cursor_after, query, options, before, shown, offset + len(shown), vector)
         hits = tuple(map(self._hit, shown))
-        return Page(hits, offset, options.limit, took_ms, str(cursor) if cursor else None)
+        return Page(hits, offset, options.limit, took_ms, end if len(found) > len(shown) else None)
 
     def _hit(self, scored: ScoredRecord) -> Hit:
         hit = self._make_hit(scored.payload, scored.score)
@@ -451,6 +446,21 @@ def _nearest(query: Query, vector: Vector, options: SearchOptions) -> VectorQuer
         text=query.text if options.hybrid else None,
         bm25_weight=options.hybrid,
     )
+
+
+def _cursor_after(
+    query: Query,
+    options: SearchOptions,
+    before: Cursor | None,
+    shown: Sequence[ScoredRecord],
+    total: int,
+    vector: Vector | None,
+) -> str:
+    """The cursor of the page that ends with `shown`, after `total` items."""
+    digest = _digest(query, options)
+    if options.hybrid or options.rerank or options.diversity is not None:
+        return str(Cursor(digest, total, vector=vector))
+    return str(Cursor.after(before, digest, total, shown, vector))
 
 
 def _digest(query: Query, options: SearchOptions) -> bytes:

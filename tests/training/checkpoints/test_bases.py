@@ -148,6 +148,8 @@ def test_stable_diffusion_2_is_conditioned_by_the_second_to_last_layer(separate:
             {"prediction_type": "sample"},
             "predicts 'sample'. Training supports",
         ),
+        ("text_encoder/config", {"vocab_size": "many"}, "is 'many'; it must be an integer from 1"),
+        ("text_encoder/config", {"vocab_size": [100]}, "must be an integer from 1"),
         ("scheduler/scheduler_config", {"timestep_spacing": "odd"}, "timestep_spacing 'odd' is not supported"),
         ("scheduler/scheduler_config", {"beta_schedule": "laplace"}, "beta_schedule 'laplace' is not supported"),
         ("scheduler/scheduler_config", {"thresholding": True}, "thresholding is not supported"),

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk._internal.files import folder_hint
 from unidiff_sdk._internal.images import Fit
+from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import native_size, refusal, sampler_defaults
 from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
@@ -216,6 +217,7 @@ def assemble_checkpoint(
     with _progress_bars_hidden():
         tokenizer = _from_pretrained(CLIPTokenizer, folder / "tokenizer")
         embedded = read_json(folder / "text_encoder" / "config.json").get("vocab_size", len(tokenizer))
+        embedded = int(number_within(f"vocab_size of {folder}", embedded, 1, MAX_SIZE, CheckpointError, whole=True))
         if len(tokenizer) > embedded:
             raise CheckpointError(
                 f"The tokenizer of {folder} has {len(tokenizer):,} tokens, but its text encoder embeds {embedded:,}. "
