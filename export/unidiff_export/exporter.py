@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import DataError, ExportError, ProviderError
 from unidiff_sdk.generation.generator import Generator
@@ -138,7 +139,7 @@ def export_bundle(
         OptionError: an option has an unknown value, or the key cannot be used.
     """
     check_options(precision, target)
-    start, out, report = time.perf_counter(), Path(out).absolute(), progress or (lambda line: None)
+    start, out, report = time.perf_counter(), checked_path(out, ExportError).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
     key = None if sign is None else read_private_key(sign)  # fails before the export, not after it
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from support.recorded import open_recorded, recorded
 
-from unidiff_sdk import Bundle, BundleError, Catalog, FilterError, ImageError, OptionError
+from unidiff_sdk import Bundle, BundleError, Catalog, FilterError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.store.edge.store import EdgeStore
 from unidiff_sdk.store.images import ImageStore
 
@@ -251,3 +251,25 @@ def test_metadata_paths_must_not_leave_the_folder(catalog: Catalog, tmp_path: Pa
     assert hit and (catalog.folder / hit.uri).resolve().is_relative_to(catalog.folder.resolve())
     catalog.delete("../../in")
     assert (tmp_path / "secret.png").is_file() and (folder / "in.png").is_file()
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b", f"folder/{'b' * 300}/c"], ids=["long", "nul", "long folder"])
+def test_paths_that_no_file_system_accepts_are_refused(toy: Path, tmp_path: Path, path: str) -> None:
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog:
+        catalog.add(Image.new("RGB", (8, 8)), ids=1)
+        calls: list[Callable[[], Any]] = [
+            lambda: Bundle.open(path),
+            lambda: Catalog(path, toy),
+            lambda: Catalog(":memory:", path),
+            lambda: catalog.add_folder(path),
+            lambda: catalog.add_table(path),
+            lambda: catalog.add(path),
+            lambda: catalog.search(image=path),
+            lambda: catalog.export(path),
+            lambda: catalog.reindex(path),
+            lambda: Catalog.restore(path),
+        ]
+        for call in calls:
+            with pytest.raises(UniDiffError):
+                call()
+        assert catalog.count() == 1

@@ -18,6 +18,7 @@ from unidiff_sdk.errors import StoreError, UniDiffError
 
 __all__ = [
     "atomic_file",
+    "checked_path",
     "folder_hint",
     "folder_kind",
     "is_plain_path",
@@ -110,6 +111,22 @@ def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:
         if fsync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def checked_path(path: str | os.PathLike[str], error: type[UniDiffError]) -> Path:
+    """A path that the caller gave, if the operating system accepts it. Nothing needs to exist there.
+
+    Raises:
+        error: the path has a NUL byte or a name that is too long, or one of its folders may not be read.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Path(path)
+    except (OSError, ValueError) as reason:  # ValueError: a NUL byte
+        text = getattr(reason, "strerror", None) or reason
+        raise error(f"{str(path)!r:.100}: not a path that can be used ({text}). Check it.") from None
+    return Path(path)
 
 
 def open_regular_file(path: Path, error: type[UniDiffError]) -> BufferedReader:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unidiff_sdk._internal.files import atomic_file, folder_hint, remove_unfinished
+from unidiff_sdk._internal.files import atomic_file, checked_path, folder_hint, remove_unfinished
 from unidiff_sdk._internal.json_values import number_within, parse_json
 from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk._internal.parallel import batched, buffered_map
@@ -115,7 +115,7 @@ def write_archive(
         ImageError: an image is missing or has changed since it was indexed.
         StoreError: the file cannot be written.
     """
-    path, clause = Path(path), parse(where)
+    path, clause = checked_path(path, DataError), parse(where)
     remove_unfinished(path.parent)
     parquet = pyarrow_parquet("export")
     if path.exists():
@@ -243,7 +243,7 @@ class Archive:
     @classmethod
     def open(cls, path: str | Path) -> Archive:
         """Read the header. Raises DataError if the file is not an archive, or one of a later version."""
-        path = Path(path)
+        path = checked_path(path, DataError)
         if path.is_dir():
             raise DataError(f"{path} is a folder, not a file that `unidiff export` wrote.{folder_hint(path)}")
         file = open_parquet(path)

@@ -239,7 +239,7 @@ class BundleRef:
         if self.path == TINY_NAME:
             return TINY
         relative = Path(os.path.normpath(folder.resolve() / self.path))
-        return relative if relative.is_dir() else Path(self.absolute)
+        return relative if os.path.isdir(relative) else Path(self.absolute)
 
     def describe(self, path: str) -> dict[str, Any]:
         """The reference as JSON, with `path` as the path of the bundle."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.memory import DiskFullError
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
@@ -110,7 +111,7 @@ class Writer:
         copy: bool,
     ) -> AddReport:
         """Store the rows of a table; see `Catalog.add_table`."""
-        if not Path(path).is_file() or Path(path).suffix.lower() not in TABLES:
+        if not checked_path(path, DataError).is_file() or Path(path).suffix.lower() not in TABLES:
             raise DataError(f"{path} is not a table ({', '.join(TABLES)}). For a folder, use add_folder.")
         return self.add_source(
             path, images, columns=columns, kinds=kinds, prune=prune, strict=strict, progress=progress, copy=copy
@@ -130,7 +131,7 @@ class Writer:
     ) -> AddReport:
         """Store the rows of a folder, shard or table; see `Catalog.add_folder`."""
         started = time.perf_counter()
-        source = self._images.reference(Path(path))
+        source = self._images.reference(checked_path(path, DataError))
         invalid: list[InvalidRow] = []
         added = skipped = 0
         keys = CompactSet()

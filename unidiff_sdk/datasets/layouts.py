@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unidiff_sdk._internal.files import folder_hint, folder_kind
+from unidiff_sdk._internal.files import checked_path, folder_hint, folder_kind
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import DataError
 
@@ -64,7 +64,7 @@ def find_layout(path: str | Path, images: str | Path | None = None, *, captions:
     Raises:
         DataError: the path does not exist, or holds nothing that can be read.
     """
-    root = Path(path)
+    root = checked_path(path, DataError)
     if root.is_file() and root.suffix.lower() in TABLES:
         return Layout(root, tables=((root, Path(images or root.parent)),))
     if not root.is_dir() and not find_shards(root):

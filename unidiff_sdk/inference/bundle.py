@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unidiff_sdk._internal.files import folder_hint, read_regular_file
+from unidiff_sdk._internal.files import checked_path, folder_hint, read_regular_file
 from unidiff_sdk._internal.json_values import MAX_DOCUMENT, whole_number
 from unidiff_sdk._internal.lifetimes import Owner
 from unidiff_sdk._internal.warnings import warn
@@ -120,7 +120,7 @@ class Bundle:
                 fingerprint, is not signed by a trusted key, or was exported for another device.
             OptionError: the device is unknown, a key cannot be read, or `verify` is False with `trusted_keys`.
         """
-        folder = TINY if path is None or path == "tiny" else Path(path)
+        folder = TINY if path is None or path == "tiny" else checked_path(path, BundleError)
         if trusted_keys is not None and not verify:
             raise OptionError("verify=False cannot be combined with trusted_keys, which sign the hashes of the files")
         if (folder / MANIFEST).is_file():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unidiff_sdk._internal.files import folder_hint
+from unidiff_sdk._internal.files import checked_path, folder_hint
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import CheckpointError, OptionError
 
@@ -40,7 +41,7 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
     Raises:
         CheckpointError: Either is missing, incomplete or of an unsupported architecture.
     """
-    if clip is None and (str(base) == "tiny" or (Path(base) / "clip").is_dir()):
+    if clip is None and (str(base) == "tiny" or os.path.isdir(os.path.join(base, "clip"))):
         return require_supported(load_checkpoint(base))
     folder = _local_folder(base, ["model_index.json", *PIPELINE_FILES])
     if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
@@ -77,7 +78,7 @@ def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) 
 def _local_folder(source: str | Path, files: list[str]) -> Path:
     """The folder itself, or the folder of a hub repository's files, downloaded if they are not in the cache."""
     if not str(source).startswith(HUB_PREFIX):
-        if not Path(source).is_dir():
+        if not checked_path(source, CheckpointError).is_dir():
             raise CheckpointError(
                 f"There is no checkpoint folder {source}. Name an existing folder, or write {HUB_PREFIX}org/name for a "
                 "model on the hub."

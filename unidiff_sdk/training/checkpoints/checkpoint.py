@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from unidiff_sdk._internal.files import folder_hint
+from unidiff_sdk._internal.files import checked_path, folder_hint
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError
@@ -186,7 +186,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Weights become float32, whatever precision is stored. Raises CheckpointError if a part is missing, unreadable or
     incomplete.
     """
-    folder = TINY if str(path) == "tiny" else Path(path)
+    folder = TINY if str(path) == "tiny" else checked_path(path, CheckpointError)
     _require_files(folder, PIPELINE_FILES | CLIP_FILES)
     clip, image_processor = load_clip(folder / "clip")
     has_tokenizer = (folder / "clip" / "tokenizer_config.json").is_file()

@@ -14,8 +14,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
+from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
-from unidiff_sdk.errors import DataError, TrainingError
+from unidiff_sdk.errors import CheckpointError, DataError, TrainingError
 from unidiff_sdk.generation.samplers import Coefficients
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -112,7 +113,7 @@ def distill(
     """
     config = config or DistillationConfig()
     started = time.perf_counter()
-    out, data = Path(out), Path(data)
+    out, data = checked_path(out, CheckpointError), checked_path(data, DataError)
 
     # 1. teacher and captions
     teacher = _open_teacher(checkpoint, out, overwrite)

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk.datasets.reader import InvalidRow, Row
-from unidiff_sdk.errors import OptionError, TrainingError
+from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.saving import recover_interrupted_save, require_replaceable
@@ -122,7 +123,7 @@ def train(
     """
     config = config or TrainingConfig()
     started = time.perf_counter()
-    data, out = Path(data), Path(out)
+    data, out = checked_path(data, DataError), checked_path(out, CheckpointError)
     _check_request(config, prior, on_validate, latents)
     if resume and overwrite:
         raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
