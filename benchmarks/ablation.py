@@ -1,83 +1,111 @@
 """`make ablation`: measure the gain of each term of the joint objective. All runs are declared here in advance.
 
-Each arm is tuned on 200 pairs of a catalog that its base has never seen. For a synthetic catalog, the base is trained
-on the other two; for the real one (Debian's tuxpaint stamps), it is the built-in base. Three settings per arm are tried
-on the validation pairs of one catalog with one seed. The best is frozen and run once, with three seeds, on the test
-pairs of all catalogs. Retrieval is measured on pairs that no arm was tuned on, generation by the frozen judge.
+Each arm is tuned on 200 and on 1,000 pairs of a catalog that its base has never seen. For a synthetic catalog, the base
+is trained on the other two until it generates them reliably (`bases.py`); for the real one (Debian's tuxpaint stamps),
+it is the built-in base. Two settings per arm are tried on the validation pairs of one catalog with one seed and 200
+pairs. The better one is frozen and run with three seeds on the test pairs of all catalogs. Retrieval is measured on
+pairs that no arm was tuned on, by the encoder alone and re-ranked by the generator; generation by the frozen judge.
 
 Runs can be resumed: each writes a file into WORK, RESULT is rewritten from all files after each run, and runs that
-RESULT holds are skipped. After the search for settings, several processes may share WORK, each with its own `--domain`
-options and its own RESULT. `quality.py` writes the page.
+RESULT holds are skipped. Several processes may share WORK: each run is done by one of them. `quality.py` writes the
+page.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from _host import host
+from bases import STEPS, SYNTHETIC, base_without, measured_base
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "quality" / "ablation.json"
 DEVELOPMENT, REAL = "ecommerce-product", "tuxpaint-stamps"
-SYNTHETIC = ("ecommerce-product", "fashion-man", "fashion-woman")
 DOMAINS = (*SYNTHETIC, REAL)
 SEEDS = (0, 1, 2)
-PAIRS, GALLERY, PROMPTS, PER_PROMPT = 200, 300, 60, 2
-BASE_STEPS = {"clip": 900, "unet": 1500}  # of the bases trained here
+SIZES = (200, 1000)  # pairs that an arm is tuned on
+GALLERY, PROMPTS, PER_PROMPT = 300, 60, 2
 RETAINED = 200  # products of each catalog that the base was trained on
-COMMON = {"steps": 250, "batch_size": 32, "save_every": 10_000}
-DECODED = {"rsc_samples": 8}  # for the arms with a term that decodes estimates
+COMMON = {"steps": 160, "batch_size": 32, "save_every": 10_000, "precision": "bf16"}
+RERANK = {"candidates": 8, "timesteps": (650, 850), "weight": 1.5}
+SAMPLER, SAMPLER_STEPS, GUIDANCE = "dpm++2m", 10, 5.0
 
+# Terms that are off unless an arm names them.
+OFF = {"lambda_rsc": 0.0}
+HARD = OFF | {"hard_negatives": 5}
 # The differences from the defaults. Separate tuning, today's practice, is "CLIP alone" for retrieval and "SD alone"
 # (the UNet without its text encoder) for generation, with one checkpoint each. "SD and text" shows the effect of
 # synthesis alone when it trains the text tower as well, as it does in every joint arm.
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
-    "CLIP alone": {"lambda_is": 0.0, "lambda_rsc": 0.0},
-    "SD alone": {"lambda_itc": 0.0, "lambda_rsc": 0.0, "lock_text": True, "lock_image": True},
-    "SD and text": {"lambda_itc": 0.0, "lambda_rsc": 0.0, "lock_image": True},
-    "ITC + IS": {"lambda_rsc": 0.0},
-    "ITC + IS + RSC pixel": {},
-    "ITC + IS + RSC feature": {"lambda_rsc": 0.0},
-    "ITC + IS + RSC both": {},
+    "CLIP alone": OFF | {"lambda_is": 0.0},
+    "CLIP alone, hard negatives": HARD | {"lambda_is": 0.0},
+    "SD alone": OFF | {"lambda_itc": 0.0, "lock_text": True, "lock_image": True},
+    "SD and text": OFF | {"lambda_itc": 0.0, "lock_image": True},
+    "ITC + IS": OFF,
+    "ITC + IS, hard negatives": HARD,
+    "RSC encoder": HARD,
+    "RSC generator": HARD,
+    "RSC encoder and generator": HARD,
+    "RSC reward": HARD,
 }
-# The search: three settings per arm. The RSC weights are searched at the learning rate chosen for ITC + IS.
-RATES = [{"learning_rate": rate} for rate in (1e-4, 2e-4, 4e-4)]
+# The two settings per arm. Arms with hard negatives keep the learning rate chosen for the arm without them.
+RATES = [{"learning_rate": rate} for rate in (2e-4, 4e-4)]
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "base": [{}],
     "CLIP alone": RATES,
     "SD alone": RATES,
     "SD and text": RATES,
     "ITC + IS": RATES,
-    "ITC + IS + RSC pixel": [{"lambda_rsc": weight} for weight in (0.03, 0.1, 0.3)],
-    "ITC + IS + RSC feature": [{"lambda_rsc_feature": weight} for weight in (0.01, 0.03, 0.1)],
-    "ITC + IS + RSC both": [
-        {"lambda_rsc": weight, "lambda_rsc_feature": weight / 3, "lambda_rsc_generated": weight / 3}
-        for weight in (0.03, 0.1, 0.3)
+    "CLIP alone, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
+    "ITC + IS, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
+    "RSC encoder": [{"lambda_rsc_encoder": weight} for weight in (0.1, 0.5)],
+    "RSC generator": [{"lambda_rsc_generator": weight} for weight in (0.05, 0.2)],
+    "RSC encoder and generator": [
+        {"lambda_rsc_encoder": weight, "lambda_rsc_generator": weight / 2} for weight in (0.1, 0.4)
     ],
+    "RSC reward": [{"lambda_rsc_reward": weight} for weight in (0.01, 0.05)],
 }
-
-
+# Forms that an earlier ablation with weaker bases found without effect. They are tried once more, and run on the test
+# pairs only if one beats "ITC + IS, hard negatives" here.
+TRIALS: dict[str, list[dict[str, float]]] = {
+    "RSC pixel": [{"lambda_rsc": weight} for weight in (0.03, 0.1)],
+    "RSC feature": [{"lambda_rsc_feature": weight} for weight in (0.01, 0.03)],
+}
+INHERITED = {  # the arm whose chosen settings an arm starts from
+    "CLIP alone, hard negatives": "CLIP alone",
+    "ITC + IS, hard negatives": "ITC + IS",
+    **dict.fromkeys([arm for arm in ARMS if arm.startswith("RSC")], "ITC + IS, hard negatives"),
+    **dict.fromkeys(TRIALS, "ITC + IS, hard negatives"),
+}
 # The figures that decide for arms that tune one half; all others use both.
-HALVES = {"CLIP alone": ("r@1",), "SD alone": ("all_right",), "SD and text": ("all_right",)}
+HALVES = {
+    "CLIP alone": ("r@1",),
+    "CLIP alone, hard negatives": ("r@1",),
+    "SD alone": ("all_right",),
+    "SD and text": ("all_right",),
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One tuning run and its evaluation. phase: "development" (validation pairs) or "test"."""
+    """One tuning run and its evaluation. phase: "development" (validation pairs) or "test". pairs: to tune on."""
 
     phase: str
     domain: str
+    pairs: int
     arm: str
     setting: int
     seed: int
@@ -85,31 +113,40 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its file."""
-        text = f"{self.phase} {self.domain} {self.arm} {self.setting} {self.seed}".lower()
+        text = f"{self.phase} {self.domain} {self.pairs} {self.arm} {self.setting} {self.seed}".lower()
         return "-".join("".join(c if c.isalnum() else " " for c in text).split()) + ".json"
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / "runs" / "ablation", show_default=True)
 @click.option("--result", type=click.Path(path_type=Path), default=RESULT, show_default=True)
-@click.option("--minutes", type=float, help="Stop after the run that exceeds this time. Run again to continue.")
+@click.option("--minutes", type=float, help="Start no run after this time. Run again to continue.")
 @click.option(
-    "--domain", "domains", multiple=True, type=click.Choice(DOMAINS), help="Run only these domains. Default: all."
+    "--domain", "domains", multiple=True, type=click.Choice(DOMAINS), help="Test only on these domains. Default: all."
 )
-def main(work: Path, result: Path, minutes: float | None, domains: tuple[str, ...]) -> None:
+@click.option("--threads", type=int, help="Threads of PyTorch. Default: one per core.")
+def main(
+    work: Path,
+    result: Path,
+    minutes: float | None,
+    domains: tuple[str, ...],
+    threads: int | None,
+) -> None:
     """Run all declared runs that have no result, then write the result."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
     restore(work, result)
     deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    for run in declared(work):
-        if domains and run.domain not in domains and run.phase == "test":
-            continue
-        if (work / run.name).exists():
-            continue
+    for run in pending(work, domains or DOMAINS):
         if time.monotonic() > deadline:
             sys.exit("Out of time. Run `make ablation` again to continue.")
-        click.echo(f"{run.phase}: {run.domain}, {run.arm}, setting {run.setting}, seed {run.seed}", err=True)
-        measured = perform(run, work)
-        _write(work / run.name, {"run": asdict(run)} | measured)
+        with reserved(work / run.name, wait=False) as mine:
+            if not mine or (work / run.name).exists():
+                continue
+            click.echo(f"{run.name.removesuffix('.json')}", err=True)
+            _write(work / run.name, {"run": asdict(run)} | perform(run, work))
         collect(work, result)
     collect(work, result)
 
@@ -117,23 +154,66 @@ def main(work: Path, result: Path, minutes: float | None, domains: tuple[str, ..
 # --- declared runs ---------------------------------------------------------------------------------------------------
 
 
-def declared(work: Path) -> Iterator[Run]:
-    """Yield every run in order; test runs follow once the settings are chosen."""
-    for arm, settings in SETTINGS.items():
+def development_runs() -> Iterator[Run]:
+    """Yield the search for settings. An arm comes after the arm that it inherits from."""
+    for arm, settings in (SETTINGS | TRIALS).items():
         for setting in range(len(settings)):
-            yield Run("development", DEVELOPMENT, arm, setting, 0)
+            yield Run("development", DEVELOPMENT, SIZES[0], arm, setting, 0)
+
+
+def test_runs(work: Path, domains: Sequence[str]) -> Iterator[Run]:
+    """Yield the runs with the chosen settings; all arms of one size, seed and domain before the next."""
     chosen = {arm: best_setting(work, arm) for arm in ARMS}
-    for seed in SEEDS:
-        for domain in DOMAINS:
-            yield from (Run("test", domain, arm, chosen[arm], seed) for arm in ARMS if arm != "base" or seed == 0)
+    for pairs in SIZES:
+        for seed in SEEDS:
+            for domain in domains:
+                if pairs in sizes_of(domain):
+                    yield from (
+                        Run("test", domain, pairs, arm, chosen[arm], seed)
+                        for arm in ARMS
+                        if arm != "base" or (seed, pairs) == (0, SIZES[0])
+                    )
+
+
+def sizes_of(domain: str) -> tuple[int, ...]:
+    """Return the numbers of pairs that are tuned on. The stamps have too few for the second."""
+    return SIZES[:1] if domain == REAL else SIZES
+
+
+def pending(work: Path, domains: Sequence[str]) -> Iterator[Run]:
+    """Yield the runs whose inputs are there. Waits until the search for settings is complete."""
+    while waiting := [run for run in development_runs() if not (work / run.name).exists()]:
+        yield from (run for run in waiting if is_developed(work, INHERITED.get(run.arm)))
+        time.sleep(1)  # another process may hold the last ones
+    yield from test_runs(work, domains)
+
+
+def is_developed(work: Path, arm: str | None) -> bool:
+    """Return whether the settings of an arm, and of all that it inherits from, are chosen."""
+    while arm is not None:
+        if not all((work / run.name).exists() for run in development_runs() if run.arm == arm):
+            return False
+        arm = INHERITED.get(arm)
+    return True
+
+
+@contextmanager
+def reserved(file: Path, *, wait: bool) -> Iterator[bool]:
+    """Reserve a file for this process within the block. False if another process has it and `wait` is off."""
+    lock_file = file.parent / "locks" / f"{file.name}.lock"
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def best_setting(work: Path, arm: str) -> int:
     """Return the setting with the best score on the validation pairs; ties go to the first."""
-    tried = [
-        json.loads((work / Run("development", DEVELOPMENT, arm, setting, 0).name).read_text("utf-8"))
-        for setting in range(len(SETTINGS[arm]))
-    ]
+    tried = [json.loads((work / run.name).read_text("utf-8")) for run in development_runs() if run.arm == arm]
     return int(np.argmax([score(arm, one["figures"]) for one in tried]))
 
 
@@ -146,11 +226,17 @@ def options(run: Run, work: Path) -> dict[str, Any]:
     """Return the training configuration of a run."""
     from unidiff_sdk.training.config import TrainingConfig
 
-    chosen = COMMON | ARMS[run.arm] | {"seed": run.seed}
-    if "RSC" in run.arm:
-        chosen |= RATES[best_setting(work, "ITC + IS")]
-    chosen |= SETTINGS[run.arm][run.setting]
-    return chosen | (DECODED if TrainingConfig(**chosen).decodes else {})
+    chosen = COMMON | inherited(run.arm, work) | {"seed": run.seed} | (SETTINGS | TRIALS)[run.arm][run.setting]
+    return chosen | ({"rsc_samples": 8} if TrainingConfig(**chosen).decodes else {})
+
+
+def inherited(arm: str, work: Path) -> dict[str, Any]:
+    """Return the options of an arm without its own settings."""
+    origin = INHERITED.get(arm)
+    if origin is None:
+        return ARMS[arm]
+    chosen = inherited(origin, work) | SETTINGS[origin][best_setting(work, origin)]
+    return chosen | ARMS.get(arm, {"lambda_rsc": 0.0})
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -161,7 +247,7 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
     from unidiff_sdk.training.config import TrainingConfig
     from unidiff_sdk.training.loop.trainer import train
 
-    base, data = base_of(run.domain, work), data_of(run.domain, work)
+    base, data = base_of(run.domain, work), data_of(run.domain, work, run.pairs)
     tuned, checkpoint, seconds = base, work / f"checkpoint.{os.getpid()}", 0.0
     if run.arm != "base":
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -178,19 +264,21 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
 
 
 def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[str, Any]:
-    """Measure retrieval, generation, collapse and forgetting of a checkpoint."""
+    """Measure retrieval, generation, collapse and forgetting of a checkpoint. Development leaves out forgetting."""
     from unidiff_sdk.generation.samplers import make_table
+    from unidiff_sdk.inference.manifest import RerankDefaults
     from unidiff_sdk.inference.schedule import Schedule
     from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
     from unidiff_sdk.training.data.pairs import load_pairs
     from unidiff_sdk.training.evaluation import metrics, retrieval
     from unidiff_sdk.training.evaluation.judge import Judge
+    from unidiff_sdk.training.evaluation.reranking import reranked_order
     from unidiff_sdk.training.evaluation.sampling import generate_images
     from unidiff_sdk.training.objective.joint_model import JointModel
 
     loaded = load_checkpoint(tuned)
     model = JointModel(loaded).eval()
-    data = data_of(run.domain, work)
+    data = data_of(run.domain, work, run.pairs)
     pairs = load_pairs(data["val" if run.phase == "development" else "test"], loaded)
     train_pairs = load_pairs(data["train"], loaded)
     attributes = retrieval.synthetic_attributes(pairs)
@@ -200,18 +288,26 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     u, v = retrieval.embed_pairs(model, loaded, pairs)
     relevant = retrieval.equal_keys(keys)
     hits = [metrics.first_relevant_rank(scores, relevant) == 1 for scores in ((u @ v.T).T, u @ v.T)]
-    columns: dict[str, Any] = {"hit": np.concatenate(hits).astype(int).tolist()}
+    order = reranked_order(model, loaded, pairs, u, v, RerankDefaults(**RERANK))
+    first = relevant[np.arange(len(order)), order[:, 0]]
+    columns: dict[str, Any] = {
+        "hit": np.concatenate(hits).astype(int).tolist(),
+        "search": hits[0].astype(int).tolist(),
+        "reranked": first.astype(int).tolist(),
+    }
     figures = {
         "r@1": float(np.mean(columns["hit"])),
+        "search_r@1": float(np.mean(columns["search"])),
+        "reranked_r@1": float(np.mean(columns["reranked"])),
         "image_effective_rank": metrics.effective_rank(u),
         "text_effective_rank": metrics.effective_rank(v),
     }
 
     # 2. Generation: noise depends only on the position of an image, so all arms and seeds start from the same noise
     rows = [row for row in retrieval.distinct_rows(keys, PROMPTS) for _ in range(PER_PROMPT)]
-    table = make_table("dpm++2m", Schedule.from_config(loaded.scheduler.config), 20)
+    table = make_table(SAMPLER, Schedule.from_config(loaded.scheduler.config), SAMPLER_STEPS)
     captions = [pairs.captions[row] for row in rows]
-    images = generate_images(model, loaded, captions, table=table, guidance=5.0, seed=0)
+    images = generate_images(model, loaded, captions, table=table, guidance=GUIDANCE, seed=0)
     judge = Judge.load()
     real, training = (judge.features(_arrays(one.images)) for one in (pairs, train_pairs))
     generated = judge.features(images)
@@ -235,11 +331,14 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     if run.phase == "test" and run.seed == 0:
         _sheet(images[: PER_PROMPT * 10 : PER_PROMPT], work / "sheets" / f"{run.name[:-5]}.webp")
 
+    if run.phase == "development":
+        return {"figures": figures, "columns": columns}
+
     # 3. Forgetting: retrieval on the catalogs that the base was trained on
     base_catalogs = [name for name in SYNTHETIC if name != run.domain]
     retained = []
     for name in base_catalogs:
-        base_pairs = load_pairs(data_of(name, work)["test"], loaded, limit=RETAINED)
+        base_pairs = load_pairs(data_of(name, work, SIZES[0])["test"], loaded, limit=RETAINED)
         base_keys = retrieval.meaning_keys(base_pairs, retrieval.synthetic_attributes(base_pairs))
         directions = retrieval.retrieval_figures(*retrieval.embed_pairs(model, loaded, base_pairs), base_keys)
         retained.append(np.mean([direction["R@1"] for direction in directions.values()]))
@@ -264,48 +363,32 @@ def _sheet(images: list[Any], file: Path) -> None:
 
 
 def base_of(domain: str, work: Path) -> str | Path:
-    """Return a base that has never seen the domain: the built-in one, or one trained on the other synthetic catalogs.
-
-    The latter shares the tokenizer and the VAE with the built-in base, whose VAE has seen images of all three catalogs.
-    Its CLIP and UNet are trained from scratch, for fewer steps.
-    """
+    """Return a base that has never seen the domain."""
     if domain == REAL:
         return "tiny"
-    folder = work / "bases" / domain
-    if not folder.exists():
-        from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
-        from unidiff_sdk.training.recipes import tiny
-
-        built_in = load_checkpoint("tiny")
-        tiny.train_base(
-            folder.with_name(f"{domain}.work"),
-            folder,
-            name=f"tiny without {domain}",
-            catalogs=[name for name in SYNTHETIC if name != domain],
-            vae=built_in.vae.eval(),
-            tokenizer=built_in.tokenizer,
-            stages={name: replace(tiny.RECIPE[name], steps=steps) for name, steps in BASE_STEPS.items()},
-        )
-    return folder
+    with reserved(work / "bases" / domain, wait=True):
+        return base_without(domain, work)
 
 
-def data_of(domain: str, work: Path) -> dict[str, Path]:
+def data_of(domain: str, work: Path, pairs: int) -> dict[str, Path]:
     """Return the folders of a domain: "train", "val" and "test", which share no product."""
     folder = work / "data" / domain
-    splits = {"train": ("train", PAIRS), "val": ("val", GALLERY), "test": ("test", GALLERY)}
     if domain == REAL:
-        return _real(folder)
+        with reserved(folder, wait=True):
+            return _real(folder, pairs)
     from unidiff_sdk.datasets.synthetic import write_catalog
 
-    for part, (split, n) in splits.items():
-        if not (folder / part / "metadata.jsonl").exists():
-            shutil.rmtree(folder / part, ignore_errors=True)
-            write_catalog(domain, folder / part, n=n, seed=1, split=split)
-    return {part: folder / part for part in splits}
+    parts = {f"train-{pairs}": ("train", pairs), "val": ("val", GALLERY), "test": ("test", GALLERY)}
+    with reserved(folder, wait=True):
+        for part, (split, n) in parts.items():
+            if not (folder / part / "metadata.jsonl").exists():
+                shutil.rmtree(folder / part, ignore_errors=True)
+                write_catalog(domain, folder / part, n=n, seed=1, split=split)
+    return {part.split("-")[0]: folder / part for part in parts}
 
 
-def _real(folder: Path) -> dict[str, Path]:
-    """Return the stamps as `make real` splits them, with 200 random pairs of its training part."""
+def _real(folder: Path, pairs: int) -> dict[str, Path]:
+    """Return the stamps as `make real` splits them, with some random pairs of its training part."""
     if not (folder / "train" / "metadata.jsonl").exists():
         sys.path.insert(0, str(ROOT / "examples"))
         from real_images import convert, download
@@ -316,7 +399,7 @@ def _real(folder: Path) -> dict[str, Path]:
         shutil.copytree(whole / "test", folder / "test", dirs_exist_ok=True)
         shutil.copytree(whole / "train", folder / "train", dirs_exist_ok=True)
         lines = (whole / "train" / "metadata.jsonl").read_text("utf-8").splitlines()
-        first = sorted(np.random.default_rng(0).permutation(len(lines))[:PAIRS].tolist())
+        first = sorted(np.random.default_rng(0).permutation(len(lines))[:pairs].tolist())
         chosen = "\n".join(lines[row] for row in first) + "\n"
         (folder / "train" / "metadata.jsonl").write_text(chosen, encoding="utf-8")
     return {"train": folder / "train", "val": folder / "test", "test": folder / "test"}
@@ -327,15 +410,26 @@ def _real(folder: Path) -> dict[str, Path]:
 
 def collect(work: Path, result: Path) -> None:
     """Write all runs so far into one file, with the machine and the declaration."""
+    with reserved(work / "result", wait=True):
+        _collect(work, result)
+
+
+def _collect(work: Path, result: Path) -> None:
     runs = [json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))]
-    declaration = {"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "seeds": SEEDS, "common": COMMON}
-    sizes = {"pairs": PAIRS, "gallery": GALLERY, "prompts": PROMPTS, "per_prompt": PER_PROMPT, "base_steps": BASE_STEPS}
-    complete = len(runs) == sum(map(len, SETTINGS.values())) + len(DOMAINS) * (1 + len(SEEDS) * (len(ARMS) - 1))
+    declaration = {
+        **{"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "trials": TRIALS, "inherited": INHERITED},
+        **{"seeds": SEEDS, "sizes": SIZES, "common": COMMON, "rerank": RERANK, "gallery": GALLERY},
+        **{"sampler": SAMPLER, "sampler_steps": SAMPLER_STEPS, "guidance": GUIDANCE},
+        **{"prompts": PROMPTS, "per_prompt": PER_PROMPT, "base_steps": STEPS},
+    }
+    bases = {name: measured for name in SYNTHETIC if (measured := measured_base(name, work))}
+    tuned = len(SEEDS) * (len(ARMS) - 1) * sum(len(sizes_of(domain)) for domain in DOMAINS)
+    complete = len(runs) == len(list(development_runs())) + tuned + len(DOMAINS)
     result.parent.mkdir(parents=True, exist_ok=True)
     for sheet in sorted((work / "sheets").glob("*.webp")):
         (result.parent / "sheets").mkdir(exist_ok=True)
         shutil.copy(sheet, result.parent / "sheets")
-    _write(result, {**host(), "declared": declaration | sizes, "complete": complete, "runs": runs})
+    _write(result, {**host(), "declared": declaration, "bases": bases, "complete": complete, "runs": runs})
 
 
 def restore(work: Path, result: Path) -> None:

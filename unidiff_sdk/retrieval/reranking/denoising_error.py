@@ -28,27 +28,31 @@ from unidiff_sdk.inference.schedule import Schedule
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Denoiser", "DenoisingError", "Row"]
+__all__ = ["Denoiser", "DenoisingError", "NoisePredictor", "Row"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-# Rows that are submitted at once. The denoiser divides them into calls of the UNet; this bounds the memory of inputs.
+# Rows that are submitted at once, which bounds the memory of inputs. The predictor divides them into calls of the UNet.
 ROWS_AT_ONCE = 128
 _CACHED_NOISE = 32
 
 
-class Denoiser(Protocol):
-    """The model that errors are measured with: `generation.generator.Generator`."""
+class NoisePredictor(Protocol):
+    """The UNet that errors are measured with."""
+
+    def predict(self, samples: Sequence[Float32], timesteps: Sequence[int], states: Sequence[Float32]) -> Float32:
+        """The UNet's output for each sample with noise, float32[len(samples), channels, height, width]."""
+
+
+class Denoiser(NoisePredictor, Protocol):
+    """A UNet with the encoders of its inputs: `generation.generator.Generator`."""
 
     def latents(self, image: Image.Image) -> Float32:
         """The latents of an image, float32[channels, height, width]."""
 
     def token_states(self, text: str) -> Float32:
         """The token states of a text, float32[tokens, width]."""
-
-    def predict(self, samples: Sequence[Float32], timesteps: Sequence[int], states: Sequence[Float32]) -> Float32:
-        """The UNet's output for each sample with noise, float32[len(samples), channels, height, width]."""
 
 
 class Row(NamedTuple):
@@ -63,13 +67,13 @@ class DenoisingError:
     """Measures denoising errors. May be shared between threads.
 
     Args:
-        denoiser: the model.
+        unet: the UNet.
         schedule: its noise schedule and prediction type.
         noise_seed: the seed of the noise. The noise of a timestep does not depend on the other timesteps.
     """
 
-    def __init__(self, denoiser: Denoiser, schedule: Schedule, noise_seed: int) -> None:
-        self._denoiser, self._schedule, self._seed = denoiser, schedule, noise_seed
+    def __init__(self, unet: NoisePredictor, schedule: Schedule, noise_seed: int) -> None:
+        self._unet, self._schedule, self._seed = unet, schedule, noise_seed
         self._noise = lru_cache(_CACHED_NOISE)(_NoiseOf(noise_seed))
 
     def measure(self, rows: Sequence[Row]) -> Float64:
@@ -82,7 +86,7 @@ class DenoisingError:
         errors = [np.empty(0)]
         for some in batched(rows, ROWS_AT_ONCE):
             samples, targets = zip(*map(self._noisy, some), strict=True)
-            outputs = self._denoiser.predict(samples, [row.timestep for row in some], [row.states for row in some])
+            outputs = self._unet.predict(samples, [row.timestep for row in some], [row.states for row in some])
             errors.append(np.square(outputs - np.stack(targets)).mean(axis=(1, 2, 3), dtype=np.float64))
         return np.concatenate(errors)
 
