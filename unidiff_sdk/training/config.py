@@ -35,6 +35,7 @@ TERM_TITLES = {
     "rsc_generated": "RSC generated: the encoder learns from the generator",
     "rsc_encoder": "RSC encoder: the encoder learns the generator's ranking",
     "rsc_generator": "RSC generator: the generator learns the encoder's ranking",
+    "rsc_reward": "RSC reward: the generator learns from the encoder's judgment of its own images",
     "rsc_feature": "RSC feature: encoder and generator learn from each other's features",
     "feature_distillation": "Feature distillation: CLIP embeddings stay close to the base's",
 }
@@ -142,12 +143,22 @@ class TrainingConfig:
     """Weight of RSC encoder: the encoder learns how the generator ranks images for a caption. At least 0."""
     lambda_rsc_generator: float = 0.0
     """Weight of RSC generator: the generator learns how the encoder ranks images for a caption. At least 0."""
+    lambda_rsc_reward: float = 0.0
+    """Weight of RSC reward: the generator learns from the encoder's judgment of its own images. At least 0."""
     rsc_captions: int = 8
     """Captions per step whose candidates RSC encoder and RSC generator rank, above 0."""
     rsc_candidates: int = 4
     """Images that they rank for each caption, its own included, at least 2."""
     rsc_timesteps: int = 1
     """Timesteps, all of high noise, over which the generator's score is a mean, above 0."""
+    reward_captions: int = 4
+    """Captions per step that RSC reward generates an image for, above 0."""
+    reward_steps: int = 6
+    """Denoising steps of these images, above 0."""
+    reward_last_steps: int = 1
+    """The last steps, at most `reward_steps`, through which RSC reward differentiates, above 0."""
+    reward_guidance: float = 5.0
+    """Guidance scale of these images, at least 1 (no guidance)."""
     rsc_t_max: int = 400
     """Highest timestep whose denoising estimate RSC uses, at least 0."""
     rsc_samples: int = 16
@@ -192,7 +203,7 @@ class TrainingConfig:
         _require_positive(
             self,
             *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
-            *("rsc_captions", "rsc_timesteps"),
+            *("rsc_captions", "rsc_timesteps", "reward_captions", "reward_steps", "reward_last_steps"),
             *("save_every", "keep", "validate_every"),
         )
         _require_non_negative(
@@ -203,7 +214,7 @@ class TrainingConfig:
             *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
             *("lambda_feature_distillation", "lambda_prior", "prior_batch"),
             *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
-            *("lambda_rsc_encoder", "lambda_rsc_generator"),
+            *("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
         )
         _require_below_one(self, "ema_decay", "caption_dropout")
         _require_choice(self, "precision", get_args(Precision))
@@ -212,6 +223,7 @@ class TrainingConfig:
             _require_choice(self, "fit", get_args(Fit))
         self._require_trainable_batches()
         self._require_useful_negatives()
+        self._require_reachable_reward()
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("All term weights are 0, so there is nothing to train. Set at least one lambda above 0.")
 
@@ -244,6 +256,16 @@ class TrainingConfig:
                 "or lambda_rsc_generator above 0."
             )
 
+    def _require_reachable_reward(self) -> None:
+        if self.reward_last_steps > self.reward_steps:
+            raise OptionError(
+                f"reward_last_steps is {self.reward_last_steps}, but there are only {self.reward_steps} reward_steps."
+            )
+        if not self.reward_guidance >= 1:
+            raise OptionError(f"reward_guidance is {self.reward_guidance}, but must be at least 1 (no guidance).")
+        if self.lambda_rsc_reward and self.lock_unet:
+            raise OptionError("lambda_rsc_reward trains only the UNet, but lock_unet is set. Remove one of them.")
+
     def without_effect(self, *, prior: bool, validation: bool) -> str | None:
         """The first setting that differs from its default and that no part of the run reads, with the reason.
 
@@ -259,10 +281,14 @@ class TrainingConfig:
             "group": (self.embeds_texts, "no term uses CLIP embeddings"),
             "contrastive_batch": (self.embeds_texts, "no term uses CLIP embeddings"),
             "rsc_t_max": (gated, "the RSC weights that denoising estimates are used for are 0"),
-            "rsc_warmup_steps": (gated or self.ranks, "all RSC weights are 0"),
+            "rsc_warmup_steps": (gated or self.ranks or self.lambda_rsc_reward, "all RSC weights are 0"),
             "rsc_captions": ranks,
             "rsc_candidates": ranks,
             "rsc_timesteps": ranks,
+            **dict.fromkeys(
+                ("reward_captions", "reward_steps", "reward_last_steps", "reward_guidance"),
+                (self.lambda_rsc_reward, "lambda_rsc_reward is 0"),
+            ),
             "rsc_samples": (self.decodes, "the RSC weights that decode are 0"),
             "rsc_teacher": (self.lambda_rsc, "lambda_rsc is 0"),
             "lambda_prior": (prior, "there is no prior"),
@@ -314,7 +340,7 @@ class TrainingConfig:
     @property
     def trains_generator(self) -> bool:
         """Whether any term trains the UNet."""
-        return self.denoises or self.lambda_rsc_generator > 0
+        return self.denoises or self.lambda_rsc_generator > 0 or self.lambda_rsc_reward > 0
 
     @property
     def trains_encoder(self) -> bool:
@@ -334,7 +360,7 @@ class TrainingConfig:
     @property
     def embeds_images(self) -> bool:
         """Whether any term needs CLIP embeddings of images."""
-        return self.trains_encoder or self.ranks
+        return self.trains_encoder or self.ranks or self.lambda_rsc_reward > 0
 
     @property
     def embeds_texts(self) -> bool:

@@ -31,6 +31,9 @@ EVERYTHING = {
     "lambda_rsc_feature": 0.2,
     "lambda_rsc_encoder": 0.3,
     "lambda_rsc_generator": 0.6,
+    "lambda_rsc_reward": 0.2,
+    "reward_captions": 3,
+    "reward_steps": 2,
     "lambda_feature_distillation": 0.4,
     "rsc_captions": 3,
     "rsc_t_max": 800,
@@ -47,6 +50,7 @@ TERMS = (
     "lambda_rsc_feature",
     "lambda_rsc_encoder",
     "lambda_rsc_generator",
+    "lambda_rsc_reward",
     "lambda_feature_distillation",
 )
 STEP = 10_000  # after the warm-up
@@ -72,7 +76,8 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 def test_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, random_checkpoint: Path) -> None:
     """Compared with one graph from the images to the weighted sum, differentiated at once."""
-    everything = EVERYTHING | {"lambda_rsc_encoder": 0.0, "lambda_rsc_generator": 0.0}  # of no single forward pass
+    of_no_single_forward_pass = ("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward")
+    everything = EVERYTHING | dict.fromkeys(of_no_single_forward_pass, 0.0)
     config = TrainingConfig(**everything, batch_size=9)
     prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=True)
     model, batches = prepared.model, prepared.batches
@@ -101,7 +106,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(
     "term",
     [
         *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
-        *("lambda_rsc_encoder", "lambda_rsc_generator"),
+        *("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
     ],
 )
 def test_micro_batches_have_the_gradients_of_each_single_term(

@@ -184,6 +184,31 @@ def _resuming(ctx: click.Context) -> str:
     theme=RSC,
     help="Weight of RSC generator: the generator learns how the encoder ranks images for a caption.",
 )
+@setting(
+    "--rsc-reward",
+    field="lambda_rsc_reward",
+    metavar="WEIGHT",
+    theme=RSC,
+    help="Weight of RSC reward: the generator learns from the encoder's judgment of its own images.",
+)
+@setting(
+    "--reward-captions",
+    field="reward_captions",
+    metavar="N",
+    theme=RSC,
+    help="Captions per step to generate images for.",
+)
+@setting("--reward-steps", field="reward_steps", metavar="N", theme=RSC, help="Denoising steps of these images.")
+@setting(
+    "--reward-last-steps",
+    field="reward_last_steps",
+    metavar="K",
+    theme=RSC,
+    help="Last steps that are differentiated through.",
+)
+@setting(
+    "--reward-guidance", field="reward_guidance", metavar="SCALE", theme=RSC, help="Guidance scale of these images."
+)
 @setting("--rsc-captions", field="rsc_captions", metavar="N", theme=RSC, help="Captions per step that both rank for.")
 @setting(
     "--rsc-candidates",

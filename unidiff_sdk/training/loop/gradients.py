@@ -20,6 +20,7 @@ from unidiff_sdk.training.data.batches import BatchIndices, BatchLoader
 from unidiff_sdk.training.objective import losses
 from unidiff_sdk.training.objective.batch import Batch, RandomInputs
 from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.reward import RewardInputs, reward_loss
 from unidiff_sdk.training.objective.score_consistency import (
     Ranking,
     ScoreInputs,
@@ -107,6 +108,13 @@ def backpropagate(
             model, batches, indices, config, step, empty_ids, processes, weights, candidates, teacher_logits
         )
         _add(terms, found)
+    if config.lambda_rsc_reward:
+        _add(
+            terms,
+            _backward_reward(
+                model, batches, indices, config, step, empty_ids, processes, weights, leaves["v"].detach(), groups
+            ),
+        )
     values = pairwise_terms(model, leaves, groups, config, random, ranking)
     _backward_pairwise(model, values, weights, processes)
 
@@ -255,6 +263,39 @@ def _backward_ranking(
                 (weights["rsc_generator"] * value).backward()
             _add(terms, {"rsc_generator": value})
     return Ranking(candidates, processes.sum(logits)), terms
+
+
+def _backward_reward(
+    model: JointModel,
+    batches: BatchLoader,
+    indices: BatchIndices,
+    config: TrainingConfig,
+    step: int,
+    empty_ids: Tensor,
+    processes: Processes,
+    weights: Mapping[str, float],
+    v: Tensor,
+    groups: Tensor,
+) -> dict[str, Tensor]:
+    """Generate images for the step's first captions, and run the backward pass of their reward.
+
+    v: float[m, d], embeddings of the step's captions. groups: int64[m], see `Batch`.
+    """
+    captions = min(config.reward_captions, len(v))
+    generator = seeded_generator(batches.seed, Purpose.REWARD, step)
+    inputs = RewardInputs.sample(generator, captions, batches.latent_shape)
+    positives = losses.same_meaning(groups[:captions], groups)
+    terms: dict[str, Tensor] = {}
+    mine = processes.shard(captions)
+    for number, part in enumerate(mine.split(config.micro_batch or captions) if len(mine) else ()):
+        torch.manual_seed(derive_seed(batches.seed, Purpose.REWARD, step, processes.rank, number))
+        input_ids = batches.input_ids[indices.rows[part]].to(model.device)
+        right = positives[part.to(positives.device)]
+        value = reward_loss(model, input_ids, empty_ids, v, right, inputs.select(part), config)
+        value = value * (len(part) / captions)
+        (weights["rsc_reward"] * value).backward()
+        _add(terms, {"rsc_reward": value})
+    return terms
 
 
 def _backward_prior(

@@ -243,6 +243,20 @@ def score_consistency(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(student.log_softmax(dim=1), target, log_target=True, reduction="batchmean")
 
 
+def caption_likelihood(u_hat: Tensor, v: Tensor, logit_scale: Tensor, positives: Tensor) -> Tensor:
+    """Mean of -log Σ_{j ∈ P_i} p_ij, where p_i is the softmax of an image's scores s·⟨û_i, v_j⟩ of m captions.
+
+    Args:
+        u_hat: float[n, d], embeddings of generated images, unit rows.
+        v: float[m, d], text embeddings, unit rows.
+        logit_scale: log s, a scalar.
+        positives: float[n, m] of 0 and 1: P_i, the right captions of each image, at least one.
+    """
+    logits = logit_scale.exp() * u_hat @ v.T
+    right = logits.masked_fill(positives == 0, -torch.inf)
+    return (logits.logsumexp(dim=1) - right.logsumexp(dim=1)).mean()
+
+
 def gradient_only_through_input(tower: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
     """f̄(pixels): run `tower` with `weights` as constants, so that gradients reach only its input.
 

@@ -69,6 +69,7 @@ def term_weights(config: TrainingConfig, step: int) -> dict[str, float]:
         "rsc_feature": config.lambda_rsc_feature,
         "rsc_encoder": config.lambda_rsc_encoder,
         "rsc_generator": config.lambda_rsc_generator,
+        "rsc_reward": config.lambda_rsc_reward,
         "feature_distillation": config.lambda_feature_distillation,
         "prior": config.lambda_prior * config.lambda_is,
         "prior_feature_distillation": config.lambda_prior * config.lambda_feature_distillation,

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     VALIDATION = 6
     SCORE = 7
     NEGATIVES = 8
+    REWARD = 9
 
 
 def derive_seed(seed: int, purpose: Purpose, *key: int) -> int:
