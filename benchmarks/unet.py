@@ -32,6 +32,14 @@ CASES = (
     ("vit-b-32", "text_encoder", 4, 0),
 )
 MODELS = {"sd15": "Stable Diffusion 1.5", "vit-b-32": "CLIP ViT-B/32"}
+# Precision of the graphs, and the engine that runs them.
+OURS = {
+    "UniDiff fp32": ("fp32", "unidiff"),
+    "UniDiff int8": ("int8", "unidiff"),
+    "UniDiff fp32, OpenVINO fp32": ("fp32", "unidiff-openvino-f32"),
+    "UniDiff fp32, OpenVINO bf16": ("fp32", "unidiff-openvino-bf16"),
+    "UniDiff int8, OpenVINO bf16": ("int8", "unidiff-openvino-bf16"),
+}
 # Peers that convert come first, while enough memory is free.
 PEERS = {
     "optimum-onnx fp32": ("optimum", "optimum"),
@@ -41,7 +49,7 @@ PEERS = {
     "torch.compile bf16": (None, "compiled"),
 }
 # At 64 x 64 latents memory does not suffice for all UNets. These are slower than their counterparts at 32 x 32.
-TOO_LARGE = {"optimum-onnx fp32", "OpenVINO fp32"}
+TOO_LARGE = {"optimum-onnx fp32", "OpenVINO fp32", "UniDiff fp32, OpenVINO fp32", "UniDiff fp32, OpenVINO bf16"}
 LISTED_OPERATORS = 6
 
 
@@ -73,8 +81,8 @@ def main(cache: Path, **chosen: Any) -> None:
                 for precision, file in files.items()
             ]
         sizes = {
-            f"UniDiff {precision}": {"disk_mib": round(sum(f.stat().st_size for f in file.parent.iterdir()) / 2**20, 1)}
-            for precision, file in files.items()
+            name: {"disk_mib": round(sum(f.stat().st_size for f in files[precision].parent.iterdir()) / 2**20, 1)}
+            for name, (precision, _) in OURS.items()
         }
         left_out = TOO_LARGE if graph == "unet" and side == 64 else set()
         if model != "sd15" or graph == "image_encoder":
@@ -92,10 +100,9 @@ def main(cache: Path, **chosen: Any) -> None:
                 if name not in left_out
             }
             ours = {
-                f"UniDiff {precision}": workers.enter_context(
-                    closing(worker("unidiff", None, cache / f"{model}-{precision}"))
-                )
-                for precision in files
+                name: workers.enter_context(closing(worker(engine, None, cache / f"{model}-{precision}")))
+                for name, (precision, engine) in OURS.items()
+                if name not in left_out
             }
             bench.row(
                 case,
@@ -126,7 +133,7 @@ def profile(file: Path, feed: dict[str, Any], threads: int) -> str:
     """Return the operators that take the most time of a call, and their shares in percent."""
     import onnxruntime
 
-    from unidiff_sdk.inference.onnx_runtime import avoid_saturation
+    from unidiff_sdk.inference.engines.onnx_runtime import avoid_saturation
 
     settings = onnxruntime.SessionOptions()
     avoid_saturation(settings)

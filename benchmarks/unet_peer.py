@@ -101,11 +101,13 @@ def compiled(graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, th
     return run
 
 
-def unidiff(graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int) -> Callable[[], object]:
+def unidiff(
+    graph: str, feed: dict[str, Any], checkpoint: Path, cache: Path, threads: int, **engine: str
+) -> Callable[[], object]:
     """Run UniDiff's graph in the cache folder."""
     from unidiff_sdk.inference.sessions import create_session
 
-    session = create_session(cache / graph / "model.onnx", threads=threads)
+    session = create_session(cache / graph / "model.onnx", threads=threads, **engine)
     return lambda: session.run(feed)
 
 
@@ -174,6 +176,8 @@ def openvino(
 
 ENGINES: dict[str, Callable[..., Callable[[], object]]] = {
     "unidiff": unidiff,
+    "unidiff-openvino-f32": lambda *args: unidiff(*args, device="openvino", precision="f32"),
+    "unidiff-openvino-bf16": lambda *args: unidiff(*args, device="openvino", precision="bf16"),
     "eager": eager,
     "compiled": compiled,
     "optimum": optimum,

@@ -33,7 +33,7 @@ from unidiff_export.verification import TOLERANCES
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.onnx_runtime import avoid_saturation
+from unidiff_sdk.inference.engines.onnx_runtime import avoid_saturation
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 STRICT_PSNR_DB = 45.0

@@ -45,7 +45,7 @@ def test_session_returns_outputs_by_name(toy: Bundle) -> None:
 
 def test_options_are_checked(toy: Bundle) -> None:
     file = toy.path / "unet" / "model.onnx"
-    with pytest.raises(OptionError, match="device is 'tpu'; use one of cpu, cuda, tensorrt"):
+    with pytest.raises(OptionError, match="device is 'tpu'; use one of cpu, cuda, tensorrt, openvino"):
         create_session(file, device="tpu")
     with pytest.raises(OptionError, match="threads is 0"):
         create_session(file, threads=0)

@@ -25,7 +25,7 @@ from .folder.onnx_file import OnnxFile
 from .folder.signature import KeyFile, check_signature
 from .manifest import GRAPH_FILE, MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile
 from .schedule import Schedule
-from .sessions import DEVICES, GraphWarmup, Session, SessionFactory, create_session, warm_up
+from .sessions import GraphWarmup, Session, SessionFactory, create_session, engine_of, warm_up
 from .shape_profiles import shape_profile
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Bundle:
         path: the folder.
         manifest: the content of its `manifest.json`.
         files: the files that may be used.
-        device: where the graphs run: "cpu", "cuda" or "tensorrt".
+        device: where the graphs run, such as "cpu", "cuda", "tensorrt" or "openvino".
     """
 
     def __init__(
@@ -64,22 +64,17 @@ class Bundle:
         device: str = "cpu",
         threads: int | None = None,
         capture: bool = False,
+        precision: str | None = None,
         session_factory: SessionFactory = create_session,
         files: BundleFiles | None = None,
     ) -> None:
-        if device not in DEVICES:
-            raise OptionError(f"device is {device!r}; use one of {', '.join(DEVICES)}")
-        if manifest.devices is not None and device not in manifest.devices:
-            raise BundleError(
-                f"{path} was exported for {manifest.target}, which runs on {' and '.join(manifest.devices)}; for "
-                f"device {device!r} export another: unidiff-export CKPT -o BUNDLE --target {device}"
-            )
+        _check_device(path, manifest, device)
         self.path = path
         self.manifest = manifest
         self.files = files or BundleFiles(path, manifest.files)
         self.device = device
         self._threads = None if threads is None else whole_number("threads", threads, at_least=1)
-        self._capture = capture
+        self._capture, self._compute = capture, _compute_precision(path, manifest, precision)
         self._derived = manifest.format == PIPELINE_FORMAT
         self._sessions: dict[str, Session] = {}
         self._onnx_files: dict[str, tuple[OnnxFile, list[str]]] = {}
@@ -98,6 +93,7 @@ class Bundle:
         device: str = "cpu",
         threads: int | None = None,
         capture: bool = False,
+        precision: str | None = None,
     ) -> Bundle:
         """Open a bundle folder, or a Stable Diffusion pipeline that optimum exported, which can only generate.
 
@@ -110,10 +106,14 @@ class Bundle:
                 read.
             trusted_keys: PEM files with Ed25519 public keys, one of which must have signed the bundle. Needs the extra
                 `sign`. None: signatures are not checked.
-            device: "cpu", "cuda" or "tensorrt".
+            device: "cpu", "cuda" or "tensorrt"; or "openvino" (its CPU plugin), "openvino:GPU" or "openvino:NPU", which
+                need the extra `openvino`.
             threads: number of threads for one call on the CPU. None: one for each core.
             capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs
                 whose nodes all run on the GPU. `warmup` reports which.
+            precision: with "openvino", the precision of the computation: "f32" (the default), or "bf16" or "f16" where
+                the device has it; embeddings then differ slightly from those of the export. "int8" requires a bundle of
+                that precision, whose quantized layers are computed in int8 in any case.
 
         Raises:
             BundleError: the folder is not a bundle, is incomplete, was changed after its export, has another
@@ -132,7 +132,9 @@ class Bundle:
         else:
             raise _not_a_bundle(folder)
         files.check()
-        bundle = cls(folder, manifest, device=device, threads=threads, capture=capture, files=files)
+        bundle = cls(
+            folder, manifest, device=device, threads=threads, capture=capture, precision=precision, files=files
+        )
         if verify or bundle._derived:
             bundle.check_graphs()
         return bundle
@@ -178,6 +180,7 @@ class Bundle:
                     half=described.precision == "fp16",
                     fingerprint=self.fingerprint,
                     capture=self._capture,
+                    precision=self._compute,
                 )
                 self._sessions[graph] = AdaptedSession(session, described) if self._derived else session
             return self._sessions[graph]
@@ -325,6 +328,36 @@ class Bundle:
         if name not in graphs:
             raise BundleError(f"{self.path}: there is no graph {name!r}; the bundle holds {', '.join(sorted(graphs))}")
         return graphs[name]
+
+
+def _check_device(path: Path, manifest: Manifest, device: str) -> None:
+    engine = engine_of(device)
+    if manifest.devices is None:
+        return
+    if engine == "openvino":
+        # It has kernels for the operators of ONNX, but not for those that the graphs for GPUs contain.
+        if manifest.devices[0] == "cpu":
+            return
+        raise BundleError(
+            f"{path} was exported for {manifest.target}; OpenVINO runs bundles for CPUs: unidiff-export CKPT -o BUNDLE "
+            "--target cpu"
+        )
+    if device not in manifest.devices:
+        raise BundleError(
+            f"{path} was exported for {manifest.target}, which runs on {' and '.join(manifest.devices)}; for device "
+            f"{device!r} export another: unidiff-export CKPT -o BUNDLE --target {device}"
+        )
+
+
+def _compute_precision(path: Path, manifest: Manifest, precision: str | None) -> str | None:
+    """The `precision` of `create_session`. int8 is a property of the graphs."""
+    if precision != "int8":
+        return precision
+    if manifest.precision != "int8":
+        raise OptionError(
+            f"precision is 'int8', but {path} is an {manifest.precision} bundle; export another with --int8"
+        )
+    return None
 
 
 def _read_manifest(folder: Path, fingerprint: str | None, trusted_keys: Sequence[KeyFile] | None) -> Manifest:

@@ -12,11 +12,21 @@ from numpy.typing import NDArray
 
 from unidiff_sdk.errors import OptionError
 
+from .engines.onnx_runtime import PROVIDERS, cached_engines, create_onnx_session
+from .engines.openvino_runtime import create_openvino_session
 from .manifest import Profile, TensorSpec
-from .onnx_runtime import PROVIDERS, cached_engines, create_onnx_session
 from .shape_profiles import ProfiledSession
 
-__all__ = ["DEVICES", "ENGINES", "GraphWarmup", "Session", "SessionFactory", "create_session", "warm_up"]
+__all__ = [
+    "DEVICES",
+    "ENGINES",
+    "GraphWarmup",
+    "Session",
+    "SessionFactory",
+    "create_session",
+    "engine_of",
+    "warm_up",
+]
 
 
 class Session(Protocol):
@@ -59,12 +69,23 @@ class SessionFactory(Protocol):
         half: bool,
         fingerprint: str,
         capture: bool,
+        precision: str | None,
     ) -> Session: ...
 
 
-ENGINES: dict[str, SessionFactory] = dict.fromkeys(PROVIDERS, create_onnx_session)
+ENGINES: dict[str, SessionFactory] = dict.fromkeys(PROVIDERS, create_onnx_session) | {
+    "openvino": create_openvino_session
+}
 DEVICES = tuple(ENGINES)
 """The devices that graphs run on. Another engine adds its own to `ENGINES`."""
+
+
+def engine_of(device: str) -> str:
+    """The key in `ENGINES` of a device: "openvino" of "openvino:GPU". Raises OptionError for an unknown one."""
+    engine, colon, plugin = device.partition(":") if isinstance(device, str) else (device, "", "")
+    if engine not in DEVICES or (colon and (engine != "openvino" or not plugin)):
+        raise OptionError(f"device is {device!r}; use one of {', '.join(DEVICES)}, openvino:GPU or openvino:NPU")
+    return engine
 
 
 def create_session(
@@ -76,30 +97,32 @@ def create_session(
     half: bool = False,
     fingerprint: str = "",
     capture: bool = False,
+    precision: str | None = None,
 ) -> Session:
     """Load an ONNX graph on a device.
 
     Args:
         file: the `.onnx` file.
-        device: "cpu", "cuda" or "tensorrt".
+        device: "cpu", "cuda" or "tensorrt"; or "openvino" (its CPU plugin), "openvino:GPU" or "openvino:NPU".
         threads: number of threads for one call on the CPU. None: one for each core.
         profile: the shapes that the graph is used at, for buffers and engines on a GPU.
         half: whether TensorRT may compute in half precision.
         fingerprint: of the bundle; keeps its TensorRT engines apart from those of others.
         capture: for "cuda", replay calls at the profile's usual shapes from a CUDA graph, where all nodes run on it.
+        precision: for "openvino", the precision of the computation: "f32", "bf16" or "f16". None: "f32". Layers that an
+            int8 graph quantizes stay int8.
 
     Raises:
-        OptionError: the device is unknown, `threads` is not positive, or `capture` is not for this device.
-        ProviderError: ONNX Runtime is not installed properly, or the device did not load.
+        OptionError: the device is unknown, `threads` is not positive, or another option is not for this device.
+        ProviderError: the engine is not installed properly, or the device did not load or does not compute that way.
         BundleError: the file cannot be loaded.
     """
-    if device not in DEVICES:
-        raise OptionError(f"device is {device!r}; use one of {', '.join(DEVICES)}")
+    engine = engine_of(device)
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; give at least 1, or None for one per core")
     if capture and (device != "cuda" or profile is None):
         raise OptionError(f"capture=True needs device='cuda' and a bundle of unidiff-export; the device is {device!r}")
-    session = ENGINES[device](
+    session = ENGINES[engine](
         file,
         device=device,
         threads=threads,
@@ -107,6 +130,7 @@ def create_session(
         half=half,
         fingerprint=fingerprint,
         capture=capture,
+        precision=precision,
     )
     return ProfiledSession(session, profile) if device == "tensorrt" and profile is not None else session
 

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
-from unidiff_sdk.errors import BundleError, ProviderError
-
-from .manifest import Profile, TensorSpec
+from unidiff_sdk.errors import BundleError, OptionError, ProviderError
+from unidiff_sdk.inference.manifest import Profile, TensorSpec
 
 __all__ = [
     "PROVIDERS",
@@ -163,6 +162,7 @@ def create_onnx_session(
     half: bool,
     fingerprint: str,
     capture: bool,
+    precision: str | None,
     onnxruntime: Any = None,
     find_tensorrt: Callable[[], str] | None = None,
 ) -> OnnxSession:
@@ -170,6 +170,12 @@ def create_onnx_session(
 
     onnxruntime is the module, find_tensorrt reports the version of TensorRT; by default those that are installed.
     """
+    if precision is not None:
+        raise OptionError(
+            f"precision={precision!r} needs device='openvino'; on {device!r} it is that of the export (unidiff-export "
+            "--fp16 or --int8)"
+        )
+
     # 1. Is the provider of the device available?
     onnxruntime = onnxruntime or _import_onnxruntime()
     required, *_ = providers = PROVIDERS[device]
@@ -208,6 +214,7 @@ def create_onnx_session(
                 half=half,
                 fingerprint=fingerprint,
                 capture=False,
+                precision=None,
                 onnxruntime=onnxruntime,
             )
         if device != "cpu" and isinstance(error, (RuntimeError, ValueError)):  # of a provider, not of the file

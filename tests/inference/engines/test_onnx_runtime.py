@@ -16,7 +16,7 @@ import pytest
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk.errors import ProviderError
-from unidiff_sdk.inference.onnx_runtime import (
+from unidiff_sdk.inference.engines.onnx_runtime import (
     OnnxSession,
     create_onnx_session,
     saturates,
@@ -154,7 +154,7 @@ PROFILE = {
 
 
 def create(file: Path, runtime: FakeOnnxRuntime, **options: Any) -> OnnxSession:
-    defaults = {"threads": None, "profile": None, "half": False, "fingerprint": "", "capture": False}
+    defaults = {"threads": None, "profile": None, "half": False, "fingerprint": "", "capture": False, "precision": None}
     return create_onnx_session(file, **defaults | options, onnxruntime=runtime, find_tensorrt=lambda: "101304")
 
 
