@@ -27,6 +27,7 @@ unidiff-export runs/shop -o bundles/shop
 unidiff-export tiny -o bundles/tiny-fp16 --fp16
 unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
 unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
+unidiff-export models/sd15 --clip models/clip --variant fp16 --lora shoes.safetensors:0.8 -o bundles/shoes
 unidiff-export runs/shop -o bundles/shop --sign KEY.pem
 unidiff-export sign bundles/shop --key KEY.pem
 unidiff-export rerank bundles/shop products
@@ -36,6 +37,13 @@ unidiff-export rerank bundles/shop products
 @click.command(cls=MainCommand, resuming="No bundle was written.", epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--clip", help="CLIP for a pipeline without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
+@click.option("--variant", metavar="NAME", help="Variant of the weight files of CKPT, such as fp16.")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="LoRA to merge, as safetensors of diffusers, peft or kohya. Repeatable.",
+)
 @click.option(
     "-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder for the bundle."
 )
@@ -66,6 +74,8 @@ unidiff-export rerank bundles/shop products
 def main(
     checkpoint: str,
     clip: str | None,
+    variant: str | None,
+    lora: tuple[str, ...],
     out: Path,
     precision: str,
     target: str,
@@ -92,6 +102,8 @@ def main(
             checkpoint,
             out,
             clip=clip,
+            variant=variant,
+            lora=lora,
             precision=precision,
             target=target,
             calibration=calibration,

@@ -16,7 +16,7 @@ import torch
 
 from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.errors import DataError, ExportError, ProviderError
+from unidiff_sdk.errors import DataError, ExportError, OptionError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
@@ -25,6 +25,7 @@ from unidiff_sdk.inference.manifest import Manifest, RerankDefaults
 from unidiff_sdk.inference.schedule import replacement_notice
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
 from .bundle.files import folder_size, new_folder, write_pipeline_files
 from .bundle.graph_writer import GraphWriter
@@ -104,6 +105,8 @@ def export_bundle(
     out: str | Path,
     *,
     clip: str | Path | None = None,
+    variant: str | None = None,
+    lora: Sequence[str | Path] = (),
     precision: str = "fp32",
     target: str = "cpu",
     calibration: str | Path | None = None,
@@ -120,6 +123,8 @@ def export_bundle(
             of diffusers (a folder, or hf:org/name).
         out: the bundle folder. It appears only after everything has been verified.
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`.
+        variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
+        lora: LoRA files to merge, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
         precision: "fp32", "fp16" or "int8". All graphs have float32 inputs and outputs. An fp16 graph whose values
             would overflow stays fp32, and layers that are too sensitive for int8 stay float. The manifest lists both.
         target: the runtime of the graphs, a name in `TARGETS`.
@@ -139,6 +144,7 @@ def export_bundle(
         OptionError: an option has an unknown value, or the key cannot be used.
     """
     check_options(precision, target)
+    options = BaseOptions.of(variant=variant, lora=lora)
     start, out, report = time.perf_counter(), checked_path(out, ExportError).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
     key = None if sign is None else read_private_key(sign)  # fails before the export, not after it
@@ -146,7 +152,7 @@ def export_bundle(
     with _disk_errors(out), new_folder(out, overwrite=overwrite) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for random inputs of tracing and comparing
         report("Loading the checkpoint")
-        loaded = _load(checkpoint, clip)
+        loaded = _load(checkpoint, clip, options)
         warn_of_replacement(loaded)
         specs = graph_specs(loaded)
 
@@ -184,11 +190,16 @@ def export_bundle(
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _load(checkpoint: str | Path | Checkpoint, clip: str | Path | None) -> Checkpoint:
+def _load(checkpoint: str | Path | Checkpoint, clip: str | Path | None, options: BaseOptions) -> Checkpoint:
     """Load a checkpoint, or a Stable Diffusion pipeline with its CLIP."""
-    if isinstance(checkpoint, Checkpoint):
-        return checkpoint
-    return load_base(checkpoint, clip)
+    if not isinstance(checkpoint, Checkpoint):
+        return load_base(checkpoint, clip, options)
+    if options != BaseOptions():
+        raise OptionError(
+            "The checkpoint is already loaded, so nothing can be added to it. Name its folder, or pass the options to "
+            "load_base."
+        )
+    return checkpoint
 
 
 def warn_of_replacement(checkpoint: Checkpoint) -> Checkpoint:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import image_rng
 from unidiff_sdk.inference.schedule import FOLLOWED_OPTIONS
+from unidiff_sdk.training.checkpoints.loading.additions import add_to_pipeline
+from unidiff_sdk.training.checkpoints.loading.weight_files import CLIP_WEIGHTS, choose_variant
 
 from .graphs.lowering import quiet
 
@@ -87,7 +89,8 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
     Args:
         checkpoint: the models of the pipeline if there is no folder.
         sampler: see SCHEDULERS.
-        folder: the pipeline folder that `from_pretrained` reads, weights included.
+        folder: the pipeline folder that `from_pretrained` reads, weights included. The additions of the checkpoint
+            are loaded as well.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -111,8 +114,10 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
                 torch_dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                variant=checkpoint.options.variant,
                 **absent,
             )
+            add_to_pipeline(pipeline, checkpoint.options)
         pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -265,7 +270,9 @@ def _clip(checkpoint: Checkpoint, folder: Path | None) -> tuple[Any, Any, Any]:
 
     if folder is None:
         return checkpoint.clip, checkpoint.clip_tokenizer, checkpoint.image_processor
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    variant = choose_variant(folder, CLIP_WEIGHTS)
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, variant=variant, **options).eval()
     if not (folder / "tokenizer_config.json").is_file():  # the pipeline's own tokenizer is CLIP's
         from transformers import AutoImageProcessor
 

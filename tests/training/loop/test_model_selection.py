@@ -12,8 +12,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from unidiff_sdk.errors import CheckpointError, OptionError, TrainingError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
-from unidiff_sdk.training.checkpoints.merging import merged_state_dict  # noqa: E402
-from unidiff_sdk.training.checkpoints.saving import TRAINING_STATE  # noqa: E402
+from unidiff_sdk.training.checkpoints.saving import TRAINING_STATE, merged_state_dict  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.evaluation.validation import Validator  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402

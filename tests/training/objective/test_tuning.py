@@ -15,8 +15,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from unidiff_sdk.errors import OptionError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from unidiff_sdk.training.checkpoints.merging import merged_state_dict  # noqa: E402
-from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
+from unidiff_sdk.training.checkpoints.saving import merged_state_dict, save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import Component, TrainingConfig  # noqa: E402
 from unidiff_sdk.training.loop.learner import Learner  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402

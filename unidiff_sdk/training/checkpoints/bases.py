@@ -13,6 +13,7 @@ from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import CheckpointError, OptionError
 
 from .checkpoint import Checkpoint, ImageProcessor, assemble_checkpoint, load_checkpoint, load_clip, require_supported
+from .loading.options import BaseOptions
 from .open_clip import PREFIX, load_open_clip
 
 __all__ = ["load_base"]
@@ -21,12 +22,13 @@ HUB_PREFIX = "hf:"
 HUB_NAME = re.compile(rf"{HUB_PREFIX}(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w][\w./-]*))?")
 PIPELINE_FILES = [f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
 # Repositories hold the same weights several times. One float copy is enough, and pickles are never read.
-IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*openvino*"]
+IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*openvino*"]
+VARIANTS = ("fp16", "non_ema")  # ignored unless they are asked for
 # The CLIP whose text tower a Stable Diffusion was trained with, by the width of its text encoder.
 MATCHING_CLIP = {768: f"{HUB_PREFIX}openai/clip-vit-large-patch14", 1024: f"{PREFIX}ViT-H-14/laion2b_s32b_b79k"}
 
 
-def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
+def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOptions | None = None) -> Checkpoint:
     """Load the model that fine-tuning starts from, with the text layers shared that both text models have in common.
 
     The model hub is asked only for names that start with "hf:", for safetensors. Their ids become the checkpoint's name
@@ -37,13 +39,15 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
             "hf:org/name", optionally with "@revision".
         clip: CLIP model for a base without one, or to replace the base's: a transformers CLIP as a folder or
             "hf:org/name", or an OpenCLIP model (see `open_clip`).
+        options: Weight files to load, and what to add to the base.
 
     Raises:
-        CheckpointError: Either is missing, incomplete or of an unsupported architecture.
+        CheckpointError: Either is missing, incomplete or of an unsupported architecture, or an addition does not fit.
     """
+    options = options or BaseOptions()
     if clip is None and (str(base) == "tiny" or os.path.isdir(os.path.join(base, "clip"))):
-        return require_supported(load_checkpoint(base))
-    folder = _local_folder(base, ["model_index.json", *PIPELINE_FILES])
+        return require_supported(load_checkpoint(base, options))
+    folder = _local_folder(base, ["model_index.json", *PIPELINE_FILES], options.variant)
     if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
         raise CheckpointError(
             f"{base} is neither a checkpoint nor a diffusers pipeline: it has no model_index.json and clip/."
@@ -53,10 +57,12 @@ def load_base(base: str | Path, clip: str | Path | None = None) -> Checkpoint:
         raise CheckpointError(f"{base} has no CLIP model. Name one with --clip{_matching_clip(folder)}.")
     if str(clip).startswith(PREFIX):
         model = load_open_clip(str(clip))
-        checkpoint = assemble_checkpoint(folder, model.clip, _image_processor(model.image_size, model.mean, model.std))
+        processor = _image_processor(model.image_size, model.mean, model.std)
+        checkpoint = assemble_checkpoint(folder, model.clip, processor, options=options)
     else:
         clip_folder = _local_folder(clip, ["*"])
-        checkpoint = replace(assemble_checkpoint(folder, *load_clip(clip_folder)), clip_path=clip_folder)
+        checkpoint = assemble_checkpoint(folder, *load_clip(clip_folder), options=options)
+        checkpoint = replace(checkpoint, clip_path=clip_folder)
     tokens, embedded = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
     if tokens != embedded:
         raise CheckpointError(
@@ -75,7 +81,7 @@ def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) 
     return replace(checkpoint, meta={"base_model": hub_ids} | named | checkpoint.meta)
 
 
-def _local_folder(source: str | Path, files: list[str]) -> Path:
+def _local_folder(source: str | Path, files: list[str], variant: str | None = None) -> Path:
     """The folder itself, or the folder of a hub repository's files, downloaded if they are not in the cache."""
     if not str(source).startswith(HUB_PREFIX):
         if not checked_path(source, CheckpointError).is_dir():
@@ -92,10 +98,11 @@ def _local_folder(source: str | Path, files: list[str]) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    others = [f"*.{other}{end}*" for other in VARIANTS if other != variant for end in (".", "-")]
     try:
         return Path(
             snapshot_download(
-                name["id"], revision=name["revision"], allow_patterns=files, ignore_patterns=IGNORED_FILES
+                name["id"], revision=name["revision"], allow_patterns=files, ignore_patterns=IGNORED_FILES + others
             )
         )
     except Exception as error:  # the hub's client and the network raise many kinds

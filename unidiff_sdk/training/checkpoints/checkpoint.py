@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from unidiff_sdk._internal.files import checked_path, folder_hint
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk._internal.json_values import number_within
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import native_size, refusal, sampler_defaults
 from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
@@ -33,13 +34,21 @@ from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, st
 from .architectures import check_clip_files, check_pipeline_files
 from .image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
+from .loading.additions import add_to_models
+from .loading.options import BaseOptions
+from .loading.weight_files import (
+    CLIP_WEIGHTS,
+    DIFFUSERS_WEIGHTS,
+    PIPELINE_WEIGHTS,
+    TRANSFORMERS_WEIGHTS,
+    choose_variant,
+    variant_of,
+)
 from .text_sharing import layers_of, share_text_layers, tower_of
 
 __all__ = [
-    "DIFFUSERS_WEIGHTS",
     "METADATA",
     "TINY",
-    "TRANSFORMERS_WEIGHTS",
     "Checkpoint",
     "ImageProcessor",
     "assemble_checkpoint",
@@ -50,7 +59,6 @@ __all__ = [
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_checkpoint"
 METADATA = "unidiff.json"
-DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 
 PIPELINE_FILES = {
     "model_index.json": "index of the diffusers pipeline",
@@ -84,6 +92,7 @@ class Checkpoint:
         image_processor: Image preprocessing of CLIP.
         meta: Content of unidiff.json. Empty for a folder without it.
         clip_path: Folder that CLIP was loaded from. None for a converted model.
+        options: Files that the pipeline was loaded from, with the variant that was chosen, and what was added to it.
     """
 
     path: Path
@@ -97,6 +106,7 @@ class Checkpoint:
     image_processor: Any
     meta: dict[str, Any] = field(default_factory=dict)
     clip_path: Path | None = None
+    options: BaseOptions = field(default_factory=BaseOptions)
 
     def parts(self) -> dict[str, Any]:
         """The keyword arguments of `save_checkpoint`, except `meta`."""
@@ -180,7 +190,7 @@ class Checkpoint:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def load_checkpoint(path: str | Path, options: BaseOptions | None = None) -> Checkpoint:
     """Load a checkpoint folder, or the built-in base by the name "tiny".
 
     Weights become float32, whatever precision is stored. Raises CheckpointError if a part is missing, unreadable or
@@ -191,7 +201,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     clip, image_processor = load_clip(folder / "clip")
     has_tokenizer = (folder / "clip" / "tokenizer_config.json").is_file()
     clip_tokenizer = _from_pretrained(CLIPTokenizer, folder / "clip") if has_tokenizer else None
-    return replace(assemble_checkpoint(folder, clip, image_processor, clip_tokenizer), clip_path=folder / "clip")
+    checkpoint = assemble_checkpoint(folder, clip, image_processor, clip_tokenizer, options)
+    return replace(checkpoint, clip_path=folder / "clip")
 
 
 def load_clip(folder: Path) -> tuple[CLIPModel, Any]:
@@ -202,18 +213,25 @@ def load_clip(folder: Path) -> tuple[CLIPModel, Any]:
     _require_files(folder, {"config.json": "model", "preprocessor_config.json": "image preprocessing"})
     check_clip_files(folder)
     with _progress_bars_hidden():
-        return _load_model(CLIPModel, folder), _from_pretrained(ImageProcessor, folder)
+        return _load_model(CLIPModel, folder, _variant(folder, CLIP_WEIGHTS)), _from_pretrained(ImageProcessor, folder)
 
 
 def assemble_checkpoint(
-    folder: Path, clip: CLIPModel, image_processor: Any, clip_tokenizer: CLIPTokenizer | None = None
+    folder: Path,
+    clip: CLIPModel,
+    image_processor: Any,
+    clip_tokenizer: CLIPTokenizer | None = None,
+    options: BaseOptions | None = None,
 ) -> Checkpoint:
     """Combine the Stable Diffusion pipeline in `folder` with a CLIP model, sharing their common text layers.
 
-    clip_tokenizer: Default: the pipeline's. Raises CheckpointError if a part is missing, unreadable or incomplete.
+    clip_tokenizer: Default: the pipeline's. Raises CheckpointError if a part is missing, unreadable or incomplete, or
+    if an addition of `options` does not fit.
     """
     _require_files(folder, PIPELINE_FILES)
     check_pipeline_files(folder)
+    options = options or BaseOptions()
+    variant = _variant(folder, PIPELINE_WEIGHTS, options.variant)
     with _progress_bars_hidden():
         tokenizer = _from_pretrained(CLIPTokenizer, folder / "tokenizer")
         embedded = read_json(folder / "text_encoder" / "config.json").get("vocab_size", len(tokenizer))
@@ -223,17 +241,22 @@ def assemble_checkpoint(
                 f"The tokenizer of {folder} has {len(tokenizer):,} tokens, but its text encoder embeds {embedded:,}. "
                 "Remove the added tokens, or save the text encoder with their embeddings."
             )
+        unet = _load_unet(folder / "unet", variant)
+        text_encoder = _load_model(CLIPTextModel, folder / "text_encoder", variant)
+        add_to_models(unet, text_encoder, tokenizer, options)
+        meta = read_json(folder / METADATA) if (folder / METADATA).exists() else {}
         return Checkpoint(
             path=folder,
-            unet=_load_unet(folder / "unet"),
-            vae=_load_model(AutoencoderKL, folder / "vae"),
+            unet=unet,
+            vae=_load_model(AutoencoderKL, folder / "vae", variant),
             clip=clip,
-            text_encoder=share_text_layers(_load_model(CLIPTextModel, folder / "text_encoder"), clip),
+            text_encoder=share_text_layers(text_encoder, clip),
             tokenizer=tokenizer,
             clip_tokenizer=clip_tokenizer or tokenizer,
             scheduler=_from_pretrained(_scheduler_class(folder), folder / "scheduler"),
             image_processor=image_processor,
-            meta=read_json(folder / METADATA) if (folder / METADATA).exists() else {},
+            meta=meta | options.describe(),
+            options=replace(options, variant=variant),
         )
 
 
@@ -264,21 +287,24 @@ def _require_files(folder: Path, files: Mapping[str, str]) -> None:
         raise CheckpointError(f"{folder} is not a complete checkpoint. Missing: {', '.join(missing)}.")
 
 
-def _load_model(model_class: Any, folder: Path) -> Any:
+def _variant(folder: Path, parts: Mapping[str, str], requested: str | None = None) -> str | None:
+    """The variant of the weights to load, with a warning if it is not the main one and nobody asked for it."""
+    variant = choose_variant(folder, parts, requested)
+    if variant != requested:
+        warn(f"{folder} has no main weight files. Its only variant {variant} is loaded, and converted to float32")
+    return variant
+
+
+def _load_model(model_class: Any, folder: Path, variant: str | None = None) -> Any:
     """Load a model in float32. Every tensor of the model must be in the file."""
     weights = DIFFUSERS_WEIGHTS if issubclass(model_class, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
-    if not (folder / weights).is_file() and not (folder / f"{weights}.index.json").is_file():
-        stem, _, extension = weights.rpartition(".")
-        if variants := sorted(file.name for file in folder.glob(f"{stem}.*.{extension}")):
-            raise CheckpointError(
-                f"{folder} has its weights only as the variant {variants[0]}. Rename it to {weights}, in whatever "
-                "precision it is, or download the main variant."
-            )
-        raise CheckpointError(
-            f"{folder} has no {weights}. Only safetensors are read; convert other weight formats first."
-        )
     model, info = _from_pretrained(
-        model_class, folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        model_class,
+        folder,
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        variant=variant_of(folder, weights, variant),
     )
     # For such tensors the libraries only warn and leave random values.
     missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
@@ -290,9 +316,9 @@ def _load_model(model_class: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def _load_unet(folder: Path) -> UNet2DConditionModel:
+def _load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
     """Load a UNet, with the side of its latents as one number."""
-    unet: UNet2DConditionModel = _load_model(UNet2DConditionModel, folder)
+    unet: UNet2DConditionModel = _load_model(UNet2DConditionModel, folder, variant)
     unet.register_to_config(sample_size=native_size(read_json(folder / "config.json")))
     return unet
 

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
@@ -28,13 +28,20 @@ from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.schedule import stated_settings
 
-from .checkpoint import DIFFUSERS_WEIGHTS, METADATA, TRANSFORMERS_WEIGHTS
+from .checkpoint import METADATA
 from .json_files import read_json, write_json
-from .merging import merged_state_dict
+from .loading.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from .model_card import MODEL_CARD, model_card
 from .text_sharing import tower_of
 
-__all__ = ["TRAINING_STATE", "recover_interrupted_save", "require_replaceable", "save_checkpoint", "save_scheduler"]
+__all__ = [
+    "TRAINING_STATE",
+    "merged_state_dict",
+    "recover_interrupted_save",
+    "require_replaceable",
+    "save_checkpoint",
+    "save_scheduler",
+]
 
 TRAINING_STATE = "training_state"  # subfolder with the state of an unfinished run
 TEXT_PREFIX = "text_model."
@@ -154,6 +161,22 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype 
         for name, tensor in tensors.items()
     }
     save_file(stored, file, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of `model` with its low-rank adapters (peft) added to the adapted weights: W + ΔW.
+
+    The names are those of a model without adapters. The model itself stays unchanged, so training can continue.
+    """
+    tensors = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+            tensors[f"{name}.weight"] = layer.base_layer.weight + delta
+    return tensors
 
 
 def _follow_umask(folder: Path) -> None:

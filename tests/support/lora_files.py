@@ -1,0 +1,77 @@
+"""LoRA files with random weights, in the formats that are in circulation, written by diffusers and peft or by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+def make_lora(checkpoint: Path, file: Path, *, form: str = "kohya", text: bool = True, seed: int = 0) -> dict:
+    """Write a LoRA of rank 3 for the pipeline in `checkpoint`, and return what it adds to the weights at weight 1.
+
+    form: "kohya", "peft" (as `save_lora_weights` writes it, with its metadata), or "diffusers" (its older keys).
+    Returns tensors by (part, name of the weight).
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+    from safetensors.torch import save_file
+
+    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    generator = torch.Generator().manual_seed(seed)
+    rank, alphas = 3, {"kohya": 2.0, "peft": 6.0, "diffusers": 3.0}
+    scale = alphas[form] / rank
+    changes, tensors = {}, {}
+    for part, names in (("unet", UNET_LAYERS), ("text_encoder", TEXT_LAYERS if text else ())):
+        for layer, module in getattr(pipeline, part).named_modules():
+            if not layer.endswith(names) or not names:
+                continue
+            out_size, in_size = module.weight.shape
+            down = 0.3 * torch.randn(rank, in_size, generator=generator)
+            up = 0.3 * torch.randn(out_size, rank, generator=generator)
+            changes[part, f"{layer}.weight"] = scale * up @ down
+            published = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+            if form == "kohya":
+                prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + published.replace(".", "_")
+                tensors |= {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
+                tensors[f"{prefix}.alpha"] = torch.tensor(alphas[form])
+            else:
+                tensors |= {f"{part}.{published}.lora_A.weight": down, f"{part}.{published}.lora_B.weight": up}
+    if form == "peft":
+        _save_with_metadata(pipeline, tensors, file, rank, alphas[form])
+        return changes
+    if form == "diffusers":
+        # The UNet of older files has the keys of attention processors, the text encoder those of linear layers.
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith("text_encoder.")}
+        old = convert_state_dict_to_diffusers(own) if own else {}
+        names = {".lora_A.": ".lora.down.", ".lora_B.": ".lora.up."}
+        for key in tensors.keys() - own.keys():
+            kind = next(name for name in names if name in key)
+            old[key.replace(kind, names[kind])] = tensors[key]
+        tensors = old
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    return changes
+
+
+def _save_with_metadata(pipeline, tensors: dict, file: Path, rank: int, alpha: float) -> None:
+    """As diffusers saves the adapter of a training: alpha is in the metadata."""
+    from peft import LoraConfig
+
+    layers = {
+        part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
+        for part in ("unet", "text_encoder")
+    }
+    configs = {
+        part: LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names)).to_dict()
+        for part, names in (("unet", UNET_LAYERS), ("text_encoder", TEXT_LAYERS))
+    }
+    pipeline.save_lora_weights(
+        file.parent,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=layers["text_encoder"] or None,
+        weight_name=file.name,
+        unet_lora_adapter_metadata=configs["unet"],
+        text_encoder_lora_adapter_metadata=configs["text_encoder"] if layers["text_encoder"] else None,
+    )

@@ -1,0 +1,38 @@
+"""What is added to the models of a base, by the loaders of diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+
+from unidiff_sdk._internal.warnings import warn
+
+from .lora import changes_text_encoder, merge_loras
+from .options import BaseOptions
+
+__all__ = ["add_to_models", "add_to_pipeline"]
+
+
+def add_to_models(unet: Any, text_encoder: Any, tokenizer: Any, options: BaseOptions) -> None:
+    """Add what the options name to the models of a base, in place. Raises CheckpointError if something does not fit."""
+    if not options.loras:
+        return
+    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    # Without a scheduler, as the pipeline would change its configuration.
+    pipeline = StableDiffusionPipeline(
+        vae=None, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=None, **absent
+    )
+    add_to_pipeline(pipeline, options)
+    for model in (unet, text_encoder):
+        model.requires_grad_(True)  # peft freezes what it adapts
+    if changing := [lora.file.name for lora in options.loras if changes_text_encoder(lora)]:
+        warn(
+            f"{', '.join(changing)} changes the text encoder that prompts go through. Search keeps the text tower of "
+            "CLIP unchanged, so that its embeddings stay comparable; the model holds both"
+        )
+
+
+def add_to_pipeline(pipeline: Any, options: BaseOptions) -> None:
+    """Add what the options name to a StableDiffusionPipeline. Raises CheckpointError if something does not fit."""
+    merge_loras(pipeline, options.loras)

@@ -1,0 +1,92 @@
+"""Which files of a base are loaded, and what is added to it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unidiff_sdk._internal.files import checked_path
+from unidiff_sdk._internal.json_values import number_within
+from unidiff_sdk.errors import CheckpointError, OptionError
+
+__all__ = ["BaseOptions", "Lora", "require_safetensors"]
+
+VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
+LARGEST_WEIGHT = 10.0
+SAFETENSORS = ".safetensors"
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+
+
+class Lora(NamedTuple):
+    """A LoRA file, and the weight of its change: 1 adds it as trained."""
+
+    file: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> Lora:
+        """Read FILE or FILE:WEIGHT. Raises OptionError for a weight that is zero or beyond ±10."""
+        file, colon, weight = os.fspath(text).rpartition(":")
+        if not colon or os.path.exists(text) or not _is_number(weight):
+            return cls(Path(text))
+        name = f"The weight of the LoRA {file}"
+        value = number_within(name, float(weight), -LARGEST_WEIGHT, LARGEST_WEIGHT, OptionError)
+        if value == 0:
+            raise OptionError(f"{name} is 0, which has no effect. Leave the LoRA out.")
+        return cls(Path(file), value)
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Options of loading a base.
+
+    Attributes:
+        variant: Variant of the weight files, such as "fp16". Default: the main files, or the only variant of a folder
+            that has no main file.
+        loras: LoRA files to merge into the UNet and the text encoder, in this order.
+    """
+
+    variant: str | None = None
+    loras: tuple[Lora, ...] = ()
+
+    @classmethod
+    def of(cls, *, variant: str | None = None, lora: Iterable[str | os.PathLike[str]] = ()) -> BaseOptions:
+        """Check the values that a caller passes. Raises OptionError or CheckpointError for one that is not accepted."""
+        if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
+            raise OptionError(f"variant is {variant!r:.60}; it must be the middle of a file name, such as fp16.")
+        names = [lora] if isinstance(lora, str | os.PathLike) else list(lora)
+        loras = tuple(Lora.parse(name) for name in names)
+        for each in loras:
+            require_safetensors(each.file, "LoRA")
+        return cls(variant, loras)
+
+    def describe(self) -> dict[str, Any]:
+        """What is added to the base, for the metadata of a checkpoint."""
+        return {"loras": [{"name": lora.file.name, "weight": lora.weight} for lora in self.loras]} if self.loras else {}
+
+
+def require_safetensors(file: Path, kind: str) -> Path:
+    """Return the path of an existing safetensors file. Raises CheckpointError for another kind of file."""
+    path = checked_path(file, CheckpointError)
+    if path.suffix in PICKLES:
+        raise CheckpointError(
+            f"The {kind} {file} is a pickle, which can run code when it is read. Only {SAFETENSORS} files are read. "
+            "Convert it on a machine that you trust, or download the safetensors version."
+        )
+    if not path.is_file():
+        raise CheckpointError(f"There is no {kind} file {file}. Name a {SAFETENSORS} file.")
+    if path.suffix != SAFETENSORS:
+        raise CheckpointError(f"The {kind} {file} is not a {SAFETENSORS} file. Other formats are not read.")
+    return path
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
