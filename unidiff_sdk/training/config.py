@@ -151,14 +151,14 @@ class TrainingConfig:
     """Images that they rank for each caption, its own included, at least 2."""
     rsc_timesteps: int = 1
     """Timesteps, all of high noise, over which the generator's score is a mean, above 0."""
-    reward_captions: int = 4
+    rsc_reward_captions: int = 4
     """Captions per step that RSC reward generates an image for, above 0."""
-    reward_steps: int = 6
+    rsc_reward_steps: int = 6
     """Denoising steps of these images, above 0."""
-    reward_last_steps: int = 1
-    """The last steps, at most `reward_steps`, through which RSC reward differentiates, above 0."""
-    reward_guidance: float = 5.0
-    """Guidance scale of these images, at least 1 (no guidance)."""
+    rsc_reward_last: int = 1
+    """The last steps, at most `rsc_reward_steps`, through which RSC reward differentiates, above 0."""
+    rsc_reward_guidance: float | None = None
+    """Guidance scale of these images, at least 1 (no guidance). None: the base's own."""
     rsc_t_max: int = 400
     """Highest timestep whose denoising estimate RSC uses, at least 0."""
     rsc_samples: int = 16
@@ -203,7 +203,7 @@ class TrainingConfig:
         _require_positive(
             self,
             *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
-            *("rsc_captions", "rsc_timesteps", "reward_captions", "reward_steps", "reward_last_steps"),
+            *("rsc_captions", "rsc_timesteps", "rsc_reward_captions", "rsc_reward_steps", "rsc_reward_last"),
             *("save_every", "keep", "validate_every"),
         )
         _require_non_negative(
@@ -250,21 +250,29 @@ class TrainingConfig:
                 f"hard_negatives is {self.hard_negatives}, but a batch of {largest} holds a pair and at most "
                 f"{largest - 1} negatives."
             )
-        if self.hard_negatives and not (self.lambda_itc or self.ranks):
+        if self.hard_negatives and not (self.lambda_itc or self.ranks or self.lambda_rsc_reward):
             raise OptionError(
-                "hard_negatives has no effect: no term compares images of a batch. Set lambda_itc, lambda_rsc_encoder "
-                "or lambda_rsc_generator above 0."
+                "hard_negatives has no effect: no term compares the pairs of a batch. Set lambda_itc, "
+                "lambda_rsc_encoder, lambda_rsc_generator or lambda_rsc_reward above 0."
             )
 
     def _require_reachable_reward(self) -> None:
-        if self.reward_last_steps > self.reward_steps:
+        if self.rsc_reward_last > self.rsc_reward_steps:
             raise OptionError(
-                f"reward_last_steps is {self.reward_last_steps}, but there are only {self.reward_steps} reward_steps."
+                f"rsc_reward_last is {self.rsc_reward_last}, but an image has only {self.rsc_reward_steps} denoising "
+                "steps (rsc_reward_steps). Lower the first, or raise the second."
             )
-        if not self.reward_guidance >= 1:
-            raise OptionError(f"reward_guidance is {self.reward_guidance}, but must be at least 1 (no guidance).")
+        if self.rsc_reward_guidance is not None and self.rsc_reward_guidance < 1:
+            raise OptionError(
+                f"rsc_reward_guidance is {self.rsc_reward_guidance}, but must be at least 1 (no guidance)."
+            )
         if self.lambda_rsc_reward and self.lock_unet:
             raise OptionError("lambda_rsc_reward trains only the UNet, but lock_unet is set. Remove one of them.")
+        if self.lambda_rsc_reward and max(self.batch_size, self.contrastive_batch) < 2:
+            raise OptionError(
+                f"batch_size is {self.batch_size}, but lambda_rsc_reward compares the captions of a batch and needs at "
+                "least two. Raise batch_size (micro_batch=1 saves memory), or set contrastive_batch."
+            )
 
     def without_effect(self, *, prior: bool, validation: bool) -> str | None:
         """The first setting that differs from its default and that no part of the run reads, with the reason.
@@ -274,19 +282,20 @@ class TrainingConfig:
             validation: whether the run is validated.
         """
         gated = self.lambda_rsc or self.lambda_rsc_generated or self.lambda_rsc_feature
+        texts = (self.embeds_texts or self.lambda_rsc_reward, "no term uses CLIP embeddings")
         ranks = (self.ranks, "lambda_rsc_encoder and lambda_rsc_generator are 0")
         needs = {
             "min_snr_gamma": (self.lambda_is, "lambda_is is 0"),
             "caption_dropout": (self.denoises, "no term denoises the pairs of a batch"),
-            "group": (self.embeds_texts, "no term uses CLIP embeddings"),
-            "contrastive_batch": (self.embeds_texts, "no term uses CLIP embeddings"),
+            "group": texts,
+            "contrastive_batch": texts,
             "rsc_t_max": (gated, "the RSC weights that denoising estimates are used for are 0"),
             "rsc_warmup_steps": (gated or self.ranks or self.lambda_rsc_reward, "all RSC weights are 0"),
             "rsc_captions": ranks,
             "rsc_candidates": ranks,
             "rsc_timesteps": ranks,
             **dict.fromkeys(
-                ("reward_captions", "reward_steps", "reward_last_steps", "reward_guidance"),
+                ("rsc_reward_captions", "rsc_reward_steps", "rsc_reward_last", "rsc_reward_guidance"),
                 (self.lambda_rsc_reward, "lambda_rsc_reward is 0"),
             ),
             "rsc_samples": (self.decodes, "the RSC weights that decode are 0"),
@@ -325,6 +334,8 @@ class TrainingConfig:
         locked = {component for component in Component if getattr(self, f"lock_{component}")}
         if not self.trains_generator:
             locked.add(Component.UNET)
+        if not self.trains_text:
+            locked.add(Component.TEXT)
         if not self.trains_encoder:
             locked.add(Component.IMAGE)
         return locked
@@ -340,7 +351,17 @@ class TrainingConfig:
     @property
     def trains_generator(self) -> bool:
         """Whether any term trains the UNet."""
-        return self.denoises or self.lambda_rsc_generator > 0 or self.lambda_rsc_reward > 0
+        return self.trains_conditioning or self.lambda_rsc_reward > 0
+
+    @property
+    def trains_conditioning(self) -> bool:
+        """Whether any term trains the UNet together with the text encoder that conditions it."""
+        return self.denoises or self.lambda_rsc_generator > 0
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether any term trains the text side."""
+        return self.trains_encoder or self.trains_conditioning or self.lambda_feature_distillation > 0
 
     @property
     def trains_encoder(self) -> bool:
@@ -360,7 +381,7 @@ class TrainingConfig:
     @property
     def embeds_images(self) -> bool:
         """Whether any term needs CLIP embeddings of images."""
-        return self.trains_encoder or self.ranks or self.lambda_rsc_reward > 0
+        return self.trains_encoder or self.ranks
 
     @property
     def embeds_texts(self) -> bool:
@@ -481,7 +502,7 @@ def _require_types(config: Any) -> None:
                 names = value if isinstance(value, tuple | list) else ()
                 fits = isinstance(value, tuple | list) and all(isinstance(name, str) for name in names)
                 value, wanted = tuple(names) if fits else value, "a sequence of texts"
-            case None if field.name == "guidance_scale":
+            case None if field.name in ("guidance_scale", "rsc_reward_guidance"):
                 fits, wanted = value is None or (is_number and math.isfinite(value)), "a finite number, or None"
             case _:
                 continue

@@ -192,22 +192,29 @@ def _resuming(ctx: click.Context) -> str:
     help="Weight of RSC reward: the generator learns from the encoder's judgment of its own images.",
 )
 @setting(
-    "--reward-captions",
-    field="reward_captions",
+    "--rsc-reward-captions",
+    field="rsc_reward_captions",
     metavar="N",
     theme=RSC,
     help="Captions per step to generate images for.",
 )
-@setting("--reward-steps", field="reward_steps", metavar="N", theme=RSC, help="Denoising steps of these images.")
 @setting(
-    "--reward-last-steps",
-    field="reward_last_steps",
-    metavar="K",
-    theme=RSC,
-    help="Last steps that are differentiated through.",
+    "--rsc-reward-steps", field="rsc_reward_steps", metavar="N", theme=RSC, help="Denoising steps of these images."
 )
 @setting(
-    "--reward-guidance", field="reward_guidance", metavar="SCALE", theme=RSC, help="Guidance scale of these images."
+    "--rsc-reward-last",
+    field="rsc_reward_last",
+    metavar="K",
+    theme=RSC,
+    help="Last of these steps that gradients pass through.",
+)
+@setting(
+    "--rsc-reward-guidance",
+    field="rsc_reward_guidance",
+    type=float,
+    metavar="SCALE",
+    theme=RSC,
+    help="Guidance scale of these images. Default: the base's own.",
 )
 @setting("--rsc-captions", field="rsc_captions", metavar="N", theme=RSC, help="Captions per step that both rank for.")
 @setting(

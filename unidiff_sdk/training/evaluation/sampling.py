@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unidiff_sdk.generation.samplers import Coefficients, Table, advance, make_table
+from unidiff_sdk.generation.samplers import Table, make_table
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.data.captions import tokenize
-from unidiff_sdk.training.objective.distillation import apply_guidance
 from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.sampling import denoising_step
 
 __all__ = ["ImageArray", "generate_images", "sampler_settings", "sampler_table"]
 
@@ -86,19 +85,13 @@ def _denoise(
     streams: Sequence[np.random.Generator],
     table: Table,
     guidance: float,
-) -> Any:
+) -> Tensor:
     side = int(model.unet.config.sample_size)
     shape = int(model.unet.config.in_channels), side, side
     x, x0 = _noise(streams, shape, model.device) * table.init_noise_sigma, None
     for step in range(len(table)):
-        coefficients = Coefficients(*map(float, table[step]))
-        scaled, t = x * coefficients.input_scale, torch.full((len(states),), coefficients.timestep, device=model.device)
-        output: Any = model.unet(scaled, t, states).sample
-        if guidance > 1:
-            unconditional = model.unet(scaled, t, empty.expand_as(states)).sample
-            output = apply_guidance(unconditional, output, guidance)
-        noise = _noise(streams, shape, model.device) if coefficients.next_from_noise else None
-        x, x0 = advance(coefficients, x, output, x0, noise)  # the arithmetic of NumPy and of PyTorch is the same here
+        noise = _noise(streams, shape, model.device) if table[step].next_from_noise else None
+        x, x0 = denoising_step(model, table[step], x, x0, states, empty, guidance, noise)
     return x
 
 
@@ -108,6 +101,6 @@ def _token_states(model: JointModel, checkpoint: Checkpoint, texts: Sequence[str
     return states
 
 
-def _noise(streams: Sequence[np.random.Generator], shape: tuple[int, int, int], device: torch.device) -> Any:
+def _noise(streams: Sequence[np.random.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:
     noise = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
     return torch.from_numpy(noise).to(device)

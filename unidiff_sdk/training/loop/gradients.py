@@ -17,10 +17,11 @@ from torch import Tensor
 
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data.batches import BatchIndices, BatchLoader
+from unidiff_sdk.training.data.feature_distillation import embed_texts
 from unidiff_sdk.training.objective import losses
 from unidiff_sdk.training.objective.batch import Batch, RandomInputs
 from unidiff_sdk.training.objective.joint_model import JointModel
-from unidiff_sdk.training.objective.reward import RewardInputs, reward_loss
+from unidiff_sdk.training.objective.reward import RewardInputs, reward_loss, reward_table
 from unidiff_sdk.training.objective.score_consistency import (
     Ranking,
     ScoreInputs,
@@ -109,12 +110,8 @@ def backpropagate(
         )
         _add(terms, found)
     if config.lambda_rsc_reward:
-        _add(
-            terms,
-            _backward_reward(
-                model, batches, indices, config, step, empty_ids, processes, weights, leaves["v"].detach(), groups
-            ),
-        )
+        v = leaves["v"].detach() if leaves else _embed_captions(batches, indices)
+        _add(terms, _backward_reward(model, batches, indices, config, step, empty_ids, processes, weights, v, groups))
     values = pairwise_terms(model, leaves, groups, config, random, ranking)
     _backward_pairwise(model, values, weights, processes)
 
@@ -265,6 +262,12 @@ def _backward_ranking(
     return Ranking(candidates, processes.sum(logits)), terms
 
 
+def _embed_captions(batches: BatchLoader, indices: BatchIndices) -> Tensor:
+    """Embeddings of a step's captions, without gradients: float[m, d], unit rows."""
+    ids = batches.input_ids if batches.clip_ids is None else batches.clip_ids
+    return embed_texts(batches.model, ids[indices.rows]).to(batches.model.device)
+
+
 def _backward_reward(
     model: JointModel,
     batches: BatchLoader,
@@ -281,9 +284,10 @@ def _backward_reward(
 
     v: float[m, d], embeddings of the step's captions. groups: int64[m], see `Batch`.
     """
-    captions = min(config.reward_captions, len(v))
+    captions = min(config.rsc_reward_captions, len(v))
+    table = reward_table(model, config)
     generator = seeded_generator(batches.seed, Purpose.REWARD, step)
-    inputs = RewardInputs.sample(generator, captions, batches.latent_shape)
+    inputs = RewardInputs.sample(generator, captions, batches.latent_shape, table)
     positives = losses.same_meaning(groups[:captions], groups)
     terms: dict[str, Tensor] = {}
     mine = processes.shard(captions)
@@ -291,7 +295,7 @@ def _backward_reward(
         torch.manual_seed(derive_seed(batches.seed, Purpose.REWARD, step, processes.rank, number))
         input_ids = batches.input_ids[indices.rows[part]].to(model.device)
         right = positives[part.to(positives.device)]
-        value = reward_loss(model, input_ids, empty_ids, v, right, inputs.select(part), config)
+        value = reward_loss(model, table, input_ids, empty_ids, v, right, inputs.select(part), config)
         value = value * (len(part) / captions)
         (weights["rsc_reward"] * value).backward()
         _add(terms, {"rsc_reward": value})

@@ -21,6 +21,7 @@ from unidiff_sdk.training.data.captions import group_keys, tokenize
 from unidiff_sdk.training.data.latents import LatentCache
 from unidiff_sdk.training.data.pairs import Pairs, load_pairs
 from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.reward import reward_table
 from unidiff_sdk.training.objective.tuning import add_adapters, set_trainable
 from unidiff_sdk.training.runtime.callbacks import StepReport, ValidationFunction
 from unidiff_sdk.training.runtime.processes import Processes
@@ -183,7 +184,7 @@ def _check_request(
         )
     if reason := config.without_effect(prior=prior is not None, validation=on_validate is not None):
         raise OptionError(f"{reason} Omit it, or change what it depends on.")
-    if latents is not None and not (config.trains_generator or config.ranks):
+    if latents is not None and not (config.denoises or config.ranks):
         raise OptionError("latents has no effect: no term reads VAE latents. Omit it.")
 
 
@@ -240,6 +241,8 @@ def _build_model(checkpoint: Checkpoint, config: TrainingConfig, processes: Proc
     model = JointModel(checkpoint, config.precision).to(processes.device).train()
     model.vae.eval()
     set_trainable(model, config)
+    if config.lambda_rsc_reward:
+        reward_table(model, config)  # an unsupported number of steps is an error now, not after the images are encoded
     if config.checkpoint_activations:
         model.checkpoint_activations()
     return model

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unidiff_sdk.errors import TrainingError
-from unidiff_sdk.generation.samplers import Coefficients, Table, advance
+from unidiff_sdk.generation.samplers import Table
 from unidiff_sdk.training.config import DistillationConfig
-from unidiff_sdk.training.objective.distillation import apply_guidance
 from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.sampling import denoising_step
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator
 
 __all__ = ["Trajectories", "record_trajectories", "token_states", "training_pairs"]
@@ -88,18 +87,11 @@ def _denoise(
 ) -> Tensor:
     """Latents before each step of the student and after the last: float[n, student_steps + 1, c, h, w], on the CPU."""
     interval = config.teacher_steps // config.student_steps
-    x: Any = noise.to(model.device)
-    x0: Any = None
+    x, x0 = noise.to(model.device), None
     points = [noise]
     for step in range(len(table)):
-        coefficients = Coefficients(*map(float, table[step]))
-        t = torch.full((len(x),), coefficients.timestep, device=model.device)
         with model.autocast():
-            output = model.unet(x * coefficients.input_scale, t, states).sample.float()
-            if guidance_scale > 1:
-                unconditional = model.unet(x * coefficients.input_scale, t, empty.expand_as(states)).sample.float()
-                output = apply_guidance(unconditional, output, guidance_scale)
-        x, x0 = advance(coefficients, x, output, x0, None)  # the arithmetic of NumPy and of PyTorch is the same here
+            x, x0 = denoising_step(model, table[step], x, x0, states, empty, guidance_scale)
         if (step + 1) % interval == 0:
             points.append(x.cpu())
     return torch.stack(points, dim=1)

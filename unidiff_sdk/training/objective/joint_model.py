@@ -70,6 +70,8 @@ class JointModel(nn.Module):
         self.conditioning_layer = checkpoint.conditioning_layer
         require_supported(checkpoint)
         self.prediction_type: str = checkpoint.scheduler.config.prediction_type
+        self.scheduler_config = checkpoint.scheduler_config
+        self.sampler_defaults = checkpoint.sampler_defaults
         self.register_buffer("alpha_bar", checkpoint.scheduler.alphas_cumprod.clone(), persistent=False)
         for name, values in zip(("image_mean", "image_std"), checkpoint.normalization, strict=True):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
