@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.cli.console import Command, MainCommand, echo
 from unidiff_sdk.cli.parameters import parse_pairs
 from unidiff_sdk.errors import ExportError
+from unidiff_sdk.training.cli.options import base_options
 
 from .options import TARGETS
 
@@ -37,13 +38,7 @@ unidiff-export rerank bundles/shop products
 @click.command(cls=MainCommand, resuming="No bundle was written.", epilog=EXAMPLES)
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--clip", help="CLIP for a pipeline without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
-@click.option("--variant", metavar="NAME", help="Variant of the weight files of CKPT, such as fp16.")
-@click.option(
-    "--lora",
-    multiple=True,
-    metavar="FILE[:WEIGHT]",
-    help="LoRA to merge, as safetensors of diffusers, peft or kohya. Repeatable.",
-)
+@base_options()
 @click.option(
     "-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder for the bundle."
 )
@@ -74,8 +69,6 @@ unidiff-export rerank bundles/shop products
 def main(
     checkpoint: str,
     clip: str | None,
-    variant: str | None,
-    lora: tuple[str, ...],
     out: Path,
     precision: str,
     target: str,
@@ -83,6 +76,7 @@ def main(
     columns: dict[str, str | None] | None,
     overwrite: bool,
     sign: str | None,
+    **additions: Any,
 ) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
@@ -102,8 +96,6 @@ def main(
             checkpoint,
             out,
             clip=clip,
-            variant=variant,
-            lora=lora,
             precision=precision,
             target=target,
             calibration=calibration,
@@ -111,6 +103,7 @@ def main(
             overwrite=overwrite,
             sign=sign,
             progress=show,
+            **additions,
         )
     console = Console()
     console.print(graph_table(export))

@@ -107,6 +107,7 @@ def export_bundle(
     clip: str | Path | None = None,
     variant: str | None = None,
     lora: Sequence[str | Path] = (),
+    vae: str | Path | None = None,
     precision: str = "fp32",
     target: str = "cpu",
     calibration: str | Path | None = None,
@@ -125,6 +126,7 @@ def export_bundle(
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
         lora: LoRA files to merge, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
+        vae: the VAE to use instead of the checkpoint's: a diffusers folder, or a safetensors file.
         precision: "fp32", "fp16" or "int8". All graphs have float32 inputs and outputs. An fp16 graph whose values
             would overflow stays fp32, and layers that are too sensitive for int8 stay float. The manifest lists both.
         target: the runtime of the graphs, a name in `TARGETS`.
@@ -144,7 +146,7 @@ def export_bundle(
         OptionError: an option has an unknown value, or the key cannot be used.
     """
     check_options(precision, target)
-    options = BaseOptions.of(variant=variant, lora=lora)
+    options = BaseOptions.of(variant=variant, lora=lora, vae=vae)
     start, out, report = time.perf_counter(), checked_path(out, ExportError).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
     key = None if sign is None else read_private_key(sign)  # fails before the export, not after it

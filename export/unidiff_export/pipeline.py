@@ -24,7 +24,8 @@ from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import image_rng
 from unidiff_sdk.inference.schedule import FOLLOWED_OPTIONS
 from unidiff_sdk.training.checkpoints.loading.additions import add_to_pipeline
-from unidiff_sdk.training.checkpoints.loading.weight_files import CLIP_WEIGHTS, choose_variant
+from unidiff_sdk.training.checkpoints.loading.single_file import load_vae_file
+from unidiff_sdk.training.checkpoints.loading.weight_files import CLIP_WEIGHTS, VAE_WEIGHTS, choose_variant
 
 from .graphs.lowering import quiet
 
@@ -115,11 +116,26 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
                 use_safetensors=True,
                 local_files_only=True,
                 variant=checkpoint.options.variant,
+                **_other_vae(checkpoint, folder),
                 **absent,
             )
             add_to_pipeline(pipeline, checkpoint.options)
         pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _other_vae(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
+    """The VAE that was named to replace that of the pipeline, by the loaders of diffusers."""
+    from diffusers import AutoencoderKL
+
+    path = checkpoint.options.vae
+    if path is None:
+        return {}
+    if path.is_file():
+        return {"vae": load_vae_file(path, folder / "vae")}
+    variant = choose_variant(path, VAE_WEIGHTS)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    return {"vae": AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, variant=variant, **options)}
 
 
 def reference_scheduler(checkpoint: Checkpoint, sampler: str, folder: Path | None = None) -> SchedulerMixin:

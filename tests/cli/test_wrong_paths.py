@@ -81,11 +81,14 @@ def test_foreign_files_of_the_same_name_do_not_hide_a_dataset(tmp_path: Path) ->
     assert len(list(read_catalog(tmp_path / "data"))) == 2
 
 
-def test_weights_of_a_variant_are_named(tmp_path: Path) -> None:
+def test_variants_of_weights_are_named(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="needs the train extra")
     from unidiff_sdk.training.checkpoints.bases import load_base
 
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "half"))
     (folder / "clip" / "model.safetensors").rename(folder / "clip" / "model.fp16.safetensors")
-    with pytest.raises(UniDiffError, match=r"variant model\.fp16\.safetensors\. Rename it to model\.safetensors"):
+    with pytest.warns(UserWarning, match=r"clip has no main weight files\. Its only variant fp16 is loaded"):
+        load_base(folder)
+    shutil.copy(folder / "clip" / "model.fp16.safetensors", folder / "clip" / "model.bf16.safetensors")
+    with pytest.raises(UniDiffError, match=r"clip has its weights only as variants: bf16, fp16\. "):
         load_base(folder)

@@ -13,7 +13,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
 from click.testing import CliRunner
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from support.lora_files import make_lora
 
 from unidiff_export import export_bundle
@@ -46,18 +46,25 @@ def worst_psnr(bundle: Path, pipeline: Any, *, steps: int = 4, guidance_scale: f
     return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_bundle_with_loras_equals_diffusers_with_fused_loras(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_bundle_with_loras_and_vae_equals_diffusers(random_checkpoint: Path, tmp_path: Path) -> None:
     files = [tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors"]
     make_lora(random_checkpoint, files[0], form="kohya", text=False)
     make_lora(random_checkpoint, files[1], form="peft", seed=1)
-    export_bundle(random_checkpoint, tmp_path / "bundle", lora=[f"{files[0]}:0.8", f"{files[1]}:0.5"])
-    pipeline = StableDiffusionPipeline.from_pretrained(random_checkpoint)
+    torch.manual_seed(7)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(random_checkpoint / "vae"), scaling_factor=0.3)
+    vae.save_pretrained(tmp_path / "vae")
+    loras = [f"{files[0]}:0.8", f"{files[1]}:0.5"]
+    export_bundle(random_checkpoint, tmp_path / "bundle", lora=loras, vae=tmp_path / "vae")
+    pipeline = StableDiffusionPipeline.from_pretrained(random_checkpoint, vae=vae.eval())
     assert worst_psnr(tmp_path / "bundle", pipeline) < 30  # the LoRAs change the images
     for name, file in zip("ab", files, strict=True):
         pipeline.load_lora_weights(file, adapter_name=name)
     pipeline.set_adapters(["a", "b"], [0.8, 0.5])
     pipeline.fuse_lora()
     assert worst_psnr(tmp_path / "bundle", pipeline) > 50
+
+    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert "`kohya.safetensors` (weight 0.8), `peft.safetensors` (weight 0.5)." in card and "VAE: `vae`." in card
 
     # Search is that of the base: its text tower and image tower are unchanged.
     bundle, clip = Bundle.open(tmp_path / "bundle", threads=1), load_checkpoint(random_checkpoint)

@@ -18,6 +18,7 @@ from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.training.checkpoints.model_card import (
     TAGS,
     code_literal,
+    describe_additions,
     describe_data,
     describe_limits,
     inline_code,
@@ -121,6 +122,7 @@ def _training(meta: Mapping[str, Any]) -> Iterator[str]:
         yield f"The UNet is distilled from {markdown_text(meta['teacher']['name'])}."
     elif "base" in meta:
         yield f"Fine-tuned from the base {markdown_text(meta['base'])}."
+    yield from describe_additions(meta)
     yield from describe_data(meta)
 
 

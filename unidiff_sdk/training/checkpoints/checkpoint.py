@@ -36,11 +36,13 @@ from .image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
 from .loading.additions import add_to_models
 from .loading.options import BaseOptions
+from .loading.single_file import load_vae_file
 from .loading.weight_files import (
     CLIP_WEIGHTS,
     DIFFUSERS_WEIGHTS,
     PIPELINE_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
+    VAE_WEIGHTS,
     choose_variant,
     variant_of,
 )
@@ -248,14 +250,14 @@ def assemble_checkpoint(
         return Checkpoint(
             path=folder,
             unet=unet,
-            vae=_load_model(AutoencoderKL, folder / "vae", variant),
+            vae=_load_vae(folder / "vae", variant, options.vae),
             clip=clip,
             text_encoder=share_text_layers(text_encoder, clip),
             tokenizer=tokenizer,
             clip_tokenizer=clip_tokenizer or tokenizer,
             scheduler=_from_pretrained(_scheduler_class(folder), folder / "scheduler"),
             image_processor=image_processor,
-            meta=meta | options.describe(),
+            meta=options.recorded(meta),
             options=replace(options, variant=variant),
         )
 
@@ -321,6 +323,30 @@ def _load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
     unet: UNet2DConditionModel = _load_model(UNet2DConditionModel, folder, variant)
     unet.register_to_config(sample_size=native_size(read_json(folder / "config.json")))
     return unet
+
+
+def _load_vae(folder: Path, variant: str | None, other: Path | None) -> AutoencoderKL:
+    """Load the VAE in a folder of the base, or another that takes its place."""
+    if other is None:
+        vae: AutoencoderKL = _load_model(AutoencoderKL, folder, variant)
+        return vae
+    if other.is_file():
+        return load_vae_file(other, folder)
+    _require_files(other, {"config.json": "VAE"})
+    own, others = read_json(folder / "config.json"), read_json(other / "config.json")
+    if (found := others.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise CheckpointError(f"{other} is {found!r}, but the VAE must be an AutoencoderKL.")
+    for name, default in (("latent_channels", 4), ("block_out_channels", [64])):
+        wanted, given = (_size(config.get(name, default)) for config in (own, others))
+        if wanted != given:
+            what = "latent channels" if name == "latent_channels" else "blocks"
+            raise CheckpointError(f"The VAE {other} has {given} {what}, but that of the base has {wanted}.")
+    vae = _load_model(AutoencoderKL, other, _variant(other, VAE_WEIGHTS))
+    return vae
+
+
+def _size(value: Any) -> Any:
+    return len(value) if isinstance(value, list) else value
 
 
 def _from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:

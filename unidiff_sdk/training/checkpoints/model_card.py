@@ -26,6 +26,7 @@ __all__ = [
     "TAGS",
     "add_evaluation",
     "code_literal",
+    "describe_additions",
     "describe_data",
     "describe_limits",
     "inline_code",
@@ -155,6 +156,15 @@ def _summary(meta: Mapping[str, Any]) -> str:
     return " ".join(lines)
 
 
+def describe_additions(meta: Mapping[str, Any]) -> Iterator[str]:
+    """Paragraphs on the files that were added to the base."""
+    loras = [f"{inline_code(lora['name'])} (weight {lora['weight']:g})" for lora in meta.get("loras", ())]
+    if loras:
+        yield f"Merged LoRA files: {', '.join(loras)}."
+    if meta.get("vae"):
+        yield f"VAE: {inline_code(meta['vae'])}."
+
+
 def describe_data(meta: Mapping[str, Any]) -> Iterator[str]:
     """Paragraphs on the training data that the metadata of a checkpoint records."""
     data = meta.get("data")
@@ -168,6 +178,7 @@ def describe_data(meta: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _recipe(meta: Mapping[str, Any]) -> Iterator[str]:
+    yield from describe_additions(meta)
     config = with_current_names(meta.get("config", {}))
     terms = {title: config[f"lambda_{term}"] for term, title in TERM_TITLES.items() if config.get(f"lambda_{term}")}
     if terms:

@@ -13,9 +13,11 @@ from unidiff_sdk.cli.console import Option
 from unidiff_sdk.cli.parameters import parse_pairs
 
 __all__ = [
+    "BASE_OPTIONS",
     "CONTEXT",
     "FILE",
     "FOLDER",
+    "base_options",
     "columns_option",
     "config_option",
     "device_option",
@@ -28,6 +30,7 @@ __all__ = [
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path)
+BASE_OPTIONS = ("variant", "lora", "vae")  # the parameters of `base_options`
 
 Decorator = Callable[[Any], Any]
 
@@ -68,6 +71,28 @@ def columns_option(data: str = "DATA", theme: str = "Options") -> Decorator:
         metavar="ROLE=NAME,…",
         help=f"Names of columns of {data}: image=photo,text=title.",
     )
+
+
+def base_options(theme: str = "Options") -> Decorator:
+    """--variant, --lora and --vae"""
+    builders = (
+        option("--variant", theme=theme, metavar="NAME", help="Variant of the base's weight files, such as fp16."),
+        option(
+            "--lora",
+            theme=theme,
+            multiple=True,
+            metavar="FILE[:WEIGHT]",
+            help="LoRA to merge into the base, as safetensors of diffusers, peft or kohya. Repeatable.",
+        ),
+        option("--vae", theme=theme, metavar="PATH", help="VAE to use: a diffusers folder, or a safetensors file."),
+    )
+
+    def add(command: Any) -> Any:
+        for builder in reversed(builders):
+            command = builder(command)
+        return command
+
+    return add
 
 
 device_option = option(

@@ -21,8 +21,10 @@ from unidiff_sdk.training.config import Precision, PriorConfig, RscTeacher, Trai
 
 from .display import LossDisplay, progress_display, show_invalid_rows
 from .options import (
+    BASE_OPTIONS,
     CONTEXT,
     FOLDER,
+    base_options,
     columns_option,
     config_option,
     device_option,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 # Headings of the help.
+BASE = "Files of the base"
 DATA, COMPONENTS, OPTIMIZER, LOSSES = "Data", "Tuned components", "Optimizer", "Losses"
 RSC = "Reciprocal semantic consistency (RSC)"
 FORGETTING, MEMORY = "Overfitting and forgetting", "Memory and speed"
@@ -99,6 +102,7 @@ def _resuming(ctx: click.Context) -> str:
     metavar="MODEL",
     help="CLIP model for a base without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.",
 )
+@base_options(BASE)
 @option("-o", "--out", required=True, type=FOLDER, metavar="FOLDER", help="Folder for the new checkpoint.")
 @setting("--steps", field="steps", metavar="N", help="Number of optimizer steps.")
 @setting("--batch-size", field="batch_size", metavar="N", help="Pairs per step.")
@@ -361,7 +365,7 @@ def train(
     unidiff-export turns it into a bundle. You can interrupt at any time: the progress is saved, and --resume continues
     the run. OUT.log/report.html shows curves and, with --val, samples over time, searches and figures before and after.
     """
-    request = {name: options.pop(name) for name in ("clip", "device", "resume", "overwrite", "latents")}
+    request = {name: options.pop(name) for name in ("clip", *BASE_OPTIONS, "device", "resume", "overwrite", "latents")}
     config = TrainingConfig(**options)
     if prior is None:
         refuse_options("without --prior", "prior_pairs", "prior_weight", "lambda_prior", "prior_batch")

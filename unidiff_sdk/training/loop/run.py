@@ -18,6 +18,7 @@ from torch import Tensor
 from unidiff_sdk.datasets.synthetic import CATALOGS
 from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.loading.options import RECORDED
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
@@ -178,7 +179,7 @@ class TrainingRun:
         base, pairs, config = self.checkpoint.meta, self.pairs, self.config
         rendered = all(payload.get("catalog") in CATALOGS for payload in pairs.payloads)
         # Other losses undo a distillation to few steps, so the sampler of a distilled base is not inherited.
-        inherited = {"base_model"} | ({"sampler"} if "teacher" not in base else set())
+        inherited = {"base_model", *RECORDED} | ({"sampler"} if "teacher" not in base else set())
         return {name: base[name] for name in inherited if base.get(name)} | {
             "name": self.out.name,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

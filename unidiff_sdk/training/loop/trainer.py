@@ -14,6 +14,7 @@ from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 from unidiff_sdk.training.checkpoints.saving import recover_interrupted_save, require_replaceable
 from unidiff_sdk.training.config import PriorConfig, TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
@@ -67,6 +68,9 @@ def train(
     *,
     device: str = "auto",
     clip: str | Path | None = None,
+    variant: str | None = None,
+    lora: Sequence[str | Path] = (),
+    vae: str | Path | None = None,
     columns: Mapping[str, str | None] | None = None,
     strict: bool = False,
     resume: bool = False,
@@ -100,6 +104,9 @@ def train(
         config: Settings. Default: `TrainingConfig()`.
         device: "auto", "cpu" or "cuda".
         clip: CLIP model for a base without one. See `load_base`.
+        variant: Variant of the base's weight files, such as "fp16". Default: the main files, or the only variant.
+        lora: LoRA files to merge into the base, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
+        vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.
         columns: Names of columns of `data`: {"image": "photo", "text": "title"}. See `read_catalog`.
         strict: Raise for the first invalid row instead of skipping it.
         resume: Continue the run in `out`, if there is one. On the CPU, the final weights equal those of an
@@ -128,10 +135,11 @@ def train(
     _check_request(config, prior, on_validate, latents)
     if resume and overwrite:
         raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
+    options = BaseOptions.of(variant=variant, lora=lora, vae=vae)
     processes = Processes.join(device)
 
     # 1. base and pairs
-    checkpoint = _open_base(base, clip, out, processes, resume=resume, overwrite=overwrite)
+    checkpoint = _open_base(base, clip, options, out, processes, resume=resume, overwrite=overwrite)
     if processes.is_main:
         on_start(checkpoint)
     load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
@@ -189,7 +197,14 @@ def _check_request(
 
 
 def _open_base(
-    base: str | Path, clip: str | Path | None, out: Path, processes: Processes, *, resume: bool, overwrite: bool
+    base: str | Path,
+    clip: str | Path | None,
+    options: BaseOptions,
+    out: Path,
+    processes: Processes,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> Checkpoint:
     """Load the base, once it is sure that the result can be saved to `out`."""
     if processes.is_main:
@@ -200,7 +215,7 @@ def _open_base(
         raise TrainingError(
             f"{out} holds an unfinished run. Continue it with --resume, or start again with --overwrite."
         )
-    checkpoint = load_base(base, clip)
+    checkpoint = load_base(base, clip, options)
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself. Name another folder for the result.")
     require_replaceable(out, overwrite=resume or overwrite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,9 @@ from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError, OptionError
 
-__all__ = ["BaseOptions", "Lora", "require_safetensors"]
+__all__ = ["RECORDED", "BaseOptions", "Lora", "require_safetensors"]
+
+RECORDED = ("loras", "vae")  # fields of a checkpoint's metadata on what was added to its base
 
 VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 LARGEST_WEIGHT = 10.0
@@ -48,25 +50,38 @@ class BaseOptions:
         variant: Variant of the weight files, such as "fp16". Default: the main files, or the only variant of a folder
             that has no main file.
         loras: LoRA files to merge into the UNet and the text encoder, in this order.
+        vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.
     """
 
     variant: str | None = None
     loras: tuple[Lora, ...] = ()
+    vae: Path | None = None
 
     @classmethod
-    def of(cls, *, variant: str | None = None, lora: Iterable[str | os.PathLike[str]] = ()) -> BaseOptions:
+    def of(
+        cls, *, variant: str | None = None, lora: Iterable[str | Path] = (), vae: str | Path | None = None
+    ) -> BaseOptions:
         """Check the values that a caller passes. Raises OptionError or CheckpointError for one that is not accepted."""
         if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
             raise OptionError(f"variant is {variant!r:.60}; it must be the middle of a file name, such as fp16.")
-        names = [lora] if isinstance(lora, str | os.PathLike) else list(lora)
+        names = [lora] if isinstance(lora, str | Path) else list(lora)
         loras = tuple(Lora.parse(name) for name in names)
         for each in loras:
             require_safetensors(each.file, "LoRA")
-        return cls(variant, loras)
+        if vae is not None:
+            vae = checked_path(vae, CheckpointError)
+            if not vae.is_dir():
+                require_safetensors(vae, "VAE")
+        return cls(variant, loras, vae)
 
-    def describe(self) -> dict[str, Any]:
-        """What is added to the base, for the metadata of a checkpoint."""
-        return {"loras": [{"name": lora.file.name, "weight": lora.weight} for lora in self.loras]} if self.loras else {}
+    def recorded(self, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata of a base, with what is added to it."""
+        loras = [{"name": lora.file.name, "weight": lora.weight} for lora in self.loras]
+        return {
+            **meta,
+            **({"loras": [*meta.get("loras", []), *loras]} if loras else {}),
+            **({"vae": self.vae.name} if self.vae else {}),
+        }
 
 
 def require_safetensors(file: Path, kind: str) -> Path:

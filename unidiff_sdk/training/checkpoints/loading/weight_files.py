@@ -14,13 +14,14 @@ __all__ = [
     "DIFFUSERS_WEIGHTS",
     "PIPELINE_WEIGHTS",
     "TRANSFORMERS_WEIGHTS",
+    "VAE_WEIGHTS",
     "choose_variant",
     "variant_of",
 ]
 
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 PIPELINE_WEIGHTS = {"unet": DIFFUSERS_WEIGHTS, "vae": DIFFUSERS_WEIGHTS, "text_encoder": TRANSFORMERS_WEIGHTS}
-CLIP_WEIGHTS = {"": TRANSFORMERS_WEIGHTS}
+CLIP_WEIGHTS, VAE_WEIGHTS = {"": TRANSFORMERS_WEIGHTS}, {"": DIFFUSERS_WEIGHTS}  # of a folder that holds one model
 
 SHARD = re.compile(r"[\w.-]+\.safetensors")
 MAX_SHARDS = 1_000
