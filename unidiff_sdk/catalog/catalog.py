@@ -14,6 +14,7 @@ from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.retrieval.columns import column_kinds
 from unidiff_sdk.retrieval.options import SearchOptions, call_with
 from unidiff_sdk.retrieval.query import Query, batch_of, checked_ids, generates
 from unidiff_sdk.retrieval.results import Hit, Page
@@ -80,8 +81,8 @@ class Catalog(OpenCatalog):
     def add(
         self,
         images: Any,
-        texts: str | Sequence[str] | None = None,
-        ids: str | int | Sequence[str | int] | None = None,
+        texts: str | Sequence[str | None] | None = None,
+        ids: str | int | Sequence[str | int | None] | None = None,
         payloads: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         *,
         copy: bool = True,
@@ -95,8 +96,8 @@ class Catalog(OpenCatalog):
         Args:
             images: one image or a sequence: paths, bytes of image files, PIL images, arrays; hits, with their ids,
                 captions and columns; or the images of `generate`, with the prompt as caption and the recipe as columns.
-            texts: captions, one for each image.
-            ids: strings or integers, one for each image. Default: a hash of image and caption.
+            texts: captions, one for each image; None for an image without one.
+            ids: strings or integers, one for each image. Default, also for each None: a hash of image and caption.
             payloads: further columns, one dictionary for each image: JSON values under names other than id and text.
             copy: copy image files into the catalog; if False, reference them.
 
@@ -174,6 +175,22 @@ class Catalog(OpenCatalog):
         return self._writer.add_table(
             path, images, columns=columns, kinds=kinds, prune=prune, strict=strict, progress=progress, copy=copy
         )
+
+    def update(self, id: str | int | Hit, columns: Mapping[str, Any]) -> bool:
+        """Change columns of an item, without encoding its image again. Other columns, caption and image stay.
+
+        Args:
+            id: of the item.
+            columns: JSON values by name; None removes a column.
+
+        Returns:
+            Whether there is such an item.
+
+        Raises:
+            OptionError: a name is reserved (id, text) or not allowed, or a value is not JSON.
+        """
+        (checked,) = checked_ids(id)
+        return self._writer.update(checked, columns)
 
     def delete(self, ids: str | int | Hit | Sequence[str | int | Hit]) -> int:
         """Delete items (ids or hits) and their images, but no referenced file. Returns the number of deleted items.
@@ -553,6 +570,10 @@ class Catalog(OpenCatalog):
             partial(cls, **opening), path, location, bundle, reencode, progress, opening.get("trusted_keys")
         )
 
+    def columns(self) -> dict[str, str]:
+        """The columns by name, each with its kinds in 1,024 random items, such as "number" or "number, string"."""
+        return column_kinds(self._current.get().store)
+
     def info(self) -> dict[str, Any]:
         """Location, number of items, columns with their kinds in 1,024 random items (such as "number, string"), and the
         bundle: name, path, fingerprint, dimensions. Loads no model."""
@@ -570,7 +591,9 @@ class Catalog(OpenCatalog):
     aadd = async_variant(add, WRITING)
     aadd_folder = async_variant(add_folder, WRITING)
     aadd_table = async_variant(add_table, WRITING)
+    aupdate = async_variant(update, WRITING)
     adelete = async_variant(delete, WRITING)
+    acolumns = async_variant(columns)
     agenerate = cancellable(generate)
     aoptimize = async_variant(optimize, WRITING)
     areindex = async_variant(reindex, WRITING)

@@ -25,7 +25,7 @@ from unidiff_sdk.store.payload import RESERVED, SYSTEM, is_item, system_of
 
 from .results import Generated
 
-__all__ = ["Item", "images_of", "item_of", "items_of"]
+__all__ = ["Item", "checked_columns", "images_of", "item_of", "items_of", "refuse_reserved"]
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,14 @@ class Item:
 
 def item_of(image: ItemImage, text: str | None, id: Any, payload: Mapping[str, Any]) -> Item:
     """Check one item. Without an id, its id is a hash of image and caption. Raises OptionError."""
-    for name in RESERVED:
-        if name in payload:
-            raise OptionError(f'"{name}" is a reserved column name: give captions as texts= and ids as ids=')
+    refuse_reserved(payload)
     if text is not None and (not isinstance(text, str) or not text.strip()):
         raise OptionError(f"the caption {text!r} is not a non-empty string: give None for an image without a caption")
     text = None if text is None else checked_text(str.__str__(text))  # a plain string, not of a subclass
     if id is None:
         id = hashlib.sha256(f"{image.sha256}\0{text or ''}".encode()).hexdigest()[:32]
     id = checked_id(id)
-    columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | _checked_columns(payload)
+    columns = {"id": id} | ({} if text is None else {"text": text.strip()}) | checked_columns(payload)
     return Item(id, image, columns)
 
 
@@ -120,7 +118,14 @@ def images_of(records: Iterable[Record]) -> dict[str, str]:
     return {system["sha256"]: system["uri"] for system in systems}
 
 
-def _checked_columns(payload: Mapping[str, Any]) -> dict[str, Any]:
+def refuse_reserved(columns: Mapping[str, Any]) -> None:
+    """Raise OptionError for a column name that items use for themselves."""
+    for name in RESERVED:
+        if name in columns:
+            raise OptionError(f'"{name}" is a reserved column name: give captions as texts= and ids as ids=')
+
+
+def checked_columns(payload: Mapping[str, Any]) -> dict[str, Any]:
     """A payload in the form in which it is stored."""
     columns: dict[str, Any] = {}
     for name, value in payload.items():

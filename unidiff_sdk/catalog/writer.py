@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from unidiff_sdk.store.images import ImageStore, ItemImage
 from unidiff_sdk.store.payload import SYSTEM, is_item, system_of
 from unidiff_sdk.store.protocol import check_records
 
-from .items import Item, images_of, item_of
+from .items import Item, checked_columns, images_of, item_of, refuse_reserved
 from .results import AddReport
 from .snapshot import CurrentSnapshot, Snapshot
 
@@ -175,6 +176,22 @@ class Writer:
             for batch, records in encoded:
                 self._commit(batch.snapshot, records, batch.changed, copy, batch.repeated)
                 yield batch
+
+    def update(self, id: str | int, columns: Mapping[str, Any]) -> bool:
+        """Change columns of an item; see `Catalog.update`."""
+        refuse_reserved(columns)
+        changed = checked_columns(columns)
+        with self._current.lock:
+            store = self._current.get().store
+            record = next(iter(store.retrieve([key_of(id)])), None)
+            if record is None or not is_item(record.id, record.payload):
+                return False
+            removed = {name for name, value in changed.items() if value is None}
+            payload = {name: value for name, value in (record.payload | changed).items() if name not in removed}
+            if payload != record.payload:
+                self._current.record_changes([record.id])
+                store.upsert([replace(record, payload=payload)])
+        return True
 
     def delete(self, ids: Sequence[str | int]) -> int:
         """Delete items and the images that no other item uses. Returns the number of items that existed."""

@@ -15,7 +15,7 @@ from unidiff_sdk.errors import GenerationError, OptionError
 
 from .console import Command, echo, echo_json
 from .parameters import json_option, refuse_options, stored_id, trusted_key_option
-from .terminal import counted, hit_as_dict, print_table
+from .terminal import counted, print_table
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
@@ -182,7 +182,7 @@ def _as_list(generation: Generation, files: Sequence[Path]) -> list[dict[str, An
         {
             "file": str(file),
             "score": generated.score,
-            "nearest": hit_as_dict(generated.nearest) if generated.nearest else None,
+            "nearest": generated.nearest.to_dict() if generated.nearest else None,
             **generated.payload,
         }
         for file, generated in zip(files, generation, strict=True)

@@ -9,6 +9,7 @@ from .console import Group
 from .datasets import dataset
 from .generate import generate
 from .search import duplicates, search
+from .serve import serve
 
 __all__ = ["main"]
 
@@ -20,11 +21,12 @@ __all__ = ["main"]
     unidiff index products shop.catalog
     unidiff search shop.catalog "red striped dress" --limit 5
     unidiff generate shop.catalog "purple dotted boots" -n 4 -o images
+    unidiff serve shop.catalog
     """,
 )
 def main() -> None:
     """Search a product catalog by text and image, and generate new product images that fit it."""
 
 
-for command in (dataset, index, search, duplicates, generate, info, check, delete, reindex, export, restore):
+for command in (dataset, index, search, duplicates, generate, serve, info, check, delete, reindex, export, restore):
     main.add_command(command)

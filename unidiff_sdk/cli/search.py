@@ -21,7 +21,7 @@ from .parameters import (
     trusted_key_option,
     where_option,
 )
-from .terminal import counted, hit_as_dict, print_hits
+from .terminal import counted, print_hits
 
 __all__ = ["duplicates", "search"]
 
@@ -116,7 +116,7 @@ def search(
         )
     if as_json:
         facts = {"offset": page.offset, "limit": page.limit, "took_ms": page.took_ms, "cursor": page.cursor}
-        echo_json({"hits": [hit_as_dict(hit) for hit in page]} | facts)
+        echo_json({"hits": [hit.to_dict() for hit in page]} | facts)
         return
     print_hits(page, page.offset, thumbnails, _columns_of(condition, options["group_by"]))
     echo(f"{counted(len(page), 'hit')} in {page.took_ms:.1f} ms")
@@ -166,7 +166,7 @@ def duplicates(
     with Catalog(catalog, create=False) as opened:
         groups = opened.duplicates(threshold, where=parse_where(where))
     if as_json:
-        echo_json([[hit_as_dict(hit) for hit in group] for group in groups])
+        echo_json([[hit.to_dict() for hit in group] for group in groups])
         return
     for group in groups[:limit]:
         print_hits(group, thumbnails=thumbnails)

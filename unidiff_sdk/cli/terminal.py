@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.retrieval.results import Hit
 
-__all__ = ["counted", "graphics_protocol", "hit_as_dict", "print_hits", "print_table", "render_image"]
+__all__ = ["counted", "graphics_protocol", "print_hits", "print_table", "render_image"]
 
 WIDE = 100  # characters of a line that has room for all columns of a hit
 MAX_CELL = 24  # characters of the value of a column
@@ -100,13 +100,6 @@ def print_hits(
     for n, hit in enumerate(hits, offset + 1):
         click.echo(render_image(hit.thumbnail(), protocol), color=True)
         echo(f"{n}. {hit.score:.3f}  {shorten(hit.id)}  {shorten(hit.text)}", f"   {_all_columns(hit, 120)}", "")
-
-
-def hit_as_dict(hit: Hit) -> dict[str, Any]:
-    """A hit for JSON output."""
-    hit_dict = {"id": hit.id, "score": hit.score, "text": hit.text, "payload": hit.payload, "uri": hit.uri}
-    reranked = {"rerank_score": hit.rerank_score, "gain": hit.gain}
-    return hit_dict if hit.rerank_score is None else hit_dict | reranked
 
 
 def _all_columns(hit: Hit, length: int = MAX_LINE) -> str:

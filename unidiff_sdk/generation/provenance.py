@@ -24,7 +24,7 @@ from unidiff_sdk._internal.files import write_atomically
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk.errors import ImageError, OptionError
 
-__all__ = ["Recipe", "read_recipe", "save"]
+__all__ = ["Recipe", "encode", "read_recipe", "save"]
 
 _GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _PARTLY_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
@@ -65,23 +65,28 @@ def save(image: Image.Image, recipe: Mapping[str, Any], path: str | PathLike[str
         StoreError: the file cannot be written.
     """
     path = Path(path)
+    if path.suffix.lower() not in (".png", ".webp"):
+        raise OptionError(f"{path}: an image is saved with its recipe as .png or .webp; choose one of these suffixes")
+    write_atomically(path, encode(image, recipe, path.suffix.lower()))
+
+
+def encode(image: Image.Image, recipe: Mapping[str, Any], suffix: str = ".png") -> bytes:
+    """The file that `save` writes. suffix: ".png" or ".webp"."""
     packet = _PACKET.format(
         source=_PARTLY_GENERATED if recipe.get("mask") else _GENERATED,
         version=version("unidiff-sdk"),
         recipe=html.escape(json.dumps(recipe, ensure_ascii=True, sort_keys=True)),
     )
     buffer = io.BytesIO()
-    if path.suffix.lower() == ".png":
+    if suffix == ".webp":
+        image.save(buffer, "WEBP", lossless=True, xmp=packet.encode())
+    else:
         from PIL.PngImagePlugin import PngInfo
 
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", packet)
         image.save(buffer, "PNG", pnginfo=info)
-    elif path.suffix.lower() == ".webp":
-        image.save(buffer, "WEBP", lossless=True, xmp=packet.encode())
-    else:
-        raise OptionError(f"{path}: an image is saved with its recipe as .png or .webp; choose one of these suffixes")
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_recipe(path: str | PathLike[str]) -> Recipe:

@@ -7,9 +7,13 @@ import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from unidiff_sdk._internal.files import read_regular_file
+from unidiff_sdk._internal.images import MAX_FILE_SIZE
 from unidiff_sdk._internal.text import shorten
+from unidiff_sdk.errors import ImageError
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
 from unidiff_sdk.store.payload import RESERVED, system_of
 
@@ -59,11 +63,29 @@ class Hit:
         """The original image, RGB. Raises ImageError if it is missing or damaged."""
         return self._images.load(self.uri)
 
+    def image_path(self) -> Path:
+        """The file of the original image. Raises ImageError if it is missing or must not be read."""
+        return self._images.path(self.uri)
+
+    def image_bytes(self) -> bytes:
+        """The file of the original image, as it was added. Raises ImageError if it is missing."""
+        return read_regular_file(self.image_path(), MAX_FILE_SIZE, ImageError)
+
+    def thumbnail_bytes(self) -> bytes:
+        """The image at up to 128 px, as a WebP file. Raises ImageError if it is missing or damaged."""
+        return self._images.thumbnail(self.sha256, self.uri)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hit for JSON: id, score, text, payload and uri; with `rerank` also rerank_score and gain."""
+        hit = {"id": self.id, "score": self.score, "text": self.text, "payload": self.payload, "uri": self.uri}
+        reranked = {"rerank_score": self.rerank_score, "gain": self.gain}
+        return hit if self.rerank_score is None else hit | reranked
+
     def thumbnail(self) -> Image.Image:
         """The image at up to 128 px, RGB."""
         from unidiff_sdk._internal.images import load_image
 
-        return load_image(self._images.thumbnail(self.sha256, self.uri))
+        return load_image(self.thumbnail_bytes())
 
     def _repr_html_(self) -> str:
         return gallery([_hit_figure(self)])
@@ -115,7 +137,7 @@ class Page(Sequence[Hit]):
 
 
 def _hit_figure(hit: Hit) -> str:
-    data = base64.b64encode(hit._images.thumbnail(hit.sha256, hit.uri)).decode()
+    data = base64.b64encode(hit.thumbnail_bytes()).decode()
     return figure(
         f"data:image/webp;base64,{data}", f"<b>{hit.score:.3f}</b> {html.escape(shorten(hit.text or hit.id))}"
     )

@@ -1,0 +1,218 @@
+"""Keys, limits, headers and logs; and the command on a real socket."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from unidiff_sdk import Catalog
+from unidiff_sdk.errors import OptionError
+from unidiff_sdk.serve import ServerSettings, create_app
+from unidiff_sdk.serve.limits import RateLimit
+from unidiff_sdk.serve.settings import ApiKeys
+
+READ, WRITE = "reading-key-0123456789", "writing-key-0123456789"
+QUERY = {"text": "boots", "limit": 1}
+
+
+@contextmanager
+def served(catalog: Catalog, **options: object) -> Iterator[TestClient]:
+    with TestClient(create_app(catalog, ServerSettings(**options)), raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_keys_allow_reading_or_writing(catalog: Catalog) -> None:
+    with served(catalog, keys=ApiKeys({READ: "read", WRITE: "write"}), allow_writes=True) as client:
+        for headers, search, change in (
+            ({}, 401, 401),
+            ({"Authorization": "Bearer wrong-key-0123456789"}, 401, 401),
+            ({"Authorization": f"Basic {READ}"}, 401, 401),
+            ({"Authorization": f"Bearer {READ}"}, 200, 403),
+            ({"X-Api-Key": READ}, 200, 403),
+            ({"Authorization": f"bearer {WRITE}"}, 200, 404),
+        ):
+            assert client.post("/v1/search", json=QUERY, headers=headers).status_code == search
+            assert client.delete("/v1/items/nothing", headers=headers).status_code == change
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/healthz").status_code == client.get("/").status_code == 200  # the page asks for the key
+        assert client.post("/v1/search", json=QUERY).headers["www-authenticate"] == "Bearer"
+
+
+def test_writing_is_off_by_default(catalog: Catalog) -> None:
+    with served(catalog) as client:
+        for method, path in (("POST", "/v1/items"), ("PATCH", "/v1/items/x"), ("DELETE", "/v1/items/x")):
+            assert client.request(method, path, json={}).status_code == 403
+        assert client.get("/v1/info").json()["writes"] is False
+    with served(catalog, keys=ApiKeys({WRITE: "write"})) as client:
+        assert client.delete("/v1/items/x", headers={"X-Api-Key": WRITE}).status_code == 403
+
+
+def test_only_hashes_of_keys_are_kept(tmp_path: Path) -> None:
+    keys = ApiKeys({READ: "read"})
+    assert READ not in repr(vars(keys)) and READ not in repr(ServerSettings(keys=keys))
+    file = tmp_path / "keys.txt"
+    file.write_text(f"# ours\nread {hashlib.sha256(READ.encode()).hexdigest()}  # shop\n\n")
+    assert ApiKeys.read(file).access_of(READ)[0] == "read" and ApiKeys.read(file).access_of(WRITE) is None
+    for content in ("read secret", "admin " + "0" * 64, "read " + "0" * 63, "read " + "A" * 64):
+        file.write_text(content)
+        with pytest.raises(OptionError, match="line 1"):
+            ApiKeys.read(file)
+    for key in ("short", "with space 0123456789", "non-äscii-0123456789"):
+        with pytest.raises(OptionError, match="printable ASCII"):
+            ApiKeys({key: "read"})
+
+
+@given(st.floats(0.1, 50), st.lists(st.floats(0, 3), max_size=60))
+def test_the_rate_limit_holds_over_any_span(rate: float, pauses: list[float]) -> None:
+    """Against the definition: within any span of t seconds at most burst + rate * t requests are allowed."""
+    now, allowed = 0.0, []
+    limit = RateLimit(rate, lambda: now)
+    for pause in pauses:
+        now += pause
+        wait = limit.wait("caller")
+        if wait == 0:
+            allowed.append(now)
+        else:
+            assert 0 < wait <= 1 / rate + 1e-9
+    burst = max(1.0, 2 * rate)
+    for first in range(len(allowed)):
+        for last in range(first, len(allowed)):
+            assert last - first + 1 <= burst + rate * (allowed[last] - allowed[first]) + 1e-6
+
+
+def test_rates_are_limited_for_each_key(catalog: Catalog) -> None:
+    with served(catalog, keys=ApiKeys({READ: "read", WRITE: "write"}), rate=0.5) as client:
+        statuses = [client.get("/v1/columns", headers={"X-Api-Key": READ}).status_code for _ in range(3)]
+        assert statuses == [200, 429, 429]
+        assert client.get("/v1/columns", headers={"X-Api-Key": WRITE}).status_code == 200
+        refused = client.get("/v1/columns", headers={"X-Api-Key": READ})
+        assert int(refused.headers["retry-after"]) >= 1 and refused.json()["status"] == 429
+
+
+def test_large_bodies_are_refused(catalog: Catalog) -> None:
+    with served(catalog, max_body=10_000) as client:
+        large = {"text": "x" * 20_000}
+        for body in (json.dumps(large).encode(), iter([json.dumps(large).encode()])):  # with its length, and in chunks
+            response = client.post("/v1/search", content=body, headers={"Content-Type": "application/json"})
+            assert response.status_code == 413 and response.json()["detail"] == "Send at most 10,000 bytes."
+        assert client.post("/v1/search", json=QUERY).status_code == 200
+
+
+def test_origins_and_security_headers(catalog: Catalog) -> None:
+    with served(catalog, origins=("https://shop.example",)) as client:
+        allowed = client.get("/v1/columns", headers={"Origin": "https://shop.example"})
+        other = client.get("/v1/columns", headers={"Origin": "https://evil.example"})
+        assert allowed.headers["access-control-allow-origin"] == "https://shop.example"
+        assert "access-control-allow-origin" not in other.headers
+        for path in ("/", "/v1/columns", "/nothing"):
+            headers = client.get(path).headers
+            assert "default-src 'none'" in headers["content-security-policy"]
+            assert "unsafe" not in headers["content-security-policy"]
+            assert headers["x-content-type-options"] == "nosniff" and headers["x-request-id"]
+    for origin in ("*", "shop.example", "https://shop.example/", "javascript:x"):
+        with pytest.raises(OptionError, match="is not an origin"):
+            ServerSettings(origins=(origin,))
+
+
+def test_logs_have_ids_but_no_texts(catalog: Catalog, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "unidiff_sdk.serve.access")
+    secret = "a very private wish"
+    with served(catalog) as client:
+        client.post("/v1/search", json={"text": secret}, headers={"X-Request-Id": "abc-1"})
+        client.post("/v1/search", json={"text": secret}, headers={"X-Request-Id": "bad id\t{}"})
+    first, second = (json.loads(record.message) for record in caplog.records)
+    assert first["request_id"] == "abc-1" and first["status"] == 200 and first["route"] == "/v1/search"
+    assert second["request_id"] != "bad id\t{}" and secret not in caplog.text
+    caplog.clear()
+    with served(catalog, log_texts=True) as client:
+        client.post("/v1/search", json={"text": secret})
+    assert json.loads(caplog.records[0].message)["text"] == secret
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ("text", "image", "like", "vector", "weights", "limit", "where", "group_by", "prompt", "n", "items", "input")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(["/v1/search", "/v1/items", "/v1/embeddings", "/v1/images/generations", "/v1/generate"]),
+    body=JSON | st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
+)
+def test_malformed_bodies_are_client_errors(client: TestClient, path: str, body: object) -> None:
+    if isinstance(body, dict):
+        body.pop("prompt", None)  # a valid one generates
+    response = client.post(path, json=body)
+    assert response.status_code in (200, 201, 404, 422), (response.status_code, response.text)
+    if response.status_code >= 400:
+        assert response.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_body": 0}, "max_body"),
+        ({"timeout": 0}, "timeout"),
+        ({"rate": -1}, "rate"),
+        ({"max_generations": True}, "max_generations"),
+    ],
+)
+def test_settings_are_checked(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ServerSettings(**options)
+
+
+def test_the_command_serves_warns_and_ends(products: Path, tmp_path: Path) -> None:
+    shop = tmp_path / "shop.catalog"
+    with Catalog(shop) as catalog:
+        catalog.add_folder(products)
+    command = [sys.executable, "-m", "unidiff_sdk", "serve", str(shop), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--host", "0.0.0.0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline()
+        assert line.startswith("Serving at http://0.0.0.0:"), process.stderr.read()
+        connection = http.client.HTTPConnection("127.0.0.1", int(line.split()[2].rpartition(":")[2]), timeout=60)
+        connection.request("POST", "/v1/search", json.dumps(QUERY), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200 and len(json.loads(response.read())["hits"]) == 1
+        assert response.getheader("server") is None
+        connection.close()
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    assert time.monotonic() - started < 20 and process.returncode in (0, 143, -signal.SIGTERM)
+    assert "Warning: everyone who reaches 0.0.0.0" in err and '"route": "/v1/search"' in err
+
+
+def test_the_command_reports_wrong_options(tmp_path: Path) -> None:
+    for arguments, message in (
+        ([str(tmp_path / "nothing")], "There is no catalog"),
+        ([str(tmp_path), "--api-key", "short"], "printable ASCII"),
+        ([str(tmp_path), "--collection", "x"], "need a URL"),
+        ([str(tmp_path), "--origin", "shop"], "is not an origin"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "unidiff_sdk", "serve", *arguments], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr

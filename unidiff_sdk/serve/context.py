@@ -1,0 +1,153 @@
+"""What the routes share: the catalog, the settings, the limits; and how requests and items become each other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+
+from unidiff_sdk._internal.json_values import parse_json
+from unidiff_sdk._internal.text import terminal_safe
+from unidiff_sdk.catalog.catalog import Catalog
+from unidiff_sdk.errors import OptionError
+from unidiff_sdk.retrieval.results import Hit, Page
+
+from .limits import Gate, Limits
+from .metrics import Metrics
+from .problems import ProblemError
+from .schemas import HitResponse, PageResponse
+from .settings import ServerSettings
+
+__all__ = ["Context", "body_of", "hit_response", "page_response", "until_disconnected", "where_of"]
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+MAX_FILES = 256  # of a multipart body
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the routes of one application share."""
+
+    catalog: Catalog
+    settings: ServerSettings
+    limits: Limits
+    metrics: Metrics
+    searches: Gate
+    generations: Gate
+
+    @classmethod
+    def of(cls, catalog: Catalog, settings: ServerSettings) -> Context:
+        """The context of a catalog with these settings."""
+        metrics = Metrics()
+        return cls(
+            catalog,
+            settings,
+            Limits(settings),
+            metrics,
+            Gate("searches", settings.max_searches, metrics),
+            Gate("generations", settings.max_generations, metrics),
+        )
+
+    async def item(self, id: str | int) -> Hit:
+        """The item with an id from a URL or body: "7" is the string or the integer. Raises ProblemError (404)."""
+        candidates: list[str | int] = [id]
+        if isinstance(id, str) and id.removeprefix("-").isdecimal() and len(id) < 19 and id == str(int(id)):
+            candidates.append(int(id))
+        for candidate in candidates:
+            if (hit := await self.catalog.aget(candidate)) is not None:
+                return hit
+        raise ProblemError(404, "There is no such item", f"The catalog has no item with the id {id!r:.200}.")
+
+    def log(self, request: Request, **texts: Any) -> None:
+        """Add what a request asked for to its line in the log, if the operator wants that."""
+        if self.settings.log_texts:
+            request.state.log = {name: value for name, value in texts.items() if value}
+
+
+def hit_response(hit: Hit) -> HitResponse:
+    """An item as the API returns it."""
+    return HitResponse(
+        id=hit.id,
+        score=hit.score,
+        text=hit.text,
+        columns=hit.payload,
+        image=f"/v1/items/{quote(str(hit.id), safe='')}/image",
+        rerank_score=hit.rerank_score,
+        gain=hit.gain,
+    )
+
+
+def page_response(page: Page) -> PageResponse:
+    """A page as the API returns it."""
+    return PageResponse(
+        hits=[hit_response(hit) for hit in page],
+        offset=page.offset,
+        limit=page.limit,
+        took_ms=round(page.took_ms, 2),
+        cursor=page.cursor,
+    )
+
+
+def where_of(text: str | None) -> dict[str, Any] | None:
+    """A filter from a parameter of the URL. Raises OptionError if it is not a JSON object."""
+    return None if text is None else parse_json(text, "where", kind=dict, error=OptionError)
+
+
+async def body_of(request: Request, model: type[M], name: str) -> tuple[M, list[bytes]]:
+    """The body of a request: JSON, or a form with the JSON in the field `name` and image files.
+
+    Raises ProblemError (415, 422) if it is neither, or has another form.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    files: list[bytes] = []
+    if kind == "application/json":
+        text: str | bytes = await request.body()
+    elif kind == "multipart/form-data":
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FILES) as form:
+            field = form.get(name)
+            if not isinstance(field, str):
+                raise ProblemError(422, "The request has another form", f"The form has no text field {name!r}.")
+            text = field
+            files = [await value.read() for value in form.getlist("image") if isinstance(value, UploadFile)]
+    else:
+        raise ProblemError(415, "The body has another type", "Send application/json or multipart/form-data.")
+    try:
+        return model.model_validate_json(text), files
+    except ValidationError as error:
+        reasons = [f"{'.'.join(map(str, each['loc'])) or name}: {each['msg']}" for each in error.errors()[:5]]
+        raise ProblemError(422, "The request has another form", terminal_safe("; ".join(reasons))[:1000]) from error
+
+
+def form_schema(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """The OpenAPI description of a body that `body_of` reads."""
+    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+    images = {"type": "array", "items": {"type": "string", "format": "binary"}}
+    form = {"type": "object", "properties": {name: {"type": "string", "description": "JSON"}, "image": images}}
+    content = {"application/json": {"schema": reference}, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def until_disconnected(request: Request, call: Coroutine[Any, Any, T]) -> T:
+    """Await a call, and cancel it if the client is gone. Raises ProblemError (499) then; nobody reads it."""
+    task = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({task}, timeout=_POLL_SECONDS))[0]:
+            if await request.is_disconnected():
+                raise ProblemError(499, "The client is gone", "The call was cancelled.")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON in one line."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False)

@@ -1,0 +1,130 @@
+"""Who may call, how often, and how many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import Request
+
+from .metrics import Metrics
+from .problems import RETRY_SECONDS, ProblemError
+from .settings import Access, ServerSettings
+
+__all__ = ["Gate", "Limits", "RateLimit"]
+
+MAX_CALLERS = 10_000  # whose rates are remembered; the one that was idle for longest is forgotten first
+
+
+class RateLimit:
+    """A token bucket for each caller.
+
+    Args:
+        rate: requests per second on average; twice as many may come at once. 0: no limit.
+        clock: returns seconds.
+    """
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._clock = rate, max(1.0, 2 * rate), clock
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def wait(self, caller: str) -> float:
+        """Count a request. Returns 0 if it is allowed, else the seconds until the next one is."""
+        if not self._rate:
+            return 0.0
+        now = self._clock()
+        tokens, last = self._buckets.pop(caller, (self._burst, now))
+        tokens = min(self._burst, tokens + (now - last) * self._rate)
+        is_allowed = tokens >= 1
+        self._buckets[caller] = (tokens - 1 if is_allowed else tokens, now)
+        if len(self._buckets) > MAX_CALLERS:
+            self._buckets.popitem(last=False)
+        return 0.0 if is_allowed else (1 - tokens) / self._rate
+
+
+class Gate:
+    """A limit of calls at the same time.
+
+    Args:
+        kind: the calls, in the plural.
+        limit: the most at the same time.
+        metrics: records how many there are.
+    """
+
+    def __init__(self, kind: str, limit: int, metrics: Metrics) -> None:
+        self._kind, self._limit, self._metrics, self._running = kind, limit, metrics, 0
+
+    @asynccontextmanager
+    async def entered(self, timeout: float) -> AsyncIterator[None]:
+        """Count a call within the block, and end it with TimeoutError after some seconds.
+
+        Raises ProblemError (429) if there are too many.
+        """
+        if self._running >= self._limit:
+            raise ProblemError(
+                429,
+                "Too many requests at the same time",
+                f"{self._limit} {self._kind} are running or waiting. Try again later.",
+                {"Retry-After": str(RETRY_SECONDS)},
+            )
+        self._running += 1
+        self._metrics.set_running(self._kind, self._running)
+        try:
+            async with asyncio.timeout(timeout):
+                yield
+        finally:
+            self._running -= 1
+            self._metrics.set_running(self._kind, self._running)
+
+
+class Limits:
+    """Checks the key and the rate of each request, as a dependency of the routes."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings, self._rate = settings, RateLimit(settings.rate)
+
+    async def read(self, request: Request) -> None:
+        """Require a key that allows reading, if there are keys."""
+        self._enter(request)
+
+    async def write(self, request: Request) -> None:
+        """Require that this request may change the catalog."""
+        access = self._enter(request)
+        if not self._settings.may_write(access):
+            reason = "This key allows reading only." if access == "read" else "Start it with --allow-writes."
+            raise ProblemError(403, "This server does not accept changes from this request", reason)
+
+    def _enter(self, request: Request) -> Access | None:
+        access: Access | None = None
+        caller = request.client.host if request.client else ""
+        if self._settings.keys:
+            found = self._settings.keys.access_of(_key_of(request))
+            if found is None:
+                self._check_rate(f"unknown {caller}")
+                raise ProblemError(
+                    401,
+                    "An API key is required",
+                    "Send it as: Authorization: Bearer KEY",
+                    {"WWW-Authenticate": "Bearer"},
+                )
+            access, caller = found
+            request.state.key = caller
+        self._check_rate(caller)
+        return access
+
+    def _check_rate(self, caller: str) -> None:
+        if wait := self._rate.wait(caller):
+            raise ProblemError(
+                429,
+                "Too many requests",
+                f"This server allows {self._settings.rate:g} requests per second. Try again later.",
+                {"Retry-After": str(max(1, round(wait)))},
+            )
+
+
+def _key_of(request: Request) -> str:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")

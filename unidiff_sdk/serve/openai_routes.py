@@ -1,0 +1,176 @@
+"""Routes that clients of OpenAI's API can use: images and embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+
+from unidiff_sdk._internal.images import load_image
+from unidiff_sdk.catalog.aio import in_thread
+from unidiff_sdk.catalog.results import Generation
+from unidiff_sdk.generation.options import GenerationOptions
+from unidiff_sdk.inference.encoder import Encoder
+
+from .context import Context, until_disconnected
+from .generation_routes import check_images, generation_response
+from .problems import ProblemError
+from .schemas import decoded_image
+
+__all__ = ["openai_routes"]
+
+MAX_INPUTS = 256
+
+
+class ImagesRequest(BaseModel):
+    """The body of images/generations. Other members of OpenAI's API are refused: they would have no effect."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    model: str | None = Field(None, description="Ignored: a server has one model.")
+    n: int = 1
+    size: str | None = Field(None, description='"512x512"; default: the size that the model was trained at.')
+    response_format: Literal["b64_json"] = "b64_json"
+    user: str | None = Field(None, description="Ignored.")
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str = ""
+
+
+class ImageInput(BaseModel):
+    """An image to embed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(description="An image file in base64, or a data: URL.")
+
+
+class EmbeddingsRequest(BaseModel):
+    """The body of embeddings: texts, and images as {"image": BASE64}."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: str | ImageInput | list[str | ImageInput]
+    model: str | None = Field(None, description="Ignored: a server has one model.")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = Field(None, description="Ignored.")
+
+
+def openai_routes(context: Context) -> APIRouter:
+    """The routes of OpenAI's API that a catalog has an answer for."""
+    router = APIRouter(prefix="/v1", dependencies=[Depends(context.limits.read)], tags=["OpenAI-compatible"])
+    encoding = asyncio.Lock()  # an encoder uses all cores
+
+    @router.post("/images/generations")
+    async def generations(request: Request, body: ImagesRequest) -> dict[str, Any]:
+        """Generate images."""
+        width, height = _size(body.size)
+        arguments = body.model_dump(exclude={"prompt", "model", "size", "response_format", "user"})
+        return await _generate(context, request, body.prompt, arguments | {"width": width, "height": height})
+
+    @router.post("/images/edits")
+    async def edits(request: Request) -> dict[str, Any]:
+        """Change an image, or repaint what a mask marks: where it is transparent, as OpenAI's API defines it."""
+        async with request.form(max_files=8, max_fields=32) as form:
+            image, mask = form.get("image") or form.get("image[]"), form.get("mask")
+            if not isinstance(image, UploadFile):
+                raise ProblemError(422, "The request has another form", "The form has no file in the field 'image'.")
+            fields = {name: value for name, value in form.items() if isinstance(value, str)}
+            source = await image.read()
+            repaint = await mask.read() if isinstance(mask, UploadFile) else None
+        body = ImagesRequest.model_validate({key: value for key, value in fields.items() if key != "strength"})
+        strength = _number("strength", fields["strength"]) if "strength" in fields else None
+        width, height = _size(body.size)
+        arguments: dict[str, Any] = body.model_dump(exclude={"prompt", "model", "size", "response_format", "user"})
+        arguments |= {"width": width, "height": height, "like": source, "strength": strength}
+        if repaint is not None:
+            arguments["mask"] = await in_thread(lambda: _bright_where_transparent(repaint))
+        return await _generate(context, request, body.prompt, arguments)
+
+    @router.post("/embeddings")
+    async def embeddings(request: Request, body: EmbeddingsRequest) -> dict[str, Any]:
+        """Embed texts and images with the model of the catalog: unit vectors."""
+        inputs = body.input if isinstance(body.input, list) else [body.input]
+        if not 1 <= len(inputs) <= MAX_INPUTS:
+            raise ProblemError(422, "An argument is invalid", f"input holds {len(inputs)}; give 1 to {MAX_INPUTS}.")
+        bundle = await in_thread(lambda: context.catalog.bundle)
+        if body.dimensions not in (None, bundle.dim):
+            raise ProblemError(
+                422, "An argument is invalid", f"dimensions is {body.dimensions}; this model has {bundle.dim}."
+            )
+        files = {
+            n: decoded_image(f"input.{n}.image", each.image)
+            for n, each in enumerate(inputs)
+            if isinstance(each, ImageInput)
+        }
+        async with context.searches.entered(context.settings.timeout), encoding:
+            vectors = await until_disconnected(request, in_thread(lambda: _embed(Encoder(bundle), inputs, files)))
+        data = [
+            {"object": "embedding", "index": n, "embedding": _encoded(vector, body.encoding_format)}
+            for n, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": 0, "total_tokens": 0}
+        return {"object": "list", "model": bundle.name, "data": data, "usage": usage}
+
+    return router
+
+
+async def _generate(context: Context, request: Request, prompt: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    context.log(request, prompt=prompt)
+    check_images(context, GenerationOptions(**arguments))
+    async with context.generations.entered(context.settings.timeout):
+        generation: Generation = await until_disconnected(request, context.catalog.agenerate(prompt, **arguments))
+    context.metrics.add_images(generation.generated)
+    images = generation_response(generation).images
+    return {"created": int(time.time()), "data": [{"b64_json": each.image, "seed": each.seed} for each in images]}
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None or size == "auto":
+        return None, None
+    width, x, height = size.partition("x")
+    if not (x and width.isdecimal() and height.isdecimal() and len(size) < 16):
+        raise ProblemError(422, "An argument is invalid", f'size is {size!r:.40}; give it as "512x512".')
+    return int(width), int(height)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ProblemError(422, "An argument is invalid", f"{name} is {text!r:.40}; give a number.") from error
+
+
+def _bright_where_transparent(mask: bytes) -> np.ndarray[Any, Any]:
+    """The mask of `Catalog.generate` from OpenAI's, whose transparent pixels are to be repainted: uint8[h, w, 3]."""
+    white, black = (np.asarray(load_image(mask, background=color)).astype(np.int16) for color in ("white", "black"))
+    bright: np.ndarray[Any, Any] = np.clip(white - black, 0, 255).astype(np.uint8)
+    return bright
+
+
+def _embed(
+    encoder: Encoder, inputs: list[str | ImageInput], files: dict[int, bytes | None]
+) -> list[np.ndarray[Any, Any]]:
+    texts = {n: each for n, each in enumerate(inputs) if isinstance(each, str)}
+    vectors: dict[int, np.ndarray[Any, Any]] = {}
+    if texts:
+        vectors |= zip(texts, encoder.encode_texts(list(texts.values())), strict=True)
+    if files:
+        images = [load_image(data or b"") for data in files.values()]
+        vectors |= zip(files, encoder.encode_images(images), strict=True)
+    return [vectors[n] for n in range(len(inputs))]
+
+
+def _encoded(vector: np.ndarray[Any, Any], encoding: str) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return [float(value) for value in vector]

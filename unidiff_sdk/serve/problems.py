@@ -1,0 +1,116 @@
+"""Errors as `application/problem+json` (RFC 9457): one table from the errors of the SDK to HTTP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from unidiff_sdk._internal.text import terminal_safe
+from unidiff_sdk.errors import (
+    BundleError,
+    BusyError,
+    DataError,
+    FilterError,
+    GenerationError,
+    ImageError,
+    OptionError,
+    ProviderError,
+    StoreError,
+    UniDiffError,
+)
+
+__all__ = ["PROBLEM", "ProblemError", "add_error_handlers", "problem_of"]
+
+PROBLEM = "application/problem+json"
+RETRY_SECONDS = 2  # after 429 and 503
+_log = logging.getLogger(__name__)
+
+# The first class that an error belongs to decides. Messages of the others are for the operator: they name files.
+STATUS: tuple[tuple[type[UniDiffError], int, str], ...] = (
+    (FilterError, 422, "The filter is invalid"),
+    (OptionError, 422, "An argument is invalid"),
+    (ImageError, 422, "An image cannot be used"),
+    (BusyError, 429, "Too many requests at the same time"),
+    (DataError, 422, "The data is invalid"),
+    (GenerationError, 500, "The image could not be generated"),
+    (BundleError, 501, "The model of this catalog cannot do that"),
+    (ProviderError, 503, "The model is not available"),
+    (StoreError, 503, "The catalog is not available"),
+    (UniDiffError, 500, "The request failed"),
+)
+CALLERS_OWN = (422, 429, 501)  # whose messages concern the request
+
+
+class ProblemError(Exception):
+    """A response that reports a problem.
+
+    Args:
+        status: the HTTP status.
+        title: what is wrong, the same for all problems of this kind.
+        detail: what is wrong with this request, and what to do.
+        headers: further headers.
+    """
+
+    def __init__(self, status: int, title: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.title, self.detail, self.headers = status, title, detail, dict(headers or {})
+
+    def content(self, request_id: str | None) -> dict[str, Any]:
+        """The members of the problem, as RFC 9457 names them."""
+        return {
+            "type": "about:blank",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            **({"request_id": request_id} if request_id else {}),
+        }
+
+
+def problem_of(error: BaseException) -> ProblemError:
+    """The problem that reports an error. An unexpected error says nothing about its cause; the log has it."""
+    if isinstance(error, ProblemError):
+        return error
+    for kind, status, title in STATUS:
+        if isinstance(error, kind):
+            headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+            detail = terminal_safe(str(error)) if status in CALLERS_OWN else "The log of the server has the reason."
+            return ProblemError(status, title, detail, headers)
+    if isinstance(error, TimeoutError):
+        return ProblemError(504, "The request took too long", "It was cancelled. Ask for fewer or smaller images.")
+    return ProblemError(500, "Internal error", "The log of the server has the reason.")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make an application answer all errors as problems."""
+
+    async def respond(request: Request, error: Exception) -> JSONResponse:
+        problem = problem_of(error)
+        request_id = getattr(request.state, "request_id", None)
+        if problem.status >= 500:
+            _log.error("request %s: %s", request_id, problem.title, exc_info=error)
+        return JSONResponse(problem.content(request_id), problem.status, problem.headers, media_type=PROBLEM)
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        reasons = [
+            f"{'.'.join(str(part) for part in each['loc'] if part != 'body') or 'body'}: {each['msg']}"
+            for each in error.errors()[:5]
+        ]
+        detail = terminal_safe("; ".join(reasons))[:1000]
+        return await respond(request, ProblemError(422, "The request has another form", detail))
+
+    async def of_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        return await respond(request, ProblemError(error.status_code, str(error.detail), str(error.detail), headers))
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, of_http)
+    for kind in (ProblemError, UniDiffError, TimeoutError, Exception):
+        app.add_exception_handler(kind, respond)

@@ -1,0 +1,182 @@
+"""What requests and responses contain. Ranges are checked by the SDK, which names the accepted values."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .problems import ProblemError
+
+__all__ = [
+    "ColumnsChange",
+    "DeleteRequest",
+    "GenerateRequest",
+    "GeneratedImage",
+    "GenerationResponse",
+    "HitResponse",
+    "ItemInput",
+    "ItemsRequest",
+    "PageResponse",
+    "SearchRequest",
+    "decoded_image",
+]
+
+Id = str | int
+ImageData = Annotated[
+    str, Field(description="An image file in base64 (also URL-safe), or a data: URL.", examples=["iVBORw0KGgo…"])
+]
+
+
+class Request(BaseModel):
+    """A body whose members are known. An unknown one is an error: it would be ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SearchRequest(Request):
+    """The arguments of `Catalog.search`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={
+            "examples": [
+                {"text": "red striped dress", "limit": 12, "where": {"price": {"lt": 80}}},
+                {"text": "but in blue", "like": "D-17", "weights": {"text": 0.6, "like": 0.4}},
+            ]
+        },
+    )
+
+    text: str | None = None
+    image: ImageData | None = None
+    like: Id | list[Id] | None = Field(None, description="Ids of items to approach. They are excluded from the hits.")
+    unlike: Id | list[Id] | None = Field(None, description="Ids of items to avoid.")
+    without: str | list[str] | None = Field(None, description="Texts to avoid.")
+    vector: list[float] | None = Field(None, description="An embedding by the model of this catalog.")
+    weights: dict[str, float] | None = Field(None, description='By name, as in {"text": 2, "image": 1}.')
+    imagine: int = Field(0, description="Also search with this number of generated images, up to 16.")
+    limit: int = Field(10, description="The maximum number of hits.")
+    offset: int = 0
+    cursor: str | None = Field(None, description="The cursor of the previous page, instead of offset.")
+    where: dict[str, Any] | None = Field(None, description='A filter on the columns: {"price": {"lt": 80}}.')
+    min_score: float | None = None
+    diversity: float | None = Field(None, description="0 to 1, the weight of variety against similarity.")
+    group_by: str | None = Field(None, description="Only the best item of each value of this column.")
+    hybrid: bool | float = Field(False, description="Also rank by the words of the captions.")
+    rerank: bool | int = Field(False, description="Re-rank this number of best hits with the generator.")
+
+
+class GenerateRequest(Request):
+    """The arguments of `Catalog.generate`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"prompt": "purple dotted boots", "n": 4, "seed": 7}]},
+    )
+
+    prompt: str
+    negative_prompt: str = ""
+    n: int = 1
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    sampler: str | None = None
+    width: int | None = None
+    height: int | None = None
+    long_prompts: str = "truncate"
+    like: Id | None = Field(None, description="The id of an item to start from.")
+    image: ImageData | None = Field(None, description="An image to start from, instead of an item.")
+    strength: float | None = None
+    mask: ImageData | None = Field(None, description="With like or image: bright where to repaint.")
+    best_of: int | None = None
+    min_score: float | None = None
+    max_similarity: float | None = None
+    budget: int | None = None
+
+
+class ItemInput(Request):
+    """One item to add."""
+
+    image: ImageData
+    id: Id | None = Field(None, description="Default: a hash of image and caption.")
+    text: str | None = Field(None, description="The caption.")
+    columns: dict[str, Any] = Field(default_factory=dict)
+
+
+class ItemsRequest(Request):
+    """Items to add. Those with the id of a stored item replace it."""
+
+    items: list[ItemInput] = Field(min_length=1, max_length=256)
+
+
+class DeleteRequest(Request):
+    """Items to delete."""
+
+    ids: list[Id] = Field(min_length=1, max_length=10_000)
+
+
+class ColumnsChange(Request):
+    """Columns to change. null removes a column."""
+
+    columns: dict[str, Any]
+
+
+class HitResponse(BaseModel):
+    """One item."""
+
+    id: Id
+    score: float
+    text: str | None
+    columns: dict[str, Any]
+    image: str = Field(description="The path of the image on this server. ?size=128 returns a thumbnail.")
+    rerank_score: float | None = None
+    gain: float | None = None
+
+
+class PageResponse(BaseModel):
+    """A page of hits, best first."""
+
+    hits: list[HitResponse]
+    offset: int
+    limit: int
+    took_ms: float
+    cursor: str | None = Field(description="For the next page; null on the last one.")
+
+
+class GeneratedImage(BaseModel):
+    """One generated image, and what reproduces it."""
+
+    image: str = Field(description="A PNG in base64, with its recipe in the metadata.")
+    score: float
+    seed: int
+    nearest: HitResponse | None
+    recipe: dict[str, Any]
+
+
+class GenerationResponse(BaseModel):
+    """Generated images, the best first."""
+
+    images: list[GeneratedImage]
+    took_ms: float
+    generated: int
+    rejected: dict[str, int]
+
+
+def decoded_image(name: str, data: str | None) -> bytes | None:
+    """The file in a base64 text or data: URL. Raises ProblemError if it is neither."""
+    if data is None:
+        return None
+    if data.startswith("data:"):
+        header, comma, data = data.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise ProblemError(422, "An image cannot be used", f"{name} is a data: URL without base64 data.")
+    standard = "".join(data.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ProblemError(422, "An image cannot be used", f"{name} is not base64 ({error}).") from error
