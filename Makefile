@@ -28,13 +28,16 @@ demo: $(DEMO_VENV)/.ready ## index, search and generate without PyTorch; writes 
 	@$(DEMO_VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.ready ## the quick test suite
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not browser" $(ARGS)
+
+test-browser: $(VENV)/.ready ## the storefront in Chromium, which must be installed
+	$(VENV)/bin/python -m pytest tests/browser $(ARGS)
 
 test-all: $(VENV)/.ready ## the whole test suite
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 coverage: $(VENV)/.ready ## the quick test suite with branch coverage; writes coverage.xml
-	$(VENV)/bin/python -m pytest -m "not slow" --cov --cov-report=term-missing:skip-covered --cov-report=xml $(ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not browser" --cov --cov-report=term-missing:skip-covered --cov-report=xml $(ARGS)
 
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
 	$(OPTIMUM_VENV)/bin/python -m pytest tests/export/test_optimum.py $(ARGS)
@@ -141,5 +144,5 @@ $(RELEASE_VENV)/.ready: .ci/requirements-release.txt
 	@$(@D)/bin/python $(PIP) -r $<
 	@touch $@
 
-.PHONY: help dev demo test test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
+.PHONY: help dev demo test test-browser test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
 	bench-ci soak soak-short lint docs notebooks dist smoke-test clean

@@ -25,7 +25,7 @@ def test_columns_change_and_the_rest_stays(catalog: Catalog, tmp_path: Path) -> 
     before = catalog.get(7)
     score = catalog.search(before.text, limit=1)[0].score
     assert catalog.update(7, {"price": 3, "stock": True, "tags": None})
-    after = catalog.get(before)
+    after = catalog.get(before.id)
     assert after.payload == {"price": 3, "stock": True, "note": None}  # only what was named is removed
     assert (after.text, after.uri, after.sha256) == (before.text, before.uri, before.sha256)
     hit = catalog.search(before.text, where={"stock": True}, limit=1)[0]

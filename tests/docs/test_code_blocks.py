@@ -36,6 +36,7 @@ REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/export.md": (3, "exports three times, for minutes, and needs a key and data"),
     "docs/guides/gpu.md": (1, "exports for a GPU, for minutes"),
     "docs/guides/reindex.md": (2, "needs a bundle of another model"),
+    "docs/guides/serve.md": (6, "a server runs until it is stopped"),
     "docs/guides/train.md": (2, "trains for minutes"),
 }
 

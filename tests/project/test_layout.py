@@ -20,7 +20,8 @@ ALLOWED = {
     "retrieval": {"inference", "store"},
     "generation": {"inference"},
     "catalog": {"retrieval", "generation", "inference", "store", "datasets"},
-    "cli": {"catalog", "retrieval", "generation", "inference", "store", "datasets"},
+    "serve": {"catalog", "retrieval", "generation", "inference", "store"},
+    "cli": {"serve", "catalog", "retrieval", "generation", "inference", "store", "datasets"},
     "__main__": {"cli"},
 }
 # The same within `training`, from the lowest to the highest: a package imports only those before it.
@@ -117,5 +118,6 @@ def test_no_folder_outgrows_its_idea() -> None:
                 for entry in place.iterdir()
                 if entry.suffix in {".py", ""} and entry.name not in {"__init__.py", "__pycache__"}
             }
-            limit = LARGEST_FOLDER + (2 if place == SOURCES["unidiff_sdk"] else 0)
+            # The top level holds `errors`, `__main__` and `models` besides its packages, one for each concern.
+            limit = LARGEST_FOLDER + (3 if place == SOURCES["unidiff_sdk"] else 0)
             assert len(entries) <= limit, f"{package}: {place.name} holds {len(entries)}: {', '.join(sorted(entries))}"

@@ -158,7 +158,7 @@ def test_an_invalid_item_stores_nothing(client: TestClient, catalog: Catalog) ->
         ("/v1/search", {"image": "AAAA"}, "image"),
         ("/v1/search", {"image": "/etc/passwd"}, "image"),
         ("/v1/search", {"like": "nothing"}, "nothing"),
-        ("/v1/search", [], "body"),
+        ("/v1/search", [], "object"),
         ("/v1/generate", {"prompt": ""}, "prompt"),
         ("/v1/generate", {"prompt": "x", "n": 0}, "n is 0"),
         ("/v1/generate", {"prompt": "x", "n": 1000}, "1000 images"),

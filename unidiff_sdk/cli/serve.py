@@ -28,7 +28,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     unidiff serve shop.catalog
     unidiff serve shop.catalog --allow-writes --port 9000
     unidiff serve shop.catalog --host 0.0.0.0 --api-keys keys.txt --rate 20
-    unidiff serve https://qdrant.example:6333 --images shop.images --qdrant-api-key-file key.txt
+    unidiff serve http://localhost:6333 --images shop.images
     """,
 )
 @click.argument("catalog")

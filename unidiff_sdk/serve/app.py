@@ -13,12 +13,12 @@ from fastapi.staticfiles import StaticFiles
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.errors import UniDiffError
 
-from .catalog_routes import catalog_routes
 from .context import Context
-from .generation_routes import generation_routes
 from .middleware import RequestMiddleware
-from .openai_routes import openai_routes
 from .problems import ProblemError, add_error_handlers
+from .routes.catalog import catalog_routes
+from .routes.generation import generation_routes
+from .routes.openai import openai_routes
 from .schemas import GenerateRequest, ItemsRequest, SearchRequest
 from .settings import ServerSettings
 

@@ -18,10 +18,9 @@ from unidiff_sdk.catalog.results import Generated, Generation
 from unidiff_sdk.generation.generator import Preview
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import encode
-
-from .context import Context, hit_response, json_line, until_disconnected
-from .problems import ProblemError, problem_of
-from .schemas import GeneratedImage, GenerateRequest, GenerationResponse, decoded_image
+from unidiff_sdk.serve.context import Context, hit_response, json_line, until_disconnected
+from unidiff_sdk.serve.problems import ProblemError, problem_of
+from unidiff_sdk.serve.schemas import GeneratedImage, GenerateRequest, GenerationResponse, decoded_image
 
 __all__ = ["check_images", "generation_response", "generation_routes"]
 

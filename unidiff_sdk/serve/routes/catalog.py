@@ -11,11 +11,17 @@ from fastapi.responses import JSONResponse
 
 from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.retrieval.results import Hit
-from unidiff_sdk.store.images import THUMBNAIL_SIZE
-
-from .context import Context, body_of, form_schema, hit_response, page_response, until_disconnected, where_of
-from .problems import ProblemError
-from .schemas import (
+from unidiff_sdk.serve.context import (
+    Context,
+    body_of,
+    form_schema,
+    hit_response,
+    page_response,
+    until_disconnected,
+    where_of,
+)
+from unidiff_sdk.serve.problems import ProblemError
+from unidiff_sdk.serve.schemas import (
     ColumnsChange,
     DeleteRequest,
     HitResponse,
@@ -24,6 +30,7 @@ from .schemas import (
     SearchRequest,
     decoded_image,
 )
+from unidiff_sdk.store.images import THUMBNAIL_SIZE
 
 __all__ = ["catalog_routes"]
 
@@ -90,6 +97,8 @@ def catalog_routes(context: Context) -> list[APIRouter]:
     @reading.get("/items/{id:path}/image", response_class=Response)
     async def image(request: Request, id: str, size: int | None = None) -> Response:
         """The original image, or a smaller WebP: `size` is the longer side, one of 128, 256, 512 and 1024."""
+        if not request.scope["raw_path"].endswith(b"/image"):  # the id itself ends so, with an encoded slash
+            return JSONResponse(hit_response(await context.item(f"{id}/image")).model_dump())
         if size is not None and size not in SIZES:
             raise ProblemError(422, "An argument is invalid", f"size is {size}; give one of {SIZES}, or omit it.")
         hit = await context.item(id)

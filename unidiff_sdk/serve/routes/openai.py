@@ -17,11 +17,11 @@ from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.results import Generation
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.serve.context import Context, until_disconnected
+from unidiff_sdk.serve.problems import ProblemError
+from unidiff_sdk.serve.schemas import decoded_image
 
-from .context import Context, until_disconnected
-from .generation_routes import check_images, generation_response
-from .problems import ProblemError
-from .schemas import decoded_image
+from .generation import check_images, generation_response
 
 __all__ = ["openai_routes"]
 
