@@ -13,27 +13,49 @@ from typing import Any
 
 import click
 import numpy as np
-from ablation import DEVELOPMENT, PER_PROMPT, REAL, RESULT, Run, score
+from ablation import PER_PROMPT, REAL, RESULT, Run, score
+from bases import SYNTHETIC
 
 from unidiff_sdk._internal.pages.charts import Line, line_chart
-from unidiff_sdk.training.evaluation.metrics import paired_bootstrap
+from unidiff_sdk.training.evaluation.metrics import Interval, paired_bootstrap
 
 PAGE = RESULT.parent.parent / "QUALITY.md"
-REFERENCE = "ITC + IS"
-# Separate tuning gives two checkpoints. The half that a checkpoint does not tune is not compared.
-UNTUNED = {("hit", "SD alone"), ("all_right", "CLIP alone")}
+JOINT, HARD = "ITC + IS", "ITC + IS, hard negatives"
+# What each arm is compared with: the same model without the term, or the model tuned for its half alone.
+REFERENCES = {
+    "CLIP alone": "base",
+    "CLIP alone, hard negatives": "CLIP alone",
+    "SD alone": "base",
+    "SD and text": "SD alone",
+    JOINT: "CLIP alone",
+    HARD: JOINT,
+    "RSC encoder": HARD,
+    "RSC generator": HARD,
+    "RSC encoder and generator": HARD,
+    "RSC reward": HARD,
+}
+# The half that an arm does not tune is not compared.
+UNTUNED = {
+    **dict.fromkeys([("all_right", "CLIP alone"), ("all_right", "CLIP alone, hard negatives")]),
+    **dict.fromkeys([(column, "SD alone") for column in ("search", "reranked")]),
+}
+COLUMNS = {"search": "R@1", "reranked": "R@1 re-ranked", "all_right": "all attributes right"}
 # name, title, digits; a domain without a figure omits its column
 FIGURES = (
-    ("r@1", "R@1", 3),
-    ("all_right", "all attributes correct", 3),
-    ("attributes_right", "attributes correct", 3),
+    ("search_r@1", "R@1 of text queries", 3),
+    ("reranked_r@1", "re-ranked", 3),
+    ("r@1", "R@1, both directions", 3),
+    ("all_right", "all attributes right", 3),
+    ("attributes_right", "attributes right", 3),
     ("kid", "KID", 4),
     ("cmmd", "CMMD", 3),
     ("diversity", "diversity of a prompt", 3),
     ("nearest_training_image", "nearest training image", 3),
     ("image_effective_rank", "effective rank, images", 1),
     ("retained_r@1", "retained R@1 on the base data", 3),
+    ("seconds", "seconds of tuning", 0),
 )
+SUMMARY = ("search_r@1", "reranked_r@1", "all_right", "retained_r@1", "image_effective_rank", "diversity")
 FLOORS = {
     "kid": "kid_floor",
     "cmmd": "cmmd_floor",
@@ -41,112 +63,227 @@ FLOORS = {
 }
 
 METHOD = """
-Each arm is tuned for {steps} steps with batch size {batch_size} on {pairs} pairs of a catalog that its base has never
-seen. It is evaluated on pairs that no arm was tuned on: a gallery of up to {gallery} pairs, and {prompts} prompts with
-{per_prompt} images each, generated from the same noise in 20 guided steps. Three settings per arm were tried on the
-validation pairs of {development}. The best setting was run once on the test pairs of each catalog. RSC was searched at
-the learning rate of ITC + IS. The judge is frozen and was trained on other renderings. R@1 is the mean of both
-directions. The score is the mean of R@1 and "all attributes correct", or the one of them that the arm tunes; ties go to
-the first setting. Figures are means over seeds, followed by the lowest and the highest seed. The synthetic catalogs are
-rendered images. KID and CMMD are unbiased estimates and may be below zero. Intervals come from a bootstrap over seeds
-and over pairs or prompts, without correction for multiple comparisons. Arms have the same number of steps, not the same
-time.
+Each arm is tuned for {common[steps]} steps with batch size {common[batch_size]} on pairs of a catalog that its base has
+never seen. It is evaluated on pairs that no arm was tuned on: a gallery of up to {gallery} pairs, whose captions are
+the queries, and {prompts} prompts with {per_prompt} images each, generated from the same noise in {sampler_steps}
+guided steps ({sampler}, scale {guidance:g}). An image is right for a caption if it has the same attributes (synthetic
+catalogs) or the same caption. "Re-ranked" is `search(rerank={rerank[candidates]})` with timesteps
+{rerank[timesteps]} and weight {rerank[weight]:g}, by the UNet of the same arm. The judge of generated images is frozen
+and was trained on other renderings.
 
-In the joint arms, synthesis trains the text tower as well. SD alone leaves it frozen, as common scripts do. "SD and
-text" separates the two effects: it tunes the UNet and the text tower by synthesis alone, with the same three settings
-and seeds, and a frozen image tower. It was declared after the results of the other arms were known, because of them.
+Two settings per arm were tried on the validation pairs of ecommerce-product with {sizes[0]} pairs and one seed. The
+better one was frozen and run on the test pairs. The score is the mean of R@1 in both directions and "all attributes
+right", or the one of them that the arm tunes; ties go to the first setting. RSC arms include the hard negatives and the
+settings chosen for "ITC + IS, hard negatives".
 
-Limits: the learning rate of SD alone was chosen among scores near zero. RSC both has a third term, on generated images,
-which was not tried alone.
+Figures are means over seeds, followed by the lowest and the highest seed. KID and CMMD are unbiased estimates and may
+be below zero. Intervals come from a bootstrap over seeds and over queries or prompts, without correction for multiple
+comparisons. Arms have the same number of steps, not the same time.
 
 A base without one synthetic catalog is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
 {base_steps[unet]}. Its VAE and tokenizer come from the built-in base and have seen all three catalogs. {real} is tuned
-from the built-in base.
+from the built-in base, on real images.
 """
 
 Result = Mapping[str, Any]
-Runs = Mapping[tuple[str, str], list[Mapping[str, Any]]]  # by domain and arm; sorted by seed
+Key = tuple[int, str, str]  # pairs, domain, arm
+Runs = Mapping[Key, list[Mapping[str, Any]]]  # sorted by seed
 
 
 @click.command()
 @click.option("--result", type=click.Path(path_type=Path, exists=True), default=RESULT)
 @click.option("--page", type=click.Path(path_type=Path), default=PAGE)
 def main(result: Path, page: Path) -> None:
-    """Write the page and its plot."""
+    """Write the page and its plots."""
     content = json.loads(result.read_text(encoding="utf-8"))
-    (result.parent / "ablation.svg").write_text(plot(content) + "\n", encoding="utf-8")
-    page.write_text("\n".join(lines(content, result.parent, page)) + "\n", encoding="utf-8")
+    runs = tested(content)
+    for pairs in sizes(runs):
+        file = result.parent / f"ablation-{pairs}.svg"
+        file.write_text(plot(pairs, content["declared"], runs) + "\n", encoding="utf-8")
+    page.write_text("\n".join(lines(content, runs, result.parent, page)) + "\n", encoding="utf-8")
     click.echo(f"{page}: {len(content['runs'])} runs")
 
 
 def tested(content: Result) -> Runs:
-    """Return the runs of the test phase."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """Return the runs of the test phase. The base, which is tuned on nothing, counts for every number of pairs."""
+    found: dict[Key, list[Mapping[str, Any]]] = {}
     for one in sorted(content["runs"], key=lambda one: one["run"]["seed"]):
-        if one["run"]["phase"] == "test":
-            found.setdefault((one["run"]["domain"], one["run"]["arm"]), []).append(one)
-    return found
+        run = one["run"]
+        if run["phase"] == "test":
+            every = content["declared"]["sizes"] if run["arm"] == "base" else [run["pairs"]]
+            for pairs in every:
+                found.setdefault((pairs, run["domain"], run["arm"]), []).append(one)
+    tuned = {(pairs, domain) for pairs, domain, arm in found if arm != "base"}
+    return {key: some for key, some in found.items() if key[:2] in tuned}
 
 
-def lines(content: Result, folder: Path, page: Path) -> Iterator[str]:
+def sizes(runs: Runs) -> list[int]:
+    """Return the numbers of pairs that have results."""
+    return sorted({pairs for pairs, _, _ in runs})
+
+
+def synthetic_domains(pairs: int, runs: Runs) -> list[str]:
+    """Return the synthetic catalogs that have results for a number of pairs."""
+    return [domain for domain in SYNTHETIC if any(key[:2] == (pairs, domain) for key in runs)]
+
+
+def lines(content: Result, runs: Runs, folder: Path, page: Path) -> Iterator[str]:
     """Yield the lines of the page."""
-    declared, runs = content["declared"], tested(content)
-    common = declared["common"]
-    yield "# The gain of each term of the joint objective"
+    declared = content["declared"]
+    yield "# What joint tuning, RSC and re-ranking gain"
     yield ""
     yield "Generated by `benchmarks/quality.py` from `benchmarks/quality/ablation.json`; `make ablation` runs it."
-    yield ""
-    for paragraph in METHOD.format(**declared, **common, development=DEVELOPMENT, real=REAL).strip().split("\n\n"):
-        yield from [*textwrap.wrap(paragraph, 118), ""]
-    yield from chosen(content)
-    yield ""
-    yield f"{content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
+    yield from ["", "## In short", ""]
+    yield from answer(runs, declared)
     if not content["complete"]:
         yield ""
-        yield "**Incomplete: runs are missing.**"
-    yield ""
-    yield "![R@1 and images with all attributes correct, for each arm](quality/ablation.svg)"
+        yield f"**Incomplete**: {len(content['runs'])} runs so far. {coverage(runs, declared)}"
+    for pairs in sizes(runs):
+        domains = synthetic_domains(pairs, runs)
+        if domains:
+            yield from ["", f"## Tuned on {pairs} pairs", "", f"Means over {', '.join(domains)}.", ""]
+            yield from summary(pairs, domains, runs, declared)
+            yield from ["", f"![R@1 and attributes right, {pairs} pairs](quality/ablation-{pairs}.svg)"]
+    yield from ["", "## Generated images", ""]
+    yield "The first image of the first ten prompts, first seed."
     for domain in declared["domains"]:
-        arms = [arm for arm in declared["arms"] if (domain, arm) in runs]
-        if arms:
-            yield from ["", f"## {domain}", ""]
-            yield from table(domain, arms, runs)
-            yield from ["", *differences(domain, arms, runs)]
-            yield from ["", *sheets(domain, arms, runs, folder, page)]
+        pairs = sizes(runs)[0] if runs else 0
+        found = list(sheets(pairs, domain, declared["arms"], runs, folder, page))
+        yield from ["", f"### {domain}", "", *found] if found else []
+    yield from ["", "## How it was measured", ""]
+    for paragraph in METHOD.format(**declared, real=REAL).strip().split("\n\n"):
+        yield from [*textwrap.wrap(paragraph, 118), ""]
+    yield from bases(content)
+    yield f"{content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
+    yield from ["", "## Settings tried", ""]
+    yield from chosen(content)
+    for pairs in sizes(runs):
+        for domain in declared["domains"]:
+            arms = [arm for arm in declared["arms"] if (pairs, domain, arm) in runs]
+            if arms:
+                yield from ["", f"## {domain}, {pairs} pairs", ""]
+                yield from table(pairs, domain, arms, runs)
+                yield from ["", *differences(pairs, domain, arms, runs)]
 
 
-def chosen(content: Result) -> Iterator[str]:
-    """Yield the table of the settings tried, their scores on the validation pairs, and the chosen settings."""
-    common, runs = content["declared"]["common"], tested(content)
-    scores = {
-        (one["run"]["arm"], one["run"]["setting"]): score(one["run"]["arm"], one["figures"])
-        for one in content["runs"]
-        if one["run"]["phase"] == "development"
-    }
-    yield "| arm | settings and their scores | chosen options |"
-    yield "|---|---|---|"
-    for arm, settings in content["declared"]["settings"].items():
-        ran = [one for (_, name), some in runs.items() if name == arm for one in some if "options" in one]
-        if ran:
-            tried = "; ".join(f"{_format(setting)}: {scores[arm, i]:.3f}" for i, setting in enumerate(settings))
-            options = {name: value for name, value in ran[0]["options"].items() if name not in {*common, "seed"}}
-            yield f"| {arm} | {tried} | {_format(options)} |"
+# --- the answer ------------------------------------------------------------------------------------------------------
 
 
-def _format(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.3g}" if not isinstance(value, bool) else name for name, value in settings.items())
+def answer(runs: Runs, declared: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what each choice changes, as a list: over all numbers of pairs and synthetic catalogs."""
+    settings = [(pairs, domain) for pairs in sizes(runs) for domain in synthetic_domains(pairs, runs)]
+    tuned = [key for key in runs if key[:2] in settings and key[2] != "base"]
+    if not tuned:
+        return
+    alone = np.mean([mean(runs[key], "search_r@1") for key in tuned])
+    reranked = np.mean([mean(runs[key], "reranked_r@1") for key in tuned])
+    better = sum(mean(runs[key], "reranked_r@1") > mean(runs[key], "search_r@1") for key in tuned)
+    calls = declared["rerank"]["candidates"] * len(declared["rerank"]["timesteps"])
+    yield (
+        f"- **Re-ranking**: R@1 of text queries {alone:.3f} → {reranked:.3f} over all tuned models; better in {better} "
+        f"of {len(tuned)}. Each query costs {calls} rows of the UNet and no training."
+    )
+    for arm, other in REFERENCES.items():
+        effects = [effect for column in COLUMNS if (effect := pooled_effect(column, arm, other, settings, runs))]
+        if effects:
+            yield f"- **{arm}**, compared with {other}: {'; '.join(effects)}.{cost(arm, other, settings, runs)}"
 
 
-def table(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
+def pooled_effect(column: str, arm: str, other: str, settings: Sequence[tuple[int, str]], runs: Runs) -> str | None:
+    """Return the mean difference over settings, and in how many of them it is beyond chance."""
+    if (column, arm) in UNTUNED or (column, other) in UNTUNED:
+        return None
+    intervals = [found for setting in settings if (found := interval(column, (*setting, arm), (*setting, other), runs))]
+    if not intervals:
+        return None
+    difference = float(np.mean([each.difference for each in intervals]))
+    up, down = sum(each.low > 0 for each in intervals), sum(each.high < 0 for each in intervals)
+    beyond = [f"up in {up}"] * (up > 0) + [f"down in {down}"] * (down > 0)
+    verdict = f"beyond chance {' and '.join(beyond)} of {len(intervals)}" if beyond else "not beyond chance"
+    return f"{COLUMNS[column]} {difference:+.3f} ({verdict})"
+
+
+def cost(arm: str, other: str, settings: Sequence[tuple[int, str]], runs: Runs) -> str:
+    """Return the ratio of the tuning times as a sentence."""
+    if other == "base":
+        return ""
+    ratios = [
+        mean(runs[*setting, arm], "seconds") / mean(runs[*setting, other], "seconds")
+        for setting in settings
+        if (*setting, arm) in runs and (*setting, other) in runs
+    ]
+    return f" Time of a step: {np.median(ratios):.2f}x." if ratios else ""
+
+
+def coverage(runs: Runs, declared: Mapping[str, Any]) -> str:
+    """Return which settings have results, as a sentence."""
+    parts = []
+    for pairs in declared["sizes"]:
+        for domain in declared["domains"]:
+            seeds = [
+                len(some) for (n, name, arm), some in runs.items() if (n, name) == (pairs, domain) and arm != "base"
+            ]
+            if seeds:
+                parts.append(f"{domain} with {pairs} pairs: {len(seeds)} arms, {min(seeds)} to {max(seeds)} seeds")
+    return "; ".join(parts) + "." if parts else "None on test pairs."
+
+
+def interval(column: str, ours: Key, others: Key, runs: Runs) -> Interval | None:
+    """Return the difference of two arms, by a bootstrap over the seeds that both have and over queries or prompts."""
+    if ours not in runs or others not in runs:
+        return None
+    theirs = runs[others]
+    both = [
+        (units(column, one), units(column, theirs[0] if others[2] == "base" else theirs[number]))
+        for number, one in enumerate(runs[ours])
+        if column in one["columns"] and (others[2] == "base" or number < len(theirs))
+    ]
+    return paired_bootstrap(*(np.array(side, float) for side in zip(*both, strict=True))) if both else None
+
+
+def units(column: str, run: Mapping[str, Any]) -> list[float]:
+    """Return the bootstrap units: queries, or prompts with all their images."""
+    values = np.array(run["columns"][column], float)
+    return (values.reshape(-1, PER_PROMPT).mean(axis=1) if column == "all_right" else values).tolist()
+
+
+def mean(some: Sequence[Mapping[str, Any]], figure: str) -> float:
+    """Return the mean of a figure over seeds."""
+    return float(np.mean([one["figures"][figure] for one in some]))
+
+
+# --- tables and plots ------------------------------------------------------------------------------------------------
+
+
+def summary(pairs: int, domains: Sequence[str], runs: Runs, declared: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each arm: means over catalogs and seeds, and the time of a step compared with ITC + IS."""
+    titles = {name: title for name, title, _ in FIGURES}
+    digits = {name: n for name, _, n in FIGURES}
+    yield f"| | seeds | {' | '.join(titles[name] for name in SUMMARY)} | time of a step |"
+    yield f"|---|{'---|' * (len(SUMMARY) + 2)}"
+    for arm in declared["arms"]:
+        found = [runs[pairs, domain, arm] for domain in domains if (pairs, domain, arm) in runs]
+        if found:
+            cells = [f"{np.mean([mean(some, name) for some in found]):.{digits[name]}f}" for name in SUMMARY]
+            ratios = [
+                mean(runs[pairs, domain, arm], "seconds") / mean(runs[pairs, domain, JOINT], "seconds")
+                for domain in domains
+                if (pairs, domain, arm) in runs and (pairs, domain, JOINT) in runs
+            ]
+            time = f"{np.median(ratios):.2f}" if ratios and arm != "base" else ""
+            yield f"| {arm} | {sum(map(len, found))} | {' | '.join(cells)} | {time} |"
+
+
+def table(pairs: int, domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
     """Yield one line for each arm, and one for real images."""
-    shown = [figure for figure in FIGURES if figure[0] in runs[domain, arms[0]][0]["figures"]]
+    first = runs[pairs, domain, arms[0]][0]["figures"]
+    shown = [figure for figure in FIGURES if figure[0] in first]
     yield f"| | seeds | {' | '.join(title for _, title, _ in shown)} |"
     yield f"|---|{'---|' * (1 + len(shown))}"
     for arm in arms:
-        of_seeds = [one["figures"] for one in runs[domain, arm]]
+        of_seeds = [one["figures"] for one in runs[pairs, domain, arm]]
         cells = (spread([figures[name] for figures in of_seeds], digits) for name, _, digits in shown)
         yield f"| {arm} | {len(of_seeds)} | {' | '.join(cells)} |"
-    first = runs[domain, arms[0]][0]["figures"]
     floors = (f"{first[FLOORS[name]]:.{digits}f}" if name in FLOORS else "" for name, _, digits in shown)
     yield f"| *real images* | | {' | '.join(floors)} |"
 
@@ -157,64 +294,83 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def differences(domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
-    """Yield the difference of each arm from ITC + IS, by a bootstrap over the seeds and prompts of both."""
-    if (domain, REFERENCE) not in runs:
-        return
-    for column, title in (("hit", "R@1"), ("all_right", "all attributes correct")):
-        for arm in arms:
-            if arm in (REFERENCE, "base") or (column, arm) in UNTUNED:
+def differences(pairs: int, domain: str, arms: Sequence[str], runs: Runs) -> Iterator[str]:
+    """Yield the difference of each arm from its reference."""
+    for column, title in COLUMNS.items():
+        for arm, other in REFERENCES.items():
+            if arm not in arms or (column, arm) in UNTUNED or (column, other) in UNTUNED:
                 continue
-            both = [
-                (units(column, one), units(column, other))
-                for one, other in zip(runs[domain, arm], runs[domain, REFERENCE], strict=False)
-                if column in one["columns"]
-            ]
-            if both:
-                interval = paired_bootstrap(*(np.array(side, float) for side in zip(*both, strict=True)))
-                significant = "" if interval.low <= 0 <= interval.high else ", excludes 0"
+            found = interval(column, (pairs, domain, arm), (pairs, domain, other), runs)
+            if found:
+                significant = "" if found.low <= 0 <= found.high else ", excludes 0"
                 yield (
-                    f"- {title}, {arm} minus {REFERENCE}: {interval.difference:+.3f} "
-                    f"(95% interval: {interval.low:+.3f} to {interval.high:+.3f}{significant})"
+                    f"- {title}, {arm} minus {other}: {found.difference:+.3f} "
+                    f"(95% interval: {found.low:+.3f} to {found.high:+.3f}{significant})"
                 )
 
 
-def units(column: str, run: Mapping[str, Any]) -> list[float]:
-    """Return the bootstrap units: pairs, with both directions, or prompts, with all their images."""
-    values = np.array(run["columns"][column], float)
-    return (
-        values.reshape(2, -1).mean(axis=0) if column == "hit" else values.reshape(-1, PER_PROMPT).mean(axis=1)
-    ).tolist()
+def bases(content: Result) -> Iterator[str]:
+    """Yield what the bases generate right of the catalogs that they were trained on."""
+    if content["bases"]:
+        yield "| base without | type right | color right | both |"
+        yield "|---|---|---|---|"
+        for domain, shares in content["bases"].items():
+            yield f"| {domain} | {shares['type']:.3f} | {shares['colour']:.3f} | {shares['both']:.3f} |"
+        yield ""
 
 
-def sheets(domain: str, arms: Sequence[str], runs: Runs, folder: Path, page: Path) -> Iterator[str]:
+def chosen(content: Result) -> Iterator[str]:
+    """Yield the table of the settings tried and their scores on the validation pairs."""
+    scores = {
+        (one["run"]["arm"], one["run"]["setting"]): score(one["run"]["arm"], one["figures"])
+        for one in content["runs"]
+        if one["run"]["phase"] == "development"
+    }
+    yield "| arm | settings and their scores |"
+    yield "|---|---|"
+    for arm, settings in (content["declared"]["settings"] | content["declared"]["trials"]).items():
+        tried = [
+            f"{_format(setting)}: {scores[arm, i]:.3f}" for i, setting in enumerate(settings) if (arm, i) in scores
+        ]
+        if tried and arm != "base":
+            yield f"| {arm} | {'; '.join(tried)} |"
+
+
+def _format(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" if not isinstance(value, bool) else name for name, value in settings.items())
+
+
+def sheets(pairs: int, domain: str, arms: Sequence[str], runs: Runs, folder: Path, page: Path) -> Iterator[str]:
     """Yield links to the first image of the first ten prompts, for the first seed of each arm."""
     for arm in arms:
-        name = Run(**runs[domain, arm][0]["run"]).name.removesuffix(".json") + ".webp"
-        if (folder / "sheets" / name).exists():
-            yield f"{arm}<br>![{arm}]({(folder / 'sheets' / name).relative_to(page.parent)})<br>"
+        for one in runs.get((pairs, domain, arm), [])[:1]:
+            name = Run(**one["run"]).name.removesuffix(".json") + ".webp"
+            if (folder / "sheets" / name).exists():
+                yield f"{arm}<br>![{arm}]({(folder / 'sheets' / name).relative_to(page.parent)})<br>"
 
 
-def plot(content: Result) -> str:
-    """Return the chart of the arms' means in each domain."""
-    declared, runs = content["declared"], tested(content)
-    means = [
+def plot(pairs: int, declared: Mapping[str, Any], runs: Runs) -> str:
+    """Return the chart of the arms' means over the synthetic catalogs."""
+    domains, arms = synthetic_domains(pairs, runs), list(declared["arms"])
+    lines = [
         Line(
-            f"{domain}, {title}",
+            title,
             [
-                (number, float(np.mean([one["figures"][figure] for one in runs[domain, arm]])))
-                for number, arm in enumerate(declared["arms"])
-                if (domain, arm) in runs and figure in runs[domain, arm][0]["figures"]
+                (number, float(np.mean([mean(runs[pairs, domain, arm], figure) for domain in domains])))
+                for number, arm in enumerate(arms)
+                if domains and all((pairs, domain, arm) in runs for domain in domains)
             ],
-            dashed=figure != "r@1",
+            dashed=figure == "all_right",
         )
-        for domain in declared["domains"]
-        for figure, title in (("r@1", "R@1"), ("all_right", "all correct"))
+        for figure, title in (
+            ("search_r@1", "R@1"),
+            ("reranked_r@1", "R@1 re-ranked"),
+            ("all_right", "all attributes right"),
+        )
     ]
     # Non-breaking spaces keep each name on one line.
-    label = ", ".join(f"{number} {arm}".replace(" ", "\u00a0") for number, arm in enumerate(declared["arms"]))
-    lines = [line for line in means if line.points]
-    return line_chart("R@1 and images with all attributes correct", lines, x_label=label, y_max=1.0)
+    label = ", ".join(f"{number} {arm}".replace(" ", "\u00a0") for number, arm in enumerate(arms))
+    return line_chart(f"Tuned on {pairs} pairs", [line for line in lines if line.points], x_label=label, y_max=1.0)
 
 
 if __name__ == "__main__":
