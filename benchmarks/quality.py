@@ -33,6 +33,7 @@ REFERENCES = {
     "RSC generator": HARD,
     "RSC encoder and generator": HARD,
     "RSC reward": HARD,
+    "RSC pixel": HARD,
 }
 # The half that an arm does not tune is not compared.
 UNTUNED = {
