@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
-
 from unidiff_sdk._internal.warnings import warn
 
 from .lora import changes_text_encoder, merge_loras
@@ -18,6 +16,8 @@ def add_to_models(unet: Any, text_encoder: Any, tokenizer: Any, options: BaseOpt
     """Add what the options name to the models of a base, in place. Raises CheckpointError if something does not fit."""
     if not options.loras:
         return
+    from diffusers import StableDiffusionPipeline  # imports all pipelines' parts, which log what they lack
+
     absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     # Without a scheduler, as the pipeline would change its configuration.
     pipeline = StableDiffusionPipeline(
