@@ -216,3 +216,60 @@ def test_the_command_reports_wrong_options(tmp_path: Path) -> None:
             [sys.executable, "-m", "unidiff_sdk", "serve", *arguments], capture_output=True, text=True, timeout=60
         )
         assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_page_of_another_origin_cannot_change_the_catalog(catalog: Catalog) -> None:
+    files = {"image": catalog.browse(limit=1)[0].image_bytes()}
+    form = {"items": json.dumps({"items": [{"id": "new", "image": ""}]})}
+    with served(catalog, allow_writes=True, origins=("https://shop.example",)) as client:
+        for origin, status in (("https://evil.example", 403), ("null", 403), ("http://[", 403)):
+            response = client.post("/v1/items", data=form, files=files, headers={"Origin": origin})
+            assert response.status_code == status and catalog.get("new") is None
+        for headers in (
+            {"Origin": "https://shop.example"},
+            {"Origin": "http://testserver"},
+            {"Origin": "https://public.example", "Sec-Fetch-Site": "same-origin"},  # behind a proxy
+        ):
+            response = client.post("/v1/items", data=form, files=files, headers=headers)
+            assert response.status_code == 201 and catalog.delete("new")
+
+
+def test_other_names_of_the_host_are_refused(catalog: Catalog) -> None:
+    with served(catalog, hosts=("127.0.0.1", "[::1]")) as client:
+        for host, status in (("127.0.0.1:8000", 200), ("[::1]:80", 200), ("[::1]", 200), ("evil.example:8000", 421)):
+            assert client.get("/v1/columns", headers={"Host": host}).status_code == status
+
+
+def test_errors_of_stored_files_name_no_path(catalog: Catalog, client: TestClient) -> None:
+    hit = catalog.browse(limit=1)[0]
+    hit.image_path().unlink()
+    for response in (
+        client.get(f"/v1/items/{hit.id}/image"),
+        client.post("/v1/generate", json={"prompt": "boots", "like": hit.id}),
+    ):
+        assert response.status_code == 404 and "missing or damaged" in response.json()["detail"]
+        assert str(hit.image_path().parent) not in response.text
+
+
+def test_the_size_of_generated_images_is_limited(client: TestClient) -> None:
+    for path, size in (
+        ("generate", {"width": 100_000}),
+        ("generate", {"height": 1032}),
+        ("images/generations", {"size": "64x1032"}),
+    ):
+        response = client.post(f"/v1/{path}", json={"prompt": "boots"} | size)
+        assert response.status_code == 422 and "up to 1,024 pixels" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        ({"prompt": "x", "n": "many"}, "n: "),
+        ({"n": "1"}, "prompt: "),
+        ({"prompt": "x", "strength": "big"}, "strength"),
+        ({"prompt": "x", "unknown": "b"}, "unknown: "),
+    ],
+)
+def test_malformed_edits_are_client_errors(client: TestClient, form: dict[str, str], named: str) -> None:
+    response = client.post("/v1/images/edits", data=form, files={"image": b"no image"})
+    assert response.status_code == 422 and named in response.json()["detail"]

@@ -18,6 +18,7 @@ from .parameters import trusted_key_option
 __all__ = ["serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 @click.command(
@@ -43,10 +44,18 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
     "--api-keys", "key_file", type=click.Path(path_type=Path), help='File with lines "read HASH" or "write HASH".'
 )
 @click.option("--origin", "origins", multiple=True, metavar="URL", help="Origin that browsers may call the API from.")
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Name that requests may address the server by. Default: localhost without keys, else any.",
+)
 @click.option("--rate", default=0.0, help="Requests per second for each key or address. 0 (default): no limit.")
 @click.option("--max-body", default=32, show_default=True, metavar="MIB", help="Largest body of a request.")
 @click.option("--max-generations", default=16, show_default=True, help="Generations that run or wait at once.")
 @click.option("--max-images", default=64, show_default=True, help="Images that one request may generate.")
+@click.option("--max-size", default=1024, show_default=True, metavar="PX", help="Width and height of generated images.")
 @click.option("--timeout", default=120.0, show_default=True, metavar="S", help="Seconds until a request is cancelled.")
 @click.option("--log-texts", is_flag=True, help="Write queries and prompts into the log.")
 @click.option("--storefront/--no-storefront", default=True, help="Whether to serve the page at /.")
@@ -61,6 +70,7 @@ def serve(
     keys: Sequence[str],
     read_keys: Sequence[str],
     key_file: Path | None,
+    allowed_hosts: Sequence[str],
     max_body: int,
     images: Path | None,
     collection: str | None,
@@ -81,7 +91,8 @@ def serve(
     api_keys = ApiKeys(dict.fromkeys(read_keys, "read")) | ApiKeys(dict.fromkeys(keys, "write"))
     if key_file is not None:
         api_keys |= ApiKeys.read(key_file)
-    settings = ServerSettings(keys=api_keys, max_body=max_body << 20, **options)
+    hosts = (*LOOPBACK_NAMES, *allowed_hosts) if host in LOOPBACK and not api_keys else tuple(allowed_hosts)
+    settings = ServerSettings(keys=api_keys, max_body=max_body << 20, hosts=hosts, **options)
     if host not in LOOPBACK and not api_keys:
         echo(f"Warning: everyone who reaches {host} may use this server. Give --api-key or --api-keys.", err=True)
     remote = {"images": images, "collection": collection, "api_key": _key_in(qdrant_api_key_file)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -16,7 +18,7 @@ from starlette.datastructures import UploadFile
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.catalog.catalog import Catalog
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk.errors import ImageError, OptionError
 from unidiff_sdk.retrieval.results import Hit, Page
 
 from .limits import Gate, Limits
@@ -25,12 +27,22 @@ from .problems import ProblemError
 from .schemas import HitResponse, PageResponse
 from .settings import ServerSettings
 
-__all__ = ["Context", "body_of", "hit_response", "page_response", "until_disconnected", "where_of"]
+__all__ = [
+    "Context",
+    "body_of",
+    "hit_response",
+    "page_response",
+    "stored_images",
+    "until_disconnected",
+    "validated",
+    "where_of",
+]
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 MAX_FILES = 256  # of a multipart body
 _POLL_SECONDS = 0.2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,16 @@ def page_response(page: Page) -> PageResponse:
     )
 
 
+@contextmanager
+def stored_images() -> Iterator[None]:
+    """Raise ProblemError (404) in place of an ImageError, whose message names a file of the server."""
+    try:
+        yield
+    except ImageError as error:
+        _log.error("the image of an item cannot be read: %s", error)
+        raise ProblemError(404, "There is no such image", "The image of this item is missing or damaged.") from error
+
+
 def where_of(text: str | None) -> dict[str, Any] | None:
     """A filter from a parameter of the URL. Raises OptionError if it is not a JSON object."""
     return None if text is None else parse_json(text, "where", kind=dict, error=OptionError)
@@ -120,8 +142,13 @@ async def body_of(request: Request, model: type[M], name: str) -> tuple[M, list[
             files = [await value.read() for value in form.getlist("image") if isinstance(value, UploadFile)]
     else:
         raise ProblemError(415, "The body has another type", "Send application/json or multipart/form-data.")
+    return validated(lambda: model.model_validate_json(text), name), files
+
+
+def validated(validate: Callable[[], M], name: str) -> M:
+    """The result of a validation by pydantic. Raises ProblemError (422), where `name` stands for the whole input."""
     try:
-        return model.model_validate_json(text), files
+        return validate()
     except ValidationError as error:
         reasons = [f"{'.'.join(map(str, each['loc'])) or name}: {each['msg']}" for each in error.errors()[:5]]
         raise ProblemError(422, "The request has another form", terminal_safe("; ".join(reasons))[:1000]) from error

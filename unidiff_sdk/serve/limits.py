@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import Request
+
+from unidiff_sdk._internal.text import terminal_safe
 
 from .metrics import Metrics
 from .problems import RETRY_SECONDS, ProblemError
@@ -98,6 +101,7 @@ class Limits:
             raise ProblemError(403, "This server does not accept changes from this request", reason)
 
     def _enter(self, request: Request) -> Access | None:
+        self._check_source(request)
         access: Access | None = None
         caller = request.client.host if request.client else ""
         if self._settings.keys:
@@ -114,6 +118,28 @@ class Limits:
             request.state.key = caller
         self._check_rate(caller)
         return access
+
+    def _check_source(self, request: Request) -> None:
+        """Refuse unknown names of this host, and, without keys, changes that a page of another origin sends.
+
+        Browsers send forms to any host without asking it first; CORS only keeps the answer from the page.
+        """
+        host = request.headers.get("host", "").lower()
+        name = re.sub(r":\d*$", "", host)
+        if self._settings.hosts and name not in self._settings.hosts:
+            raise ProblemError(
+                421,
+                "The server has another name",
+                f"{name!r:.100} is not one of this server's names. Start it with --allowed-host, or with a key.",
+            )
+        origin = request.headers.get("origin")
+        is_own = request.headers.get("sec-fetch-site") == "same-origin" or origin in (None, *self._settings.origins)
+        if self._settings.keys or is_own or request.method in ("GET", "HEAD"):
+            return
+        if str(origin).partition("://")[2].lower() != host:
+            raise ProblemError(
+                403, "This origin is not allowed", f"Start the server with --origin {terminal_safe(str(origin))[:100]}."
+            )
 
     def _check_rate(self, caller: str) -> None:
         if wait := self._rate.wait(caller):

@@ -44,7 +44,7 @@ STATUS: tuple[tuple[type[UniDiffError], int, str], ...] = (
     (StoreError, 503, "The catalog is not available"),
     (UniDiffError, 500, "The request failed"),
 )
-CALLERS_OWN = (422, 429, 501)  # whose messages concern the request
+CALLERS_OWN = (422, 429)  # whose messages concern the request
 
 
 class ProblemError(Exception):

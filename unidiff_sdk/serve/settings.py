@@ -96,12 +96,15 @@ class ServerSettings:
         keys: API keys. Without any, everyone who reaches the server may read.
         allow_writes: whether requests may change the catalog. With keys, it takes a write key as well.
         origins: the origins that browsers may call the API from (CORS), such as "https://shop.example".
+        hosts: the names that requests may address the server by, without the port. Default: any. Without keys, they
+            keep a page elsewhere from reading a server on this machine through a name that it points here.
         max_body: the largest body of a request, in bytes.
         rate: requests per second that one key, or one address without keys, may make on average; twice as many at once.
             0: no limit.
         max_searches: searches at the same time. One more is refused with 429.
         max_generations: generations at the same time, running or waiting. One more is refused with 429.
         max_images: images that one request may generate, including candidates.
+        max_size: the largest width and height that a request may ask for, in pixels. The model's own size is allowed.
         timeout: seconds until a request is cancelled with 504. A generation ends between two steps.
         log_texts: whether logs contain queries and prompts.
         storefront: whether the page is served at "/".
@@ -113,17 +116,19 @@ class ServerSettings:
     keys: ApiKeys = field(default_factory=ApiKeys)
     allow_writes: bool = False
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     max_body: int = 32 << 20
     rate: float = 0.0
     max_searches: int = 64
     max_generations: int = 16
     max_images: int = 64
+    max_size: int = 1024
     timeout: float = 120.0
     log_texts: bool = False
     storefront: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_searches", "max_generations", "max_images"):
+        for name in ("max_body", "max_searches", "max_generations", "max_images", "max_size"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         number_within("timeout", self.timeout, 0.001, 86_400, OptionError)
         number_within("rate", self.rate, 0, 1_000_000, OptionError)

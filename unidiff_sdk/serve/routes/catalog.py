@@ -17,6 +17,7 @@ from unidiff_sdk.serve.context import (
     form_schema,
     hit_response,
     page_response,
+    stored_images,
     until_disconnected,
     where_of,
 )
@@ -106,7 +107,8 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         headers = {"ETag": tag, "Cache-Control": "private, max-age=3600"}
         if tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        content, media_type = await in_thread(lambda: _image_file(hit, size))
+        with stored_images():
+            content, media_type = await in_thread(lambda: _image_file(hit, size))
         return Response(content, media_type=media_type, headers=headers)
 
     @reading.get("/items/{id:path}")

@@ -14,11 +14,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 
+from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.results import Generated, Generation
 from unidiff_sdk.generation.generator import Preview
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import encode
-from unidiff_sdk.serve.context import Context, hit_response, json_line, until_disconnected
+from unidiff_sdk.serve.context import Context, hit_response, json_line, stored_images, until_disconnected
 from unidiff_sdk.serve.problems import ProblemError, problem_of
 from unidiff_sdk.serve.schemas import GeneratedImage, GenerateRequest, GenerationResponse, decoded_image
 
@@ -65,13 +66,22 @@ async def _arguments(context: Context, body: GenerateRequest) -> dict[str, Any]:
     arguments["mask"] = decoded_image("mask", body.mask)
     arguments["like"] = decoded_image("image", body.image)
     if body.like is not None:
-        arguments["like"] = await context.item(body.like)
+        arguments["like"] = hit = await context.item(body.like)
+        with stored_images():
+            await in_thread(hit.load_image)
     check_images(context, GenerationOptions(**arguments))
     return arguments
 
 
 def check_images(context: Context, options: GenerationOptions) -> None:
-    """Raise ProblemError if a request may generate more images than the server allows."""
+    """Raise ProblemError if a request may generate more or larger images than the server allows."""
+    for name, pixels in (("width", options.width), ("height", options.height)):
+        if pixels is not None and pixels > context.settings.max_size:
+            raise ProblemError(
+                422,
+                "An argument is invalid",
+                f"{name} is {pixels:,}; this server allows up to {context.settings.max_size:,} pixels.",
+            )
     if options.max_candidates > context.settings.max_images:
         raise ProblemError(
             422,

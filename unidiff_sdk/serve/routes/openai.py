@@ -17,7 +17,7 @@ from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.results import Generation
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.encoder import Encoder
-from unidiff_sdk.serve.context import Context, until_disconnected
+from unidiff_sdk.serve.context import Context, until_disconnected, validated
 from unidiff_sdk.serve.problems import ProblemError
 from unidiff_sdk.serve.schemas import decoded_image
 
@@ -87,8 +87,8 @@ def openai_routes(context: Context) -> APIRouter:
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             source = await image.read()
             repaint = await mask.read() if isinstance(mask, UploadFile) else None
-        body = ImagesRequest.model_validate({key: value for key, value in fields.items() if key != "strength"})
-        strength = _number("strength", fields["strength"]) if "strength" in fields else None
+        strength = _number("strength", fields.pop("strength")) if "strength" in fields else None
+        body = validated(lambda: ImagesRequest.model_validate(fields), "form")
         width, height = _size(body.size)
         arguments: dict[str, Any] = body.model_dump(exclude={"prompt", "model", "size", "response_format", "user"})
         arguments |= {"width": width, "height": height, "like": source, "strength": strength}
