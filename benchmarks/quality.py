@@ -36,10 +36,7 @@ REFERENCES = {
     "RSC pixel": HARD,
 }
 # The half that an arm does not tune is not compared.
-UNTUNED = {
-    **dict.fromkeys([("all_right", "CLIP alone"), ("all_right", "CLIP alone, hard negatives")]),
-    **dict.fromkeys([(column, "SD alone") for column in ("search", "reranked")]),
-}
+UNTUNED = {("all_right", "CLIP alone"), ("all_right", "CLIP alone, hard negatives"), ("search", "SD alone")}
 COLUMNS = {"search": "R@1", "reranked": "R@1 re-ranked", "all_right": "all attributes right"}
 # name, title, digits; a domain without a figure omits its column
 FIGURES = (

@@ -149,7 +149,9 @@ def test_weights_in_attributes_and_subgraphs_are_found(toy: Path) -> None:
 
 
 def test_operator_that_loads_files_is_refused(toy: Path) -> None:
-    node = onnx.helper.make_node("EPContext", ["sample"], ["y"], domain="com.microsoft", ep_cache_context="/tmp/x")
+    node = onnx.helper.make_node(
+        "EPContext", ["sample"], ["y"], domain="com.microsoft", ep_cache_context="/elsewhere/x"
+    )
     edit(toy, "unet", lambda graph: graph.node.append(node))
     with pytest.raises(BundleError, match="the operator EPContext is not allowed"):
         Bundle.open(toy)

@@ -88,6 +88,7 @@ def test_info_and_operation(client: TestClient, catalog: Catalog) -> None:
     assert info["items"] == len(catalog) and info["bundle"]["fingerprint"] == catalog.bundle.fingerprint
     assert info["generates"] and info["writes"]
     assert client.get("/healthz").json() == {"status": "ok"} and client.get("/readyz").json() == {"status": "ready"}
+    assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
     metrics = client.get("/metrics").text
     assert f"unidiff_items {len(catalog)}.0" in metrics
     assert 'unidiff_requests_total{method="GET",route="/v1/info",status="200"} 1.0' in metrics

@@ -90,6 +90,8 @@ def test_too_many_generations_are_refused(catalog: Catalog) -> None:
             assert time.monotonic() < deadline
         refused = client.post("/v1/generate", json=ASKED)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        streamed = client.post("/v1/generate", json=ASKED, headers={"Accept": "text/event-stream"})
+        assert streamed.status_code == 429 and "retry-after" in streamed.headers
         assert client.post("/v1/search", json={"text": "boots"}).status_code == 200
         slow.join()
         assert client.post("/v1/generate", json=ASKED).status_code == 200

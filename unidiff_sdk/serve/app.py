@@ -19,7 +19,7 @@ from .problems import ProblemError, add_error_handlers
 from .routes.catalog import catalog_routes
 from .routes.generation import generation_routes
 from .routes.openai import openai_routes
-from .schemas import GenerateRequest, ItemsRequest, SearchRequest
+from .schemas import ItemsRequest, SearchRequest
 from .settings import ServerSettings
 
 __all__ = ["create_app"]
@@ -65,14 +65,16 @@ def create_app(catalog: Catalog, settings: ServerSettings | None = None) -> Fast
 
 
 def _add_operation(app: FastAPI, context: Context) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> dict[str, str]:
         """Whether the process answers."""
         return {"status": "ok"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["operation"])
     async def readyz() -> dict[str, str]:
-        """Whether the store answers and the model is complete."""
+        """Whether the store answers."""
         try:
             await context.catalog.acount()
         except UniDiffError as error:
@@ -92,7 +94,7 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, object]:
         document = plain()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})  # type: ignore[attr-defined]
-        for model in (SearchRequest, ItemsRequest, GenerateRequest):
+        for model in (SearchRequest, ItemsRequest):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             schemas.setdefault(model.__name__, schema)

@@ -30,7 +30,9 @@ from .settings import ServerSettings
 __all__ = [
     "Context",
     "body_of",
+    "form_schema",
     "hit_response",
+    "json_line",
     "page_response",
     "stored_images",
     "until_disconnected",

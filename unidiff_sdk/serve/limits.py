@@ -60,12 +60,8 @@ class Gate:
     def __init__(self, kind: str, limit: int, metrics: Metrics) -> None:
         self._kind, self._limit, self._metrics, self._running = kind, limit, metrics, 0
 
-    @asynccontextmanager
-    async def entered(self, timeout: float) -> AsyncIterator[None]:
-        """Count a call within the block, and end it with TimeoutError after some seconds.
-
-        Raises ProblemError (429) if there are too many.
-        """
+    def require_room(self) -> None:
+        """Raise ProblemError (429) if there are too many calls."""
         if self._running >= self._limit:
             raise ProblemError(
                 429,
@@ -73,6 +69,14 @@ class Gate:
                 f"{self._limit} {self._kind} are running or waiting. Try again later.",
                 {"Retry-After": str(RETRY_SECONDS)},
             )
+
+    @asynccontextmanager
+    async def entered(self, timeout: float) -> AsyncIterator[None]:
+        """Count a call within the block, and end it with TimeoutError after some seconds.
+
+        Raises ProblemError (429) if there are too many.
+        """
+        self.require_room()
         self._running += 1
         self._metrics.set_running(self._kind, self._running)
         try:

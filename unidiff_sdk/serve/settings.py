@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -132,14 +132,10 @@ class ServerSettings:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         number_within("timeout", self.timeout, 0.001, 86_400, OptionError)
         number_within("rate", self.rate, 0, 1_000_000, OptionError)
-        for origin in _strings(self.origins):
+        for origin in self.origins:
             if not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise OptionError(f"{origin!r:.80} is not an origin: give https://HOST or https://HOST:PORT")
 
     def may_write(self, access: Access | None) -> bool:
         """Whether a request with this access may change the catalog. None: there are no keys."""
         return self.allow_writes and access != "read"
-
-
-def _strings(values: Iterable[str]) -> tuple[str, ...]:
-    return tuple(values)

@@ -52,6 +52,7 @@ def generation_routes(context: Context) -> APIRouter:
                 generation = await until_disconnected(request, call)
             context.metrics.add_images(generation.generated)
             return generation_response(generation)
+        context.generations.require_room()  # while the status can still say so
         events = _events(context, body.prompt, arguments)
         return StreamingResponse(events, media_type=EVENTS, headers={"Cache-Control": "no-store"})
 
@@ -66,9 +67,9 @@ async def _arguments(context: Context, body: GenerateRequest) -> dict[str, Any]:
     arguments["mask"] = decoded_image("mask", body.mask)
     arguments["like"] = decoded_image("image", body.image)
     if body.like is not None:
-        arguments["like"] = hit = await context.item(body.like)
+        hit = await context.item(body.like)
         with stored_images():
-            await in_thread(hit.load_image)
+            arguments["like"] = await in_thread(hit.image_bytes)
     check_images(context, GenerationOptions(**arguments))
     return arguments
 

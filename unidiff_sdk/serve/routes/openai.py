@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -44,6 +45,18 @@ class ImagesRequest(BaseModel):
     guidance_scale: float | None = None
     negative_prompt: str = ""
 
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `Catalog.generate`. Raises ProblemError."""
+        width, height = _size(self.size)
+        ignored = {"prompt", "model", "size", "response_format", "user"}
+        return self.model_dump(exclude=ignored) | {"width": width, "height": height}
+
+
+class EditsRequest(ImagesRequest):
+    """The text fields of images/edits."""
+
+    strength: float | None = None
+
 
 class ImageInput(BaseModel):
     """An image to embed."""
@@ -69,13 +82,12 @@ def openai_routes(context: Context) -> APIRouter:
     """The routes of OpenAI's API that a catalog has an answer for."""
     router = APIRouter(prefix="/v1", dependencies=[Depends(context.limits.read)], tags=["OpenAI-compatible"])
     encoding = asyncio.Lock()  # an encoder uses all cores
+    encoder_of = lru_cache(maxsize=1)(Encoder)  # loads a tokenizer; a new bundle after a reindexing has another one
 
     @router.post("/images/generations")
     async def generations(request: Request, body: ImagesRequest) -> dict[str, Any]:
         """Generate images."""
-        width, height = _size(body.size)
-        arguments = body.model_dump(exclude={"prompt", "model", "size", "response_format", "user"})
-        return await _generate(context, request, body.prompt, arguments | {"width": width, "height": height})
+        return await _generate(context, request, body.prompt, body.arguments())
 
     @router.post("/images/edits")
     async def edits(request: Request) -> dict[str, Any]:
@@ -87,11 +99,8 @@ def openai_routes(context: Context) -> APIRouter:
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             source = await image.read()
             repaint = await mask.read() if isinstance(mask, UploadFile) else None
-        strength = _number("strength", fields.pop("strength")) if "strength" in fields else None
-        body = validated(lambda: ImagesRequest.model_validate(fields), "form")
-        width, height = _size(body.size)
-        arguments: dict[str, Any] = body.model_dump(exclude={"prompt", "model", "size", "response_format", "user"})
-        arguments |= {"width": width, "height": height, "like": source, "strength": strength}
+        body = validated(lambda: EditsRequest.model_validate(fields), "form")
+        arguments = body.arguments() | {"like": source}
         if repaint is not None:
             arguments["mask"] = await in_thread(lambda: _bright_where_transparent(repaint))
         return await _generate(context, request, body.prompt, arguments)
@@ -113,7 +122,7 @@ def openai_routes(context: Context) -> APIRouter:
             if isinstance(each, ImageInput)
         }
         async with context.searches.entered(context.settings.timeout), encoding:
-            vectors = await until_disconnected(request, in_thread(lambda: _embed(Encoder(bundle), inputs, files)))
+            vectors = await until_disconnected(request, in_thread(lambda: _embed(encoder_of(bundle), inputs, files)))
         data = [
             {"object": "embedding", "index": n, "embedding": _encoded(vector, body.encoding_format)}
             for n, vector in enumerate(vectors)
@@ -141,13 +150,6 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
     if not (x and width.isdecimal() and height.isdecimal() and len(size) < 16):
         raise ProblemError(422, "An argument is invalid", f'size is {size!r:.40}; give it as "512x512".')
     return int(width), int(height)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ProblemError(422, "An argument is invalid", f"{name} is {text!r:.40}; give a number.") from error
 
 
 def _bright_where_transparent(mask: bytes) -> np.ndarray[Any, Any]:

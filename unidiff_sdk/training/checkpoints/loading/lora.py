@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,7 +53,8 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
 
 def changes_text_encoder(lora: Lora) -> bool:
     """Whether a LoRA has tensors for the text encoder."""
-    return any(key.startswith(("text_encoder.", "lora_te")) for key in _tensors(lora.file))
+    with safe_open(lora.file, framework="pt") as file:
+        return any(key.startswith(("text_encoder.", "lora_te")) for key in file.keys())  # noqa: SIM118 (no mapping)
 
 
 # --- does it fit? ----------------------------------------------------------------------------------------------------
