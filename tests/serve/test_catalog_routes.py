@@ -108,35 +108,35 @@ def test_images_in_each_size(client: TestClient, catalog: Catalog) -> None:
     assert wrong.status_code == 422 and "128" in wrong.json()["detail"]
 
 
-def test_ids_with_any_characters_and_integers(client: TestClient) -> None:
+def test_ids_with_any_characters_and_integers(own_client: TestClient) -> None:
     image = base64.b64encode(png()).decode()
     odd = ["a/b", "x y?&#%", "Größe", "image", "a/image", "-5"]
     items = [{"id": id, "image": image, "text": f"item {n}"} for n, id in enumerate([*odd, 7])]
-    assert client.post("/v1/items", json={"items": items}).json() == {"ids": [*odd, 7]}
+    assert own_client.post("/v1/items", json={"items": items}).json() == {"ids": [*odd, 7]}
     for id in [*odd, 7]:
-        found = client.get(f"/v1/items/{quote(str(id), safe='')}")
+        found = own_client.get(f"/v1/items/{quote(str(id), safe='')}")
         assert found.status_code == 200 and found.json()["id"] == id
-        assert client.get(found.json()["image"]).status_code == 200
-    assert client.get("/v1/items/8").status_code == 404
+        assert own_client.get(found.json()["image"]).status_code == 200
+    assert own_client.get("/v1/items/8").status_code == 404
 
 
-def test_adding_changing_and_deleting(client: TestClient, catalog: Catalog) -> None:
+def test_adding_changing_and_deleting(own_client: TestClient, own_catalog: Catalog) -> None:
     red, blue = (png(color) for color in ("red", "blue"))
     items = [{"id": "r", "image": "", "text": "red"}, {"id": "b", "image": "", "text": "blue", "columns": {"stock": 3}}]
-    added = client.post(
+    added = own_client.post(
         "/v1/items", data={"items": json.dumps({"items": items})}, files=[("image", red), ("image", blue)]
     )
     assert added.status_code == 201 and added.json() == {"ids": ["r", "b"]}
-    stored = catalog.get("b")
+    stored = own_catalog.get("b")
     assert stored is not None and stored.image_bytes() == blue and stored.payload == {"stock": 3}
 
-    changed = client.patch("/v1/items/b", json={"columns": {"stock": None, "price": 2.5}})
+    changed = own_client.patch("/v1/items/b", json={"columns": {"stock": None, "price": 2.5}})
     assert changed.json()["columns"] == {"price": 2.5} and changed.json()["text"] == "blue"
-    assert ids(client.post("/v1/search", json={"text": "blue", "where": {"price": 2.5}})) == ["b"]
+    assert ids(own_client.post("/v1/search", json={"text": "blue", "where": {"price": 2.5}})) == ["b"]
 
-    assert client.delete("/v1/items/b").status_code == 204
-    assert client.get("/v1/items/b").status_code == client.delete("/v1/items/b").status_code == 404
-    assert client.request("DELETE", "/v1/items", json={"ids": ["r", "never"]}).json() == {"deleted": 1}
+    assert own_client.delete("/v1/items/b").status_code == 204
+    assert own_client.get("/v1/items/b").status_code == own_client.delete("/v1/items/b").status_code == 404
+    assert own_client.request("DELETE", "/v1/items", json={"ids": ["r", "never"]}).json() == {"deleted": 1}
 
 
 def test_an_invalid_item_stores_nothing(client: TestClient, catalog: Catalog) -> None:
@@ -188,12 +188,12 @@ def test_other_bodies_and_paths_are_problems(client: TestClient) -> None:
         assert client.get(path).status_code == 404
 
 
-def test_errors_of_the_store_do_not_show_paths(client: TestClient, catalog: Catalog) -> None:
-    catalog.close()
-    response = client.post("/v1/search", json={"text": "x"})
+def test_errors_of_the_store_do_not_show_paths(own_client: TestClient, own_catalog: Catalog) -> None:
+    own_catalog.close()
+    response = own_client.post("/v1/search", json={"text": "x"})
     assert response.status_code == 503 and "Retry-After" in response.headers
     assert response.json()["detail"] == "The log of the server has the reason."
-    assert client.get("/readyz").status_code == 503 and client.get("/healthz").status_code == 200
+    assert own_client.get("/readyz").status_code == 503 and own_client.get("/healthz").status_code == 200
 
 
 def test_openapi_describes_bodies_with_examples(client: TestClient) -> None:

@@ -83,7 +83,7 @@ def test_errors_after_the_start_are_events(catalog: Catalog, monkeypatch: pytest
 def test_too_many_generations_are_refused(catalog: Catalog) -> None:
     settings = ServerSettings(max_generations=1)
     with TestClient(create_app(catalog, settings), raise_server_exceptions=False) as client:
-        slow = threading.Thread(target=client.post, args=("/v1/generate",), kwargs={"json": ASKED | {"steps": 60}})
+        slow = threading.Thread(target=client.post, args=("/v1/generate",), kwargs={"json": ASKED | {"steps": 40}})
         slow.start()
         deadline = time.monotonic() + 20
         while 'unidiff_running{kind="generations"} 1.0' not in client.get("/metrics").text:
