@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import ImageError as ImageError
     from .errors import OptionError as OptionError
     from .errors import ProviderError as ProviderError
+    from .errors import StoredImageError as StoredImageError
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import UniDiffError as UniDiffError
@@ -65,6 +66,7 @@ _HOME = {
     "SearchOptions": "retrieval.options",
     "ServerOptions": "store.server.connection",
     "StoreError": "errors",
+    "StoredImageError": "errors",
     "TrainingError": "errors",
     "UniDiffError": "errors",
 }

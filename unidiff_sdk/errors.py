@@ -19,6 +19,7 @@ __all__ = [
     "OptionError",
     "ProviderError",
     "StoreError",
+    "StoredImageError",
     "TrainingError",
     "UniDiffError",
 ]
@@ -49,6 +50,10 @@ class ProviderError(UniDiffError):
 
 class ImageError(UniDiffError):
     """An image cannot be read, or is unsafe to decode. Replace, convert or resize the file."""
+
+
+class StoredImageError(ImageError):
+    """The image of a stored item is missing, damaged, or must not be read. Restore the file, or delete the item."""
 
 
 class GenerationError(UniDiffError):

@@ -329,8 +329,9 @@ def test_prompts_must_be_strings(generator: Generator) -> None:
 
 
 def test_truncated_prompt_warns(generator: Generator) -> None:
-    with pytest.warns(UserWarning, match="longer than 12 tokens, so its end is ignored .*: 'boots with laces'"):
+    with pytest.warns(UserWarning, match="longer than 12 tokens, so its end is ignored") as warned:
         generator.generate("boots with laces")
+    assert not any("laces" in str(each.message) for each in warned)  # a server's log holds no prompts
 
 
 def test_prompt_with_too_many_windows_is_refused(generator: Generator) -> None:

@@ -244,17 +244,6 @@ def test_other_names_of_the_host_are_refused(catalog: Catalog) -> None:
             assert client.get("/v1/columns", headers={"Host": host}).status_code == status
 
 
-def test_errors_of_stored_files_name_no_path(own_catalog: Catalog, own_client: TestClient) -> None:
-    hit = own_catalog.browse(limit=1)[0]
-    hit.image_path().unlink()
-    for response in (
-        own_client.get(f"/v1/items/{hit.id}/image"),
-        own_client.post("/v1/generate", json={"prompt": "boots", "like": hit.id}),
-    ):
-        assert response.status_code == 404 and "missing or damaged" in response.json()["detail"]
-        assert str(hit.image_path().parent) not in response.text
-
-
 def test_the_size_of_generated_images_is_limited(client: TestClient) -> None:
     for path, size in (
         ("generate", {"width": 100_000}),

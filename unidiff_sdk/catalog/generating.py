@@ -132,7 +132,7 @@ def _read(name: str, source: Any) -> tuple[Image.Image, str] | tuple[None, None]
         image = open_image(source)
         return image.decoded, source.sha256 if isinstance(source, Hit) else image.sha256
     except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _judge(

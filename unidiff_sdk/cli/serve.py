@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,7 +143,7 @@ def _key_in(file: Path | None) -> str | None:
 
 
 def _log_to_stderr() -> None:
-    """Write the access log and errors of the server to the standard error, one line each."""
+    """Write the access log, warnings and errors of the server to the standard error, one line each."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     for name in ("unidiff_sdk.serve", "uvicorn.error"):
@@ -149,3 +151,10 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if name.startswith("unidiff") else logging.WARNING)
         logger.propagate = False
+    # Every occurrence: Python remembers the text of each warning that it shows only once, without end.
+    warnings.simplefilter("always", UserWarning)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    logging.getLogger("unidiff_sdk.serve").warning("%s", json.dumps({"warning": str(message)}))

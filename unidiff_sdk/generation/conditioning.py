@@ -48,13 +48,13 @@ class Conditioner:
         if len(windows) > 1 and long_prompts == "truncate":
             warn(
                 f"the prompt is longer than {self._bundle.prompt_tokens} tokens, so its end is ignored "
-                f"(long_prompts='chunk' keeps it): {prompt!r:.200}"
+                "(long_prompts='chunk' keeps it)"
             )
             windows = windows[:1]
         if len(windows) > MAX_WINDOWS:
             raise OptionError(
                 f"the prompt takes {len(windows)} windows of {self._bundle.prompt_tokens} tokens; give one of at most "
-                f"{MAX_WINDOWS} windows: {prompt!r:.80}"
+                f"{MAX_WINDOWS} windows"
             )
         return self._encoded(windows)
 

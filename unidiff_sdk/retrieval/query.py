@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from unidiff_sdk._internal.images import HasImage
 from unidiff_sdk._internal.json_values import checked_text, plain_number
-from unidiff_sdk.errors import OptionError
+from unidiff_sdk.errors import OptionError, StoredImageError
 from unidiff_sdk.store import Vector
 from unidiff_sdk.store.ids import checked_id, key_of
 from unidiff_sdk.store.images import ItemImage
@@ -126,7 +126,7 @@ def generates(queries: Any = None, *, imagine: Any = 0, **options: Any) -> bool:
 def open_image(source: Any) -> ItemImage:
     """The image to encode or to store, from a file, bytes, pixels, a hit or a generated image. Raises ImageError."""
     if isinstance(source, Hit):
-        return ItemImage(source._images.path(source.uri))
+        return ItemImage(source._images.path(source.uri), StoredImageError)
     return ItemImage(source.image if isinstance(source, HasImage) else source)
 
 

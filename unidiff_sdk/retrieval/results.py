@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 from unidiff_sdk._internal.files import read_regular_file
 from unidiff_sdk._internal.images import MAX_FILE_SIZE
 from unidiff_sdk._internal.text import shorten
-from unidiff_sdk.errors import ImageError
+from unidiff_sdk.errors import StoredImageError
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
 from unidiff_sdk.store.payload import RESERVED, system_of
 
@@ -60,19 +60,19 @@ class Hit:
         return cls(payload["id"], score, payload.get("text"), columns, system["uri"], system["sha256"], images)
 
     def load_image(self) -> Image.Image:
-        """The original image, RGB. Raises ImageError if it is missing or damaged."""
+        """The original image, RGB. Raises StoredImageError if it is missing or damaged."""
         return self._images.load(self.uri)
 
     def image_path(self) -> Path:
-        """The file of the original image. Raises ImageError if it is missing or must not be read."""
+        """The file of the original image. Raises StoredImageError if it is missing or must not be read."""
         return self._images.path(self.uri)
 
     def image_bytes(self) -> bytes:
-        """The file of the original image, as it was added. Raises ImageError if it is missing."""
-        return read_regular_file(self.image_path(), MAX_FILE_SIZE, ImageError)
+        """The file of the original image, as it was added. Raises StoredImageError if it is missing."""
+        return read_regular_file(self.image_path(), MAX_FILE_SIZE, StoredImageError)
 
     def thumbnail_bytes(self) -> bytes:
-        """The image at up to 128 px, as a WebP file. Raises ImageError if it is missing or damaged."""
+        """The image at up to 128 px, as a WebP file. Raises StoredImageError if it is missing or damaged."""
         return self._images.thumbnail(self.sha256, self.uri)
 
     def to_dict(self) -> dict[str, Any]:

@@ -212,7 +212,7 @@ class Searcher:
         if long := encoder.too_long(texts):
             warn(
                 f"{len(long)} of {len(texts)} texts are longer than the {encoder.bundle.max_tokens} tokens of the "
-                f"encoder, so their ends are ignored. Shorten them. The first one: {long[0]!r:.100}"
+                "encoder, so their ends are ignored. Shorten them."
             )
         vectors = encoder.encode_texts(texts) if len(texts) > 1 else [encoder.encode_text(texts[0])]
         return dict(zip(texts, vectors, strict=True))

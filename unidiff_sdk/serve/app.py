@@ -15,7 +15,7 @@ from unidiff_sdk.errors import UniDiffError
 
 from .context import Context
 from .middleware import RequestMiddleware
-from .problems import ProblemError, add_error_handlers
+from .problems import ANY_ROUTE, Problem, ProblemError, add_error_handlers, problem_responses
 from .routes.catalog import catalog_routes
 from .routes.generation import generation_routes
 from .routes.openai import openai_routes
@@ -72,7 +72,7 @@ def _add_operation(app: FastAPI, context: Context) -> None:
         return {"status": "ok"}
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["operation"])
+    @app.get("/readyz", tags=["operation"], responses=problem_responses(503))
     async def readyz() -> dict[str, str]:
         """Whether the store answers."""
         try:
@@ -81,20 +81,26 @@ def _add_operation(app: FastAPI, context: Context) -> None:
             raise ProblemError(503, "Not ready", "The log of the server has the reason.") from error
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["operation"], dependencies=[Depends(context.limits.read)], response_class=Response)
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        dependencies=[Depends(context.limits.read)],
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problem_responses(*ANY_ROUTE)},
+    )
     async def metrics() -> Response:
         """Metrics for Prometheus."""
         return Response(context.metrics.render(await context.catalog.acount()), media_type=PROMETHEUS)
 
 
 def _describe_bodies(app: FastAPI) -> None:
-    """Add the schemas of bodies that routes read by themselves to the OpenAPI document."""
+    """Add the schemas that routes only refer to, to the OpenAPI document."""
     plain: Callable[[], dict[str, object]] = app.openapi
 
     def openapi() -> dict[str, object]:
         document = plain()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})  # type: ignore[attr-defined]
-        for model in (SearchRequest, ItemsRequest):
+        for model in (SearchRequest, ItemsRequest, Problem):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             schemas.setdefault(model.__name__, schema)

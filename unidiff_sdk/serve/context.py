@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -18,7 +16,7 @@ from starlette.datastructures import UploadFile
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.text import terminal_safe
 from unidiff_sdk.catalog.catalog import Catalog
-from unidiff_sdk.errors import ImageError, OptionError
+from unidiff_sdk.errors import OptionError
 from unidiff_sdk.retrieval.results import Hit, Page
 
 from .limits import Gate, Limits
@@ -34,7 +32,6 @@ __all__ = [
     "hit_response",
     "json_line",
     "page_response",
-    "stored_images",
     "until_disconnected",
     "validated",
     "where_of",
@@ -44,7 +41,6 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 MAX_FILES = 256  # of a multipart body
 _POLL_SECONDS = 0.2
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,16 +105,6 @@ def page_response(page: Page) -> PageResponse:
         took_ms=round(page.took_ms, 2),
         cursor=page.cursor,
     )
-
-
-@contextmanager
-def stored_images() -> Iterator[None]:
-    """Raise ProblemError (404) in place of an ImageError, whose message names a file of the server."""
-    try:
-        yield
-    except ImageError as error:
-        _log.error("the image of an item cannot be read: %s", error)
-        raise ProblemError(404, "There is no such image", "The image of this item is missing or damaged.") from error
 
 
 def where_of(text: str | None) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,10 +13,17 @@ from .problems import ProblemError
 __all__ = [
     "ColumnsChange",
     "DeleteRequest",
+    "DeleteResponse",
+    "EmbeddingsResponse",
+    "FacetsResponse",
     "GenerateRequest",
     "GeneratedImage",
     "GenerationResponse",
+    "GroupsResponse",
     "HitResponse",
+    "IdsResponse",
+    "ImagesResponse",
+    "InfoResponse",
     "ItemInput",
     "ItemsRequest",
     "PageResponse",
@@ -148,6 +155,57 @@ class PageResponse(BaseModel):
     cursor: str | None = Field(description="For the next page; null on the last one.")
 
 
+class FacetValue(BaseModel):
+    """A value of a column, and the number of items with it."""
+
+    value: str | bool | int | float
+    count: int
+
+
+class FacetsResponse(BaseModel):
+    """The values of a column, the most frequent first."""
+
+    column: str
+    values: list[FacetValue]
+
+
+class GroupsResponse(BaseModel):
+    """Groups of items with almost the same image."""
+
+    groups: list[list[HitResponse]]
+
+
+class IdsResponse(BaseModel):
+    """The ids of the items that were stored, in the order of the request."""
+
+    ids: list[Id]
+
+
+class DeleteResponse(BaseModel):
+    """The number of items that were deleted."""
+
+    deleted: int
+
+
+class BundleInfo(BaseModel):
+    """The model of a catalog."""
+
+    name: str
+    fingerprint: str
+    precision: str
+
+
+class InfoResponse(BaseModel):
+    """What a server holds and allows."""
+
+    items: int
+    columns: dict[str, str] = Field(description="Columns with their kinds.")
+    bundle: BundleInfo
+    generates: bool = Field(description="Whether the model generates images.")
+    writes: bool = Field(description="Whether requests may change the catalog.")
+    max_images: int = Field(description="Images that one request may generate.")
+
+
 class GeneratedImage(BaseModel):
     """One generated image, and what reproduces it."""
 
@@ -165,6 +223,44 @@ class GenerationResponse(BaseModel):
     took_ms: float
     generated: int
     rejected: dict[str, int]
+
+
+class OpenAiImage(BaseModel):
+    """A generated image as OpenAI's API returns it."""
+
+    b64_json: str = Field(description="A PNG in base64.")
+    seed: int
+
+
+class ImagesResponse(BaseModel):
+    """Generated images as OpenAI's API returns them."""
+
+    created: int = Field(description="Seconds since 1970.")
+    data: list[OpenAiImage]
+
+
+class Embedding(BaseModel):
+    """The embedding of one input."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str = Field(description="Numbers, or little-endian float32 in base64.")
+
+
+class Usage(BaseModel):
+    """Zeros: nothing is billed."""
+
+    prompt_tokens: int = 0
+    total_tokens: int = 0
+
+
+class EmbeddingsResponse(BaseModel):
+    """Embeddings as OpenAI's API returns them."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: Usage = Usage()
 
 
 def decoded_image(name: str, data: str | None) -> bytes | None:

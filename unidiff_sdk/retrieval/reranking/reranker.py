@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk._internal.warnings import warn
-from unidiff_sdk.errors import BundleError, GenerationError, ImageError
+from unidiff_sdk.errors import BundleError, GenerationError, ImageError, StoredImageError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import DEFAULT_RERANK, RerankDefaults
 from unidiff_sdk.inference.schedule import Schedule
@@ -104,7 +104,7 @@ class Reranker:
         """The candidates of each text in their new order.
 
         Raises:
-            ImageError: the image of a candidate cannot be read.
+            StoredImageError: the image of a candidate cannot be read.
             GenerationError: the model returned values that are not finite.
             BusyError: too many generations are running.
         """
@@ -120,7 +120,7 @@ class Reranker:
         """The latents of those records that have none in `stored`, or damaged ones, by the hash of the image.
 
         Raises:
-            ImageError, GenerationError: as for `rerank`.
+            StoredImageError, GenerationError: as for `rerank`.
         """
         stored = {_sha256(record): self._read(record) for record in records}
         missing = {_sha256(record): record for record in records if not self._is_complete(stored[_sha256(record)])}
@@ -203,7 +203,7 @@ class Reranker:
         try:
             image = self._load_image(system_of(item.payload)["uri"])
         except ImageError as error:
-            raise ImageError(
+            raise StoredImageError(
                 f"rerank= needs the image of {item.payload['id']!r}: {error} Restore the file, delete the item, or "
                 "search without rerank="
             ) from error

@@ -17,15 +17,21 @@ from unidiff_sdk.serve.context import (
     form_schema,
     hit_response,
     page_response,
-    stored_images,
     until_disconnected,
     where_of,
 )
-from unidiff_sdk.serve.problems import ProblemError
+from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_responses
 from unidiff_sdk.serve.schemas import (
+    BundleInfo,
     ColumnsChange,
     DeleteRequest,
+    DeleteResponse,
+    FacetsResponse,
+    FacetValue,
+    GroupsResponse,
     HitResponse,
+    IdsResponse,
+    InfoResponse,
     ItemsRequest,
     PageResponse,
     SearchRequest,
@@ -40,6 +46,10 @@ MEDIA_TYPES = {
     **{f".{name}": f"image/{name}" for name in ("png", "webp", "gif", "bmp", "avif")},
     **dict.fromkeys((".tif", ".tiff"), "image/tiff"),
 }
+IMAGE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
+    304: {"description": "The image is the one that If-None-Match names"},
+}
 SIZES = (THUMBNAIL_SIZE, 256, 512, 1024)
 Where = Annotated[str | None, Query(description='A filter on the columns as JSON: {"price": {"lt": 80}}')]
 
@@ -48,11 +58,17 @@ def catalog_routes(context: Context) -> list[APIRouter]:
     """The routes of a catalog: those that read, and those that change it."""
     catalog, settings = context.catalog, context.settings
     reading, writing = (
-        APIRouter(prefix="/v1", dependencies=[Depends(check)], tags=["catalog"])
+        APIRouter(
+            prefix="/v1", dependencies=[Depends(check)], tags=["catalog"], responses=problem_responses(*ANY_ROUTE)
+        )
         for check in (context.limits.read, context.limits.write)
     )
 
-    @reading.post("/search", openapi_extra=form_schema(SearchRequest, "query"))
+    @reading.post(
+        "/search",
+        openapi_extra=form_schema(SearchRequest, "query"),
+        responses=problem_responses(404, 415, 501),
+    )
     async def search(request: Request) -> PageResponse:
         """Search by text, image, items, or a mix. A form has the JSON in `query` and the image in `image`."""
         query, files = await body_of(request, SearchRequest, "query")
@@ -75,18 +91,19 @@ def catalog_routes(context: Context) -> list[APIRouter]:
             return page_response(await catalog.abrowse(where=condition, order_by=order_by, limit=limit, offset=offset))
 
     @reading.get("/facets")
-    async def facets(column: str, where: Where = None, limit: int = 100) -> dict[str, Any]:
+    async def facets(column: str, where: Where = None, limit: int = 100) -> FacetsResponse:
         """Count the items with each value of a column, the most frequent first."""
         async with context.searches.entered(settings.timeout):
             counts = await catalog.afacets(column, where=where_of(where), limit=limit)
-        return {"column": column, "values": [{"value": value, "count": count} for value, count in counts.items()]}
+        values = [FacetValue(value=value, count=count) for value, count in counts.items()]
+        return FacetsResponse(column=column, values=values)
 
     @reading.get("/duplicates")
-    async def duplicates(threshold: float = 0.95, where: Where = None) -> dict[str, list[list[HitResponse]]]:
+    async def duplicates(threshold: float = 0.95, where: Where = None) -> GroupsResponse:
         """Groups of items with almost the same image. Takes a search for each item."""
         async with context.searches.entered(settings.timeout):
             groups = await catalog.aduplicates(threshold, where=where_of(where))
-        return {"groups": [[hit_response(hit) for hit in group] for group in groups]}
+        return GroupsResponse(groups=[[hit_response(hit) for hit in group] for group in groups])
 
     @reading.get("/columns")
     async def columns() -> dict[str, str]:
@@ -95,7 +112,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
 
     # The longer paths come first: an id may contain slashes.
 
-    @reading.get("/items/{id:path}/image", response_class=Response)
+    @reading.get("/items/{id:path}/image", response_class=Response, responses=IMAGE | problem_responses(404))
     async def image(request: Request, id: str, size: int | None = None) -> Response:
         """The original image, or a smaller WebP: `size` is the longer side, one of 128, 256, 512 and 1024."""
         if not request.scope["raw_path"].endswith(b"/image"):  # the id itself ends so, with an encoded slash
@@ -107,17 +124,21 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         headers = {"ETag": tag, "Cache-Control": "private, max-age=3600"}
         if tag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
-        with stored_images():
-            content, media_type = await in_thread(lambda: _image_file(hit, size))
+        content, media_type = await in_thread(lambda: _image_file(hit, size))
         return Response(content, media_type=media_type, headers=headers)
 
-    @reading.get("/items/{id:path}")
+    @reading.get("/items/{id:path}", responses=problem_responses(404))
     async def item(id: str) -> HitResponse:
         """One item."""
         return hit_response(await context.item(id))
 
-    @writing.post("/items", status_code=201, openapi_extra=form_schema(ItemsRequest, "items"))
-    async def add(request: Request) -> dict[str, list[str | int]]:
+    @writing.post(
+        "/items",
+        status_code=201,
+        openapi_extra=form_schema(ItemsRequest, "items"),
+        responses=problem_responses(415),
+    )
+    async def add(request: Request) -> IdsResponse:
         """Add items, or replace those with the same ids. All are checked before any is stored.
 
         A form has the JSON in `items`, and an `image` file for each item, whose own `image` is then "".
@@ -130,40 +151,38 @@ def catalog_routes(context: Context) -> list[APIRouter]:
             [each.id for each in body.items],
             [each.columns for each in body.items],
         )
-        return {"ids": ids}
+        return IdsResponse(ids=ids)
 
-    @writing.patch("/items/{id:path}")
+    @writing.patch("/items/{id:path}", responses=problem_responses(404))
     async def change(id: str, change: ColumnsChange) -> HitResponse:
         """Change columns of an item; null removes one."""
         hit = await context.item(id)
         await catalog.aupdate(hit, change.columns)
         return hit_response(await context.item(hit.id))
 
-    @writing.delete("/items/{id:path}", status_code=204)
+    @writing.delete("/items/{id:path}", status_code=204, responses=problem_responses(404))
     async def delete(id: str) -> Response:
         """Delete an item and its image."""
         await catalog.adelete(await context.item(id))
         return Response(status_code=204)
 
     @writing.delete("/items")
-    async def delete_many(body: DeleteRequest) -> dict[str, int]:
+    async def delete_many(body: DeleteRequest) -> DeleteResponse:
         """Delete items and their images. Unknown ids are ignored."""
-        return {"deleted": await catalog.adelete(body.ids)}
+        return DeleteResponse(deleted=await catalog.adelete(body.ids))
 
     @reading.get("/info")
-    async def info() -> JSONResponse:
+    async def info() -> InfoResponse:
         """The number of items, the model, and what this server allows."""
         facts = await in_thread(catalog.info)
         bundle = await in_thread(lambda: catalog.bundle)
-        return JSONResponse(
-            {
-                "items": facts["items"],
-                "columns": facts["columns"],
-                "bundle": {"name": bundle.name, "fingerprint": bundle.fingerprint, "precision": bundle.precision},
-                "generates": bundle.has_graph("unet"),
-                "writes": settings.allow_writes,
-                "max_images": settings.max_images,
-            }
+        return InfoResponse(
+            items=facts["items"],
+            columns=facts["columns"],
+            bundle=BundleInfo(name=bundle.name, fingerprint=bundle.fingerprint, precision=bundle.precision),
+            generates=bundle.has_graph("unet"),
+            writes=settings.allow_writes,
+            max_images=settings.max_images,
         )
 
     return [reading, writing]

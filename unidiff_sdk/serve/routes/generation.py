@@ -14,13 +14,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 
-from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.results import Generated, Generation
 from unidiff_sdk.generation.generator import Preview
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import encode
-from unidiff_sdk.serve.context import Context, hit_response, json_line, stored_images, until_disconnected
-from unidiff_sdk.serve.problems import ProblemError, problem_of
+from unidiff_sdk.serve.context import Context, hit_response, json_line, until_disconnected
+from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_of, problem_responses
 from unidiff_sdk.serve.schemas import GeneratedImage, GenerateRequest, GenerationResponse, decoded_image
 
 __all__ = ["check_images", "generation_response", "generation_routes"]
@@ -31,12 +30,17 @@ EVENTS = "text/event-stream"
 
 def generation_routes(context: Context) -> APIRouter:
     """The routes that generate images."""
-    router = APIRouter(prefix="/v1", dependencies=[Depends(context.limits.read)], tags=["generation"])
+    router = APIRouter(
+        prefix="/v1",
+        dependencies=[Depends(context.limits.read)],
+        tags=["generation"],
+        responses=problem_responses(*ANY_ROUTE, 501),
+    )
 
     @router.post(
         "/generate",
         response_model=GenerationResponse,
-        responses={200: {"content": {EVENTS: {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {EVENTS: {"schema": {"type": "string"}}}}, **problem_responses(404)},
     )
     async def generate(request: Request, body: GenerateRequest) -> Any:
         """Generate images and rank them by their cosine with the prompt.
@@ -67,9 +71,7 @@ async def _arguments(context: Context, body: GenerateRequest) -> dict[str, Any]:
     arguments["mask"] = decoded_image("mask", body.mask)
     arguments["like"] = decoded_image("image", body.image)
     if body.like is not None:
-        hit = await context.item(body.like)
-        with stored_images():
-            arguments["like"] = await in_thread(hit.image_bytes)
+        arguments["like"] = await context.item(body.like)
     check_images(context, GenerationOptions(**arguments))
     return arguments
 

@@ -19,8 +19,8 @@ from unidiff_sdk.catalog.results import Generation
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.serve.context import Context, until_disconnected, validated
-from unidiff_sdk.serve.problems import ProblemError
-from unidiff_sdk.serve.schemas import decoded_image
+from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_responses
+from unidiff_sdk.serve.schemas import Embedding, EmbeddingsResponse, ImagesResponse, OpenAiImage, decoded_image
 
 from .generation import check_images, generation_response
 
@@ -32,7 +32,7 @@ MAX_INPUTS = 256
 class ImagesRequest(BaseModel):
     """The body of images/generations. Other members of OpenAI's API are refused: they would have no effect."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str
     model: str | None = Field(None, description="Ignored: a server has one model.")
@@ -55,13 +55,15 @@ class ImagesRequest(BaseModel):
 class EditsRequest(ImagesRequest):
     """The text fields of images/edits."""
 
+    model_config = ConfigDict(strict=False)  # a form has numbers as texts
+
     strength: float | None = None
 
 
 class ImageInput(BaseModel):
     """An image to embed."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     image: str = Field(description="An image file in base64, or a data: URL.")
 
@@ -69,7 +71,7 @@ class ImageInput(BaseModel):
 class EmbeddingsRequest(BaseModel):
     """The body of embeddings: texts, and images as {"image": BASE64}."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     input: str | ImageInput | list[str | ImageInput]
     model: str | None = Field(None, description="Ignored: a server has one model.")
@@ -80,17 +82,22 @@ class EmbeddingsRequest(BaseModel):
 
 def openai_routes(context: Context) -> APIRouter:
     """The routes of OpenAI's API that a catalog has an answer for."""
-    router = APIRouter(prefix="/v1", dependencies=[Depends(context.limits.read)], tags=["OpenAI-compatible"])
+    router = APIRouter(
+        prefix="/v1",
+        dependencies=[Depends(context.limits.read)],
+        tags=["OpenAI-compatible"],
+        responses=problem_responses(*ANY_ROUTE, 501),
+    )
     encoding = asyncio.Lock()  # an encoder uses all cores
     encoder_of = lru_cache(maxsize=1)(Encoder)  # loads a tokenizer; a new bundle after a reindexing has another one
 
     @router.post("/images/generations")
-    async def generations(request: Request, body: ImagesRequest) -> dict[str, Any]:
+    async def generations(request: Request, body: ImagesRequest) -> ImagesResponse:
         """Generate images."""
         return await _generate(context, request, body.prompt, body.arguments())
 
-    @router.post("/images/edits")
-    async def edits(request: Request) -> dict[str, Any]:
+    @router.post("/images/edits", openapi_extra=_edits_schema())
+    async def edits(request: Request) -> ImagesResponse:
         """Change an image, or repaint what a mask marks: where it is transparent, as OpenAI's API defines it."""
         async with request.form(max_files=8, max_fields=32) as form:
             image, mask = form.get("image") or form.get("image[]"), form.get("mask")
@@ -106,7 +113,7 @@ def openai_routes(context: Context) -> APIRouter:
         return await _generate(context, request, body.prompt, arguments)
 
     @router.post("/embeddings")
-    async def embeddings(request: Request, body: EmbeddingsRequest) -> dict[str, Any]:
+    async def embeddings(request: Request, body: EmbeddingsRequest) -> EmbeddingsResponse:
         """Embed texts and images with the model of the catalog: unit vectors."""
         inputs = body.input if isinstance(body.input, list) else [body.input]
         if not 1 <= len(inputs) <= MAX_INPUTS:
@@ -124,23 +131,31 @@ def openai_routes(context: Context) -> APIRouter:
         async with context.searches.entered(context.settings.timeout), encoding:
             vectors = await until_disconnected(request, in_thread(lambda: _embed(encoder_of(bundle), inputs, files)))
         data = [
-            {"object": "embedding", "index": n, "embedding": _encoded(vector, body.encoding_format)}
-            for n, vector in enumerate(vectors)
+            Embedding(index=n, embedding=_encoded(vector, body.encoding_format)) for n, vector in enumerate(vectors)
         ]
-        usage = {"prompt_tokens": 0, "total_tokens": 0}
-        return {"object": "list", "model": bundle.name, "data": data, "usage": usage}
+        return EmbeddingsResponse(model=bundle.name, data=data)
 
     return router
 
 
-async def _generate(context: Context, request: Request, prompt: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def _edits_schema() -> dict[str, Any]:
+    """The OpenAPI description of the form that images/edits reads."""
+    schema = EditsRequest.model_json_schema()
+    file = {"type": "string", "format": "binary"}
+    schema["properties"] |= {"image": file, "mask": file}
+    schema["required"].append("image")
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+async def _generate(context: Context, request: Request, prompt: str, arguments: dict[str, Any]) -> ImagesResponse:
     context.log(request, prompt=prompt)
     check_images(context, GenerationOptions(**arguments))
     async with context.generations.entered(context.settings.timeout):
         generation: Generation = await until_disconnected(request, context.catalog.agenerate(prompt, **arguments))
     context.metrics.add_images(generation.generated)
     images = generation_response(generation).images
-    return {"created": int(time.time()), "data": [{"b64_json": each.image, "seed": each.seed} for each in images]}
+    data = [OpenAiImage(b64_json=each.image, seed=each.seed) for each in images]
+    return ImagesResponse(created=int(time.time()), data=data)
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

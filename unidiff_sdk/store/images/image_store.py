@@ -27,7 +27,7 @@ from PIL import Image
 from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
 from unidiff_sdk._internal.images import MAX_FILE_SIZE, ImageSource, load_image
 from unidiff_sdk._internal.memory import require_free_space
-from unidiff_sdk.errors import ImageError, StoreError
+from unidiff_sdk.errors import ImageError, StoredImageError, StoreError
 
 __all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
 
@@ -50,6 +50,7 @@ class ItemImage:
 
     Args:
         source: a path, the bytes of an image file, a PIL image or an array.
+        error: the error for a file that cannot be used.
 
     Attributes:
         path: the file, if the source is a path.
@@ -59,12 +60,13 @@ class ItemImage:
         ImageError: the file cannot be read, or the PIL image or array is not a valid image.
     """
 
-    def __init__(self, source: ImageSource) -> None:
+    def __init__(self, source: ImageSource, error: type[ImageError] = ImageError) -> None:
+        self._error = error
         self.path: Path | None = None
         self._data: bytes | None = None
         if isinstance(source, (str, PathLike)):
             self.path = Path(source)
-            self._data = _read(self.path)
+            self._data = self._read(self.path)
         elif isinstance(source, (bytes, bytearray, memoryview)):
             self._data = bytes(source)
         else:
@@ -81,7 +83,9 @@ class ItemImage:
         except ImageError as error:
             if self.path is None:
                 raise
-            raise ImageError(f"{self.path}: {str(error).removeprefix(f'image data of {len(data)} bytes: ')}") from error
+            raise self._error(
+                f"{self.path}: {str(error).removeprefix(f'image data of {len(data)} bytes: ')}"
+            ) from error
 
     @cached_property
     def suffix(self) -> str:
@@ -110,19 +114,18 @@ class ItemImage:
     def _original(self) -> bytes:
         if self._data is None:
             assert self.path is not None
-            data = _read(self.path)
+            data = self._read(self.path)
             if hashlib.sha256(data).hexdigest() != self.sha256:
-                raise ImageError(f"{self.path}: the file changed while it was being added. Add it again.")
+                raise self._error(f"{self.path}: the file changed while it was being added. Add it again.")
             self._data = data
         return self._data
+
+    def _read(self, path: Path) -> bytes:
+        return read_regular_file(path, MAX_FILE_SIZE, self._error)
 
     def _pixels(self) -> bytes:
         width, height = self.decoded.size
         return b"RGB %d %d\n" % (width, height) + self.decoded.tobytes()
-
-
-def _read(path: Path) -> bytes:
-    return read_regular_file(path, MAX_FILE_SIZE, ImageError)
 
 
 class ImageStore:
@@ -170,41 +173,53 @@ class ImageStore:
         return stored_uri if _COPY.fullmatch(stored_uri) else ""
 
     def load(self, uri: str) -> Image.Image:
-        """Decode an image, RGB. Raises ImageError if it is missing or damaged."""
-        return load_image(self.path(uri))
+        """Decode an image, RGB. Raises StoredImageError if it is missing or damaged."""
+        path = self.path(uri)
+        try:
+            return load_image(path)
+        except ImageError as error:
+            raise StoredImageError(str(error)) from error
 
     def path(self, uri: str) -> Path:
         """The file that a URI refers to.
 
         Raises:
-            ImageError: it is not in this store, and not below a folder that the caller named in `references`.
+            StoredImageError: it is not in this store, and not below a folder that the caller named in `references`.
         """
         if isinstance(uri, str) and _COPY.fullmatch(uri):
-            return resolve_stored(self.root, uri, ImageError)
+            return resolve_stored(self.root, uri, StoredImageError)
         target = self.locate(uri)
         try:
             resolved = target.resolve()
         except (OSError, RuntimeError, ValueError) as error:
-            raise ImageError(f"The URI {uri!r:.200} cannot be resolved ({error}). Index its image again.") from error
+            raise StoredImageError(
+                f"The URI {uri!r:.200} cannot be resolved ({error}). Index its image again."
+            ) from error
         if not self._references.isdisjoint(resolved.parents):
             return resolved
         root = self.root.resolve()
         if target.is_relative_to(root) and ".." not in unquote(uri).split("/"):
-            return resolve_stored(root, target.relative_to(root).as_posix(), ImageError)
-        raise ImageError(
+            return resolve_stored(root, target.relative_to(root).as_posix(), StoredImageError)
+        raise StoredImageError(
             f"The URI {uri!r:.200} leads out of the catalog. Files elsewhere are read only below a folder that you "
             "name: Catalog(location, references=FOLDER)."
         )
 
     def locate(self, uri: str) -> Path:
-        """Where a URI leads, which may be anywhere: for comparisons and messages, not to open. Raises ImageError."""
+        """Where a URI leads, which may be anywhere: for comparisons and messages, not to open.
+
+        Raises:
+            StoredImageError: it is not a URI.
+        """
         try:
             parts = urlsplit(uri)
             if parts.scheme == "file":
                 return Path(unquote(parts.path))
             return Path(os.path.normpath(self.root.resolve() / unquote(uri)))
         except (AttributeError, TypeError, ValueError) as error:
-            raise ImageError(f"{uri!r:.200} is not the URI of an image ({error}). Index its image again.") from error
+            raise StoredImageError(
+                f"{uri!r:.200} is not the URI of an image ({error}). Index its image again."
+            ) from error
 
     def thumbnail(self, sha256: str, uri: str) -> bytes:
         """The thumbnail of an image as a WebP file. A missing one is made again from the original."""
@@ -217,7 +232,7 @@ class ImageStore:
         """Delete the thumbnail of an image and its copy, which have names that `add` gives. Nothing else is deleted.
 
         Raises:
-            ImageError: the path of the thumbnail or the copy has a symbolic link.
+            StoredImageError: the path of the thumbnail or the copy has a symbolic link.
         """
         if not _SHA256.fullmatch(sha256):
             return
@@ -246,7 +261,7 @@ class ImageStore:
         """Whether the file that a URI refers to exists and is not empty. It may be anywhere: it is not opened."""
         try:
             return _exists_with_content(self.path(uri) if _COPY.fullmatch(uri) else self.locate(uri))
-        except ImageError:
+        except StoredImageError:
             return False
 
     def reference(self, path: Path) -> str:
@@ -267,8 +282,10 @@ class ImageStore:
 
     def _thumbnail_path(self, sha256: str) -> Path:
         if not _SHA256.fullmatch(sha256):
-            raise ImageError(f"{sha256!r:.200} is not the hash of an image: 64 hexadecimal digits. Index it again.")
-        return resolve_stored(self.root, f"thumbnails/{sha256[:2]}/{sha256}.webp", ImageError)
+            raise StoredImageError(
+                f"{sha256!r:.200} is not the hash of an image: 64 hexadecimal digits. Index it again."
+            )
+        return resolve_stored(self.root, f"thumbnails/{sha256[:2]}/{sha256}.webp", StoredImageError)
 
 
 def _is_real(path: Path, is_kind: Callable[[int], bool]) -> bool:

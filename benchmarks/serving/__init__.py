@@ -1,0 +1,1 @@
+"""`unidiff serve` under load and under attack, with a server written by hand as its peer."""
