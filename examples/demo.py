@@ -117,7 +117,7 @@ def main(n: int) -> None:
         sections = [*search_sections(catalog), *generation_sections(catalog)]
         measure(catalog)
         bundle = catalog.info()["bundle"]
-        sampler = catalog.bundle.manifest.sampler
+        sampler = catalog.bundle.sampler
     page = demo_page(sections, items, f"{bundle['name']}, {bundle['dim']} dimensions, sampler {sampler.name}")
     written = page.write(OUT / "index.html")
     show_timings()
@@ -242,7 +242,7 @@ def measure(catalog: Catalog) -> None:
     timings["search by a text again (its embedding is cached)"] = f"{again:.1f} ms  (median of {TEXTS})"
     image = median(catalog.search(image=OUT / "photo.png") for _ in range(20))
     timings["search by image (decode, encode, search)"] = f"{image:.1f} ms  (median of 20)"
-    steps = catalog.bundle.manifest.sampler.steps
+    steps = catalog.bundle.sampler.steps
     for n in (1, 8):
         took = median(catalog.generate("a blue vase", n=n, seed=0) for _ in range(3)) / 1000
         timings[f"generate {n} image{'s' * (n > 1)}, {steps} steps"] = f"{took:.2f} s  (median of 3)"

@@ -28,6 +28,7 @@ unidiff-export runs/shop -o bundles/shop
 unidiff-export tiny -o bundles/tiny-fp16 --fp16
 unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
 unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
+unidiff-export --clip models/clip-vit-base-patch32 -o bundles/search
 unidiff-export models/sd15 --clip models/clip --variant fp16 --lora shoes.safetensors:0.8 -o bundles/shoes
 unidiff-export runs/shop -o bundles/shop --sign KEY.pem
 unidiff-export sign bundles/shop --key KEY.pem
@@ -36,8 +37,12 @@ unidiff-export rerank bundles/shop products
 
 
 @click.command(cls=MainCommand, resuming="No bundle was written.", epilog=EXAMPLES)
-@click.argument("checkpoint", metavar="CKPT")
-@click.option("--clip", help="CLIP for a pipeline without one: a folder, hf:org/name, or open_clip:ARCH/TAG-or-file.")
+@click.argument("checkpoint", metavar="[CKPT]", required=False)
+@click.option(
+    "--clip",
+    help="CLIP for a pipeline without one, or alone for a bundle that only searches: a folder, hf:org/name, or "
+    "open_clip:ARCH/TAG-or-file.",
+)
 @base_options()
 @click.option(
     "-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder for the bundle."
@@ -67,7 +72,7 @@ unidiff-export rerank bundles/shop products
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at BUNDLE.")
 @click.option("--sign", metavar="PEM", help="Sign the bundle with this Ed25519 private key.")
 def main(
-    checkpoint: str,
+    checkpoint: str | None,
     clip: str | None,
     out: Path,
     precision: str,
@@ -81,7 +86,8 @@ def main(
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
     CKPT is a folder written by unidiff-train, "tiny" for the built-in base, or a Stable Diffusion pipeline of
-    diffusers. The export compares each graph with PyTorch and whole images with the diffusers pipeline. The bundle
+    diffusers. Without CKPT, --clip alone becomes a bundle that searches but has no generator. The export compares
+    each graph with PyTorch, whole images with the diffusers pipeline, and embeddings with transformers. The bundle
     appears only if all comparisons pass. Its manifest.json holds the figures.
     """
     from rich.console import Console
@@ -208,19 +214,21 @@ def result_table(export: Export) -> Table:
     table.add_column("")
     for column in ("bundle", "PyTorch", "limit"):
         table.add_column(column, justify="right")
-    table.add_row(
-        f"PSNR of the worst of {image.images} images, {image.resolution} px",
-        f"{image.psnr_db:.1f} dB",
-        "",
-        f"≥ {image.tolerance_db:.0f} dB",
-    )
-    table.add_row("image-prompt cosine", f"{image.agreement:.3f}", f"{image.reference_agreement:.3f}", "± 2 %")
-    table.add_row(
-        f"R@1, {search.pairs} pairs",
-        f"{search.recall_at_1:.1%}",
-        f"{search.reference_recall_at_1:.1%}",
-        "− 0.5 points",
-    )
+    if image:
+        table.add_row(
+            f"PSNR of the worst of {image.images} images, {image.resolution} px",
+            f"{image.psnr_db:.1f} dB",
+            "",
+            f"≥ {image.tolerance_db:.0f} dB",
+        )
+        table.add_row("image-prompt cosine", f"{image.agreement:.3f}", f"{image.reference_agreement:.3f}", "± 2 %")
+    if search:
+        table.add_row(
+            f"R@1, {search.pairs} pairs",
+            f"{search.recall_at_1:.1%}",
+            f"{search.reference_recall_at_1:.1%}",
+            "− 0.5 points",
+        )
     embeddings = export.embeddings
     worst = min(embeddings.text_cosine, embeddings.image_cosine)
     inputs = f"{embeddings.texts} odd texts and {embeddings.images} odd images"

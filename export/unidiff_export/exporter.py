@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,22 @@ from unidiff_sdk.inference.manifest import Manifest, RerankDefaults
 from unidiff_sdk.inference.schedule import replacement_notice
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.encoders.search_model import load_search_model
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
+from .bundle.exported import Exported, Progress
 from .bundle.files import folder_size, new_folder, write_pipeline_files
-from .bundle.graph_writer import GraphWriter
+from .bundle.graph_writer import GraphWriter, graph_configs
 from .bundle.manifest import build_manifest, describe_model, sampler_defaults, write_manifest
 from .bundle.model_card import write_model_card
 from .bundle.reranking import MAX_QUERIES, MIN_QUERIES, affordable_queries, rerank_defaults
+from .bundle.search_only import export_search_model
 from .graphs.lowering import GraphSpec, graph_specs
 from .options import TARGETS, check_options
 from .pipeline import generate_images, load_pipeline
 from .quantization.calibration import calibrate
 from .quantization.policy import Int8Policy
-from .reference import Reference, Samples, make_reference, read_samples, workload_for
+from .reference import Reference, Samples, SearchReference, make_reference, read_samples, workload_for
 from .verification import (
     TOLERANCES,
     EmbeddingParity,
@@ -52,9 +55,8 @@ from .verification import (
     compare_graph,
     compare_images,
     compare_search,
+    results_to_json,
 )
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Export:
     Attributes:
         path: the bundle folder.
         graphs: the graphs, in the order of generation.
-        image, search, embeddings: the comparison of images, search and embeddings with PyTorch.
+        image: the comparison of generated images with PyTorch; None without a generator.
+        search: the comparison of search with PyTorch; None without a generator and without `calibration`.
+        embeddings: the comparison of embeddings with PyTorch.
         seconds: duration of the export.
         bytes: size of the bundle.
         peak_bytes: peak memory of the process.
@@ -92,8 +96,8 @@ class Export:
 
     path: Path
     graphs: tuple[GraphReport, ...]
-    image: ImageParity
-    search: SearchParity
+    image: ImageParity | None
+    search: SearchParity | None
     embeddings: EmbeddingParity
     seconds: float
     bytes: int
@@ -101,7 +105,7 @@ class Export:
 
 
 def export_bundle(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint: str | Path | Checkpoint | None,
     out: str | Path,
     *,
     clip: str | Path | None = None,
@@ -121,9 +125,9 @@ def export_bundle(
 
     Args:
         checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a Stable Diffusion pipeline
-            of diffusers (a folder, or hf:org/name).
+            of diffusers (a folder, or hf:org/name). None: only `clip`, for a bundle that searches but has no generator.
         out: the bundle folder. It appears only after everything has been verified.
-        clip: the CLIP of a Stable Diffusion pipeline, see `load_base`.
+        clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
         lora: LoRA files to merge, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
         vae: the VAE to use instead of the checkpoint's: a diffusers folder, or a safetensors file.
@@ -131,7 +135,8 @@ def export_bundle(
             would overflow stays fp32, and layers that are too sensitive for int8 stay float. The manifest lists both.
         target: the runtime of the graphs, a name in `TARGETS`.
         calibration: a catalog on disk with pairs to calibrate int8 and to compare search. Default: the captions that
-            the checkpoint records, and images generated from them.
+            the checkpoint records, and images generated from them. Without a generator, int8 needs a catalog, and
+            without one search is not compared.
         columns: names of columns of `calibration`, see `read_catalog`.
         overwrite: replace an existing bundle at `out`.
         tolerance: the largest deviation from PyTorch. Default: `TOLERANCES[precision]`.
@@ -143,7 +148,7 @@ def export_bundle(
         ExportError: the checkpoint cannot be exported, or the result deviates too far from PyTorch. `out` is unchanged.
         CheckpointError: the checkpoint is missing or incomplete.
         DataError: `calibration` is not a catalog.
-        OptionError: an option has an unknown value, or the key cannot be used.
+        OptionError: an option has an unknown value or no effect, or the key cannot be used.
     """
     check_options(precision, target)
     options = BaseOptions.of(variant=variant, lora=lora, vae=vae)
@@ -154,32 +159,24 @@ def export_bundle(
     with _disk_errors(out), new_folder(out, overwrite=overwrite) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for random inputs of tracing and comparing
         report("Loading the checkpoint")
-        loaded = _load(checkpoint, clip, options)
-        warn_of_replacement(loaded)
-        specs = graph_specs(loaded)
-
-        from_disk = loaded is not checkpoint
-        read = partial(read_samples, loaded, calibration, columns=columns)
-        reference, policy = _prepare(loaded, specs, precision, read, report, from_disk)
-        writer = GraphWriter(folder, loaded, precision, target, policy, reference, report)
-        for spec in specs:
-            writer.write(spec)
-        write_pipeline_files(loaded, folder)
-
-        bundle = _UnfinishedBundle(folder, out.name, loaded, precision, target, writer)
-        release = partial(_release_weights, loaded) if from_disk else None
-        evidence = _verify(bundle, specs, reference, policy, tolerance, report, release)
+        prepare = _export_search_model if checkpoint is None else partial(_export_checkpoint, checkpoint)
+        exported = prepare(clip, options, calibration, columns, precision, report)
+        bundle = _UnfinishedBundle(folder, out.name, exported, precision, target, report)
+        bundle.write()
+        evidence = _verify(bundle, tolerance, report)
         if TARGETS[target].channels_last:
-            evidence = _finish_for_gpu(bundle, reference, evidence, report)
+            evidence = _finish_for_gpu(bundle, evidence, report)
 
         seconds, peak = time.perf_counter() - start, peak_bytes()
-        rerank = None if calibration is None else _choose_rerank(bundle.open(), calibration, report)
+        rerank = None
+        if calibration is not None and checkpoint is not None:
+            rerank = _choose_rerank(bundle.open(), calibration, report)
         bundle.finish(evidence, {"seconds": round(seconds, 1), "peak_mib": peak >> 20}, rerank)
         if key is not None:
             sign_manifest(folder, key)
     return Export(
         path=out,
-        graphs=_reports(writer, evidence),
+        graphs=_reports(bundle.writer, evidence),
         image=evidence.image,
         search=evidence.search,
         embeddings=evidence.embeddings,
@@ -209,6 +206,48 @@ def warn_of_replacement(checkpoint: Checkpoint) -> Checkpoint:
     if replaces := checkpoint.replaced_scheduler:
         warn(replacement_notice(checkpoint.path, checkpoint.sampler_defaults["name"], replaces))
     return checkpoint
+
+
+def _export_checkpoint(
+    checkpoint: str | Path | Checkpoint,
+    clip: str | Path | None,
+    options: BaseOptions,
+    calibration: str | Path | None,
+    columns: Mapping[str, str | None] | None,
+    precision: str,
+    report: Progress,
+) -> Exported:
+    """Load a checkpoint with a generator, and compute what it is compared with."""
+    loaded = warn_of_replacement(_load(checkpoint, clip, options))
+    specs, from_disk = graph_specs(loaded), loaded is not checkpoint
+    read = partial(read_samples, loaded, calibration, columns=columns)
+    reference, policy = _prepare(loaded, specs, precision, read, report, from_disk)
+    return Exported(
+        specs=specs,
+        configs=graph_configs(loaded),
+        description=describe_model(loaded),
+        reference=reference,
+        policy=policy,
+        write_files=partial(write_pipeline_files, loaded),
+        write_card=lambda folder, manifest: write_model_card(folder, manifest, loaded.meta, loaded.path),
+        modules=(loaded.unet, loaded.vae, loaded.clip, loaded.text_encoder) if from_disk else (),
+    )
+
+
+def _export_search_model(
+    clip: str | Path | None,
+    options: BaseOptions,
+    calibration: str | Path | None,
+    columns: Mapping[str, str | None] | None,
+    precision: str,
+    report: Progress,
+) -> Exported:
+    """Load encoders without a generator, and compute what they are compared with."""
+    if clip is None:
+        raise OptionError("Name a checkpoint to export, or a CLIP with --clip for a bundle that only searches.")
+    if options.loras or options.vae:
+        raise OptionError("LoRA files and a VAE belong to a Stable Diffusion. Name one, or leave them out.")
+    return export_search_model(load_search_model(clip, options.variant), calibration, columns, precision, report)
 
 
 def _prepare(
@@ -260,17 +299,25 @@ class _UnfinishedBundle:
     """The bundle in its temporary folder. The runtime can open it after `write_manifest`."""
 
     def __init__(
-        self, folder: Path, name: str, checkpoint: Checkpoint, precision: str, target: str, writer: GraphWriter
+        self, folder: Path, name: str, exported: Exported, precision: str, target: str, report: Progress
     ) -> None:
-        self.writer, self.precision = writer, precision
-        self._folder, self._name, self._target, self._checkpoint = folder, name, target, checkpoint
-        self._model = describe_model(checkpoint)
+        self.exported, self.precision = exported, precision
+        self._folder, self._name, self._target = folder, name, target
         self._manifest: Manifest | None = None
+        self.writer = GraphWriter(
+            folder, exported.configs, precision, target, exported.policy, exported.reference, report
+        )
+
+    def write(self) -> None:
+        """Write the graphs and all other files but the manifest and the model card."""
+        for spec in self.exported.specs:
+            self.writer.write(spec)
+        self.exported.write_files(self._folder)
 
     def write_manifest(self) -> None:
         """Write the manifest of the current files, without evidence."""
         self._manifest = build_manifest(
-            self._model,
+            self.exported.description,
             self._folder,
             name=self._name,
             graphs=self.writer.graphs,
@@ -288,54 +335,38 @@ class _UnfinishedBundle:
         assert self._manifest is not None  # nothing is verified without a manifest
         manifest = replace(self._manifest, parity=evidence.to_json(), export=cost, rerank=rerank)
         write_manifest(self._folder, manifest)
-        write_model_card(self._folder, manifest, self._checkpoint)
+        self.exported.write_card(self._folder, manifest)
 
 
-def _verify(
-    bundle: _UnfinishedBundle,
-    specs: Sequence[GraphSpec],
-    reference: Reference,
-    policy: Int8Policy | None,
-    tolerance: Tolerance,
-    report: Progress,
-    release: Callable[[], None] | None,
-) -> Evidence:
-    """Compare the bundle with PyTorch; for int8, keep more layers in float until the comparison passes.
-
-    release: frees the weights of PyTorch, called once no graph is compared or written again.
-    """
-    parity: dict[str, GraphParity] = {}
+def _verify(bundle: _UnfinishedBundle, tolerance: Tolerance, report: Progress) -> Evidence:
+    """Compare the bundle with PyTorch; for int8, keep more layers in float until the comparison passes."""
+    exported, parity = bundle.exported, dict[str, GraphParity]()
     while True:
         bundle.write_manifest()
         try:
-            opened = _compare_graphs(bundle, specs, reference, tolerance, parity, report)
-            if policy is None and release:
-                release()
-            return Evidence(parity, *_compare_results(opened, reference, tolerance, report))
+            opened = _compare_graphs(bundle, tolerance, parity, report)
+            if exported.policy is None:
+                exported.release_weights()
+            return Evidence(parity, *_compare_results(opened, exported.reference, tolerance, report))
         except ToleranceError as failure:
-            changed = policy.keep_more_float(failure.graphs) if policy else []
+            changed = exported.policy.keep_more_float(failure.graphs) if exported.policy else []
             if not changed:
                 raise
-            for spec in specs:
+            for spec in exported.specs:
                 if spec.name in changed:
                     parity.pop(spec.name, None)
                     bundle.writer.write(spec)
 
 
 def _compare_graphs(
-    bundle: _UnfinishedBundle,
-    specs: Sequence[GraphSpec],
-    reference: Reference,
-    tolerance: Tolerance,
-    parity: dict[str, GraphParity],
-    report: Progress,
+    bundle: _UnfinishedBundle, tolerance: Tolerance, parity: dict[str, GraphParity], report: Progress
 ) -> Bundle:
     """Compare the graphs that are missing in `parity` with PyTorch, and add them to it.
 
     Returns the opened bundle. Its UNet, the slowest graph to load, stays loaded for generation.
     """
     whole = bundle.open(threads=torch.get_num_threads())
-    for spec in sorted(specs, key=lambda spec: spec.name == "unet"):
+    for spec in sorted(bundle.exported.specs, key=lambda spec: spec.name == "unet"):
         if spec.name in parity:
             continue
         report(f"Comparing {spec.name} with PyTorch")
@@ -343,24 +374,25 @@ def _compare_graphs(
         # Other graphs than the UNet are opened in separate bundles, which release their memory before the next.
         opened = whole if spec.name == "unet" else bundle.open(threads=torch.get_num_threads())
         limits = tolerance if precision == bundle.precision else TOLERANCES[precision]
-        calls = calls_for(spec, precision, reference)
+        calls = calls_for(spec, precision, bundle.exported.reference)
         parity[spec.name] = compare_graph(opened.session(spec.name), spec, limits, calls)
     return whole
 
 
 def _compare_results(
-    bundle: Bundle, reference: Reference, tolerance: Tolerance, report: Progress
-) -> tuple[ImageParity, SearchParity, EmbeddingParity]:
+    bundle: Bundle, reference: SearchReference, tolerance: Tolerance, report: Progress
+) -> tuple[ImageParity | None, SearchParity | None, EmbeddingParity]:
     """Compare whole images with diffusers, then search and the embeddings of unusual inputs with transformers."""
-    encoder = Encoder(bundle)
-    report("Comparing images with diffusers")
-    image = compare_images(Generator(bundle).generate, encoder, reference, tolerance)
+    encoder, image = Encoder(bundle), None
+    if isinstance(reference, Reference):
+        report("Comparing images with diffusers")
+        image = compare_images(Generator(bundle).generate, encoder, reference, tolerance)
     report("Comparing search with PyTorch")
     search = compare_search(encoder, reference, tolerance)
     return image, search, compare_embeddings(encoder, reference, tolerance)
 
 
-def _finish_for_gpu(bundle: _UnfinishedBundle, reference: Reference, evidence: Evidence, report: Progress) -> Evidence:
+def _finish_for_gpu(bundle: _UnfinishedBundle, evidence: Evidence, report: Progress) -> Evidence:
     """Rewrite the graphs for kernels that only a GPU has, and compare them on a GPU if this machine has one.
 
     The tolerance is that of half precision, because a GPU rounds float32 products to TF32, which has as many digits.
@@ -369,14 +401,13 @@ def _finish_for_gpu(bundle: _UnfinishedBundle, reference: Reference, evidence: E
     bundle.write_manifest()
     on_gpu = bundle.open(device="cuda")
     try:
-        on_gpu.session("unet")
+        on_gpu.session("unet" if on_gpu.generates else "image_encoder")
     except ProviderError:
         report("Skipping the comparison on a GPU: ONNX Runtime finds none")
         return evidence
     report("Comparing on the GPU")
-    image, search, embeddings = _compare_results(on_gpu, reference, TOLERANCES["fp16"], report)
-    figures = {"image": asdict(image), "search": asdict(search), "embeddings": asdict(embeddings)}
-    return replace(evidence, devices={"cuda": figures})
+    results = _compare_results(on_gpu, bundle.exported.reference, TOLERANCES["fp16"], report)
+    return replace(evidence, devices={"cuda": results_to_json(*results)})
 
 
 def _choose_rerank(bundle: Bundle, calibration: str | Path, report: Progress) -> RerankDefaults | None:
@@ -411,12 +442,6 @@ def _reports(writer: GraphWriter, evidence: Evidence) -> tuple[GraphReport, ...]
 
 
 # --- resources -------------------------------------------------------------------------------------------------------
-
-
-def _release_weights(checkpoint: Checkpoint) -> None:
-    """Release the memory of all weights; configurations and tokenizers stay."""
-    for part in (checkpoint.unet, checkpoint.vae, checkpoint.clip, checkpoint.text_encoder):
-        part.to("meta")
 
 
 def peak_bytes() -> int:

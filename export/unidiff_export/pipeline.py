@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import image_rng
 from unidiff_sdk.inference.schedule import FOLLOWED_OPTIONS
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+    from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel
 
 Inputs = tuple[Tensor, ...]
 ImageArray = NDArray[np.uint8]
@@ -58,6 +60,7 @@ ODD_TEXTS = (
     "long " * 100,
 )
 ODD_SIZES = ((97, 161), (300, 40), (5, 7), (64, 64))
+ODD_MODES = ("RGB", "L", "RGB", "RGB")  # of the image of each size
 
 
 @dataclass(frozen=True)
@@ -261,10 +264,33 @@ def embed_odd_inputs(checkpoint: Checkpoint, folder: Path | None = None) -> Refe
     Raises:
         ExportError: transformers cannot embed them.
     """
-    images = _odd_images(checkpoint)
+    clip = _ClipParts(checkpoint.clip, checkpoint.clip_tokenizer, checkpoint.image_processor)
+    return embed_with_clip(clip, folder, checkpoint.path, checkpoint.fit)
+
+
+def embed_search_model(model: SearchModel, from_disk: bool = True) -> ReferenceEmbeddings:
+    """The same for a model without a generator, loaded again from its folder if it has one and `from_disk`."""
+    clip = _ClipParts(model.clip, model.tokenizer, model.image_processor)
+    return embed_with_clip(clip, model.folder if from_disk else None, model.path, model.fit, model.variant)
+
+
+class _ClipParts(NamedTuple):
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+
+
+def embed_with_clip(
+    clip: _ClipParts, folder: Path | None, path: Path, fit: Fit, variant: str | None = None
+) -> ReferenceEmbeddings:
+    """Embed ODD_TEXTS and odd images with CLIP as `from_pretrained` reads `folder`, or as given without a folder.
+
+    path: for messages. fit: how the model was trained. variant: of the weight files of the folder.
+    """
+    images = _odd_images(fit)
     try:
         with _quiet(), torch.no_grad():
-            model, tokenize, preprocess = _clip(checkpoint, folder)
+            model, tokenize, preprocess = clip if folder is None else _load_clip(folder, clip.tokenizer, variant)
             length = model.config.text_config.max_position_embeddings
             tokens = tokenize(
                 list(ODD_TEXTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -274,38 +300,35 @@ def embed_odd_inputs(checkpoint: Checkpoint, folder: Path | None = None) -> Refe
             features = model.get_image_features(pixel_values=torch.cat(pixels))
     except (ValueError, TypeError, RuntimeError, OSError, AttributeError) as error:
         raise ExportError(
-            f"{folder or checkpoint.path}: transformers' CLIPModel and CLIPProcessor cannot embed texts and images "
+            f"{folder or path}: transformers' CLIPModel and CLIPProcessor cannot embed texts and images "
             f"({error}). Repair the CLIP folder, so that there is something to compare the bundle with."
         ) from error
     return ReferenceEmbeddings(ODD_TEXTS, images, unit(texts), unit(features))
 
 
-def _clip(checkpoint: Checkpoint, folder: Path | None) -> tuple[Any, Any, Any]:
-    """Return CLIP, its tokenizer and its image processor, from the folder or from the checkpoint."""
+def _load_clip(folder: Path, tokenizer: Any, variant: str | None = None) -> _ClipParts:
+    """Load a CLIP folder. `tokenizer` is used if the folder has none."""
     from transformers import CLIPModel, CLIPProcessor
 
-    if folder is None:
-        return checkpoint.clip, checkpoint.clip_tokenizer, checkpoint.image_processor
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    variant = choose_variant(folder, CLIP_WEIGHTS)
+    variant = choose_variant(folder, CLIP_WEIGHTS, variant)
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32, variant=variant, **options).eval()
     if not (folder / "tokenizer_config.json").is_file():  # the pipeline's own tokenizer is CLIP's
         from transformers import AutoImageProcessor
 
-        return model, checkpoint.clip_tokenizer, AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        return _ClipParts(model, tokenizer, AutoImageProcessor.from_pretrained(folder, local_files_only=True))
     processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return model, processor.tokenizer, processor.image_processor
+    return _ClipParts(model, processor.tokenizer, processor.image_processor)
 
 
-def _odd_images(checkpoint: Checkpoint) -> tuple[Image.Image, ...]:
+def _odd_images(fit: Fit) -> tuple[Image.Image, ...]:
     """Return smooth images with noise, in color and in gray; squares if the model was trained on padded images."""
     rng, images = np.random.default_rng(0), []
-    for i, (width, height) in enumerate(ODD_SIZES):
-        width, height = (width, height) if checkpoint.fit == "crop" else (width, width)
+    for (width, height), mode in zip(ODD_SIZES, ODD_MODES, strict=True):
+        width, height = (width, height) if fit == "crop" else (width, width)
         coarse = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8)).resize((width, height))
         noisy = np.asarray(coarse, np.int64) + rng.integers(-20, 20, (height, width, 3))
-        image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-        images.append(image.convert("L") if i == 1 else image)
+        images.append(Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert(mode))
     return tuple(images)
 
 

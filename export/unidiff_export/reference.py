@@ -108,14 +108,14 @@ def read_samples(
         DataError: `data` is not a catalog.
     """
     if data is None:
-        return Samples(_distinct(tuple(checkpoint.meta.get("captions", ())) or default))
+        return Samples(distinct(tuple(checkpoint.meta.get("captions", ())) or default))
     pairs = load_pairs(data, checkpoint, columns=columns, limit=limit)
-    captions = _distinct(pairs.captions)
+    captions = distinct(pairs.captions)
     indices = torch.tensor([pairs.captions.index(caption) for caption in captions])
     return Samples(captions, tuple(pairs.clip_images[indices].permute(0, 2, 3, 1).numpy()))
 
 
-def _distinct(captions: Sequence[str]) -> tuple[str, ...]:
+def distinct(captions: Sequence[str]) -> tuple[str, ...]:
     """Return the first of all captions that are equal after normalization."""
     first: dict[str, str] = {}
     for caption in captions:
@@ -126,34 +126,43 @@ def _distinct(captions: Sequence[str]) -> tuple[str, ...]:
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The results of PyTorch that a bundle is compared with.
+@dataclass(frozen=True, kw_only=True)
+class SearchReference:
+    """The results of PyTorch that the encoders of a bundle are compared with.
 
     Attributes:
-        generated: images, and the latents that they started from.
-        sampler, steps, guidance_scale: how they were generated.
-        searched: the pairs for search.
+        searched: the pairs for search; None without data.
         embeddings: unit embeddings of their captions and of their images.
         odd: unit embeddings of unusual texts and images.
-        agreement: mean cosine of the generated images and their prompts.
         inputs: the inputs of each graph in all of this.
     """
 
-    generated: GeneratedImages
-    sampler: str
-    steps: int
-    guidance_scale: float
-    searched: Samples
-    embeddings: tuple[NDArray[np.float32], NDArray[np.float32]]
+    searched: Samples | None
+    embeddings: tuple[NDArray[np.float32], NDArray[np.float32]] | None
     odd: ReferenceEmbeddings
-    agreement: float
     inputs: dict[str, tuple[Inputs, ...]]
 
     def observed_calls(self, graph: str) -> tuple[Inputs, ...]:
         """Return the first, the middle and the last inputs of a graph."""
         calls = self.inputs[graph]
         return tuple(calls[i] for i in sorted({0, len(calls) // 2, len(calls) - 1}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference(SearchReference):
+    """The results of PyTorch that a bundle with a generator is compared with.
+
+    Attributes:
+        generated: images, and the latents that they started from.
+        sampler, steps, guidance_scale: how they were generated.
+        agreement: mean cosine of the generated images and their prompts.
+    """
+
+    generated: GeneratedImages
+    sampler: str
+    steps: int
+    guidance_scale: float
+    agreement: float
 
 
 def make_reference(

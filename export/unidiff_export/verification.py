@@ -15,7 +15,7 @@ from unidiff_sdk.training.evaluation.retrieval import retrieval_figures
 
 from .graphs.lowering import GraphSpec
 from .pipeline import Inputs
-from .reference import Reference
+from .reference import Reference, SearchReference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -144,29 +144,36 @@ class Evidence:
 
     Attributes:
         graphs: by name.
-        image: generated images.
-        search: text and image search.
+        image: generated images; None without a generator.
+        search: text and image search; None without pairs to search.
         embeddings: embeddings of unusual texts and images.
         devices: images, search and embeddings on further devices, by name, as in the manifest.
     """
 
     graphs: dict[str, GraphParity]
-    image: ImageParity
-    search: SearchParity
+    image: ImageParity | None
+    search: SearchParity | None
     embeddings: EmbeddingParity
     devices: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the parity report of the manifest."""
         graphs = {name: asdict(parity) for name, parity in self.graphs.items()}
-        results = {name: asdict(getattr(self, name)) for name in ("image", "search", "embeddings")}
-        return graphs | results | self.devices
+        return graphs | results_to_json(self.image, self.search, self.embeddings) | self.devices
+
+
+def results_to_json(
+    image: ImageParity | None, search: SearchParity | None, embeddings: EmbeddingParity
+) -> dict[str, Any]:
+    """Return the comparisons of whole results as the manifest lists them."""
+    results = {"image": image, "search": search, "embeddings": embeddings}
+    return {name: asdict(parity) for name, parity in results.items() if parity is not None}
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def calls_for(spec: GraphSpec, precision: str, reference: Reference) -> tuple[Inputs, ...]:
+def calls_for(spec: GraphSpec, precision: str, reference: SearchReference) -> tuple[Inputs, ...]:
     """Return the inputs that a graph is compared on: random ones, or for int8 those that occur in the reference.
 
     int8 is accurate only for values within the calibrated ranges.
@@ -308,14 +315,15 @@ def _generate(generate: Generate, reference: Reference) -> Sequence[Image.Image]
         raise ExportError(f"the bundle cannot generate images: {error}. If a value overflowed, use --fp32.") from error
 
 
-def compare_search(encoder: Encoder, reference: Reference, tolerance: Tolerance) -> SearchParity:
-    """Search the reference's pairs with the bundle's encoder.
+def compare_search(encoder: Encoder, reference: SearchReference, tolerance: Tolerance) -> SearchParity | None:
+    """Search the reference's pairs with the bundle's encoder. None if it has no pairs.
 
     Raises:
         ToleranceError: R@1 falls by more than 0.5 points, or with few pairs by more than one query.
     """
     pairs = reference.searched
-    assert pairs.images is not None  # a reference always has images
+    if pairs is None or pairs.images is None or reference.embeddings is None:
+        return None
     embeddings = encoder.encode_texts(pairs.captions), encoder.encode_images(pairs.images)
     recall, expected = (recall_at_1(*both, pairs.captions) for both in (embeddings, reference.embeddings))
     if expected - recall > max(RECALL_TOLERANCE, 0.5 / len(pairs.captions)) + 1e-9:
@@ -327,7 +335,7 @@ def compare_search(encoder: Encoder, reference: Reference, tolerance: Tolerance)
     return SearchParity(recall, expected, len(pairs.captions))
 
 
-def compare_embeddings(encoder: Encoder, reference: Reference, tolerance: Tolerance) -> EmbeddingParity:
+def compare_embeddings(encoder: Encoder, reference: SearchReference, tolerance: Tolerance) -> EmbeddingParity:
     """Embed the reference's unusual texts and images with the bundle's encoder.
 
     Raises:

@@ -17,7 +17,7 @@ import torch
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
-from unidiff_sdk.training.checkpoints.open_clip import load_open_clip
+from unidiff_sdk.training.checkpoints.encoders.open_clip import load_open_clip
 
 TOLERANCE = 1e-5
 SMALL = {

@@ -21,7 +21,7 @@ import torch
 from support.references import gray_reference
 
 from unidiff_export import export_bundle
-from unidiff_export.bundle.graph_writer import GraphWriter
+from unidiff_export.bundle.graph_writer import GraphWriter, graph_configs
 from unidiff_export.graphs.lowering import graph_specs, lower
 from unidiff_sdk.errors import CheckpointError, ExportError
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
@@ -134,7 +134,7 @@ def test_graph_that_overflows_half_precision_stays_fp32(
         if spec.name.startswith("vae"):
             (example,) = spec.example(1, 1)
             reference = gray_reference(inputs={spec.name: ((factor * example,),)})
-            writer = GraphWriter(tmp_path, checkpoint, "fp16", "cpu", None, reference, lambda line: None)
+            writer = GraphWriter(tmp_path, graph_configs(checkpoint), "fp16", "cpu", None, reference, lambda line: None)
             writer.write(spec)
             precisions[spec.name] = writer.graphs[spec.name].precision
     assert precisions == {"vae_decoder": "fp32", "vae_encoder": expected}

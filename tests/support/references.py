@@ -22,5 +22,15 @@ def gray_reference(**changes: Any) -> Reference:
     generated = GeneratedImages(("a", "b"), "", noise, torch.zeros(2, 4, 4, 4), images, ())
     searched = Samples(("a", "b"), images)
     odd = ReferenceEmbeddings(("", "b"), tuple(map(Image.fromarray, images)), UNIT, UNIT)
-    reference = Reference(generated, "dpm++2m", 4, 2.0, searched, (UNIT, UNIT), odd, agreement=1.0, inputs={})
+    reference = Reference(
+        generated=generated,
+        sampler="dpm++2m",
+        steps=4,
+        guidance_scale=2.0,
+        searched=searched,
+        embeddings=(UNIT, UNIT),
+        odd=odd,
+        agreement=1.0,
+        inputs={},
+    )
     return dataclasses.replace(reference, **changes)

@@ -7,6 +7,7 @@ images depend on the prompt, the noise and the timestep.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,15 @@ def _write_tokenizer(folder: Path) -> None:
 def _write_json(file: Path, value: Any) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def make_search_bundle(folder: Path, *, seed: int = 0) -> Path:
+    """Write a toy bundle without a generator into `folder`."""
+    make_toy_bundle(folder, seed=seed)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for name in ("unet", "vae_decoder", "vae_encoder", "scheduler"):
+        shutil.rmtree(folder / name)
+        manifest["graphs"].pop(name, None)
+    del manifest["latent"], manifest["sampler"], manifest["checksum"]
+    seal(folder, manifest)
+    return folder

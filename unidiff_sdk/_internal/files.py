@@ -172,6 +172,7 @@ _FOLDERS = {
     ("metadata.csv", b""): ("a dataset", "unidiff index {path} CATALOG"),
     ("metadata.parquet", b""): ("a dataset", "unidiff index {path} CATALOG"),
     ("model_index.json", b""): ("a diffusers pipeline", "unidiff-export {path} --clip MODEL -o BUNDLE"),
+    ("preprocessor_config.json", b""): ("a transformers model", "unidiff-export --clip {path} -o BUNDLE"),
 }
 _HEAD = 4096  # bytes; the format is one of the first values of a file
 

@@ -383,7 +383,7 @@ class Catalog(OpenCatalog):
             n: the number of images for each prompt, at least 1.
             seed: the k-th candidate of a prompt uses the seed `seed + k`; that seed with n=1 generates it alone.
                 Default: a random seed, which the result reports.
-            steps, guidance_scale, sampler: default: those of the bundle (`bundle.manifest.sampler`).
+            steps, guidance_scale, sampler: default: those of the bundle (`bundle.sampler`).
             guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds.
             width, height: in pixels; default: the size that the model was trained at.
             long_prompts: "truncate" ignores what exceeds the model's tokens, with a warning; "chunk" encodes it too.

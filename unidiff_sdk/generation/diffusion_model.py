@@ -107,7 +107,7 @@ class DiffusionModel:
     @property
     def latent(self) -> Latent:
         """Sizes and scales of the latents."""
-        return self._bundle.manifest.latent
+        return self._bundle.latent
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """The shape of the latents of an image: channels, height, width."""

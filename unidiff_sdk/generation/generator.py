@@ -66,6 +66,9 @@ class Generator:
             its own calls, and is bit for bit the same whatever is generated at the same time.
         max_requests: the most calls of `generate` at the same time. One more raises BusyError.
         available_memory: returns the bytes that the process may still allocate, or None if unknown.
+
+    Raises:
+        BundleError: the bundle has no generator.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Generator:
         available_memory: Callable[[], int | None] = available_memory,
     ) -> None:
         self.bundle = bundle
+        self._defaults = bundle.sampler
         self._positions = positions
         self._available_memory = available_memory
         self._conditioner = Conditioner(bundle)
@@ -214,7 +218,7 @@ class Generator:
 
     def query_images(self, texts: Sequence[str], n: int) -> list[Image.Image]:
         """`n` images of each text query, to search with: in few steps, and the same ones for the same texts."""
-        steps = min(self.bundle.manifest.sampler.steps, MAX_QUERY_STEPS)
+        steps = min(self._defaults.steps, MAX_QUERY_STEPS)
         return self.generate(texts, n=n, seed=QUERY_SEED, steps=steps)
 
     # The model itself, for scores (`retrieval.reranking`)
@@ -269,12 +273,11 @@ class Generator:
         """
         if isinstance(options, ResolvedOptions):
             return options
-        sampler = self.bundle.manifest.sampler
         defaults: dict[str, Any] = {
             "seed": secrets.randbelow(2**32),
-            "steps": sampler.steps,
-            "guidance_scale": float(sampler.guidance_scale),
-            "sampler": sampler.name,
+            "steps": self._defaults.steps,
+            "guidance_scale": float(self._defaults.guidance_scale),
+            "sampler": self._defaults.name,
             "width": self._model.default_side,
             "height": self._model.default_side,
             "strength": None if options.like is None else default_strength(masked=options.mask is not None),

@@ -23,7 +23,17 @@ from .folder.files import BundleFiles
 from .folder.interfaces import check_interfaces, read_graph
 from .folder.onnx_file import OnnxFile
 from .folder.signature import KeyFile, check_signature
-from .manifest import GRAPH_FILE, MANIFEST, Embedding, Graph, ImageInput, Manifest, Profile
+from .manifest import (
+    GRAPH_FILE,
+    MANIFEST,
+    Embedding,
+    Graph,
+    ImageInput,
+    Latent,
+    Manifest,
+    Profile,
+    SamplerDefaults,
+)
 from .schedule import Schedule
 from .sessions import GraphWarmup, Session, SessionFactory, create_session, engine_of, warm_up
 from .shape_profiles import shape_profile
@@ -250,6 +260,25 @@ class Bundle:
         return self.manifest.synthetic
 
     @property
+    def generates(self) -> bool:
+        """Whether the bundle holds a generator. Without one, it only searches."""
+        return self.manifest.latent is not None
+
+    @property
+    def latent(self) -> Latent:
+        """Sizes and scales of the latents. Raises BundleError if the bundle has no generator."""
+        if self.manifest.latent is None:
+            raise self._without_generator()
+        return self.manifest.latent
+
+    @property
+    def sampler(self) -> SamplerDefaults:
+        """The defaults of generation. Raises BundleError if the bundle has no generator."""
+        if self.manifest.sampler is None:
+            raise self._without_generator()
+        return self.manifest.sampler
+
+    @property
     def dim(self) -> int:
         """Length of an embedding."""
         return self._embedding.dim
@@ -294,6 +323,7 @@ class Bundle:
 
     def __repr__(self) -> str:
         searches = f"{self.dim}-dimensional" if self.manifest.embedding else "generation only"
+        searches += "" if self.generates else ", search only"
         return (
             f"Bundle({self.name!r}, {self.precision}, {searches}, device={self.device!r}, "
             f"fingerprint={self.fingerprint[:12]}…, path={str(self.path)!r})"
@@ -315,6 +345,12 @@ class Bundle:
         return BundleError(
             f"{self.path} holds a Stable Diffusion without CLIP: it generates, but cannot search, rank or index. "
             "Export both together: unidiff-export CKPT -o BUNDLE"
+        )
+
+    def _without_generator(self) -> BundleError:
+        return BundleError(
+            f"{self.path} has no generator: it searches, but cannot generate, re-rank (rerank=) or imagine (imagine=). "
+            "Export the encoders together with a Stable Diffusion: unidiff-export CKPT --clip CLIP -o BUNDLE"
         )
 
     def _onnx_file(self, graph: str) -> tuple[OnnxFile, list[str]]:

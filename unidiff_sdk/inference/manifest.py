@@ -21,6 +21,7 @@ __all__ = [
     "DEFAULT_RERANK",
     "DEFAULT_SAMPLER",
     "FORMAT",
+    "GENERATION_GRAPHS",
     "GRAPH_FILE",
     "MANIFEST",
     "SCHEMA_VERSION",
@@ -50,6 +51,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH_FILE = "model.onnx"
 GRAPH_SUFFIX = ".onnx"
+GENERATION_GRAPHS = frozenset({"unet", "vae_decoder", "vae_encoder"})
 
 DEFAULT_SAMPLER: dict[str, Any] = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
 """For models that name no sampler of their own."""
@@ -230,7 +232,9 @@ DEFAULT_RERANK = RerankDefaults(timesteps=(650, 750, 850, 950), candidates=8, we
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDescription:
-    """Sizes and defaults of the models in a bundle. `embedding` and `image` are None for a model that only generates.
+    """Sizes and defaults of the models in a bundle.
+
+    A model that only generates has no `embedding` and `image`. One that only searches has no `latent` and `sampler`.
 
     Attributes:
         synthetic: whether the model has been trained on rendered images alone, and knows no photographs.
@@ -239,8 +243,8 @@ class ModelDescription:
     embedding: Embedding | None = None
     prompt: Prompt | None = None
     image: ImageInput | None = None
-    latent: Latent
-    sampler: SamplerDefaults
+    latent: Latent | None = None
+    sampler: SamplerDefaults | None = None
     synthetic: bool = False
 
     @property
@@ -411,7 +415,8 @@ def _check_version(values: Mapping[str, Any], file: Path) -> None:
 
 def _check_content(manifest: Manifest, file: Path) -> None:
     """Check the rules that involve several fields, and the paths of the files."""
-    for name in ("embedding", "image"):
+    generates = not GENERATION_GRAPHS.isdisjoint(manifest.graphs) or manifest.latent or manifest.sampler
+    for name in ("embedding", "image", *(("latent", "sampler") if generates else ())):
         if getattr(manifest, name) is None:
             raise BundleError(f"{file}: {name} is missing; it must be a JSON object")
     for name in manifest.files:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unidiff_sdk.errors import BundleError, OptionError
 
-from .manifest import ModelDescription, Profile, TensorSpec
+from .manifest import GENERATION_GRAPHS, Latent, ModelDescription, Profile, SamplerDefaults, TensorSpec
 
 if TYPE_CHECKING:
     from .sessions import Session
@@ -44,21 +44,12 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
     Raises:
         BundleError: an axis has another name.
     """
-    latent = model.latent
-    side = latent.size * (latent.scale_factor if graph == "vae_encoder" else 1)
-    sides = (int(side * SMALLEST_SIDE), side, int(side * LARGEST_SIDE))
     tokens = model.prompt_tokens
     if graph == "clip_text_encoder" and model.embedding is not None:
         tokens = model.embedding.max_tokens
-    images = max(1, POSITIONS_PER_CALL // (2 * latent.size**2))  # guided, in one call
-    predictions = 1 if model.sampler.guidance_scale == 1 else 2  # for each image
-    batch = {
-        "text_encoder": TEXTS,
-        "clip_text_encoder": TEXTS,
-        "image_encoder": IMAGES,
-        "unet": (1, predictions, 2 * images),
-    }.get(graph, (1, 1, images))
-    axes = {"batch": batch, "steps": batch, "height": sides, "width": sides, "tokens": (tokens,) * 3}
+    axes = {"batch": {"image_encoder": IMAGES}.get(graph, TEXTS), "tokens": (tokens,) * 3}
+    if graph in GENERATION_GRAPHS and model.latent is not None and model.sampler is not None:
+        axes |= _generation_axes(graph, model.latent, model.sampler)
     for name, tensor in inputs.items():
         for axis in tensor.shape:
             if not isinstance(axis, int) and axis not in axes:
@@ -73,6 +64,16 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
         }
         for name, tensor in inputs.items()
     }
+
+
+def _generation_axes(graph: str, latent: Latent, sampler: SamplerDefaults) -> dict[str, tuple[int, int, int]]:
+    """Smallest, usual and largest size of the axes of a graph that generates."""
+    side = latent.size * (latent.scale_factor if graph == "vae_encoder" else 1)
+    sides = (int(side * SMALLEST_SIDE), side, int(side * LARGEST_SIDE))
+    images = max(1, POSITIONS_PER_CALL // (2 * latent.size**2))  # guided, in one call
+    predictions = 1 if sampler.guidance_scale == 1 else 2  # for each image
+    batch = (1, predictions, 2 * images) if graph == "unet" else (1, 1, images)
+    return {"batch": batch, "steps": batch, "height": sides, "width": sides}
 
 
 class ProfiledSession:

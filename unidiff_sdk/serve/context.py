@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.text import terminal_safe
+from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.retrieval.results import Hit, Page
@@ -76,6 +77,15 @@ class Context:
             if (hit := await self.catalog.aget(candidate)) is not None:
                 return hit
         raise ProblemError(404, "There is no such item", f"The catalog has no item with the id {id!r:.200}.")
+
+    async def require_generator(self) -> None:
+        """Raise ProblemError (501) if the catalog's bundle only searches."""
+        if not (await in_thread(lambda: self.catalog.bundle)).generates:
+            raise ProblemError(
+                501,
+                "The model of this catalog cannot do that",
+                "It has no generator: it searches, but cannot generate, re-rank (rerank) or imagine (imagine).",
+            )
 
     def log(self, request: Request, **texts: Any) -> None:
         """Add what a request asked for to its line in the log, if the operator wants that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from unidiff_export.graphs.precision import overflows_half, store_halves
 from unidiff_export.options import CONTRIB, TARGETS
 from unidiff_export.quantization.policy import Int8Policy
 from unidiff_export.quantization.qdq import quantize
-from unidiff_export.reference import Reference
+from unidiff_export.reference import SearchReference
 from unidiff_sdk.inference.manifest import Graph
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
@@ -25,11 +25,11 @@ from .manifest import describe_graph
 
 
 class GraphWriter:
-    """Writes the graphs of a checkpoint into a bundle folder. `write` replaces a graph after its policy has changed.
+    """Writes graphs into a bundle folder. `write` replaces a graph after its policy has changed.
 
     Args:
         folder: the bundle folder.
-        checkpoint: the models.
+        configs: the configuration of each graph's model, for its config.json.
         precision, target: see `export_bundle`.
         policy: the layers to quantize; None for fp32 and fp16.
         reference: its calls show which graphs overflow half precision.
@@ -42,15 +42,15 @@ class GraphWriter:
     def __init__(
         self,
         folder: Path,
-        checkpoint: Checkpoint,
+        configs: Mapping[str, Any],
         precision: str,
         target: str,
         policy: Int8Policy | None,
-        reference: Reference,
+        reference: SearchReference,
         progress: Callable[[str], None],
     ) -> None:
         self.graphs: dict[str, Graph] = {}
-        self._folder, self._checkpoint, self._progress = folder, checkpoint, progress
+        self._folder, self._configs, self._progress = folder, configs, progress
         self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
         self._lowered: dict[str, ir.Model] = {}  # int8 only: the float graphs, which may be quantized several times
 
@@ -58,7 +58,7 @@ class GraphWriter:
         """Lower a graph to the bundle's precision, and write its folder and its entry."""
         model, precision, quantized = self._convert(spec)
         folder = self._folder / spec.name
-        write_graph(model, folder, _config(self._checkpoint, spec.name))
+        write_graph(model, folder, plain_config(self._configs[spec.name]))
         self.graphs[spec.name] = replace(
             describe_graph(model, spec, precision, self._target),
             bytes=_graph_bytes(folder),
@@ -110,9 +110,9 @@ def _graph_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in graph_files(folder))
 
 
-def _config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
-    """Return the config.json of a graph's folder: the configuration of its model."""
-    configs = {
+def graph_configs(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the configuration of the model behind each graph."""
+    return {
         "text_encoder": checkpoint.text_encoder.config,
         "clip_text_encoder": checkpoint.clip.config.text_config,
         "unet": checkpoint.unet,
@@ -120,4 +120,3 @@ def _config(checkpoint: Checkpoint, graph: str) -> dict[str, Any]:
         "vae_encoder": checkpoint.vae,
         "image_encoder": checkpoint.clip.config.vision_config,
     }
-    return plain_config(configs[graph])

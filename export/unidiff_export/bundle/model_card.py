@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -29,15 +29,17 @@ from unidiff_sdk.training.checkpoints.model_card import (
 
 from .files import MODEL_CARD
 
-if TYPE_CHECKING:
-    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
+GENERATOR_TAG = "stable-diffusion"
 LICENSE = re.compile(r"^license:[ \t]*['\"]?([\w.+-]+)", re.MULTILINE)
+EXPORTED = "An ONNX bundle of UniDiff SDK, exported from the checkpoint {checkpoint} in {precision} for {purpose}. "
 SUMMARY = (
-    "An ONNX bundle of UniDiff SDK, exported from the checkpoint {checkpoint} in {precision} for {purpose}. CLIP "
-    "searches a product catalog by text and by image, and Stable Diffusion generates product images from text, both "
-    "without PyTorch."
+    "CLIP searches a product catalog by text and by image, and Stable Diffusion generates product images from text, "
+    "both without PyTorch."
+)
+SEARCH_SUMMARY = (
+    "It searches a product catalog by text and by image, without PyTorch. It has no generator, so it cannot generate "
+    "images or re-rank with one."
 )
 USE = """\
 ```python
@@ -46,7 +48,13 @@ from unidiff_sdk import {names}
 with Catalog("shop.catalog", bundle={bundle}) as catalog:
     catalog.add_folder("products")
     hits = catalog.search({prompt})
-    generation = catalog.generate({prompt})
+```
+"""
+GENERATE = """\
+The same catalog generates images:
+
+```python
+generation = catalog.generate({prompt})
 ```
 
 The folder is also a diffusers pipeline for optimum:
@@ -60,15 +68,16 @@ image = pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance
 """
 
 
-def write_model_card(folder: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
+def write_model_card(folder: Path, manifest: Manifest, meta: Mapping[str, Any], checkpoint: Path) -> None:
     """Write the card of the bundle in `folder`.
 
     Args:
         folder: the bundle folder.
         manifest: its manifest, with the evidence.
-        checkpoint: the exported checkpoint. Its own card may name a license.
+        meta: the checkpoint's metadata.
+        checkpoint: the folder of the exported checkpoint. Its own card may name a license.
     """
-    card = model_card(manifest, checkpoint.meta, checkpoint.path.name, license_of(checkpoint.path))
+    card = model_card(manifest, meta, checkpoint.name, license_of(checkpoint))
     (folder / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
@@ -92,11 +101,12 @@ def model_card(manifest: Manifest, meta: Mapping[str, Any], checkpoint: str, lic
     sections = [
         _front_matter(manifest, meta, license),
         f"# {markdown_text(manifest.name)}",
-        SUMMARY.format(
+        EXPORTED.format(
             checkpoint=inline_code(meta.get("name", checkpoint)),
             precision=manifest.precision,
             purpose=TARGETS[manifest.target].purpose if manifest.target else "ONNX Runtime",
-        ),
+        )
+        + (SUMMARY if manifest.sampler else SEARCH_SUMMARY),
         *markdown_section("Training", _training(meta)),
         *markdown_section("Contents", _contents(manifest)),
         *markdown_section("Comparison with PyTorch", _comparison(manifest)),
@@ -107,12 +117,13 @@ def model_card(manifest: Manifest, meta: Mapping[str, Any], checkpoint: str, lic
 
 
 def _front_matter(manifest: Manifest, meta: Mapping[str, Any], license: str | None) -> str:
+    tags = [tag for tag in TAGS if manifest.sampler or tag != GENERATOR_TAG]
     data = ModelCardData(
         base_model=meta.get("base_model"),
         library_name="unidiff-sdk",
         license=license,
-        pipeline_tag="text-to-image",
-        tags=sorted([*TAGS, "onnx", "onnxruntime", manifest.precision]),
+        pipeline_tag="text-to-image" if manifest.sampler else "zero-shot-image-classification",
+        tags=sorted([*tags, "onnx", "onnxruntime", manifest.precision]),
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -134,21 +145,25 @@ def _contents(manifest: Manifest) -> Iterator[str]:
             for name, graph in manifest.graphs.items()
         ],
     )
-    facts = [f"{manifest.latent.size * manifest.latent.scale_factor} px for generated images"]
+    facts = []
+    if manifest.latent:
+        facts.append(f"{manifest.latent.size * manifest.latent.scale_factor} px for generated images")
     if manifest.image and manifest.embedding:
         facts += [f"{manifest.image.size} px for searched images", f"{manifest.embedding.dim} dimensions of embeddings"]
-    sampler = manifest.sampler
-    yield (
-        f"Sizes: {', '.join(facts)}. Defaults of generation: sampler {sampler.name}, {sampler.steps} steps, guidance "
-        f"scale {sampler.guidance_scale:g}."
-    )
+    sizes = f"Sizes: {', '.join(facts)}."
+    if sampler := manifest.sampler:
+        sizes += (
+            f" Defaults of generation: sampler {sampler.name}, {sampler.steps} steps, guidance scale "
+            f"{sampler.guidance_scale:g}."
+        )
+    yield sizes
     if manifest.devices:
         yield f"Devices: {', '.join(manifest.devices)}."
 
 
 def _comparison(manifest: Manifest) -> Iterator[str]:
     parity = dict(manifest.parity or {})
-    image, search = parity.pop("image", {}), parity.pop("search", {})
+    image, search, embeddings = (parity.pop(name, {}) for name in ("image", "search", "embeddings"))
     if graphs := {name: parity[name] for name in manifest.graphs if name in parity}:
         yield markdown_table(
             ("graph", "largest error", "cosine"),
@@ -164,14 +179,25 @@ def _comparison(manifest: Manifest) -> Iterator[str]:
     if search:
         recall, reference = search["recall_at_1"], search["reference_recall_at_1"]
         results.append((f"R@1 over {search['pairs']} pairs", f"{recall:.1%}", f"PyTorch {reference:.1%}"))
+    if embeddings and not image:
+        worst = min(embeddings["text_cosine"], embeddings["image_cosine"])
+        results.append(("worst embedding of unusual inputs", f"{worst:.5f}", f"≥ {embeddings['min_cosine']}"))
     if results:
         yield markdown_table(("result", "bundle", "limit or reference"), results)
 
 
 def _limits(manifest: Manifest, meta: Mapping[str, Any]) -> Iterator[str]:
-    yield from describe_limits({**meta, "synthetic": manifest.synthetic})
+    if manifest.sampler:
+        yield from describe_limits({**meta, "synthetic": manifest.synthetic})
+    else:
+        yield "Intended for searching a catalog of images. Search results can repeat biases of the model and its data."
     if manifest.precision == "int8":
         yield "int8 is fast on CPUs with VNNI. On other CPUs, UniDiff SDK prevents saturated sums at the cost of speed."
+
+
+def _sampler_values(manifest: Manifest) -> dict[str, str]:
+    sampler = manifest.sampler
+    return {"steps": str(sampler.steps), "guidance_scale": f"{sampler.guidance_scale:g}"} if sampler else {}
 
 
 def _use(manifest: Manifest, meta: Mapping[str, Any]) -> str:
@@ -180,13 +206,12 @@ def _use(manifest: Manifest, meta: Mapping[str, Any]) -> str:
         "names": "Bundle, Catalog" if on_gpu else "Catalog",
         "bundle": 'Bundle.open("BUNDLE", device="cuda")' if on_gpu else '"BUNDLE"',
         "provider": ', provider="CUDAExecutionProvider"' if on_gpu else "",
-        "steps": str(manifest.sampler.steps),
-        "guidance_scale": f"{manifest.sampler.guidance_scale:g}",
+        **_sampler_values(manifest),
         "prompt": code_literal(
             min(meta.get("captions", ()) or ["a red dress"], key=len)
         ),  # last: it may contain braces
     }
-    text = USE
+    text = f"{USE}\n{GENERATE}" if manifest.sampler else USE
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", value)
     return text

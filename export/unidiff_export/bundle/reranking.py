@@ -176,7 +176,7 @@ def rerank_defaults(bundle: Bundle, data: Sequence[str | Path], limit: int = MAX
 
 def affordable_queries(bundle: Bundle, seconds: float = EXPORT_SECONDS) -> int:
     """The number of captions that can be measured in a time, from the time of one call of the UNet."""
-    generator, latent = Generator(bundle), bundle.manifest.latent
+    generator, latent = Generator(bundle), bundle.latent
     error = DenoisingError(generator, bundle.schedule(), NOISE_SEED)
     rows = [Row(np.zeros((latent.channels, latent.size, latent.size), np.float16), 1, generator.token_states(""))] * 4
     error.measure(rows)  # loads the graph

@@ -42,6 +42,7 @@ SYMBOLIC_OPSET = 18
 LARGEST_EXAMPLE = 16
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
+TOKEN_AXES = {"input_ids": {0: "batch", 1: "tokens"}}
 
 
 class TextEncoder(nn.Module):
@@ -163,7 +164,7 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
         ExportError: the UNet is not a text-to-image UNet of Stable Diffusion 1 or 2.
     """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
-    text, vision = checkpoint.text_encoder.config, clip.config.vision_config
+    text = checkpoint.text_encoder.config
     if refused := refusal(unet.config, vae.config, text.hidden_size):
         raise ExportError(refused)
     smallest = 2 ** len(
@@ -172,17 +173,6 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     native = unet.config.sample_size
     latent = min(native, max(LARGEST_EXAMPLE, smallest))
     pixels = latent * checkpoint.latent_factor
-
-    def ids_of(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
-        def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
-            tokens = torch.randint(0, config.vocab_size, (batch, config.max_position_embeddings))
-            tokens[:, -1] = end_of_text(config)  # the pooled state is that of this token
-            return (tokens,)
-
-        return ids
-
-    def preprocessed(batch: int, scale: int) -> tuple[Tensor, ...]:
-        return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
 
     def noisy_latents(batch: int, scale: int) -> tuple[Tensor, ...]:
         states = torch.randn(batch, text.max_position_embeddings, unet.config.cross_attention_dim)
@@ -195,21 +185,15 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     def images(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.rand(batch, vae.config.in_channels, scale * pixels, pixels) * 2 - 1,)
 
-    tokens = {"input_ids": {0: "batch", 1: "tokens"}}
     noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
-    image_encoder = _spec(
-        "image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), preprocessed
-    )
     if checkpoint.shared:
         outputs = ("last_hidden_state", "text_embeds")
-        texts = [_spec("text_encoder", TextEncoder(clip), tokens, outputs, ids_of(text))]
-        search = [image_encoder]
+        texts = [_spec("text_encoder", TextEncoder(clip), TOKEN_AXES, outputs, _random_ids(text))]
+        search = encoder_specs(clip)[1:]
     else:
         prompts = PromptEncoder(checkpoint.text_encoder)
-        texts = [_spec("text_encoder", prompts, tokens, ("last_hidden_state",), ids_of(text))]
-        embeds = TextEmbedder(clip)
-        embed_ids = ids_of(clip.config.text_config)
-        search = [_spec("clip_text_encoder", embeds, tokens, ("text_embeds",), embed_ids), image_encoder]
+        texts = [_spec("text_encoder", prompts, TOKEN_AXES, ("last_hidden_state",), _random_ids(text))]
+        search = encoder_specs(clip, "clip_text_encoder")
     latent_side, side = ({"height": size, "width": size} for size in (native, native * checkpoint.latent_factor))
     decoder, encoder = VaeDecoder(vae), VaeEncoder(vae)
     return [
@@ -229,6 +213,31 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
         ),
         *search,
     ]
+
+
+def encoder_specs(clip: CLIPModel, text_graph: str = "text_encoder") -> list[GraphSpec]:
+    """Return the graphs that search needs: the text encoder, under the name `text_graph`, and the image encoder."""
+    vision = clip.config.vision_config
+
+    def pixels(batch: int, scale: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
+
+    ids = _random_ids(clip.config.text_config)
+    return [
+        _spec(text_graph, TextEmbedder(clip), TOKEN_AXES, ("text_embeds",), ids),
+        _spec("image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), pixels),
+    ]
+
+
+def _random_ids(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Return a function that makes random token ids for a batch size."""
+
+    def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
+        tokens = torch.randint(0, config.vocab_size, (batch, config.max_position_embeddings))
+        tokens[:, -1] = end_of_text(config)  # the pooled state is that of this token
+        return (tokens,)
+
+    return ids
 
 
 def end_of_text(config: CLIPTextConfig) -> int:

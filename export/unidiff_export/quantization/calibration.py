@@ -47,17 +47,34 @@ def calibrate(
 
     Samples without images use the generated ones.
     """
+    with _recording(specs) as ranges:
+        generated = generate(samples.captions)  # runs the text encoder, the UNet and the VAE decoder
+        inputs = graph_inputs(checkpoint, generated, samples.captions, samples.images or generated.images)
+        _run([spec for spec in specs if spec.name not in ("unet", "vae_decoder")], inputs)
+    return Calibration(ranges, inputs)
+
+
+def calibrate_on(specs: Sequence[GraphSpec], inputs: dict[str, tuple[Inputs, ...]]) -> Calibration:
+    """Record the ranges of all layers while each graph is called with its `inputs`."""
+    with _recording(specs) as ranges:
+        _run(specs, inputs)
+    return Calibration(ranges, inputs)
+
+
+@contextmanager
+def _recording(specs: Sequence[GraphSpec]) -> Iterator[dict[str, dict[str, LayerRanges]]]:
+    """Yield the ranges of the layers of each graph, which calls within the block extend."""
     ranges: dict[str, dict[str, LayerRanges]] = {spec.name: {} for spec in specs}
     with ExitStack() as hooks, torch.no_grad():
         for spec in specs:
             hooks.enter_context(observing(spec, _recorder(ranges[spec.name])))
-        generated = generate(samples.captions)  # runs the text encoder, the UNet and the VAE decoder
-        inputs = graph_inputs(checkpoint, generated, samples.captions, samples.images or generated.images)
-        for spec in specs:
-            if spec.name not in ("unet", "vae_decoder"):
-                for call in inputs[spec.name]:
-                    spec.module(*call)
-    return Calibration(ranges, inputs)
+        yield ranges
+
+
+def _run(specs: Sequence[GraphSpec], inputs: Mapping[str, tuple[Inputs, ...]]) -> None:
+    for spec in specs:
+        for call in inputs[spec.name]:
+            spec.module(*call)
 
 
 def _recorder(ranges: dict[str, LayerRanges]) -> Observer:

@@ -26,8 +26,8 @@ from unidiff_sdk.errors import CheckpointError  # noqa: E402
 from unidiff_sdk.inference.preprocessing import preprocess  # noqa: E402
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
-from unidiff_sdk.training.checkpoints.image_preprocessing import preprocessing_refusal  # noqa: E402
-from unidiff_sdk.training.checkpoints.open_clip import load_open_clip  # noqa: E402
+from unidiff_sdk.training.checkpoints.encoders.image_preprocessing import preprocessing_refusal  # noqa: E402
+from unidiff_sdk.training.checkpoints.encoders.open_clip import load_open_clip  # noqa: E402
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data.captions import tokenize  # noqa: E402

@@ -123,8 +123,7 @@ def _check_width(found: Mapping[str, OnnxFile], files: BundleFiles) -> None:
 
 def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     """The inputs that the runtime gives to a graph. Empty for an unknown graph."""
-    latent, embedding, image = manifest.latent, manifest.embedding, manifest.image
-    latents = TensorSpec("float32", (BATCH, latent.channels, latent.size, latent.size))
+    embedding, image, latents = manifest.embedding, manifest.image, _latents(manifest)
     match graph:
         case "text_encoder":
             return {"input_ids": TensorSpec("int64", (BATCH, manifest.prompt_tokens))}
@@ -147,11 +146,12 @@ def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
 
 def _outputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     """The outputs of a graph that the runtime uses. Empty for an unknown graph."""
-    latent = manifest.latent
-    latents = TensorSpec("float32", (BATCH, latent.channels, latent.size, latent.size))
+    latents = _latents(manifest)
     embeds = TensorSpec("float32", (BATCH, manifest.embedding.dim if manifest.embedding else ANY))
     match graph:
         case "text_encoder":
+            if manifest.latent is None:  # of a bundle that only searches
+                return {"text_embeds": embeds}
             states = {"last_hidden_state": TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY))}
             separate = manifest.embedding is None or "clip_text_encoder" in manifest.graphs
             return states if separate else states | {"text_embeds": embeds}
@@ -168,8 +168,15 @@ def _outputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     return {}
 
 
+def _latents(manifest: Manifest) -> TensorSpec:
+    latent = manifest.latent
+    sizes: tuple[int | str, ...] = (latent.channels, latent.size, latent.size) if latent else (ANY, ANY, ANY)
+    return TensorSpec("float32", (BATCH, *sizes))
+
+
 def _pixels(manifest: Manifest) -> TensorSpec:
-    side = manifest.latent.size * manifest.latent.scale_factor
+    latent = manifest.latent
+    side = latent.size * latent.scale_factor if latent else ANY
     return TensorSpec("float32", (BATCH, 3, side, side))
 
 

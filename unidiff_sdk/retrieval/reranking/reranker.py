@@ -97,7 +97,7 @@ class Reranker:
         self._bundle, self._denoiser, self._load_image = bundle, denoiser(), load_image
         self._error = DenoisingError(self._denoiser, schedule, self.settings.noise_seed)
         self._cache = LatentCache()
-        latent = bundle.manifest.latent
+        latent = bundle.latent
         self._shape = (latent.channels, latent.size, latent.size)
 
     def rerank(self, queries: Sequence[tuple[str, Sequence[ScoredRecord]]]) -> list[list[Reranked]]:

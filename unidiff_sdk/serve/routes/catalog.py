@@ -77,6 +77,8 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         for name in ("like", "unlike"):
             ids = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
             arguments[name] = [await context.item(id) for id in ids if id is not None]
+        if query.imagine or query.rerank:
+            await context.require_generator()
         gate = context.generations if query.imagine or query.rerank else context.searches
         async with gate.entered(settings.timeout):
             return page_response(await until_disconnected(request, catalog.asearch(**arguments)))
@@ -180,7 +182,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
             items=facts["items"],
             columns=facts["columns"],
             bundle=BundleInfo(name=bundle.name, fingerprint=bundle.fingerprint, precision=bundle.precision),
-            generates=bundle.has_graph("unet"),
+            generates=bundle.generates,
             writes=settings.allow_writes,
             max_images=settings.max_images,
         )

@@ -49,6 +49,7 @@ def generation_routes(context: Context) -> APIRouter:
         in base64 as WebP), and at the end `result` or `error`.
         """
         context.log(request, prompt=body.prompt)
+        await context.require_generator()
         arguments = await _arguments(context, body)
         if EVENTS not in request.headers.get("accept", ""):
             async with context.generations.entered(context.settings.timeout):

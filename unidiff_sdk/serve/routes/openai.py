@@ -149,6 +149,7 @@ def _edits_schema() -> dict[str, Any]:
 
 async def _generate(context: Context, request: Request, prompt: str, arguments: dict[str, Any]) -> ImagesResponse:
     context.log(request, prompt=prompt)
+    await context.require_generator()
     check_images(context, GenerationOptions(**arguments))
     async with context.generations.entered(context.settings.timeout):
         generation: Generation = await until_disconnected(request, context.catalog.agenerate(prompt, **arguments))

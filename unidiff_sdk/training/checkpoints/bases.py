@@ -13,10 +13,10 @@ from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import CheckpointError, OptionError
 
 from .checkpoint import Checkpoint, ImageProcessor, assemble_checkpoint, load_checkpoint, load_clip, require_supported
+from .encoders.open_clip import PREFIX, load_open_clip
 from .loading.options import BaseOptions
-from .open_clip import PREFIX, load_open_clip
 
-__all__ = ["load_base"]
+__all__ = ["hub_id", "load_base", "local_folder"]
 
 HUB_PREFIX = "hf:"
 HUB_NAME = re.compile(rf"{HUB_PREFIX}(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w][\w./-]*))?")
@@ -47,7 +47,7 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
     options = options or BaseOptions()
     if clip is None and (str(base) == "tiny" or os.path.isdir(os.path.join(base, "clip"))):
         return require_supported(load_checkpoint(base, options))
-    folder = _local_folder(base, ["model_index.json", *PIPELINE_FILES], options.variant)
+    folder = local_folder(base, ["model_index.json", *PIPELINE_FILES], options.variant)
     if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
         raise CheckpointError(
             f"{base} is neither a checkpoint nor a diffusers pipeline: it has no model_index.json and clip/."
@@ -60,7 +60,7 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
         processor = _image_processor(model.image_size, model.mean, model.std)
         checkpoint = assemble_checkpoint(folder, model.clip, processor, options=options)
     else:
-        clip_folder = _local_folder(clip, ["*"])
+        clip_folder = local_folder(clip, ["*"])
         checkpoint = assemble_checkpoint(folder, *load_clip(clip_folder), options=options)
         checkpoint = replace(checkpoint, clip_path=clip_folder)
     tokens, embedded = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
@@ -74,14 +74,20 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
 
 def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) -> Checkpoint:
     """Record the hub ids that a base was loaded from, as its folder in the cache has no telling name."""
-    hub_ids = [name["id"] for source in (base, clip) if (name := HUB_NAME.fullmatch(str(source)))]
+    hub_ids = [name for source in (base, clip) if (name := hub_id(source))]
     if not hub_ids:
         return checkpoint
     named = {"name": hub_ids[0]} if str(base).startswith(HUB_PREFIX) else {}
     return replace(checkpoint, meta={"base_model": hub_ids} | named | checkpoint.meta)
 
 
-def _local_folder(source: str | Path, files: list[str], variant: str | None = None) -> Path:
+def hub_id(source: str | Path) -> str | None:
+    """The id of a model that is named as "hf:org/name", with or without a revision. None for a folder."""
+    name = HUB_NAME.fullmatch(str(source))
+    return name["id"] if name else None
+
+
+def local_folder(source: str | Path, files: list[str], variant: str | None = None) -> Path:
     """The folder itself, or the folder of a hub repository's files, downloaded if they are not in the cache."""
     if not str(source).startswith(HUB_PREFIX):
         if not checked_path(source, CheckpointError).is_dir():

@@ -32,7 +32,7 @@ from unidiff_sdk.inference.folder.diffusers_folder import native_size, refusal, 
 from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
 
 from .architectures import check_clip_files, check_pipeline_files
-from .image_preprocessing import normalization, preprocessing_refusal
+from .encoders.image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
 from .loading.additions import add_to_models
 from .loading.options import BaseOptions
@@ -56,6 +56,7 @@ __all__ = [
     "assemble_checkpoint",
     "load_checkpoint",
     "load_clip",
+    "load_tokenizer",
     "require_supported",
 ]
 
@@ -207,15 +208,23 @@ def load_checkpoint(path: str | Path, options: BaseOptions | None = None) -> Che
     return replace(checkpoint, clip_path=folder / "clip")
 
 
-def load_clip(folder: Path) -> tuple[CLIPModel, Any]:
+def load_clip(folder: Path, variant: str | None = None) -> tuple[CLIPModel, Any]:
     """Load a transformers CLIP folder: the model, float32 in eval mode, and its image processor.
 
-    Raises CheckpointError if a part is missing, unreadable or incomplete.
+    variant: Variant of the weight file, such as "fp16". Raises CheckpointError if a part is missing, unreadable or
+    incomplete.
     """
     _require_files(folder, {"config.json": "model", "preprocessor_config.json": "image preprocessing"})
     check_clip_files(folder)
+    variant = _variant(folder, CLIP_WEIGHTS, variant)
     with _progress_bars_hidden():
-        return _load_model(CLIPModel, folder, _variant(folder, CLIP_WEIGHTS)), _from_pretrained(ImageProcessor, folder)
+        return _load_model(CLIPModel, folder, variant), _from_pretrained(ImageProcessor, folder)
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Load the CLIP tokenizer in a folder. Raises CheckpointError if it cannot be read."""
+    tokenizer: CLIPTokenizer = _from_pretrained(CLIPTokenizer, folder)
+    return tokenizer
 
 
 def assemble_checkpoint(

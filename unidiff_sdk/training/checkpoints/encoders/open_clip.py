@@ -6,25 +6,32 @@ A model is named `open_clip:ARCH/TAG` (downloaded by the open_clip package), `op
 
 from __future__ import annotations
 
+import gzip
+import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import CheckpointError, OptionError
 
-__all__ = ["PREFIX", "ConvertedOpenClip", "convert", "load_open_clip"]
+__all__ = ["PREFIX", "ConvertedOpenClip", "convert", "load_open_clip", "open_clip_tokenizer"]
 
 PREFIX = "open_clip:"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+VOCABULARY, MERGES = "bpe_simple_vocab_16e6.txt.gz", 48_894  # the merges that CLIP uses of the file
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 INSTALL = "Run `pip install open_clip_torch` in an environment whose torchvision matches its torch."
 # Settings that CLIPModel supports. Any other setting means another architecture.
 VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
@@ -110,6 +117,27 @@ def load_open_clip(name: str) -> ConvertedOpenClip:
     )
     mean, std = (tuple(preprocessing.get(key) or default) for key, default in (("mean", MEAN), ("std", STD)))
     return ConvertedOpenClip(clip, int(clip.config.vision_config.image_size), mean, std)
+
+
+def open_clip_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of CLIP from the vocabulary that the installed open_clip package contains.
+
+    Raises CheckpointError if open_clip is not installed.
+    """
+    file = _package_folder("The tokenizer of this model") / VOCABULARY
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            merges = [line.strip() for line in islice(lines, 1, 1 + MERGES)]  # after a line with the version
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {file}: {error}. {INSTALL}") from error
+    symbols = list(bytes_to_unicode().values())
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *(pair.replace(" ", "") for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, *SPECIAL_TOKENS])}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder)
+    return tokenizer
 
 
 def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> CLIPModel:
@@ -222,15 +250,20 @@ def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
 
 def _architecture(name: str) -> dict[str, Any]:
     """Configuration of an architecture, read from the installed open_clip without importing it (and torchvision)."""
-    package = find_spec("open_clip")
-    if package is None or package.origin is None:
-        raise CheckpointError(f"The architecture {name} is defined by open_clip, which is not installed. {INSTALL}")
-    folder = Path(package.origin).parent / "model_configs"
+    folder = _package_folder(f"The architecture {name}") / "model_configs"
     file = folder / f"{name}.json"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("ViT-*.json")))
         raise CheckpointError(f"OpenCLIP has no architecture {name!r}. Supported ones are among: {known}.")
     return _json(file)
+
+
+def _package_folder(what: str) -> Path:
+    """Folder of the installed open_clip. Raises CheckpointError, which names `what` is missing, without it."""
+    package = find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise CheckpointError(f"{what} is defined by open_clip, which is not installed. {INSTALL}")
+    return Path(package.origin).parent
 
 
 def _download(architecture: str, tag: str) -> tuple[dict[str, Any], Path]:

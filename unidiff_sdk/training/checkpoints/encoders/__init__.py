@@ -1,0 +1,1 @@
+"""Encoders of texts and images: loading and conversion, with or without a generator."""
