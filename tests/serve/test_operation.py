@@ -8,14 +8,17 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import uvicorn
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,6 +30,7 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.serve import ServerSettings, create_app
 from unidiff_sdk.serve.limits import RateLimit
 from unidiff_sdk.serve.settings import ApiKeys
+from unidiff_sdk.serve.transport.protocol import TimedProtocol
 
 READ, WRITE = "reading-key-0123456789", "writing-key-0123456789"
 QUERY = {"text": "boots", "limit": 1}
@@ -109,8 +113,9 @@ def test_rates_are_limited_for_each_key(catalog: Catalog) -> None:
 def test_large_bodies_are_refused(catalog: Catalog) -> None:
     with served(catalog, max_body=10_000) as client:
         large = {"text": "x" * 20_000}
-        for body in (json.dumps(large).encode(), iter([json.dumps(large).encode()])):  # with its length, and in chunks
-            response = client.post("/v1/search", content=body, headers={"Content-Type": "application/json"})
+        data = json.dumps(large).encode()
+        for path, body in (("search", data), ("search", iter([data])), ("generate", iter([data]))):  # length, chunks
+            response = client.post(f"/v1/{path}", content=body, headers={"Content-Type": "application/json"})
             assert response.status_code == 413 and response.json()["detail"] == "Send at most 10,000 bytes."
         assert client.post("/v1/search", json=QUERY).status_code == 200
 
@@ -266,3 +271,69 @@ def test_the_size_of_generated_images_is_limited(client: TestClient) -> None:
 def test_malformed_edits_are_client_errors(client: TestClient, form: dict[str, str], named: str) -> None:
     response = client.post("/v1/images/edits", data=form, files={"image": b"no image"})
     assert response.status_code == 422 and named in response.json()["detail"]
+
+
+@contextmanager
+def listening(catalog: Catalog, protocol: type, **options: object) -> Iterator[int]:
+    """Serve a catalog on a socket, and give its port."""
+    app = create_app(catalog, ServerSettings(**options))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+class HastyProtocol(TimedProtocol):
+    HEADER_SECONDS = 0.3
+
+
+def answer_to(port: int, *parts: bytes, pause: float = 0.1) -> bytes:
+    """All that the server answers until it closes the connection, to a client that sends slowly."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
+            answer = b""
+            while received := connection.recv(65536):
+                answer += received
+        except (BrokenPipeError, ConnectionResetError):
+            return b"closed"
+        return answer
+
+
+def test_slow_and_silent_clients_are_disconnected(catalog: Catalog) -> None:
+    line = b"POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with listening(catalog, HastyProtocol, timeout=1.0) as port:
+        for parts in ((), (b"GET / HTTP/1.1\r\n",), (b"G", b"E", b"T", b" ", b"/")):
+            assert answer_to(port, *parts)[:12] in (b"HTTP/1.1 408", b"closed")
+        first = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+        assert answer_to(port, first, b"GET /healthz HTTP/1.1\r\n").count(b"HTTP/1.1 200") == 1
+        for path in (b"search", b"generate"):
+            sent = line.replace(b"search", path) + b"Content-Length: 100\r\n\r\n"
+            assert answer_to(port, sent, *[b"x"] * 3).startswith(b"HTTP/1.1 408")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        for _ in range(2):  # a connection in use is not closed
+            connection.request("POST", "/v1/search", json.dumps(QUERY), {"Content-Type": "application/json"})
+            assert connection.getresponse().read().startswith(b'{"hits"')
+            time.sleep(0.4)
+        connection.close()
+
+
+def test_bodies_of_all_requests_together_are_limited(catalog: Catalog) -> None:
+    """Forty clients start to send bodies of the largest size, and none ends it."""
+    size = 100_000
+    head = b"POST /v1/search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % size
+    with listening(catalog, TimedProtocol, max_body=size, timeout=5.0) as port, ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(40)]
+        for connection in connections:
+            connection.sendall(head + b"x" * (size - 1))
+        refused = connections[-1].recv(65536)
+        assert refused.startswith(b"HTTP/1.1 429") and b"retry-after" in refused
+        assert len(answer_to(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))

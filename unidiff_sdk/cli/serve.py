@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ def serve(
 
         from unidiff_sdk.serve import ServerSettings, create_app
         from unidiff_sdk.serve.settings import ApiKeys
+        from unidiff_sdk.serve.transport.protocol import TimedProtocol
     except ImportError as error:
         raise ProviderError(f"The server is not installed ({error}): pip install 'unidiff-sdk[serve]'") from error
     from unidiff_sdk.catalog.catalog import Catalog
@@ -102,11 +104,13 @@ def serve(
     if opening and "://" not in catalog:
         raise OptionError(f"{', '.join(opening)} need a URL, but {catalog} is a folder.")
     _log_to_stderr()
+    _allow_connections()
     with Catalog(catalog, create=False, trusted_keys=trusted_keys, **opening) as opened:
         config = uvicorn.Config(
             create_app(opened, settings),
             host=host,
             port=port,
+            http=TimedProtocol,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -140,6 +144,12 @@ def _key_in(file: Path | None) -> str | None:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{file}: cannot be read ({error})") from error
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files to what the system allows: each connection is one, and idle ones are cheap."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _log_to_stderr() -> None:

@@ -14,13 +14,13 @@ from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.errors import UniDiffError
 
 from .context import Context
-from .middleware import RequestMiddleware
 from .problems import ANY_ROUTE, Problem, ProblemError, add_error_handlers, problem_responses
 from .routes.catalog import catalog_routes
 from .routes.generation import generation_routes
 from .routes.openai import openai_routes
 from .schemas import ItemsRequest, SearchRequest
 from .settings import ServerSettings
+from .transport.middleware import RequestMiddleware
 
 __all__ = ["create_app"]
 
@@ -58,7 +58,7 @@ def create_app(catalog: Catalog, settings: ServerSettings | None = None) -> Fast
             allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"],
             expose_headers=["Retry-After", "X-Request-Id"],
         )
-    app.add_middleware(RequestMiddleware, metrics=context.metrics, max_body=settings.max_body)
+    app.add_middleware(RequestMiddleware, metrics=context.metrics, max_body=settings.max_body, timeout=settings.timeout)
     if settings.storefront:
         app.mount("/", StaticFiles(directory=STOREFRONT, html=True))
     return app

@@ -14,7 +14,7 @@ from fastapi import Request
 from unidiff_sdk._internal.text import terminal_safe
 
 from .metrics import Metrics
-from .problems import RETRY_SECONDS, ProblemError
+from .problems import RETRY, ProblemError
 from .settings import Access, ServerSettings
 
 __all__ = ["Gate", "Limits", "RateLimit"]
@@ -67,7 +67,7 @@ class Gate:
                 429,
                 "Too many requests at the same time",
                 f"{self._limit} {self._kind} are running or waiting. Try again later.",
-                {"Retry-After": str(RETRY_SECONDS)},
+                RETRY,
             )
 
     @asynccontextmanager

@@ -30,6 +30,8 @@ __all__ = ["PROBLEM", "Problem", "ProblemError", "add_error_handlers", "problem_
 
 PROBLEM = "application/problem+json"
 RETRY_SECONDS = 2  # after 429 and 503
+CLOSE = {"Connection": "close"}  # the rest of a body would follow
+RETRY = {"Retry-After": str(RETRY_SECONDS)}
 _log = logging.getLogger(__name__)
 
 # The first class that an error belongs to decides. Messages of the others are for the operator: they name files.
@@ -51,6 +53,7 @@ DESCRIPTIONS = {
     401: "The key is missing or unknown",
     403: "The key, or the origin of the page, does not allow that",
     404: "There is no such item, or its image is missing",
+    408: "The body arrives too slowly",
     413: "The body is too large",
     415: "The body is neither JSON nor a form",
     421: "The request addresses the server by an unknown name",
@@ -61,7 +64,7 @@ DESCRIPTIONS = {
     503: "The catalog or the model is not available",
     504: "The request took too long and was cancelled",
 }
-ANY_ROUTE = (401, 403, 413, 421, 422, 429, 500, 503, 504)
+ANY_ROUTE = (401, 403, 408, 413, 421, 422, 429, 500, 503, 504)
 _BODY_CANNOT_BE_PARSED = 400  # of FastAPI: the text is not UTF-8, or is nested too deeply
 
 
@@ -112,7 +115,7 @@ def problem_of(error: BaseException) -> ProblemError:
         return error
     for kind, status, title in STATUS:
         if isinstance(error, kind):
-            headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+            headers = RETRY if status in (429, 503) else {}
             detail = terminal_safe(str(error)) if status in CALLERS_OWN else IN_LOG
             if kind is StoredImageError:
                 detail = f"The image of an item is missing or damaged. {IN_LOG}"
@@ -140,6 +143,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def of_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, ProblemError):  # raised by the middleware while FastAPI read the body
+            return await respond(request, error.__cause__)
         headers = dict(error.headers or {})
         if error.status_code == _BODY_CANNOT_BE_PARSED:
             error = ProblemError(422, "The request has another form", "The body cannot be parsed.")

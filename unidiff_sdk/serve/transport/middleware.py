@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -13,8 +14,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .metrics import Metrics
-from .problems import PROBLEM, ProblemError
+from unidiff_sdk.serve.metrics import Metrics
+from unidiff_sdk.serve.problems import CLOSE, PROBLEM, RETRY, ProblemError
 
 __all__ = ["RequestMiddleware", "access_log"]
 
@@ -31,6 +32,9 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+HELD_BODIES = 16
+"""All running requests together may have bodies of this many times the largest size. One more is answered with 429."""
+
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -41,10 +45,12 @@ class RequestMiddleware:
         app: the application.
         metrics: counts the requests.
         max_body: the largest body of a request, in bytes. A larger one is answered with 413, without being read.
+        timeout: seconds within which a body must arrive. A slower one is answered with 408.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
-        self._app, self._metrics, self._max_body = app, metrics, max_body
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int, timeout: float) -> None:
+        self._app, self._metrics, self._max_body, self._timeout = app, metrics, max_body, timeout
+        self._held = 0  # bytes of the bodies of all running requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,41 +89,78 @@ class RequestMiddleware:
             access_log.info("%s", json.dumps({name: value for name, value in entry.items() if value is not None}))
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application with a body of limited size."""
+        """Run the application with a body that is limited in size and time."""
         stated = Headers(scope=scope).get("content-length", "0")
         if not stated.isdecimal() or len(stated) > 18 or int(stated) > self._max_body:
-            await self._refuse(scope, send)
+            await self._refuse(scope, send, self._too_large())
             return
-        received, has_started = 0, False
-
-        async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body:
-                raise self._too_large()
-            return message
+        has_started = False
 
         async def send_started(message: Message) -> None:
             nonlocal has_started
             has_started = True
             await send(message)
 
+        body = _Body(receive, time.monotonic() + self._timeout)
+
+        async def receive_limited() -> Message:
+            size = body.received
+            message = await body.receive()
+            self._held += body.received - size
+            if body.received > self._max_body:
+                raise self._too_large()
+            if self._held > HELD_BODIES * self._max_body:
+                raise ProblemError(429, "Too many requests at the same time", "Try again later.", RETRY | CLOSE)
+            return message
+
         try:
             await self._app(scope, receive_limited, send_started)
-        except ProblemError:  # raised while a body was received, where the application does not handle it
+        except ProblemError as problem:  # raised while a body was received, where the application does not handle it
             if has_started:
                 raise
-            await self._refuse(scope, send)
+            await self._refuse(scope, send, problem)
+        finally:
+            self._held -= body.received
 
     def _too_large(self) -> ProblemError:
-        return ProblemError(413, "The request is too large", f"Send at most {self._max_body:,} bytes.")
+        return ProblemError(413, "The request is too large", f"Send at most {self._max_body:,} bytes.", CLOSE)
 
-    async def _refuse(self, scope: Scope, send: Send) -> None:
-        body = json.dumps(self._too_large().content(scope["state"]["request_id"])).encode()
-        headers = [(b"content-type", PROBLEM.encode()), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
+    async def _refuse(self, scope: Scope, send: Send, problem: ProblemError) -> None:
+        body = json.dumps(problem.content(scope["state"]["request_id"])).encode()
+        headers = {"Content-Type": PROBLEM, "Content-Length": str(len(body)), **problem.headers}
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": problem.status, "headers": raw})
         await send({"type": "http.response.body", "body": body})
+
+
+class _Body:
+    """The body of a request as it arrives.
+
+    Args:
+        receive: receives its parts.
+        deadline: when all of it must have arrived, in seconds of the monotonic clock.
+
+    Attributes:
+        received: its bytes up to now.
+    """
+
+    def __init__(self, receive: Receive, deadline: float) -> None:
+        self._receive, self._deadline, self._is_complete, self.received = receive, deadline, False, 0
+
+    async def receive(self) -> Message:
+        """The next message. Raises ProblemError (408) after the deadline."""
+        if self._is_complete:  # what follows is the end of the connection, at any time
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise ProblemError(
+                408, "The request arrives too slowly", "Its body took too long. Send it again.", CLOSE
+            ) from None
+        self.received += len(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        return message
 
 
 def _request_id(headers: Headers) -> str:

@@ -1,0 +1,1 @@
+"""What surrounds the routes: the limits of connections, and those of requests."""
