@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,21 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from support.lora_files import make_lora
 
 from unidiff_export import export_bundle
+from unidiff_export.bundle.manifest import describe_model
+from unidiff_export.bundle.model_card import model_card
 from unidiff_export.cli import main
+from unidiff_export.graphs.lowering import graph_specs
+from unidiff_export.pipeline import generate_images, load_pipeline
 from unidiff_export.verification import psnr_db
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.generation.generator import Generator
-from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
+from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
+from unidiff_sdk.training.data.captions import tokenize
 
 PROMPTS = ["a red striped dress", "green dotted boots"]
 
@@ -31,6 +41,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
     pytest.mark.filterwarnings("ignore:.*changes the text encoder"),
 ]
+
+
+def psnr(images: Sequence[Any], others: Sequence[Any]) -> float:
+    """PSNR of the worst image."""
+    return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(images, others, strict=True))
 
 
 def worst_psnr(bundle: Path, pipeline: Any, *, steps: int = 4, guidance_scale: float = 5.0) -> float:
@@ -43,37 +58,79 @@ def worst_psnr(bundle: Path, pipeline: Any, *, steps: int = 4, guidance_scale: f
     ours = Generator(Bundle.open(bundle, threads=1)).generate(
         PROMPTS, latents=latents, sampler="ddim", steps=steps, guidance_scale=guidance_scale
     )
-    return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(ours, theirs, strict=True))
+    return psnr(ours, theirs)
 
 
-def test_bundle_with_loras_and_vae_equals_diffusers(random_checkpoint: Path, tmp_path: Path) -> None:
-    files = [tmp_path / "kohya.safetensors", tmp_path / "peft.safetensors"]
+@dataclass(frozen=True)
+class Additions:
+    """Two LoRAs and another VAE, and the pipeline that diffusers makes with them."""
+
+    loras: list[str]
+    vae: Path
+    pipeline: Any
+
+
+@pytest.fixture(scope="module")
+def additions(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Additions:
+    folder = tmp_path_factory.mktemp("additions")
+    files = [folder / "kohya.safetensors", folder / "peft.safetensors"]
     make_lora(random_checkpoint, files[0], form="kohya", text=False)
     make_lora(random_checkpoint, files[1], form="peft", seed=1)
     torch.manual_seed(7)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(random_checkpoint / "vae"), scaling_factor=0.3)
-    vae.save_pretrained(tmp_path / "vae")
-    loras = [f"{files[0]}:0.8", f"{files[1]}:0.5"]
-    export_bundle(random_checkpoint, tmp_path / "bundle", lora=loras, vae=tmp_path / "vae")
+    vae.save_pretrained(folder / "vae")
     pipeline = StableDiffusionPipeline.from_pretrained(random_checkpoint, vae=vae.eval())
-    assert worst_psnr(tmp_path / "bundle", pipeline) < 30  # the LoRAs change the images
     for name, file in zip("ab", files, strict=True):
         pipeline.load_lora_weights(file, adapter_name=name)
     pipeline.set_adapters(["a", "b"], [0.8, 0.5])
     pipeline.fuse_lora()
-    assert worst_psnr(tmp_path / "bundle", pipeline) > 50
+    pipeline.set_progress_bar_config(disable=True)
+    return Additions([f"{files[0]}:0.8", f"{files[1]}:0.5"], folder / "vae", pipeline)
 
-    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
-    assert "`kohya.safetensors` (weight 0.8), `peft.safetensors` (weight 0.5)." in card and "VAE: `vae`." in card
+
+def same_search(encoded: np.ndarray, checkpoint: Path) -> bool:
+    """Whether embeddings of PROMPTS are those of the base."""
+    base = load_checkpoint(checkpoint)
+    tokens = base.tokenizer(PROMPTS, padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        features = base.clip.get_text_features(**tokens)
+    theirs = torch.nn.functional.normalize(getattr(features, "pooler_output", features), dim=-1).numpy()
+    return bool((encoded * theirs).sum(axis=1).min() > 0.99999)
+
+
+def test_loras_and_vae_reach_model_reference_and_card(random_checkpoint: Path, additions: Additions) -> None:
+    loaded = load_base(random_checkpoint, options=BaseOptions.of(lora=additions.loras, vae=additions.vae))
+    options = {"side": 16, "seed": 0, "steps": 2, "guidance_scale": 5.0}
+    theirs = generate_images(additions.pipeline, PROMPTS, **options).images
+    plain = StableDiffusionPipeline.from_pretrained(random_checkpoint)
+    assert psnr(theirs, generate_images(plain, PROMPTS, **options).images) < 30  # the additions change the images
+    # What the graphs are made of, and what they are compared with.
+    for pipeline in (load_pipeline(loaded, "ddim"), load_pipeline(loaded, "ddim", random_checkpoint)):
+        assert psnr(theirs, generate_images(pipeline, PROMPTS, **options).images) > 50
 
     # Search is that of the base: its text tower and image tower are unchanged.
-    bundle, clip = Bundle.open(tmp_path / "bundle", threads=1), load_checkpoint(random_checkpoint)
-    tokens = clip.tokenizer(PROMPTS, padding="max_length", max_length=16, return_tensors="pt")
+    model = describe_model(loaded)
+    assert model.embedding and not model.embedding.shared_text_encoder and model.latent.scaling_factor == 0.3
+    (text,) = (spec for spec in graph_specs(loaded) if spec.name == "clip_text_encoder")
     with torch.no_grad():
-        features = clip.clip.get_text_features(**tokens)
-        features = getattr(features, "pooler_output", features)
-    theirs = torch.nn.functional.normalize(features, dim=-1).numpy()
-    assert (Encoder(bundle).encode_texts(PROMPTS) * theirs).sum(axis=1).min() > 0.99999
+        embeddings = text.module(tokenize(loaded.clip_tokenizer, PROMPTS))
+    assert same_search(torch.nn.functional.normalize(embeddings, dim=-1).numpy(), random_checkpoint)
+
+    card = model_card(Manifest.read(TINY), loaded.meta, "random")
+    assert "`kohya.safetensors` (weight 0.8), `peft.safetensors` (weight 0.5)." in card and "VAE: `vae`." in card
+
+
+@pytest.mark.slow
+def test_bundle_with_loras_and_vae_equals_diffusers(
+    random_checkpoint: Path, additions: Additions, tmp_path: Path
+) -> None:
+    export_bundle(random_checkpoint, tmp_path / "bundle", lora=additions.loras, vae=additions.vae)
+    assert worst_psnr(tmp_path / "bundle", StableDiffusionPipeline.from_pretrained(random_checkpoint)) < 30
+    assert worst_psnr(tmp_path / "bundle", additions.pipeline) > 50
+    card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert "`kohya.safetensors` (weight 0.8), `peft.safetensors` (weight 0.5)." in card and "VAE: `vae`." in card
+    bundle = Bundle.open(tmp_path / "bundle", threads=1)
+    assert same_search(Encoder(bundle).encode_texts(PROMPTS), random_checkpoint)
     assert bundle.manifest.embedding and not bundle.manifest.embedding.shared_text_encoder
 
 
