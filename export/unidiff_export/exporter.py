@@ -112,6 +112,7 @@ def export_bundle(
     variant: str | None = None,
     lora: Sequence[str | Path] = (),
     vae: str | Path | None = None,
+    base_config: str | Path | None = None,
     precision: str = "fp32",
     target: str = "cpu",
     calibration: str | Path | None = None,
@@ -125,12 +126,15 @@ def export_bundle(
 
     Args:
         checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a Stable Diffusion pipeline
-            of diffusers (a folder, or hf:org/name). None: only `clip`, for a bundle that searches but has no generator.
+            of diffusers (a folder, hf:org/name, or one safetensors file in the original layout). None: only `clip`, for
+            a bundle that searches but has no generator.
         out: the bundle folder. It appears only after everything has been verified.
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
         lora: LoRA files to merge, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
         vae: the VAE to use instead of the checkpoint's: a diffusers folder, or a safetensors file.
+        base_config: for a checkpoint in a single file, the folder of a diffusers pipeline with its configuration.
+            Default: the built-in configuration of Stable Diffusion 1.5.
         precision: "fp32", "fp16" or "int8". All graphs have float32 inputs and outputs. An fp16 graph whose values
             would overflow stays fp32, and layers that are too sensitive for int8 stay float. The manifest lists both.
         target: the runtime of the graphs, a name in `TARGETS`.
@@ -151,7 +155,7 @@ def export_bundle(
         OptionError: an option has an unknown value or no effect, or the key cannot be used.
     """
     check_options(precision, target)
-    options = BaseOptions.of(variant=variant, lora=lora, vae=vae)
+    options = BaseOptions.of(variant=variant, lora=lora, vae=vae, base_config=base_config)
     start, out, report = time.perf_counter(), checked_path(out, ExportError).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
     key = None if sign is None else read_private_key(sign)  # fails before the export, not after it
@@ -245,8 +249,10 @@ def _export_search_model(
     """Load encoders without a generator, and compute what they are compared with."""
     if clip is None:
         raise OptionError("Name a checkpoint to export, or a CLIP with --clip for a bundle that only searches.")
-    if options.loras or options.vae:
-        raise OptionError("LoRA files and a VAE belong to a Stable Diffusion. Name one, or leave them out.")
+    if replace(options, variant=None) != BaseOptions():
+        raise OptionError(
+            "LoRA files, a VAE and a configuration belong to a Stable Diffusion. Name one, or leave them out."
+        )
     return export_search_model(load_search_model(clip, options.variant), calibration, columns, precision, report)
 
 

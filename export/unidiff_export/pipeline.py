@@ -25,7 +25,7 @@ from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import image_rng
 from unidiff_sdk.inference.schedule import FOLLOWED_OPTIONS
 from unidiff_sdk.training.checkpoints.loading.additions import add_to_pipeline
-from unidiff_sdk.training.checkpoints.loading.single_file import load_vae_file
+from unidiff_sdk.training.checkpoints.loading.single_file import SD15, config_folder, load_vae_file
 from unidiff_sdk.training.checkpoints.loading.weight_files import CLIP_WEIGHTS, VAE_WEIGHTS, choose_variant
 
 from .graphs.lowering import quiet
@@ -49,6 +49,9 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "lcm": ("LCMScheduler", {}),
 }
+
+# Parts of diffusers' pipelines that are not exported.
+ABSENT: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 # What embeddings are compared on: texts and images that a tokenizer or a preprocessing may treat in another way.
 ODD_TEXTS = (
@@ -93,37 +96,48 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
     Args:
         checkpoint: the models of the pipeline if there is no folder.
         sampler: see SCHEDULERS.
-        folder: the pipeline folder that `from_pretrained` reads, weights included. The additions of the checkpoint
-            are loaded as well.
+        folder: the pipeline folder that `from_pretrained` reads, or the file that `from_single_file` reads, weights
+            included. The additions of the checkpoint are loaded as well.
     """
     from diffusers import StableDiffusionPipeline
 
-    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with _quiet():
-        scheduler = reference_scheduler(checkpoint, sampler, folder)
-        if folder is None:
+        if folder is not None:
+            pipeline = _load_from_disk(checkpoint, sampler, folder)
+        else:
             pipeline = StableDiffusionPipeline(
                 vae=checkpoint.vae,
                 text_encoder=checkpoint.text_encoder,
                 tokenizer=checkpoint.tokenizer,
                 unet=checkpoint.unet,
-                scheduler=scheduler,
-                **absent,
+                scheduler=reference_scheduler(checkpoint, sampler),
+                **ABSENT,
             )
-        else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                folder,
-                scheduler=scheduler,
-                image_encoder=None,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                variant=checkpoint.options.variant,
-                **_other_vae(checkpoint, folder),
-                **absent,
-            )
-            add_to_pipeline(pipeline, checkpoint.options)
         pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_from_disk(checkpoint: Checkpoint, sampler: str, source: Path) -> Any:
+    """Load a pipeline by `from_pretrained` or, for a file, by `from_single_file`, with the checkpoint's additions."""
+    from diffusers import StableDiffusionPipeline
+
+    config = config_folder(source, checkpoint.options)
+    options: dict[str, Any] = {
+        "scheduler": reference_scheduler(checkpoint, sampler, config),
+        "image_encoder": None,
+        "torch_dtype": torch.float32,
+        "local_files_only": True,
+        **_other_vae(checkpoint, config),
+        **ABSENT,
+    }
+    if source.is_file():
+        if config == SD15:  # which has no tokenizer
+            options["tokenizer"] = checkpoint.clip_tokenizer
+        pipeline = StableDiffusionPipeline.from_single_file(str(source), config=str(config), **options)
+    else:
+        variant = checkpoint.options.variant
+        pipeline = StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, variant=variant, **options)
+    add_to_pipeline(pipeline, checkpoint.options)
     return pipeline
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from support.ldm_files import make_single_file
 from support.lora_files import make_lora
 
 from unidiff_export import export_bundle
@@ -157,6 +158,27 @@ def test_command_exports_a_variant_with_a_lora(random_checkpoint: Path, tmp_path
     pipeline.fuse_lora(lora_scale=0.5)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     assert worst_psnr(tmp_path / "bundle", pipeline) > 50
+
+
+def test_reference_of_a_single_file_is_the_pipeline_it_was_made_from(random_checkpoint: Path, tmp_path: Path) -> None:
+    file = make_single_file(random_checkpoint, tmp_path / "shop.safetensors")
+    loaded = load_base(file, random_checkpoint / "clip", BaseOptions.of(base_config=random_checkpoint))
+    options = {"side": 16, "seed": 0, "steps": 2, "guidance_scale": 5.0}
+    theirs = generate_images(StableDiffusionPipeline.from_pretrained(random_checkpoint), PROMPTS, **options)
+    assert psnr(theirs.images, generate_images(load_pipeline(loaded, "ddim", file), PROMPTS, **options).images) > 50
+
+
+@pytest.mark.slow
+def test_command_exports_a_single_file(random_checkpoint: Path, tmp_path: Path) -> None:
+    file = make_single_file(random_checkpoint, tmp_path / "shop.safetensors", half=True)
+    clip, out = str(random_checkpoint / "clip"), str(tmp_path / "bundle")
+    command = [str(file), "--clip", clip, "--base-config", str(random_checkpoint), "-o", out]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    pipeline = StableDiffusionPipeline.from_single_file(str(file), config=str(random_checkpoint), safety_checker=None)
+    assert worst_psnr(tmp_path / "bundle", pipeline.to(torch.float32)) > 50
+    bundle = Bundle.open(tmp_path / "bundle", threads=1)
+    assert bundle.manifest.embedding and bundle.manifest.embedding.shared_text_encoder
 
 
 def test_loaded_checkpoint_takes_no_additions(random_checkpoint: Path, tmp_path: Path) -> None:

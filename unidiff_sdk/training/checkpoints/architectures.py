@@ -6,16 +6,30 @@ file states that it is comes first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unidiff_sdk._internal.files import folder_hint
 from unidiff_sdk.errors import BundleError, CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal
 from unidiff_sdk.inference.schedule import Schedule, scheduler_refusal
 
 from .json_files import read_json
 
-__all__ = ["check_clip_files", "check_pipeline_files"]
+__all__ = [
+    "MAX_SIZE",
+    "METADATA",
+    "check_clip_files",
+    "check_config",
+    "check_pipeline_files",
+    "check_tokenizer",
+    "require_files",
+]
+
+METADATA = "unidiff.json"
+MAX_LAYERS = 1_000  # in the configuration of a model: layers, or layers of a block
+MAX_SIZE = 10_000_000  # any other integer there: widths, tokens, timesteps
 
 ADVICE = "use a model with the architecture of Stable Diffusion 1 or 2"
 CLIP_ADVICE = "use a CLIP model, which transformers' CLIPModel and CLIPProcessor load"
@@ -43,6 +57,17 @@ PREPROCESSORS = (
 )
 
 
+def require_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Check that a folder holds files, by name and content. Raises CheckpointError that lists the missing ones."""
+    if not folder.is_dir():
+        raise CheckpointError(f'There is no checkpoint folder {folder}. Name an existing folder, or use "tiny".')
+    missing = [f"{name} ({content})" for name, content in files.items() if not (folder / name).is_file()]
+    if missing and (hint := folder_hint(folder)) and not (folder / METADATA).is_file() and len(missing) > 2:
+        raise CheckpointError(f"{folder} is not a checkpoint.{hint}")
+    if missing:
+        raise CheckpointError(f"{folder} is not a complete checkpoint. Missing: {', '.join(missing)}.")
+
+
 def check_pipeline_files(folder: Path) -> None:
     """Check the configuration files of a Stable Diffusion pipeline. Raises CheckpointError if it is another model."""
     _check_classes(folder, PIPELINE_CLASSES, ADVICE)
@@ -61,7 +86,8 @@ def check_pipeline_files(folder: Path) -> None:
         Schedule.from_config(scheduler)
     except BundleError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    _check_tokenizer(folder / "tokenizer", text.get("max_position_embeddings", 77))
+    if (folder / "tokenizer").is_dir():
+        check_tokenizer(folder / "tokenizer", text.get("max_position_embeddings", 77))
 
 
 def check_clip_files(folder: Path) -> None:
@@ -89,7 +115,7 @@ def _check_classes(folder: Path, classes: dict[str, tuple[str, tuple[str, ...]]]
             )
 
 
-def _check_tokenizer(folder: Path, positions: Any) -> None:
+def check_tokenizer(folder: Path, positions: Any) -> None:
     """Check that diffusers' pipeline and the runtime pad prompts alike."""
     config = read_json(folder / "tokenizer_config.json")
     if config.get("padding_side", "right") != "right":
@@ -100,3 +126,17 @@ def _check_tokenizer(folder: Path, positions: Any) -> None:
             f"{folder}: model_max_length is {length}, but the text encoder has {positions} positions. Set "
             f"model_max_length in tokenizer_config.json to {positions}."
         )
+
+
+def check_config(config: Any, file: Path, name: str = "") -> None:
+    """Check the integers in the configuration of a model, as the libraries build any model that one describes.
+
+    Raises:
+        CheckpointError: one is beyond what a model has.
+    """
+    inner = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in inner:
+        check_config(value, file, f"{name}.{key}" if name else str(key))
+    largest = MAX_LAYERS if "layers" in name else MAX_SIZE
+    if isinstance(config, int) and abs(config) > largest:
+        raise CheckpointError(f"{file}: {name:.100} is {config!r:.60}; at most {largest:,} is accepted. Fix the file.")

@@ -8,13 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from unidiff_sdk._internal.files import checked_path, folder_hint
-from unidiff_sdk._internal.json_values import read_json
-from unidiff_sdk.errors import CheckpointError, OptionError
+from transformers import CLIPTokenizer
 
+from unidiff_sdk._internal.files import checked_path, folder_hint
+from unidiff_sdk.errors import CheckpointError
+
+from .architectures import check_tokenizer, require_files
 from .checkpoint import Checkpoint, ImageProcessor, assemble_checkpoint, load_checkpoint, load_clip, require_supported
 from .encoders.open_clip import PREFIX, load_open_clip
-from .loading.options import BaseOptions
+from .json_files import read_json
+from .loading.models import from_pretrained
+from .loading.options import BaseOptions, is_single_file, require_safetensors
+from .loading.single_file import SD15, config_folder
 
 __all__ = ["hub_id", "load_base", "local_folder"]
 
@@ -35,8 +40,8 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
     and "base_model" metadata.
 
     Args:
-        base: "tiny"; a checkpoint folder; or a diffusers Stable Diffusion (1.x, 2.x, Turbo) as a folder or
-            "hf:org/name", optionally with "@revision".
+        base: "tiny"; a checkpoint folder; or a Stable Diffusion (1.x, 2.x, Turbo): a diffusers folder, "hf:org/name",
+            optionally with "@revision", or one safetensors file in the original layout.
         clip: CLIP model for a base without one, or to replace the base's: a transformers CLIP as a folder or
             "hf:org/name", or an OpenCLIP model (see `open_clip`).
         options: Weight files to load, and what to add to the base.
@@ -45,23 +50,26 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
         CheckpointError: Either is missing, incomplete or of an unsupported architecture, or an addition does not fit.
     """
     options = options or BaseOptions()
+    options.check_for(base)
     if clip is None and (str(base) == "tiny" or os.path.isdir(os.path.join(base, "clip"))):
         return require_supported(load_checkpoint(base, options))
-    folder = local_folder(base, ["model_index.json", *PIPELINE_FILES], options.variant)
-    if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
-        raise CheckpointError(
-            f"{base} is neither a checkpoint nor a diffusers pipeline: it has no model_index.json and clip/."
-            f"{folder_hint(folder)}"
-        )
+    source = _pipeline_source(base, options)
     if clip is None:
-        raise CheckpointError(f"{base} has no CLIP model. Name one with --clip{_matching_clip(folder)}.")
+        hint = _matching_clip(config_folder(source, options))
+        raise CheckpointError(f"{base} has no CLIP model. Name one with --clip{hint}.")
     if str(clip).startswith(PREFIX):
         model = load_open_clip(str(clip))
         processor = _image_processor(model.image_size, model.mean, model.std)
-        checkpoint = assemble_checkpoint(folder, model.clip, processor, options=options)
+        if config_folder(source, options) == SD15:
+            raise CheckpointError(
+                f"{clip} has no tokenizer, and neither has the built-in configuration that {base} is read with. Name a "
+                "CLIP folder, or a pipeline folder with --base-config."
+            )
+        checkpoint = assemble_checkpoint(source, model.clip, processor, options=options)
     else:
         clip_folder = local_folder(clip, ["*"])
-        checkpoint = assemble_checkpoint(folder, *load_clip(clip_folder), options=options)
+        tokenizer = _tokenizer_of(clip_folder) if config_folder(source, options) == SD15 else None
+        checkpoint = assemble_checkpoint(source, *load_clip(clip_folder), tokenizer, options)
         checkpoint = replace(checkpoint, clip_path=clip_folder)
     tokens, embedded = len(checkpoint.clip_tokenizer), int(checkpoint.clip.config.text_config.vocab_size)
     if tokens != embedded:
@@ -69,7 +77,29 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
             f"The tokenizer of {base} has {tokens:,} tokens, but {clip} embeds {embedded:,}. Choose a CLIP that was "
             "trained with this tokenizer."
         )
+    if source.is_file():
+        checkpoint = replace(checkpoint, meta={"name": source.stem} | checkpoint.meta)
     return require_supported(_with_hub_names(checkpoint, base, clip))
+
+
+def _pipeline_source(base: str | Path, options: BaseOptions) -> Path:
+    """The single file that a base is, or the folder of its pipeline."""
+    if is_single_file(base):
+        return require_safetensors(Path(base), "checkpoint")
+    folder = local_folder(base, ["model_index.json", *PIPELINE_FILES], options.variant)
+    if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
+        raise CheckpointError(
+            f"{base} is neither a checkpoint nor a diffusers pipeline: it has no model_index.json and clip/."
+            f"{folder_hint(folder)}"
+        )
+    return folder
+
+
+def _tokenizer_of(clip: Path) -> Any:
+    """The tokenizer in a CLIP folder, for the text encoder of Stable Diffusion 1."""
+    require_files(clip, {"tokenizer_config.json": "tokenizer, which the built-in configuration does not have"})
+    check_tokenizer(clip, read_json(SD15 / "text_encoder" / "config.json")["max_position_embeddings"])
+    return from_pretrained(CLIPTokenizer, clip)
 
 
 def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) -> Checkpoint:
@@ -127,7 +157,7 @@ def _image_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...])
 def _matching_clip(folder: Path) -> str:
     """Hint naming the CLIP that fits the pipeline's text encoder, if it is known."""
     try:
-        width = read_json(folder / "text_encoder" / "config.json", error=OptionError)["hidden_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        width = read_json(folder / "text_encoder" / "config.json")["hidden_size"]
+    except (CheckpointError, KeyError):
         return ""
     return f", for example {MATCHING_CLIP[width]}, where its text encoder comes from" if width in MATCHING_CLIP else ""

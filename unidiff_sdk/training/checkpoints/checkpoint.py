@@ -10,42 +10,36 @@ Only safetensors are read. Nothing is unpickled or downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
-from unidiff_sdk._internal.files import checked_path, folder_hint
+from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk._internal.json_values import number_within
-from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.folder.diffusers_folder import native_size, refusal, sampler_defaults
+from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults
 from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
 
-from .architectures import check_clip_files, check_pipeline_files
+from .architectures import MAX_SIZE, METADATA, check_clip_files, check_pipeline_files, require_files
 from .encoders.image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
 from .loading.additions import add_to_models
-from .loading.options import BaseOptions
-from .loading.single_file import load_vae_file
-from .loading.weight_files import (
-    CLIP_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    PIPELINE_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    VAE_WEIGHTS,
-    choose_variant,
-    variant_of,
+from .loading.models import (
+    chosen_variant,
+    from_pretrained,
+    load_model,
+    load_parts,
+    progress_bars_hidden,
+    scheduler_class,
 )
+from .loading.options import BaseOptions
+from .loading.single_file import SD15, config_folder
+from .loading.weight_files import CLIP_WEIGHTS, PIPELINE_WEIGHTS
 from .text_sharing import layers_of, share_text_layers, tower_of
 
 __all__ = [
@@ -61,14 +55,14 @@ __all__ = [
 ]
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_checkpoint"
-METADATA = "unidiff.json"
 
+TOKENIZER = "tokenizer"
 PIPELINE_FILES = {
     "model_index.json": "index of the diffusers pipeline",
     "unet/config.json": "UNet",
     "vae/config.json": "VAE",
     "text_encoder/config.json": "text encoder of the pipeline",
-    "tokenizer/tokenizer_config.json": "tokenizer",
+    "tokenizer/tokenizer_config.json": TOKENIZER,
     "scheduler/scheduler_config.json": "noise scheduler",
 }
 CLIP_FILES = {
@@ -79,9 +73,6 @@ CLIP_FILES = {
 # The image processor without torchvision has another name in transformers 5. Version 4.57 has only one class.
 ImageProcessor: Any = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
-MAX_LAYERS = 1_000  # in the configuration of a model: layers, or layers of a block
-MAX_SIZE = 10_000_000  # any other integer there: widths, tokens, timesteps
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -90,7 +81,7 @@ class Checkpoint:
     Where `shared` is true, `text_encoder` and the text tower of `clip` are the same parameters.
 
     Attributes:
-        path: Folder that the checkpoint was loaded from.
+        path: Folder, or single file, that the checkpoint was loaded from.
         clip_tokenizer: Tokenizer of CLIP; `tokenizer` is the pipeline's.
         image_processor: Image preprocessing of CLIP.
         meta: Content of unidiff.json. Empty for a folder without it.
@@ -200,10 +191,10 @@ def load_checkpoint(path: str | Path, options: BaseOptions | None = None) -> Che
     incomplete.
     """
     folder = TINY if str(path) == "tiny" else checked_path(path, CheckpointError)
-    _require_files(folder, PIPELINE_FILES | CLIP_FILES)
+    require_files(folder, PIPELINE_FILES | CLIP_FILES)
     clip, image_processor = load_clip(folder / "clip")
     has_tokenizer = (folder / "clip" / "tokenizer_config.json").is_file()
-    clip_tokenizer = _from_pretrained(CLIPTokenizer, folder / "clip") if has_tokenizer else None
+    clip_tokenizer = from_pretrained(CLIPTokenizer, folder / "clip") if has_tokenizer else None
     checkpoint = assemble_checkpoint(folder, clip, image_processor, clip_tokenizer, options)
     return replace(checkpoint, clip_path=folder / "clip")
 
@@ -214,60 +205,73 @@ def load_clip(folder: Path, variant: str | None = None) -> tuple[CLIPModel, Any]
     variant: Variant of the weight file, such as "fp16". Raises CheckpointError if a part is missing, unreadable or
     incomplete.
     """
-    _require_files(folder, {"config.json": "model", "preprocessor_config.json": "image preprocessing"})
+    require_files(folder, {"config.json": "model", "preprocessor_config.json": "image preprocessing"})
     check_clip_files(folder)
-    variant = _variant(folder, CLIP_WEIGHTS, variant)
-    with _progress_bars_hidden():
-        return _load_model(CLIPModel, folder, variant), _from_pretrained(ImageProcessor, folder)
+    variant = chosen_variant(folder, CLIP_WEIGHTS, variant)
+    with progress_bars_hidden():
+        return load_model(CLIPModel, folder, variant), from_pretrained(ImageProcessor, folder)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Load the CLIP tokenizer in a folder. Raises CheckpointError if it cannot be read."""
-    tokenizer: CLIPTokenizer = _from_pretrained(CLIPTokenizer, folder)
+    tokenizer: CLIPTokenizer = from_pretrained(CLIPTokenizer, folder)
     return tokenizer
 
 
 def assemble_checkpoint(
-    folder: Path,
+    source: Path,
     clip: CLIPModel,
     image_processor: Any,
     clip_tokenizer: CLIPTokenizer | None = None,
     options: BaseOptions | None = None,
 ) -> Checkpoint:
-    """Combine the Stable Diffusion pipeline in `folder` with a CLIP model, sharing their common text layers.
+    """Combine a Stable Diffusion pipeline with a CLIP model, sharing their common text layers.
 
-    clip_tokenizer: Default: the pipeline's. Raises CheckpointError if a part is missing, unreadable or incomplete, or
-    if an addition of `options` does not fit.
+    Args:
+        source: Folder of the pipeline, or a safetensors file in the original layout.
+        clip: CLIP model.
+        image_processor: Image preprocessing of CLIP.
+        clip_tokenizer: Tokenizer of CLIP. Default: the pipeline's. Needed for a file without a configuration folder.
+        options: Files to load, and what to add.
+
+    Raises:
+        CheckpointError: A part is missing, unreadable or incomplete, or an addition does not fit.
     """
-    _require_files(folder, PIPELINE_FILES)
-    check_pipeline_files(folder)
     options = options or BaseOptions()
-    variant = _variant(folder, PIPELINE_WEIGHTS, options.variant)
-    with _progress_bars_hidden():
-        tokenizer = _from_pretrained(CLIPTokenizer, folder / "tokenizer")
-        embedded = read_json(folder / "text_encoder" / "config.json").get("vocab_size", len(tokenizer))
-        embedded = int(number_within(f"vocab_size of {folder}", embedded, 1, MAX_SIZE, CheckpointError, whole=True))
-        if len(tokenizer) > embedded:
-            raise CheckpointError(
-                f"The tokenizer of {folder} has {len(tokenizer):,} tokens, but its text encoder embeds {embedded:,}. "
-                "Remove the added tokens, or save the text encoder with their embeddings."
-            )
-        unet = _load_unet(folder / "unet", variant)
-        text_encoder = _load_model(CLIPTextModel, folder / "text_encoder", variant)
+    folder, is_file = config_folder(source, options), source.is_file()
+    require_files(folder, {name: part for name, part in PIPELINE_FILES.items() if folder != SD15 or part != TOKENIZER})
+    check_pipeline_files(folder)
+    with progress_bars_hidden():
+        tokenizer = clip_tokenizer if folder == SD15 else from_pretrained(CLIPTokenizer, folder / "tokenizer")
+        _check_vocabulary(folder, tokenizer)
+        if not is_file:
+            options = replace(options, variant=chosen_variant(folder, PIPELINE_WEIGHTS, options.variant))
+        unet, text_encoder, vae = load_parts(source, folder, options)
         add_to_models(unet, text_encoder, tokenizer, options)
-        meta = read_json(folder / METADATA) if (folder / METADATA).exists() else {}
+        meta = read_json(folder / METADATA) if not is_file and (folder / METADATA).exists() else {}
         return Checkpoint(
-            path=folder,
+            path=source,
             unet=unet,
-            vae=_load_vae(folder / "vae", variant, options.vae),
+            vae=vae,
             clip=clip,
             text_encoder=share_text_layers(text_encoder, clip),
             tokenizer=tokenizer,
             clip_tokenizer=clip_tokenizer or tokenizer,
-            scheduler=_from_pretrained(_scheduler_class(folder), folder / "scheduler"),
+            scheduler=from_pretrained(scheduler_class(folder), folder / "scheduler"),
             image_processor=image_processor,
             meta=options.recorded(meta),
-            options=replace(options, variant=variant),
+            options=options,
+        )
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Check that the text encoder of a pipeline embeds all tokens. Raises CheckpointError if not."""
+    embedded = read_json(folder / "text_encoder" / "config.json").get("vocab_size", len(tokenizer))
+    embedded = int(number_within(f"vocab_size of {folder}", embedded, 1, MAX_SIZE, CheckpointError, whole=True))
+    if len(tokenizer) > embedded:
+        raise CheckpointError(
+            f"The tokenizer of {folder} has {len(tokenizer):,} tokens, but its text encoder embeds {embedded:,}. "
+            "Remove the added tokens, or save the text encoder with their embeddings."
         )
 
 
@@ -286,120 +290,3 @@ def require_supported(checkpoint: Checkpoint) -> Checkpoint:
             "v_prediction."
         )
     return checkpoint
-
-
-def _require_files(folder: Path, files: Mapping[str, str]) -> None:
-    if not folder.is_dir():
-        raise CheckpointError(f'There is no checkpoint folder {folder}. Name an existing folder, or use "tiny".')
-    missing = [f"{name} ({content})" for name, content in files.items() if not (folder / name).is_file()]
-    if missing and (hint := folder_hint(folder)) and not (folder / METADATA).is_file() and len(missing) > 2:
-        raise CheckpointError(f"{folder} is not a checkpoint.{hint}")
-    if missing:
-        raise CheckpointError(f"{folder} is not a complete checkpoint. Missing: {', '.join(missing)}.")
-
-
-def _variant(folder: Path, parts: Mapping[str, str], requested: str | None = None) -> str | None:
-    """The variant of the weights to load, with a warning if it is not the main one and nobody asked for it."""
-    variant = choose_variant(folder, parts, requested)
-    if variant != requested:
-        warn(f"{folder} has no main weight files. Its only variant {variant} is loaded, and converted to float32")
-    return variant
-
-
-def _load_model(model_class: Any, folder: Path, variant: str | None = None) -> Any:
-    """Load a model in float32. Every tensor of the model must be in the file."""
-    weights = DIFFUSERS_WEIGHTS if issubclass(model_class, diffusers.ModelMixin) else TRANSFORMERS_WEIGHTS
-    model, info = _from_pretrained(
-        model_class,
-        folder,
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-        output_loading_info=True,
-        variant=variant_of(folder, weights, variant),
-    )
-    # For such tensors the libraries only warn and leave random values.
-    missing = [name for name in info["missing_keys"] if not name.endswith("position_ids")]
-    if missing or info.get("mismatched_keys"):
-        wrong = [*missing, *map(str, info.get("mismatched_keys", []))]
-        raise CheckpointError(
-            f"{folder} lacks {len(wrong)} tensors of its model, or holds them in another shape, for example {wrong[0]}."
-        )
-    return model.eval()
-
-
-def _load_unet(folder: Path, variant: str | None) -> UNet2DConditionModel:
-    """Load a UNet, with the side of its latents as one number."""
-    unet: UNet2DConditionModel = _load_model(UNet2DConditionModel, folder, variant)
-    unet.register_to_config(sample_size=native_size(read_json(folder / "config.json")))
-    return unet
-
-
-def _load_vae(folder: Path, variant: str | None, other: Path | None) -> AutoencoderKL:
-    """Load the VAE in a folder of the base, or another that takes its place."""
-    if other is None:
-        vae: AutoencoderKL = _load_model(AutoencoderKL, folder, variant)
-        return vae
-    if other.is_file():
-        return load_vae_file(other, folder)
-    _require_files(other, {"config.json": "VAE"})
-    own, others = read_json(folder / "config.json"), read_json(other / "config.json")
-    if (found := others.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
-        raise CheckpointError(f"{other} is {found!r}, but the VAE must be an AutoencoderKL.")
-    for name, default in (("latent_channels", 4), ("block_out_channels", [64])):
-        wanted, given = (_size(config.get(name, default)) for config in (own, others))
-        if wanted != given:
-            what = "latent channels" if name == "latent_channels" else "blocks"
-            raise CheckpointError(f"The VAE {other} has {given} {what}, but that of the base has {wanted}.")
-    vae = _load_model(AutoencoderKL, other, _variant(other, VAE_WEIGHTS))
-    return vae
-
-
-def _size(value: Any) -> Any:
-    return len(value) if isinstance(value, list) else value
-
-
-def _from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
-    for file in sorted(folder.glob("*.json")):
-        content = read_json(file)  # the libraries ask the hub for a model of that name where a file holds a string
-        if file.name == "config.json":
-            _check_sizes(content, file)
-    try:
-        return loader.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # the libraries raise any error of their parsers
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"Cannot read {folder} as {loader.__name__}: {first_line}") from error
-
-
-def _check_sizes(config: Any, file: Path, name: str = "") -> None:
-    """Check the integers in the configuration of a model, as the libraries build any model that one describes.
-
-    Raises:
-        CheckpointError: one is beyond what a model has.
-    """
-    inner = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    for key, value in inner:
-        _check_sizes(value, file, f"{name}.{key}" if name else str(key))
-    largest = MAX_LAYERS if "layers" in name else MAX_SIZE
-    if isinstance(config, int) and abs(config) > largest:
-        raise CheckpointError(f"{file}: {name:.100} is {config!r:.60}; at most {largest:,} is accepted. Fix the file.")
-
-
-def _scheduler_class(folder: Path) -> Any:
-    name = read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", "")
-    is_scheduler = isinstance(name, str) and name.endswith("Scheduler")
-    scheduler_class = getattr(diffusers, name, None) if is_scheduler else None
-    if scheduler_class is None:
-        raise CheckpointError(f"{folder / 'scheduler'} names {name!r}, which the installed diffusers does not have.")
-    return scheduler_class
-
-
-@contextmanager
-def _progress_bars_hidden() -> Iterator[None]:
-    """Hide the progress bar that transformers shows for each model."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()

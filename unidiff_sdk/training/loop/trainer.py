@@ -71,6 +71,7 @@ def train(
     variant: str | None = None,
     lora: Sequence[str | Path] = (),
     vae: str | Path | None = None,
+    base_config: str | Path | None = None,
     columns: Mapping[str, str | None] | None = None,
     strict: bool = False,
     resume: bool = False,
@@ -98,8 +99,8 @@ def train(
 
     Args:
         data: A catalog folder or shards.
-        base: "tiny", a checkpoint folder, or a diffusers Stable Diffusion as a folder or "hf:org/name". See
-            `load_base`.
+        base: "tiny", a checkpoint folder, or a Stable Diffusion: a diffusers folder, "hf:org/name", or a single
+            safetensors file. See `load_base`.
         out: Folder of the new checkpoint.
         config: Settings. Default: `TrainingConfig()`.
         device: "auto", "cpu" or "cuda".
@@ -107,6 +108,8 @@ def train(
         variant: Variant of the base's weight files, such as "fp16". Default: the main files, or the only variant.
         lora: LoRA files to merge into the base, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
         vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.
+        base_config: For a base in a single file, the folder of a diffusers pipeline with its configuration. Default:
+            the built-in configuration of Stable Diffusion 1.5.
         columns: Names of columns of `data`: {"image": "photo", "text": "title"}. See `read_catalog`.
         strict: Raise for the first invalid row instead of skipping it.
         resume: Continue the run in `out`, if there is one. On the CPU, the final weights equal those of an
@@ -135,7 +138,7 @@ def train(
     _check_request(config, prior, on_validate, latents)
     if resume and overwrite:
         raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
-    options = BaseOptions.of(variant=variant, lora=lora, vae=vae)
+    options = BaseOptions.of(variant=variant, lora=lora, vae=vae, base_config=base_config)
     processes = Processes.join(device)
 
     # 1. base and pairs

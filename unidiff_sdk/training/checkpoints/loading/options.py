@@ -13,7 +13,7 @@ from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError, OptionError
 
-__all__ = ["RECORDED", "BaseOptions", "Lora", "require_safetensors"]
+__all__ = ["RECORDED", "BaseOptions", "Lora", "is_single_file", "require_safetensors"]
 
 RECORDED = ("loras", "vae")  # fields of a checkpoint's metadata on what was added to its base
 
@@ -51,15 +51,23 @@ class BaseOptions:
             that has no main file.
         loras: LoRA files to merge into the UNet and the text encoder, in this order.
         vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.
+        base_config: Folder with the configuration of a base in a single file: a diffusers pipeline, whose weights are
+            not read. Default: that of Stable Diffusion 1.5.
     """
 
     variant: str | None = None
     loras: tuple[Lora, ...] = ()
     vae: Path | None = None
+    base_config: Path | None = None
 
     @classmethod
     def of(
-        cls, *, variant: str | None = None, lora: Iterable[str | Path] = (), vae: str | Path | None = None
+        cls,
+        *,
+        variant: str | None = None,
+        lora: Iterable[str | Path] = (),
+        vae: str | Path | None = None,
+        base_config: str | Path | None = None,
     ) -> BaseOptions:
         """Check the values that a caller passes. Raises OptionError or CheckpointError for one that is not accepted."""
         if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
@@ -72,7 +80,18 @@ class BaseOptions:
             vae = checked_path(vae, CheckpointError)
             if not vae.is_dir():
                 require_safetensors(vae, "VAE")
-        return cls(variant, loras, vae)
+        if base_config is not None:
+            base_config = checked_path(base_config, CheckpointError)
+            if not base_config.is_dir():
+                raise CheckpointError(f"There is no folder {base_config} with the configuration of a pipeline.")
+        return cls(variant, loras, vae, base_config)
+
+    def check_for(self, base: str | Path) -> None:
+        """Raise OptionError for an option that has no meaning for this kind of base."""
+        if self.variant is not None and is_single_file(base):
+            raise OptionError(f"{base} is a single file, so it has no variant {self.variant!r}. Leave the variant out.")
+        if self.base_config is not None and not is_single_file(base):
+            raise OptionError(f"{base} is not a single file: it has its own configuration. Leave base_config out.")
 
     def recorded(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata of a base, with what is added to it."""
@@ -82,6 +101,13 @@ class BaseOptions:
             **({"loras": [*meta.get("loras", []), *loras]} if loras else {}),
             **({"vae": self.vae.name} if self.vae else {}),
         }
+
+
+def is_single_file(base: str | Path) -> bool:
+    """Whether a base is named as a file, and not as a folder, a model of the hub or "tiny"."""
+    if str(base).startswith("hf:") or os.path.isdir(base):
+        return False
+    return Path(base).suffix in (SAFETENSORS, *PICKLES) or os.path.isfile(base)
 
 
 def require_safetensors(file: Path, kind: str) -> Path:
