@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import FilterError as FilterError
     from .errors import GenerationError as GenerationError
     from .errors import ImageError as ImageError
+    from .errors import InUseError as InUseError
     from .errors import OptionError as OptionError
     from .errors import ProviderError as ProviderError
     from .errors import StoredImageError as StoredImageError
@@ -60,6 +61,7 @@ _HOME = {
     "GenerationOptions": "generation.options",
     "Hit": "retrieval.results",
     "ImageError": "errors",
+    "InUseError": "errors",
     "OptionError": "errors",
     "Page": "retrieval.results",
     "ProviderError": "errors",

@@ -16,6 +16,7 @@ __all__ = [
     "FilterError",
     "GenerationError",
     "ImageError",
+    "InUseError",
     "OptionError",
     "ProviderError",
     "StoreError",
@@ -78,6 +79,10 @@ class StoreError(UniDiffError):
     def __init__(self, *args: object, stored_ids: tuple[str | int, ...] = ()) -> None:
         super().__init__(*args)
         self.stored_ids = stored_ids
+
+
+class InUseError(StoreError):
+    """Another process or another `Catalog` object has the catalog open. Close that one first."""
 
 
 class FilterError(StoreError):

@@ -178,13 +178,6 @@ def test_search_by_items_and_pages(indexed: Path) -> None:
     assert json.loads(run(*search, "red", "--min-score", 2, "--json").stdout)["hits"] == []
 
 
-def test_url_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = run("index", tmp_path, "http://localhost:6333")
-    assert result.exit_code == 2 and "is a URL. Give a folder" in result.stderr
-    assert not list(tmp_path.iterdir())
-
-
 def test_ids_can_be_integers_or_strings(tmp_path: Path, toy: Path) -> None:
     from unidiff_sdk import Catalog
 

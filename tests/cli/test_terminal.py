@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unidiff_sdk.cli.terminal import graphics_protocol, render_image
+from unidiff_sdk.cli.output.terminal import graphics_protocol, render_image
 
 
 @pytest.mark.parametrize(

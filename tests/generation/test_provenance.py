@@ -16,7 +16,7 @@ from PIL import Image
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Catalog, Generation, ImageError, OptionError
-from unidiff_sdk.cli.contact_sheet import contact_sheet
+from unidiff_sdk.cli.output.contact_sheet import contact_sheet
 from unidiff_sdk.generation.provenance import read_recipe, save
 from unidiff_sdk.inference.encoder import Encoder
 

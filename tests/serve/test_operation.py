@@ -215,7 +215,7 @@ def test_the_command_serves_warns_and_ends(products: Path, tmp_path: Path) -> No
 def test_the_command_reports_wrong_options(tmp_path: Path) -> None:
     for options, message in (
         (["--api-key", "short"], "printable ASCII"),
-        (["--collection", "x"], "need a URL"),
+        (["--collection", "x"], "only for the URL"),
         (["--origin", "shop"], "is not an origin"),
     ):
         result = CliRunner(catch_exceptions=False).invoke(main, ["serve", str(tmp_path), *options])

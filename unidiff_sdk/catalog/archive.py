@@ -52,7 +52,7 @@ from .writer import BATCH_SIZE, PreparedBatch
 if TYPE_CHECKING:
     from .catalog import Catalog
 
-__all__ = ["Archive", "ArchivedItem", "restore_archive", "write_archive"]
+__all__ = ["Archive", "ArchivedItem", "check_replaceable", "restore_archive", "write_archive"]
 
 _RESERVED = set(RESERVED)  # keys of a stored payload that have their own columns
 
@@ -87,6 +87,21 @@ class ArchivedItem:
 # ------------------------------------------------------------------------------------------------ writing
 
 
+def check_replaceable(path: str | Path, overwrite: bool) -> Path:
+    """The path of an archive to write.
+
+    Raises DataError if a file is there that is no archive, or an archive that may not be overwritten.
+    """
+    path = checked_path(path, DataError)
+    if path.exists():
+        Archive.open(path)  # raises for any other file
+        if not overwrite:
+            raise DataError(
+                f"{path} is an earlier export. Name another file, or replace it: overwrite=True (--overwrite)."
+            )
+    return path
+
+
 def write_archive(
     path: str | Path,
     snapshot: Snapshot,
@@ -115,15 +130,9 @@ def write_archive(
         ImageError: an image is missing or has changed since it was indexed.
         StoreError: the file cannot be written.
     """
-    path, clause = checked_path(path, DataError), parse(where)
+    path, clause = check_replaceable(path, overwrite), parse(where)
     remove_unfinished(path.parent)
     parquet = pyarrow_parquet("export")
-    if path.exists():
-        Archive.open(path)  # raises for any other file, which must not be overwritten
-        if not overwrite:
-            raise DataError(
-                f"{path} is an earlier export. Name another file, or replace it: overwrite=True (--overwrite)."
-            )
     store, reference = snapshot.store, snapshot.file.bundle
     bundle = reference.describe(reference.portable(snapshot.folder))
     metadata = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle}

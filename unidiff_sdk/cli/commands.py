@@ -13,8 +13,9 @@ import click
 from unidiff_sdk.errors import DataError, OptionError
 
 from .console import Command, echo, echo_json
+from .locations.location import CatalogLocation, catalog_options
+from .output.terminal import counted, print_table
 from .parameters import (
-    CatalogFolder,
     json_option,
     parse_pairs,
     parse_where,
@@ -23,7 +24,6 @@ from .parameters import (
     trusted_key_option,
     where_option,
 )
-from .terminal import counted, print_table
 
 __all__ = ["check", "delete", "export", "index", "info", "reindex", "restore"]
 
@@ -42,7 +42,7 @@ SHOWN_PROBLEMS = 20
     """,
 )
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.option("--bundle", help="Bundle for a new catalog: a folder, or tiny (default) for the built-in model.")
 @click.option(
     "--images",
@@ -64,9 +64,10 @@ SHOWN_PROBLEMS = 20
 @trusted_key_option
 @click.option("--rerank", is_flag=True, help="Also compute what search --rerank needs of each image.")
 @json_option
+@catalog_options
 def index(
     folder: Path,
-    catalog: Path,
+    catalog: CatalogLocation,
     bundle: str | None,
     images: Path | None,
     columns: dict[str, str | None] | None,
@@ -86,7 +87,6 @@ def index(
 
     Rows that have not changed since the last run are skipped. Invalid rows are skipped and listed at the end.
     """
-    from unidiff_sdk.catalog.catalog import Catalog
     from unidiff_sdk.datasets.reader import TABLES, group_by_reason, read_catalog
 
     if images is not None and folder.suffix.lower() not in TABLES:
@@ -94,7 +94,7 @@ def index(
     names: dict[str, Any] = {"columns": columns, "kinds": kinds}
     # Fails before an empty catalog is created.
     next(read_catalog(folder, images=images, captions=False, on_error=lambda row: None, **names), None)
-    with Catalog(catalog, bundle, trusted_keys=trusted_keys) as opened:
+    with catalog.open(bundle, create=True, trusted_keys=trusted_keys) as opened:
         options: dict[str, Any] = {"prune": prune, "strict": strict, "progress": not as_json, "copy": not reference}
         options |= names
         if folder.suffix.lower() in TABLES:
@@ -126,13 +126,12 @@ def index(
 
 
 @click.command(cls=Command, short_help="Show what a catalog contains.", epilog="unidiff info shop.catalog --json")
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @json_option
-def info(catalog: Path, as_json: bool) -> None:
+@catalog_options
+def info(catalog: CatalogLocation, as_json: bool) -> None:
     """Show the number of items in CATALOG, its columns, and the bundle that it was indexed with."""
-    from unidiff_sdk.catalog.catalog import Catalog
-
-    with Catalog(catalog, create=False) as opened:
+    with catalog.reading() as opened:
         facts = opened.info()
     if as_json:
         echo_json(facts)
@@ -153,14 +152,13 @@ def info(catalog: Path, as_json: bool) -> None:
     unidiff check shop.catalog --repair
     """,
 )
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.option("--repair", is_flag=True, help="Delete unused images and leftovers, and complete the search index.")
 @json_option
-def check(catalog: Path, repair: bool, as_json: bool) -> None:
+@catalog_options
+def check(catalog: CatalogLocation, repair: bool, as_json: bool) -> None:
     """Compare the items of CATALOG with its image files. The exit code is 1 if a problem remains."""
-    from unidiff_sdk.catalog.catalog import Catalog
-
-    with Catalog(catalog, create=False) as opened:
+    with catalog.open() as opened:
         report = opened.check(repair=repair)
     if as_json:
         echo_json(asdict(report))
@@ -173,14 +171,13 @@ def check(catalog: Path, repair: bool, as_json: bool) -> None:
 
 
 @click.command(cls=Command, short_help="Delete items.", epilog="unidiff delete shop.catalog boots-17 boots-18")
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.argument("ids", nargs=-1, required=True)
 @json_option
-def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
+@catalog_options
+def delete(catalog: CatalogLocation, ids: Sequence[str], as_json: bool) -> None:
     """Delete the items with these IDS from CATALOG, and their images. Unknown ids are ignored."""
-    from unidiff_sdk.catalog.catalog import Catalog
-
-    with Catalog(catalog, create=False) as opened:
+    with catalog.open() as opened:
         removed = opened.delete([stored_id(opened, id) for id in ids])
         items = opened.count()
     if as_json:
@@ -195,18 +192,17 @@ def delete(catalog: Path, ids: Sequence[str], as_json: bool) -> None:
     short_help="Encode a catalog with another bundle.",
     epilog="unidiff reindex shop.catalog bundles/tuned",
 )
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.argument("bundle")
 @references_option
 @trusted_key_option
 @json_option
+@catalog_options
 def reindex(
-    catalog: Path, bundle: str, references: Path | None, trusted_keys: Sequence[str] | None, as_json: bool
+    catalog: CatalogLocation, bundle: str, references: Path | None, trusted_keys: Sequence[str] | None, as_json: bool
 ) -> None:
     """Encode all images of CATALOG with BUNDLE, which becomes the bundle of the catalog."""
-    from unidiff_sdk.catalog.catalog import Catalog
-
-    with Catalog(catalog, create=False, references=references, trusted_keys=trusted_keys) as opened:
+    with catalog.open(references=references, trusted_keys=trusted_keys) as opened:
         count = opened.reindex(bundle, progress=not as_json)
     if as_json:
         echo_json({"reindexed": count})
@@ -225,19 +221,18 @@ def reindex(
     unidiff export shop.catalog generated.parquet --where '{"generated": true}'
     """,
 )
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.argument("file", type=click.Path(path_type=Path))
 @where_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at FILE.")
 @references_option
 @json_option
+@catalog_options
 def export(
-    catalog: Path, file: Path, where: str | None, overwrite: bool, references: Path | None, as_json: bool
+    catalog: CatalogLocation, file: Path, where: str | None, overwrite: bool, references: Path | None, as_json: bool
 ) -> None:
     """Write all items of CATALOG, with their vectors and images, to the parquet FILE. `unidiff restore` reads it."""
-    from unidiff_sdk.catalog.catalog import Catalog
-
-    with Catalog(catalog, create=False, references=references) as opened:
+    with catalog.reading(references=references) as opened:
         count = opened.export(file, where=parse_where(where), overwrite=overwrite, progress=not as_json)
     size = file.stat().st_size
     if as_json:
@@ -256,19 +251,25 @@ def export(
     """,
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.option("--bundle", help="Bundle folder, if it has moved since the export. Another bundle needs --reencode.")
 @click.option("--reencode", is_flag=True, help="Encode the images again instead of using the vectors in FILE.")
 @trusted_key_option
 @json_option
+@catalog_options
 def restore(
-    file: Path, catalog: Path, bundle: str | None, reencode: bool, trusted_keys: Sequence[str] | None, as_json: bool
+    file: Path,
+    catalog: CatalogLocation,
+    bundle: str | None,
+    reencode: bool,
+    trusted_keys: Sequence[str] | None,
+    as_json: bool,
 ) -> None:
     """Create CATALOG from FILE, which was written by `unidiff export`."""
     from unidiff_sdk.catalog.catalog import Catalog
 
     options: dict[str, Any] = {"reencode": reencode, "progress": not as_json, "trusted_keys": trusted_keys}
-    with Catalog.restore(file, catalog, bundle, **options) as opened:
+    with Catalog.restore(file, catalog.place, bundle, **options, **catalog.opening()) as opened:
         items = opened.count()
     if as_json:
         echo_json({"items": items})

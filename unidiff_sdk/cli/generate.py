@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from unidiff_sdk._internal.text import json_text, shorten
 from unidiff_sdk.errors import GenerationError, OptionError
 
 from .console import Command, echo, echo_json
+from .locations.location import CatalogLocation, qdrant_options
+from .output.terminal import counted, print_table
 from .parameters import json_option, refuse_options, stored_id, trusted_key_option
-from .terminal import counted, print_table
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
@@ -87,7 +88,9 @@ __all__ = ["generate"]
 @click.option("--add", is_flag=True, help='Add the images to CATALOG, with the column "generated": true.')
 @trusted_key_option
 @json_option
+@qdrant_options
 def generate(
+    locate: Callable[[str], CatalogLocation],
     catalog_and_prompt: Sequence[str],
     bundle: str | None,
     negative: str,
@@ -106,7 +109,6 @@ def generate(
     that reproduce the images (generation.json).
     """
     from unidiff_sdk._internal.progress import progress_bar
-    from unidiff_sdk.catalog.catalog import Catalog
 
     if len(catalog_and_prompt) > 2:
         raise OptionError(f"Found {len(catalog_and_prompt)} arguments. Give CATALOG and PROMPT, with PROMPT in quotes.")
@@ -118,8 +120,8 @@ def generate(
     _check_writable(out)
     if not catalog:
         refuse_options("without a CATALOG to compare with. Give one before PROMPT", "max_similarity")
-    location = catalog[0] if catalog else ":memory:"
-    with Catalog(location, bundle, create=not catalog, trusted_keys=trusted_keys) as opened:
+    location = locate(catalog[0] if catalog else ":memory:")
+    with location.open(bundle, create=not catalog, trusted_keys=trusted_keys) as opened:
         with progress_bar("Generating", shown=not as_json) as advance:
             generation = opened.generate(
                 prompt,
@@ -163,7 +165,7 @@ def _start_image(catalog: Catalog, like: str | None) -> Any:
 
 def _save(generation: Generation, out: Path) -> list[Path]:
     """Write the images, best first, a contact sheet, and generation.json. Returns the files of the images."""
-    from .contact_sheet import contact_sheet
+    from .output.contact_sheet import contact_sheet
 
     files = [out / f"{rank:03d}-seed{generated.seed}.png" for rank, generated in enumerate(generation)]
     try:

@@ -9,7 +9,7 @@ from .console import Group
 from .datasets import dataset
 from .generate import generate
 from .search import duplicates, search
-from .serve import serve
+from .servers.serve import serve
 
 __all__ = ["main"]
 

@@ -9,14 +9,14 @@ import click
 from click.core import ParameterSource
 
 from unidiff_sdk._internal.json_values import parse_json
-from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import FilterError, OptionError
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
 
+    from .locations.served_catalog import ServedCatalog
+
 __all__ = [
-    "CatalogFolder",
     "json_option",
     "parse_pairs",
     "parse_where",
@@ -44,21 +44,6 @@ trusted_key_option = click.option(
     callback=lambda context, option, files: files or None,
     help="Public key that must have signed the bundle (unidiff-export --sign). Repeatable: any of them.",
 )
-
-
-class CatalogFolder(click.Path):
-    """The folder of a catalog. Rejects URLs, which would otherwise create a folder of that name."""
-
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "://" in str(value):
-            self.fail(
-                f"{redact_url(str(value))} is a URL. Give a folder, or open the server in Python: "
-                "Catalog(url, images=…)."
-            )
-        return super().convert(value, param, ctx)
 
 
 def refuse_options(reason: str, *names: str) -> None:
@@ -97,8 +82,12 @@ def parse_pairs(ctx: click.Context, option: click.Parameter, pairs: str | None) 
     return parsed
 
 
-def stored_id(catalog: Catalog, id: str) -> str | int:
+def stored_id(catalog: Catalog | ServedCatalog, id: str) -> str | int:
     """The id of an item as it is stored: 7 can be the integer 7 or the string "7". An unknown id is returned as is."""
+    from .locations.served_catalog import ServedCatalog
+
+    if isinstance(catalog, ServedCatalog):
+        return id  # the server does the same
     number = id.removeprefix("-")
     is_integer = number.isdecimal() and len(id) < 19 and id == str(int(id))
     candidates: list[str | int] = [id, int(id)] if is_integer else [id]

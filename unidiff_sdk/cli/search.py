@@ -12,8 +12,9 @@ from unidiff_sdk._internal.files import folder_kind
 from unidiff_sdk.errors import OptionError, StoreError
 
 from .console import Command, echo, echo_json
+from .locations.location import CatalogLocation, catalog_options
+from .output.terminal import counted, print_hits
 from .parameters import (
-    CatalogFolder,
     json_option,
     parse_where,
     refuse_options,
@@ -21,7 +22,6 @@ from .parameters import (
     trusted_key_option,
     where_option,
 )
-from .terminal import counted, print_hits
 
 __all__ = ["duplicates", "search"]
 
@@ -45,7 +45,7 @@ thumbnails_option = click.option(
     unidiff search shop.catalog boots --where '{"price": {"gte": 20, "lt": 80}}'
     """,
 )
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.argument("text", required=False)
 @click.option("--image", type=click.Path(path_type=Path), help="Image to search with.")
 @click.option("--like", multiple=True, metavar="ID", help="Find items similar to this item. Repeatable.")
@@ -81,8 +81,9 @@ thumbnails_option = click.option(
 @thumbnails_option
 @trusted_key_option
 @json_option
+@catalog_options
 def search(
-    catalog: Path,
+    catalog: CatalogLocation,
     text: str | None,
     like: Sequence[str],
     unlike: Sequence[str],
@@ -94,15 +95,13 @@ def search(
     **options: Any,
 ) -> None:
     """Find the items in CATALOG that are most similar to TEXT, to an image, to other items, or to a mix of these."""
-    from unidiff_sdk.catalog.catalog import Catalog
-
     if as_json:
         refuse_options("with --json", "thumbnails")
     if text is not None and not catalog.exists() and folder_kind(Path(text))[0] == "a catalog":
         raise OptionError(f"{text} is a catalog, and {catalog} is not. Swap them: unidiff search CATALOG TEXT")
     if text is None and not (options["image"] or like or unlike or options["without"]):
         raise OptionError("The query is empty. Give TEXT, --image, --like, --unlike or --without.")
-    with Catalog(catalog, create=False, trusted_keys=trusted_keys) as opened:
+    with catalog.reading(trusted_keys=trusted_keys) as opened:
         if not opened.count():
             raise StoreError(f"{catalog} is empty. Add items with: unidiff index FOLDER {catalog}")
         condition = parse_where(where)
@@ -141,7 +140,7 @@ def _columns_of(where: Any, group_by: str | None) -> list[str]:
     unidiff duplicates shop.catalog --threshold 0.999 --json
     """,
 )
-@click.argument("catalog", type=CatalogFolder())
+@click.argument("catalog")
 @click.option(
     "--threshold", default=0.95, show_default=True, help="Minimum cosine similarity of two duplicates, up to 1."
 )
@@ -151,19 +150,18 @@ def _columns_of(where: Any, group_by: str | None) -> list[str]:
 )
 @thumbnails_option
 @json_option
+@catalog_options
 def duplicates(
-    catalog: Path, threshold: float, where: str | None, limit: int, thumbnails: bool | None, as_json: bool
+    catalog: CatalogLocation, threshold: float, where: str | None, limit: int, thumbnails: bool | None, as_json: bool
 ) -> None:
     """List the groups of items in CATALOG with (almost) the same image, the largest first.
 
     The score of an item is its cosine similarity to the most similar other item. A good threshold depends on the
     bundle: start high.
     """
-    from unidiff_sdk.catalog.catalog import Catalog
-
     if as_json:
         refuse_options("with --json, which prints all groups", "thumbnails", "limit")
-    with Catalog(catalog, create=False) as opened:
+    with catalog.open() as opened:
         groups = opened.duplicates(threshold, where=parse_where(where))
     if as_json:
         echo_json([[hit.to_dict() for hit in group] for group in groups])

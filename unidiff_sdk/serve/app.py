@@ -17,6 +17,7 @@ from .context import Context
 from .problems import ANY_ROUTE, Problem, ProblemError, add_error_handlers, problem_responses
 from .routes.catalog import catalog_routes
 from .routes.generation import generation_routes
+from .routes.local import local_routes
 from .routes.openai import openai_routes
 from .schemas import ItemsRequest, SearchRequest
 from .settings import ServerSettings
@@ -48,6 +49,8 @@ def create_app(catalog: Catalog, settings: ServerSettings | None = None) -> Fast
     add_error_handlers(app)
     for router in (*catalog_routes(context), generation_routes(context), openai_routes(context)):
         app.include_router(router)
+    if settings.owner:
+        app.include_router(local_routes(context))
     _add_operation(app, context)
     _describe_bodies(app)
     if settings.origins:

@@ -104,6 +104,11 @@ class Limits:
             reason = "This key allows reading only." if access == "read" else "Start it with --allow-writes."
             raise ProblemError(403, "This server does not accept changes from this request", reason)
 
+    async def own(self, request: Request) -> None:
+        """Require a key of the user who started the server."""
+        if self._settings.owner.access_of(_key_of(request)) is None:
+            raise ProblemError(401, "This key does not open this route", "Only the user who started the server has it.")
+
     def _enter(self, request: Request) -> Access | None:
         self._check_source(request)
         access: Access | None = None

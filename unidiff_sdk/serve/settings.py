@@ -108,6 +108,7 @@ class ServerSettings:
         timeout: seconds until a request is cancelled with 504. A generation ends between two steps.
         log_texts: whether logs contain queries and prompts.
         storefront: whether the page is served at "/".
+        owner: the keys of the routes under /v1/local, which the commands of the same user call. Default: no routes.
 
     Raises:
         OptionError: a value is out of range.
@@ -126,6 +127,7 @@ class ServerSettings:
     timeout: float = 120.0
     log_texts: bool = False
     storefront: bool = True
+    owner: ApiKeys = field(default_factory=ApiKeys)
 
     def __post_init__(self) -> None:
         for name in ("max_body", "max_searches", "max_generations", "max_images", "max_size"):

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from unidiff_sdk.catalog.aio import in_thread
-from unidiff_sdk.retrieval.results import Hit
+from unidiff_sdk.retrieval.results import Hit, Page
 from unidiff_sdk.serve.context import (
     Context,
     body_of,
@@ -39,7 +39,7 @@ from unidiff_sdk.serve.schemas import (
 )
 from unidiff_sdk.store.images import THUMBNAIL_SIZE
 
-__all__ = ["catalog_routes"]
+__all__ = ["catalog_routes", "searched"]
 
 MEDIA_TYPES = {
     **dict.fromkeys((".jpg", ".jpeg"), "image/jpeg"),
@@ -71,17 +71,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
     )
     async def search(request: Request) -> PageResponse:
         """Search by text, image, items, or a mix. A form has the JSON in `query` and the image in `image`."""
-        query, files = await body_of(request, SearchRequest, "query")
-        context.log(request, text=query.text)
-        arguments = query.model_dump() | {"image": _one_image(query.image, files)}
-        for name in ("like", "unlike"):
-            ids = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
-            arguments[name] = [await context.item(id) for id in ids if id is not None]
-        if query.imagine or query.rerank:
-            await context.require_generator()
-        gate = context.generations if query.imagine or query.rerank else context.searches
-        async with gate.entered(settings.timeout):
-            return page_response(await until_disconnected(request, catalog.asearch(**arguments)))
+        return page_response(await searched(context, request))
 
     @reading.get("/browse")
     async def browse(
@@ -188,6 +178,21 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         )
 
     return [reading, writing]
+
+
+async def searched(context: Context, request: Request) -> Page:
+    """The page that a search request asks for."""
+    query, files = await body_of(request, SearchRequest, "query")
+    context.log(request, text=query.text)
+    arguments = query.model_dump() | {"image": _one_image(query.image, files)}
+    for name in ("like", "unlike"):
+        ids = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
+        arguments[name] = [await context.item(id) for id in ids if id is not None]
+    if query.imagine or query.rerank:
+        await context.require_generator()
+    gate = context.generations if query.imagine or query.rerank else context.searches
+    async with gate.entered(context.settings.timeout):
+        return await until_disconnected(request, context.catalog.asearch(**arguments))
 
 
 def _one_image(data: str | None, files: list[bytes]) -> bytes | None:

@@ -20,7 +20,7 @@ from typing import IO
 
 from unidiff_sdk._internal.files import read_regular_file, resolve_stored, write_atomically
 from unidiff_sdk._internal.lifetimes import Owner, close_in_child
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.errors import InUseError, StoreError
 
 __all__ = ["CONFIG", "ShardVersions"]
 
@@ -44,7 +44,8 @@ class ShardVersions:
         create: whether the folder may be new. If False, a missing shard is an error.
 
     Raises:
-        StoreError: the folder is in use, not writable or damaged, or the shard is missing.
+        InUseError: the folder is in use.
+        StoreError: it is not writable or damaged, or the shard is missing.
     """
 
     def __init__(self, root: Path, *, create: bool = True) -> None:
@@ -63,7 +64,7 @@ class ShardVersions:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise StoreError(
+            raise InUseError(
                 f"{root.parent} is in use by another process or by another Catalog object. Close that one first. "
                 "Several processes need a Qdrant server: Catalog('http://…')."
             ) from None

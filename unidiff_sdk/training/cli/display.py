@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from unidiff_sdk._internal.progress import ProgressLines, count_line
 from unidiff_sdk.cli.console import echo
-from unidiff_sdk.cli.terminal import print_table
+from unidiff_sdk.cli.output.terminal import print_table
 from unidiff_sdk.datasets.reader import InvalidRow, describe_problems
 
 if TYPE_CHECKING:

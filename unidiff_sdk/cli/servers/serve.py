@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from unidiff_sdk.errors import OptionError, ProviderError
-
-from .console import Command, echo
-from .parameters import trusted_key_option
+from unidiff_sdk.cli.console import Command, echo
+from unidiff_sdk.cli.locations.location import CatalogLocation, catalog_options
+from unidiff_sdk.cli.locations.server_file import ServerFile
+from unidiff_sdk.cli.parameters import trusted_key_option
+from unidiff_sdk.errors import ProviderError
 
 __all__ = ["serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOCAL_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of a server that listens at all addresses
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -32,7 +36,7 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
     unidiff serve shop.catalog
     unidiff serve shop.catalog --allow-writes --port 9000
     unidiff serve shop.catalog --host 0.0.0.0 --api-keys keys.txt --rate 20
-    unidiff serve http://localhost:6333 --images shop.images
+    unidiff serve http://localhost:6333 --image-store shop.images
     """,
 )
 @click.argument("catalog")
@@ -62,12 +66,10 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 @click.option("--timeout", default=120.0, show_default=True, metavar="S", help="Seconds until a request is cancelled.")
 @click.option("--log-texts", is_flag=True, help="Write queries and prompts into the log.")
 @click.option("--storefront/--no-storefront", default=True, help="Whether to serve the page at /.")
-@click.option("--images", type=click.Path(path_type=Path), help="With a URL: folder of the images.")
-@click.option("--collection", help="With a URL: name of the collection.")
-@click.option("--qdrant-api-key-file", type=click.Path(path_type=Path), help="With a URL: file with its API key.")
 @trusted_key_option
+@catalog_options
 def serve(
-    catalog: str,
+    catalog: CatalogLocation,
     host: str,
     port: int,
     keys: Sequence[str],
@@ -75,9 +77,6 @@ def serve(
     key_file: Path | None,
     allowed_hosts: Sequence[str],
     max_body: int,
-    images: Path | None,
-    collection: str | None,
-    qdrant_api_key_file: Path | None,
     trusted_keys: Sequence[str] | None,
     **options: Any,
 ) -> None:
@@ -90,22 +89,19 @@ def serve(
         from unidiff_sdk.serve.transport.protocol import TimedProtocol
     except ImportError as error:
         raise ProviderError(f"The server is not installed ({error}): pip install 'unidiff-sdk[serve]'") from error
-    from unidiff_sdk.catalog.catalog import Catalog
 
     api_keys = ApiKeys(dict.fromkeys(read_keys, "read")) | ApiKeys(dict.fromkeys(keys, "write"))
     if key_file is not None:
         api_keys |= ApiKeys.read(key_file)
     hosts = (*LOOPBACK_NAMES, *allowed_hosts) if host in LOOPBACK and not api_keys else tuple(allowed_hosts)
-    settings = ServerSettings(keys=api_keys, max_body=max_body << 20, hosts=hosts, **options)
+    token = ServerFile.new_token()
+    owner = ApiKeys() if catalog.is_url else ApiKeys({token: "read"})
+    settings = ServerSettings(keys=api_keys, max_body=max_body << 20, hosts=hosts, owner=owner, **options)
     if host not in LOOPBACK and not api_keys:
         echo(f"Warning: everyone who reaches {host} may use this server. Give --api-key or --api-keys.", err=True)
-    remote = {"images": images, "collection": collection, "api_key": _key_in(qdrant_api_key_file)}
-    opening: dict[str, Any] = {name: value for name, value in remote.items() if value is not None}
-    if opening and "://" not in catalog:
-        raise OptionError(f"{', '.join(opening)} need a URL, but {catalog} is a folder.")
     _log_to_stderr()
     _allow_connections()
-    with Catalog(catalog, create=False, trusted_keys=trusted_keys, **opening) as opened:
+    with catalog.open(trusted_keys=trusted_keys) as opened, ExitStack() as stack:
         config = uvicorn.Config(
             create_app(opened, settings),
             host=host,
@@ -118,32 +114,32 @@ def serve(
             timeout_graceful_shutdown=max(1, int(settings.timeout)),
             h11_max_incomplete_event_size=64 << 10,
         )
-        _announced(uvicorn.Server(config)).run()
+
+        def on_start(host: str, port: int) -> None:
+            if owner:
+                url = _url(LOCAL_ADDRESS.get(host, host), port)
+                stack.enter_context(ServerFile(url, token, os.getpid()).written(opened.folder))
+            echo(f"Serving at {_url(host, port)}  (Ctrl-C ends it)")
+            sys.stdout.flush()
+
+        _announced(uvicorn.Server(config), on_start).run()
 
 
-def _announced(server: Any) -> Any:
-    """Make a `uvicorn.Server` print its address once it listens."""
+def _announced(server: Any, on_start: Callable[[str, int], None]) -> Any:
+    """Make a `uvicorn.Server` call a function with its host and port once it listens."""
     plain = server.startup
 
     async def startup(sockets: Any = None) -> None:
         await plain(sockets)
-        for each in server.servers:
-            for socket in each.sockets:
-                host, port, *_ = socket.getsockname()
-                echo(f"Serving at http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)")
-                sys.stdout.flush()
+        if server.servers:  # it listens; otherwise it ends, and has logged why
+            on_start(*server.servers[0].sockets[0].getsockname()[:2])
 
     server.startup = startup
     return server
 
 
-def _key_in(file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file}: cannot be read ({error})") from error
+def _url(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _allow_connections() -> None:

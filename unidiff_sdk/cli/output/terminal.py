@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from unidiff_sdk._internal.text import shorten, terminal_safe
-
-from .console import echo
+from unidiff_sdk.cli.console import echo
 
 if TYPE_CHECKING:
     from PIL import Image

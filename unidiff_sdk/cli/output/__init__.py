@@ -1,0 +1,1 @@
+"""Printing results: tables, hits with their images, and contact sheets."""
