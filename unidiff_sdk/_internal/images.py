@@ -7,6 +7,7 @@ and takes up to 340 MB for each thread that decodes others.
 
 from __future__ import annotations
 
+import base64
 import io
 import threading
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from unidiff_sdk.errors import ImageError
 
 from .files import read_regular_file
 
-__all__ = ["MAX_FILE_SIZE", "MAX_PIXELS", "Fit", "HasImage", "ImageSource", "load_image"]
+__all__ = ["MAX_FILE_SIZE", "MAX_PIXELS", "Fit", "HasImage", "ImageSource", "decoded_image", "load_image"]
 
 Fit = Literal["crop", "pad"]
 """How an image becomes a square: "crop" keeps its center, "pad" keeps all of it on a white background."""
@@ -104,6 +105,24 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, background:
             )
         return _decode(read_regular_file(path, MAX_FILE_SIZE, ImageError), str(path), max_pixels, background)
     raise ImageError(f"Cannot read an image from {type(source).__name__}. Give a path, bytes, an array or a PIL image.")
+
+
+def decoded_image(name: str, data: str | None) -> bytes | None:
+    """The image file in a base64 text (also URL-safe) or data: URL. None stays None.
+
+    Raises ImageError, which calls the text `name`, if it is neither.
+    """
+    if data is None:
+        return None
+    if data.startswith("data:"):
+        header, comma, data = data.partition(",")
+        if not comma or not header.endswith(";base64"):
+            raise ImageError(f"{name} is a data: URL without base64 data.")
+    standard = "".join(data.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
+    except ValueError as error:  # also a text that is not ASCII
+        raise ImageError(f"{name} is not base64 ({error}).") from error
 
 
 def _decode(data: bytes, name: str, max_pixels: int, background: str) -> Image.Image:

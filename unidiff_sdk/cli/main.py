@@ -9,6 +9,7 @@ from .console import Group
 from .datasets import dataset
 from .generate import generate
 from .search import duplicates, search
+from .servers.mcp import mcp
 from .servers.serve import serve
 
 __all__ = ["main"]
@@ -28,5 +29,19 @@ def main() -> None:
     """Search a product catalog by text and image, and generate new product images that fit it."""
 
 
-for command in (dataset, index, search, duplicates, generate, serve, info, check, delete, reindex, export, restore):
+for command in (
+    dataset,
+    index,
+    search,
+    duplicates,
+    generate,
+    serve,
+    mcp,
+    info,
+    check,
+    delete,
+    reindex,
+    export,
+    restore,
+):
     main.add_command(command)

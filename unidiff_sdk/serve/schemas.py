@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from .problems import ProblemError
 
 __all__ = [
     "ColumnsChange",
@@ -28,7 +24,6 @@ __all__ = [
     "ItemsRequest",
     "PageResponse",
     "SearchRequest",
-    "decoded_image",
 ]
 
 Id = str | int
@@ -261,18 +256,3 @@ class EmbeddingsResponse(BaseModel):
     model: str
     data: list[Embedding]
     usage: Usage = Usage()
-
-
-def decoded_image(name: str, data: str | None) -> bytes | None:
-    """The file in a base64 text or data: URL. Raises ProblemError if it is neither."""
-    if data is None:
-        return None
-    if data.startswith("data:"):
-        header, comma, data = data.partition(",")
-        if not comma or not header.endswith(";base64"):
-            raise ProblemError(422, "An image cannot be used", f"{name} is a data: URL without base64 data.")
-    standard = "".join(data.split()).replace("-", "+").replace("_", "/").rstrip("=")
-    try:
-        return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ProblemError(422, "An image cannot be used", f"{name} is not base64 ({error}).") from error

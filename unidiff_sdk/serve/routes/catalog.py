@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from unidiff_sdk._internal.images import decoded_image
 from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.retrieval.results import Hit, Page
 from unidiff_sdk.serve.context import (
@@ -35,7 +36,6 @@ from unidiff_sdk.serve.schemas import (
     ItemsRequest,
     PageResponse,
     SearchRequest,
-    decoded_image,
 )
 from unidiff_sdk.store.images import THUMBNAIL_SIZE
 

@@ -14,13 +14,14 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 
+from unidiff_sdk._internal.images import decoded_image
 from unidiff_sdk.catalog.results import Generated, Generation
 from unidiff_sdk.generation.generator import Preview
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import encode
 from unidiff_sdk.serve.context import Context, hit_response, json_line, until_disconnected
 from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_of, problem_responses
-from unidiff_sdk.serve.schemas import GeneratedImage, GenerateRequest, GenerationResponse, decoded_image
+from unidiff_sdk.serve.schemas import GeneratedImage, GenerateRequest, GenerationResponse
 
 __all__ = ["check_images", "generation_response", "generation_routes"]
 

@@ -13,14 +13,14 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
-from unidiff_sdk._internal.images import load_image
+from unidiff_sdk._internal.images import decoded_image, load_image
 from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.results import Generation
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.serve.context import Context, until_disconnected, validated
 from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_responses
-from unidiff_sdk.serve.schemas import Embedding, EmbeddingsResponse, ImagesResponse, OpenAiImage, decoded_image
+from unidiff_sdk.serve.schemas import Embedding, EmbeddingsResponse, ImagesResponse, OpenAiImage
 
 from .generation import check_images, generation_response
 
