@@ -32,9 +32,11 @@ NOT_RUN = "not-run"  # class of a shell block that is parsed only
 REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/bring.md": (4, "needs checkpoints of Stable Diffusion"),
     "docs/guides/data.md": (2, "the data exists on the machine of the reader only"),
+    "docs/guides/deploy.md": (1, "needs a Qdrant server"),
     "docs/guides/evaluate.md": (1, "needs a tuned checkpoint"),
     "docs/guides/export.md": (3, "exports three times, for minutes, and needs a key and data"),
     "docs/guides/gpu.md": (1, "exports for a GPU, for minutes"),
+    "docs/guides/mcp.md": (2, "a server runs until it is stopped"),
     "docs/guides/reindex.md": (2, "needs a bundle of another model"),
     "docs/guides/search_only.md": (1, "needs a CLIP"),
     "docs/guides/serve.md": (6, "a server runs until it is stopped"),
