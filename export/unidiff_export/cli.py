@@ -85,8 +85,8 @@ def main(
 ) -> None:
     """Export the checkpoint CKPT as an ONNX bundle that searches and generates without PyTorch.
 
-    CKPT is a folder written by unidiff-train, "tiny" for the built-in base, a Stable Diffusion pipeline of diffusers, or
-    a Stable Diffusion in one safetensors file. Without CKPT, --clip alone becomes a bundle that searches but has no
+    CKPT is a folder written by unidiff-train, "tiny" for the built-in base, a Stable Diffusion pipeline of diffusers,
+    or a Stable Diffusion in one safetensors file. Without CKPT, --clip alone becomes a bundle that searches but has no
     generator. The export compares each graph with PyTorch, whole images with the diffusers pipeline, and embeddings
     with transformers. The bundle appears only if all comparisons pass. Its manifest.json holds the figures.
     """

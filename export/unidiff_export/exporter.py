@@ -125,9 +125,9 @@ def export_bundle(
     """Export a checkpoint as an ONNX bundle in the new folder `out`, verified against PyTorch.
 
     Args:
-        checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a Stable Diffusion pipeline
-            of diffusers (a folder, hf:org/name, or one safetensors file in the original layout). None: only `clip`, for
-            a bundle that searches but has no generator.
+        checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a pipeline of diffusers for
+            Stable Diffusion 1, 2 or XL (a folder, hf:org/name, or for 1 and 2 one safetensors file in the original
+            layout). None: only `clip`, for a bundle that searches but has no generator.
         out: the bundle folder. It appears only after everything has been verified.
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
@@ -234,7 +234,7 @@ def _export_checkpoint(
         policy=policy,
         write_files=partial(write_pipeline_files, loaded),
         write_card=lambda folder, manifest: write_model_card(folder, manifest, loaded.meta, loaded.path),
-        modules=(loaded.unet, loaded.vae, loaded.clip, loaded.text_encoder) if from_disk else (),
+        modules=loaded.modules() if from_disk else (),
     )
 
 

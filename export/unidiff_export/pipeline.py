@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
     from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel
+    from unidiff_sdk.training.checkpoints.loading.second_text_encoder import SecondTextEncoder
 
 Inputs = tuple[Tensor, ...]
 ImageArray = NDArray[np.uint8]
@@ -50,8 +51,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
 }
 
-# Parts of diffusers' pipelines that are not exported.
-ABSENT: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+NO_SAFETY_CHECKER: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
 # What embeddings are compared on: texts and images that a tokenizer or a preprocessing may treat in another way.
 ODD_TEXTS = (
@@ -91,7 +91,7 @@ class GeneratedImages:
 
 
 def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = None) -> Any:
-    """Return a StableDiffusionPipeline with diffusers' scheduler of a sampler.
+    """Return a StableDiffusionPipeline, or that of XL, with diffusers' scheduler of a sampler.
 
     Args:
         checkpoint: the models of the pipeline if there is no folder.
@@ -99,46 +99,65 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
         folder: the pipeline folder that `from_pretrained` reads, or the file that `from_single_file` reads, weights
             included. The additions of the checkpoint are loaded as well.
     """
-    from diffusers import StableDiffusionPipeline
-
+    pipeline_class, absent = _pipeline_class(checkpoint)
     with _quiet():
         if folder is not None:
             pipeline = _load_from_disk(checkpoint, sampler, folder)
         else:
-            pipeline = StableDiffusionPipeline(
+            pipeline = pipeline_class(
                 vae=checkpoint.vae,
                 text_encoder=checkpoint.text_encoder,
                 tokenizer=checkpoint.tokenizer,
                 unet=checkpoint.unet,
                 scheduler=reference_scheduler(checkpoint, sampler),
-                **ABSENT,
+                **_second_parts(checkpoint.second),
+                **absent,
             )
         pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def _pipeline_class(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
+    """Return the pipeline of diffusers for a checkpoint, and the arguments for the parts that are not exported."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    absent: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    if checkpoint.second is None:
+        return StableDiffusionPipeline, absent | NO_SAFETY_CHECKER
+    return StableDiffusionXLPipeline, absent | {"add_watermarker": False}
+
+
 def _load_from_disk(checkpoint: Checkpoint, sampler: str, source: Path) -> Any:
     """Load a pipeline by `from_pretrained` or, for a file, by `from_single_file`, with the checkpoint's additions."""
-    from diffusers import StableDiffusionPipeline
-
+    pipeline_class, absent = _pipeline_class(checkpoint)
     config = config_folder(source, checkpoint.options)
     options: dict[str, Any] = {
         "scheduler": reference_scheduler(checkpoint, sampler, config),
-        "image_encoder": None,
         "torch_dtype": torch.float32,
         "local_files_only": True,
         **_other_vae(checkpoint, config),
-        **ABSENT,
+        **absent,
     }
     if source.is_file():
         if config == SD15:  # which has no tokenizer
             options["tokenizer"] = checkpoint.clip_tokenizer
-        pipeline = StableDiffusionPipeline.from_single_file(str(source), config=str(config), **options)
+        pipeline = pipeline_class.from_single_file(str(source), config=str(config), **options)
     else:
         variant = checkpoint.options.variant
-        pipeline = StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, variant=variant, **options)
+        pipeline = pipeline_class.from_pretrained(source, use_safetensors=True, variant=variant, **options)
     add_to_pipeline(pipeline, checkpoint.options)
     return pipeline
+
+
+def _second_parts(second: SecondTextEncoder | None) -> dict[str, Any]:
+    """The arguments of StableDiffusionXLPipeline that other pipelines do not have."""
+    if second is None:
+        return {}
+    return {
+        "text_encoder_2": second.model,
+        "tokenizer_2": second.tokenizer,
+        "force_zeros_for_empty_prompt": second.zero_negative,
+    }
 
 
 def _other_vae(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -199,7 +218,7 @@ def generate_images(
     guidance_scale: float,
     negative_prompt: str = "",
 ) -> GeneratedImages:
-    """Generate one image of each prompt with diffusers' StableDiffusionPipeline, from `side` x `side` latents.
+    """Generate one image of each prompt with a pipeline of diffusers, from `side` x `side` latents.
 
     The noise of stochastic schedulers is that of our runtime: each image has the generator of seed 0.
     """
@@ -210,7 +229,9 @@ def generate_images(
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample, timestep = args
-        calls.append((sample, timestep.float().reshape(-1).expand(len(sample)), kwargs["encoder_hidden_states"]))
+        added = tuple((kwargs.get("added_cond_kwargs") or {}).values())
+        timesteps = timestep.float().reshape(-1).expand(len(sample))
+        calls.append((sample, timesteps, kwargs["encoder_hidden_states"], *added))
 
     def on_step_end(pipe: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
         latents[:] = [values["latents"]]
@@ -221,7 +242,9 @@ def generate_images(
         with quiet(), _runtime_noise(pipeline.scheduler):
             images = pipeline(
                 list(prompts),
-                negative_prompt=[negative_prompt] * len(prompts),
+                negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+                height=side * pipeline.vae_scale_factor,
+                width=side * pipeline.vae_scale_factor,
                 latents=torch.from_numpy(noise),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,

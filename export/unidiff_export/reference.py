@@ -215,7 +215,9 @@ def _embed(
     modules = {spec.name: spec.module for spec in specs}
     with torch.no_grad():
         if checkpoint.shared:
-            _, texts = modules["text_encoder"](tokenize(checkpoint.tokenizer, captions))
+            outputs = next(spec.outputs for spec in specs if spec.name == "text_encoder")
+            results = modules["text_encoder"](tokenize(checkpoint.tokenizer, captions))
+            texts = results[outputs.index("text_embeds")]
         else:
             texts = modules["clip_text_encoder"](tokenize(clip_tokenizer(checkpoint), captions))
         pixels = checkpoint.image_processor(list(images), return_tensors="pt").pixel_values
@@ -231,8 +233,10 @@ def graph_inputs(
     """
     pixels = torch.from_numpy(np.stack(generated.images)).permute(0, 3, 1, 2).float() / 255
     normalized = checkpoint.image_processor(list(images), return_tensors="pt").pixel_values
-    search = {} if checkpoint.shared else {"clip_text_encoder": ((tokenize(clip_tokenizer(checkpoint), captions),),)}
-    return search | {
+    tokenizers = {} if checkpoint.shared else {"clip_text_encoder": clip_tokenizer(checkpoint)}
+    if checkpoint.second is not None:
+        tokenizers["text_encoder_2"] = checkpoint.second.tokenizer
+    return {graph: ((tokenize(tokenizer, captions),),) for graph, tokenizer in tokenizers.items()} | {
         "text_encoder": ((tokenize(checkpoint.tokenizer, captions),),),
         "unet": generated.unet_inputs,
         "vae_decoder": ((generated.latents,),),

@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 
 from unidiff_sdk.errors import BusyError, GenerationError
 from unidiff_sdk.generation.batching import Batcher
-from unidiff_sdk.generation.denoising import Job, KnownRegion, Progress, rescale_guidance
+from unidiff_sdk.generation.denoising import Conditions, Job, KnownRegion, Progress, rescale_guidance
 from unidiff_sdk.generation.samplers import SAMPLERS, advance, make_table
 from unidiff_sdk.inference.schedule import Schedule
 
 SHAPE, TOKENS, WIDTH = (4, 4, 6), 5, 3
+STATES = "encoder_hidden_states"
 SCHEDULE = Schedule(
     np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2), prediction_type="v_prediction", steps_offset=1
 )
 
 
-def unet(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+def unet(sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
     """Each sample by itself, and so the same bit for bit in any batch."""
-    meaning = np.stack([s.mean(dtype=np.float64) for s in states]).astype(np.float32)
+    meaning = sum(
+        np.stack([row.mean(dtype=np.float64) for row in array]).astype(np.float32) for array in conditions.values()
+    )
     late = np.cos(timestep * np.float32(0.01))
     return np.tanh(np.float32(0.7) * sample[:, ::-1] + (meaning + late)[:, None, None, None])
 
@@ -39,13 +42,14 @@ class Counted:
         self.gate, self.started = threading.Event(), threading.Event()
         self.gate.set()
 
-    def __call__(self, sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
-        assert sample.dtype == timestep.dtype == states.dtype == np.float32
-        assert len(sample) == len(timestep) == len(states)
+    def __call__(self, sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
+        for array in (timestep, *conditions.values()):
+            assert sample.dtype == array.dtype == np.float32
+            assert len(sample) == len(array)
         self.batches.append(len(sample))
         self.started.set()
         assert self.gate.wait(20)
-        return unet(sample, timestep, states)
+        return unet(sample, timestep, conditions)
 
 
 def job(
@@ -58,9 +62,20 @@ def job(
 ) -> Job:
     rng = np.random.default_rng(seed)
     table = make_table(sampler, SCHEDULE, steps)
-    states, negative_states = rng.standard_normal((2, TOKENS, WIDTH), dtype=np.float32)
+    conditions, negative = (
+        {
+            STATES: rng.standard_normal((TOKENS, WIDTH), dtype=np.float32),
+            "text_embeds": rng.standard_normal(WIDTH, dtype=np.float32),
+        }
+        for _ in range(2)
+    )
     x = rng.standard_normal(shape, dtype=np.float32) * np.float32(table.init_noise_sigma)
-    return Job(table, x, states, None if guidance == 1 else negative_states, guidance, rescale, rng)
+    return Job(table, x, conditions, None if guidance == 1 else negative, guidance, rescale, rng)
+
+
+def batched(conditions: Conditions) -> Conditions:
+    """The conditions of one sample, as a batch."""
+    return {name: array[None] for name, array in conditions.items()}
 
 
 def alone(job: Job) -> np.ndarray:
@@ -69,9 +84,9 @@ def alone(job: Job) -> np.ndarray:
     for step in range(len(job.table)):
         row = job.table[step]
         scaled, timestep = x * row.input_scale, np.array([row.timestep])
-        output = unet(scaled, timestep, job.states[None])
-        if job.negative_states is not None:
-            negative = unet(scaled, timestep, job.negative_states[None])
+        output = unet(scaled, timestep, batched(job.conditions))
+        if job.negative is not None:
+            negative = unet(scaled, timestep, batched(job.negative))
             guided = negative + np.float32(job.guidance_scale) * (output - negative)
             rescale = np.float32(job.guidance_rescale)
             output = rescale_guidance(guided, output, rescale) if rescale else guided
@@ -125,8 +140,7 @@ JOBS = st.builds(
 def test_batching_does_not_change_the_result_of_a_job(jobs: list[Job], positions: int, data: st.DataObject) -> None:
     """Whatever samplers, steps and guidance share its calls, and from however many threads they come."""
     copies = [
-        Job(j.table, j.x.copy(), j.states, j.negative_states, j.guidance_scale, j.guidance_rescale, _fork(j))
-        for j in jobs
+        Job(j.table, j.x.copy(), j.conditions, j.negative, j.guidance_scale, j.guidance_rescale, _fork(j)) for j in jobs
     ]
     expected = [alone(copy) for copy in copies]
     batcher = Batcher(unet, positions=positions)
@@ -163,9 +177,9 @@ def test_request_for_one_image_does_not_wait_for_a_large_request() -> None:
     late = job(99, guidance=1, steps=6)
     counted, served = Counted(), []
 
-    def watched(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
-        served.append(any(np.array_equal(row, late.states) for row in states))
-        return counted(sample, timestep, states)
+    def watched(sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
+        served.append(any(np.array_equal(row, late.conditions[STATES]) for row in conditions[STATES]))
+        return counted(sample, timestep, conditions)
 
     batcher = Batcher(watched, positions=4 * 24)
     counted.gate.clear()
@@ -184,9 +198,9 @@ def test_request_for_one_image_does_not_wait_where_a_call_holds_one_image() -> N
     late = job(99, guidance=1, steps=2)
     counted, served = Counted(), []
 
-    def watched(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
-        served.append(np.array_equal(states[0], late.states))
-        return counted(sample, timestep, states)
+    def watched(sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
+        served.append(np.array_equal(conditions[STATES][0], late.conditions[STATES]))
+        return counted(sample, timestep, conditions)
 
     batcher = Batcher(watched, positions=1)
     counted.gate.clear()
@@ -204,9 +218,9 @@ def test_request_for_one_image_does_not_wait_where_a_call_holds_one_image() -> N
 def test_shapes_that_cannot_share_a_call_take_turns() -> None:
     shapes: list[tuple[int, ...]] = []
 
-    def watched(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+    def watched(sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
         shapes.append(sample.shape[1:])
-        return unet(sample, timestep, states)
+        return unet(sample, timestep, conditions)
 
     batcher = Batcher(watched, positions=1000)
     wide = (4, 4, 10)
@@ -268,12 +282,12 @@ def test_interrupt_in_a_shared_call_leaves_the_others_unchanged() -> None:
     expected = [alone(job(seed, "euler_a", steps=6)) for seed in (7, 8)]
     together = 0
 
-    def interrupted(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+    def interrupted(sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
         nonlocal together
         together += len(sample) == 2 * 3
         if threading.current_thread() is leader and together == 2:
             raise KeyboardInterrupt
-        return counted(sample, timestep, states)
+        return counted(sample, timestep, conditions)
 
     counted = Counted()
     counted.gate.clear()
@@ -341,10 +355,10 @@ def test_request_beyond_the_limit_is_refused_at_once() -> None:
 def test_failed_call_is_reported_and_the_next_one_works() -> None:
     broken = True
 
-    def fails(sample: np.ndarray, timestep: np.ndarray, states: np.ndarray) -> np.ndarray:
+    def fails(sample: np.ndarray, timestep: np.ndarray, conditions: Conditions) -> np.ndarray:
         if broken:
             raise RuntimeError("no memory for 12345 bytes")
-        return unet(sample, timestep, states)
+        return unet(sample, timestep, conditions)
 
     batcher = Batcher(fails, positions=1000)
     with pytest.raises(GenerationError, match=r"a call of the UNet failed \(no memory for 12345 bytes\)"):

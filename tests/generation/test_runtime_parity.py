@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.batching import batch_differences
+from support.edited_images import SCHEDULERS, edited_by_diffusers
 
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
@@ -104,36 +104,6 @@ def test_guidance_rescale_equals_diffusers(bundle: Bundle, pipeline: Any) -> Non
     assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 1
 
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpm++2m": "DPMSolverMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
-
-
-def edited_by_diffusers(kind: str, pipeline: Any, sampler: str, seed: int, monkeypatch: Any, **options: Any) -> Any:
-    """The result of a diffusers pipeline for a source image, with our noise and the mean of the VAE."""
-    import diffusers
-
-    editing = getattr(diffusers, f"StableDiffusion{kind}Pipeline")(**pipeline.components, requires_safety_checker=False)
-    editing.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipeline.scheduler.config)
-    editing.set_progress_bar_config(disable=True)
-    stream = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
-
-    def randn_tensor(shape: Any, **_: Any) -> Any:
-        return torch.from_numpy(stream.standard_normal(tuple(shape), dtype=np.float32))
-
-    for module in (type(editing).__module__, type(editing.scheduler).__module__):
-        if hasattr(sys.modules[module], "randn_tensor"):
-            monkeypatch.setattr(sys.modules[module], "randn_tensor", lambda shape, *_, **kw: randn_tensor(shape, **kw))
-    monkeypatch.setattr(
-        sys.modules[type(editing).__module__], "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode()
-    )
-    return editing("green dotted boots", negative_prompt="blurry", guidance_scale=3.0, **options).images[0]
-
-
 SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8)).resize((32, 32))
 
 
@@ -199,7 +169,7 @@ def test_long_prompts_in_windows_equal_transformers(bundle: Bundle, random_check
     encoder = CLIPTextModel.from_pretrained(random_checkpoint / "text_encoder").eval()
     with torch.no_grad():
         expected = encoder(torch.tensor(ids)).last_hidden_state.numpy()
-    states = Conditioner(bundle).states(prompt, "chunk")
+    states = Conditioner(bundle).conditions(prompt, "chunk")["encoder_hidden_states"]
     np.testing.assert_allclose(states, expected.reshape(-1, states.shape[-1]), atol=2e-5)
 
 

@@ -74,7 +74,7 @@ def test_rerank_orders_the_best_items_by_both_models(shop: Catalog) -> None:
     sessions, schedule = shop.bundle.session, shop.bundle.schedule()
 
     def states(text: str) -> np.ndarray:
-        ids = Generator(shop.bundle)._conditioner._tokenize(text)[0]
+        ids = Generator(shop.bundle)._conditioner._tokenize(text)[0][0]
         feeds = {"input_ids": np.array([ids], np.int64)}
         return sessions("text_encoder").run(feeds)["last_hidden_state"]
 
@@ -586,7 +586,7 @@ def test_predictions_share_calls_with_generations(toy: Path) -> None:
     generator = Generator(bundle)
     rng = np.random.default_rng(0)
     samples = list(rng.standard_normal((3, CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32))
-    states, timesteps = [generator.token_states("boots")] * 3, [600, 700, 800]
+    states, timesteps = [generator.conditions("boots")] * 3, [600, 700, 800]
     expected = generator.predict(samples, timesteps, states)
     alone = generator.generate("coat", seed=1, steps=8)[0]
     batches.clear()

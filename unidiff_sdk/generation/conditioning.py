@@ -1,7 +1,8 @@
-"""Prompts to the token states that condition the UNet."""
+"""Prompts to what conditions the UNet: token states, and for Stable Diffusion XL also pooled embeddings and sizes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
@@ -14,75 +15,122 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import cut_text, load_tokenizer
 
+from .denoising import Conditions
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["Conditioner"]
 
 Float32 = NDArray[np.float32]
+Windows = tuple[tuple[int, ...], ...]
+"""Token ids, in windows of `bundle.prompt_tokens`."""
 
 CACHED_PROMPTS = 256
 MAX_WINDOWS = 8
 
 
+STATES, POOLED, SIZES = "encoder_hidden_states", "text_embeds", "time_ids"  # inputs of the UNet
+
+
 class Conditioner:
-    """The text encoder of a bundle's UNet. Caches the last prompts. May be shared between threads."""
+    """The text encoders of a bundle's UNet. Caches the last prompts. May be shared between threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self._xl = bundle.manifest.conditioning
         self._windows = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._tokenize))
         self._encoded = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode))
 
-    def states(self, prompt: str, long_prompts: str = "truncate") -> Float32:
-        """The token states of a prompt: float32[tokens, width], read-only.
+    def conditions(self, prompt: str, long_prompts: str = "truncate") -> Conditions:
+        """The conditions of a prompt but for the sizes. The arrays are read-only.
 
         Args:
             prompt: any text.
             long_prompts: for a prompt longer than `bundle.prompt_tokens` tokens: "truncate" ignores the rest, with a
-                warning; "chunk" encodes it in windows of that length and concatenates their states.
+                warning; "chunk" encodes it in windows of that length and concatenates their states. The pooled
+                embedding is that of the first window.
 
         Raises:
             OptionError: the prompt is too long even for windows.
         """
         windows = self._windows(prompt)
-        if len(windows) > 1 and long_prompts == "truncate":
+        count = max(map(len, windows))
+        if count > 1 and long_prompts == "truncate":
             warn(
                 f"the prompt is longer than {self._bundle.prompt_tokens} tokens, so its end is ignored "
                 "(long_prompts='chunk' keeps it)"
             )
-            windows = windows[:1]
-        if len(windows) > MAX_WINDOWS:
+            windows = tuple(each[:1] for each in windows)
+        elif count > MAX_WINDOWS:
             raise OptionError(
-                f"the prompt takes {len(windows)} windows of {self._bundle.prompt_tokens} tokens; give one of at most "
+                f"the prompt takes {count} windows of {self._bundle.prompt_tokens} tokens; give one of at most "
                 f"{MAX_WINDOWS} windows"
             )
         return self._encoded(windows)
 
-    def pair(self, prompt: str, negative_prompt: str, long_prompts: str) -> tuple[Float32, Float32]:
-        """The states of both, of the same length: the shorter ones are padded with those of the empty prompt."""
-        states, negative = (self.states(text, long_prompts) for text in (prompt, negative_prompt))
-        if len(states) == len(negative):
-            return states, negative
-        longest = max(len(states), len(negative))
-        return self._padded(states, longest), self._padded(negative, longest)
+    def negative_conditions(self, prompt: str, long_prompts: str = "truncate") -> Conditions:
+        """The same of what guidance leads away from: zeros for an empty prompt if the model was trained so."""
+        conditions = self.conditions(prompt, long_prompts)
+        if prompt or self._xl is None or not self._xl.zero_negative:
+            return conditions
+        return {name: np.zeros_like(array) for name, array in conditions.items()}
 
-    def _padded(self, states: Float32, length: int) -> Float32:
-        empty = self.states("")
-        return np.concatenate([states, *[empty] * ((length - len(states)) // len(empty))])
+    def pair(self, prompt: str, negative_prompt: str, long_prompts: str) -> tuple[Conditions, Conditions]:
+        """The conditions of both, with states of the same length: the shorter ones are padded with the empty prompt's.
 
-    def _tokenize(self, prompt: str) -> tuple[tuple[int, ...], ...]:
-        """Token ids, in windows of `bundle.prompt_tokens`."""
+        Zeros are padded with zeros.
+        """
+        conditions = self.conditions(prompt, long_prompts)
+        negative = self.negative_conditions(negative_prompt, long_prompts)
+        if len(conditions[STATES]) == len(negative[STATES]):
+            return conditions, negative
+        longest = max(len(conditions[STATES]), len(negative[STATES]))
+        empty = self.conditions("")
+        empty_negative = empty if negative_prompt else self.negative_conditions("")
+        return self._padded(conditions, empty, longest), self._padded(negative, empty_negative, longest)
+
+    def sized(self, conditions: Conditions, width: int, height: int) -> Conditions:
+        """Conditions with the sizes of an image, in pixels: as if it had been trained on whole, at this size."""
+        if self._xl is None:
+            return conditions
+        return {**conditions, SIZES: np.array([height, width, 0, 0, height, width], np.float32)}
+
+    def _padded(self, conditions: Conditions, empty: Conditions, length: int) -> Conditions:
+        states, window = conditions[STATES], empty[STATES]
+        missing = (length - len(states)) // len(window)
+        return {**conditions, STATES: np.concatenate([states, *[window] * missing])}
+
+    def _tokenize(self, prompt: str) -> tuple[Windows, ...]:
+        """Token ids for each text encoder."""
         most = (MAX_WINDOWS + 1) * self._bundle.prompt_tokens  # one window too many, so that longer prompts are refused
-        encoding = self._tokenizer.encode(cut_text(prompt, most))
-        return tuple(tuple(window.ids) for window in (encoding, *encoding.overflowing))
+        encodings = [tokenizer.encode(cut_text(prompt, most)) for tokenizer in self._tokenizers]
+        return tuple(tuple(tuple(each.ids) for each in (whole, *whole.overflowing)) for whole in encodings)
 
-    def _encode(self, windows: tuple[tuple[int, ...], ...]) -> Float32:
-        feeds = {"input_ids": np.array(windows, np.int64)}
-        states: Float32 = self._bundle.session("text_encoder").run(feeds, ["last_hidden_state"])["last_hidden_state"]
-        states = states.reshape(-1, states.shape[-1])
-        states.flags.writeable = False  # shared by all that use the same prompt
-        return states
+    def _encode(self, windows: tuple[Windows, ...]) -> Conditions:
+        if self._xl is None:
+            (states,) = self._run("text_encoder", windows[0], ["last_hidden_state"])
+            return _shared({STATES: states.reshape(-1, states.shape[-1])})
+        count = max(map(len, windows))  # other tokenizers may need more windows
+        ids = [(*each, *self._windows("")[i] * (count - len(each))) for i, each in enumerate(windows)]
+        first, second = self._xl.states
+        (large,) = self._run("text_encoder", ids[0], [first])
+        larger, pooled = self._run("text_encoder_2", ids[1], [second, POOLED])
+        states = np.concatenate([large, larger], axis=-1, dtype=np.float32)
+        return _shared({STATES: states.reshape(-1, states.shape[-1]), POOLED: pooled[0]})
+
+    def _run(self, graph: str, ids: Windows, outputs: Sequence[str]) -> list[Float32]:
+        results = self._bundle.session(graph).run({"input_ids": np.array(ids, np.int64)}, outputs)
+        return [results[name] for name in outputs]
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self._bundle.files.part("tokenizer"), self._bundle.prompt_tokens)
+    def _tokenizers(self) -> list[Tokenizer]:
+        folders = ["tokenizer"] if self._xl is None else ["tokenizer", "tokenizer_2"]
+        return [load_tokenizer(self._bundle.files.part(folder), self._bundle.prompt_tokens) for folder in folders]
+
+
+def _shared(conditions: dict[str, Float32]) -> Conditions:
+    """Conditions whose arrays cannot be changed, as all that use the same prompt share them."""
+    for array in conditions.values():
+        array.flags.writeable = False
+    return conditions

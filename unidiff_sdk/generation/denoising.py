@@ -6,7 +6,7 @@ jobs whose latents have the same size, whatever their samplers, steps and guidan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 
 from .samplers import Coefficients, Table, advance
 
-__all__ = ["Batch", "Job", "KnownRegion", "Predict", "Progress", "rescale_guidance"]
+__all__ = ["Batch", "Conditions", "Job", "KnownRegion", "Predict", "Progress", "rescale_guidance"]
 
 Float32 = NDArray[np.float32]
 
-Predict = Callable[[Float32, Float32, Float32], Float32]
-"""The UNet: (sample [batch, channels, height, width], timestep [batch], states [batch, tokens, width]) to output."""
+Conditions = Mapping[str, Float32]
+"""What a sample is conditioned on: the inputs of the UNet besides the sample and its timestep, by name. One of them is
+"encoder_hidden_states", the token states of the prompt: float32[tokens, width]."""
+
+Predict = Callable[[Float32, Float32, Conditions], Float32]
+"""The UNet: (sample [batch, channels, height, width], timestep [batch], conditions, each [batch, …]) to output."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Job:
     Attributes:
         table: its sampler; each step takes the next row.
         x: its latents, float32[channels, height, width].
-        states: token states of the prompt, float32[tokens, width].
-        negative_states: those of the negative prompt, of the same shape. None: no guidance, at half the work.
+        conditions: of the prompt.
+        negative: those of the negative prompt, of the same shapes. None: no guidance, at half the work.
         guidance_scale: weight of the prompt's prediction against the negative prompt's (Ho & Salimans 2022,
             arXiv:2207.12598).
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds is removed.
@@ -54,8 +58,8 @@ class Job:
 
     table: Table
     x: Float32
-    states: Float32
-    negative_states: Float32 | None
+    conditions: Conditions
+    negative: Conditions | None
     guidance_scale: float
     guidance_rescale: float
     rng: np.random.Generator
@@ -66,13 +70,13 @@ class Job:
 
     def __post_init__(self) -> None:
         self.x0 = np.zeros_like(self.x)
-        self.shape = (*self.x.shape, *self.states.shape)
+        self.shape = tuple(side for array in (self.x, *self.conditions.values()) for side in array.shape)
 
     @property
     def positions(self) -> int:
         """Number of latent positions that it adds to a call: twice its own with guidance."""
         _, height, width = self.x.shape
-        return int((1 if self.negative_states is None else 2) * height * width)
+        return int((1 if self.negative is None else 2) * height * width)
 
     @property
     def finished(self) -> bool:
@@ -107,13 +111,13 @@ class Batch:
         self._steps = (Coefficients(*row) for row in rows)
         self._x, self._x0 = np.stack([job.x for job in jobs]), np.stack([job.x0 for job in jobs])
         # In a call come the samples with a prompt, one for each job, then those with a negative prompt.
-        guided = [i for i, job in enumerate(jobs) if job.negative_states is not None]
+        guided = [i for i, job in enumerate(jobs) if job.negative is not None]
         self._guided: list[int] | slice = slice(None) if len(guided) == len(jobs) else guided  # a slice copies nothing
         self._guidance_scale = _column(job.guidance_scale for job in jobs)[self._guided]
         self._guidance_rescale = _column(job.guidance_rescale for job in jobs)[self._guided]
         self._rescales = bool(self._guidance_rescale.any())
-        negative = [job.negative_states for job in jobs if job.negative_states is not None]
-        self._states = np.stack([job.states for job in jobs] + negative)
+        rows_of = [job.conditions for job in jobs] + [job.negative for job in jobs if job.negative is not None]
+        self._conditions = {name: np.stack([each[name] for each in rows_of]) for name in jobs[0].conditions}
         self._needs_noise = any(job.table.needs_noise for job in jobs)
 
     def step(self, predict: Predict) -> None:
@@ -124,7 +128,7 @@ class Batch:
         if self._guided:
             sample = np.concatenate([sample, sample[self._guided]])
             timestep = np.concatenate([timestep, timestep[self._guided]])
-        output = self._guide(predict(sample, timestep, self._states))
+        output = self._guide(predict(sample, timestep, self._conditions))
 
         # 2. Step
         noise = self._noise(coefficients) if self._needs_noise else None

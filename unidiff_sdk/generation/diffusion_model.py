@@ -15,6 +15,7 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import Latent
 from unidiff_sdk.inference.schedule import Schedule
 
+from .denoising import Conditions
 from .img2img import to_samples
 from .memory import check_architecture
 
@@ -42,12 +43,12 @@ class DiffusionModel:
         for graph in ("unet", "vae_decoder"):
             self._bundle.session(graph)
 
-    def predict(self, sample: Float32, timestep: Float32, states: Float32) -> Float32:
+    def predict(self, sample: Float32, timestep: Float32, conditions: Conditions) -> Float32:
         """The UNet's output for a batch: float32[batch, channels, height, width], as `sample`.
 
-        timestep is float32[batch], states are float32[batch, tokens, width]. Raises GenerationError.
+        timestep is float32[batch], and each of the conditions has a row for each sample. Raises GenerationError.
         """
-        feeds = {"sample": sample, "timestep": timestep, "encoder_hidden_states": states}
+        feeds = {"sample": sample, "timestep": timestep, **conditions}
         return self._run("unet", feeds, "out_sample", sample.shape)
 
     def encode(self, image: Image.Image) -> Float32:

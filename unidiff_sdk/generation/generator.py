@@ -20,7 +20,7 @@ from unidiff_sdk.inference.shape_profiles import POSITIONS_PER_CALL
 
 from .batching import MAX_REQUESTS, Batcher
 from .conditioning import Conditioner
-from .denoising import Job, KnownRegion, Progress
+from .denoising import Conditions, Job, KnownRegion, Progress
 from .diffusion_model import DiffusionModel
 from .img2img import SourceImage, first_step, fit_image, load_source
 from .memory import image_memory
@@ -195,9 +195,9 @@ class Generator:
         table = self._table(options)
         rngs = [image_rng(options.seed + k) for _ in prompts for k in range(options.n)]
         noise = self._noise(rngs, options) if latents is None else self._checked_noise(latents, len(rngs), options)
-        per_prompt = [self._token_states(prompt, options) for prompt in prompts]
-        states = [each for each in per_prompt for _ in range(options.n)]
-        jobs = [self._job(*inputs, options, table, source) for inputs in zip(states, noise, rngs, strict=True)]
+        per_prompt = [self._conditions(prompt, options) for prompt in prompts]
+        conditions = [each for each in per_prompt for _ in range(options.n)]
+        jobs = [self._job(*inputs, options, table, source) for inputs in zip(conditions, noise, rngs, strict=True)]
 
         # 3. Denoise, in calls shared with other requests
         def on_step(progress: Progress) -> None:
@@ -237,17 +237,24 @@ class Generator:
             )
         return latents
 
-    def token_states(self, text: str) -> Float32:
-        """The token states that condition the UNet: float32[tokens, width], read-only. A long text is truncated."""
-        return self._conditioner.states(text)
+    def conditions(self, text: str) -> Conditions:
+        """What conditions the UNet on a text at its training size; on none, if it is empty. A long text is truncated.
 
-    def predict(self, samples: Sequence[Float32], timesteps: Sequence[int], states: Sequence[Float32]) -> Float32:
+        The arrays are read-only.
+        """
+        of_text = self._conditioner.conditions if text else self._conditioner.negative_conditions
+        side = self._model.default_side
+        return self._conditioner.sized(of_text(text), side, side)
+
+    def predict(
+        self, samples: Sequence[Float32], timesteps: Sequence[int], conditions: Sequence[Conditions]
+    ) -> Float32:
         """The UNet's outputs for noisy latents, in calls that are shared with running generations.
 
         Args:
             samples: latents with noise, each float32[channels, height, width], all of one shape.
             timesteps: the timestep of each.
-            states: the token states of each, float32[tokens, width], all of one shape.
+            conditions: those of each, see `conditions`.
 
         Returns:
             float32[len(samples), channels, height, width]
@@ -260,7 +267,7 @@ class Generator:
         unused = image_rng(0)  # no row of these tables adds noise
         jobs = [
             Job(tables[timestep], sample, each, None, 1.0, 0.0, unused)
-            for sample, timestep, each in zip(samples, timesteps, states, strict=True)
+            for sample, timestep, each in zip(samples, timesteps, conditions, strict=True)
         ]
         self.bundle.session("unet")  # raises in the calling thread
         return self._batcher.denoise(jobs)
@@ -350,15 +357,17 @@ class Generator:
         shape = self._model.latent_shape(options.width, options.height)
         return np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
 
-    def _token_states(self, prompt: str, options: ResolvedOptions) -> tuple[Float32, Float32 | None]:
-        """The token states of the prompt and, for guidance, of the negative prompt."""
+    def _conditions(self, prompt: str, options: ResolvedOptions) -> tuple[Conditions, Conditions | None]:
+        """The conditions of the prompt and, for guidance, of the negative prompt."""
+        conditioner, size = self._conditioner, (options.width, options.height)
         if not options.guided:
-            return self._conditioner.states(prompt, options.long_prompts), None
-        return self._conditioner.pair(prompt, options.negative_prompt, options.long_prompts)
+            return conditioner.sized(conditioner.conditions(prompt, options.long_prompts), *size), None
+        prompted, negative = conditioner.pair(prompt, options.negative_prompt, options.long_prompts)
+        return conditioner.sized(prompted, *size), conditioner.sized(negative, *size)
 
     def _job(
         self,
-        states: tuple[Float32, Float32 | None],
+        conditions: tuple[Conditions, Conditions | None],
         noise: Float32,
         rng: np.random.Generator,
         options: ResolvedOptions,
@@ -372,7 +381,7 @@ class Generator:
                 x = clean * source.latents + noisy * noise
             if source.repaint is not None:
                 known = KnownRegion(source.latents, noise, source.latent_mask(self._model.latent.scale_factor))
-        return Job(table, x, *states, options.guidance_scale, options.guidance_rescale, rng, known)
+        return Job(table, x, *conditions, options.guidance_scale, options.guidance_rescale, rng, known)
 
 
 def image_rng(seed: int) -> np.random.Generator:

@@ -237,8 +237,9 @@ class Bundle:
         return self.files.read_json(file)
 
     def schedule(self) -> Schedule:
-        """The noise schedule that the UNet was trained with."""
-        return Schedule.from_pipeline(self.config("scheduler/scheduler_config.json"))
+        """The noise schedule that the UNet was trained with, as diffusers' pipeline of the model reads it."""
+        config = self.config("scheduler/scheduler_config.json")
+        return Schedule.from_pipeline(config) if self.manifest.conditioning is None else Schedule.from_config(config)
 
     @property
     def fingerprint(self) -> str:

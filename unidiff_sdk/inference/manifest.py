@@ -25,6 +25,8 @@ __all__ = [
     "GRAPH_FILE",
     "MANIFEST",
     "SCHEMA_VERSION",
+    "TIME_IDS",
+    "Conditioning",
     "Embedding",
     "Graph",
     "ImageInput",
@@ -63,6 +65,10 @@ Profile = Mapping[str, Mapping[str, Sequence[int]]]
 
 MAX_COUNT = 65_536
 """The largest number of tokens, dimensions, channels, steps or pixels on a side. They size buffers."""
+
+TIME_IDS = 6
+"""The sizes that condition Stable Diffusion XL: height and width of the original image, top and left of the crop, and
+height and width of the result."""
 
 MAX_IMAGE_SIDE = 4096
 """The largest side of what the image encoder takes, in pixels. The pixels of one such image take 192 MiB."""
@@ -144,6 +150,21 @@ class Prompt:
     """max_tokens: length that prompts are padded or truncated to for generation."""
 
     max_tokens: Count
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What conditions the UNet of Stable Diffusion XL: two text encoders, a pooled embedding and sizes.
+
+    Attributes:
+        states: the output of the graph "text_encoder", and that of "text_encoder_2". Their states are concatenated.
+        pooled_width: width of the pooled embedding, the output "text_embeds" of "text_encoder_2".
+        zero_negative: whether zeros stand for an empty negative prompt, diffusers' `force_zeros_for_empty_prompt`.
+    """
+
+    states: tuple[str, str]
+    pooled_width: Count
+    zero_negative: bool
 
 
 @dataclass(frozen=True)
@@ -237,6 +258,7 @@ class ModelDescription:
     A model that only generates has no `embedding` and `image`. One that only searches has no `latent` and `sampler`.
 
     Attributes:
+        conditioning: of Stable Diffusion XL. None: the states of one text encoder condition the UNet.
         synthetic: whether the model has been trained on rendered images alone, and knows no photographs.
     """
 
@@ -245,6 +267,7 @@ class ModelDescription:
     image: ImageInput | None = None
     latent: Latent | None = None
     sampler: SamplerDefaults | None = None
+    conditioning: Conditioning | None = None
     synthetic: bool = False
 
     @property
@@ -329,6 +352,7 @@ class Manifest(ModelDescription):
             "graphs": self.graphs,
             "embedding": self.embedding,
             "prompt": self.prompt,
+            "conditioning": self.conditioning,
             "image": self.image,
             "latent": self.latent,
             "sampler": self.sampler,

@@ -102,6 +102,8 @@ def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the other files of a pipeline: index, scheduler, tokenizer, image preprocessing."""
     save_scheduler(checkpoint.scheduler, folder / "scheduler")
     write_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
+    if checkpoint.second is not None:
+        write_tokenizer(checkpoint.second.tokenizer, folder / "tokenizer_2")
     if not checkpoint.shared:
         write_tokenizer(clip_tokenizer(checkpoint), folder / "clip_tokenizer")
     checkpoint.image_processor.save_pretrained(folder / "image_encoder")
@@ -113,12 +115,18 @@ def pipeline_index(checkpoint: Checkpoint) -> dict[str, Any]:
     import diffusers
 
     onnx_graph = ["diffusers", "OnnxRuntimeModel"]
-    return {
-        "_class_name": "StableDiffusionPipeline",
+    second = checkpoint.second
+    own: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": [None, None]}
+    if second is not None:
+        own = {
+            "force_zeros_for_empty_prompt": second.zero_negative,
+            "text_encoder_2": onnx_graph,
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    return own | {
+        "_class_name": f"StableDiffusion{'' if second is None else 'XL'}Pipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", type(checkpoint.scheduler).__name__],
         "text_encoder": onnx_graph,
         "tokenizer": ["transformers", "CLIPTokenizer"],

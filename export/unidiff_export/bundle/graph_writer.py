@@ -80,7 +80,7 @@ class GraphWriter:
         A graph is fp32 if half precision would overflow, or if no layer can be quantized.
         """
         target = TARGETS[self._target]
-        if self._precision == "fp16":
+        if self._precision == "fp16" and not self._stays_float(spec):
             calls = [spec.example(1, 1), *self._reference.observed_calls(spec.name)]
             if not any(overflows_half(spec.module, inputs) for inputs in calls):
                 self._progress(f"Lowering {spec.name}")
@@ -93,6 +93,14 @@ class GraphWriter:
             quantized = quantize(model, ranges, contrib=CONTRIB in target.domains)
         store_halves(model)
         return model, "int8" if quantized else "fp32", quantized
+
+    def _stays_float(self, spec: GraphSpec) -> bool:
+        """Whether the configuration states that half precision overflows. The samples may not show it.
+
+        diffusers' pipelines read `force_upcast` of the VAE for Stable Diffusion XL only.
+        """
+        is_vae = spec.name in ("vae_decoder", "vae_encoder")
+        return is_vae and "text_encoder_2" in self._configs and bool(self._configs[spec.name].config.force_upcast)
 
     def _float_graph(self, spec: GraphSpec) -> ir.Model:
         """Return the graph in float32; for int8, a copy of the one that is lowered once."""
@@ -112,7 +120,7 @@ def _graph_bytes(folder: Path) -> int:
 
 def graph_configs(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the configuration of the model behind each graph."""
-    return {
+    configs = {
         "text_encoder": checkpoint.text_encoder.config,
         "clip_text_encoder": checkpoint.clip.config.text_config,
         "unet": checkpoint.unet,
@@ -120,3 +128,6 @@ def graph_configs(checkpoint: Checkpoint) -> dict[str, Any]:
         "vae_encoder": checkpoint.vae,
         "image_encoder": checkpoint.clip.config.vision_config,
     }
+    if checkpoint.second is not None:
+        configs["text_encoder_2"] = checkpoint.second.model.config
+    return configs

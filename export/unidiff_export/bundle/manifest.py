@@ -12,10 +12,12 @@ import onnx_ir as ir
 
 from unidiff_export.graphs.attention import count_attention
 from unidiff_export.graphs.lowering import GraphSpec
+from unidiff_export.graphs.text_encoders import HiddenStates
 from unidiff_export.options import TARGETS
 from unidiff_sdk.inference.manifest import (
     GRAPH_FILE,
     MANIFEST,
+    Conditioning,
     Embedding,
     Graph,
     ImageInput,
@@ -29,6 +31,7 @@ from unidiff_sdk.inference.manifest import (
     to_json,
 )
 from unidiff_sdk.inference.shape_profiles import shape_profile
+from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
 from .files import hash_files, write_json
 
@@ -94,6 +97,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
             logit_scale=clip.logit_scale.exp().item(),
         ),
         prompt=Prompt(checkpoint.text_encoder.config.max_position_embeddings),
+        conditioning=describe_conditioning(checkpoint),
         image=ImageInput(
             size=clip.config.vision_config.image_size,
             mean=mean,
@@ -114,6 +118,15 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
         ),
         synthetic=bool(checkpoint.meta.get("synthetic", False)),
     )
+
+
+def describe_conditioning(checkpoint: Checkpoint) -> Conditioning | None:
+    """What conditions the UNet of Stable Diffusion XL. None for other models."""
+    if checkpoint.second is None:
+        return None
+    towers = (tower_of(checkpoint.text_encoder), checkpoint.second.model.text_model)
+    first, second = (HiddenStates(tower).conditioning for tower in towers)
+    return Conditioning((first, second), checkpoint.second.pooled_width, checkpoint.second.zero_negative)
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -100,14 +100,14 @@ def measure(
     order = np.argsort(-scores, axis=1, kind="stable")[:, :candidates]
 
     latents = {int(item): generator.latents(images[item]).astype(np.float16) for item in np.unique(order)}
-    empty = generator.token_states("")
+    empty = generator.conditions("")
     rows = [Row(each, timestep, empty) for each in latents.values() for timestep in timesteps]
     measured = error.measure(rows).reshape(len(latents), len(timesteps))
     unconditional = dict(zip(latents, measured, strict=True))
     errors = [
-        error.measure([Row(latents[int(i)], t, states) for i in items for t in timesteps])
+        error.measure([Row(latents[int(i)], t, conditions) for i in items for t in timesteps])
         for (text, _), items in zip(queries, order, strict=True)
-        for states in [generator.token_states(text)]
+        for conditions in [generator.conditions(text)]
     ]
     return Measured(
         scores=np.take_along_axis(scores, order, axis=1),
@@ -178,7 +178,7 @@ def affordable_queries(bundle: Bundle, seconds: float = EXPORT_SECONDS) -> int:
     """The number of captions that can be measured in a time, from the time of one call of the UNet."""
     generator, latent = Generator(bundle), bundle.latent
     error = DenoisingError(generator, bundle.schedule(), NOISE_SEED)
-    rows = [Row(np.zeros((latent.channels, latent.size, latent.size), np.float16), 1, generator.token_states(""))] * 4
+    rows = [Row(np.zeros((latent.channels, latent.size, latent.size), np.float16), 1, generator.conditions(""))] * 4
     error.measure(rows)  # loads the graph
     started = time.perf_counter()
     error.measure(rows)

@@ -24,9 +24,12 @@ from unidiff_export.options import TARGETS, Target
 from unidiff_export.quantization.qdq import name_by_layer
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal
+from unidiff_sdk.inference.manifest import TIME_IDS
+from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .passes import rewrite_for_cpu
+from .text_encoders import HiddenStates
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -92,13 +95,23 @@ class ImageEncoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noisy latents to the model's output. `timestep` is a float for each sample, or one for all samples."""
+    """Noisy latents to the model's output. `timestep` is a float for each sample, or one for all samples.
+
+    That of Stable Diffusion XL also takes a pooled embedding and the sizes of the image.
+    """
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
         if torch.onnx.is_in_onnx_export():
             # Expressed in ONNX, because torch.export would fix the number of timesteps to the batch size, and
             # optimum's pipelines pass a single timestep.
@@ -109,7 +122,9 @@ class UNet(nn.Module):
                 "Expand", [timestep, batch], dtype=torch.float32, shape=[sample.shape[0]], version=SYMBOLIC_OPSET
             )
         dtype = self.unet.dtype
-        return self.unet(sample.to(dtype), timestep, encoder_hidden_states.to(dtype)).sample.float()
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        states = encoder_hidden_states.to(dtype)
+        return self.unet(sample.to(dtype), timestep, states, added_cond_kwargs=added).sample.float()
 
 
 class VaeDecoder(nn.Module):
@@ -161,22 +176,25 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     """Return the graphs of `checkpoint`: those of generation in their order, then those that only search needs.
 
     Raises:
-        ExportError: the UNet is not a text-to-image UNet of Stable Diffusion 1 or 2.
+        ExportError: the UNet is not a text-to-image UNet of Stable Diffusion 1, 2 or XL.
     """
     clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
     text = checkpoint.text_encoder.config
-    if refused := refusal(unet.config, vae.config, text.hidden_size):
+    if refused := refusal(unet.config, vae.config, *checkpoint.text_widths):
         raise ExportError(refused)
     smallest = 2 ** len(
         unet.config.block_out_channels
     )  # two pixels per side in the middle block; one would be traced as a constant
-    native = unet.config.sample_size
+    _, pooled = checkpoint.text_widths
+    native, native_side = unet.config.sample_size, checkpoint.image_size
     latent = min(native, max(LARGEST_EXAMPLE, smallest))
     pixels = latent * checkpoint.latent_factor
 
     def noisy_latents(batch: int, scale: int) -> tuple[Tensor, ...]:
         states = torch.randn(batch, text.max_position_embeddings, unet.config.cross_attention_dim)
-        return torch.randn(batch, unet.config.in_channels, scale * latent, latent), torch.rand(batch) * 999, states
+        sample = torch.randn(batch, unet.config.in_channels, scale * latent, latent)
+        added = () if pooled is None else (torch.randn(batch, pooled), torch.rand(batch, TIME_IDS) * 2 * native_side)
+        return sample, torch.rand(batch) * 999, states, *added
 
     def latents(batch: int, scale: int) -> tuple[Tensor, ...]:
         unit = torch.randn(batch, vae.config.latent_channels, scale * latent, latent)
@@ -186,33 +204,44 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
         return (torch.rand(batch, vae.config.in_channels, scale * pixels, pixels) * 2 - 1,)
 
     noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
-    if checkpoint.shared:
-        outputs = ("last_hidden_state", "text_embeds")
-        texts = [_spec("text_encoder", TextEncoder(clip), TOKEN_AXES, outputs, _random_ids(text))]
-        search = encoder_specs(clip)[1:]
-    else:
-        prompts = PromptEncoder(checkpoint.text_encoder)
-        texts = [_spec("text_encoder", prompts, TOKEN_AXES, ("last_hidden_state",), _random_ids(text))]
-        search = encoder_specs(clip, "clip_text_encoder")
+    if pooled is not None:
+        noisy |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}
+    texts = [_spec("text_encoder", *prompt_encoder(checkpoint), TOKEN_AXES, _random_ids(text))]
+    if checkpoint.second is not None:
+        second = HiddenStates.of_second(checkpoint.second.model)
+        texts.append(_spec("text_encoder_2", second, second.outputs, TOKEN_AXES, _random_ids(second.tower.config)))
+    search = encoder_specs(clip)[1:] if checkpoint.shared else encoder_specs(clip, "clip_text_encoder")
     latent_side, side = ({"height": size, "width": size} for size in (native, native * checkpoint.latent_factor))
     decoder, encoder = VaeDecoder(vae), VaeEncoder(vae)
     return [
         *texts,
-        _spec("unet", UNet(unet), noisy, ("out_sample",), noisy_latents, typical_sizes=latent_side),
+        _spec("unet", UNet(unet), ("out_sample",), noisy, noisy_latents, typical_sizes=latent_side),
         _spec(
             "vae_decoder",
             decoder,
-            {"latent_sample": IMAGE_AXES},
             ("sample",),
+            {"latent_sample": IMAGE_AXES},
             latents,
             vae.decoder,
             typical_sizes=latent_side,
         ),
         _spec(
-            "vae_encoder", encoder, {"sample": IMAGE_AXES}, ("latent_sample",), images, vae.encoder, typical_sizes=side
+            "vae_encoder", encoder, ("latent_sample",), {"sample": IMAGE_AXES}, images, vae.encoder, typical_sizes=side
         ),
         *search,
     ]
+
+
+def prompt_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the module of the text encoder that conditions the UNet, and its outputs: also "text_embeds" if shared."""
+    clip = checkpoint.clip
+    if checkpoint.second is not None:
+        shared = (clip.text_model, clip.text_projection) if checkpoint.shared else None
+        states = HiddenStates(*shared or (tower_of(checkpoint.text_encoder),))
+        return states, states.outputs
+    if checkpoint.shared:
+        return TextEncoder(clip), ("last_hidden_state", "text_embeds")
+    return PromptEncoder(checkpoint.text_encoder), ("last_hidden_state",)
 
 
 def encoder_specs(clip: CLIPModel, text_graph: str = "text_encoder") -> list[GraphSpec]:
@@ -224,8 +253,8 @@ def encoder_specs(clip: CLIPModel, text_graph: str = "text_encoder") -> list[Gra
 
     ids = _random_ids(clip.config.text_config)
     return [
-        _spec(text_graph, TextEmbedder(clip), TOKEN_AXES, ("text_embeds",), ids),
-        _spec("image_encoder", ImageEncoder(clip), {"pixel_values": {0: "batch"}}, ("image_embeds",), pixels),
+        _spec(text_graph, TextEmbedder(clip), ("text_embeds",), TOKEN_AXES, ids),
+        _spec("image_encoder", ImageEncoder(clip), ("image_embeds",), {"pixel_values": {0: "batch"}}, pixels),
     ]
 
 
@@ -248,8 +277,8 @@ def end_of_text(config: CLIPTextConfig) -> int:
 def _spec(
     name: str,
     module: nn.Module,
-    inputs: Mapping[str, Mapping[int, str]],
     outputs: tuple[str, ...],
+    inputs: Mapping[str, Mapping[int, str]],
     example: Callable[[int, int], tuple[Tensor, ...]],
     layers: nn.Module | None = None,
     typical_sizes: Mapping[str, int] | None = None,

@@ -21,6 +21,7 @@ from unidiff_sdk.inference.manifest import (
     DEFAULT_SAMPLER,
     GRAPH_FILE,
     MAX_COUNT,
+    TIME_IDS,
     Graph,
     Latent,
     Manifest,
@@ -82,24 +83,33 @@ def is_pipeline(folder: Path) -> bool:
     return all((folder / name).is_file() for name in needed)
 
 
-def refusal(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int | None) -> str | None:
-    """Why a UNet and its VAE are not supported, by their configuration. None for those of Stable Diffusion 1 or 2.
+def refusal(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], width: int | None, pooled_width: int | None = None
+) -> str | None:
+    """Why a UNet and its VAE are not supported, by their configuration. None for those of Stable Diffusion 1, 2 or XL.
 
-    width is that of the text encoder's states; None where it is unknown.
+    Args:
+        unet, vae: the configurations.
+        width: of the states of the text encoders, together; None where it is unknown.
+        pooled_width: of the pooled embedding of the second text encoder, for Stable Diffusion XL.
     """
     channels, latent_channels, states = (
         unet.get("in_channels"),
         vae.get("latent_channels"),
         unet.get("cross_attention_dim"),
     )
-    extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if unet.get(name) is not None]
+    known = () if pooled_width is None else ("addition_embed_type",)
+    extra = [f"{name} {unet[name]}" for name in EXTRA_CONDITIONS if name not in known and unet.get(name) is not None]
     if None not in (channels, latent_channels) and channels != latent_channels:
         extra.append(f"in_channels {channels}{OTHER_CHANNELS.get(str(channels), '')}")
     if extra:
         return (
-            f"the UNet takes additional inputs ({', '.join(extra)}), as SDXL, inpainting and class-conditioned models "
-            "do; use a text-to-image model with the architecture of Stable Diffusion 1 or 2"
+            f"the UNet takes additional inputs ({', '.join(extra)}), as SDXL without its second text encoder, "
+            "inpainting and class-conditioned models do; use a text-to-image model with the architecture of Stable "
+            "Diffusion 1, 2 or XL"
         )
+    if pooled_width is not None and (refused := _xl_refusal(unet, pooled_width)):
+        return refused
     if None not in (channels, unet.get("out_channels")) and channels != unet["out_channels"]:
         return (
             f"the UNet takes {channels} channels and returns {unet['out_channels']}, as models do that also predict "
@@ -108,17 +118,36 @@ def refusal(unet: Mapping[str, Any], vae: Mapping[str, Any], width: int | None) 
     for name in ("latents_mean", "latents_std"):
         if vae.get(name) is not None:
             return (
-                f"the VAE states {name}, which diffusers' Stable Diffusion pipeline does not apply; use a VAE of "
-                "Stable Diffusion 1 or 2"
+                f"the VAE states {name}, which diffusers' Stable Diffusion pipeline does not apply; use a VAE without "
+                "it, as those of Stable Diffusion 1, 2 and XL"
             )
     if None not in (states, width) and states != width:
         return (
-            f"the UNet takes token states of width {states}, but text_encoder/ returns {width}: they belong to "
+            f"the UNet takes token states of width {states}, but text_encoder/ "
+            f"{'returns' if pooled_width is None else 'and text_encoder_2/ return'} {width}: they belong to "
             "different models; export the pipeline again"
         )
     side = unet.get("sample_size")
     if "sample_size" in unet and native_size(unet) is None:
         return f"the UNet's sample_size is {side!r}; it must be one number, or two equal ones: images are square"
+    return None
+
+
+def _xl_refusal(unet: Mapping[str, Any], pooled_width: int) -> str | None:
+    """Why a UNet is not that of Stable Diffusion XL, which adds a pooled embedding and sizes to the timestep."""
+    kind = unet.get("addition_embed_type")
+    if kind != "text_time":
+        return (
+            f"addition_embed_type of the UNet is {kind!r}, but with a second text encoder it must be 'text_time'; use "
+            "a model with the architecture of Stable Diffusion XL"
+        )
+    taken, sizes = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    given = TIME_IDS * sizes + pooled_width if isinstance(sizes, int) else None
+    if taken != given:
+        return (
+            f"the UNet takes {taken} added values, but a pooled embedding of width {pooled_width} and {TIME_IDS} sizes "
+            f"of width {sizes} are {given}, as for other models than the base of Stable Diffusion XL"
+        )
     return None
 
 
@@ -155,6 +184,11 @@ def derive_manifest(folder: Path) -> Manifest:
     """
     text, unet, vae = (read_json(folder / name / "config.json") for name in ("text_encoder", "unet", "vae_decoder"))
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if (folder / "text_encoder_2").is_dir():
+        raise BundleError(
+            f"{folder}: a pipeline with two text encoders, such as Stable Diffusion XL, is opened only as a bundle; "
+            "export one: unidiff-export CKPT -o BUNDLE"
+        )
     if refused := refusal(unet, vae, text.get("hidden_size")):
         raise BundleError(f"{folder}: {refused}")
     if refused := scheduler_refusal(scheduler):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from unidiff_sdk.errors import BundleError
-from unidiff_sdk.inference.manifest import Graph, Manifest, TensorSpec
+from unidiff_sdk.inference.manifest import TIME_IDS, Graph, Manifest, TensorSpec
 
 from .files import BundleFiles
 from .onnx_file import OnnxFile, read_onnx_file
@@ -84,7 +84,7 @@ def check_interfaces(found: Mapping[str, OnnxFile], manifest: Manifest, files: B
             for key, tensor in called.items():
                 if not _fits(tensors[key], tensor, derived):
                     raise _differs(where, kind, key, tensors[key], f"the model has {_text(tensor)}")
-    _check_width(found, files)
+    _check_width(found, manifest, files)
 
 
 def _compare_names(
@@ -108,34 +108,49 @@ def _differs(where: str, kind: str, name: str, found: TensorSpec | None, expecte
     return BundleError(f"{where} has the {kind} {name} {_text(found)}, but {expected}; export the bundle again")
 
 
-def _check_width(found: Mapping[str, OnnxFile], files: BundleFiles) -> None:
-    """The UNet takes token states of the width that the text encoder returns."""
-    if "unet" not in found or "text_encoder" not in found:
+def _check_width(found: Mapping[str, OnnxFile], manifest: Manifest, files: BundleFiles) -> None:
+    """The UNet takes token states of the width that the text encoders return together."""
+    encoders = ("text_encoder",) if manifest.conditioning is None else ("text_encoder", "text_encoder_2")
+    if not found.keys() >= {"unet", *encoders}:
         return
     taken = found["unet"].inputs.get("encoder_hidden_states")
-    returned = found["text_encoder"].outputs.get("last_hidden_state")
-    if taken and returned and not _same_axis(returned.shape[-1], taken.shape[-1]):
+    outputs = zip(encoders, _state_outputs(manifest), strict=True)
+    widths = [tensor.shape[-1] for graph, name in outputs if (tensor := found[graph].outputs.get(name))]
+    fixed = [width for width in widths if isinstance(width, int)]
+    if taken and widths and len(fixed) == len(widths) and not _same_axis(sum(fixed), taken.shape[-1]):
+        returning = "text encoder returns" if len(fixed) == 1 else "text encoders return"
         raise BundleError(
-            f"{files.folder}: the UNet takes token states of width {taken.shape[-1]}, but the text encoder returns "
-            f"{returned.shape[-1]}: they belong to different models; export the bundle again"
+            f"{files.folder}: the UNet takes token states of width {taken.shape[-1]}, but the {returning} "
+            f"{' and '.join(map(str, fixed))}: they belong to different models; export the bundle again"
         )
+
+
+def _state_outputs(manifest: Manifest) -> tuple[str, ...]:
+    """The output of each text encoder that conditions the UNet."""
+    return ("last_hidden_state",) if manifest.conditioning is None else manifest.conditioning.states
 
 
 def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     """The inputs that the runtime gives to a graph. Empty for an unknown graph."""
-    embedding, image, latents = manifest.embedding, manifest.image, _latents(manifest)
+    embedding, image, latents, added = manifest.embedding, manifest.image, _latents(manifest), manifest.conditioning
     match graph:
-        case "text_encoder":
+        case "text_encoder" | "text_encoder_2":
             return {"input_ids": TensorSpec("int64", (BATCH, manifest.prompt_tokens))}
         case "clip_text_encoder" if embedding:
             return {"input_ids": TensorSpec("int64", (BATCH, embedding.max_tokens))}
         case "image_encoder" if image:
             return {"pixel_values": TensorSpec("float32", (BATCH, 3, image.size, image.size))}
         case "unet":
-            return {
+            inputs = {
                 "sample": latents,
                 "timestep": TensorSpec("float32", (BATCH,)),
                 "encoder_hidden_states": TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY)),
+            }
+            if added is None:
+                return inputs
+            return inputs | {
+                "text_embeds": TensorSpec("float32", (BATCH, added.pooled_width)),
+                "time_ids": TensorSpec("float32", (BATCH, TIME_IDS)),
             }
         case "vae_decoder":
             return {"latent_sample": latents}
@@ -146,15 +161,20 @@ def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
 
 def _outputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     """The outputs of a graph that the runtime uses. Empty for an unknown graph."""
-    latents = _latents(manifest)
+    latents, added = _latents(manifest), manifest.conditioning
     embeds = TensorSpec("float32", (BATCH, manifest.embedding.dim if manifest.embedding else ANY))
     match graph:
         case "text_encoder":
             if manifest.latent is None:  # of a bundle that only searches
                 return {"text_embeds": embeds}
-            states = {"last_hidden_state": TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY))}
+            states = {_state_outputs(manifest)[0]: TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY))}
             separate = manifest.embedding is None or "clip_text_encoder" in manifest.graphs
             return states if separate else states | {"text_embeds": embeds}
+        case "text_encoder_2" if added:
+            return {
+                added.states[1]: TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY)),
+                "text_embeds": TensorSpec("float32", (BATCH, added.pooled_width)),
+            }
         case "clip_text_encoder":
             return {"text_embeds": embeds}
         case "image_encoder":

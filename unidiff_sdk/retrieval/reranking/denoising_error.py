@@ -1,6 +1,6 @@
 """The denoising error of an image under a text: how badly the UNet denoises the image when it is conditioned on it.
 
-With the latents z of an image x and the token states of a text y,
+With the latents z of an image x and the conditions of a text y, its token states,
 
     e(x, y) = mean over t of ‖target_t - ε_θ(z_t, t, y)‖² / size        z_t = √ᾱ_t z + √(1 - ᾱ_t) ε
 
@@ -33,6 +33,9 @@ __all__ = ["Denoiser", "DenoisingError", "NoisePredictor", "Row"]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
+Conditions = Any
+"""What conditions a UNet on a text. Its denoiser makes and reads it: token states, or inputs of the UNet by name."""
+
 # Rows that are submitted at once, which bounds the memory of inputs. The predictor divides them into calls of the UNet.
 ROWS_AT_ONCE = 128
 _CACHED_NOISE = 32
@@ -41,7 +44,9 @@ _CACHED_NOISE = 32
 class NoisePredictor(Protocol):
     """The UNet that errors are measured with."""
 
-    def predict(self, samples: Sequence[Float32], timesteps: Sequence[int], states: Sequence[Float32]) -> Float32:
+    def predict(
+        self, samples: Sequence[Float32], timesteps: Sequence[int], conditions: Sequence[Conditions]
+    ) -> Float32:
         """The UNet's output for each sample with noise, float32[len(samples), channels, height, width]."""
 
 
@@ -51,8 +56,8 @@ class Denoiser(NoisePredictor, Protocol):
     def latents(self, image: Image.Image) -> Float32:
         """The latents of an image, float32[channels, height, width]."""
 
-    def token_states(self, text: str) -> Float32:
-        """The token states of a text, float32[tokens, width]."""
+    def conditions(self, text: str) -> Conditions:
+        """What conditions the UNet on a text; on none, if it is empty."""
 
 
 class Row(NamedTuple):
@@ -60,7 +65,7 @@ class Row(NamedTuple):
 
     latents: npt.NDArray[Any]
     timestep: int
-    states: Float32
+    conditions: Conditions
 
 
 class DenoisingError:
@@ -86,7 +91,7 @@ class DenoisingError:
         errors = [np.empty(0)]
         for some in batched(rows, ROWS_AT_ONCE):
             samples, targets = zip(*map(self._noisy, some), strict=True)
-            outputs = self._unet.predict(samples, [row.timestep for row in some], [row.states for row in some])
+            outputs = self._unet.predict(samples, [row.timestep for row in some], [row.conditions for row in some])
             errors.append(np.square(outputs - np.stack(targets)).mean(axis=(1, 2, 3), dtype=np.float64))
         return np.concatenate(errors)
 

@@ -133,9 +133,9 @@ class Reranker:
         items = {_sha256(item): item for _, candidates in queries for item in candidates}
         latents = self._latents_of(items)
         pairs = list(dict.fromkeys((text, _sha256(item)) for text, candidates in queries for item in candidates))
-        states = {text: self._denoiser.token_states(text) for text, _ in queries}
+        conditions = {text: self._denoiser.conditions(text) for text, _ in queries}
         rows = [
-            Row(latents[sha256].latents, timestep, states[text])
+            Row(latents[sha256].latents, timestep, conditions[text])
             for text, sha256 in pairs
             for timestep in self.settings.timesteps
         ]
@@ -186,7 +186,7 @@ class Reranker:
         for sha256, item in items.items():
             before = known[sha256]
             latents[sha256] = self._encode(item) if before is None else before.latents
-        empty, timesteps = self._denoiser.token_states(""), self.settings.timesteps
+        empty, timesteps = self._denoiser.conditions(""), self.settings.timesteps
         rows = [Row(each, timestep, empty) for each in latents.values() for timestep in timesteps]
         errors = self._error.measure(rows).reshape(len(latents), len(timesteps))
         for item, measured in zip(items.values(), errors, strict=True):

@@ -13,9 +13,10 @@ from typing import Any
 from unidiff_sdk._internal.files import folder_hint
 from unidiff_sdk.errors import BundleError, CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal
-from unidiff_sdk.inference.schedule import Schedule, scheduler_refusal
+from unidiff_sdk.inference.schedule import FOLLOWED_SCHEDULERS, Schedule, scheduler_refusal
 
 from .json_files import read_json
+from .loading.second_text_encoder import has_second_text_encoder, pooled_width
 
 __all__ = [
     "MAX_SIZE",
@@ -31,14 +32,16 @@ METADATA = "unidiff.json"
 MAX_LAYERS = 1_000  # in the configuration of a model: layers, or layers of a block
 MAX_SIZE = 10_000_000  # any other integer there: widths, tokens, timesteps
 
-ADVICE = "use a model with the architecture of Stable Diffusion 1 or 2"
+ADVICE = "use a model with the architecture of Stable Diffusion 1, 2 or XL"
 CLIP_ADVICE = "use a CLIP model, which transformers' CLIPModel and CLIPProcessor load"
 # For each file: the field that names a class, and the names that are supported.
 PIPELINE_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "unet/config.json": ("_class_name", ("UNet2DConditionModel",)),
     "vae/config.json": ("_class_name", ("AutoencoderKL",)),
     "text_encoder/config.json": ("model_type", ("clip_text_model", "clip")),
+    "text_encoder_2/config.json": ("model_type", ("clip_text_model",)),
     "tokenizer/tokenizer_config.json": ("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "tokenizer_2/tokenizer_config.json": ("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
 CLIP_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "config.json": ("model_type", ("clip",)),
@@ -72,10 +75,15 @@ def check_pipeline_files(folder: Path) -> None:
     """Check the configuration files of a Stable Diffusion pipeline. Raises CheckpointError if it is another model."""
     _check_classes(folder, PIPELINE_CLASSES, ADVICE)
     unet, vae, text = (read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
-    if refused := refusal(unet, vae, text.get("hidden_size")):
+    is_xl = has_second_text_encoder(folder)
+    second = read_json(folder / "text_encoder_2" / "config.json") if is_xl else {}
+    width = _width(text, second)
+    if refused := refusal(unet, vae, width, pooled_width(second) if is_xl else None):
         raise CheckpointError(f"{folder}: {refused}")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if refused := scheduler_refusal(scheduler):
+        raise CheckpointError(f"{folder}: {refused}")
+    if is_xl and (refused := _clipping_refusal(scheduler)):
         raise CheckpointError(f"{folder}: {refused}")
     if scheduler.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
         raise CheckpointError(
@@ -86,8 +94,34 @@ def check_pipeline_files(folder: Path) -> None:
         Schedule.from_config(scheduler)
     except BundleError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    if (folder / "tokenizer").is_dir():
-        check_tokenizer(folder / "tokenizer", text.get("max_position_embeddings", 77))
+    positions = text.get("max_position_embeddings", 77)
+    for name in ("tokenizer", "tokenizer_2"):
+        if (folder / name).is_dir():
+            check_tokenizer(folder / name, positions)
+    if is_xl and (other := second.get("max_position_embeddings", 77)) != positions:
+        raise CheckpointError(f"{folder}: text_encoder/ has {positions} positions, but text_encoder_2/ has {other}.")
+
+
+def _clipping_refusal(scheduler: Mapping[str, Any]) -> str | None:
+    """Why a scheduler cannot generate with Stable Diffusion XL as diffusers does. None if it can.
+
+    The pipelines of Stable Diffusion 1 and 2 switch off the clipping of samples; that of XL does not.
+    """
+    name = scheduler.get("_class_name")
+    clips = scheduler.get("clip_sample", name in ("DDIMScheduler", "DDIMParallelScheduler"))
+    if clips and FOLLOWED_SCHEDULERS.get(str(name)) in ("ddim", "lcm"):
+        return (
+            f"the scheduler {name} clips samples (clip_sample), which is meant for pixels and destroys the latents of "
+            'Stable Diffusion XL; set "clip_sample" to false in scheduler/scheduler_config.json'
+        )
+    return None
+
+
+def _width(text: Mapping[str, Any], second: Mapping[str, Any]) -> int | None:
+    """The width of the token states of both text encoders."""
+    widths = [config.get("hidden_size") for config in (text, second) if config]
+    known = [width for width in widths if isinstance(width, int)]
+    return sum(known) if len(known) == len(widths) else None
 
 
 def check_clip_files(folder: Path) -> None:

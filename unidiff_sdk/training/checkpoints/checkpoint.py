@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -34,12 +35,14 @@ from .loading.models import (
     from_pretrained,
     load_model,
     load_parts,
+    load_second,
     progress_bars_hidden,
     scheduler_class,
 )
 from .loading.options import BaseOptions
+from .loading.second_text_encoder import SECOND_FILES, SecondTextEncoder, has_second_text_encoder
 from .loading.single_file import SD15, config_folder
-from .loading.weight_files import CLIP_WEIGHTS, PIPELINE_WEIGHTS
+from .loading.weight_files import CLIP_WEIGHTS, PIPELINE_WEIGHTS, XL_WEIGHTS
 from .text_sharing import layers_of, share_text_layers, tower_of
 
 __all__ = [
@@ -52,6 +55,7 @@ __all__ = [
     "load_clip",
     "load_tokenizer",
     "require_supported",
+    "require_trainable",
 ]
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_checkpoint"
@@ -87,6 +91,7 @@ class Checkpoint:
         meta: Content of unidiff.json. Empty for a folder without it.
         clip_path: Folder that CLIP was loaded from. None for a converted model.
         options: Files that the pipeline was loaded from, with the variant that was chosen, and what was added to it.
+        second: Second text encoder of Stable Diffusion XL. None for other models.
     """
 
     path: Path
@@ -101,11 +106,17 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict)
     clip_path: Path | None = None
     options: BaseOptions = field(default_factory=BaseOptions)
+    second: SecondTextEncoder | None = None
 
     def parts(self) -> dict[str, Any]:
         """The keyword arguments of `save_checkpoint`, except `meta`."""
         names = ("unet", "vae", "clip", "text_encoder", "tokenizer", "clip_tokenizer", "scheduler", "image_processor")
         return {name: getattr(self, name) for name in names}
+
+    def modules(self) -> tuple[torch.nn.Module, ...]:
+        """The models."""
+        second = () if self.second is None else (self.second.model,)
+        return (self.unet, self.vae, self.clip, self.text_encoder, *second)
 
     @property
     def name(self) -> str:
@@ -126,8 +137,11 @@ class Checkpoint:
     def conditioning_layer(self) -> int | None:
         """Index, from the end, of the CLIP text layer that conditions the UNet: -1 in SD 1.x, -2 in SD 2.x.
 
-        None if the text encoder has layers, or a final norm, that CLIP's text tower does not have.
+        None if the text encoder has layers, or a final norm, that CLIP's text tower does not have. Also None for
+        Stable Diffusion XL, whose states have not passed the final norm.
         """
+        if self.second is not None:
+            return None
         if self.shared:
             return -1
         ours, theirs = tower_of(self.text_encoder), tower_of(self.clip.text_model)
@@ -167,6 +181,14 @@ class Checkpoint:
     def normalization(self) -> tuple[Any, Any]:
         """(mean, standard deviation) of each RGB channel by which CLIP's pixels in [0, 1] are normalized."""
         return normalization(self.image_processor)
+
+    @property
+    def text_widths(self) -> tuple[int, int | None]:
+        """Widths of the token states that condition the UNet, and of the pooled embedding of a second text encoder."""
+        width = int(self.text_encoder.config.hidden_size)
+        if self.second is None:
+            return width, None
+        return width + int(self.second.model.config.hidden_size), self.second.pooled_width
 
     @property
     def image_size(self) -> int:
@@ -225,7 +247,7 @@ def assemble_checkpoint(
     clip_tokenizer: CLIPTokenizer | None = None,
     options: BaseOptions | None = None,
 ) -> Checkpoint:
-    """Combine a Stable Diffusion pipeline with a CLIP model, sharing their common text layers.
+    """Combine a Stable Diffusion pipeline (1, 2 or XL) with a CLIP model, sharing their common text layers.
 
     Args:
         source: Folder of the pipeline, or a safetensors file in the original layout.
@@ -239,13 +261,21 @@ def assemble_checkpoint(
     """
     options = options or BaseOptions()
     folder, is_file = config_folder(source, options), source.is_file()
-    require_files(folder, {name: part for name, part in PIPELINE_FILES.items() if folder != SD15 or part != TOKENIZER})
+    is_xl = has_second_text_encoder(folder)
+    files = PIPELINE_FILES | (SECOND_FILES if is_xl else {})
+    require_files(folder, {name: part for name, part in files.items() if folder != SD15 or part != TOKENIZER})
     check_pipeline_files(folder)
+    if is_xl and (is_file or options.loras):
+        kind = "Single files" if is_file else "LoRA files"
+        raise CheckpointError(
+            f"{kind} are not supported for Stable Diffusion XL ({folder}). Use a folder without LoRA."
+        )
     with progress_bars_hidden():
         tokenizer = clip_tokenizer if folder == SD15 else from_pretrained(CLIPTokenizer, folder / "tokenizer")
         _check_vocabulary(folder, tokenizer)
         if not is_file:
-            options = replace(options, variant=chosen_variant(folder, PIPELINE_WEIGHTS, options.variant))
+            weights = XL_WEIGHTS if is_xl else PIPELINE_WEIGHTS
+            options = replace(options, variant=chosen_variant(folder, weights, options.variant))
         unet, text_encoder, vae = load_parts(source, folder, options)
         add_to_models(unet, text_encoder, tokenizer, options)
         meta = read_json(folder / METADATA) if not is_file and (folder / METADATA).exists() else {}
@@ -261,6 +291,7 @@ def assemble_checkpoint(
             image_processor=image_processor,
             meta=options.recorded(meta),
             options=options,
+            second=load_second(folder, options.variant) if is_xl else None,
         )
 
 
@@ -276,9 +307,9 @@ def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
 
 
 def require_supported(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint itself. Raises CheckpointError if its UNet cannot be trained by the losses."""
-    scheduler, width = checkpoint.scheduler.config, checkpoint.text_encoder.config.hidden_size
-    if refused := refusal(checkpoint.unet.config, checkpoint.vae.config, width):
+    """Return the checkpoint itself. Raises CheckpointError if the runtime cannot generate with its UNet."""
+    scheduler = checkpoint.scheduler.config
+    if refused := refusal(checkpoint.unet.config, checkpoint.vae.config, *checkpoint.text_widths):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
     if refused := scheduler_refusal(checkpoint.scheduler_config):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
@@ -288,5 +319,15 @@ def require_supported(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(
             f"The UNet of {checkpoint.path} predicts {scheduler.prediction_type!r}. Training supports epsilon and "
             "v_prediction."
+        )
+    return checkpoint
+
+
+def require_trainable(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint itself. Raises CheckpointError if the losses do not support it."""
+    if checkpoint.second is not None:
+        raise CheckpointError(
+            f"{checkpoint.path} is Stable Diffusion XL, which can be exported but not trained. Train a model with the "
+            "architecture of Stable Diffusion 1 or 2, or export this one as it is: unidiff-export CKPT -o BUNDLE."
         )
     return checkpoint

@@ -95,7 +95,7 @@ def _resuming(ctx: click.Context) -> str:
     "--base",
     required=True,
     metavar="MODEL",
-    help='Base model: "tiny", a checkpoint folder, or a Stable Diffusion: a diffusers folder, hf:org/name, or one file.',
+    help='Base model: "tiny", a checkpoint folder, or a Stable Diffusion: diffusers folder, hf:org/name, or one file.',
 )
 @option(
     "--clip",

@@ -13,7 +13,7 @@ from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.bases import load_base
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_trainable
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 from unidiff_sdk.training.checkpoints.saving import recover_interrupted_save, require_replaceable
 from unidiff_sdk.training.config import PriorConfig, TrainingConfig
@@ -218,7 +218,7 @@ def _open_base(
         raise TrainingError(
             f"{out} holds an unfinished run. Continue it with --resume, or start again with --overwrite."
         )
-    checkpoint = load_base(base, clip, options)
+    checkpoint = require_trainable(load_base(base, clip, options))
     if out.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself. Name another folder for the result.")
     require_replaceable(out, overwrite=resume or overwrite)

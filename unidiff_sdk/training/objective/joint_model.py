@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_supported
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_supported, require_trainable
 from unidiff_sdk.training.config import Precision
 
 from .batch import Batch
@@ -68,7 +68,7 @@ class JointModel(nn.Module):
         self.vae = checkpoint.vae.requires_grad_(False)
         self.f = ImageTower(checkpoint.clip)
         self.conditioning_layer = checkpoint.conditioning_layer
-        require_supported(checkpoint)
+        require_trainable(require_supported(checkpoint))
         self.prediction_type: str = checkpoint.scheduler.config.prediction_type
         self.scheduler_config = checkpoint.scheduler_config
         self.sampler_defaults = checkpoint.sampler_defaults

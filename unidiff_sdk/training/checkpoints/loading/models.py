@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk._internal.warnings import warn
@@ -20,6 +20,7 @@ from unidiff_sdk.training.checkpoints.architectures import check_config, require
 from unidiff_sdk.training.checkpoints.json_files import read_json
 
 from .options import BaseOptions
+from .second_text_encoder import SecondTextEncoder, zero_negative
 from .single_file import load_parts_of_file, load_vae_file
 from .weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, VAE_WEIGHTS, choose_variant, variant_of
 
@@ -28,6 +29,7 @@ __all__ = [
     "from_pretrained",
     "load_model",
     "load_parts",
+    "load_second",
     "progress_bars_hidden",
     "scheduler_class",
 ]
@@ -52,6 +54,17 @@ def load_parts(
         unet = _load_unet(folder / "unet", options.variant)
         text_encoder, vae = load_model(CLIPTextModel, folder / "text_encoder", options.variant), None
     return unet, text_encoder, vae or _load_vae(folder / "vae", options.variant, options.vae)
+
+
+def load_second(folder: Path, variant: str | None) -> SecondTextEncoder:
+    """Load the second text encoder of Stable Diffusion XL. Raises CheckpointError."""
+    model = load_model(CLIPTextModelWithProjection, folder / "text_encoder_2", variant)
+    tokenizer = from_pretrained(CLIPTokenizer, folder / "tokenizer_2")
+    if (tokens := len(tokenizer)) > (embedded := model.config.vocab_size):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_2'} has {tokens:,} tokens, but the text encoder embeds {embedded:,}."
+        )
+    return SecondTextEncoder(model, tokenizer, zero_negative(folder))
 
 
 def load_model(model_class: Any, folder: Path, variant: str | None = None) -> Any:

@@ -15,12 +15,14 @@ __all__ = [
     "PIPELINE_WEIGHTS",
     "TRANSFORMERS_WEIGHTS",
     "VAE_WEIGHTS",
+    "XL_WEIGHTS",
     "choose_variant",
     "variant_of",
 ]
 
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 PIPELINE_WEIGHTS = {"unet": DIFFUSERS_WEIGHTS, "vae": DIFFUSERS_WEIGHTS, "text_encoder": TRANSFORMERS_WEIGHTS}
+XL_WEIGHTS = PIPELINE_WEIGHTS | {"text_encoder_2": TRANSFORMERS_WEIGHTS}
 CLIP_WEIGHTS, VAE_WEIGHTS = {"": TRANSFORMERS_WEIGHTS}, {"": DIFFUSERS_WEIGHTS}  # of a folder that holds one model
 
 SHARD = re.compile(r"[\w.-]+\.safetensors")

@@ -1,0 +1,262 @@
+"""Stable Diffusion XL: the bundle generates the images of diffusers' pipelines, from the same folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("torch", reason="needs the export extra")
+pytest.importorskip("onnxscript", reason="needs the export extra")
+
+import torch
+from support.batching import batch_differences
+from support.edited_images import SCHEDULERS, edited_by_diffusers
+from support.random_sdxl import LARGER, POOLED, SIZE_WIDTH, make_random_sdxl
+
+from unidiff_export import export_bundle
+from unidiff_export.graphs.lowering import graph_specs
+from unidiff_export.verification import psnr_db
+from unidiff_sdk import Catalog
+from unidiff_sdk.errors import BundleError, CheckpointError
+from unidiff_sdk.generation.conditioning import Conditioner
+from unidiff_sdk.generation.generator import Generator
+from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.manifest import Conditioning
+from unidiff_sdk.training import TrainingConfig, train
+from unidiff_sdk.training.checkpoints.bases import load_base
+
+PROMPTS = ["a red striped dress", "green dotted boots"]
+LONG = "a red striped dress with short sleeves and green dotted boots on white, long sleeves"
+SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    """The models are so small that threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_random_sdxl(tmp_path_factory.mktemp("checkpoint") / "xl")
+    captions = [*PROMPTS, "a plain teal mug", "a purple coat"]
+    (folder / "unidiff.json").write_text(json.dumps({"captions": captions}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(export_bundle(folder, tmp_path_factory.mktemp("export") / "bundle").path, threads=1)
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_bundle_describes_both_text_encoders(bundle: Bundle) -> None:
+    manifest, graphs = bundle.manifest, bundle.manifest.graphs
+    assert manifest.conditioning == Conditioning(("hidden_states.1", "hidden_states.2"), POOLED, zero_negative=True)
+    assert list(graphs) == ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder", "image_encoder"]
+    assert list(graphs["text_encoder_2"].outputs)[:2] == ["text_embeds", "last_hidden_state"]
+    assert graphs["unet"].inputs["time_ids"].shape[1] == 6
+    assert graphs["unet"].profile and graphs["unet"].profile["text_embeds"]["opt"] == [2, POOLED]
+    embedding = manifest.embedding
+    assert embedding and (embedding.shared_text_encoder, embedding.conditioning_layer) == (True, None)
+    assert manifest.latent.scaling_factor == 0.13025
+    index = bundle.config("model_index.json")
+    assert (index["_class_name"], index["force_zeros_for_empty_prompt"]) == ("StableDiffusionXLPipeline", True)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        ("euler", {"guidance_scale": 5.0}),  # without a negative prompt: zeros
+        ("euler", {"guidance_scale": 1.0}),
+        ("dpm++2m", {"guidance_scale": 3.0, "negative_prompt": "blurry"}),
+        ("ddim", {"guidance_scale": 9.0, "guidance_rescale": 0.7}),
+        ("euler", {"guidance_scale": 5.0, "width": 48, "height": 32}),
+    ],
+)
+def test_images_equal_diffusers(bundle: Bundle, pipeline: Any, sampler: str, options: dict[str, Any]) -> None:
+    import diffusers
+
+    scheduler_class = getattr(diffusers, SCHEDULERS[sampler])
+    unclipped = {"clip_sample": False} if sampler == "ddim" else {}
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **unclipped)
+    latents = np.random.default_rng(1).standard_normal((2, 4, 16, options.get("width", 32) // 2), dtype=np.float32)
+    ours = Generator(bundle).generate(PROMPTS, latents=latents, steps=4, sampler=sampler, **options)
+    if negative_prompt := options.get("negative_prompt"):
+        options = options | {"negative_prompt": [negative_prompt] * 2}
+    theirs = pipeline(PROMPTS, latents=torch.from_numpy(latents), num_inference_steps=4, **options).images
+    for image, expected in zip(ours, theirs, strict=True):
+        assert psnr_db(np.asarray(image), np.asarray(expected)) > 50
+
+
+def test_sizes_and_pooled_embedding_reach_the_unet(bundle: Bundle) -> None:
+    generator, latents = Generator(bundle), np.random.default_rng(1).standard_normal((1, 4, 16, 16), dtype=np.float32)
+    conditions = generator.conditions(PROMPTS[0])
+    expected = generator.predict(latents, [500], [conditions])
+    for name in ("encoder_hidden_states", "text_embeds", "time_ids"):
+        changed = generator.predict(latents, [500], [{**conditions, name: conditions[name] + 0.5}])
+        assert np.abs(changed - expected).max() > 1e-4, name
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm++2m"])
+@pytest.mark.parametrize("strength", [0.72, 1.0])
+def test_image_to_image_equals_diffusers(
+    bundle: Bundle, pipeline: Any, sampler: str, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"image": SOURCE, "strength": strength, "num_inference_steps": 5}
+    expected = edited_by_diffusers("Img2Img", pipeline, sampler, 5, monkeypatch, **options)
+    ours = edited(bundle, sampler, strength)
+    assert psnr_db(ours, np.asarray(expected)) > 50
+
+
+def test_inpainting_equals_diffusers_inside_the_mask(
+    bundle: Bundle, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repaint = np.zeros((32, 32), np.uint8)
+    repaint[8:24, 4:20] = 255
+    mask = Image.fromarray(repaint)
+    options = {"image": SOURCE, "mask_image": mask, "strength": 0.72, "num_inference_steps": 5}
+    expected = edited_by_diffusers("Inpaint", pipeline, "euler", 5, monkeypatch, height=32, width=32, **options)
+    ours, inside = edited(bundle, "euler", 0.72, mask=mask), repaint > 0
+    assert psnr_db(ours[inside], np.asarray(expected)[inside]) > 50
+    np.testing.assert_array_equal(ours[~inside], np.asarray(SOURCE)[~inside])
+
+
+def edited(bundle: Bundle, sampler: str, strength: float, **options: Any) -> np.ndarray:
+    """The source image, edited as by `edited_by_diffusers`."""
+    options |= {"negative_prompt": "blurry", "guidance_scale": 3.0, "like": SOURCE, "strength": strength}
+    (image,) = Generator(bundle).generate("green dotted boots", steps=5, sampler=sampler, seed=5, **options)
+    return np.asarray(image)
+
+
+def test_long_prompts_in_windows_equal_transformers(bundle: Bundle, pipeline: Any) -> None:
+    """The states of all windows, and the pooled embedding of the first. Zeros stay zeros."""
+
+    def ids(tokenizer: Any) -> torch.Tensor:
+        words, room = tokenizer(LONG, add_special_tokens=False).input_ids, tokenizer.model_max_length - 2
+        start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        windows = [words[i : i + room] for i in range(0, len(words), room)]
+        assert len(windows) > 1
+        return torch.tensor([[start, *window, end] + [pad] * (room - len(window)) for window in windows])
+
+    first, second = ids(pipeline.tokenizer), ids(pipeline.tokenizer_2)
+    assert not torch.equal(first, second)  # they pad with other tokens
+    with torch.no_grad():
+        states = pipeline.text_encoder(first, output_hidden_states=True).hidden_states[-2]
+        larger = pipeline.text_encoder_2(second, output_hidden_states=True)
+    expected = torch.cat([states, larger.hidden_states[-2]], dim=-1).flatten(0, 1).numpy()
+    prompted, negative = Conditioner(bundle).pair(LONG, "", "chunk")
+    np.testing.assert_allclose(prompted["encoder_hidden_states"], expected, atol=2e-5)
+    np.testing.assert_allclose(prompted["text_embeds"], larger.text_embeds[0].numpy(), atol=2e-5)
+    assert negative["encoder_hidden_states"].shape == expected.shape
+    assert not any(array.any() for array in negative.values())
+
+
+def test_batching_changes_no_pixel_by_more_than_one_level(bundle: Bundle) -> None:
+    shared, own = batch_differences(bundle)
+    assert shared <= 1 and own == 0
+
+
+@pytest.mark.filterwarnings("ignore:rerank= uses general defaults")
+def test_catalog_searches_reranks_and_selects(bundle: Bundle, small_catalog: Path) -> None:
+    with Catalog(":memory:", bundle=bundle) as catalog:
+        catalog.add_folder(small_catalog)
+        assert len(catalog.search("a red dress", limit=4, rerank=3)) == 4
+        images = catalog.generate("a red dress", n=2, best_of=3, steps=2, seed=1)
+        assert images.generated == 3 and images[0].score >= images[1].score
+
+
+def test_search_has_its_own_tower_if_clip_is_another(folder: Path, random_checkpoint: Path) -> None:
+    pipeline = load_base(folder, random_checkpoint / "clip")
+    specs = {spec.name: spec for spec in graph_specs(pipeline)}
+    assert specs["clip_text_encoder"].outputs == ("text_embeds",)
+    assert specs["text_encoder"].outputs == ("last_hidden_state", "hidden_states.0", "hidden_states.1")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def change_json(file: str, **changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_json("model_index.json", requires_aesthetics_score=True), "is the refiner of Stable Diffusion XL"),
+        (change_json("model_index.json", _class_name="KolorsPipeline"), "two text encoders, but is 'KolorsPipeline'"),
+        (change_json("model_index.json", force_zeros_for_empty_prompt="yes"), "is 'yes'; it must be true or false"),
+        (lambda folder: shutil.rmtree(folder / "text_encoder_2"), "SDXL without its second text encoder"),
+        (change_json("unet/config.json", addition_embed_type=None), "addition_embed_type of the UNet is None"),
+        (change_json("unet/config.json", time_cond_proj_dim=256), r"additional inputs \(time_cond_proj_dim 256\)"),
+        (change_json("unet/config.json", addition_time_embed_dim=9), f"takes 72 added values, .* are {54 + POOLED}"),
+        (change_json("unet/config.json", cross_attention_dim=48), r"and text_encoder_2/ return 80"),
+        (change_json("text_encoder_2/config.json", max_position_embeddings=77), "text_encoder_2/ has 77"),
+        (change_json("tokenizer_2/tokenizer_config.json", model_max_length=77), "tokenizer_2: model_max_length is 77"),
+        (change_json("vae/config.json", latents_mean=[0.0] * 4), "the VAE states latents_mean"),
+        (change_json("scheduler/scheduler_config.json", _class_name="DDIMScheduler"), "clips samples"),
+        (change_json("scheduler/scheduler_config.json", _class_name="EDMEulerScheduler"), "made for EDM models"),
+    ],
+)
+def test_other_pipelines_are_refused(
+    folder: Path, tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    assert (LARGER, SIZE_WIDTH) == (48, 8)  # in the messages
+    copy = Path(shutil.copytree(folder, tmp_path / "xl"))
+    change(copy)
+    with pytest.raises(CheckpointError, match=message):
+        load_base(copy)
+
+
+def test_lora_training_and_folders_of_optimum_are_refused(
+    folder: Path, bundle: Bundle, small_catalog: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(CheckpointError, match="LoRA files are not supported for Stable Diffusion XL"):
+        export_bundle(folder, tmp_path / "bundle", lora=[tmp_path / "a.safetensors"])
+    with pytest.raises(CheckpointError, match="can be exported but not trained"):
+        train(small_catalog, folder, tmp_path / "run", TrainingConfig(steps=1))
+    ignored = shutil.ignore_patterns("manifest.json", "image_encoder")
+    optimum = shutil.copytree(bundle.path, tmp_path / "optimum", ignore=ignored)
+    with pytest.raises(BundleError, match="two text encoders, such as Stable Diffusion XL, is opened only as a bundle"):
+        Bundle.open(optimum, verify=False)
+
+
+# --- other targets and precisions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "precision", "least"), [("portable", "fp32", 50), ("tensorrt", "fp16", 35), ("cpu", "int8", 25)]
+)
+def test_targets_and_precisions_are_verified(
+    folder: Path, tmp_path: Path, target: str, precision: str, least: float
+) -> None:
+    export = export_bundle(folder, tmp_path / "bundle", target=target, precision=precision)
+    assert export.image.psnr_db >= least
+    precisions = {graph.name: graph.precision for graph in export.graphs}
+    assert precisions["unet"] == precisions["text_encoder_2"] == precision
+    if precision == "fp16":  # the VAE states force_upcast
+        assert precisions["vae_decoder"] == precisions["vae_encoder"] == "fp32"
