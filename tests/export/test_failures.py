@@ -45,7 +45,7 @@ def test_attention_without_its_operator_is_refused(random_checkpoint: Path) -> N
     ("changes", "message"),
     [
         ({"addition_embed_type": "text_time"}, r"\(addition_embed_type text_time\), as SDXL"),
-        ({"in_channels": 9}, r"\(in_channels 9: inpainting\), as SDXL, inpainting"),
+        ({"in_channels": 9}, r"\(in_channels 9: inpainting\), as SDXL without"),
         ({"num_class_embeds": 10}, r"\(num_class_embeds 10\)"),
         ({"class_embed_type": "timestep", "in_channels": 7}, r"\(class_embed_type timestep, in_channels 7: ups"),
         ({"time_cond_proj_dim": 256}, r"\(time_cond_proj_dim 256\)"),
