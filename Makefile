@@ -28,7 +28,7 @@ demo: $(DEMO_VENV)/.ready ## index, search and generate without PyTorch; writes 
 	@$(DEMO_VENV)/bin/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.ready ## the quick test suite
-	$(VENV)/bin/python -m pytest -m "not slow and not browser" $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(ARGS)
 
 test-browser: $(VENV)/.ready ## the storefront in Chromium, which must be installed
 	$(VENV)/bin/python -m pytest tests/browser $(ARGS)
