@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .errors import DataError as DataError
     from .errors import ExportError as ExportError
     from .errors import FilterError as FilterError
+    from .errors import ForbiddenError as ForbiddenError
     from .errors import GenerationError as GenerationError
     from .errors import ImageError as ImageError
     from .errors import InUseError as InUseError
@@ -55,6 +56,7 @@ _HOME = {
     "DataError": "errors",
     "ExportError": "errors",
     "FilterError": "errors",
+    "ForbiddenError": "errors",
     "Generated": "catalog.results",
     "Generation": "catalog.results",
     "GenerationError": "errors",

@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "FilterError",
+    "ForbiddenError",
     "GenerationError",
     "ImageError",
     "InUseError",
@@ -83,6 +84,10 @@ class StoreError(UniDiffError):
 
 class InUseError(StoreError):
     """Another process or another `Catalog` object has the catalog open. Close that one first."""
+
+
+class ForbiddenError(StoreError):
+    """The API key of the Qdrant server does not allow an operation. Use a key that may write, or only read."""
 
 
 class FilterError(StoreError):

@@ -73,7 +73,7 @@ def test_async_variants_have_the_signatures_of_their_methods() -> None:
         for name in dir(Catalog)
         if name.startswith("a") and inspect.iscoroutinefunction(getattr(Catalog, name)) and name != "aopen"
     ]
-    assert len(pairs) == 20
+    assert len(pairs) == 21
     for awaited, method in pairs:
         assert inspect.signature(awaited) == inspect.signature(method)
         assert awaited.__name__ == f"a{method.__name__}" and f"`{method.__name__}`" in awaited.__doc__

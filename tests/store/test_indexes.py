@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
+from pathlib import Path
+from typing import Any
 
+import pytest
+from PIL import Image
+from support.misbehaving_server import MisbehavingServer, Request
+
+from unidiff_sdk import Catalog, FilterError, ForbiddenError, ServerOptions
 from unidiff_sdk.store.indexes import PayloadIndexes
 
 
@@ -43,3 +51,71 @@ def test_index_of_numbers_is_dropped_for_a_range_of_dates_and_not_created_again(
     for kind in ("datetime", "float", "datetime"):
         indexes.ensure_for_filter({"added": kind}, store)
     assert store.calls == [("drop", "added")]
+
+
+# ------------------------------------------------------------------------------------------------ ahead of searches
+
+
+PAYLOADS: list[dict[str, Any]] = [
+    {
+        "name": "a", "price": 3, "sold": True, "made": "2026-01-01", "at": {"lat": 1.0, "lon": 2.0}, "mixed": 1,
+        "tags": ["x"],
+    },
+    {
+        "name": "b", "price": 1.5, "sold": False, "made": "2026-02-01", "mixed": "2026-01-01", "dot.ted": 1,
+        "maker": {"city": "Bern"},
+    },
+]  # fmt: skip
+KINDS = {
+    "at": "geo", '"dot.ted"': "float", "id": "keyword", "made": "datetime", "name": "keyword", "price": "float",
+    "sold": "bool", "tags": "keyword", "text": "text",
+}  # fmt: skip
+
+
+def fill(catalog: Catalog) -> None:
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    catalog.add(images, ["one", "two"], ["1", "2"], PAYLOADS)
+
+
+def test_indexes_of_all_columns_are_created_ahead(catalog: Catalog) -> None:
+    fill(catalog)
+    assert catalog.create_indexes() == KINDS, "objects, and numbers beside dates, have no index"
+    assert catalog.create_indexes() == KINDS
+    assert catalog.create_indexes(["maker.city"]) == {"maker.city": "keyword"}
+    with pytest.warns(UserWarning, match='No item has a column "none"'):
+        assert catalog.create_indexes(["none"]) == {}
+    with pytest.raises(FilterError):
+        catalog.create_indexes([""])
+    where = {"price": {"lt": 2}, "mixed": {"gte": "2026-01-01"}}
+    assert [hit.id for hit in catalog.search("one", where=where)] == ["2"]
+
+
+def test_a_key_that_may_only_read_filters_without_an_index(toy: Path, tmp_path: Path) -> None:
+    server = MisbehavingServer()
+    place: dict[str, Any] = {"location": server.url, "images": tmp_path, "server": ServerOptions(retries=0)}
+
+    def forbid(request: Request) -> int | None:
+        return 403 if request.path.endswith("/index") else None
+
+    try:
+        with Catalog(bundle=toy, **place) as writing:
+            fill(writing)
+            server.choose = forbid
+            with Catalog(create=False, **place) as reading:
+                with pytest.warns(UserWarning, match=r"'price' are slow, because they have no index.*create_indexes"):
+                    assert [hit.id for hit in reading.search("one", where={"price": {"lt": 2}})] == ["2"]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    reading.search("one", where={"price": {"lt": 2}})
+                for call in (lambda: reading.facets("name"), lambda: reading.browse(order_by="price")):
+                    with pytest.raises(ForbiddenError, match="may not index the column"):
+                        call()
+                with pytest.raises(ForbiddenError):
+                    reading.create_indexes()
+            server.choose = lambda request: None
+            asked = len(server.requests)
+            assert writing.create_indexes() == KINDS
+            created = [r.body["field_name"] for r in server.requests[asked:] if r.path.endswith("/index")]
+            assert sorted(created) == sorted(KINDS)
+    finally:
+        server.stop()

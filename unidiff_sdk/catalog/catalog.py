@@ -14,7 +14,7 @@ from unidiff_sdk._internal.images import ImageSource
 from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.retrieval.columns import column_kinds
+from unidiff_sdk.retrieval.columns import column_kinds, index_columns
 from unidiff_sdk.retrieval.options import SearchOptions, call_with
 from unidiff_sdk.retrieval.query import Query, batch_of, checked_ids, generates
 from unidiff_sdk.retrieval.results import Hit, Page
@@ -574,6 +574,24 @@ class Catalog(OpenCatalog):
         """The columns by name, each with its kinds in 1,024 random items, such as "number" or "number, string"."""
         return column_kinds(self._current.get().store)
 
+    def create_indexes(self, columns: Sequence[str] | None = None) -> dict[str, str]:
+        """Index columns ahead of the first search that filters, sorts, counts or ranks by them.
+
+        Searches create the indexes that they need by themselves. Clients of a Qdrant server whose API key may only read
+        cannot: their filters are slow without an index, and facets, sorting and hybrid searches fail.
+
+        Args:
+            columns: names as in a filter, such as "price" or "maker.city"; "text" for hybrid searches. Default: all.
+
+        Returns:
+            The kind of the index by column. Columns of objects, or of numbers and dates, have none.
+
+        Raises:
+            FilterError: a name is not that of a column.
+            ForbiddenError: the API key may not create indexes.
+        """
+        return index_columns(self._current.get().store, columns)
+
     def info(self) -> dict[str, Any]:
         """Location, number of items, columns with their kinds in 1,024 random items (such as "number, string"), and the
         bundle: name, path, fingerprint, dimensions. Loads no model."""
@@ -594,6 +612,7 @@ class Catalog(OpenCatalog):
     aupdate = async_variant(update, WRITING)
     adelete = async_variant(delete, WRITING)
     acolumns = async_variant(columns)
+    acreate_indexes = async_variant(create_indexes, WRITING)
     agenerate = cancellable(generate)
     aoptimize = async_variant(optimize, WRITING)
     areindex = async_variant(reindex, WRITING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "count_cached",
     "elements",
     "facet_counts",
+    "index_columns",
     "kind_of",
     "ordered",
     "value_at",
@@ -46,6 +47,7 @@ _COLUMN_SAMPLE = 16  # items with a column that decide its kind
 _BATCH_SIZE = 1024
 _ORDER_KINDS = {"number": "float", "date": "datetime"}  # kind of a column -> kind of its index
 _FACET_KINDS = {"string": "keyword", "boolean": "bool"}
+_INDEX_KINDS = {**_ORDER_KINDS, **_FACET_KINDS, "place": "geo"}
 
 # The dates that the engine parses: a time zone needs seconds.
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?(Z|[+-]\d\d:?\d\d)?)?)?$")
@@ -219,6 +221,36 @@ def ordered(store: Store, order_by: str, where: Clause | None, limit: int, offse
             f'"{column}" is not a {kind}. Correct their values to order them, too.'
         )
     return found
+
+
+def index_columns(store: Store, columns: Sequence[str] | None) -> dict[str, str]:
+    """Create the indexes of columns that searches would otherwise create. Captions get the index of hybrid searches.
+
+    Args:
+        store: the store.
+        columns: names as in a filter. None: all columns of 1,024 random items.
+
+    Returns:
+        The kind of the index of each column: "keyword", "float", "bool", "datetime", "geo" or "text". Columns of
+        objects, of numbers and dates, or without a value have none.
+
+    Raises:
+        FilterError: a name is not that of a column.
+        ForbiddenError: the API key of a server may not create indexes.
+    """
+    if columns is None:
+        columns = [f'"{name}"' if "." in name else name for name in column_kinds(store)]
+    created: dict[str, str] = {}
+    for column in columns:
+        path = column_path(column)
+        values = chain.from_iterable(
+            elements(value_at(record.payload, column)) for record in _items_with(store, column)
+        )
+        kinds = {"text"} if column == CAPTION else {_INDEX_KINDS.get(kind_of(value), "") for value in values} - {""}
+        if kinds and not kinds >= {"float", "datetime"}:
+            created[column] = min(kinds)
+            store.index(path, created[column])
+    return created
 
 
 _EVERYWHERE = Box(-180.0, 180 - GEOHASH_EDGE, -90.0, 90 - GEOHASH_EDGE)

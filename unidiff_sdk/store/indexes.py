@@ -6,6 +6,9 @@ import threading
 from collections.abc import Mapping
 from typing import Protocol
 
+from unidiff_sdk._internal.warnings import warn
+from unidiff_sdk.errors import ForbiddenError
+
 __all__ = ["Indexable", "PayloadIndexes"]
 
 
@@ -30,7 +33,8 @@ class PayloadIndexes:
     """
 
     def __init__(self, existing: Mapping[str, str]) -> None:
-        # None: the column holds, or is compared with, both numbers and dates, so that it must not be indexed.
+        # None: filters use no index. The column holds, or is compared with, both numbers and dates, or the API key may
+        # not create an index.
         self._kinds: dict[str, str | None] = dict(existing)
         self._lock = threading.Lock()
 
@@ -51,9 +55,7 @@ class PayloadIndexes:
                     store.drop_index(column)
                     self._kinds[column] = None
                 elif column not in self._kinds:
-                    if kind:
-                        store.create_index(column, kind)
-                    self._kinds[column] = kind
+                    self._kinds[column] = kind if kind and _is_created(store, column, kind) else None
 
     def ensure(self, column: str, kind: str, store: Indexable) -> None:
         """Create the index that a facet, a sort or a text ranking requires. It replaces one of another kind."""
@@ -69,3 +71,13 @@ class PayloadIndexes:
         if existing not in ("float", "datetime"):
             return False
         return wanted is None or (wanted in ("float", "datetime") and wanted != existing)
+
+
+def _is_created(store: Indexable, column: str, kind: str) -> bool:
+    """Create an index for a filter. Returns False, with a warning, if the API key may not: filters only get slower."""
+    try:
+        store.create_index(column, kind)
+    except ForbiddenError as error:
+        warn(f"Filters on {column!r:.100} are slow, because they have no index. {error}")
+        return False
+    return True

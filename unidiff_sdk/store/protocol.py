@@ -162,6 +162,14 @@ class Store(Protocol):
             where: only records that match this filter.
         """
 
+    def index(self, column: str, kind: str) -> None:
+        """Create the index of a column that filters, facets, sorts and text rankings use, unless it exists.
+
+        Args:
+            column: a JSON path (`filters.column_path`).
+            kind: "keyword", "float", "bool", "datetime", "geo" or "text". It replaces an index of another kind.
+        """
+
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
         """Return the records among `ids` that exist, in no particular order."""
 

@@ -235,6 +235,9 @@ class EdgeStore:
         with self._write(ids, reserve=ESSENTIAL) as shard:
             shard.update(edge.UpdateOperation.delete_points(list(ids)))
 
+    def index(self, column: str, kind: str) -> None:
+        self._indexes.ensure(column, kind, self)
+
     def create_index(self, column: str, kind: str) -> None:
         schema = TEXT_INDEX if kind == "text" else INDEX_TYPES[kind]
         with self._write([]) as shard:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from unidiff_sdk._internal.text import shorten
 from unidiff_sdk._internal.warnings import safe_logger
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.errors import ForbiddenError, StoreError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -125,14 +125,18 @@ def check_confirmed(result: R) -> R:
 
 
 def failure(client: object, collection: str, error: Exception) -> StoreError:
-    """The StoreError for a failure of the client or the server. Its cause is `error`, unless that holds the API key."""
+    """The StoreError for a failure of the client or the server. Its cause is `error`, unless that holds the API key.
+
+    It is a ForbiddenError if the API key does not allow the operation.
+    """
     reason, address = _reason(error), ""
     cause: Exception | None = error
     if isinstance(client, RetryingClient):
         address = f" at {client.address}"
         reason = client.without_key(reason)
         cause = error if client.without_key(str(error)) == str(error) else None
-    failed = StoreError(f'The Qdrant server failed on the collection "{collection}"{address}: {reason}')
+    kind = ForbiddenError if _is_forbidden(error) else StoreError
+    failed = kind(f'The Qdrant server failed on the collection "{collection}"{address}: {reason}')
     failed.__cause__, failed.__suppress_context__ = cause and without_frames(cause), True
     return failed
 
@@ -181,6 +185,16 @@ def _requested_pause(error: Exception) -> float | None:
             )
             return 0.0 if cast(Any, error).code() in transient else None
     return None
+
+
+def _is_forbidden(error: Exception) -> bool:
+    """Whether the server knows the API key, and refuses the operation."""
+    import grpc
+    from qdrant_client.http.exceptions import UnexpectedResponse
+
+    if isinstance(error, grpc.RpcError):
+        return bool(cast(Any, error).code() == grpc.StatusCode.PERMISSION_DENIED)
+    return isinstance(error, UnexpectedResponse) and error.status_code == 403
 
 
 def _reason(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from qdrant_client import QdrantClient, models
 
 from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.errors import ForbiddenError, StoreError
 from unidiff_sdk.store.filters import Clause, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
 from unidiff_sdk.store.ordering import Ranked, Window, in_total_order, ranked_by_value, read_page, records_in_order
@@ -279,13 +279,16 @@ class ServerStore:
             check_confirmed(self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True))
         self.revision += 1
 
+    def index(self, column: str, kind: str) -> None:
+        self._indexes.ensure(column, kind, self)
+
     def create_index(self, column: str, kind: str) -> None:
         schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
-        with self._engine():
+        with self._indexing(column), self._engine():
             check_confirmed(self.client.create_payload_index(self.collection, column, schema, wait=True))
 
     def drop_index(self, column: str) -> None:
-        with self._engine():
+        with self._indexing(column), self._engine():
             check_confirmed(self.client.delete_payload_index(self.collection, column, wait=True))
 
     def optimize(self) -> None:
@@ -305,6 +308,17 @@ class ServerStore:
                 self.client.close()
 
     # -------------------------------------------------------------------------------------------- the server
+
+    @contextlib.contextmanager
+    def _indexing(self, column: str) -> Iterator[None]:
+        """Say what to do if the API key may not change the index of a column."""
+        try:
+            yield
+        except ForbiddenError as error:
+            raise ForbiddenError(
+                f'The API key may not index the column "{column}" of the collection "{self.collection}". Index it once '
+                "with a key that may write: Catalog.create_indexes()."
+            ) from error
 
     @contextlib.contextmanager
     def _engine(self) -> Iterator[None]:
