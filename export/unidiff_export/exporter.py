@@ -111,6 +111,7 @@ def export_bundle(
     clip: str | Path | None = None,
     variant: str | None = None,
     lora: Sequence[str | Path] = (),
+    textual_inversion: Sequence[str | Path] = (),
     vae: str | Path | None = None,
     base_config: str | Path | None = None,
     precision: str = "fp32",
@@ -132,6 +133,8 @@ def export_bundle(
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
         lora: LoRA files to merge, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
+        textual_inversion: tokens to add to the prompts, in the formats of diffusers or AUTOMATIC1111: FILE or
+            FILE:TOKEN.
         vae: the VAE to use instead of the checkpoint's: a diffusers folder, or a safetensors file.
         base_config: for a checkpoint in a single file, the folder of a diffusers pipeline with its configuration.
             Default: the built-in configuration of Stable Diffusion 1.5.
@@ -155,7 +158,9 @@ def export_bundle(
         OptionError: an option has an unknown value or no effect, or the key cannot be used.
     """
     check_options(precision, target)
-    options = BaseOptions.of(variant=variant, lora=lora, vae=vae, base_config=base_config)
+    options = BaseOptions.of(
+        variant=variant, lora=lora, textual_inversion=textual_inversion, vae=vae, base_config=base_config
+    )
     start, out, report = time.perf_counter(), checked_path(out, ExportError).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
     key = None if sign is None else read_private_key(sign)  # fails before the export, not after it
@@ -251,7 +256,7 @@ def _export_search_model(
         raise OptionError("Name a checkpoint to export, or a CLIP with --clip for a bundle that only searches.")
     if replace(options, variant=None) != BaseOptions():
         raise OptionError(
-            "LoRA files, a VAE and a configuration belong to a Stable Diffusion. Name one, or leave them out."
+            "LoRA files, tokens, a VAE and a configuration belong to a Stable Diffusion. Name one, or leave them out."
         )
     return export_search_model(load_search_model(clip, options.variant), calibration, columns, precision, report)
 

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -140,7 +141,7 @@ def _load_from_disk(checkpoint: Checkpoint, sampler: str, source: Path) -> Any:
     }
     if source.is_file():
         if config == SD15:  # which has no tokenizer
-            options["tokenizer"] = checkpoint.clip_tokenizer
+            options["tokenizer"] = deepcopy(checkpoint.clip_tokenizer)  # tokens may be added to it
         pipeline = pipeline_class.from_single_file(str(source), config=str(config), **options)
     else:
         variant = checkpoint.options.variant

@@ -181,7 +181,7 @@ def make_reference(
     pipeline = load_pipeline(checkpoint, sampler_defaults["name"], checkpoint.path if from_disk else None)
     steps = min(workload.steps or sampler_defaults["steps"], sampler_defaults["steps"])
     guidance = sampler_defaults["guidance_scale"]
-    prompts = samples.captions[: workload.images]
+    prompts = with_added_tokens(checkpoint.tokenizer, samples.captions[: workload.images])
     generated = generate_images(
         pipeline,
         prompts,
@@ -206,6 +206,13 @@ def make_reference(
         agreement=float((texts * images).sum(axis=1).mean()),
         inputs=graph_inputs(checkpoint, generated, searched.captions, samples.images or generated.images),
     )
+
+
+def with_added_tokens(tokenizer: Any, prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Put the tokens that were added to a tokenizer, by textual inversion, at the start of the first prompt."""
+    added = set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
+    tokens = [token for token in added if not any(token.startswith(f"{other}_") for other in added)]
+    return (" ".join([*sorted(tokens), prompts[0]]), *prompts[1:]) if tokens else prompts
 
 
 def _embed(

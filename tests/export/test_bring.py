@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from click.testing import CliRunner
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
 from support.ldm_files import make_single_file
 from support.lora_files import make_lora
 
@@ -37,10 +38,12 @@ from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 from unidiff_sdk.training.data.captions import tokenize
 
 PROMPTS = ["a red striped dress", "green dotted boots"]
+PROMPTS_WITH_TOKENS = ["a red striped <shoe>", "glow, green dotted boots"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
     pytest.mark.filterwarnings("ignore:.*changes the text encoder"),
+    pytest.mark.filterwarnings("ignore:Only prompts know the added tokens"),
 ]
 
 
@@ -49,25 +52,26 @@ def psnr(images: Sequence[Any], others: Sequence[Any]) -> float:
     return min(psnr_db(np.asarray(a), np.asarray(b)) for a, b in zip(images, others, strict=True))
 
 
-def worst_psnr(bundle: Path, pipeline: Any, *, steps: int = 4, guidance_scale: float = 5.0) -> float:
+def worst_psnr(
+    bundle: Path, pipeline: Any, prompts: Sequence[str] = PROMPTS, *, steps: int = 4, guidance_scale: float = 5.0
+) -> float:
     """PSNR of the worst image that the bundle generates from the latents of the pipeline, by DDIM."""
     latents = np.random.default_rng(0).standard_normal((2, 4, 16, 16), dtype=np.float32)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        PROMPTS, latents=torch.from_numpy(latents), num_inference_steps=steps, guidance_scale=guidance_scale
+        list(prompts), latents=torch.from_numpy(latents), num_inference_steps=steps, guidance_scale=guidance_scale
     ).images
     ours = Generator(Bundle.open(bundle, threads=1)).generate(
-        PROMPTS, latents=latents, sampler="ddim", steps=steps, guidance_scale=guidance_scale
+        prompts, latents=latents, sampler="ddim", steps=steps, guidance_scale=guidance_scale
     )
     return psnr(ours, theirs)
 
 
 @dataclass(frozen=True)
 class Additions:
-    """Two LoRAs and another VAE, and the pipeline that diffusers makes with them."""
+    """Two LoRAs, two tokens and another VAE, and the pipeline that diffusers makes with them."""
 
-    loras: list[str]
-    vae: Path
+    options: dict[str, Any]
     pipeline: Any
 
 
@@ -81,12 +85,18 @@ def additions(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(random_checkpoint / "vae"), scaling_factor=0.3)
     vae.save_pretrained(folder / "vae")
     pipeline = StableDiffusionPipeline.from_pretrained(random_checkpoint, vae=vae.eval())
+    save_file({"<shoe>": torch.randn(3, 32)}, folder / "shoe.safetensors")
+    save_file({"emb_params": torch.randn(1, 32)}, folder / "glow.safetensors")
+    pipeline.load_textual_inversion(folder / "shoe.safetensors")
+    pipeline.load_textual_inversion(folder / "glow.safetensors", token="glow")
     for name, file in zip("ab", files, strict=True):
         pipeline.load_lora_weights(file, adapter_name=name)
     pipeline.set_adapters(["a", "b"], [0.8, 0.5])
     pipeline.fuse_lora()
     pipeline.set_progress_bar_config(disable=True)
-    return Additions([f"{files[0]}:0.8", f"{files[1]}:0.5"], folder / "vae", pipeline)
+    options = {"lora": [f"{files[0]}:0.8", f"{files[1]}:0.5"], "vae": folder / "vae"}
+    options["textual_inversion"] = [folder / "shoe.safetensors", folder / "glow.safetensors"]
+    return Additions(options, pipeline)
 
 
 def same_search(encoded: np.ndarray, checkpoint: Path) -> bool:
@@ -99,15 +109,17 @@ def same_search(encoded: np.ndarray, checkpoint: Path) -> bool:
     return bool((encoded * theirs).sum(axis=1).min() > 0.99999)
 
 
-def test_loras_and_vae_reach_model_reference_and_card(random_checkpoint: Path, additions: Additions) -> None:
-    loaded = load_base(random_checkpoint, options=BaseOptions.of(lora=additions.loras, vae=additions.vae))
+def test_additions_reach_model_reference_and_card(random_checkpoint: Path, additions: Additions) -> None:
+    loaded = load_base(random_checkpoint, options=BaseOptions.of(**additions.options))
     options = {"side": 16, "seed": 0, "steps": 2, "guidance_scale": 5.0}
-    theirs = generate_images(additions.pipeline, PROMPTS, **options).images
+    theirs = generate_images(additions.pipeline, PROMPTS_WITH_TOKENS, **options).images
     plain = StableDiffusionPipeline.from_pretrained(random_checkpoint)
-    assert psnr(theirs, generate_images(plain, PROMPTS, **options).images) < 30  # the additions change the images
+    assert (
+        psnr(theirs, generate_images(plain, PROMPTS_WITH_TOKENS, **options).images) < 30
+    )  # the additions change the images
     # What the graphs are made of, and what they are compared with.
     for pipeline in (load_pipeline(loaded, "ddim"), load_pipeline(loaded, "ddim", random_checkpoint)):
-        assert psnr(theirs, generate_images(pipeline, PROMPTS, **options).images) > 50
+        assert psnr(theirs, generate_images(pipeline, PROMPTS_WITH_TOKENS, **options).images) > 50
 
     # Search is that of the base: its text tower and image tower are unchanged.
     model = describe_model(loaded)
@@ -119,17 +131,18 @@ def test_loras_and_vae_reach_model_reference_and_card(random_checkpoint: Path, a
 
     card = model_card(Manifest.read(TINY), loaded.meta, "random")
     assert "`kohya.safetensors` (weight 0.8), `peft.safetensors` (weight 0.5)." in card and "VAE: `vae`." in card
+    assert "`<shoe>` (`shoe.safetensors`), `glow` (`glow.safetensors`)" in card
 
 
 @pytest.mark.slow
-def test_bundle_with_loras_and_vae_equals_diffusers(
-    random_checkpoint: Path, additions: Additions, tmp_path: Path
-) -> None:
-    export_bundle(random_checkpoint, tmp_path / "bundle", lora=additions.loras, vae=additions.vae)
+def test_bundle_with_additions_equals_diffusers(random_checkpoint: Path, additions: Additions, tmp_path: Path) -> None:
+    export_bundle(random_checkpoint, tmp_path / "bundle", **additions.options)
     assert worst_psnr(tmp_path / "bundle", StableDiffusionPipeline.from_pretrained(random_checkpoint)) < 30
-    assert worst_psnr(tmp_path / "bundle", additions.pipeline) > 50
+    for prompts in (PROMPTS, PROMPTS_WITH_TOKENS):
+        assert worst_psnr(tmp_path / "bundle", additions.pipeline, prompts) > 50
     card = (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
     assert "`kohya.safetensors` (weight 0.8), `peft.safetensors` (weight 0.5)." in card and "VAE: `vae`." in card
+    assert "`<shoe>` (`shoe.safetensors`), `glow` (`glow.safetensors`)" in card
     bundle = Bundle.open(tmp_path / "bundle", threads=1)
     assert same_search(Encoder(bundle).encode_texts(PROMPTS), random_checkpoint)
     assert bundle.manifest.embedding and not bundle.manifest.embedding.shared_text_encoder

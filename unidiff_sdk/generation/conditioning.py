@@ -14,6 +14,7 @@ from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import cut_text, load_tokenizer
+from unidiff_sdk.inference.tokenizer import expand_tokens
 
 from .denoising import Conditions
 
@@ -104,7 +105,8 @@ class Conditioner:
     def _tokenize(self, prompt: str) -> tuple[Windows, ...]:
         """Token ids for each text encoder."""
         most = (MAX_WINDOWS + 1) * self._bundle.prompt_tokens  # one window too many, so that longer prompts are refused
-        encodings = [tokenizer.encode(cut_text(prompt, most)) for tokenizer in self._tokenizers]
+        text = cut_text(prompt, most)
+        encodings = [tokenizer.encode(expand_tokens(text, added)) for tokenizer, added in self._tokenizers]
         return tuple(tuple(tuple(each.ids) for each in (whole, *whole.overflowing)) for whole in encodings)
 
     def _encode(self, windows: tuple[Windows, ...]) -> Conditions:
@@ -124,9 +126,11 @@ class Conditioner:
         return [results[name] for name in outputs]
 
     @cached_property
-    def _tokenizers(self) -> list[Tokenizer]:
+    def _tokenizers(self) -> list[tuple[Tokenizer, tuple[str, ...]]]:
+        """The tokenizer of each text encoder, and the tokens that were added to it."""
         folders = ["tokenizer"] if self._xl is None else ["tokenizer", "tokenizer_2"]
-        return [load_tokenizer(self._bundle.files.part(folder), self._bundle.prompt_tokens) for folder in folders]
+        parts = [load_tokenizer(self._bundle.files.part(folder), self._bundle.prompt_tokens) for folder in folders]
+        return [(each, tuple(token.content for token in each.get_added_tokens_decoder().values())) for each in parts]
 
 
 def _shared(conditions: dict[str, Float32]) -> Conditions:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from unidiff_sdk.errors import BundleError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["clip_tokenizer", "tokenizer_errors"]
+__all__ = ["clip_tokenizer", "expand_tokens", "tokenizer_errors"]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The words that bytes are merged in (Radford et al. 2021, arXiv:2103.00020; openai/CLIP, simple_tokenizer).
@@ -50,3 +51,24 @@ def clip_tokenizer(ids: Mapping[str, int], merges: str) -> Tokenizer:
     tokenizer.post_processor = processors.RobertaProcessing((END, ids[END]), (START, ids[START]), False, False)
     tokenizer.add_special_tokens([START, END])
     return tokenizer
+
+
+def expand_tokens(text: str, added: Collection[str]) -> str:
+    """Write out the tokens of a text that stand for several vectors, as textual inversion adds them.
+
+    Where a token "<shoe>" has the vectors "<shoe>", "<shoe>_1" and "<shoe>_2", as diffusers names them, "<shoe>"
+    becomes "<shoe> <shoe>_1 <shoe>_2". Upper and lower case are the same, as in CLIP's vocabulary.
+
+    Args:
+        text: a prompt.
+        added: the tokens that were added to a tokenizer.
+    """
+    for token in added:
+        vectors = [token]
+        while f"{token}_{len(vectors)}" in added:
+            vectors.append(f"{token}_{len(vectors)}")
+        if len(vectors) > 1:
+            others = "|".join(str(i) for i in range(1, len(vectors)))  # a vector that is named on its own stays
+            pattern = re.compile(rf"{re.escape(token)}(?!_(?:{others}))", re.IGNORECASE)
+            text = pattern.sub(" ".join(vectors).replace("\\", r"\\"), text)
+    return text

@@ -10,6 +10,7 @@ Only safetensors are read. Nothing is unpickled or downloaded.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from .loading.models import (
 from .loading.options import BaseOptions
 from .loading.second_text_encoder import SECOND_FILES, SecondTextEncoder, has_second_text_encoder
 from .loading.single_file import SD15, config_folder
+from .loading.textual_inversion import with_names
 from .loading.weight_files import CLIP_WEIGHTS, PIPELINE_WEIGHTS, XL_WEIGHTS
 from .text_sharing import layers_of, share_text_layers, tower_of
 
@@ -260,15 +262,16 @@ def assemble_checkpoint(
         CheckpointError: A part is missing, unreadable or incomplete, or an addition does not fit.
     """
     options = options or BaseOptions()
+    options = replace(options, textual_inversions=with_names(options.textual_inversions))
     folder, is_file = config_folder(source, options), source.is_file()
     is_xl = has_second_text_encoder(folder)
     files = PIPELINE_FILES | (SECOND_FILES if is_xl else {})
     require_files(folder, {name: part for name, part in files.items() if folder != SD15 or part != TOKENIZER})
     check_pipeline_files(folder)
-    if is_xl and (is_file or options.loras):
-        kind = "Single files" if is_file else "LoRA files"
+    if is_xl and (is_file or options.loras or options.textual_inversions):
+        kind = "Single files" if is_file else "LoRA files" if options.loras else "Textual inversions"
         raise CheckpointError(
-            f"{kind} are not supported for Stable Diffusion XL ({folder}). Use a folder without LoRA."
+            f"{kind} are not supported for Stable Diffusion XL ({folder}). Use a folder without additions."
         )
     with progress_bars_hidden():
         tokenizer = clip_tokenizer if folder == SD15 else from_pretrained(CLIPTokenizer, folder / "tokenizer")
@@ -277,6 +280,9 @@ def assemble_checkpoint(
             weights = XL_WEIGHTS if is_xl else PIPELINE_WEIGHTS
             options = replace(options, variant=chosen_variant(folder, weights, options.variant))
         unet, text_encoder, vae = load_parts(source, folder, options)
+        clip_tokenizer = clip_tokenizer or tokenizer
+        if options.textual_inversions:
+            tokenizer = deepcopy(tokenizer)  # CLIP's keeps its vocabulary
         add_to_models(unet, text_encoder, tokenizer, options)
         meta = read_json(folder / METADATA) if not is_file and (folder / METADATA).exists() else {}
         return Checkpoint(
@@ -286,7 +292,7 @@ def assemble_checkpoint(
             clip=clip,
             text_encoder=share_text_layers(text_encoder, clip),
             tokenizer=tokenizer,
-            clip_tokenizer=clip_tokenizer or tokenizer,
+            clip_tokenizer=clip_tokenizer,
             scheduler=from_pretrained(scheduler_class(folder), folder / "scheduler"),
             image_processor=image_processor,
             meta=options.recorded(meta),

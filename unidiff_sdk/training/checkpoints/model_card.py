@@ -161,6 +161,10 @@ def describe_additions(meta: Mapping[str, Any]) -> Iterator[str]:
     loras = [f"{inline_code(lora['name'])} (weight {lora['weight']:g})" for lora in meta.get("loras", ())]
     if loras:
         yield f"Merged LoRA files: {', '.join(loras)}."
+    if tokens := [
+        f"{inline_code(each['token'])} ({inline_code(each['name'])})" for each in meta.get("textual_inversions", ())
+    ]:
+        yield f"Tokens of prompts by textual inversion: {', '.join(tokens)}. Search does not know them."
     if meta.get("vae"):
         yield f"VAE: {inline_code(meta['vae'])}."
 

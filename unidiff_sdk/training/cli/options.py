@@ -30,7 +30,7 @@ __all__ = [
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 FOLDER = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path)
-BASE_OPTIONS = ("variant", "lora", "vae", "base_config")  # the parameters of `base_options`
+BASE_OPTIONS = ("variant", "lora", "textual_inversion", "vae", "base_config")  # the parameters of `base_options`
 
 Decorator = Callable[[Any], Any]
 
@@ -74,7 +74,7 @@ def columns_option(data: str = "DATA", theme: str = "Options") -> Decorator:
 
 
 def base_options(theme: str = "Options") -> Decorator:
-    """--variant, --lora, --vae and --base-config"""
+    """--variant, --lora, --textual-inversion, --vae and --base-config"""
     builders = (
         option("--variant", theme=theme, metavar="NAME", help="Variant of the base's weight files, such as fp16."),
         option(
@@ -83,6 +83,13 @@ def base_options(theme: str = "Options") -> Decorator:
             multiple=True,
             metavar="FILE[:WEIGHT]",
             help="LoRA to merge into the base, as safetensors of diffusers, peft or kohya. Repeatable.",
+        ),
+        option(
+            "--textual-inversion",
+            theme=theme,
+            multiple=True,
+            metavar="FILE[:TOKEN]",
+            help="Token to add to prompts, as safetensors of diffusers or AUTOMATIC1111. Repeatable.",
         ),
         option("--vae", theme=theme, metavar="PATH", help="VAE to use: a diffusers folder, or a safetensors file."),
         option(

@@ -12,6 +12,7 @@ from torch import Tensor
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.inference.encoder import cut_text
+from unidiff_sdk.inference.tokenizer import expand_tokens
 
 if TYPE_CHECKING:
     from .pairs import Pairs
@@ -24,7 +25,7 @@ RECORDED_CAPTIONS = 256
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Token ids, int64[n, tokens], padded and truncated to the tokenizer's length as in the diffusers pipeline."""
     ids: Tensor = tokenizer(
-        [cut_text(text, tokenizer.model_max_length) for text in texts],
+        [expand_tokens(cut_text(text, tokenizer.model_max_length), tokenizer.added_tokens_encoder) for text in texts],
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
@@ -47,14 +48,20 @@ def warn_about_long_captions(tokenizers: Sequence[Any], captions: Sequence[str],
     if not long:
         return
     lengths = [
-        max(map(len, ids))
-        for ids in zip(*(tokenizer(long, verbose=False).input_ids for tokenizer in tokenizers), strict=True)
+        max(map(len, ids)) for ids in zip(*(_all_tokens(tokenizer, long) for tokenizer in tokenizers), strict=True)
     ]
     if count := sum(length > limit for length in lengths):
         warn(
             f"{source}: {count:,} of {len(captions):,} captions are longer than the {limit} tokens of the model, so "
             f"their ends are ignored. The longest has {max(lengths)} or more. Shorten them, or put what matters first."
         )
+
+
+def _all_tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids without padding and truncation."""
+    expanded = [expand_tokens(text, tokenizer.added_tokens_encoder) for text in texts]
+    ids: list[list[int]] = tokenizer(expanded, verbose=False).input_ids
+    return ids
 
 
 def normalize_caption(caption: str) -> str:

@@ -70,6 +70,7 @@ def train(
     clip: str | Path | None = None,
     variant: str | None = None,
     lora: Sequence[str | Path] = (),
+    textual_inversion: Sequence[str | Path] = (),
     vae: str | Path | None = None,
     base_config: str | Path | None = None,
     columns: Mapping[str, str | None] | None = None,
@@ -107,6 +108,8 @@ def train(
         clip: CLIP model for a base without one. See `load_base`.
         variant: Variant of the base's weight files, such as "fp16". Default: the main files, or the only variant.
         lora: LoRA files to merge into the base, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
+        textual_inversion: Tokens to add to the prompts, in the formats of diffusers or AUTOMATIC1111: FILE or
+            FILE:TOKEN.
         vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.
         base_config: For a base in a single file, the folder of a diffusers pipeline with its configuration. Default:
             the built-in configuration of Stable Diffusion 1.5.
@@ -138,7 +141,9 @@ def train(
     _check_request(config, prior, on_validate, latents)
     if resume and overwrite:
         raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
-    options = BaseOptions.of(variant=variant, lora=lora, vae=vae, base_config=base_config)
+    options = BaseOptions.of(
+        variant=variant, lora=lora, textual_inversion=textual_inversion, vae=vae, base_config=base_config
+    )
     processes = Processes.join(device)
 
     # 1. base and pairs

@@ -13,9 +13,9 @@ from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError, OptionError
 
-__all__ = ["RECORDED", "BaseOptions", "Lora", "is_single_file", "require_safetensors"]
+__all__ = ["RECORDED", "BaseOptions", "Lora", "TextualInversion", "is_single_file", "require_safetensors"]
 
-RECORDED = ("loras", "vae")  # fields of a checkpoint's metadata on what was added to its base
+RECORDED = ("loras", "textual_inversions", "vae")  # fields of a checkpoint's metadata on what was added to its base
 
 VARIANT = re.compile(r"[A-Za-z0-9_-]{1,40}")
 LARGEST_WEIGHT = 10.0
@@ -42,6 +42,23 @@ class Lora(NamedTuple):
         return cls(Path(file), value)
 
 
+class TextualInversion(NamedTuple):
+    """A file with the vectors of a token, and the name of the token. None: the name in the file, or the file's."""
+
+    file: Path
+    token: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> TextualInversion:
+        """Read FILE or FILE:TOKEN. Raises OptionError for a token that is empty or has white space."""
+        file, colon, token = os.fspath(text).rpartition(":")
+        if not colon or os.path.exists(text):
+            return cls(Path(text))
+        if not token or token.split() != [token]:
+            raise OptionError(f"The token of the textual inversion {file} is {token!r:.60}. Name one without spaces.")
+        return cls(Path(file), token)
+
+
 @dataclass(frozen=True)
 class BaseOptions:
     """Options of loading a base.
@@ -53,12 +70,14 @@ class BaseOptions:
         vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.
         base_config: Folder with the configuration of a base in a single file: a diffusers pipeline, whose weights are
             not read. Default: that of Stable Diffusion 1.5.
+        textual_inversions: Tokens to add to the tokenizer and the text encoder of the pipeline.
     """
 
     variant: str | None = None
     loras: tuple[Lora, ...] = ()
     vae: Path | None = None
     base_config: Path | None = None
+    textual_inversions: tuple[TextualInversion, ...] = ()
 
     @classmethod
     def of(
@@ -68,14 +87,17 @@ class BaseOptions:
         lora: Iterable[str | Path] = (),
         vae: str | Path | None = None,
         base_config: str | Path | None = None,
+        textual_inversion: Iterable[str | Path] = (),
     ) -> BaseOptions:
         """Check the values that a caller passes. Raises OptionError or CheckpointError for one that is not accepted."""
         if variant is not None and not (isinstance(variant, str) and VARIANT.fullmatch(variant)):
             raise OptionError(f"variant is {variant!r:.60}; it must be the middle of a file name, such as fp16.")
-        names = [lora] if isinstance(lora, str | Path) else list(lora)
-        loras = tuple(Lora.parse(name) for name in names)
-        for each in loras:
-            require_safetensors(each.file, "LoRA")
+        loras = tuple(Lora.parse(name) for name in _names(lora))
+        inversions = tuple(TextualInversion.parse(name) for name in _names(textual_inversion))
+        for lora_file in loras:
+            require_safetensors(lora_file.file, "LoRA")
+        for inversion in inversions:
+            require_safetensors(inversion.file, "textual inversion")
         if vae is not None:
             vae = checked_path(vae, CheckpointError)
             if not vae.is_dir():
@@ -84,7 +106,7 @@ class BaseOptions:
             base_config = checked_path(base_config, CheckpointError)
             if not base_config.is_dir():
                 raise CheckpointError(f"There is no folder {base_config} with the configuration of a pipeline.")
-        return cls(variant, loras, vae, base_config)
+        return cls(variant, loras, vae, base_config, inversions)
 
     def check_for(self, base: str | Path) -> None:
         """Raise OptionError for an option that has no meaning for this kind of base."""
@@ -96,9 +118,11 @@ class BaseOptions:
     def recorded(self, meta: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata of a base, with what is added to it."""
         loras = [{"name": lora.file.name, "weight": lora.weight} for lora in self.loras]
+        tokens = [{"name": each.file.name, "token": each.token} for each in self.textual_inversions]
         return {
             **meta,
             **({"loras": [*meta.get("loras", []), *loras]} if loras else {}),
+            **({"textual_inversions": [*meta.get("textual_inversions", []), *tokens]} if tokens else {}),
             **({"vae": self.vae.name} if self.vae else {}),
         }
 
@@ -123,6 +147,10 @@ def require_safetensors(file: Path, kind: str) -> Path:
     if path.suffix != SAFETENSORS:
         raise CheckpointError(f"The {kind} {file} is not a {SAFETENSORS} file. Other formats are not read.")
     return path
+
+
+def _names(given: Iterable[str | Path]) -> list[str | Path]:
+    return [given] if isinstance(given, str | Path) else list(given)
 
 
 def _is_number(text: str) -> bool:
