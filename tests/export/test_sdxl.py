@@ -21,14 +21,17 @@ from support.edited_images import SCHEDULERS, edited_by_diffusers
 from support.random_sdxl import LARGER, POOLED, SIZE_WIDTH, make_random_sdxl
 
 from unidiff_export import export_bundle
+from unidiff_export.bundle.files import write_pipeline_files
+from unidiff_export.bundle.manifest import describe_model
 from unidiff_export.graphs.lowering import graph_specs
+from unidiff_export.pipeline import generate_images, load_pipeline
 from unidiff_export.verification import psnr_db
 from unidiff_sdk import Catalog
 from unidiff_sdk.errors import BundleError, CheckpointError
 from unidiff_sdk.generation.conditioning import Conditioner
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.manifest import Conditioning
+from unidiff_sdk.inference.manifest import Conditioning, SamplerDefaults
 from unidiff_sdk.training import TrainingConfig, train
 from unidiff_sdk.training.checkpoints.bases import load_base
 
@@ -114,6 +117,33 @@ def test_sizes_and_pooled_embedding_reach_the_unet(bundle: Bundle) -> None:
     for name in ("encoder_hidden_states", "text_embeds", "time_ids"):
         changed = generator.predict(latents, [500], [{**conditions, name: conditions[name] + 0.5}])
         assert np.abs(changed - expected).max() > 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler", "steps"),
+    [
+        ("EulerAncestralDiscreteScheduler", "euler_a", 1),  # Turbo
+        ("EulerAncestralDiscreteScheduler", "euler_a", 4),
+        ("EulerDiscreteScheduler", "euler", 2),  # Lightning
+        ("EulerDiscreteScheduler", "euler", 8),
+    ],
+)
+def test_turbo_and_lightning_settings(
+    folder: Path, bundle: Bundle, tmp_path: Path, scheduler: str, sampler: str, steps: int
+) -> None:
+    """Their scheduler files make few steps without guidance the defaults, and the images equal diffusers."""
+    base = Path(shutil.copytree(folder, tmp_path / "base"))
+    change_json("scheduler/scheduler_config.json", _class_name=scheduler, timestep_spacing="trailing")(base)
+    checkpoint = load_base(base)
+    assert describe_model(checkpoint).sampler == SamplerDefaults(sampler, 4, 1.0, "epsilon")
+    pipeline = load_pipeline(checkpoint, sampler, base)
+    expected = generate_images(pipeline, PROMPTS, side=16, seed=1, steps=steps, guidance_scale=0.0)
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    write_pipeline_files(checkpoint, copy)
+    images = Generator(Bundle.open(copy, threads=1, verify=False)).generate(
+        PROMPTS, latents=expected.noise, steps=steps, guidance_scale=0.0, sampler=sampler
+    )
+    assert min(psnr_db(np.asarray(a), b) for a, b in zip(images, expected.images, strict=True)) > 50
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm++2m"])

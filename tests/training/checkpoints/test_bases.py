@@ -253,6 +253,17 @@ def test_schedulers_that_the_runtime_does_not_follow_are_refused_by_name(
     [
         ("LCMScheduler", {}, {"name": "lcm", "steps": 4, "guidance_scale": 1.0}),
         ("EulerAncestralDiscreteScheduler", {}, {"name": "euler_a"}),
+        (
+            "EulerAncestralDiscreteScheduler",  # SDXL Turbo
+            {"timestep_spacing": "trailing"},
+            {"name": "euler_a", "steps": 4, "guidance_scale": 1.0},
+        ),
+        (
+            "EulerDiscreteScheduler",
+            {"timestep_spacing": "trailing", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            {"name": "euler"},
+        ),
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}, {"name": "ddim"}),
         ("EulerDiscreteScheduler", {}, {"name": "euler"}),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {"name": "euler_karras"}),
         ("DDIMScheduler", {}, {"name": "ddim"}),

@@ -74,7 +74,9 @@ EXTRA_CONDITIONS = (
 OTHER_CHANNELS = {"5": ": depth to image", "7": ": upscaling", "8": ": InstructPix2Pix", "9": ": inpainting"}
 OLD_VERSION, OLD_SIZE = 9, 64  # see `native_size`
 SCALING_FACTOR = 0.18215  # of diffusers' AutoencoderKL where the file states none, as Stable Diffusion 1's
-LCM_DEFAULTS = {"steps": 4, "guidance_scale": 1.0}  # as latent consistency models are used
+FEW_STEPS = {"steps": 4, "guidance_scale": 1.0}
+"""Of models distilled to few steps without guidance: latent consistency models, Turbo (arXiv:2311.17042), Lightning
+(arXiv:2402.13929)."""
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -173,7 +175,19 @@ def sampler_defaults(scheduler: Mapping[str, Any], recorded: Mapping[str, Any] |
         recorded: what the model was made for, if it states that.
     """
     name = sampler_choice(scheduler).name
-    return DEFAULT_SAMPLER | {"name": name} | (LCM_DEFAULTS if name == "lcm" else {}) | dict(recorded or {})
+    return DEFAULT_SAMPLER | {"name": name} | (FEW_STEPS if _takes_few_steps(scheduler) else {}) | dict(recorded or {})
+
+
+def _takes_few_steps(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a model was distilled to few steps, by its scheduler.
+
+    Turbo and Lightning have Euler's sampler with "trailing" timesteps, which start at the last one. Other models that
+    start there were trained for zero terminal SNR, which needs v prediction.
+    """
+    name = sampler_choice(scheduler).name
+    trailing = scheduler.get("timestep_spacing") == "trailing"
+    epsilon = scheduler.get("prediction_type", PREDICTION_TYPES[0]) == "epsilon"
+    return name == "lcm" or (name in ("euler", "euler_a") and trailing and epsilon)
 
 
 def derive_manifest(folder: Path) -> Manifest:
