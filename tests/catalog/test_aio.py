@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from support.recorded import open_watched
 
 from unidiff_sdk import Bundle, BusyError, Catalog, OptionError, StoreError
 from unidiff_sdk.catalog import aio
-from unidiff_sdk.catalog.aio import MAX_GENERATING, in_thread
+from unidiff_sdk.catalog.aio import GENERATING, MAX_GENERATING, READING, WRITING, in_thread
 
 pytestmark = pytest.mark.filterwarnings('ignore:The bundle "toy" was trained')
 TIMEOUT = 30  # seconds after which an event loop counts as blocked
@@ -275,3 +277,15 @@ def test_searches_beyond_the_limit_are_refused(toy: Path, monkeypatch: pytest.Mo
 
     results = asyncio.run(use())
     assert results[:3] == [0, 0, 0] and all(isinstance(result, BusyError) for result in results[3:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux only")
+def test_generations_yield_to_searches() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def of_pools() -> list[int]:
+        return [await in_thread(priority, pool) for pool in (READING, WRITING, GENERATING)]
+
+    ours = priority()
+    assert asyncio.run(of_pools()) == [ours, ours, min(19, ours + 10)] and priority() == ours

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+from support.misbehaving_server import MisbehavingServer
 
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.main import main
@@ -216,6 +217,7 @@ def test_the_command_reports_wrong_options(tmp_path: Path) -> None:
     for options, message in (
         (["--api-key", "short"], "printable ASCII"),
         (["--collection", "x"], "only for the URL"),
+        (["--workers", "2"], "one process holds a catalog folder"),
         (["--origin", "shop"], "is not an origin"),
     ):
         result = CliRunner(catch_exceptions=False).invoke(main, ["serve", str(tmp_path), *options])
@@ -337,3 +339,46 @@ def test_bodies_of_all_requests_together_are_limited(catalog: Catalog) -> None:
         refused = connections[-1].recv(65536)
         assert refused.startswith(b"HTTP/1.1 429") and b"retry-after" in refused
         assert len(answer_to(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
+
+
+@pytest.mark.slow
+def test_several_processes_serve_a_qdrant_server(products: Path, tmp_path: Path) -> None:
+    server = MisbehavingServer()
+    try:
+        with Catalog(server.url, images=tmp_path / "images", collection="shop") as catalog:
+            catalog.add_folder(products)
+        keys = tmp_path / "keys.txt"
+        keys.write_text(f"write {hashlib.sha256(WRITE.encode()).hexdigest()}\n")
+        command = [sys.executable, "-m", "unidiff_sdk", "serve", server.url, "--workers", "2", "--port", "0"]
+        options = ["--image-store", tmp_path / "images", "--collection", "shop", "--api-keys", keys, "--allow-writes"]
+        with subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        ) as process:  # fmt: skip
+            assert process.stdout is not None and process.stderr is not None
+            line = process.stdout.readline()
+            assert " with 2 processes" in line, process.stderr.read()
+            answers = [ask(int(line.split()[2].rpartition(":")[2]), key) for key in (WRITE, READ)]
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+        assert answers == [200, 401], err
+        assert process.returncode in (0, 143, -signal.SIGTERM) and WRITE not in err
+    finally:
+        server.stop()
+
+
+def ask(port: int, key: str) -> int:
+    """The status of a search, for which the processes may still have to start."""
+    deadline = time.monotonic() + 60
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        try:
+            connection.request(
+                "POST", "/v1/search", json.dumps(QUERY), {"X-Api-Key": key, "Content-Type": "application/json"}
+            )
+            return connection.getresponse().status
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        finally:
+            connection.close()

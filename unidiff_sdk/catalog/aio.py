@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ __all__ = [
     "in_thread",
 ]
 
+_NICE = 10  # of generations: searches take milliseconds, and somebody waits for each
 _THREADS = 64  # of a pool; one starts only when all others are busy
 
 MAX_GENERATING = 64
@@ -44,21 +46,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _yield_to_others(nice: int) -> None:
+    """Lower the priority of this thread, and of the threads of ONNX Runtime that it starts. Only Linux has that."""
+    if nice and sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + nice))
+
+
 class _Pool:
     """Threads for one kind of calls.
 
     Args:
         kind: the calls, for messages.
         limit: the most calls that run or wait. One more is refused.
+        nice: how far the threads yield to others of this process, as the system's `nice` does.
     """
 
-    def __init__(self, kind: str, limit: int) -> None:
-        self._kind, self._limit = kind, limit
+    def __init__(self, kind: str, limit: int, nice: int = 0) -> None:
+        self._kind, self._limit, self._nice = kind, limit, nice
         self.reset()
 
     def reset(self) -> None:
         """Start anew. A forked child does: the threads of its parent do not exist there."""
-        self._threads = ThreadPoolExecutor(_THREADS, f"unidiff-{self._kind}")
+        self._threads = ThreadPoolExecutor(_THREADS, f"unidiff-{self._kind}", _yield_to_others, (self._nice,))
         self._free = threading.Semaphore(self._limit)
 
     def submit(self, call: Callable[[], R]) -> Future[R]:
@@ -78,7 +88,7 @@ class _Pool:
 
 READING = _Pool("searches", _THREADS + MAX_WAITING)
 WRITING = _Pool("writes", _THREADS + MAX_WAITING)
-GENERATING = _Pool("generations", MAX_GENERATING)
+GENERATING = _Pool("generations", MAX_GENERATING, _NICE)
 OPENING = _Pool("openings", _THREADS + MAX_WAITING)  # and closing, which ends calls that wait in the other pools
 
 

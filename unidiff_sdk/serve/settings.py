@@ -63,6 +63,11 @@ class ApiKeys:
             hashes[match[2]] = "read" if match[1] == "read" else "write"
         return cls(hashes=hashes)
 
+    @property
+    def hashes(self) -> dict[str, Access]:
+        """The access by the SHA-256 of a key."""
+        return dict(self._access)
+
     def __bool__(self) -> bool:
         return bool(self._access)
 

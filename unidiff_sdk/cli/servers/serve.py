@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import resource
+import socket
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +16,7 @@ from unidiff_sdk.cli.console import Command, echo
 from unidiff_sdk.cli.locations.location import CatalogLocation, catalog_options
 from unidiff_sdk.cli.locations.server_file import ServerFile
 from unidiff_sdk.cli.parameters import trusted_key_option
-from unidiff_sdk.errors import ProviderError
+from unidiff_sdk.errors import OptionError, ProviderError
 
 __all__ = ["serve"]
 
@@ -36,7 +33,7 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
     unidiff serve shop.catalog
     unidiff serve shop.catalog --allow-writes --port 9000
     unidiff serve shop.catalog --host 0.0.0.0 --api-keys keys.txt --rate 20
-    unidiff serve http://localhost:6333 --image-store shop.images
+    unidiff serve http://localhost:6333 --image-store shop.images --workers 4
     """,
 )
 @click.argument("catalog")
@@ -58,6 +55,9 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
     metavar="NAME",
     help="Name that requests may address the server by. Default: localhost without keys, else any.",
 )
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="With a URL: processes that serve."
+)
 @click.option("--rate", default=0.0, help="Requests per second for each key or address. 0 (default): no limit.")
 @click.option("--max-body", default=32, show_default=True, metavar="MIB", help="Largest body of a request.")
 @click.option("--max-generations", default=16, show_default=True, help="Generations that run or wait at once.")
@@ -76,6 +76,7 @@ def serve(
     read_keys: Sequence[str],
     key_file: Path | None,
     allowed_hosts: Sequence[str],
+    workers: int,
     max_body: int,
     trusted_keys: Sequence[str] | None,
     **options: Any,
@@ -86,7 +87,7 @@ def serve(
 
         from unidiff_sdk.serve import ServerSettings, create_app
         from unidiff_sdk.serve.settings import ApiKeys
-        from unidiff_sdk.serve.transport.protocol import TimedProtocol
+        from unidiff_sdk.serve.transport import process
     except ImportError as error:
         raise ProviderError(f"The server is not installed ({error}): pip install 'unidiff-sdk[serve]'") from error
 
@@ -99,28 +100,30 @@ def serve(
     settings = ServerSettings(keys=api_keys, max_body=max_body << 20, hosts=hosts, owner=owner, **options)
     if host not in LOOPBACK and not api_keys:
         echo(f"Warning: everyone who reaches {host} may use this server. Give --api-key or --api-keys.", err=True)
-    _log_to_stderr()
-    _allow_connections()
-    with catalog.open(trusted_keys=trusted_keys) as opened, ExitStack() as stack:
-        config = uvicorn.Config(
-            create_app(opened, settings),
-            host=host,
-            port=port,
-            http=TimedProtocol,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=max(1, int(settings.timeout)),
-            h11_max_incomplete_event_size=64 << 10,
+    if workers > 1 and not catalog.is_url:
+        raise OptionError(
+            f"--workers {workers} needs the URL of a Qdrant server, because one process holds a catalog folder: serve "
+            f"{catalog} with one worker, or keep its vectors in a server."
         )
+    process.prepare()
+    with catalog.open(trusted_keys=trusted_keys) as opened, ExitStack() as stack:
+        if workers > 1:  # it was opened to report what is wrong with it; each process opens it for itself
+            opened.close()
+            port = port or _free_port(host)
+            opening = catalog.opening() | {"trusted_keys": trusted_keys}
+            os.environ |= process.worker_environment(catalog.place, opening, settings)
+            _announce(host, port, f" with {workers} processes")
+            options = process.uvicorn_options(host, port, settings)
+            uvicorn.run(process.FACTORY, factory=True, workers=workers, **options)
+            return
+        process.load_encoders(opened)
+        config = uvicorn.Config(create_app(opened, settings), **process.uvicorn_options(host, port, settings))
 
         def on_start(host: str, port: int) -> None:
             if owner:
                 url = _url(LOCAL_ADDRESS.get(host, host), port)
                 stack.enter_context(ServerFile(url, token, os.getpid()).written(opened.folder))
-            echo(f"Serving at {_url(host, port)}  (Ctrl-C ends it)")
-            sys.stdout.flush()
+            _announce(host, port)
 
         _announced(uvicorn.Server(config), on_start).run()
 
@@ -138,29 +141,16 @@ def _announced(server: Any, on_start: Callable[[str, int], None]) -> Any:
     return server
 
 
+def _announce(host: str, port: int, processes: str = "") -> None:
+    echo(f"Serving at {_url(host, port)}{processes}  (Ctrl-C ends it)")
+    sys.stdout.flush()
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
 def _url(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _allow_connections() -> None:
-    """Raise the limit of open files to what the system allows: each connection is one, and idle ones are cheap."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _log_to_stderr() -> None:
-    """Write the access log, warnings and errors of the server to the standard error, one line each."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("unidiff_sdk.serve", "uvicorn.error"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO if name.startswith("unidiff") else logging.WARNING)
-        logger.propagate = False
-    # Every occurrence: Python remembers the text of each warning that it shows only once, without end.
-    warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = _log_warning
-
-
-def _log_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    logging.getLogger("unidiff_sdk.serve").warning("%s", json.dumps({"warning": str(message)}))
