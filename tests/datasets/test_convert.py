@@ -20,9 +20,9 @@ from unidiff_sdk.datasets.convert import (
     convert,
     deepfashion_multimodal,
     m5product,
-    read_members,
     split_of,
 )
+from unidiff_sdk.datasets.convert.m5product import read_members
 from unidiff_sdk.datasets.reader import InvalidRow, read_catalog
 from unidiff_sdk.errors import DataError
 

@@ -121,6 +121,99 @@ def m5product(src: Path, out: Path, **options: Any) -> None:
     _report(convert(m5product(src), out, source="m5product", **options), out)
 
 
+@convert.command(
+    cls=Command,
+    short_help="Women's fashion with short descriptions.",
+    epilog="unidiff dataset convert fashion200k downloads/fashion200k fashion",
+)
+@_convert_options
+def fashion200k(src: Path, out: Path, **options: Any) -> None:
+    """Convert Fashion200k. SRC contains its labels/ and women/."""
+    from unidiff_sdk.datasets.convert import convert, fashion200k
+
+    _report(convert(fashion200k(src), out, source="fashion200k", **options), out)
+
+
+@convert.command(
+    "deepfashion-inshop",
+    cls=Command,
+    short_help="Views of fashion products, with the shop's descriptions.",
+    epilog="unidiff dataset convert deepfashion-inshop downloads/In-shop fashion",
+)
+@_convert_options
+def deepfashion_inshop(src: Path, out: Path, **options: Any) -> None:
+    """Convert the In-shop Clothes Retrieval Benchmark of DeepFashion. SRC contains its Anno/, Eval/ and Img/img/.
+
+    All images of a product are in the same split.
+    """
+    from unidiff_sdk.datasets.convert import convert, deepfashion_inshop
+
+    _report(convert(deepfashion_inshop(src), out, source="deepfashion-inshop", **options), out)
+
+
+@convert.command(
+    "fashion-iq",
+    cls=Command,
+    short_help="Fashion with captions that compare it with another image.",
+    epilog="unidiff dataset convert fashion-iq downloads/fashion-iq fashion",
+)
+@_convert_options
+def fashion_iq(src: Path, out: Path, **options: Any) -> None:
+    """Convert FashionIQ. SRC contains its captions/, and the images as images/ID.jpg or .png.
+
+    The captions state how an image differs from another one, not what it shows.
+    """
+    from unidiff_sdk.datasets.convert import convert, fashion_iq
+
+    _report(convert(fashion_iq(src), out, source="fashion-iq", **options), out)
+
+
+@convert.command(
+    cls=Command,
+    short_help="Amazon Berkeley Objects: listings in several languages.",
+    epilog="unidiff dataset convert abo downloads/abo products --language de",
+)
+@_convert_options
+@click.option("--language", default="en", show_default=True, help="Start of the language tag of the names: en, de_DE.")
+def abo(src: Path, out: Path, language: str, **options: Any) -> None:
+    """Convert Amazon Berkeley Objects. SRC contains listings/metadata/, images/metadata/ and images/small/."""
+    from unidiff_sdk.datasets.convert import abo, convert
+
+    _report(convert(abo(src, language), out, source=f"abo, {language}", **options), out)
+
+
+@convert.command(
+    cls=Command,
+    short_help="H&M: articles with descriptions.",
+    epilog="unidiff dataset convert hm downloads/hm fashion",
+)
+@_convert_options
+def hm(src: Path, out: Path, **options: Any) -> None:
+    """Convert the data of H&M Personalized Fashion Recommendations. SRC contains articles.csv and images/.
+
+    All articles of a product are in the same split.
+    """
+    from unidiff_sdk.datasets.convert import convert, hm
+
+    _report(convert(hm(src), out, source="hm", **options), out)
+
+
+@convert.command(
+    cls=Command,
+    short_help="A fashion dataset that Marqo publishes on the hub.",
+    epilog="unidiff dataset convert marqo downloads/Marqo-fashion200k fashion",
+)
+@_convert_options
+def marqo(src: Path, out: Path, **options: Any) -> None:
+    """Convert a dataset of Marqo, such as Marqo/fashion200k. SRC contains its data/*.parquet.
+
+    All images of a product are in the same split.
+    """
+    from unidiff_sdk.datasets.convert import convert, marqo
+
+    _report(convert(marqo(src), out, source=f"marqo, {src.resolve().name}", **options), out)
+
+
 def _report(converted: Converted, out: Path) -> None:
     from unidiff_sdk.datasets.reader import describe_problems
 
