@@ -25,6 +25,7 @@ from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.generation.generator import image_rng
 from unidiff_sdk.inference.schedule import FOLLOWED_OPTIONS
+from unidiff_sdk.training.checkpoints.encoders.siglip import is_sentencepiece
 from unidiff_sdk.training.checkpoints.loading.additions import add_to_pipeline
 from unidiff_sdk.training.checkpoints.loading.single_file import SD15, config_folder, load_vae_file
 from unidiff_sdk.training.checkpoints.loading.weight_files import CLIP_WEIGHTS, VAE_WEIGHTS, choose_variant
@@ -308,7 +309,7 @@ def embed_odd_inputs(checkpoint: Checkpoint, folder: Path | None = None) -> Refe
 
 def embed_search_model(model: SearchModel, from_disk: bool = True) -> ReferenceEmbeddings:
     """The same for a model without a generator, loaded again from its folder if it has one and `from_disk`."""
-    clip = _ClipParts(model.clip, model.tokenizer, model.image_processor)
+    clip = _ClipParts(model.model, model.tokenizer, model.image_processor)
     return embed_with_clip(clip, model.folder if from_disk else None, model.path, model.fit, model.variant)
 
 
@@ -333,7 +334,8 @@ def embed_with_clip(
             tokens = tokenize(
                 list(ODD_TEXTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
-            texts = model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+            inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+            texts = model.get_text_features(**inputs)
             pixels = [preprocess(image, return_tensors="pt").pixel_values for image in images]
             features = model.get_image_features(pixel_values=torch.cat(pixels))
     except (ValueError, TypeError, RuntimeError, OSError, AttributeError) as error:
@@ -345,18 +347,19 @@ def embed_with_clip(
 
 
 def _load_clip(folder: Path, tokenizer: Any, variant: str | None = None) -> _ClipParts:
-    """Load a CLIP folder. `tokenizer` is used if the folder has none."""
-    from transformers import CLIPModel, CLIPProcessor
+    """Load the folder of a CLIP or SigLIP. `tokenizer` is used if transformers cannot load that of the folder."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers.utils import is_sentencepiece_available
 
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     variant = choose_variant(folder, CLIP_WEIGHTS, variant)
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float32, variant=variant, **options).eval()
-    if not (folder / "tokenizer_config.json").is_file():  # the pipeline's own tokenizer is CLIP's
-        from transformers import AutoImageProcessor
-
-        return _ClipParts(model, tokenizer, AutoImageProcessor.from_pretrained(folder, local_files_only=True))
-    processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    return _ClipParts(model, processor.tokenizer, processor.image_processor)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, variant=variant, **options).eval()
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()  # otherwise the pipeline's own tokenizer is CLIP's
+    if model.config.model_type == "siglip" and is_sentencepiece(folder):
+        has_tokenizer = is_sentencepiece_available() and (folder / "spiece.model").is_file()
+    if has_tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return _ClipParts(model, tokenizer, AutoImageProcessor.from_pretrained(folder, local_files_only=True))
 
 
 def _odd_images(fit: Fit) -> tuple[Image.Image, ...]:

@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
         )
         save(model, here / "open_clip_model.safetensors")
         loaded = load_open_clip(f"open_clip:{here}")
-        assert loaded.mean == (0.5,) * 3 and loaded.image_size == 32
+        assert loaded.image_processor.image_mean == (0.5,) * 3
         compare(f"small, quick_gelu {quick_gelu}", model, loaded.clip)
     for architecture in ("ViT-B-32", "ViT-B-32-quickgelu"):
         model = disturbed(open_clip.create_model(architecture))

@@ -32,6 +32,7 @@ from .manifest import (
     Latent,
     Manifest,
     Profile,
+    Resize,
     SamplerDefaults,
 )
 from .schedule import Schedule
@@ -311,6 +312,11 @@ class Bundle:
     def image_fit(self) -> Fit:
         """How the training images were made square; "crop" where the manifest does not state it."""
         return "crop" if self.manifest.image is None else self.manifest.image.fit
+
+    @property
+    def image_resize(self) -> Resize | None:
+        """How an image is resized before the crop. None: the shorter edge to `image_size` by bicubic interpolation."""
+        return self._image.resize
 
     @property
     def image_mean(self) -> NDArray[np.float32]:

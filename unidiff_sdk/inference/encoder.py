@@ -101,7 +101,8 @@ class Encoder:
     def pixels(self, image: ImageSource) -> NDArray[np.float32]:
         """One image as the image encoder takes it: float32[3, size, size]. Raises ImageError."""
         bundle = self.bundle
-        return preprocess(load_image(image), bundle.image_size, bundle.image_mean, bundle.image_std, bundle.image_fit)
+        size, mean, std = bundle.image_size, bundle.image_mean, bundle.image_std
+        return preprocess(load_image(image), size, mean, std, bundle.image_fit, bundle.image_resize)
 
     def encode_pixels(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed preprocessed images, float32[number, 3, size, size], in one call: float32[number, dim], unit vectors.
@@ -174,7 +175,8 @@ def load_tokenizer(folder: Path | BundleFiles, max_tokens: int) -> Tokenizer:
     if pad_id is None:
         raise BundleError(f"{files.folder}: the tokenizer has no pad token ({pad!r}); export the bundle again")
     with tokenizer_errors(files.folder):
-        tokenizer.add_special_tokens([pad])
+        if not tokenizer.get_added_tokens_decoder().get(pad_id):  # its own flags stay
+            tokenizer.add_special_tokens([pad])
         tokenizer.enable_truncation(max_tokens)
         tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad)
         lengths = {len(encoding.ids) for encoding in tokenizer.encode_batch(["", "a " * max_tokens])}

@@ -30,6 +30,7 @@ __all__ = [
     "Embedding",
     "Graph",
     "ImageInput",
+    "Interpolation",
     "Latent",
     "Manifest",
     "ModelDescription",
@@ -37,6 +38,7 @@ __all__ = [
     "Prompt",
     "RerankDefaults",
     "RerankGain",
+    "Resize",
     "SamplerDefaults",
     "TensorSpec",
     "decode_section",
@@ -81,6 +83,8 @@ DTYPES = (
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
 """The data types of inputs and outputs."""
+
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 # Types of fields: the annotations below are the schema that a manifest is read by, with the limits of numbers.
 Count = Annotated[int, 1, MAX_COUNT]
@@ -136,6 +140,7 @@ class Embedding:
         conditioning_layer: the hidden layer whose states condition the UNet.
         max_tokens: length that texts are padded or truncated to for search.
         logit_scale: factor from cosines to logits in contrastive training, the inverse temperature.
+        logit_bias: added to these logits by models that were trained with the sigmoid loss.
     """
 
     dim: Count
@@ -143,6 +148,7 @@ class Embedding:
     conditioning_layer: Annotated[int, -MAX_COUNT, MAX_COUNT] | None = None
     max_tokens: Count
     logit_scale: Positive | None = None
+    logit_bias: Offset | None = None
 
 
 @dataclass(frozen=True)
@@ -168,13 +174,34 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """How an image is resized before the crop.
+
+    Attributes:
+        side: what the shorter edge is resized to, in pixels. The aspect ratio stays.
+        squash: whether both edges are resized to it.
+        interpolation: the filter of Pillow.
+    """
+
+    side: Annotated[int, 1, MAX_IMAGE_SIDE]
+    squash: bool = False
+    interpolation: Interpolation = "bicubic"
+
+
+@dataclass(frozen=True)
 class ImageInput:
-    """What the image encoder takes: squares of `size` pixels, normalized by `mean` and `std` of each channel."""
+    """What the image encoder takes: squares of `size` pixels, normalized by `mean` and `std` of each channel.
+
+    Attributes:
+        fit: how images become squares: "crop" their center, or "pad" them.
+        resize: before a crop. None: the shorter edge to `size` by bicubic interpolation.
+    """
 
     size: Annotated[int, 1, MAX_IMAGE_SIDE]
     mean: tuple[Offset, Offset, Offset]
     std: tuple[Positive, Positive, Positive]
     fit: Fit = "crop"
+    resize: Resize | None = None
 
 
 @dataclass(frozen=True)
@@ -457,6 +484,8 @@ def _check_content(manifest: Manifest, file: Path) -> None:
         _check_tensors(graph, f"{file}: graphs.{name}")
         if not graph.file.endswith(GRAPH_SUFFIX):  # ONNX Runtime reads other formats by their suffix
             raise BundleError(f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must end with {GRAPH_SUFFIX}")
+    if manifest.image is not None and manifest.image.resize is not None and manifest.image.fit != "crop":
+        raise BundleError(f"{file}: image.fit is {manifest.image.fit!r}; with image.resize it must be crop")
     if manifest.rerank is not None and not manifest.rerank.timesteps:
         raise BundleError(f"{file}: rerank.timesteps is empty; it must list at least one timestep")
     if fingerprint_of(manifest.files) != manifest.fingerprint:

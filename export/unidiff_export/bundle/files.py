@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+from transformers import CLIPTokenizer
 
 from unidiff_sdk._internal.files import recover_folder, replacement_folder
 from unidiff_sdk.errors import ExportError
@@ -152,7 +153,8 @@ def clip_tokenizer(checkpoint: Checkpoint) -> Any:
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Save the tokenizer with vocab.json and merges.txt, which other tools read but transformers 5 does not write."""
     tokenizer.save_pretrained(folder)
-    tokenizer.backend_tokenizer.model.save(str(folder))
+    if isinstance(tokenizer, CLIPTokenizer):
+        tokenizer.backend_tokenizer.model.save(str(folder))
     config = folder / "tokenizer_config.json"
     write_json(config, without_origin(json.loads(config.read_text(encoding="utf-8"))))
 

@@ -20,7 +20,7 @@ from unidiff_sdk._internal.images import load_image
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.datasets.reader import read_catalog
 from unidiff_sdk.errors import DataError, ExportError, ImageError
-from unidiff_sdk.inference.manifest import Embedding, ImageInput, Manifest, ModelDescription
+from unidiff_sdk.inference.manifest import Embedding, Manifest, ModelDescription
 from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel
 from unidiff_sdk.training.data.captions import tokenize
 
@@ -54,7 +54,7 @@ def export_search_model(
         ExportError: int8 without pairs, or transformers cannot embed.
         DataError: `calibration` is not a catalog, or holds no valid pair.
     """
-    specs = encoder_specs(model.clip)
+    specs = encoder_specs(model.model)
     pairs, policy, calibrating = _pairs(model, calibration, columns), None, None
     if precision == "int8":
         pairs, calibrating = _split(pairs)
@@ -63,7 +63,7 @@ def export_search_model(
     if calibrating is not None:
         report("Calibrating int8")
         policy = Int8Policy(specs, calibrate_on(specs, _inputs(model, calibrating)))
-    config = model.clip.config
+    config = model.model.config
     return Exported(
         specs=specs,
         configs={"text_encoder": config.text_config, "image_encoder": config.vision_config},
@@ -72,7 +72,7 @@ def export_search_model(
         policy=policy,
         write_files=partial(write_search_files, model),
         write_card=partial(_write_card, model),
-        modules=(model.clip,),
+        modules=(model.model,),
     )
 
 
@@ -99,14 +99,15 @@ def search_reference(
 
 def describe_search_model(model: SearchModel) -> ModelDescription:
     """What the runtime needs of the encoders: sizes, normalization, temperature."""
-    config, (mean, std) = model.clip.config, model.normalization
+    logit_bias = model.model.logit_bias.item() if model.is_siglip else None
     return ModelDescription(
         embedding=Embedding(
-            dim=config.projection_dim,
-            max_tokens=config.text_config.max_position_embeddings,
-            logit_scale=model.clip.logit_scale.exp().item(),
+            dim=model.dim,
+            max_tokens=model.model.config.text_config.max_position_embeddings,
+            logit_scale=model.model.logit_scale.exp().item(),
+            logit_bias=logit_bias,
         ),
-        image=ImageInput(size=model.image_size, mean=mean, std=std, fit=model.fit),
+        image=model.image_input(),
         synthetic=bool(model.meta.get("synthetic", False)),
     )
 
@@ -130,7 +131,7 @@ def _pairs(
     """The pairs of a catalog that are compared. None without a catalog."""
     if calibration is None:
         return None
-    limit = PAIRS_OF_LARGE if model.clip.num_parameters() > LARGE else PAIRS
+    limit = PAIRS_OF_LARGE if model.model.num_parameters() > LARGE else PAIRS
     pairs = dict(islice(_valid_pairs(calibration, columns), limit))
     if not pairs:
         raise DataError(f"{calibration} holds no valid image-caption pair. Name a folder of images with captions.")

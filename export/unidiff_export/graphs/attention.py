@@ -18,16 +18,20 @@ from onnxscript import opset20 as op
 from torch import Tensor, nn
 from transformers import AttentionInterface, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
+from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from unidiff_export.options import CONTRIB, Target
 from unidiff_sdk.errors import ExportError
+
+from .siglip import AttentionPooling
 
 CAUSAL_BY_FLAG = "unidiff_causal_by_flag"
 
 
 def attention_layers(module: nn.Module) -> int:
     """Return the number of attention layers that `module` runs in one call."""
-    return sum(isinstance(layer, Attention | CLIPAttention) for layer in module.modules())
+    kinds = (Attention, CLIPAttention, SiglipAttention, AttentionPooling)
+    return sum(isinstance(layer, kinds) for layer in module.modules())
 
 
 def count_attention(model: ir.Model, target: Target) -> int:

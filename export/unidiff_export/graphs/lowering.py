@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, SiglipModel, SiglipTextConfig
 
 from unidiff_export.options import TARGETS, Target
 from unidiff_export.quantization.qdq import name_by_layer
@@ -29,6 +29,7 @@ from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .passes import rewrite_for_cpu
+from .siglip import SiglipImageEncoder, SiglipTextEmbedder
 from .text_encoders import HiddenStates
 
 if TYPE_CHECKING:
@@ -244,26 +245,33 @@ def prompt_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, tuple[str, ...]]:
     return PromptEncoder(checkpoint.text_encoder), ("last_hidden_state",)
 
 
-def encoder_specs(clip: CLIPModel, text_graph: str = "text_encoder") -> list[GraphSpec]:
+def encoder_specs(model: CLIPModel | SiglipModel, text_graph: str = "text_encoder") -> list[GraphSpec]:
     """Return the graphs that search needs: the text encoder, under the name `text_graph`, and the image encoder."""
-    vision = clip.config.vision_config
+    vision = model.config.vision_config
 
     def pixels(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
 
-    ids = _random_ids(clip.config.text_config)
+    ids = _random_ids(model.config.text_config)
+    texts: nn.Module
+    images: nn.Module
+    if isinstance(model, SiglipModel):
+        texts, images = SiglipTextEmbedder(model), SiglipImageEncoder(model)
+    else:
+        texts, images = TextEmbedder(model), ImageEncoder(model)
     return [
-        _spec(text_graph, TextEmbedder(clip), ("text_embeds",), TOKEN_AXES, ids),
-        _spec("image_encoder", ImageEncoder(clip), ("image_embeds",), {"pixel_values": {0: "batch"}}, pixels),
+        _spec(text_graph, texts, ("text_embeds",), TOKEN_AXES, ids),
+        _spec("image_encoder", images, ("image_embeds",), {"pixel_values": {0: "batch"}}, pixels),
     ]
 
 
-def _random_ids(config: CLIPTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
+def _random_ids(config: CLIPTextConfig | SiglipTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Return a function that makes random token ids for a batch size."""
 
     def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
         tokens = torch.randint(0, config.vocab_size, (batch, config.max_position_embeddings))
-        tokens[:, -1] = end_of_text(config)  # the pooled state is that of this token
+        if isinstance(config, CLIPTextConfig):
+            tokens[:, -1] = end_of_text(config)  # the pooled state is that of this token
         return (tokens,)
 
     return ids

@@ -200,8 +200,8 @@ def test_side_of_the_latents_is_read_as_by_diffusers(
     [
         ("model_cfg", {"vision_cfg": {"layers": [3, 4, 6, 3], "image_size": 32}}, "ModifiedResNet as image tower"),
         ("model_cfg", {"text_cfg": {"hf_tokenizer_name": "t5"}}, "sets hf_tokenizer_name"),
-        ("preprocess_cfg", {"resize_mode": "squash"}, "images with resize_mode 'squash', which is not supported"),
-        ("preprocess_cfg", {"interpolation": "bilinear"}, "images with interpolation 'bilinear'"),
+        ("preprocess_cfg", {"resize_mode": "longest"}, "images with resize_mode 'longest', which is not supported"),
+        ("preprocess_cfg", {"interpolation": "random"}, "images with interpolation 'random'"),
         ("preprocess_cfg", {"size": [64, 64]}, "images with size 64, which is not supported, only 32"),
     ],
 )

@@ -25,6 +25,7 @@ __all__ = [
     "check_config",
     "check_pipeline_files",
     "check_tokenizer",
+    "model_type_of",
     "require_files",
 ]
 
@@ -47,6 +48,7 @@ CLIP_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "config.json": ("model_type", ("clip",)),
     "tokenizer_config.json": ("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
+ENCODERS = ("clip", "siglip")
 PREPROCESSOR = "preprocessor_config.json"
 # BitImageProcessor has the steps and the defaults of CLIP's.
 PREPROCESSORS = (
@@ -124,10 +126,31 @@ def _width(text: Mapping[str, Any], second: Mapping[str, Any]) -> int | None:
     return sum(known) if len(known) == len(widths) else None
 
 
-def check_clip_files(folder: Path) -> None:
-    """Check the configuration files of a CLIP folder. Raises CheckpointError if it is another model."""
+def model_type_of(folder: Path) -> str:
+    """What a folder of encoders states that it is: "clip" or "siglip". Raises CheckpointError if it is another."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json. Name the folder of a CLIP or SigLIP of transformers.")
+    stated = read_json(folder / "config.json").get("model_type", "clip")
+    if stated == "siglip2":
+        raise CheckpointError(
+            f"{folder} is a NaFlex variant of SigLIP 2, which takes images of any aspect ratio as lists of patches. "
+            "That is not supported; use a SigLIP 2 of a fixed resolution, such as siglip2-base-patch16-224."
+        )
+    if stated not in ENCODERS:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is {stated!r:.60}, but only {' and '.join(ENCODERS)} can be "
+            "exported for search."
+        )
+    return str(stated)
+
+
+def check_clip_files(folder: Path, *, preprocessing: bool = True) -> None:
+    """Check the configuration files of a CLIP folder. Raises CheckpointError if it is another model.
+
+    preprocessing: Whether images must be prepared by the steps of CLIP, as training needs it.
+    """
     _check_classes(folder, CLIP_CLASSES, CLIP_ADVICE)
-    if not (folder / PREPROCESSOR).is_file():
+    if not preprocessing or not (folder / PREPROCESSOR).is_file():
         return
     preprocessor = read_json(folder / PREPROCESSOR)
     name = preprocessor.get("image_processor_type", preprocessor.get("feature_extractor_type", PREPROCESSORS[0]))

@@ -14,7 +14,7 @@ from unidiff_sdk._internal.files import checked_path, folder_hint
 from unidiff_sdk.errors import CheckpointError
 
 from .architectures import check_tokenizer, require_files
-from .checkpoint import Checkpoint, ImageProcessor, assemble_checkpoint, load_checkpoint, load_clip, require_supported
+from .checkpoint import Checkpoint, assemble_checkpoint, load_checkpoint, load_clip, require_supported
 from .encoders.open_clip import PREFIX, load_open_clip
 from .json_files import read_json
 from .loading.models import from_pretrained
@@ -59,13 +59,7 @@ def load_base(base: str | Path, clip: str | Path | None = None, options: BaseOpt
         raise CheckpointError(f"{base} has no CLIP model. Name one with --clip{hint}.")
     if str(clip).startswith(PREFIX):
         model = load_open_clip(str(clip))
-        processor = _image_processor(model.image_size, model.mean, model.std)
-        if config_folder(source, options) == SD15:
-            raise CheckpointError(
-                f"{clip} has no tokenizer, and neither has the built-in configuration that {base} is read with. Name a "
-                "CLIP folder, or a pipeline folder with --base-config."
-            )
-        checkpoint = assemble_checkpoint(source, model.clip, processor, options=options)
+        checkpoint = assemble_checkpoint(source, model.clip, model.image_processor, options=options)
     else:
         clip_folder = local_folder(clip, ["*"])
         tokenizer = _tokenizer_of(clip_folder) if config_folder(source, options) == SD15 else None
@@ -146,12 +140,6 @@ def local_folder(source: str | Path, files: list[str], variant: str | None = Non
         raise CheckpointError(
             f"The hub did not provide {source}: {first_line}. Check the name, or use a local folder."
         ) from error
-
-
-def _image_processor(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Any:
-    return ImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_mean=mean, image_std=std
-    )
 
 
 def _matching_clip(folder: Path) -> str:

@@ -55,6 +55,7 @@ __all__ = [
     "assemble_checkpoint",
     "load_checkpoint",
     "load_clip",
+    "load_encoders",
     "load_tokenizer",
     "require_supported",
     "require_trainable",
@@ -71,6 +72,7 @@ PIPELINE_FILES = {
     "tokenizer/tokenizer_config.json": TOKENIZER,
     "scheduler/scheduler_config.json": "noise scheduler",
 }
+ENCODER_FILES = {"config.json": "model", "preprocessor_config.json": "image preprocessing"}
 CLIP_FILES = {
     "clip/config.json": "CLIP model",
     "clip/preprocessor_config.json": "image preprocessing of CLIP",
@@ -229,17 +231,26 @@ def load_clip(folder: Path, variant: str | None = None) -> tuple[CLIPModel, Any]
     variant: Variant of the weight file, such as "fp16". Raises CheckpointError if a part is missing, unreadable or
     incomplete.
     """
-    require_files(folder, {"config.json": "model", "preprocessor_config.json": "image preprocessing"})
+    require_files(folder, ENCODER_FILES)
     check_clip_files(folder)
+    clip, image_processor = load_encoders(folder, CLIPModel, ImageProcessor, variant)
+    return clip, image_processor
+
+
+def load_encoders(folder: Path, model_class: Any, processor_class: Any, variant: str | None = None) -> tuple[Any, Any]:
+    """Load a transformers folder with encoders of the given classes: the model and its image processor.
+
+    Raises CheckpointError if a part is missing, unreadable or incomplete.
+    """
+    require_files(folder, ENCODER_FILES)
     variant = chosen_variant(folder, CLIP_WEIGHTS, variant)
     with progress_bars_hidden():
-        return load_model(CLIPModel, folder, variant), from_pretrained(ImageProcessor, folder)
+        return load_model(model_class, folder, variant), from_pretrained(processor_class, folder)
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Load the CLIP tokenizer in a folder. Raises CheckpointError if it cannot be read."""
-    tokenizer: CLIPTokenizer = from_pretrained(CLIPTokenizer, folder)
-    return tokenizer
+def load_tokenizer(folder: Path, tokenizer_class: Any = CLIPTokenizer) -> Any:
+    """Load the tokenizer in a folder. Raises CheckpointError if it cannot be read."""
+    return from_pretrained(tokenizer_class, folder)
 
 
 def assemble_checkpoint(

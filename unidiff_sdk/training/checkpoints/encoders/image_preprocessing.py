@@ -1,17 +1,43 @@
-"""The image preprocessing of a CLIP: which configurations are followed, and the normalization that they amount to."""
+"""Image preprocessing: which configurations are followed, and the resizing and normalization that they amount to."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from PIL import Image
 
-__all__ = ["normalization", "preprocessing_refusal"]
+from unidiff_sdk._internal.images import Fit
+from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.inference.manifest import MAX_IMAGE_SIDE, ImageInput, Resize
+
+__all__ = ["image_input", "image_processor_class", "normalization", "preprocessing_refusal"]
+
+# Families of image processors whose steps are followed. BitImageProcessor has the steps and the defaults of CLIP's.
+FAMILIES = {"CLIP": "CLIP", "Bit": "CLIP", "Siglip": "Siglip", "ViT": "ViT"}
+NAME = re.compile(r"([A-Za-z0-9]+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 
 MAX_NUMBER = 1e6
 """The largest mean, standard deviation and scale; models have numbers up to 255."""
+
+
+def image_processor_class(name: str) -> Any:
+    """The class of transformers, with the backend of Pillow, for the name of an image processor.
+
+    Raises CheckpointError for one whose steps are not followed.
+    """
+    match = NAME.fullmatch(name)
+    if match is None or match[1] not in FAMILIES:
+        raise CheckpointError(
+            f"the image preprocessing {name!r:.60} is not supported, only that of {', '.join(FAMILIES)}: use a model "
+            "with one of these"
+        )
+    family = f"{FAMILIES[match[1]]}ImageProcessor"
+    # The class without torchvision has another name in transformers 5. Version 4.57 has only one class.
+    return getattr(transformers, f"{family}Pil", None) or getattr(transformers, family)
 
 
 def preprocessing_refusal(processor: Any, image_size: int) -> str | None:
@@ -30,13 +56,76 @@ def preprocessing_refusal(processor: Any, image_size: int) -> str | None:
     for name, value in expected.items():
         given = config.get(name)
         if isinstance(value, dict) and isinstance(given, Mapping):
-            given = {key: each for key, each in given.items() if each is not None}
+            given = _given(given)
         if given != value:
             return (
                 f"{name} {given!r} of the image preprocessing is not supported, only {value!r}: use a CLIP that "
                 "resizes the shorter edge by bicubic interpolation and crops the center"
             )
     return _refused_numbers(config)
+
+
+def image_input(processor: Any, image_size: int, fit: Fit = "crop") -> ImageInput:
+    """The steps of an image processor of transformers: resize, center crop, rescale, normalize.
+
+    Args:
+        processor: the image processor.
+        image_size: side, in pixels, of the square that the image encoder takes.
+        fit: "pad" for a model that was trained on padded images; its other steps must then be those of CLIP.
+
+    Raises:
+        CheckpointError: A step that is not followed. The message names it.
+    """
+    refused = (preprocessing_refusal if fit == "pad" else _refused_steps)(processor, image_size)
+    if refused:
+        raise CheckpointError(refused)
+    mean, std = normalization(processor)
+    resize = None if fit == "pad" else _resize(processor.to_dict())
+    return ImageInput(
+        size=image_size, mean=mean, std=std, fit=fit, resize=None if resize == Resize(image_size) else resize
+    )
+
+
+def _resize(config: Mapping[str, Any]) -> Resize:
+    """The resizing of a configuration without refused steps."""
+    size = _given(config.get("size"))
+    interpolation: Any = Image.Resampling(config["resample"]).name.lower()
+    return Resize(size.get("shortest_edge") or size["height"], "shortest_edge" not in size, interpolation)
+
+
+def _refused_steps(processor: Any, image_size: int) -> str | None:
+    """Why the steps of an image processor cannot be followed; None if they can."""
+    config = processor.to_dict()
+    for name, value in (("do_resize", True), ("do_pad", False)):
+        if bool(config.get(name)) is not value:
+            return f"{name} {config.get(name)!r:.60} of the image preprocessing is not supported, only {value}"
+    size = _given(config.get("size"))
+    if not (set(size) == {"shortest_edge"} or (set(size) == {"height", "width"} and size["height"] == size["width"])):
+        return (
+            f"size {config.get('size')!r:.90} of the image preprocessing is not supported: images must be resized to a "
+            "shortest_edge, or to a height and an equal width"
+        )
+    if not all(_is_side(side) for side in size.values()):
+        return f"size {config.get('size')!r:.90} of the image preprocessing must be 1 to {MAX_IMAGE_SIDE:,} pixels"
+    if config.get("resample") not in [int(each) for each in Image.Resampling]:
+        return f"resample {config.get('resample')!r:.60} of the image preprocessing is not a filter of Pillow"
+    square = {"height": image_size, "width": image_size}
+    crop = _given(config.get("crop_size")) if config.get("do_center_crop") else size
+    if crop != square:
+        return (
+            f"the image preprocessing returns {crop!r:.90}, but the image encoder takes {square}: use a model that "
+            "crops the center to this size, or resizes both edges to it"
+        )
+    return _refused_numbers(config)
+
+
+def _given(size: Any) -> dict[str, Any]:
+    """The keys of a size that have a value."""
+    return {key: each for key, each in size.items() if each is not None} if isinstance(size, Mapping) else {}
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_IMAGE_SIDE
 
 
 def _refused_numbers(config: Mapping[str, Any]) -> str | None:

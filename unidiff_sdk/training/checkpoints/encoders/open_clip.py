@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +26,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import CheckpointError, OptionError
+
+from .image_preprocessing import image_processor_class
 
 __all__ = ["PREFIX", "ConvertedOpenClip", "convert", "load_open_clip", "open_clip_tokenizer"]
 
@@ -37,8 +40,8 @@ INSTALL = "Run `pip install open_clip_torch` in an environment whose torchvision
 VISION = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id"}
 NO_EFFECT = {"patch_dropout", "output_tokens"}
-# The preprocessing of transformers' CLIP. Settings that a configuration leaves out have these values in OpenCLIP.
-PREPROCESSING = {"resize_mode": "shortest", "interpolation": "bicubic", "mode": "RGB"}
+# The preprocessing that is followed. Settings that a configuration leaves out have the first value in OpenCLIP.
+PREPROCESSING = {"resize_mode": ("shortest", "squash"), "interpolation": ("bicubic", "bilinear"), "mode": ("RGB",)}
 # Mean and standard deviation of the RGB channels in OpenAI's CLIP training, also OpenCLIP's default.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -73,15 +76,11 @@ class ConvertedOpenClip:
 
     Attributes:
         clip: The model.
-        image_size: Side of the square input image, in pixels.
-        mean: Mean of the RGB channels, in [0, 1].
-        std: Standard deviation of the RGB channels, in [0, 1].
+        image_processor: The image processor of transformers with the same steps.
     """
 
     clip: CLIPModel
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    image_processor: Any
 
 
 def load_open_clip(name: str) -> ConvertedOpenClip:
@@ -115,8 +114,20 @@ def load_open_clip(name: str) -> ConvertedOpenClip:
         f"{name}: texts are tokenized as by transformers' CLIPTokenizer. OpenCLIP also repairs broken encodings, "
         "decodes HTML entities and straightens quotation marks first. Clean such texts before you use them"
     )
-    mean, std = (tuple(preprocessing.get(key) or default) for key, default in (("mean", MEAN), ("std", STD)))
-    return ConvertedOpenClip(clip, int(clip.config.vision_config.image_size), mean, std)
+    return ConvertedOpenClip(clip, _image_processor(preprocessing, int(clip.config.vision_config.image_size)))
+
+
+def _image_processor(preprocessing: Mapping[str, Any], size: int) -> Any:
+    """The image processor of transformers with the steps of OpenCLIP."""
+    square = {"height": size, "width": size}
+    squash = preprocessing.get("resize_mode") == "squash"
+    steps = {"size": square} if squash else {"size": {"shortest_edge": size}, "crop_size": square}
+    return image_processor_class("SiglipImageProcessor" if squash else "CLIPImageProcessor")(
+        resample=int(Image.Resampling[(preprocessing.get("interpolation") or "bicubic").upper()]),
+        image_mean=tuple(preprocessing.get("mean") or MEAN),
+        image_std=tuple(preprocessing.get("std") or STD),
+        **steps,
+    )
 
 
 def open_clip_tokenizer() -> CLIPTokenizer:
@@ -171,16 +182,16 @@ def convert(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str)
 
 
 def _check_preprocessing(preprocessing: Mapping[str, Any], image_size: int, name: str) -> None:
-    """Raise CheckpointError if OpenCLIP prepares images for this model in another way than transformers' CLIP does."""
-    expected = PREPROCESSING | {"size": image_size}
-    for key, value in expected.items():
+    """Raise CheckpointError if OpenCLIP prepares images for this model in a way that is not followed."""
+    expected = PREPROCESSING | {"size": (image_size,)}
+    for key, values in expected.items():
         given = preprocessing.get(key)
         if isinstance(given, (list, tuple)) and len(set(given)) == 1:
             given = given[0]
-        if given is not None and given != value:
+        if given is not None and given not in values:
             raise CheckpointError(
-                f"{name} prepares images with {key} {given!r}, which is not supported, only {value!r}. Use a model "
-                "that resizes the shorter edge by bicubic interpolation and crops the center."
+                f"{name} prepares images with {key} {given!r}, which is not supported, only "
+                f"{' or '.join(map(repr, values))}."
             )
 
 

@@ -1,26 +1,34 @@
-"""A search model: a CLIP without a generator, from a transformers folder or an OpenCLIP model."""
+"""A search model: CLIP or SigLIP without a generator, of transformers, sentence-transformers or OpenCLIP.
+
+SigLIP 2 has the architecture of SigLIP at a fixed resolution. Its NaFlex variants have another one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, SiglipModel
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.inference.manifest import ImageInput
+from unidiff_sdk.training.checkpoints.architectures import check_clip_files, model_type_of
 from unidiff_sdk.training.checkpoints.bases import hub_id, local_folder
-from unidiff_sdk.training.checkpoints.checkpoint import METADATA, ImageProcessor, load_clip, load_tokenizer
+from unidiff_sdk.training.checkpoints.checkpoint import METADATA, load_encoders, load_tokenizer
 from unidiff_sdk.training.checkpoints.json_files import read_json
 
-from .image_preprocessing import normalization, preprocessing_refusal
+from .image_preprocessing import image_input, image_processor_class
 from .open_clip import PREFIX, load_open_clip, open_clip_tokenizer
+from .sentence_transformers import clip_folder
+from .siglip import check_siglip, siglip_tokenizer
 
 __all__ = ["SearchModel", "load_search_model"]
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+PREPROCESSOR = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class SearchModel:
 
     Attributes:
         path: Folder or file that the model was loaded from.
-        clip: Both encoders.
+        model: Both encoders.
         tokenizer: Its length is that of the text encoder.
         image_processor: Image preprocessing.
         meta: Content of unidiff.json if the model is part of a checkpoint, and the names of the base.
@@ -38,7 +46,7 @@ class SearchModel:
     """
 
     path: Path
-    clip: CLIPModel
+    model: CLIPModel | SiglipModel
     tokenizer: Any
     image_processor: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -51,76 +59,106 @@ class SearchModel:
         return str(self.meta.get("name", self.path.name))
 
     @property
-    def image_size(self) -> int:
-        """Side, in pixels, of the square that the image encoder takes."""
-        return int(self.clip.config.vision_config.image_size)
+    def is_siglip(self) -> bool:
+        """Whether the model was trained with the sigmoid loss: it has a bias, no projection and no causal mask."""
+        return isinstance(self.model, SiglipModel)
 
     @property
-    def normalization(self) -> tuple[Any, Any]:
-        """(mean, standard deviation) of each RGB channel by which pixels in [0, 1] are normalized."""
-        return normalization(self.image_processor)
+    def dim(self) -> int:
+        """Length of an embedding."""
+        config = self.model.config
+        return int(config.vision_config.hidden_size if self.is_siglip else config.projection_dim)
+
+    @property
+    def image_size(self) -> int:
+        """Side, in pixels, of the square that the image encoder takes."""
+        return int(self.model.config.vision_config.image_size)
 
     @property
     def fit(self) -> Fit:
         """How images become squares: "pad" if it was trained so, else "crop"."""
         return "pad" if self.meta.get("fit") == "pad" else "crop"
 
+    def image_input(self) -> ImageInput:
+        """How an image becomes pixel values. Raises CheckpointError for a step that is not followed."""
+        try:
+            return image_input(self.image_processor, self.image_size, self.fit)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
 
-def load_search_model(clip: str | Path, variant: str | None = None) -> SearchModel:
-    """Load a CLIP without a generator.
+
+def load_search_model(source: str | Path, variant: str | None = None) -> SearchModel:
+    """Load encoders without a generator.
 
     Args:
-        clip: A transformers CLIP as a folder or "hf:org/name", or an OpenCLIP model (see `open_clip`). The folder
-            clip/ of a checkpoint is one, too.
+        source: A CLIP or SigLIP of transformers as a folder or "hf:org/name", a CLIP of sentence-transformers, or an
+            OpenCLIP model (see `open_clip`). The folder clip/ of a checkpoint is one, too.
         variant: Variant of the weight files of a folder, such as "fp16".
 
     Raises:
-        CheckpointError: It is missing, incomplete, of an unsupported architecture, or has no tokenizer that fits.
+        CheckpointError: It is missing, incomplete, of an unsupported architecture or preprocessing, or has no tokenizer
+            that fits.
     """
-    if str(clip).startswith(PREFIX):
-        if variant is not None:
-            raise CheckpointError(f"{clip} has no variants. Name the weight file in {PREFIX}ARCHITECTURE/FILE instead.")
-        model = _from_open_clip(str(clip))
+    if not str(source).startswith(PREFIX):
+        model = _from_folder(local_folder(source, ["*"], variant), variant, hub_id(source))
+    elif variant is None:
+        model = _from_open_clip(str(source))
     else:
-        model = _from_folder(local_folder(clip, ["*"], variant), variant, hub_id(clip))
-    config = model.clip.config.text_config
-    if len(model.tokenizer) != config.vocab_size:
+        raise CheckpointError(f"{source} has no variants. Name the weight file in {PREFIX}ARCHITECTURE/FILE instead.")
+    config = model.model.config.text_config
+    tokens, embedded = len(model.tokenizer), config.vocab_size
+    if tokens > embedded or (tokens < embedded and not model.is_siglip):  # SigLIP may embed unused tokens
         raise CheckpointError(
-            f"The tokenizer of {clip} has {len(model.tokenizer):,} tokens, but the text encoder embeds "
-            f"{config.vocab_size:,}. Put the tokenizer files that were published with the model next to it."
+            f"The tokenizer of {source} has {tokens:,} tokens, but the text encoder embeds {embedded:,}. Put the "
+            "tokenizer files that were published with the model next to it."
         )
     # The length in the tokenizer's own configuration may be missing or wrong; the text encoder defines it.
     model.tokenizer.model_max_length = config.max_position_embeddings
-    if refused := preprocessing_refusal(model.image_processor, model.image_size):
-        raise CheckpointError(f"{clip}: {refused}")
+    model.image_input()  # raises for steps that are not followed
     return model
 
 
-def _from_folder(folder: Path, variant: str | None, hub: str | None) -> SearchModel:
-    clip, image_processor = load_clip(folder, variant)
+def _from_folder(source: Path, variant: str | None, hub: str | None) -> SearchModel:
+    folder = clip_folder(source)
+    is_siglip = model_type_of(folder) == "siglip"
+    if is_siglip:
+        check_siglip(folder)
+    else:
+        check_clip_files(folder, preprocessing=False)
+    model, image_processor = load_encoders(
+        folder, SiglipModel if is_siglip else CLIPModel, _processor_class(folder, is_siglip), variant
+    )
     meta: dict[str, Any] = {}
     if folder.name == "clip" and (folder.parent / METADATA).is_file():  # of a checkpoint
         meta = read_json(folder.parent / METADATA)
+    elif folder != source:
+        meta = {"name": source.name}
     if hub is not None:
         meta = {"name": hub, "base_model": [hub]} | meta
-    return SearchModel(folder, clip, _tokenizer(folder), image_processor, meta, folder, variant)
+    tokenizer = siglip_tokenizer(folder) if is_siglip else _clip_tokenizer(folder)
+    return SearchModel(source, model, tokenizer, image_processor, meta, folder, variant)
 
 
 def _from_open_clip(name: str) -> SearchModel:
     converted = load_open_clip(name)
-    size = converted.image_size
-    processor = ImageProcessor(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=converted.mean,
-        image_std=converted.std,
-    )
     path = Path(name.removeprefix(PREFIX))
-    tokenizer = _tokenizer(path) if path.is_dir() else open_clip_tokenizer()
-    return SearchModel(path, converted.clip, tokenizer, processor, {"name": name} if not path.exists() else {})
+    tokenizer = _clip_tokenizer(path) if path.is_dir() else open_clip_tokenizer()
+    model = SearchModel(path, converted.clip, tokenizer, converted.image_processor)
+    return model if path.exists() else replace(model, meta={"name": name})
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _processor_class(folder: Path, is_siglip: bool) -> Any:
+    """The class of the image processor that a folder names, or else that of its model."""
+    stated = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+    default = "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
+    name = stated.get("image_processor_type", stated.get("feature_extractor_type", default))
+    try:
+        return image_processor_class(str(name))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / PREPROCESSOR}: {error}") from None
+
+
+def _clip_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}). Copy vocab.json, merges.txt and "

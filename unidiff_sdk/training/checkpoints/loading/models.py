@@ -34,6 +34,8 @@ __all__ = [
     "scheduler_class",
 ]
 
+OTHER_FILES = ("modules.json",)  # of sentence-transformers; the libraries that are used here do not read it
+
 
 def load_parts(
     source: Path, folder: Path, options: BaseOptions
@@ -129,7 +131,7 @@ def _size(value: Any) -> Any:
 
 def from_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     """`loader.from_pretrained` of a local folder. Raises CheckpointError for everything that the libraries raise."""
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(set(folder.glob("*.json")) - {folder / name for name in OTHER_FILES}):
         content = read_json(file)  # the libraries ask the hub for a model of that name where a file holds a string
         if file.name == "config.json":
             check_config(content, file)

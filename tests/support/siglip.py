@@ -1,0 +1,76 @@
+"""A SigLIP with random weights and a SentencePiece-like tokenizer, made in a fraction of a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SIZE, TOKENS, WIDTH = 24, 10, 32
+
+
+def make_siglip(folder: Path, **preprocessing: Any) -> Path:
+    """Write a transformers folder: 24 px, 10 tokens, width 32, squashed images."""
+    import torch
+    from transformers import SiglipConfig, SiglipModel
+
+    torch.manual_seed(0)
+    tokens = write_tokenizer(folder)
+    tower = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = SiglipConfig(
+        text_config=tower | {"vocab_size": tokens + 3, "max_position_embeddings": TOKENS},
+        vision_config=tower | {"image_size": SIZE, "patch_size": 8},
+    )
+    model = SiglipModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    steps = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": SIZE, "width": SIZE},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps | preprocessing), encoding="utf-8")
+    return folder
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Write a tokenizer as SigLIP has it: lower case, no punctuation, an end token that also pads."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789ünic日本"
+    words = ["▁a", "▁red", "▁dress", "▁photo", "▁of", "▁long", "ing"]
+    pieces = ["<unk>", "</s>", *words, "▁", *dict.fromkeys(letters)]
+    scores = [(piece, 0.0 if piece[0] == "<" else -float(3 if len(piece) > 1 else 8)) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
+    punctuation = Regex(r"[!-/:-@\[-`{-~]")
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(punctuation, ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "SiglipTokenizer",
+        "model_input_names": ["input_ids"],
+        "pad_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": TOKENS,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return len(pieces)
