@@ -40,8 +40,8 @@ unidiff-export rerank bundles/shop products
 @click.argument("checkpoint", metavar="[CKPT]", required=False)
 @click.option(
     "--clip",
-    help="CLIP for a pipeline without one, or alone for a bundle that only searches: a folder, hf:org/name, or "
-    "open_clip:ARCH/TAG-or-file.",
+    help="CLIP for a pipeline without one, or CLIP or SigLIP alone for a bundle that only searches: a folder, "
+    "hf:org/name, or open_clip:ARCH/TAG-or-file.",
 )
 @base_options()
 @click.option(

@@ -14,6 +14,8 @@ from unidiff_sdk.errors import BundleError
 from unidiff_sdk.inference.bundle import TINY
 from unidiff_sdk.inference.manifest import MANIFEST, Manifest, TensorSpec, manifest_checksum, read_json
 
+IMAGE = {"size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
+
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -104,6 +106,13 @@ def test_manifest_without_optional_fields_is_read(toy: Path) -> None:
         ("image.mean", [0, 0], r"image\.mean is \[0, 0\]; it must be a list of 3, each of it a number from"),
         ("image.std", [1, 1, float("inf")], r"image\.std\[2\] is inf; it must be a number"),
         ("image.fit", "squash", r"image\.fit is 'squash'; it must be crop or pad"),
+        ("image.resize", {"side": 0}, r"image\.resize\.side is 0; it must be an integer from 1 to 4,096"),
+        (
+            "image.resize",
+            {"side": 9, "interpolation": "best"},
+            "interpolation is .best.; it must be nearest or",
+        ),
+        ("image", IMAGE | {"fit": "pad", "resize": {"side": 9}}, "fit is 'pad'; with image.resize it must be crop"),
         ("latent.scale_factor", 4.0, r"latent\.scale_factor is 4\.0; it must be an integer from 1 to 65,536"),
         ("latent.shift_factor", None, r"latent\.shift_factor is None; it must be a number"),
         ("sampler.guidance_scale", "3", r"sampler\.guidance_scale is '3'; it must be a number from 1e-06"),

@@ -74,3 +74,21 @@ def write_tokenizer(folder: Path) -> int:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return len(pieces)
+
+
+def write_gemma_tokenizer(folder: Path) -> None:
+    """Replace the tokenizer of a SigLIP by one as SigLIP 2 has it: byte fallback, an end token and a pad token."""
+    from transformers import GemmaTokenizer
+
+    symbols = [*(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyzADR,"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *symbols, "re", "red", "▁re"]
+    tokenizer = GemmaTokenizer(
+        vocab={token: n for n, token in enumerate(tokens)},
+        merges=[("r", "e"), ("re", "d"), ("▁", "re")],
+        padding_side="right",
+        model_max_length=TOKENS,
+        model_input_names=["input_ids"],
+        add_bos_token=False,
+        add_eos_token=True,
+    )
+    tokenizer.save_pretrained(folder)

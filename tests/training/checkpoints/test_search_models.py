@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the train extra")
 
 from support.odd_images import odd_images
-from support.siglip import SIZE, make_siglip
+from support.siglip import SIZE, TOKENS, make_siglip, write_gemma_tokenizer
 
 from unidiff_sdk._internal.images import load_image
 from unidiff_sdk.errors import CheckpointError
@@ -21,6 +21,7 @@ from unidiff_sdk.inference.manifest import Resize
 from unidiff_sdk.inference.preprocessing import preprocess
 from unidiff_sdk.training.checkpoints.encoders.image_preprocessing import image_input, image_processor_class
 from unidiff_sdk.training.checkpoints.encoders.search_model import load_search_model
+from unidiff_sdk.training.checkpoints.encoders.siglip import siglip_tokenizer
 
 SQUARE = {"height": 32, "width": 32}
 
@@ -86,6 +87,22 @@ def test_siglip_is_loaded(siglip: Path) -> None:
     assert model.image_input().resize == Resize(SIZE, squash=True)
     ids = model.tokenizer(["A photo, of a DRESS!"], padding="max_length", truncation=True).input_ids
     assert ids == [[2, 5, 6, 2, 4, 1, 1, 1, 1, 1]]
+
+
+def test_tokenizer_of_siglip_2_is_kept(siglip: Path, tmp_path: Path) -> None:
+    """A tokenizer of Gemma: what the export writes and the runtime reads returns the tokens of transformers."""
+    from transformers import AutoTokenizer
+
+    from unidiff_sdk.inference.encoder import load_tokenizer, token_ids
+
+    write_gemma_tokenizer(Path(shutil.copytree(siglip, tmp_path / "model")))
+    tokenizer = siglip_tokenizer(tmp_path / "model")
+    tokenizer.model_max_length = TOKENS
+    tokenizer.save_pretrained(tmp_path / "written")
+    texts = ["a Red dress, 日 ☃", "", "red " * 30, "<eos> a"]
+    reference = AutoTokenizer.from_pretrained(tmp_path / "model")
+    expected = reference(texts, padding="max_length", max_length=TOKENS, truncation=True).input_ids
+    assert token_ids(load_tokenizer(tmp_path / "written", TOKENS), texts).tolist() == expected
 
 
 @pytest.mark.parametrize(
