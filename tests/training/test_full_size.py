@@ -7,22 +7,16 @@ Full fine-tuning does not fit: weights, gradients, AdamW's two moments and avera
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch", reason="needs the train extra")
 
+from support.peak_memory import run_measured
+
 GB = 1e9
 LIMIT = 24 * GB
-PEAK = """
-import re
-from pathlib import Path
-print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
-"""
 MAKE = """
 import json, sys, torch
 from pathlib import Path
@@ -98,16 +92,6 @@ print("moved", len(moved))
 """
 
 
-def run(script: str, *arguments: Path) -> tuple[list[str], float]:
-    """The lines of its output, and its peak memory in bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", script + PEAK, *map(str, arguments)], capture_output=True, text=True, timeout=1500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    *lines, last = done.stdout.splitlines()
-    return lines, float(re.fullmatch(r"peak (\d+)", last)[1])
-
-
 @pytest.mark.slow
 def test_one_joint_step_at_full_size_stays_within_24_gb(
     small_catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -121,11 +105,11 @@ def test_one_joint_step_at_full_size_stays_within_24_gb(
         (data / name).write_bytes((small_catalog / name).read_bytes())
     (data / "metadata.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
-    (counts, *_), _ = run(MAKE, tmp_path / "base")
+    (counts, *_), _ = run_measured(MAKE, tmp_path / "base")
     assert json.loads(counts) == {"unet": 859_520_964, "clip": 427_616_513}, "the published sizes"
-    (shared, losses, *_), training = run(STEP, tmp_path / "base", data, tmp_path / "out")
+    (shared, losses, *_), training = run_measured(STEP, tmp_path / "base", data, tmp_path / "out")
     assert shared == "True" and "itc" in losses and "is" in losses
-    _, opening = run(OPEN, tmp_path / "base", tmp_path / "out")
+    _, opening = run_measured(OPEN, tmp_path / "base", tmp_path / "out")
     with capsys.disabled():
         print(f"\npeak: {training / GB:.1f} GB to train and save, {opening / GB:.1f} GB to open in diffusers")
     assert max(training, opening) < LIMIT
