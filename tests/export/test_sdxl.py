@@ -18,6 +18,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from support.batching import batch_differences
 from support.edited_images import SCHEDULERS, edited_by_diffusers
+from support.lora_files import make_lora
 from support.random_sdxl import LARGER, POOLED, SIZE_WIDTH, make_random_sdxl
 
 from unidiff_export import export_bundle
@@ -34,6 +35,7 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import Conditioning, SamplerDefaults
 from unidiff_sdk.training import TrainingConfig, train
 from unidiff_sdk.training.checkpoints.bases import load_base
+from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
 PROMPTS = ["a red striped dress", "green dotted boots"]
 LONG = "a red striped dress with short sleeves and green dotted boots on white, long sleeves"
@@ -221,6 +223,28 @@ def test_search_has_its_own_tower_if_clip_is_another(folder: Path, random_checkp
     assert specs["text_encoder"].outputs == ("last_hidden_state", "hidden_states.0", "hidden_states.1")
 
 
+@pytest.mark.parametrize("form", ["kohya", "peft"])
+@pytest.mark.filterwarnings("ignore:.*changes the text encoder")
+def test_lora_is_merged_into_the_unet_and_both_text_encoders(folder: Path, tmp_path: Path, form: str) -> None:
+    """W + weight · change. Files of kohya name the blocks of the original repository."""
+    changes = make_lora(folder, tmp_path / "a.safetensors", form=form)
+    assert {part for part, _ in changes} == {"unet", "text_encoder", "text_encoder_2"}
+    plain = load_base(folder)
+    with_lora = load_base(folder, None, BaseOptions.of(lora=[f"{tmp_path / 'a.safetensors'}:0.5"]))
+    assert plain.second and with_lora.second
+    pairs = {
+        "unet": (plain.unet, with_lora.unet),
+        "text_encoder": (plain.text_encoder, with_lora.text_encoder),
+        "text_encoder_2": (plain.second.model, with_lora.second.model),
+    }
+    for part, models in pairs.items():
+        before, after = (model.state_dict() for model in models)
+        for name, tensor in before.items():
+            expected = tensor + 0.5 * changes.get((part, name), torch.zeros(()))
+            torch.testing.assert_close(after[name], expected, atol=1e-5, rtol=1e-5, msg=f"{part} {name}")
+    assert plain.shared and not with_lora.shared  # search keeps CLIP's tower
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -260,18 +284,39 @@ def test_other_pipelines_are_refused(
         load_base(copy)
 
 
-def test_lora_training_and_folders_of_optimum_are_refused(
+def test_lora_of_another_family_is_refused(folder: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    make_lora(random_checkpoint, tmp_path / "a.safetensors", form="peft")
+    with pytest.raises(CheckpointError, match="does not fit the base"):
+        load_base(folder, None, BaseOptions.of(lora=[tmp_path / "a.safetensors"]))
+    make_lora(folder, tmp_path / "b.safetensors", form="peft")
+    with pytest.raises(CheckpointError, match="does not fit the base"):
+        load_base(random_checkpoint, None, BaseOptions.of(lora=[tmp_path / "b.safetensors"]))
+
+
+def test_training_and_folders_of_optimum_are_refused(
     folder: Path, bundle: Bundle, small_catalog: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "a.safetensors").touch()
-    with pytest.raises(CheckpointError, match="LoRA files are not supported for Stable Diffusion XL"):
-        export_bundle(folder, tmp_path / "bundle", lora=[tmp_path / "a.safetensors"])
     with pytest.raises(CheckpointError, match="can be exported but not trained"):
         train(small_catalog, folder, tmp_path / "run", TrainingConfig(steps=1))
     ignored = shutil.ignore_patterns("manifest.json", "image_encoder")
     optimum = shutil.copytree(bundle.path, tmp_path / "optimum", ignore=ignored)
     with pytest.raises(BundleError, match="two text encoders, such as Stable Diffusion XL, is opened only as a bundle"):
         Bundle.open(optimum, verify=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*changes the text encoder")
+def test_bundle_with_a_lora_equals_diffusers(folder: Path, pipeline: Any, tmp_path: Path) -> None:
+    make_lora(folder, tmp_path / "a.safetensors", form="kohya")
+    export = export_bundle(folder, tmp_path / "bundle", lora=[f"{tmp_path / 'a.safetensors'}:0.5"])
+    latents = np.random.default_rng(1).standard_normal((1, 4, 16, 16), dtype=np.float32)
+    (ours,) = Generator(Bundle.open(export.path)).generate(PROMPTS[0], latents=latents, steps=4)
+    options: dict[str, Any] = {"latents": torch.from_numpy(latents), "num_inference_steps": 4, "guidance_scale": 5.0}
+    (plain,) = pipeline(PROMPTS[0], **options).images
+    pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    pipeline.fuse_lora(lora_scale=0.5)
+    (theirs,) = pipeline(PROMPTS[0], **options).images
+    assert psnr_db(np.asarray(ours), np.asarray(theirs)) > 50 > 30 > psnr_db(np.asarray(ours), np.asarray(plain))
 
 
 # --- other targets and precisions ------------------------------------------------------------------------------------

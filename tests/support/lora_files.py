@@ -15,16 +15,20 @@ def make_lora(checkpoint: Path, file: Path, *, form: str = "kohya", text: bool =
     Returns tensors by (part, name of the weight).
     """
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from safetensors.torch import save_file
 
-    pipeline = StableDiffusionPipeline.from_pretrained(checkpoint)
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
+    is_xl = hasattr(pipeline, "text_encoder_2")
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if is_xl else "lora_te_"}
+    prefixes |= {"text_encoder_2": "lora_te2_"} if is_xl else {}
     generator = torch.Generator().manual_seed(seed)
     rank, alphas = 3, {"kohya": 2.0, "peft": 6.0, "diffusers": 3.0}
     scale = alphas[form] / rank
     changes, tensors = {}, {}
-    for part, names in (("unet", UNET_LAYERS), ("text_encoder", TEXT_LAYERS if text else ())):
+    for part in prefixes:
+        names = UNET_LAYERS if part == "unet" else TEXT_LAYERS if text else ()
         for layer, module in getattr(pipeline, part).named_modules():
             if not layer.endswith(names) or not names:
                 continue
@@ -34,7 +38,9 @@ def make_lora(checkpoint: Path, file: Path, *, form: str = "kohya", text: bool =
             changes[part, f"{layer}.weight"] = scale * up @ down
             published = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
             if form == "kohya":
-                prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + published.replace(".", "_")
+                if is_xl and part == "unet":
+                    published = _by_original_blocks(published)
+                prefix = prefixes[part] + published.replace(".", "_")
                 tensors |= {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
                 tensors[f"{prefix}.alpha"] = torch.tensor(alphas[form])
             else:
@@ -55,23 +61,26 @@ def make_lora(checkpoint: Path, file: Path, *, form: str = "kohya", text: bool =
     return changes
 
 
+def _by_original_blocks(layer: str) -> str:
+    """The name of a layer of a UNet with one block on each side, by the blocks of the original repository."""
+    block, rest = layer.split(".attentions.")
+    attention, rest = rest.split(".", 1)
+    own = {"down_blocks.0": "input_blocks.1.1", "mid_block": "middle_block.1"}
+    return f"{own.get(block, f'output_blocks.{attention}.1')}.{rest}"
+
+
 def _save_with_metadata(pipeline, tensors: dict, file: Path, rank: int, alpha: float) -> None:
     """As diffusers saves the adapter of a training: alpha is in the metadata."""
     from peft import LoraConfig
 
     layers = {
         part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
-        for part in ("unet", "text_encoder")
+        for part in ("unet", "text_encoder", "text_encoder_2")
     }
-    configs = {
-        part: LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names)).to_dict()
-        for part, names in (("unet", UNET_LAYERS), ("text_encoder", TEXT_LAYERS))
-    }
-    pipeline.save_lora_weights(
-        file.parent,
-        unet_lora_layers=layers["unet"],
-        text_encoder_lora_layers=layers["text_encoder"] or None,
-        weight_name=file.name,
-        unet_lora_adapter_metadata=configs["unet"],
-        text_encoder_lora_adapter_metadata=configs["text_encoder"] if layers["text_encoder"] else None,
-    )
+    saved = {}
+    for part, own in layers.items():
+        if own:
+            names = UNET_LAYERS if part == "unet" else TEXT_LAYERS
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
+            saved |= {f"{part}_lora_layers": own, f"{part}_lora_adapter_metadata": config.to_dict()}
+    pipeline.save_lora_weights(file.parent, weight_name=file.name, **saved)

@@ -8,24 +8,41 @@ from unidiff_sdk._internal.warnings import warn
 
 from .lora import changes_text_encoder, merge_loras
 from .options import BaseOptions
+from .second_text_encoder import SecondTextEncoder
 from .textual_inversion import add_tokens
 
 __all__ = ["add_to_models", "add_to_pipeline"]
 
 
-def add_to_models(unet: Any, text_encoder: Any, tokenizer: Any, options: BaseOptions) -> None:
-    """Add what the options name to the models of a base, in place. Raises CheckpointError if something does not fit."""
+def add_to_models(
+    unet: Any, text_encoder: Any, tokenizer: Any, options: BaseOptions, second: SecondTextEncoder | None = None
+) -> None:
+    """Add what the options name to the models of a base, in place.
+
+    Args:
+        unet, text_encoder, tokenizer: The models.
+        options: What to add.
+        second: Second text encoder of Stable Diffusion XL.
+
+    Raises:
+        CheckpointError: Something does not fit.
+    """
     if not (options.loras or options.textual_inversions):
         return
-    from diffusers import StableDiffusionPipeline  # imports all pipelines' parts, which log what they lack
+    # Imports all pipelines' parts, which log what they lack.
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     # Without a scheduler, as the pipeline would change its configuration.
-    pipeline = StableDiffusionPipeline(
-        vae=None, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=None, **absent
-    )
+    parts: dict[str, Any] = {"vae": None, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+    parts |= {"scheduler": None, "feature_extractor": None}
+    pipeline: Any
+    if second is None:
+        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    else:
+        own = {"text_encoder_2": second.model, "tokenizer_2": second.tokenizer, "add_watermarker": False}
+        pipeline = StableDiffusionXLPipeline(**parts, **own)
     add_to_pipeline(pipeline, options)
-    for model in (unet, text_encoder):
+    for model in (unet, text_encoder, *([second.model] if second else [])):
         model.requires_grad_(True)  # peft freezes what it adapts
     if changing := [lora.file.name for lora in options.loras if changes_text_encoder(lora)]:
         warn(
@@ -40,6 +57,6 @@ def add_to_models(unet: Any, text_encoder: Any, tokenizer: Any, options: BaseOpt
 
 
 def add_to_pipeline(pipeline: Any, options: BaseOptions) -> None:
-    """Add what the options name to a StableDiffusionPipeline. Raises CheckpointError if something does not fit."""
+    """Add what the options name to a pipeline of diffusers. Raises CheckpointError if something does not fit."""
     add_tokens(pipeline, options.textual_inversions)
     merge_loras(pipeline, options.loras)

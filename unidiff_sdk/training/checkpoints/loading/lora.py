@@ -23,13 +23,13 @@ from .options import Lora
 
 __all__ = ["changes_text_encoder", "merge_loras"]
 
-PARTS = ("unet", "text_encoder")
+PARTS = ("unet", "text_encoder", "text_encoder_2")  # the last one only in Stable Diffusion XL
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 NAMED = 3  # keys that an error names
 
 
 def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
-    """Merge LoRAs into the UNet and the text encoder of a StableDiffusionPipeline: W + weight · (alpha / rank) · B A.
+    """Merge LoRAs into the UNet and the text encoders of a pipeline: W + weight · (alpha / rank) · B A.
 
     Accepts the formats of diffusers, peft and kohya.
 
@@ -52,9 +52,10 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
 
 
 def changes_text_encoder(lora: Lora) -> bool:
-    """Whether a LoRA has tensors for the text encoder."""
+    """Whether a LoRA has tensors for the text encoder, or the first of two."""
+    names = ("text_encoder.", "lora_te_", "lora_te1_")
     with safe_open(lora.file, framework="pt") as file:
-        return any(key.startswith(("text_encoder.", "lora_te")) for key in file.keys())  # noqa: SIM118 (no mapping)
+        return any(key.startswith(names) for key in file.keys())  # noqa: SIM118 (no mapping)
 
 
 # --- does it fit? ----------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def _check(pipeline: Any, file: Path) -> None:
     if dora := [key for key in tensors if "dora_scale" in key or "lora_magnitude_vector" in key]:
         raise _refusal(file, f"it is a DoRA, which is not supported: {_first(dora)}")
     matrices = _converted(pipeline, file, tensors)
-    expected = {part: dict(getattr(pipeline, part).named_modules()) for part in PARTS}
+    expected = {part: dict(model.named_modules()) for part in PARTS if (model := getattr(pipeline, part, None))}
     problems = [problem for key, tensor in matrices.items() if (problem := _problem(key, tensor, matrices, expected))]
     if problems:
         raise _refusal(file, f"{len(problems)} of its {len(matrices)} tensors do not fit: {_first(problems)}")
@@ -94,7 +95,9 @@ def _converted(pipeline: Any, file: Path, tensors: Mapping[str, Tensor]) -> dict
 
     with _quiet():
         try:
-            named, alphas = pipeline.lora_state_dict(dict(tensors))
+            # Trainers of Stable Diffusion XL number its blocks in another way, which depends on the UNet.
+            own = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
+            named, alphas = pipeline.lora_state_dict(dict(tensors), **own)
         except Exception as error:  # the parsers of diffusers raise any error
             raise _refusal(file, f"diffusers does not know its format: {str(error).strip():.300}") from error
     if any(key.startswith(KOHYA) for key in named):
@@ -113,7 +116,7 @@ def _converted(pipeline: Any, file: Path, tensors: Mapping[str, Tensor]) -> dict
                 own = own if "lora_A" in next(iter(own)) else convert_unet_state_dict_to_peft(own)
             else:
                 own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
-                if not hasattr(pipeline.text_encoder, "text_model"):
+                if not hasattr(getattr(pipeline, part, None), "text_model"):
                     own = {key.removeprefix("text_model."): tensor for key, tensor in own.items()}
         except ValueError as error:
             raise _refusal(file, f"diffusers does not know the format of {_first(list(own))}") from error
