@@ -132,7 +132,7 @@ def export_bundle(
         out: the bundle folder. It appears only after everything has been verified.
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
-        lora: LoRA files to merge, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
+        lora: LoRA files of diffusers, peft or kohya, and adapter folders of peft, to merge: PATH or PATH:WEIGHT.
         textual_inversion: tokens to add to the prompts, in the formats of diffusers or AUTOMATIC1111: FILE or
             FILE:TOKEN.
         vae: the VAE to use instead of the checkpoint's: a diffusers folder, or a safetensors file.

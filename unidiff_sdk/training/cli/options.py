@@ -81,8 +81,8 @@ def base_options(theme: str = "Options") -> Decorator:
             "--lora",
             theme=theme,
             multiple=True,
-            metavar="FILE[:WEIGHT]",
-            help="LoRA to merge into the base, as safetensors of diffusers, peft or kohya. Repeatable.",
+            metavar="PATH[:WEIGHT]",
+            help="LoRA to merge into the base: a file of diffusers, peft or kohya, or a folder of peft. Repeatable.",
         ),
         option(
             "--textual-inversion",

@@ -107,7 +107,8 @@ def train(
         device: "auto", "cpu" or "cuda".
         clip: CLIP model for a base without one. See `load_base`.
         variant: Variant of the base's weight files, such as "fp16". Default: the main files, or the only variant.
-        lora: LoRA files to merge into the base, in the formats of diffusers, peft or kohya: FILE or FILE:WEIGHT.
+        lora: LoRA files of diffusers, peft or kohya, and adapter folders of peft, to merge into the base: PATH or
+            PATH:WEIGHT.
         textual_inversion: Tokens to add to the prompts, in the formats of diffusers or AUTOMATIC1111: FILE or
             FILE:TOKEN.
         vae: VAE to use instead of the base's: a diffusers folder, or a safetensors file.

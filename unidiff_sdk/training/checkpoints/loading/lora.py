@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unidiff_sdk.errors import CheckpointError
 
 from .options import Lora
+from .peft_adapters import adapter_tensors
 
 __all__ = ["changes_text_encoder", "merge_loras"]
 
@@ -31,7 +32,7 @@ NAMED = 3  # keys that an error names
 def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
     """Merge LoRAs into the UNet and the text encoders of a pipeline: W + weight · (alpha / rank) · B A.
 
-    Accepts the formats of diffusers, peft and kohya.
+    Accepts files in the formats of diffusers, peft and kohya, and the adapter folders of peft.
 
     Raises:
         CheckpointError: A file cannot be read, or does not fit the models. The models are then unchanged.
@@ -41,9 +42,8 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
     for lora in loras:
         with _quiet():
             try:
-                pipeline.load_lora_weights(
-                    str(lora.file), adapter_name="lora", use_safetensors=True, local_files_only=True
-                )
+                source = adapter_tensors(lora.file) if lora.file.is_dir() else str(lora.file)
+                pipeline.load_lora_weights(source, adapter_name="lora", use_safetensors=True, local_files_only=True)
                 pipeline.set_adapters(["lora"], [lora.weight])
                 pipeline.fuse_lora(safe_fusing=True)
                 pipeline.unload_lora_weights()
@@ -53,6 +53,8 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
 
 def changes_text_encoder(lora: Lora) -> bool:
     """Whether a LoRA has tensors for the text encoder, or the first of two."""
+    if lora.file.is_dir():
+        return any(key.startswith("text_encoder.") for key in adapter_tensors(lora.file))
     names = ("text_encoder.", "lora_te_", "lora_te1_")
     with safe_open(lora.file, framework="pt") as file:
         return any(key.startswith(names) for key in file.keys())  # noqa: SIM118 (no mapping)
@@ -79,6 +81,8 @@ def _check(pipeline: Any, file: Path) -> None:
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
+    if file.is_dir():
+        return adapter_tensors(file)
     try:
         return dict(load_file(file))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

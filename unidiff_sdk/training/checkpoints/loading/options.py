@@ -13,6 +13,8 @@ from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError, OptionError
 
+from .peft_adapters import adapter_folders
+
 __all__ = ["RECORDED", "BaseOptions", "Lora", "TextualInversion", "is_single_file", "require_safetensors"]
 
 RECORDED = ("loras", "textual_inversions", "vae")  # fields of a checkpoint's metadata on what was added to its base
@@ -24,7 +26,7 @@ PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 
 class Lora(NamedTuple):
-    """A LoRA file, and the weight of its change: 1 adds it as trained."""
+    """A LoRA file or adapter folder of peft, and the weight of its change: 1 adds it as trained."""
 
     file: Path
     weight: float = 1.0
@@ -95,7 +97,10 @@ class BaseOptions:
         loras = tuple(Lora.parse(name) for name in _names(lora))
         inversions = tuple(TextualInversion.parse(name) for name in _names(textual_inversion))
         for lora_file in loras:
-            require_safetensors(lora_file.file, "LoRA")
+            if lora_file.file.is_dir():
+                adapter_folders(lora_file.file)
+            else:
+                require_safetensors(lora_file.file, "LoRA")
         for inversion in inversions:
             require_safetensors(inversion.file, "textual inversion")
         if vae is not None:
