@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .text import terminal_safe
 
-__all__ = ["safe_logger", "warn"]
+__all__ = ["quiet_logging", "safe_logger", "warn"]
 
 _PACKAGE = __name__.split(".", maxsplit=1)[0]
 
@@ -19,6 +21,17 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".", maxsplit=1)[0] == _PACKAGE:
         frame, level = frame.f_back, level + 1
     warnings.warn(terminal_safe(message), stacklevel=level)
+
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Within the block, log lines up to the level of warnings are dropped: those of libraries for their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def safe_logger(name: str) -> logging.Logger:

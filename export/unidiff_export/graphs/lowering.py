@@ -6,7 +6,6 @@ Opset 23 has `Attention` and `GroupNormalization`. `torch.onnx.export(dynamo=Tru
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import CLIPTextConfig, SiglipModel, SiglipTextConfig
 
 from unidiff_export.options import TARGETS, Target
 from unidiff_export.quantization.qdq import name_by_layer
+from unidiff_sdk._internal.warnings import quiet_logging
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal
 from unidiff_sdk.inference.manifest import TIME_IDS
@@ -357,11 +357,6 @@ def check_operators(model: ir.Model, target: Target, name: str) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence messages that libraries address to developers (deprecations, missing torchvision, renamed axes)."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with quiet_logging(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -11,8 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from diffusers.loaders.single_file_utils import (  # noqa: E402
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from safetensors.torch import load_file, save_file  # noqa: E402
-from support.ldm_files import make_single_file  # noqa: E402
+from support.ldm_files import make_single_file, unet_name, vae_name  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError, OptionError  # noqa: E402
@@ -161,6 +165,16 @@ def test_built_in_configuration_is_that_of_stable_diffusion_1_5() -> None:
     assert vae.num_parameters() == 83_653_863
     assert text_encoder.num_parameters() == 123_060_480
     assert unet.config.sample_size == 64 and vae.config.scaling_factor == 0.18215
+
+    # diffusers converts every tensor of a file with this layout, and to the shapes of these models.
+    for model, prefix, convert, named in (
+        (unet, "model.diffusion_model.", convert_ldm_unet_checkpoint, lambda name: unet_name(name, 2, {1, 2, 3})),
+        (vae, "first_stage_model.", convert_ldm_vae_checkpoint, lambda name: vae_name(name, 4)),
+    ):
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        file = {f"{prefix}{named(name)}": torch.empty(shape, device="meta") for name, shape in expected.items()}
+        assert len(file) == len(expected)
+        assert {name: tensor.shape for name, tensor in convert(file, model.config).items()} == expected
 
 
 def test_built_in_configuration_takes_the_tokenizer_of_clip(

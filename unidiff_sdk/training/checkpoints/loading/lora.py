@@ -6,9 +6,7 @@ all. So the tensors are compared with the layers of the models before anything i
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from unidiff_sdk._internal.warnings import quiet_logging
 from unidiff_sdk.errors import CheckpointError
 
 from .options import Lora
@@ -40,7 +39,7 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
     for lora in loras:
         _check(pipeline, lora.file)
     for lora in loras:
-        with _quiet():
+        with quiet_logging():
             try:
                 source = adapter_tensors(lora.file) if lora.file.is_dir() else str(lora.file)
                 pipeline.load_lora_weights(source, adapter_name="lora", use_safetensors=True, local_files_only=True)
@@ -97,7 +96,7 @@ def _converted(pipeline: Any, file: Path, tensors: Mapping[str, Tensor]) -> dict
         convert_unet_state_dict_to_peft,
     )
 
-    with _quiet():
+    with quiet_logging():
         try:
             # Trainers of Stable Diffusion XL number its blocks in another way, which depends on the UNet.
             own = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
@@ -160,14 +159,3 @@ def _refusal(file: Path, reason: str) -> CheckpointError:
         f"The LoRA {file} does not fit the base: {reason}. Nothing was merged. Use a LoRA in the format of diffusers, "
         "peft or kohya that was trained for this Stable Diffusion."
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence diffusers' warnings about parts that a LoRA does not have."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from unidiff_sdk._internal.warnings import warn
+from unidiff_sdk._internal.warnings import quiet_logging, warn
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import native_size
 from unidiff_sdk.inference.schedule import Schedule
@@ -177,7 +177,8 @@ def _check_schedule(file: Path, stored: Tensor | None, scheduler: Mapping[str, A
 def _converted(file: Path, part: str, config: Path, load: Callable[[], Any]) -> Any:
     """Call a loader of diffusers. Raises CheckpointError for everything that it raises."""
     try:
-        model = load()
+        with quiet_logging():
+            model = load()
     except NotImplementedError as error:  # diffusers moves tensors that have no values
         raise CheckpointError(f"{file} lacks tensors of the {part} that {config} describes.") from error
     except CheckpointError:
