@@ -47,8 +47,8 @@ class Catalog(OpenCatalog):
     Args:
         location: a folder, created if it does not exist; ":memory:", deleted at `close`; or the http(s) URL of a Qdrant
             server or cluster.
-        bundle: a folder written by `unidiff-export`, or an open Bundle. Default: the bundle that the catalog was
-            created with; for a new catalog "tiny", the built-in model.
+        bundle: a folder written by `unidiff-export`, "hf:org/name" for one on the hub, or an open Bundle. Default: the
+            bundle that the catalog was created with; for a new catalog "tiny", the built-in model.
         create: create a missing folder; if False, a missing folder is an error.
         quantization: "scalar" searches a new catalog in a folder with 8-bit vectors, in a quarter of the memory. Scores
             stay exact, because the original vectors on disk rank the hits.

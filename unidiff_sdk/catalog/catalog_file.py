@@ -20,6 +20,7 @@ from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import BundleError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
+from unidiff_sdk.inference.folder.hub import cached_name
 from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.inference.manifest import Manifest
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
@@ -213,7 +214,7 @@ class BundleRef:
         if not path.is_dir():
             raise BundleError(
                 f'The bundle "{self.name}" that {folder} was indexed with is not at {path}. Move it back, or give its '
-                "new place: Catalog(location, bundle=…)."
+                f"new place: Catalog(location, bundle={cached_name(path) or '…'})."
             )
         manifest = Manifest.read(path)
         self._check(manifest.fingerprint, manifest.embedding.dim if manifest.embedding else 0, path, folder)

@@ -43,7 +43,9 @@ SHOWN_PROBLEMS = 20
 )
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("catalog")
-@click.option("--bundle", help="Bundle for a new catalog: a folder, or tiny (default) for the built-in model.")
+@click.option(
+    "--bundle", help="Bundle for a new catalog: a folder, hf:org/name, or tiny (default): the built-in model."
+)
 @click.option(
     "--images",
     type=click.Path(path_type=Path),

@@ -38,7 +38,7 @@ __all__ = ["generate"]
     """,
 )
 @click.argument("catalog_and_prompt", nargs=-1, required=True, metavar="[CATALOG] PROMPT")
-@click.option("--bundle", help="Without CATALOG: a bundle folder, or tiny (default).")
+@click.option("--bundle", help="Without CATALOG: a bundle folder, hf:org/name, or tiny (default).")
 @click.option("-n", default=1, show_default=True, help="Number of images.")
 @click.option("--negative", default="", metavar="TEXT", help="Negative prompt: what to avoid.")
 @click.option("--seed", type=int, help="Seed of the first image. The same seed repeats the images. Default: random.")

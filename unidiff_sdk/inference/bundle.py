@@ -20,6 +20,7 @@ from unidiff_sdk.errors import BundleError, OptionError
 
 from .folder.diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
 from .folder.files import BundleFiles
+from .folder.hub import download_bundle, is_hub_name, upload_bundle
 from .folder.interfaces import check_interfaces, read_graph
 from .folder.onnx_file import OnnxFile
 from .folder.signature import KeyFile, check_signature
@@ -111,7 +112,8 @@ class Bundle:
         A folder of optimum has no hashes to compare. It is opened with a warning, unless `verify` is False.
 
         Args:
-            path: the folder. None or "tiny": the built-in bundle.
+            path: the folder. None or "tiny": the built-in bundle. "hf:org/name", optionally with "@revision": a bundle
+                on the Hugging Face hub, which is downloaded once (`folder.hub`).
             verify: compare the SHA-256 of every file with the manifest (about a second for each 1.5 GB).
             fingerprint: the fingerprint that the bundle must have. It is compared before any file but the manifest is
                 read.
@@ -131,7 +133,7 @@ class Bundle:
                 fingerprint, is not signed by a trusted key, or was exported for another device.
             OptionError: the device is unknown, a key cannot be read, or `verify` is False with `trusted_keys`.
         """
-        folder = TINY if path is None or path == "tiny" else checked_path(path, BundleError)
+        folder = _folder_of(path)
         if trusted_keys is not None and not verify:
             raise OptionError("verify=False cannot be combined with trusted_keys, which sign the hashes of the files")
         if (folder / MANIFEST).is_file():
@@ -149,6 +151,26 @@ class Bundle:
         if verify or bundle._derived:
             bundle.check_graphs()
         return bundle
+
+    def push_to_hub(self, repository: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the bundle to the Hugging Face hub: the files that its manifest lists, its model card and signature.
+
+        Args:
+            repository: "org/name" of a repository of models, which is created if it does not exist. Other files in it
+                stay.
+            private: whether a new repository is private. Models can repeat what they were trained on.
+            token: of the hub. Default: the one that `hf auth login` stored, or HF_TOKEN.
+
+        Returns:
+            "hf:org/name@commit", which `open` and `Catalog(bundle=)` accept.
+
+        Raises:
+            BundleError: the bundle was changed, has no manifest, or the hub refuses it.
+        """
+        if self._derived:
+            raise BundleError(f"{self.path} has no {MANIFEST}, so it is not uploaded. Export a bundle: unidiff-export")
+        self.files.check()
+        return upload_bundle(self.path, self.manifest.files, repository, private=private, token=token)
 
     def check_graphs(self) -> None:
         """Check that the graphs have the inputs and outputs that the manifest states. None is loaded.
@@ -371,6 +393,13 @@ class Bundle:
         if name not in graphs:
             raise BundleError(f"{self.path}: there is no graph {name!r}; the bundle holds {', '.join(sorted(graphs))}")
         return graphs[name]
+
+
+def _folder_of(path: str | PathLike[str] | None) -> Path:
+    """The folder of a bundle; one on the hub is downloaded. A Path never names one: it may be a stranger's."""
+    if path is None or path == "tiny":
+        return TINY
+    return download_bundle(path) if isinstance(path, str) and is_hub_name(path) else checked_path(path, BundleError)
 
 
 def _check_device(path: Path, manifest: Manifest, device: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import CLIPTokenizer
 
 from unidiff_sdk._internal.files import checked_path, folder_hint
 from unidiff_sdk.errors import CheckpointError
+from unidiff_sdk.inference.folder.hub import HUB_PREFIX, HubName, download_files, is_hub_name
 
 from .architectures import check_tokenizer, require_files
 from .checkpoint import Checkpoint, assemble_checkpoint, load_checkpoint, load_clip, require_supported
@@ -23,8 +23,6 @@ from .loading.single_file import SD15, config_folder
 
 __all__ = ["hub_id", "load_base", "local_folder"]
 
-HUB_PREFIX = "hf:"
-HUB_NAME = re.compile(rf"{HUB_PREFIX}(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w][\w./-]*))?")
 PIPELINE_FILES = [f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
 # Repositories hold the same weights several times. One float copy is enough, and pickles are never read.
 IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*openvino*"]
@@ -107,8 +105,7 @@ def _with_hub_names(checkpoint: Checkpoint, base: str | Path, clip: str | Path) 
 
 def hub_id(source: str | Path) -> str | None:
     """The id of a model that is named as "hf:org/name", with or without a revision. None for a folder."""
-    name = HUB_NAME.fullmatch(str(source))
-    return name["id"] if name else None
+    return HubName.parse(str(source), CheckpointError).id if is_hub_name(source) else None
 
 
 def local_folder(source: str | Path, files: list[str], variant: str | None = None) -> Path:
@@ -120,26 +117,8 @@ def local_folder(source: str | Path, files: list[str], variant: str | None = Non
                 "model on the hub."
             )
         return Path(source)
-    name = HUB_NAME.fullmatch(str(source))
-    if name is None:
-        raise CheckpointError(
-            f"{source} is not the name of a model on the hub. Write {HUB_PREFIX}org/name or "
-            f"{HUB_PREFIX}org/name@revision."
-        )
-    from huggingface_hub import snapshot_download
-
     others = [f"*.{other}{end}*" for other in VARIANTS if other != variant for end in (".", "-")]
-    try:
-        return Path(
-            snapshot_download(
-                name["id"], revision=name["revision"], allow_patterns=files, ignore_patterns=IGNORED_FILES + others
-            )
-        )
-    except Exception as error:  # the hub's client and the network raise many kinds
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"The hub did not provide {source}: {first_line}. Check the name, or use a local folder."
-        ) from error
+    return download_files(str(source), files, IGNORED_FILES + others, CheckpointError)
 
 
 def _matching_clip(folder: Path) -> str:
