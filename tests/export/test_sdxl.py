@@ -20,6 +20,7 @@ from support.batching import batch_differences
 from support.edited_images import SCHEDULERS, edited_by_diffusers
 from support.lora_files import make_lora
 from support.random_sdxl import LARGER, POOLED, SIZE_WIDTH, make_random_sdxl
+from support.toy_bundle import seal
 
 from unidiff_export import export_bundle
 from unidiff_export.bundle.files import write_pipeline_files
@@ -85,6 +86,7 @@ def test_bundle_describes_both_text_encoders(bundle: Bundle) -> None:
     assert manifest.latent.scaling_factor == 0.13025
     index = bundle.config("model_index.json")
     assert (index["_class_name"], index["force_zeros_for_empty_prompt"]) == ("StableDiffusionXLPipeline", True)
+    assert len(bundle.warmup()) == len(graphs)  # every graph accepts its usual shapes
 
 
 @pytest.mark.parametrize(
@@ -317,6 +319,29 @@ def test_bundle_with_a_lora_equals_diffusers(folder: Path, pipeline: Any, tmp_pa
     pipeline.fuse_lora(lora_scale=0.5)
     (theirs,) = pipeline(PROMPTS[0], **options).images
     assert psnr_db(np.asarray(ours), np.asarray(theirs)) > 50 > 30 > psnr_db(np.asarray(ours), np.asarray(plain))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"states": ["hidden_states.1", "hidden_states.9"]}, "text_encoder_2 has the outputs .*, but the runtime uses"),
+        ({"states": ["hidden_states.1"]}, r"conditioning\.states is .* must be a list of 2"),
+        ({"pooled_width": POOLED + 1}, f"text_embeds float32.*{POOLED}.*, but the model has .*{POOLED + 1}"),
+        ({"zero_negative": 1}, r"conditioning\.zero_negative is 1; it must be true or false"),
+        (None, "unet has the inputs .*, but the runtime uses"),
+    ],
+)
+def test_graphs_that_do_not_fit_the_manifest_are_refused(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, Any] | None, message: str
+) -> None:
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    conditioning = manifest.pop("conditioning")
+    if changes is not None:
+        manifest["conditioning"] = conditioning | changes
+    seal(copy, manifest)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(copy)
 
 
 # --- other targets and precisions ------------------------------------------------------------------------------------
