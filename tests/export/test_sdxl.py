@@ -247,6 +247,21 @@ def test_lora_is_merged_into_the_unet_and_both_text_encoders(folder: Path, tmp_p
     assert plain.shared and not with_lora.shared  # search keeps CLIP's tower
 
 
+def test_all_parts_are_downloaded_from_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot(name: str, *, revision: str | None, **patterns: list[str]) -> str:
+        files = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        for file in filter_repo_objects(files, **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            shutil.copy(folder / file, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    checkpoint = load_base("hf:some/xl", folder / "clip")
+    assert checkpoint.second and checkpoint.shared and not (tmp_path / "clip").exists()
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +364,8 @@ def test_graphs_that_do_not_fit_the_manifest_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "precision", "least"), [("portable", "fp32", 50), ("tensorrt", "fp16", 35), ("cpu", "int8", 25)]
+    ("target", "precision", "least"),
+    [("portable", "fp32", 50), ("tensorrt", "fp16", 35), ("cuda", "fp16", 35), ("cpu", "int8", 25)],
 )
 def test_targets_and_precisions_are_verified(
     folder: Path, tmp_path: Path, target: str, precision: str, least: float

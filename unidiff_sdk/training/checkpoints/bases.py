@@ -23,7 +23,8 @@ from .loading.single_file import SD15, config_folder
 
 __all__ = ["hub_id", "load_base", "local_folder"]
 
-PIPELINE_FILES = [f"{part}/*" for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")]
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PIPELINE_FILES = [f"{part}/*" for part in PARTS]
 # Repositories hold the same weights several times. One float copy is enough, and pickles are never read.
 IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*openvino*"]
 VARIANTS = ("fp16", "non_ema")  # ignored unless they are asked for
