@@ -15,10 +15,11 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
 from click.testing import CliRunner
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from support.ldm_files import make_single_file
 from support.lora_files import make_lora
+from support.random_sdxl import make_random_sdxl
 
 from unidiff_export import export_bundle
 from unidiff_export.bundle.manifest import describe_model
@@ -179,6 +180,15 @@ def test_reference_of_a_single_file_is_the_pipeline_it_was_made_from(random_chec
     options = {"side": 16, "seed": 0, "steps": 2, "guidance_scale": 5.0}
     theirs = generate_images(StableDiffusionPipeline.from_pretrained(random_checkpoint), PROMPTS, **options)
     assert psnr(theirs.images, generate_images(load_pipeline(loaded, "ddim", file), PROMPTS, **options).images) > 50
+
+
+def test_reference_of_a_single_file_of_sdxl_is_the_pipeline_it_was_made_from(tmp_path: Path) -> None:
+    base = make_random_sdxl(tmp_path / "xl")
+    file = make_single_file(base, tmp_path / "xl.safetensors", text="xl")
+    loaded = load_base(file, base / "clip", BaseOptions.of(base_config=base))
+    options = {"side": 16, "seed": 0, "steps": 2, "guidance_scale": 5.0}
+    theirs = generate_images(StableDiffusionXLPipeline.from_pretrained(base), PROMPTS, **options)
+    assert psnr(theirs.images, generate_images(load_pipeline(loaded, "euler", file), PROMPTS, **options).images) > 50
 
 
 @pytest.mark.slow

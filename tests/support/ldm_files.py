@@ -15,6 +15,8 @@ RESNET = {
 }
 UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
+    "add_embedding.linear_1": "label_emb.0.0",  # of Stable Diffusion XL
+    "add_embedding.linear_2": "label_emb.0.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
@@ -69,19 +71,19 @@ def vae_name(name: str, blocks: int) -> str:
     return name
 
 
-def open_clip_text(tensors: dict) -> dict:
-    """A text tower with the names of OpenCLIP, with one layer more and a projection, as Stable Diffusion 2 has them."""
+def open_clip_text(tensors: dict, *, extra: int) -> dict:
+    """A text tower with the names of OpenCLIP and its projection. extra: layers more, as Stable Diffusion 2 has one."""
     import torch
 
     named = {
         "positional_embedding": tensors["embeddings.position_embedding.weight"],
         "token_embedding.weight": tensors["embeddings.token_embedding.weight"],
-        "text_projection": torch.eye(tensors["final_layer_norm.weight"].shape[0]),
+        "text_projection": tensors.get("text_projection.weight", torch.eye(len(tensors["final_layer_norm.weight"]))).T,
         "logit_scale": torch.tensor(1.0),
     }
     named |= {f"ln_final.{kind}": tensors[f"final_layer_norm.{kind}"] for kind in ("weight", "bias")}
     count = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layers."))
-    for i in range(count + 1):
+    for i in range(count + extra):
         ours, theirs = f"encoder.layers.{min(i, count - 1)}", f"transformer.resblocks.{i}"
         for kind in ("weight", "bias"):
             parts = [tensors[f"{ours}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
@@ -91,7 +93,7 @@ def open_clip_text(tensors: dict) -> dict:
 
 
 def make_single_file(checkpoint: Path, file: Path, *, text: str = "clip", half: bool = False) -> Path:
-    """Write the pipeline in the folder `checkpoint` as one file. text: "clip", as SD 1, or "open_clip", as SD 2."""
+    """Write the pipeline in the folder `checkpoint` as one file. text: "clip" (SD 1), "open_clip" (SD 2) or "xl"."""
     import json
 
     import torch
@@ -116,8 +118,16 @@ def make_single_file(checkpoint: Path, file: Path, *, text: str = "clip", half: 
     tower = {name.removeprefix("text_model."): tensor for name, tensor in tower.items()}
     if text == "clip":
         tensors |= {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in tower.items()}
+    elif text == "open_clip":
+        second = open_clip_text(tower, extra=1)
+        tensors |= {f"cond_stage_model.model.{name}": tensor for name, tensor in second.items()}
     else:
-        tensors |= {f"cond_stage_model.model.{name}": tensor for name, tensor in open_clip_text(tower).items()}
+        prefix = "conditioner.embedders.0.transformer.text_model."
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in tower.items()}
+        larger = load_file(checkpoint / "text_encoder_2/model.safetensors")
+        larger = {name.removeprefix("text_model."): tensor for name, tensor in larger.items()}
+        second = open_clip_text(larger, extra=0)
+        tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
     assert len(tensors) >= len(unet) + len(vae) + 4  # names are distinct
     dtype = torch.float16 if half else torch.float32
     save_file({name: tensor.to(dtype).clone().contiguous() for name, tensor in tensors.items()}, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusers.loaders.single_file_utils import (  # noqa: E402
 )
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support.ldm_files import make_single_file, unet_name, vae_name  # noqa: E402
+from support.random_sdxl import make_random_sdxl  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from unidiff_sdk.errors import CheckpointError, OptionError  # noqa: E402
@@ -59,6 +61,37 @@ def test_file_equals_the_pipeline_that_it_was_made_from(random_checkpoint: Path,
     assert loaded.shared and loaded.name == "shop" and loaded.path == made
     assert not any(model.training for model in (loaded.unet, loaded.vae, loaded.text_encoder))
     assert loaded.image_size == 32 and loaded.sampler_defaults["name"] == "ddim"
+
+
+def test_file_of_sdxl_equals_the_pipeline_that_it_was_made_from(tmp_path: Path) -> None:
+    base = make_random_sdxl(tmp_path / "xl")
+    made = make_single_file(base, tmp_path / "xl.safetensors", text="xl")
+    loaded, theirs = load(made, base), load_checkpoint(base)
+    assert_same(loaded, theirs)
+    assert loaded.second and theirs.second and loaded.shared == theirs.shared
+    found, expected = loaded.second.model.state_dict(), theirs.second.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    tensors = load_file(made)
+    save_file({name: t for name, t in tensors.items() if "embedders.1" not in name}, tmp_path / "first.safetensors")
+    with pytest.raises(CheckpointError, match="has no second text encoder in the original layout"):
+        load(tmp_path / "first.safetensors", base)
+    save_file(lacking(tensors, "conditioner.embedders.1.model.ln_final.bias"), tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks .* tensors of the second text encoder that"):
+        load(tmp_path / "short.safetensors", base)
+    with pytest.raises(CheckpointError, match=r"is an SDXL checkpoint; name a folder .* with --base-config"):
+        load_base(made, base / "clip", BaseOptions.of(base_config=without_second(base, tmp_path / "other")))
+
+
+def without_second(base: Path, folder: Path) -> Path:
+    """A pipeline folder with one text encoder."""
+    shutil.copytree(base, folder)
+    shutil.rmtree(folder / "text_encoder_2")
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    plain = {"addition_embed_type": None, "cross_attention_dim": 32}
+    (folder / "unet" / "config.json").write_text(json.dumps(unet | plain))
+    return folder
 
 
 def test_half_precision_is_read_as_float32_and_shared(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -279,9 +279,8 @@ def assemble_checkpoint(
     files = PIPELINE_FILES | (SECOND_FILES if is_xl else {})
     require_files(folder, {name: part for name, part in files.items() if folder != SD15 or part != TOKENIZER})
     check_pipeline_files(folder)
-    if is_xl and (is_file or options.textual_inversions):
-        kind = "Single files" if is_file else "Textual inversions"
-        raise CheckpointError(f"{kind} are not supported for Stable Diffusion XL ({folder}).")
+    if is_xl and options.textual_inversions:
+        raise CheckpointError(f"Textual inversions are not supported for Stable Diffusion XL ({folder}).")
     with progress_bars_hidden():
         tokenizer = clip_tokenizer if folder == SD15 else from_pretrained(CLIPTokenizer, folder / "tokenizer")
         _check_vocabulary(folder, tokenizer)
@@ -292,7 +291,7 @@ def assemble_checkpoint(
         clip_tokenizer = clip_tokenizer or tokenizer
         if options.textual_inversions:
             tokenizer = deepcopy(tokenizer)  # CLIP's keeps its vocabulary
-        second = load_second(folder, options.variant) if is_xl else None
+        second = load_second(source, folder, options) if is_xl else None
         add_to_models(unet, text_encoder, tokenizer, options, second)
         meta = read_json(folder / METADATA) if not is_file and (folder / METADATA).exists() else {}
         return Checkpoint(

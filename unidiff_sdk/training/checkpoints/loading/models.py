@@ -21,7 +21,7 @@ from unidiff_sdk.training.checkpoints.json_files import read_json
 
 from .options import BaseOptions
 from .second_text_encoder import SecondTextEncoder, zero_negative
-from .single_file import load_parts_of_file, load_vae_file
+from .single_file import load_parts_of_file, load_second_of_file, load_vae_file
 from .weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, VAE_WEIGHTS, choose_variant, variant_of
 
 __all__ = [
@@ -58,9 +58,12 @@ def load_parts(
     return unet, text_encoder, vae or _load_vae(folder / "vae", options.variant, options.vae)
 
 
-def load_second(folder: Path, variant: str | None) -> SecondTextEncoder:
-    """Load the second text encoder of Stable Diffusion XL. Raises CheckpointError."""
-    model = load_model(CLIPTextModelWithProjection, folder / "text_encoder_2", variant)
+def load_second(source: Path, folder: Path, options: BaseOptions) -> SecondTextEncoder:
+    """Load the second text encoder of Stable Diffusion XL, as `load_parts` loads the others. Raises CheckpointError."""
+    if source.is_file():
+        model = load_second_of_file(source, folder)
+    else:
+        model = load_model(CLIPTextModelWithProjection, folder / "text_encoder_2", options.variant)
     tokenizer = from_pretrained(CLIPTokenizer, folder / "tokenizer_2")
     if (tokens := len(tokenizer)) > (embedded := model.config.vocab_size):
         raise CheckpointError(

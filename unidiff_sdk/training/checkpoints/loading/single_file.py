@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from unidiff_sdk._internal.warnings import quiet_logging, warn
 from unidiff_sdk.errors import CheckpointError
@@ -27,16 +27,17 @@ from unidiff_sdk.training.checkpoints.json_files import read_json
 
 from .options import BaseOptions
 
-__all__ = ["SD15", "config_folder", "load_parts_of_file", "load_vae_file"]
+__all__ = ["SD15", "config_folder", "load_parts_of_file", "load_second_of_file", "load_vae_file"]
 
 SD15 = Path(__file__).with_name("sd15")
 """The configuration of Stable Diffusion 1.5, without its tokenizer, which is CLIP's."""
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+XL_TEXT = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 FIRST_CONVOLUTION = f"{UNET}input_blocks.0.0.weight"
 # The layout of other models, by the start of a tensor's name.
 OTHER_MODELS = {
-    "conditioner.embedders.": "an SDXL checkpoint",
+    "conditioner.embedders.": "an SDXL checkpoint; name a folder with the configuration of SDXL with --base-config",
     f"{UNET}joint_blocks.": "a Stable Diffusion 3 checkpoint",
     f"{UNET}double_blocks.": "a FLUX checkpoint",
     "double_blocks.": "a FLUX checkpoint",
@@ -63,7 +64,7 @@ def load_parts_of_file(
     """Load the UNet, the text encoder and the VAE of a single-file checkpoint, in float32 and eval mode.
 
     Args:
-        file: Safetensors file in the original layout of Stable Diffusion 1 or 2. Its EMA weights are not read.
+        file: Safetensors file in the original layout of Stable Diffusion 1, 2 or XL. Its EMA weights are not read.
         config: Folder with the configuration files of a pipeline.
         with_vae: Whether to load the VAE.
 
@@ -82,6 +83,17 @@ def load_parts_of_file(
         text_encoder,
         _converted(file, "VAE", config, lambda: _from_file(AutoencoderKL, tensors, config, "vae")),
     )
+
+
+def load_second_of_file(file: Path, config: Path) -> CLIPTextModelWithProjection:
+    """The second text encoder of a single-file checkpoint of Stable Diffusion XL, as `load_parts_of_file` loads it."""
+    tensors = _read(file)
+
+    def load() -> Any:
+        return _text_encoder(tensors, config, CLIPTextModelWithProjection, "text_encoder_2")
+
+    model: CLIPTextModelWithProjection = _converted(file, "second text encoder", config, load)
+    return model
 
 
 def load_vae_file(file: Path, config: Path) -> AutoencoderKL:
@@ -116,18 +128,20 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _check_content(file: Path, tensors: Mapping[str, Tensor], config: Path, *, with_vae: bool) -> None:
     """Raise CheckpointError unless a file holds a Stable Diffusion that the configuration can describe."""
+    is_xl = (config / "text_encoder_2").is_dir()
     for start, model in OTHER_MODELS.items():
-        if any(name.startswith(start) for name in tensors):
+        if any(name.startswith(start) for name in tensors) and not (is_xl and XL_TEXT[0].startswith(start)):
             raise CheckpointError(
-                f"{file} is {model}. Single files of Stable Diffusion 1 and 2 can be read, in the original layout."
+                f"{file} is {model}. Single files of Stable Diffusion 1, 2 and XL can be read, in the original layout."
             )
-    parts = {"UNet": (UNET,), "text encoder": (TEXT,), **({"VAE": (VAE, "vae.")} if with_vae else {})}
+    texts = {"text encoder": XL_TEXT[:1], "second text encoder": XL_TEXT[1:]} if is_xl else {"text encoder": (TEXT,)}
+    parts = {"UNet": (UNET,), **texts, **({"VAE": (VAE, "vae.")} if with_vae else {})}
     lacking = [part for part, starts in parts.items() if not any(name.startswith(starts) for name in tensors)]
     if lacking:
         advice = " Name a VAE with --vae." if lacking == ["VAE"] else ""
         raise CheckpointError(
-            f"{file} has no {' and no '.join(lacking)} in the original layout of Stable Diffusion 1 and 2: no tensor "
-            f"starts with {' or '.join(parts[lacking[0]])}{advice}"
+            f"{file} has no {' and no '.join(lacking)} in the original layout of Stable Diffusion: no tensor starts with "
+            f"{' or '.join(parts[lacking[0]])}{advice}"
         )
     scheduler = read_json(config / "scheduler" / "scheduler_config.json")
     marked = [name for name in V_PREDICTION if name in tensors]
@@ -154,7 +168,7 @@ def _check_width(file: Path, tensors: Mapping[str, Tensor], config: Path) -> Non
         if tensor is not None and tensor.ndim > 1 and tensor.shape[1] != unet.get(setting):
             raise CheckpointError(
                 f"The UNet of {file} has {tensor.shape[1]} {what}, but {config} describes one with "
-                f"{unet.get(setting)}. Stable Diffusion 1 has token states of width 768, Stable Diffusion 2 of 1024. "
+                f"{unet.get(setting)}. Stable Diffusion 1 has token states of width 768, 2 of 1024, and XL of 2048. "
                 "Name a pipeline folder with the same architecture with --base-config."
             )
 
@@ -200,15 +214,17 @@ def _from_file(model_class: Any, tensors: Mapping[str, Tensor], config: Path, pa
     )
 
 
-def _text_encoder(tensors: Mapping[str, Tensor], config: Path) -> Any:
+def _text_encoder(
+    tensors: Mapping[str, Tensor], config: Path, model_class: Any = CLIPTextModel, part: str = "text_encoder"
+) -> Any:
     from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 
-    file = config / "text_encoder" / "config.json"
+    file = config / part / "config.json"
     check_config(read_json(file), file)
     return create_diffusers_clip_model_from_ldm(
-        CLIPTextModel,
+        model_class,
         dict(tensors),
-        subfolder="text_encoder",
+        subfolder=part,
         config=str(config),
         torch_dtype=torch.float32,
         local_files_only=True,
