@@ -140,8 +140,8 @@ def _check_content(file: Path, tensors: Mapping[str, Tensor], config: Path, *, w
     if lacking:
         advice = " Name a VAE with --vae." if lacking == ["VAE"] else ""
         raise CheckpointError(
-            f"{file} has no {' and no '.join(lacking)} in the original layout of Stable Diffusion: no tensor starts with "
-            f"{' or '.join(parts[lacking[0]])}{advice}"
+            f"{file} has no {' and no '.join(lacking)} in the original layout of Stable Diffusion: no tensor starts "
+            f"with {' or '.join(parts[lacking[0]])}{advice}"
         )
     scheduler = read_json(config / "scheduler" / "scheduler_config.json")
     marked = [name for name in V_PREDICTION if name in tensors]
