@@ -17,6 +17,7 @@ pytest.importorskip("mcp", reason="needs the mcp extra")
 
 from mcp import Client, StdioServerParameters, stdio_client
 from PIL import Image
+from support.toy_bundle import make_search_bundle
 
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.servers.mcp_tools import create_mcp
@@ -53,6 +54,14 @@ def test_tools_describe_their_arguments(catalog: Catalog) -> None:
     for tool in reading.values():
         assert tool.annotations.read_only_hint and tool.description
         assert all(each.get("description") for each in tool.input_schema["properties"].values()), tool.name
+
+
+def test_bundle_without_a_generator_has_no_tool_that_generates(tmp_path: Path) -> None:
+    async def tools(client: Client) -> set[str]:
+        return {tool.name for tool in (await client.list_tools()).tools}
+
+    with Catalog(":memory:", bundle=make_search_bundle(tmp_path / "bundle")) as searching:
+        assert with_client(searching, tools) == {"search", "get", "columns"}
 
 
 def test_search_equals_the_catalog(catalog: Catalog) -> None:

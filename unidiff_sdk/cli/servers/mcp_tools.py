@@ -36,8 +36,8 @@ _log = logging.getLogger(__name__)
 
 INSTRUCTIONS = """\
 A catalog of products, each an image with a caption and columns. `search` finds items by text, image or similar items.
-`get` shows one item. `generate` makes new product images from a prompt and names the most similar item of the catalog.
-Call `columns` before you filter."""
+`get` shows one item. Call `columns` before you filter."""
+GENERATING = " `generate` makes new product images from a prompt and names the most similar item of the catalog."
 READING = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 ADDING = ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True, open_world_hint=False)
 
@@ -47,7 +47,7 @@ Where = Annotated[
 
 
 def create_mcp(catalog: Catalog, *, allow_writes: bool, max_images: int, max_size: int) -> MCPServer[Any]:
-    """Make the MCP server of an open catalog.
+    """Make the MCP server of an open catalog. It has no tool that generates if the bundle has no generator.
 
     Args:
         catalog: what the tools work on. It stays open when the server ends.
@@ -55,11 +55,13 @@ def create_mcp(catalog: Catalog, *, allow_writes: bool, max_images: int, max_siz
         max_images: images that one call may generate, with those that replace rejected ones.
         max_size: the largest width and height of generated images, in pixels.
     """
+    instructions = INSTRUCTIONS + (GENERATING if catalog.bundle.generates else "")
     server: MCPServer[Any] = MCPServer(
-        "unidiff", instructions=INSTRUCTIONS, version=version("unidiff-sdk"), log_level="WARNING"
+        "unidiff", instructions=instructions, version=version("unidiff-sdk"), log_level="WARNING"
     )
     _add_reading(server, catalog)
-    _add_generation(server, catalog, max_images, max_size)
+    if catalog.bundle.generates:
+        _add_generation(server, catalog, max_images, max_size)
     if allow_writes:
         _add_writing(server, catalog)
     return server
