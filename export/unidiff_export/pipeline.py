@@ -7,6 +7,7 @@ their own configuration files. So a bundle is compared with the model as it was 
 from __future__ import annotations
 
 import inspect
+import string
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -330,9 +331,9 @@ def embed_with_clip(
     try:
         with _quiet(), torch.no_grad():
             model, tokenize, preprocess = clip if folder is None else _load_clip(folder, clip.tokenizer, variant)
-            length = model.config.text_config.max_position_embeddings
+            length, odd_texts = model.config.text_config.max_position_embeddings, comparable_texts(tokenize)
             tokens = tokenize(
-                list(ODD_TEXTS), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                list(odd_texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
             inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
             texts = model.get_text_features(**inputs)
@@ -343,7 +344,18 @@ def embed_with_clip(
             f"{folder or path}: transformers' CLIPModel and CLIPProcessor cannot embed texts and images "
             f"({error}). Repair the CLIP folder, so that there is something to compare the bundle with."
         ) from error
-    return ReferenceEmbeddings(ODD_TEXTS, images, unit(texts), unit(features))
+    return ReferenceEmbeddings(odd_texts, images, unit(texts), unit(features))
+
+
+def comparable_texts(tokenizer: Any) -> tuple[str, ...]:
+    """ODD_TEXTS, without leading punctuation for a SentencePiece tokenizer of transformers.
+
+    It puts one more token before a text that starts with punctuation and a space. The tokenizer.json of the same model,
+    and SigLIP's own code, do not.
+    """
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return ODD_TEXTS
+    return tuple(text.lstrip(string.punctuation + string.whitespace) for text in ODD_TEXTS)
 
 
 def _load_clip(folder: Path, tokenizer: Any, variant: str | None = None) -> _ClipParts:

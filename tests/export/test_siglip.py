@@ -66,6 +66,16 @@ def test_embeddings_equal_those_of_transformers(bundle: Bundle, folder: Path) ->
         assert (ours * expected).sum(axis=1).min() > 0.9999
 
 
+def test_sentencepiece_is_compared_without_leading_punctuation() -> None:
+    from types import SimpleNamespace
+
+    from unidiff_export.pipeline import ODD_TEXTS, comparable_texts
+
+    assert comparable_texts(SimpleNamespace(backend_tokenizer=None)) == ODD_TEXTS
+    differing = [(ours, odd) for ours, odd in zip(comparable_texts(object()), ODD_TEXTS, strict=True) if ours != odd]
+    assert differing == [("🙂 12.5%", "! !! 🙂 12.5%")]
+
+
 def test_modules_of_the_graphs_equal_the_model(folder: Path) -> None:
     """Also for a batch of one, and with the weights of the pooling head in separate layers."""
     from transformers import SiglipModel
