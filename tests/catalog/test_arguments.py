@@ -127,7 +127,7 @@ def test_texts_past_the_token_limit_warn_once_with_their_number(shop: Catalog) -
     long = ["red " * 200, "blue " * 200]
     with pytest.warns(UserWarning, match=r"2 of 3 texts are longer than the \d+ tokens of the encoder") as warned:
         shop.search_batch([*long, "lime"])
-    assert len(warned) == 1 and "'red red" in str(warned[0].message)
+    assert len(warned) == 1 and "blue" not in str(warned[0].message), "logs keep no queries"
     with pytest.warns(UserWarning, match="1 of 2 texts are longer"):
         shop.search("red", without=long[1])
 

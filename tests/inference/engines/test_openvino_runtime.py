@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -185,3 +187,27 @@ def test_bundles_for_gpus_are_refused(reference: Bundle) -> None:
     manifest = replace(reference.manifest, target="cuda", devices=("cuda", "cpu"))
     with pytest.raises(BundleError, match="was exported for cuda; OpenVINO runs bundles for CPUs"):
         Bundle(reference.path, manifest, device="openvino")
+
+
+INTERRUPTED = """
+import faulthandler, gc, signal
+faulthandler.enable()
+from unidiff_sdk import Bundle
+bundles = [Bundle.open("tiny", device="openvino", verify=False) for _ in range(3)]
+for bundle in bundles:
+    bundle.session("text_encoder")
+del bundle
+while bundles:
+    del bundles[0]
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_signals_arrive_after_sessions_were_closed() -> None:
+    """OpenVINO frees the signal stack of the thread with each core, which ended the process at the next Ctrl-C."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,13 @@ def create_openvino_session(
 ) -> OpenVinoSession:
     """Load a graph with OpenVINO: see `sessions.create_session` for arguments and errors.
 
-    `profile`, `half`, `fingerprint` and `capture` concern GPUs of NVIDIA and are ignored. openvino is the module; by
-    default the one that is installed.
+    `profile`, `half`, `fingerprint` and `capture` concern GPUs of NVIDIA and are ignored. openvino is the module, in
+    tests; by default the one that is installed, with one core for the whole process.
     """
     precision = precision or "f32"
     if precision not in PRECISIONS:
         raise OptionError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
-    openvino = openvino or _import_openvino()
-    core = openvino.Core()
+    core = _core() if openvino is None else openvino.Core()
     plugin = device.partition(":")[2] or "CPU"
     _require_device(core, plugin, precision)
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
@@ -131,6 +131,17 @@ def create_openvino_session(
             "with --target cpu"
         ) from error
     return OpenVinoSession(compiled, provider=f"openvino:{plugin}, {precision}", name=str(file))
+
+
+@cache
+def _core() -> Any:
+    """The one `openvino.Core` of this process, which is never destroyed.
+
+    The first use of the CPU plugin of each core replaces the alternate signal stack of its thread, on processors with
+    large registers. Destroying a core frees that stack, also if it is in use by then: the next signal, such as that of
+    Ctrl-C, ends the process with a segmentation fault (seen with OpenVINO 2026 and several cores).
+    """
+    return _import_openvino().Core()
 
 
 def _require_device(core: Any, plugin: str, precision: str) -> None:
