@@ -105,8 +105,8 @@ def _fuzz_operation(
         sent += 1
         if mode is GenerationMode.POSITIVE and sent % 2:
             _refer_to(case, known)
-        if isinstance(case.body, dict) and "prompt" in case.body:
-            case.body["steps"] = 1  # generating takes as long as all other requests together
+        if isinstance(case.body, dict) and "prompt" in case.body and type(case.body.get("steps", 1)) is int:
+            case.body["steps"] = 1  # otherwise generating takes as long as all other requests together
         tally.add(case, mode.value, case.call(session=session))
 
     try:
