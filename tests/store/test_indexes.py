@@ -26,6 +26,9 @@ class RecordingStore:
         self.calls.append(("create", column, kind))
         time.sleep(0.05)
 
+    def has_column(self, column: str) -> bool:
+        return column in ("brand", "price", "added")
+
     def drop_index(self, column: str) -> None:
         self.calls.append(("drop", column))
 
@@ -44,6 +47,31 @@ def test_filter_uses_an_existing_index_of_another_kind() -> None:
     indexes, store = PayloadIndexes({"brand": "text"}), RecordingStore()
     indexes.ensure_for_filter({"brand": "keyword", "price": "float"}, store)
     assert store.calls == [("create", "price", "float")]
+
+
+def test_columns_that_no_item_has_get_no_index() -> None:
+    indexes, store = PayloadIndexes({}), RecordingStore()
+    for n in range(100):
+        indexes.ensure_for_filter({f"unknown{n}": "keyword", "price": "float"}, store)
+    assert store.calls == [("create", "price", "float")]
+
+
+def test_searches_for_unknown_columns_leave_no_files(tmp_path: Path, toy: Path) -> None:
+    image = Image.new("RGB", (8, 8))
+    with Catalog(tmp_path / "shop.catalog", toy) as catalog, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        catalog.add([image], ["red"], ["a"], [{"price": 5}])
+
+        def files() -> int:
+            return sum(1 for path in (tmp_path / "shop.catalog").rglob("*") if path.is_file())
+
+        before = files()
+        for n in range(20):
+            assert len(catalog.search("red", where={f"unknown{n}": "x"})) == 0
+            assert len(catalog.browse(where={f"unknown.deep{n}": {"lt": n}})) == 0
+        assert files() == before
+        catalog.update("a", {"unknown1": "x"})
+        assert len(catalog.search("red", where={"unknown1": "x"})) == 1 and files() > before
 
 
 def test_index_of_numbers_is_dropped_for_a_range_of_dates_and_not_created_again() -> None:

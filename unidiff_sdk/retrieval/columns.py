@@ -281,6 +281,7 @@ def _holds_other_values(store: Store, path: str, kind: str) -> bool:
     return count_cached(store, others) > 0
 
 
+_MAX_COUNTS = 1000  # of one store: a server counts for columns that requests make up
 _counts: WeakKeyDictionary[Store, dict[Clause, tuple[tuple[int, int], int]]] = WeakKeyDictionary()
 
 
@@ -288,9 +289,13 @@ def count_cached(store: Store, clause: Clause) -> int:
     """The number of items that match. It is counted again after a write, as it takes 0.3 s for 100,000 items."""
     state = store.revision, store.count()
     known = _counts.setdefault(store, {})
-    if clause not in known or known[clause][0] != state:
-        known[clause] = state, store.count(clause)
-    return known[clause][1]
+    found = known.get(clause)
+    if found is None or found[0] != state:
+        found = state, store.count(clause)
+        if len(known) >= _MAX_COUNTS:
+            known.clear()
+        known[clause] = found
+    return found[1]
 
 
 def _items_with(store: Store, column: str) -> list[Record]:

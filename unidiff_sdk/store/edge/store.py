@@ -16,7 +16,7 @@ from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
 from unidiff_sdk._internal.memory import RESERVE, free_space, require_free_space
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import StoreError, UniDiffError
-from unidiff_sdk.store.filters import Clause, index_kinds, translate
+from unidiff_sdk.store.filters import Clause, Compare, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
 from unidiff_sdk.store.ordering import Ranked, Window, in_total_order, ranked_by_value, read_page, records_in_order
 from unidiff_sdk.store.payload import SYSTEM
@@ -249,6 +249,9 @@ class EdgeStore:
             require_free_space(self.path, growth, f"an index of the column {column!r}", reserve=reserve)
             shard.update(edge.UpdateOperation.create_field_index(column, schema))
             self._flush_if_scarce(shard)
+
+    def has_column(self, column: str) -> bool:
+        return bool(next(self.scroll(1, Compare(column, "exists", True)), []))
 
     def drop_index(self, column: str) -> None:
         with self._write([]) as shard:

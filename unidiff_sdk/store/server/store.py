@@ -11,7 +11,7 @@ from qdrant_client import QdrantClient, models
 
 from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
 from unidiff_sdk.errors import ForbiddenError, StoreError
-from unidiff_sdk.store.filters import Clause, index_kinds, translate
+from unidiff_sdk.store.filters import Clause, Compare, index_kinds, translate
 from unidiff_sdk.store.indexes import PayloadIndexes
 from unidiff_sdk.store.ordering import Ranked, Window, in_total_order, ranked_by_value, read_page, records_in_order
 from unidiff_sdk.store.protocol import (
@@ -286,6 +286,9 @@ class ServerStore:
         schema = _TEXT_INDEX if kind == "text" else models.PayloadSchemaType(kind)
         with self._indexing(column), self._engine():
             check_confirmed(self.client.create_payload_index(self.collection, column, schema, wait=True))
+
+    def has_column(self, column: str) -> bool:
+        return bool(next(self.scroll(1, Compare(column, "exists", True)), []))
 
     def drop_index(self, column: str) -> None:
         with self._indexing(column), self._engine():
