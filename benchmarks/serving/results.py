@@ -67,9 +67,10 @@ def _load(found: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## Searching during generations\n"
     yield (
         f"{SEARCHING} clients search a catalog of {found['items']:,} items at {found['rate']:g} requests per second "
-        f"together, whatever the answers: latency counts from when a request was due. Then {GENERATING} clients also "
-        f"generate, one image of 64 pixels in {STEPS} steps after the other. The peer is FastAPI with CLIP of "
-        "transformers and the pipeline of diffusers, with the same weights (`benchmarks/serving/peer.py`).\n"
+        "together, whatever the answers: latency counts from when a request was due. Then, for "
+        f"{found['seconds']:g} s with UniDiff, {GENERATING} clients also generate, one image of 64 pixels in {STEPS} "
+        "steps after the other. The peer is FastAPI with CLIP of transformers and the pipeline of diffusers, with "
+        "the same weights (`benchmarks/serving/peer.py`).\n"
     )
     yield "| Server | | Calls | Answered | Per second | p50 | p99 | Longest |"
     yield "|---|---|---|---|---|---|---|---|"
