@@ -39,6 +39,9 @@ test-all: $(VENV)/.ready ## the whole test suite
 coverage: $(VENV)/.ready ## the quick test suite with branch coverage; writes coverage.xml
 	$(VENV)/bin/python -m pytest -m "not slow and not browser" --cov --cov-report=term-missing:skip-covered --cov-report=xml $(ARGS)
 
+test-matrix: $(VENV)/.ready ## families of models x precisions x targets, each against diffusers; half an hour
+	$(VENV)/bin/python -m pytest tests/export/test_matrix.py $(ARGS)
+
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
 	$(OPTIMUM_VENV)/bin/python -m pytest tests/export/test_optimum.py $(ARGS)
 
