@@ -192,6 +192,7 @@ def test_bundles_for_gpus_are_refused(reference: Bundle) -> None:
 INTERRUPTED = """
 import faulthandler, gc, signal
 faulthandler.enable()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background passes SIGINT on as ignored
 from unidiff_sdk import Bundle
 bundles = [Bundle.open("tiny", device="openvino", verify=False) for _ in range(3)]
 for bundle in bundles:
