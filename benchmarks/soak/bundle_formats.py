@@ -413,8 +413,9 @@ class CheckpointConfigs(Format):
     def _keep_loaded_parts(self) -> None:
         """Load the parts that no input changed only once: the weights take most of the time."""
         from unidiff_sdk.training.checkpoints import checkpoint
+        from unidiff_sdk.training.checkpoints.loading import models
 
-        load, loaded = checkpoint._from_pretrained, {}
+        load, loaded = models.from_pretrained, {}
 
         def remembered(loader: Any, folder: Path, **options: Any) -> Any:
             part = folder.relative_to(self._checkpoint).as_posix()
@@ -424,7 +425,8 @@ class CheckpointConfigs(Format):
                 loaded[loader, part] = load(loader, folder, **options)
             return copy.deepcopy(loaded[loader, part])
 
-        checkpoint._from_pretrained = remembered
+        for module in (checkpoint, models):
+            module.from_pretrained = remembered
 
     def make(self, rng: Random) -> bytes:
         file = rng.choice(self.files)
