@@ -112,5 +112,8 @@ def test_stable_diffusion_3_is_refused_by_name(random_checkpoint: Path, precisio
     folder = Path(shutil.copytree(random_checkpoint, tmp_path / "sd3"))
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusion3Pipeline"}))
+    (folder / "unidiff.json").unlink()
+    (folder / "unet").rename(folder / "transformer")
+    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
     with pytest.raises((CheckpointError, ExportError), match="StableDiffusion3Pipeline"):
-        export_bundle(folder, tmp_path / "bundle", precision=precision)
+        export_bundle(folder, tmp_path / "bundle", clip=folder / "clip", precision=precision)
