@@ -15,7 +15,7 @@ from unidiff_sdk._internal.json_values import to_json
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.retrieval.options import SearchOptions
 from unidiff_sdk.store.filters import parse
-from unidiff_sdk.store.ids import checked_id, key_of
+from unidiff_sdk.store.ids import checked_id, key_of, possible_ids
 
 
 class Sku(enum.StrEnum):
@@ -75,3 +75,23 @@ def test_other_values_are_no_ids(id: Any) -> None:
 def test_a_very_long_integer_is_no_id() -> None:
     with pytest.raises(OptionError, match="at most 64"):
         key_of(10**5000)
+
+
+@pytest.mark.parametrize(
+    ("id", "expected"),
+    [
+        ("7", ["7", 7]),
+        ("-7", ["-7", -7]),
+        (7, [7]),
+        ("007", ["007"]),
+        ("-0", ["-0"]),
+        ("\u0667", ["\u0667"]),  # a decimal digit that is not ASCII
+        ("7.0", ["7.0"]),
+        ("-", ["-"]),
+        ("9" * 19, ["9" * 19]),
+        ("D-17", ["D-17"]),
+    ],
+)
+def test_ids_from_text_stand_for_strings_or_integers(id: str | int, expected: list[str | int]) -> None:
+    found = possible_ids(id)
+    assert found == expected and [type(each) for each in found] == [type(each) for each in expected]

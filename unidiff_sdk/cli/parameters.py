@@ -84,11 +84,10 @@ def parse_pairs(ctx: click.Context, option: click.Parameter, pairs: str | None) 
 
 def stored_id(catalog: Catalog | ServedCatalog, id: str) -> str | int:
     """The id of an item as it is stored: 7 can be the integer 7 or the string "7". An unknown id is returned as is."""
+    from unidiff_sdk.store.ids import possible_ids
+
     from .locations.served_catalog import ServedCatalog
 
     if isinstance(catalog, ServedCatalog):
         return id  # the server does the same
-    number = id.removeprefix("-")
-    is_integer = number.isdecimal() and len(id) < 19 and id == str(int(id))
-    candidates: list[str | int] = [id, int(id)] if is_integer else [id]
-    return next((candidate for candidate in candidates if catalog.get(candidate)), id)
+    return next((candidate for candidate in possible_ids(id) if catalog.get(candidate)), id)

@@ -19,6 +19,7 @@ from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.retrieval.results import Hit, Page
+from unidiff_sdk.store.ids import possible_ids
 
 from .limits import Gate, Limits
 from .metrics import Metrics
@@ -70,10 +71,7 @@ class Context:
 
     async def item(self, id: str | int) -> Hit:
         """The item with an id from a URL or body: "7" is the string or the integer. Raises ProblemError (404)."""
-        candidates: list[str | int] = [id]
-        if isinstance(id, str) and id.removeprefix("-").isdecimal() and len(id) < 19 and id == str(int(id)):
-            candidates.append(int(id))
-        for candidate in candidates:
+        for candidate in possible_ids(id):
             if (hit := await self.catalog.aget(candidate)) is not None:
                 return hit
         raise ProblemError(404, "There is no such item", f"The catalog has no item with the id {id!r:.200}.")

@@ -11,7 +11,7 @@ import numpy as np
 from unidiff_sdk._internal.json_values import checked_text, is_missing, to_json, unwrapped
 from unidiff_sdk.errors import OptionError
 
-__all__ = ["checked_id", "key_of"]
+__all__ = ["checked_id", "key_of", "possible_ids"]
 
 _ID_TYPES = (str, int, np.integer, Decimal, uuid.UUID)
 _NAMESPACE = uuid.UUID("6f1c1f0e-6a52-5c0e-9d5a-3b8f0a1c7e42")
@@ -46,3 +46,9 @@ def key_of(id: Any) -> str:
     """Return the UUID that an item id is stored under. Raises OptionError as `checked_id` does."""
     plain = checked_id(id)
     return str(uuid.uuid5(_NAMESPACE, f"{type(plain).__name__}:{plain}"))
+
+
+def possible_ids(id: str | int) -> list[str | int]:
+    """The ids that an id from a command line, a URL or JSON can stand for: "7" is the string, or else the integer 7."""
+    is_integer = isinstance(id, str) and id.removeprefix("-").isdecimal() and len(id) < 19 and id == str(int(id))
+    return [id, int(id)] if is_integer else [id]

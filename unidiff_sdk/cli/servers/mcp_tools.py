@@ -20,6 +20,7 @@ from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.errors import BusyError, FilterError, GenerationError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import encode
+from unidiff_sdk.store.ids import possible_ids
 
 if TYPE_CHECKING:
     from unidiff_sdk.catalog.catalog import Catalog
@@ -192,8 +193,7 @@ def _progress(context: Context[Any, Any]) -> Callable[[int, int], None]:
 
 async def _stored(catalog: Catalog, id: Id) -> Hit:
     """The item with an id: "7" is the string or the integer. Raises ToolError if there is none."""
-    candidates: list[Id] = [id, int(id)] if isinstance(id, str) and id.isdecimal() and len(id) < 19 else [id]
-    for candidate in candidates:
+    for candidate in possible_ids(id):
         if (hit := await catalog.aget(candidate)) is not None:
             return hit
     raise ToolError(f"The catalog has no item with the id {id!r:.200}.")
