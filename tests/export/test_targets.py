@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,13 @@ from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 GRAPHS = ["text_encoder", "unet", "vae_decoder", "vae_encoder", "image_encoder"]
 # One of each kind of attention: causal, with and without context. The VAE's is another of the UNet's kind.
 KINDS = ["text_encoder", "unet", "image_encoder"]
+
+WEB_OPERATORS = re.findall(
+    r"\w+",
+    """Add ArgMax Cast Concat Conv Cos Div Equal Expand Gather GatherND Gelu Gemm Identity InstanceNormalization
+    LayerNormalization MatMul Mul Range Reshape Resize Shape Sigmoid Sin Slice Softmax Split Squeeze Transpose Trilu
+    Unsqueeze Where""",
+)
 
 Lowered = Callable[[str, str], ir.Model]
 
@@ -75,7 +83,25 @@ def test_tensorrt_graphs_use_standard_operators_of_opset_20(
             assert all(value is not None and value.const_value is not None for value in node.inputs[1:])
 
 
-@pytest.mark.parametrize(("target", "name"), [("tensorrt", name) for name in GRAPHS] + [("cuda", n) for n in KINDS])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_web_graphs_use_operators_that_wasm_and_webgpu_run(
+    name: str, lowered: Lowered, specs: dict[str, GraphSpec]
+) -> None:
+    """The list is that of both providers in onnxruntime-web 1.30, whose WebGPU has no causal MultiHeadAttention."""
+    model = lowered("web", name)
+    operators = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
+    assert model.opset_imports[""] <= 20
+    assert operators <= {("", operator) for operator in WEB_OPERATORS} | {("com.microsoft", "MultiHeadAttention")}
+    attention = [node for node in model.graph if node.op_type == "MultiHeadAttention"]
+    assert not any(node.attributes["unidirectional"].as_int() for node in attention)
+    causal = [node for node in model.graph if node.op_type == "Softmax"]
+    found = causal if name == "text_encoder" else attention
+    assert len(found) == len(causal) + len(attention) == specs[name].attention_layers > 0
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [(t, name) for t in ("tensorrt", "web") for name in GRAPHS] + [("cuda", n) for n in KINDS]
+)
 def test_graphs_agree_with_pytorch(
     target: str, name: str, lowered: Lowered, specs: dict[str, GraphSpec], tmp_path: Path
 ) -> None:
@@ -173,7 +199,7 @@ def test_external_weights_stay_when_their_graph_is_rewritten(specs: dict[str, Gr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["portable", "cuda", "tensorrt"])
+@pytest.mark.parametrize("target", ["portable", "cuda", "tensorrt", "web"])
 def test_bundle_of_a_target(target: str, random_checkpoint: Path, tmp_path: Path) -> None:
     """From the command line to an image on the CPU. Without a GPU, the error names the package to install."""
     result = CliRunner().invoke(main, [str(random_checkpoint), "-o", str(tmp_path / "out"), "--target", target])
