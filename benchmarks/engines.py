@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,27 +64,29 @@ def _records(vectors: Vectors, start: int) -> Iterator[object]:
         yield Record(key_of(k), vector, {"id": k, "bucket": k % MATCHING, "_unidiff": system})
 
 
-def search_by(catalog: Catalog) -> Search:
-    """Return a search by `Catalog.search(vector=…)`."""
+def search_by(catalog: Catalog, **options: Any) -> Search:
+    """Return a search by `Catalog.search(vector=…)` with these options."""
 
     def search(query: Vectors, bucket: int | None) -> Indices:
-        page = catalog.search(vector=query, limit=TOP, where=None if bucket is None else {"bucket": bucket})
+        where = None if bucket is None else {"bucket": bucket}
+        page = catalog.search(vector=query, limit=TOP, where=where, **options)
         return np.array([hit.id for hit in page], np.int64)
 
     return search
 
 
-def unidiff(folder: Path, vectors: Vectors, *, quantization: str | None = None) -> Engine:
-    """Return a catalog with an index, as `add_folder` leaves it; the first filtered query creates the payload index."""
-    catalogs = []
+def unidiff(folder: Path, vectors: Vectors, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Engine]:
+    """Return a catalog with an index, as `add_folder` leaves it, searched with each of the named options.
 
-    def build() -> Search:
-        catalog = filled_catalog(folder, vectors, quantization=quantization)
-        catalogs.append(catalog)
-        catalog.optimize()
-        return search_by(catalog)
-
-    return Engine(build, lambda: catalogs[0].close())
+    The first filtered query creates the payload index.
+    """
+    started = time.perf_counter()
+    catalog = filled_catalog(folder, vectors)
+    catalog.optimize()
+    engines = {name: Engine(partial(search_by, catalog, **some), catalog.close) for name, some in options.items()}
+    for engine in engines.values():
+        engine.build_s = round(time.perf_counter() - started, 1)
+    return engines
 
 
 def local(vectors: Vectors) -> Engine:

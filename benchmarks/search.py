@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 DEPENDS = [HERE / "search_peer.py", HERE / "engines.py", HERE / "gallery.py"]
 DIM = 512
 EF = 128  # candidates at search, for peers with that option; other values give the curve
+OURS: dict[str, dict[str, Any]] = {"UniDiff": {}, "UniDiff, ef 32": {"ef": 32}}
 CURVE = {"faiss": (32, EF, 512), "lancedb": (EF, 512)}
 PEERS = {"faiss": "FAISS HNSW", "lancedb": "LanceDB"}
 TEXTS = ("red striped dress", "a tall blue mug", "green boots, dotted", "a slim black coat", "yellow")
@@ -91,7 +92,7 @@ def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vector
     np.save(folder / "vectors.npy", vectors)
     np.save(folder / "queries.npy", queries)
     engines = {
-        "UniDiff": unidiff(folder / "shop.catalog", vectors),
+        **unidiff(folder / "shop.catalog", vectors, OURS),
         "qdrant-client, local": local(vectors),
         "NumPy": flat(vectors),
     }
@@ -109,7 +110,7 @@ def measure(bench: Benchmark, cases: dict[str, int | None], folder: Path, vector
             try:
                 bench.row(
                     case,
-                    ours={"UniDiff": contestants.pop("UniDiff")},
+                    ours={name: contestants.pop(name) for name in OURS},
                     peers=contestants | workers,
                     figures=figures,
                     parameters={"items": len(vectors), "kind": case},

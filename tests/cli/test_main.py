@@ -175,6 +175,8 @@ def test_search_by_items_and_pages(indexed: Path) -> None:
     )
     assert len({hit["payload"]["brand"] for hit in brands["hits"]}) == len(brands["hits"]) > 1
     assert run(*search, "red", "--hybrid", "--diversity", 0.5).exit_code == 0
+    assert run(*search, "red", "--exact", "--json").exit_code == 0
+    check_usage_error(run(*search, "red", "--ef", 0), "ef=0: give an integer from 1")
     assert json.loads(run(*search, "red", "--min-score", 2, "--json").stdout)["hits"] == []
 
 

@@ -157,6 +157,8 @@ def test_cursor_of_another_search_is_refused(store: Store) -> None:
         (Query.of("red"), {}),
         (QUERY, {"where": {"n": {"lt": 5}}}),
         (QUERY, {"min_score": 0.0}),
+        (QUERY, {"ef": 32}),
+        (QUERY, {"exact": True}),
     ]:
         with pytest.raises(OptionError, match="belongs to another search"):
             page(store, query, limit=3, cursor=cursor, **options)
@@ -322,6 +324,12 @@ def test_batch_equals_single_searches(store: Store) -> None:
         ({"diversity": 1.5}, "diversity=1.5: give a number from 0"),
         ({"diversity": 0.5, "group_by": "brand"}, "diversity= and group_by= exclude each other"),
         ({"group_by": ""}, "group_by='': give the name of a column"),
+        ({"ef": 0}, "ef=0: give an integer from 1 to 10,000, or None"),
+        ({"ef": 10_001}, "ef=10001: give an integer from 1 to 10,000, or None"),
+        ({"ef": 32.5}, "ef=32.5: give an integer from 1 to 10,000, or None"),
+        ({"ef": True}, "ef=True: give an integer from 1 to 10,000, or None"),
+        ({"exact": 1}, "exact=1: give True or False"),
+        ({"exact": True, "ef": 32}, "exact= and ef= exclude each other"),
         ({"hybrid": 1.0}, "hybrid=1.0: give True, False, or a number from 0 to below 1"),
         ({"hybrid": "yes"}, "hybrid='yes': give True, False"),
         ({"hybrid": True, "min_score": 0.2}, "min_score= and hybrid= exclude each other"),

@@ -72,6 +72,14 @@ def test_search_considers_more_candidates_after_few_deletions() -> None:
     assert GraphState(79_000, 100_000, 21_000).search_options(512, 40_000) == {"exact": True}
 
 
+def test_candidates_of_the_caller_are_a_minimum() -> None:
+    fresh, worn = GraphState(100_000, 100_000), GraphState(90_000, 100_000, 10_000)
+    assert fresh.search_options(512, 40_000, ef=32) == {"hnsw_ef": 32}
+    assert worn.search_options(512, 40_000, ef=32) == {"hnsw_ef": 360}
+    assert worn.search_options(512, 40_000, ef=500) == {"hnsw_ef": 500}
+    assert fresh.search_options(512, 40_000, exact=True) == {"exact": True}
+
+
 def test_optimize_removes_deleted_vectors_from_small_graphs(tmp_path: Path) -> None:
     few, wide = 330, 8192  # the engine's default would keep them below 1,000 vectors
     vectors = np.random.default_rng(0).standard_normal((few, wide)).astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,30 @@ def test_quantized_search_has_exact_scores_and_finds_the_best(tmp_path: Path) ->
     assert right > 0.9 * 2 * 10 * len(queries)
     (hybrid,) = store.query_batch([VectorQuery(queries[0], 5, text="word700", bm25_weight=0.9)])
     assert hybrid[0].payload["n"] == 700
+    store.close()
+
+
+def test_more_candidates_find_more_and_an_exact_search_finds_all(tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).standard_normal((MANY + 30, WIDE)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors, queries = np.split(vectors, [MANY])
+    store = EdgeStore(tmp_path / "vectors", WIDE, full_scan_kb=10)
+    for start in range(0, MANY, 350):
+        store.upsert([Record(key_of(k), vectors[k], {"n": k}) for k in range(start, start + 350)])
+    store.optimize()
+
+    def recall(**options: Any) -> float:
+        found = 0
+        for query in queries:
+            (results,) = store.query_batch([VectorQuery(query, 10, **options)])
+            found += len({one.payload["n"] for one in results} & set(np.argsort(-(vectors @ query))[:10].tolist()))
+        return found / (10 * len(queries))
+
+    few, default, many = recall(ef=10), recall(), recall(ef=1000)
+    assert few < default - 0.1
+    assert few < many - 0.1
+    assert many > 0.99
+    assert recall(exact=True) == 1
     store.close()
 
 

@@ -22,6 +22,7 @@ from support.backends import DIM, record
 from support.misbehaving_server import MisbehavingServer
 
 from unidiff_sdk import OptionError, ServerOptions, StoreError
+from unidiff_sdk.store import VectorQuery
 from unidiff_sdk.store.server import connection, retries
 from unidiff_sdk.store.server.store import ServerStore
 
@@ -109,6 +110,17 @@ def test_lost_upsert_is_repeated_with_the_same_ids(server: MisbehavingServer, pa
 def test_api_key_is_sent(server: MisbehavingServer, pauses: list[float]) -> None:
     open_store(server, pauses).count()
     assert {headers.get("api-key") for *_, headers in server.requests} == {"the key"}
+
+
+def test_candidates_and_exact_searches_reach_the_server(server: MisbehavingServer, pauses: list[float]) -> None:
+    store = open_store(server, pauses)
+    server.requests.clear()
+    vector = record(1).vector
+    store.query_batch([VectorQuery(vector, 3), VectorQuery(vector, 3, ef=32), VectorQuery(vector, 3, exact=True)])
+    (body,) = (body for _, path, body, _ in server.requests if path.endswith("/points/query/batch"))
+    params = [search["params"] for search in body["searches"]]
+    assert [one.get("hnsw_ef") for one in params] == [None, 32, None]
+    assert [one.get("exact") for one in params] == [False, False, True]
 
 
 def test_new_collection_has_the_requested_layout(server: MisbehavingServer, pauses: list[float]) -> None:

@@ -222,6 +222,8 @@ class Catalog(OpenCatalog):
         group_by: str | None = None,
         hybrid: bool | float = False,
         rerank: bool | int = False,
+        ef: int | None = None,
+        exact: bool = False,
     ) -> Page:
         """Find the items most similar to a text, an image, items, a vector, or any mix of these.
 
@@ -252,16 +254,19 @@ class Catalog(OpenCatalog):
             rerank: re-rank this number of best hits with the generator, 2 to 64; True: the number that the bundle
                 recommends. Improves long, detailed queries (`retrieval.reranking`). Needs a text. The other parts of a
                 mixed query count only for the encoder. Re-ranked hits have a `rerank_score`.
+            ef: the number of candidates that the search index considers, 1 to 10,000. Fewer are faster, more find more
+                of the nearest items. Default: the engine's, 100 on one machine.
+            exact: compare with every item instead of searching the index. Finds all nearest items.
 
         Returns:
             A Page of hits, best first; an empty one if nothing matches.
 
         Raises:
-            OptionError, FilterError, ImageError: an argument is invalid. `SearchOptions` has more on the last nine.
+            OptionError, FilterError, ImageError: an argument is invalid. `SearchOptions` has more on most.
             BundleError: `imagine` or `rerank` with a bundle that has no generator.
         """
         query = Query.of(text, imagine, image, like, unlike, without, vector, weights)
-        options = SearchOptions(limit, offset, cursor, where, min_score, diversity, group_by, hybrid, rerank)
+        options = SearchOptions(limit, offset, cursor, where, min_score, diversity, group_by, hybrid, rerank, ef, exact)
         return self._current.searcher().search([query], options)[0]
 
     def search_batch(self, /, queries: Sequence[str | Mapping[str, Any]], **options: Any) -> list[Page]:

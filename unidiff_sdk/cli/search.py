@@ -78,6 +78,8 @@ thumbnails_option = click.option(
     metavar="K",
     help="Re-rank the best K hits with the generator. 2 to 64; 0 (default): off.",
 )
+@click.option("--ef", type=int, metavar="N", help="Candidates that the search index considers, 1 to 10000.")
+@click.option("--exact", is_flag=True, help="Compare with every item instead of searching the index.")
 @thumbnails_option
 @trusted_key_option
 @json_option

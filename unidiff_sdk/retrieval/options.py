@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 MAX_LIMIT = 10_000
 MAX_OFFSET = 10**12  # more than any store has items; the engine's own limit is 64 bits
+MAX_EF = 10_000
 MAX_RERANKED = 64  # each item costs calls of the UNet; beyond the first few, the right item is rarely among them
 _DEFAULT_HYBRID = 0.5  # the share of the caption ranking for hybrid=True
 
@@ -43,6 +44,10 @@ class SearchOptions:
         rerank: re-rank this number of best items with the generator, 2 to 64 (`retrieval.reranking`); True means the
             number that the bundle recommends, False or 0 none. Needs a text. `min_score` and the choice of the best
             item of a group use the encoder's score; items after the re-ranked ones keep their order.
+        ef: the number of candidates that the search index considers, 1 to 10,000 (`ef` of HNSW, Malkov and Yashunin
+            2018). Fewer are faster, more find more of the nearest items. Default: the engine's, which is 100 on one
+            machine. At least `limit`, and more while many items of the index are deleted.
+        exact: compare with every item instead of searching the index. Finds all nearest items.
         clause: `where`, parsed.
 
     Raises:
@@ -59,10 +64,12 @@ class SearchOptions:
     group_by: str | None = None
     hybrid: bool | float = False
     rerank: bool | int = False
+    ef: int | None = None
+    exact: bool = False
     clause: Clause | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("limit", "offset", "min_score", "diversity", "hybrid", "rerank"):
+        for name in ("limit", "offset", "min_score", "diversity", "hybrid", "rerank", "ef"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_page(self.limit, self.offset)
         if not isinstance(self.cursor, (str, type(None))):
@@ -93,6 +100,12 @@ class SearchOptions:
             )
         if self.rerank and self.diversity is not None:
             raise OptionError("rerank= and diversity= exclude each other: choose one")
+        if self.ef is not None and not (_is_integer(self.ef) and 1 <= self.ef <= MAX_EF):
+            raise OptionError(f"ef={self.ef!r:.60}: give an integer from 1 to {MAX_EF:,}, or None")
+        if not isinstance(self.exact, bool):
+            raise OptionError(f"exact={self.exact!r:.60}: give True or False")
+        if self.exact and self.ef is not None:
+            raise OptionError("exact= and ef= exclude each other: an exact search does not use the index")
         object.__setattr__(self, "cursor", self.cursor or None)
         object.__setattr__(self, "hybrid", float(hybrid))
         object.__setattr__(self, "clause", parse(self.where))
@@ -126,6 +139,10 @@ def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_reranked(count: Any) -> bool:

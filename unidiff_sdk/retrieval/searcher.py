@@ -445,6 +445,8 @@ def _nearest(query: Query, vector: Vector, options: SearchOptions) -> VectorQuer
         min_score=options.min_score,
         text=query.text if options.hybrid else None,
         bm25_weight=options.hybrid,
+        ef=options.ef,
+        exact=options.exact,
     )
 
 
@@ -474,6 +476,8 @@ def _digest(query: Query, options: SearchOptions) -> bytes:
     )
     if options.rerank:
         order += (options.rerank,)
+    if options.ef is not None or options.exact:
+        order += (options.ef, options.exact)
     return hashlib.sha256(query.digest() + repr(order).encode()).digest()[:8]
 
 

@@ -69,6 +69,8 @@ class SearchRequest(Request):
     group_by: str | None = Field(None, description="Only the best item of each value of this column.")
     hybrid: bool | float = Field(False, description="Also rank by the words of the captions.")
     rerank: bool | int = Field(False, description="Re-rank this number of best hits with the generator.")
+    ef: int | None = Field(None, description="The number of candidates that the search index considers.")
+    exact: bool = Field(False, description="Compare with every item instead of searching the index.")
 
 
 class GenerateRequest(Request):

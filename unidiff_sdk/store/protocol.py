@@ -75,6 +75,8 @@ class VectorQuery:
             scores the sum of 1 / (RRF_K + rank / weight) over the rankings that contain it. Ranks start at 1. The
             weights are 2 * (1 - bm25_weight) for the vector and 2 * bm25_weight for the text.
         bm25_weight: the share of the text in the fusion, between 0 and 1 exclusive.
+        ef: candidates that the search index considers, at least `limit`. None: the engine's own number.
+        exact: compare with every record instead of searching the index.
         with_payload: whether the results carry their payload.
         with_vectors: whether the results carry their vector.
     """
@@ -87,6 +89,8 @@ class VectorQuery:
     min_score: float | None = None
     text: str | None = None
     bm25_weight: float = 0.5
+    ef: int | None = None
+    exact: bool = False
     with_payload: bool = True
     with_vectors: bool = False
 

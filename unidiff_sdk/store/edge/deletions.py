@@ -68,20 +68,24 @@ class GraphState:
         """The deleted share of the graphs, 0 to 1, as if each id written since the measurement deleted a vector."""
         return min(1.0, (self.deleted + self.written) / self.in_graphs) if self.in_graphs else 0.0
 
-    def search_options(self, dim: int, full_scan_kb: int) -> dict[str, Any]:
+    def search_options(self, dim: int, full_scan_kb: int, ef: int | None = None, exact: bool = False) -> dict[str, Any]:
         """Keyword arguments of the engine's search parameters that keep deleted vectors from hiding others.
 
         Args:
             dim: the length of the vectors.
             full_scan_kb: the engine scans segments whose vectors take at most this many kilobytes. It counts deleted
                 vectors; this method counts only the others.
+            ef: the caller's number of candidates. More are considered where deleted vectors could hide others.
+            exact: the caller's choice to scan all vectors.
         """
+        if exact:
+            return {"exact": True}
         if not self.deleted_share:
-            return {}
+            return {} if ef is None else {"hnsw_ef": ef}
         is_small = (self.points + self.written) * dim * _FLOAT <= full_scan_kb * 1024
         if is_small or self.deleted_share > MAX_DELETED_SHARE:
             return {"exact": True}
-        return {"hnsw_ef": round(_EF + _EF_PER_SHARE * self.deleted_share)}
+        return {"hnsw_ef": max(ef or 0, round(_EF + _EF_PER_SHARE * self.deleted_share))}
 
 
 def deleted_from_graphs(path: Path) -> int:

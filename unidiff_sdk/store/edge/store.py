@@ -144,7 +144,7 @@ class EdgeStore:
         params = edge.SearchParams(
             acorn=edge.AcornSearchParams(enable=True),
             quantization=self._rescore,
-            **self._graphs.search_options(self.dim, self._full_scan_kb),
+            **self._graphs.search_options(self.dim, self._full_scan_kb, search.ef, search.exact),
         )
         prefetches = None
         if search.text is not None:

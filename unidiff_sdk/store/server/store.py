@@ -42,7 +42,7 @@ _TEXT_INDEX = models.TextIndexParams(
 )
 # Payload indexes are created after the graph, which therefore has no links for them. ACORN finds the items that match a
 # filter nevertheless (`edge.shard.FULL_SCAN_KB`).
-_PARAMS = models.SearchParams(acorn=models.AcornSearchParams(enable=True))
+_ACORN = models.AcornSearchParams(enable=True)
 
 
 class ServerStore:
@@ -158,13 +158,14 @@ class ServerStore:
     def _request(self, search: VectorQuery) -> models.QueryRequest:
         check_query(search.vector, self.dim)
         conditions = self._filter(search.where, search.exclude)
+        params = models.SearchParams(acorn=_ACORN, hnsw_ef=search.ef, exact=search.exact)
         query: Any = search.vector.tolist()
         prefetch = None
         if search.text is not None:
             self._indexes.ensure(CAPTION, "text", self)
             rankings = {VECTOR: query, CAPTION: models.TextQuery(text=search.text)}
             prefetch = [
-                models.Prefetch(query=ranking, using=using, limit=CANDIDATES, filter=conditions, params=_PARAMS)
+                models.Prefetch(query=ranking, using=using, limit=CANDIDATES, filter=conditions, params=params)
                 for using, ranking in rankings.items()
             ]
             weights = [2 * (1 - search.bm25_weight), 2 * search.bm25_weight]
@@ -176,7 +177,7 @@ class ServerStore:
             limit=search.limit,
             offset=search.offset,
             filter=conditions,
-            params=_PARAMS,
+            params=params,
             score_threshold=search.min_score,
             with_payload=search.with_payload,
             with_vector=search.with_vectors,
