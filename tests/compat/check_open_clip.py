@@ -14,10 +14,13 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.nn.functional as F
+from open_clip.loss import SigLipLoss
 from open_clip.model import CLIP
 from safetensors.torch import save_file
 
 from unidiff_sdk.training.checkpoints.encoders.open_clip import load_open_clip
+from unidiff_sdk.training.objective.losses import sigmoid_itc
 
 TOLERANCE = 1e-5
 SMALL = {
@@ -29,6 +32,7 @@ SMALL = {
 
 def main(folder: Path) -> None:
     torch.manual_seed(0)
+    compare_sigmoid_loss()
     for quick_gelu in (False, True):
         config = SMALL | ({"quick_gelu": True} if quick_gelu else {})
         here = folder / f"small-{quick_gelu}"
@@ -47,6 +51,18 @@ def main(folder: Path) -> None:
         save(model, file)
         compare(architecture, model, load_open_clip(f"open_clip:{architecture}/{file}").clip)
         file.unlink()
+
+
+@torch.no_grad()
+def compare_sigmoid_loss() -> None:
+    """The sigmoid loss of SigLIP, of pairs with different meanings."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (F.normalize(torch.randn(7, 5, generator=generator), dim=-1) for _ in range(2))
+    scale, bias = torch.tensor(2.3), torch.tensor(-4.0)
+    expected = SigLipLoss()(u, v, scale.exp(), bias)
+    error = (sigmoid_itc(u, v, scale, bias) - expected).abs().item()
+    print(f"sigmoid loss differs by {error:.1e}")
+    assert error <= TOLERANCE
 
 
 def disturbed(model: CLIP) -> CLIP:

@@ -38,7 +38,7 @@ REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/gpu.md": (1, "exports for a GPU, for minutes"),
     "docs/guides/mcp.md": (2, "a server runs until it is stopped"),
     "docs/guides/reindex.md": (2, "needs a bundle of another model"),
-    "docs/guides/search_only.md": (1, "needs a CLIP"),
+    "docs/guides/search_only.md": (2, "needs a CLIP"),
     "docs/guides/serve.md": (6, "a server runs until it is stopped"),
     "docs/guides/train.md": (2, "trains for minutes"),
 }

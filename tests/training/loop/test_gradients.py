@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
+from support.processes import free_port  # noqa: E402
 from support.training_step import prepare_step  # noqa: E402
 
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
@@ -201,9 +201,3 @@ def test_two_processes_train_like_one(small_catalog: Path, random_checkpoint: Pa
     a, b = (JointModel(load_checkpoint(path)).state_dict() for path in (one, two))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])

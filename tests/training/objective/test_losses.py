@@ -48,6 +48,35 @@ def test_itc_of_different_pairs_is_the_loss_of_open_clip() -> None:
     torch.testing.assert_close(losses.itc(u, v, scale, losses.same_meaning(groups, groups)), expected)
 
 
+def test_sigmoid_itc_is_the_loss_of_transformers() -> None:
+    """Of SiglipModel, with its own scale and bias; the towers only pass embeddings on."""
+    from transformers import SiglipConfig, SiglipModel
+
+    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = tower | {"image_size": 8, "patch_size": 4}
+    model = SiglipModel(SiglipConfig(text_config=tower | {"vocab_size": 9}, vision_config=vision)).eval()
+    ids, pixels = (
+        torch.arange(15).reshape(5, 3) % 9,
+        torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
+    output = model(input_ids=ids, pixel_values=pixels, return_loss=True)
+    ours = losses.sigmoid_itc(output.image_embeds, output.text_embeds, model.logit_scale, model.logit_bias)
+    torch.testing.assert_close(ours, output.loss)
+
+
+def test_sigmoid_itc_counts_pairs_of_equal_meaning_as_positives() -> None:
+    """Closed form: with orthogonal embeddings, every logit is the bias, but for those of the diagonal."""
+    u, scale, bias = torch.eye(3), torch.tensor(math.log(2.0)), torch.tensor(-1.0)
+    groups = torch.tensor([4, 4, 7])
+    loss = losses.sigmoid_itc(u, u, scale, bias, losses.same_meaning(groups, groups))
+
+    def log_sigmoid(x: float) -> float:
+        return -math.log1p(math.exp(-x))
+
+    # 3 on the diagonal with logit 2 - 1, 2 other positives with logit -1, and 4 negatives with logit -1
+    assert loss.item() == pytest.approx(-(3 * log_sigmoid(1) + 2 * log_sigmoid(-1) + 4 * log_sigmoid(1)) / 3)
+
+
 def test_itc_divides_the_target_among_pairs_of_equal_meaning() -> None:
     u, v, scale = unit(4, 6), unit(4, 6, seed=1), torch.tensor(1.0)
     groups = torch.tensor([5, 5, 8, 9])

@@ -25,8 +25,10 @@ __all__ = [
     "check_config",
     "check_pipeline_files",
     "check_tokenizer",
+    "has_generator",
     "model_type_of",
     "require_files",
+    "require_generator",
 ]
 
 METADATA = "unidiff.json"
@@ -71,6 +73,21 @@ def require_files(folder: Path, files: Mapping[str, str]) -> None:
         raise CheckpointError(f"{folder} is not a checkpoint.{hint}")
     if missing:
         raise CheckpointError(f"{folder} is not a complete checkpoint. Missing: {', '.join(missing)}.")
+
+
+def has_generator(folder: Path) -> bool:
+    """Whether a folder is laid out as a pipeline or a checkpoint, and not as a CLIP or SigLIP alone."""
+    encoders = (folder / "config.json").is_file() or (folder / "modules.json").is_file()
+    return not encoders or (folder / "model_index.json").is_file() or (folder / "clip").is_dir()
+
+
+def require_generator(folder: Path) -> None:
+    """Raise CheckpointError if a folder holds a CLIP or SigLIP alone."""
+    if not has_generator(folder):
+        raise CheckpointError(
+            f"{folder} has no generator. If it is a CLIP or SigLIP, train it with unidiff-train DATA --base {folder} "
+            f"--is 0 --rsc 0, and export it with unidiff-export --clip {folder}."
+        )
 
 
 def check_pipeline_files(folder: Path) -> None:

@@ -13,7 +13,7 @@ from unidiff_sdk._internal.files import checked_path, folder_hint
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.hub import HUB_PREFIX, HubName, download_files, is_hub_name
 
-from .architectures import check_tokenizer, require_files
+from .architectures import check_tokenizer, require_files, require_generator
 from .checkpoint import Checkpoint, assemble_checkpoint, load_checkpoint, load_clip, require_supported
 from .encoders.open_clip import PREFIX, load_open_clip
 from .json_files import read_json
@@ -80,6 +80,7 @@ def _pipeline_source(base: str | Path, options: BaseOptions) -> Path:
     if is_single_file(base):
         return require_safetensors(Path(base), "checkpoint")
     folder = local_folder(base, ["model_index.json", *PIPELINE_FILES], options.variant)
+    require_generator(folder)
     if not (folder / "model_index.json").is_file() or (folder / "manifest.json").is_file():
         raise CheckpointError(
             f"{base} is neither a checkpoint nor a diffusers pipeline: it has no model_index.json and clip/."

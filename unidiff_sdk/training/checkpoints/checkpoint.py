@@ -25,9 +25,10 @@ from unidiff_sdk._internal.images import Fit
 from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults
+from unidiff_sdk.inference.manifest import Resize
 from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
 
-from .architectures import MAX_SIZE, METADATA, check_clip_files, check_pipeline_files, require_files
+from .architectures import MAX_SIZE, METADATA, check_clip_files, check_pipeline_files, require_files, require_generator
 from .encoders.image_preprocessing import normalization, preprocessing_refusal
 from .json_files import read_json
 from .loading.additions import add_to_models
@@ -204,6 +205,10 @@ class Checkpoint:
         """How training made images square: "pad" if the metadata says so, else "crop"."""
         return "pad" if self.meta.get("fit") == "pad" else "crop"
 
+    def resize_for(self, fit: Fit) -> Resize | None:
+        """How images are resized before the crop: always as CLIP does, see `require_supported`."""
+        return None
+
     @property
     def latent_factor(self) -> int:
         """Pixels per latent, along one side."""
@@ -217,6 +222,7 @@ def load_checkpoint(path: str | Path, options: BaseOptions | None = None) -> Che
     incomplete.
     """
     folder = TINY if str(path) == "tiny" else checked_path(path, CheckpointError)
+    require_generator(folder)
     require_files(folder, PIPELINE_FILES | CLIP_FILES)
     clip, image_processor = load_clip(folder / "clip")
     has_tokenizer = (folder / "clip" / "tokenizer_config.json").is_file()

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 MODEL_CARD = "README.md"
+SEARCH_TAGS = ["image-text-retrieval", "product-catalog", "unidiff-sdk"]
 TAGS = ["clip", "image-text-retrieval", "product-catalog", "stable-diffusion", "unidiff-sdk"]
 # Settings in the order of the card: (field of the configuration, title).
 SETTINGS = {
@@ -88,6 +89,24 @@ unidiff-export CHECKPOINT -o BUNDLE
 ```
 """
 
+USE_SEARCH = """\
+Embed images and texts with transformers:
+
+```python
+from transformers import AutoImageProcessor, AutoTokenizer, {family}Model
+
+model = {family}Model.from_pretrained("CHECKPOINT")
+tokenizer = AutoTokenizer.from_pretrained("CHECKPOINT")
+processor = AutoImageProcessor.from_pretrained("CHECKPOINT")
+```
+
+Export an ONNX bundle that searches without PyTorch:
+
+```shell
+unidiff-export --clip CHECKPOINT -o BUNDLE
+```
+"""
+
 
 def model_card(meta: Mapping[str, Any]) -> str:
     """The card as Markdown. meta: the content of unidiff.json."""
@@ -130,16 +149,22 @@ def markdown_section(title: str, paragraphs: Iterable[str]) -> list[str]:
 
 def _front_matter(meta: Mapping[str, Any]) -> str:
     base_model = meta.get("base_model")
+    generates = "encoder" not in meta
     data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=TAGS,
+        library_name="diffusers" if generates else "transformers",
+        pipeline_tag="text-to-image" if generates else "zero-shot-image-classification",
+        tags=TAGS if generates else [meta["encoder"].lower(), *SEARCH_TAGS],
         **({"base_model": base_model} if base_model else {}),
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
 def _summary(meta: Mapping[str, Any]) -> str:
+    if "encoder" in meta:
+        return (
+            f"A {meta['encoder']} model for searching one product catalog by text and by image, trained with UniDiff "
+            f"SDK. It was fine-tuned from {markdown_text(meta['base'])}."
+        )
     lines = [
         "A CLIP model and a Stable Diffusion pipeline for one product catalog, trained with UniDiff SDK. CLIP searches "
         "the catalog by text and by image. The pipeline generates product images from text."
@@ -245,6 +270,8 @@ def describe_limits(meta: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _use(meta: Mapping[str, Any]) -> str:
+    if "encoder" in meta:
+        return USE_SEARCH.replace("{family}", "Siglip" if meta["encoder"] == "SigLIP" else "CLIP")
     sampler = meta.get("sampler") or {}
     arguments = ""
     if "teacher" in meta:  # a distilled model needs its own number of steps

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, SiglipModel
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
 from unidiff_sdk._internal.files import recover_folder, replacement_folder
@@ -29,6 +29,7 @@ from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.schedule import stated_settings
 
 from .checkpoint import METADATA
+from .encoders.search_model import SearchModel
 from .json_files import read_json, write_json
 from .loading.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from .model_card import MODEL_CARD, model_card
@@ -41,10 +42,12 @@ __all__ = [
     "require_replaceable",
     "save_checkpoint",
     "save_scheduler",
+    "save_search_model",
 ]
 
 TRAINING_STATE = "training_state"  # subfolder with the state of an unfinished run
 TEXT_PREFIX = "text_model."
+SIGLIP_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
 def save_checkpoint(
@@ -81,20 +84,60 @@ def save_checkpoint(
     Raises:
         CheckpointError: `path` holds something that is not a checkpoint, or a file cannot be written.
     """
-    path = Path(path)
+
+    def write_parts(folder: Path) -> None:
+        _save_diffusers(unet, folder / "unet", dtype)
+        _save_diffusers(vae, folder / "vae", dtype)
+        _save_clip(clip, folder / "clip", dtype)
+        _save_text_encoder(text_encoder, folder / "text_encoder", dtype)
+        _save_tokenizer(tokenizer, folder / "tokenizer")
+        _save_tokenizer(clip_tokenizer or tokenizer, folder / "clip")
+        image_processor.save_pretrained(folder / "clip")
+        save_scheduler(scheduler, folder / "scheduler")
+        write_json(folder / "model_index.json", _model_index(scheduler))
+
+    return _replace(Path(path), {"format": "unidiff-checkpoint"} | dict(meta), write_parts, keep, write_more)
+
+
+def save_search_model(
+    path: str | Path,
+    model: SearchModel,
+    *,
+    meta: Mapping[str, Any],
+    keep: int = 1,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write encoders without a generator as a folder of transformers, with a model card. See `save_checkpoint`.
+
+    Raises CheckpointError if `path` holds something that is not a checkpoint, or a file cannot be written.
+    """
+
+    def write_parts(folder: Path) -> None:
+        _save_clip(model.model, folder, None)
+        model.image_processor.save_pretrained(folder)
+        if model.is_siglip and model.folder is not None:  # training never changes the tokenizer
+            for name in SIGLIP_TOKENIZER_FILES:
+                if (model.folder / name).is_file():
+                    shutil.copyfile(model.folder / name, folder / name)
+        else:
+            _save_tokenizer(model.tokenizer, folder)
+
+    return _replace(Path(path), {"format": "unidiff-encoders"} | dict(meta), write_parts, keep, write_more)
+
+
+def _replace(
+    path: Path,
+    meta: Mapping[str, Any],
+    write_parts: Callable[[Path], None],
+    keep: int,
+    write_more: Callable[[Path], None] | None,
+) -> Path:
+    """Write a checkpoint folder with its metadata and model card, in place of a previous one."""
     require_replaceable(path)
-    content = {"format": "unidiff-checkpoint", "schema_version": 1, **meta}
+    content = {"schema_version": 1, **meta}
     try:
         with replacement_folder(path, CheckpointError, retire=partial(_retire, path=path, keep=keep)) as temporary:
-            _save_diffusers(unet, temporary / "unet", dtype)
-            _save_diffusers(vae, temporary / "vae", dtype)
-            _save_clip(clip, temporary / "clip", dtype)
-            _save_text_encoder(text_encoder, temporary / "text_encoder", dtype)
-            _save_tokenizer(tokenizer, temporary / "tokenizer")
-            _save_tokenizer(clip_tokenizer or tokenizer, temporary / "clip")
-            image_processor.save_pretrained(temporary / "clip")
-            save_scheduler(scheduler, temporary / "scheduler")
-            write_json(temporary / "model_index.json", _model_index(scheduler))
+            write_parts(temporary)
             (temporary / MODEL_CARD).write_text(model_card(content), encoding="utf-8")
             if write_more:
                 write_more(temporary)
@@ -135,7 +178,7 @@ def _save_diffusers(model: Any, folder: Path, dtype: torch.dtype | None) -> None
     _save_tensors(merged_state_dict(model), folder / DIFFUSERS_WEIGHTS, dtype)
 
 
-def _save_clip(clip: CLIPModel, folder: Path, dtype: torch.dtype | None) -> None:
+def _save_clip(clip: CLIPModel | SiglipModel, folder: Path, dtype: torch.dtype | None) -> None:
     _save_transformers_config(clip, folder)
     _save_tensors(merged_state_dict(clip), folder / TRANSFORMERS_WEIGHTS, dtype)
 

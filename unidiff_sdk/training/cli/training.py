@@ -88,6 +88,7 @@ def _resuming(ctx: click.Context) -> str:
     unidiff-train products --base tiny -o runs/shop --val products-val --patience 5
     unidiff-train products --base runs/shop -o runs/shop-2 --steps 1000 --lr 1e-4
     unidiff-train products --base tiny -o runs/clip-only --is 0 --rsc 0
+    unidiff-train products --base models/siglip-base-patch16-224 -o runs/siglip --is 0 --rsc 0
     """,
 )
 @click.argument("data", type=FOLDER)
@@ -95,7 +96,8 @@ def _resuming(ctx: click.Context) -> str:
     "--base",
     required=True,
     metavar="MODEL",
-    help='Base model: "tiny", a checkpoint folder, or a Stable Diffusion: diffusers folder, hf:org/name, or one file.',
+    help='Base model: "tiny", a checkpoint folder, or a Stable Diffusion: diffusers folder, hf:org/name, or one file. '
+    "To train search alone: a CLIP or SigLIP.",
 )
 @option(
     "--clip",
@@ -481,4 +483,7 @@ def _report(result: TrainingResult, report: Path | None) -> None:
         echo(f"WiSE-FT: {sweep['alpha']:.0%} of the change of the {half}")
     if report:
         echo(f"Report: {report}")
-    echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")
+    if (result.path / "model_index.json").is_file():
+        echo(f"Next: unidiff-evaluate {result.path} DATA, unidiff-export {result.path} -o BUNDLE")
+    else:
+        echo(f"Next: unidiff-export --clip {result.path} -o BUNDLE")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unidiff_sdk.training.objective.batch import Batch
+from unidiff_sdk.training.objective.encoder_model import EncoderModel
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.runtime.processes import Processes
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator
@@ -50,7 +51,7 @@ class BatchLoader:
     Each image passes through the VAE once, when the loader is created.
 
     Args:
-        model: The base model, whose VAE encodes the images.
+        model: The base model. If it has a generator, its VAE encodes the images.
         pairs: The data.
         input_ids: int64[n, tokens], captions for the UNet's text encoder.
         groups: n keys. Pairs with equal keys have the same meaning.
@@ -67,7 +68,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        model: JointModel,
+        model: EncoderModel,
         pairs: Pairs,
         input_ids: Tensor,
         groups: Sequence[Any],
@@ -86,9 +87,13 @@ class BatchLoader:
         self.clip_images = pairs.clip_images
         self.storage: dict[str, Any] = {"scratch": scratch, "memory_limit": memory_limit}
         storage = self.storage
-        self.latents = encode_latents(model, pairs.images, cache, **storage)
         # The latents of a mirrored image are not its mirrored latents, so both are encoded.
-        self.mirrored = encode_latents(model, pairs.images.mirrored(), cache, **storage) if flip else None
+        views = [pairs.images, *([pairs.images.mirrored()] if flip else [])]
+        if isinstance(model, JointModel):
+            latents = [encode_latents(model, view, cache, **storage) for view in views]
+        else:
+            latents = [torch.zeros(len(view), 0, 0, 0) for view in views]
+        self.latents, self.mirrored = latents[0], latents[1] if flip else None
         self.input_ids = input_ids
         self.clip_ids = clip_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.encoder_model import EncoderModel
 
 from .mapped_tensor import MEMORY_LIMIT, allocate_rows
 from .square_images import SquareImages
@@ -21,7 +21,7 @@ CHUNK = 64  # images or texts per forward pass
 
 
 def embed_images(
-    model: JointModel, clip_images: SquareImages, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
+    model: EncoderModel, clip_images: SquareImages, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
 ) -> Tensor:
     """Embed n images: float[n, d] on the CPU, unit rows. scratch, memory_limit: see `allocate_rows`."""
     with model.evaluating():
@@ -30,14 +30,14 @@ def embed_images(
 
 
 def embed_texts(
-    model: JointModel, clip_ids: Tensor, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
+    model: EncoderModel, clip_ids: Tensor, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
 ) -> Tensor:
     """Embed n captions, int64[n, tokens]: float[n, d] on the CPU, unit rows.
 
     scratch, memory_limit: see `allocate_rows`.
     """
     with model.evaluating():
-        pooled = (model.clip.text_model(ids.to(model.device)).pooler_output for ids in clip_ids.split(CHUNK))
+        pooled = (model.pool_text(ids.to(model.device)) for ids in clip_ids.split(CHUNK))
         return _collect((model.text_embeds(states) for states in pooled), len(clip_ids), scratch, memory_limit)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from unidiff_sdk._internal.images import Fit, load_image
 from unidiff_sdk.datasets.reader import EmbeddedImage, InvalidRow, Row, SpooledImage, read_catalog
 from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.inference.manifest import Resize
+from unidiff_sdk.training.checkpoints.encoders.search_model import TrainableModel
 
 from .captions import warn_about_long_captions
 from .square_images import SquareImages, map_in_threads, to_square
@@ -68,7 +69,7 @@ class Pairs:
 
 def load_pairs(
     path: str | Path,
-    checkpoint: Checkpoint,
+    checkpoint: TrainableModel,
     *,
     columns: Mapping[str, str | None] | None = None,
     limit: int | None = None,
@@ -81,7 +82,7 @@ def load_pairs(
 
     Args:
         path: A folder or shards, see `datasets.reader`.
-        checkpoint: Provides the image sizes.
+        checkpoint: Provides the image sizes. Without a generator, `images` are those of the encoder.
         columns: Names of columns, see `datasets.reader.read_catalog`.
         limit: Read this many pairs at most.
         strict: Raise for the first invalid row instead of skipping it.
@@ -96,10 +97,12 @@ def load_pairs(
     require_captions(columns)
     fit = fit or checkpoint.fit
     sizes = checkpoint.image_size, int(checkpoint.clip.config.vision_config.image_size)
-    reader = _PairReader(sizes, fit, memory_limit)
+    resize = checkpoint.resize_for(fit)
+    reader = _PairReader(sizes, fit, memory_limit, resize)
     invalid: list[InvalidRow] = []
     rows = progress(read_catalog(path, columns=columns, strict=strict, on_error=invalid.append))
-    for row, squares in map_in_threads(partial(_decode, sizes=sizes, fit=fit), rows, lambda row: row.nbytes):
+    decode = partial(_decode, sizes=sizes, fit=fit, resize=resize)
+    for row, squares in map_in_threads(decode, rows, lambda row: row.nbytes):
         if len(reader.rows) == limit:
             invalid = [other for other in invalid if other.line < row.line]  # rows are read ahead
             break
@@ -126,8 +129,8 @@ def require_captions(columns: Mapping[str, str | None] | None) -> None:
 class _PairReader:
     """Collects valid rows, their digest, and their decoded images as long as these fit in memory."""
 
-    def __init__(self, sizes: tuple[int, int], fit: Fit, memory_limit: int) -> None:
-        self.sizes, self.fit, self.memory_limit = sizes, fit, memory_limit
+    def __init__(self, sizes: tuple[int, int], fit: Fit, memory_limit: int, resize: Resize | None = None) -> None:
+        self.sizes, self.fit, self.memory_limit, self.resize = sizes, fit, memory_limit, resize
         self.rows: list[Row] = []
         self.digest = hashlib.sha256()
         self.spool: BinaryIO | None = None
@@ -162,15 +165,19 @@ class _PairReader:
     def pairs(self, invalid: list[InvalidRow]) -> Pairs:
         # If both sizes are equal, both views share one tensor.
         decoded = {size: torch.stack(squares) for size, squares in (self.decoded or {}).items()}
-        images, clip_images = (SquareImages(self.rows, size, self.fit, decoded.get(size)) for size in self.sizes)
+        images, clip_images = (
+            SquareImages(self.rows, size, self.fit, decoded.get(size), resize=self.resize) for size in self.sizes
+        )
         captions = [row.text for row in self.rows]
         payloads = [row.payload for row in self.rows]
         return Pairs(images, clip_images, captions, payloads, invalid, self.digest.hexdigest())
 
 
-def _decode(row: Row, sizes: tuple[int, ...], fit: Fit) -> tuple[Row, dict[int, Tensor] | UniDiffError]:
+def _decode(
+    row: Row, sizes: tuple[int, ...], fit: Fit, resize: Resize | None
+) -> tuple[Row, dict[int, Tensor] | UniDiffError]:
     try:
         image = load_image(row.image())
     except (DataError, ImageError) as error:
         return row, error
-    return row, {size: to_square(image, size, fit) for size in sizes}
+    return row, {size: to_square(image, size, fit, resize) for size in sizes}

@@ -18,6 +18,7 @@ from unidiff_sdk._internal.images import Fit, load_image
 from unidiff_sdk._internal.parallel import BATCH_BYTES
 from unidiff_sdk.datasets.reader import Row
 from unidiff_sdk.errors import UniDiffError
+from unidiff_sdk.inference.manifest import Resize
 from unidiff_sdk.inference.preprocessing import preprocess
 
 __all__ = ["SquareImages", "map_in_threads", "to_square"]
@@ -30,9 +31,9 @@ _THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes without holding the int
 _READ_AHEAD = 8 * _THREADS
 
 
-def to_square(image: Image.Image, size: int, fit: Fit) -> Tensor:
+def to_square(image: Image.Image, size: int, fit: Fit, resize: Resize | None = None) -> Tensor:
     """Make an image square with the runtime's own preprocessing: uint8[3, size, size]."""
-    return torch.from_numpy(np.rint(preprocess(image, size, _ZERO, _ONE, fit) * 255).astype(np.uint8))
+    return torch.from_numpy(np.rint(preprocess(image, size, _ZERO, _ONE, fit, resize) * 255).astype(np.uint8))
 
 
 def map_in_threads(
@@ -74,12 +75,20 @@ class SquareImages:
         fit: How images become square.
         decoded: All images, uint8[n, 3, size, size]; None if they do not fit in memory. Then each access decodes.
         mirrored: Whether left and right are exchanged.
+        resize: How images are resized before the crop, see `preprocess`.
     """
 
     def __init__(
-        self, rows: Sequence[Row], size: int, fit: Fit, decoded: Tensor | None, mirrored: bool = False
+        self,
+        rows: Sequence[Row],
+        size: int,
+        fit: Fit,
+        decoded: Tensor | None,
+        mirrored: bool = False,
+        resize: Resize | None = None,
     ) -> None:
         self.rows, self.size, self.fit, self.decoded, self._mirrored = rows, size, fit, decoded, mirrored
+        self.resize = resize
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +98,7 @@ class SquareImages:
             chosen = self.decoded[rows]
         else:
             numbers = range(len(self.rows))[rows] if isinstance(rows, slice) else rows.tolist()
-            read = partial(_read, size=self.size, fit=self.fit)
+            read = partial(_read, size=self.size, fit=self.fit, resize=self.resize)
             squares = list(map_in_threads(read, [self.rows[number] for number in numbers]))
             chosen = torch.stack(squares) if squares else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
         return chosen.flip(-1) if self._mirrored else chosen
@@ -101,12 +110,12 @@ class SquareImages:
     def first(self, n: int) -> SquareImages:
         """The first n images."""
         decoded = None if self.decoded is None else self.decoded[:n]
-        return SquareImages(self.rows[:n], self.size, self.fit, decoded, self._mirrored)
+        return SquareImages(self.rows[:n], self.size, self.fit, decoded, self._mirrored, self.resize)
 
     def mirrored(self) -> SquareImages:
         """The same images with left and right exchanged."""
-        return SquareImages(self.rows, self.size, self.fit, self.decoded, not self._mirrored)
+        return SquareImages(self.rows, self.size, self.fit, self.decoded, not self._mirrored, self.resize)
 
 
-def _read(row: Row, size: int, fit: Fit) -> Tensor:
-    return to_square(load_image(row.image()), size, fit)
+def _read(row: Row, size: int, fit: Fit, resize: Resize | None) -> Tensor:
+    return to_square(load_image(row.image()), size, fit, resize)

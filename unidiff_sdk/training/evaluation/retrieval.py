@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from unidiff_sdk.datasets.synthetic import ATTRIBUTES
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.encoders.search_model import TrainableModel
 from unidiff_sdk.training.data.captions import group_keys, tokenize
 from unidiff_sdk.training.data.pairs import Pairs
-from unidiff_sdk.training.objective.joint_model import JointModel
+from unidiff_sdk.training.objective.encoder_model import EncoderModel
 
 from . import metrics
 
@@ -38,12 +38,12 @@ Embeddings = NDArray[np.float32]
 
 
 @torch.no_grad()
-def embed_pairs(model: JointModel, checkpoint: Checkpoint, pairs: Pairs) -> tuple[Embeddings, Embeddings]:
+def embed_pairs(model: EncoderModel, checkpoint: TrainableModel, pairs: Pairs) -> tuple[Embeddings, Embeddings]:
     """Embed n images and n captions by CLIP: (float32[n, d], float32[n, d]), unit rows."""
     device = model.device
     images = [model.f(model.to_clip(chunk.to(device).float() / 255)).cpu() for chunk in pairs.clip_images.split(CHUNK)]
     texts = [
-        model.text_embeds(model.clip.text_model(ids.to(device)).pooler_output).cpu()
+        model.text_embeds(model.pool_text(ids.to(device))).cpu()
         for ids in tokenize(checkpoint.clip_tokenizer, pairs.captions).split(CHUNK)
     ]
     return torch.cat(images).numpy(), torch.cat(texts).numpy()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unidiff_sdk.datasets.reader import InvalidRow
-from unidiff_sdk.errors import DataError
+from unidiff_sdk.errors import DataError, OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.config import Component
 from unidiff_sdk.training.data.captions import tokenize
@@ -90,7 +90,7 @@ class ValidationRecord:
     Attributes:
         step: Steps done.
         figures: Metrics by name.
-        prompts: Prompts of the samples.
+        prompts: Prompts of the samples. Empty without a generator.
         samples: One generated image per prompt, uint8[h, w, 3].
         ranks: Rank of the first relevant image for each validation caption, from 1.
         examples: The first captions whose best hit is relevant, then the first whose best hit is not.
@@ -160,6 +160,8 @@ class Validator:
         return ValidationResult(score, figures, self.data.name, data.pairs.sha256)
 
     def _read(self, snapshot: ModelSnapshot) -> _ValidationData:
+        if self.prompts and not isinstance(snapshot.model, JointModel):
+            raise OptionError("Samples for prompts need a generator, which the base does not have. Leave prompts out.")
         pairs = load_pairs(
             self.data, snapshot.checkpoint, columns=self.columns, strict=self.strict, fit=snapshot.config.fit
         )
@@ -167,7 +169,9 @@ class Validator:
             self.on_invalid_rows(self.data, pairs.invalid_rows)
         if len(pairs) < 2:
             raise DataError(f"{self.data} holds {len(pairs)} valid pair, but validation needs at least 2.")
-        latents = encode_latents(snapshot.model, pairs.images.first(LOSS_PAIRS))
+        latents = None
+        if isinstance(snapshot.model, JointModel):
+            latents = encode_latents(snapshot.model, pairs.images.first(LOSS_PAIRS))
         return _ValidationData(pairs, meaning_keys(pairs, synthetic_attributes(pairs)), latents)
 
     def _figures(
@@ -177,11 +181,14 @@ class Validator:
         retrieval = {
             f"{direction} {name}": value for direction, found in by_direction.items() for name, value in found.items()
         }
-        captions = tokenize(snapshot.checkpoint.tokenizer, data.pairs.captions[:LOSS_PAIRS])
+        denoising = {}
+        if data.latents is not None and isinstance(snapshot.model, JointModel):
+            captions = tokenize(snapshot.checkpoint.tokenizer, data.pairs.captions[:LOSS_PAIRS])
+            denoising = {"denoising_loss": denoising_loss(snapshot.model, data.latents, captions)}
         return {
             "mean_recall": float(np.mean([value for name, value in retrieval.items() if "R@" in name])),
             **retrieval,
-            "denoising_loss": denoising_loss(snapshot.model, data.latents, captions),
+            **denoising,
             "image_effective_rank": metrics.effective_rank(u),
             "text_effective_rank": metrics.effective_rank(v),
             "image_mean_cosine": metrics.mean_pairwise_cosine(u),
@@ -196,8 +203,7 @@ class Validator:
         started: float,
     ) -> None:
         """Generate samples and search examples and pass everything to the callbacks. similarity: float[n, n]."""
-        prompts = self.prompts or [data.pairs.captions[row] for row in distinct_rows(data.keys, SAMPLES)]
-        samples = generate_by_own_sampler(snapshot.model, snapshot.checkpoint, prompts, seed=0, steps=self.steps)
+        prompts, samples = self._samples(snapshot, data)
         relevant = equal_keys(data.keys)
         ranks = metrics.first_relevant_rank(similarity, relevant).tolist()
         examples = _search_examples(data.pairs, similarity, relevant, ranks)
@@ -206,14 +212,22 @@ class Validator:
         for callback in self.callbacks:
             callback.on_validation(record)
 
+    def _samples(self, snapshot: ModelSnapshot, data: _ValidationData) -> tuple[list[str], list[ImageArray]]:
+        """Prompts, and an image for each. None without a generator."""
+        model, checkpoint = snapshot.model, snapshot.checkpoint
+        if not (isinstance(model, JointModel) and isinstance(checkpoint, Checkpoint)):
+            return [], []
+        prompts = self.prompts or [data.pairs.captions[row] for row in distinct_rows(data.keys, SAMPLES)]
+        return prompts, generate_by_own_sampler(model, checkpoint, prompts, seed=0, steps=self.steps)
+
 
 @dataclass(frozen=True)
 class _ValidationData:
-    """The validation pairs, the keys of their meanings, and the latents of the first `LOSS_PAIRS`."""
+    """The validation pairs, the keys of their meanings, and with a generator the latents of the first `LOSS_PAIRS`."""
 
     pairs: Pairs
     keys: list[tuple[Any, ...]]
-    latents: Tensor
+    latents: Tensor | None
 
 
 def generate_by_own_sampler(

@@ -20,6 +20,7 @@ from unidiff_sdk.training.data.batches import BatchIndices, BatchLoader
 from unidiff_sdk.training.data.feature_distillation import embed_texts
 from unidiff_sdk.training.objective import losses
 from unidiff_sdk.training.objective.batch import Batch, RandomInputs
+from unidiff_sdk.training.objective.encoder_model import EncoderModel
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.reward import RewardInputs, reward_loss, reward_table
 from unidiff_sdk.training.objective.score_consistency import (
@@ -58,7 +59,7 @@ class MicroBatch:
 
 
 def backpropagate(
-    model: JointModel,
+    model: EncoderModel,
     batches: BatchLoader,
     config: TrainingConfig,
     *,
@@ -102,14 +103,14 @@ def backpropagate(
     groups = batches.groups[indices.rows].to(processes.device)
     terms: dict[str, Tensor] = {}
     ranking = None
-    if config.ranks:
+    if config.ranks and isinstance(model, JointModel):
         candidates = choose_candidates(leaves["u"], leaves["v"], groups, config, random.samples)
         teacher_logits = encoder_logits(leaves["u"], leaves["v"], candidates, model.clip.logit_scale).detach()
         ranking, found = _backward_ranking(
             model, batches, indices, config, step, empty_ids, processes, weights, candidates, teacher_logits
         )
         _add(terms, found)
-    if config.lambda_rsc_reward:
+    if config.lambda_rsc_reward and isinstance(model, JointModel):
         v = leaves["v"].detach() if leaves else _embed_captions(batches, indices)
         _add(terms, _backward_reward(model, batches, indices, config, step, empty_ids, processes, weights, v, groups))
     values = pairwise_terms(model, leaves, groups, config, random, ranking)
@@ -130,10 +131,12 @@ def backpropagate(
 
 
 def _sample_step(
-    model: JointModel, batches: BatchLoader, config: TrainingConfig, step: int, samples: int
+    model: EncoderModel, batches: BatchLoader, config: TrainingConfig, step: int, samples: int
 ) -> tuple[BatchIndices, RandomInputs]:
     """The pairs of a step, and the random inputs of the first ones, at most `samples`, that pass through the UNet."""
     indices = batches.indices(step)
+    if not isinstance(model, JointModel):
+        return indices, RandomInputs.none(len(indices))
     generator = seeded_generator(batches.seed, Purpose.NOISE, step)
     pairs, timesteps = len(indices), len(model.alpha_bar)
     samples = min(samples, pairs)
@@ -160,7 +163,7 @@ def _micro_batches(
 
 
 def _forward(
-    model: JointModel,
+    model: EncoderModel,
     config: TrainingConfig,
     empty_ids: Tensor,
     teacher: Mapping[str, Tensor] | None,
@@ -194,14 +197,14 @@ def _gather(
 
 
 def _backward_pairwise(
-    model: JointModel, values: Mapping[str, Tensor], weights: Mapping[str, float], processes: Processes
+    model: EncoderModel, values: Mapping[str, Tensor], weights: Mapping[str, float], processes: Processes
 ) -> None:
     if not values:
         return
     torch.stack([weights[name] * value for name, value in values.items()]).sum().backward()
-    temperature = model.clip.logit_scale
-    if temperature.grad is not None:  # every process has computed the whole of it
-        temperature.grad /= processes.world_size
+    for parameter in model.contrast_parameters():
+        if parameter.grad is not None:  # every process has computed the whole of it
+            parameter.grad /= processes.world_size
 
 
 def _backward(
@@ -303,7 +306,7 @@ def _backward_reward(
 
 
 def _backward_prior(
-    model: JointModel,
+    model: EncoderModel,
     prior: BatchLoader,
     config: TrainingConfig,
     step: int,

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from unidiff_sdk.errors import CheckpointError, TrainingError
 from unidiff_sdk.training.config import Component, DistillationConfig, TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
-from unidiff_sdk.training.objective.joint_model import JointModel
-from unidiff_sdk.training.objective.losses import clamp_logit_scale
+from unidiff_sdk.training.objective.encoder_model import EncoderModel
 from unidiff_sdk.training.objective.tuning import component_of
 from unidiff_sdk.training.runtime.processes import Processes
 
@@ -33,7 +32,7 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 class Learner:
     """Takes optimizer steps. Between steps, everything they depend on can be saved and restored."""
 
-    def __init__(self, model: JointModel, config: TrainingConfig, processes: Processes) -> None:
+    def __init__(self, model: EncoderModel, config: TrainingConfig, processes: Processes) -> None:
         self.model = model
         self.config = config
         self.processes = processes
@@ -80,7 +79,7 @@ class Learner:
             group["lr"] = group["peak"] * factor
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        clamp_logit_scale(self.model.clip.logit_scale)
+        self.model.clamp_temperature()
         self.ema.update(self.model)
         return losses
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unidiff_sdk.errors import CheckpointError, OptionError
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.encoders.search_model import TrainableModel
 from unidiff_sdk.training.runtime.callbacks import ModelSnapshot, ValidationFunction, ValidationResult
 
 from .learner import Learner
@@ -41,7 +41,7 @@ class ModelSelection:
     Create it while the learner holds the base's weights.
     """
 
-    def __init__(self, on_validate: ValidationFunction | None, learner: Learner, checkpoint: Checkpoint) -> None:
+    def __init__(self, on_validate: ValidationFunction | None, learner: Learner, checkpoint: TrainableModel) -> None:
         config = learner.config
         self.on_validate = on_validate
         self.learner = learner

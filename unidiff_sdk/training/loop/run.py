@@ -17,9 +17,9 @@ from torch import Tensor
 
 from unidiff_sdk.datasets.synthetic import CATALOGS
 from unidiff_sdk.errors import TrainingError
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel
 from unidiff_sdk.training.checkpoints.loading.options import RECORDED
-from unidiff_sdk.training.checkpoints.saving import save_checkpoint
+from unidiff_sdk.training.checkpoints.saving import save_checkpoint, save_search_model
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
 from unidiff_sdk.training.data.captions import representative_captions
@@ -59,7 +59,7 @@ class TrainingRun:
     out: Path
     learner: Learner
     selection: ModelSelection
-    checkpoint: Checkpoint
+    checkpoint: TrainableModel
     pairs: Pairs
     data_name: str
     batches: BatchLoader
@@ -153,13 +153,11 @@ class TrainingRun:
                         *(current, self.progress, self.identity),
                     )
 
-            save_checkpoint(
-                self.out,
-                **self.checkpoint.parts(),
-                meta=self._metadata(),
-                keep=self.config.keep,
-                write_more=write_more,
-            )
+            how: dict[str, Any] = {"meta": self._metadata(), "keep": self.config.keep, "write_more": write_more}
+            if isinstance(self.checkpoint, SearchModel):
+                save_search_model(self.out, self.checkpoint, **how)
+            else:
+                save_checkpoint(self.out, **self.checkpoint.parts(), **how)
 
     def _explain(self, error: BaseException) -> str:
         """The error of a run that stopped: what happened, what remains, what to do."""
@@ -182,6 +180,7 @@ class TrainingRun:
         inherited = {"base_model", *RECORDED} | ({"sampler"} if "teacher" not in base else set())
         return {name: base[name] for name in inherited if base.get(name)} | {
             "name": self.out.name,
+            **({"encoder": self.checkpoint.kind} if isinstance(self.checkpoint, SearchModel) else {}),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "base": self.checkpoint.name,
             # True if the model has seen the synthetic catalogs only. Searching photographs then warns.

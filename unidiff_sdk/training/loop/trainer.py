@@ -9,18 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
-from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_trainable
+from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel, load_trainable
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 from unidiff_sdk.training.checkpoints.saving import recover_interrupted_save, require_replaceable
-from unidiff_sdk.training.config import PriorConfig, TrainingConfig
+from unidiff_sdk.training.config import TERM_TITLES, PriorConfig, TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
 from unidiff_sdk.training.data.captions import group_keys, tokenize
 from unidiff_sdk.training.data.latents import LatentCache
 from unidiff_sdk.training.data.pairs import Pairs, load_pairs
+from unidiff_sdk.training.objective.encoder_model import EncoderModel
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.reward import reward_table
 from unidiff_sdk.training.objective.tuning import add_adapters, set_trainable
@@ -35,6 +38,8 @@ from .resume import unfinished
 from .run import TrainingRun
 
 __all__ = ["TrainingResult", "train"]
+
+ENCODER_TERMS = ("itc", "feature_distillation")  # that need no generator
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def train(
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
     on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
     on_prior: Callable[[range], Iterable[int]] = iter,
-    on_start: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    on_start: Callable[[TrainableModel], None] = lambda checkpoint: None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_validate: ValidationFunction | None = None,
 ) -> TrainingResult:
@@ -101,7 +106,8 @@ def train(
     Args:
         data: A catalog folder or shards.
         base: "tiny", a checkpoint folder, or a Stable Diffusion: a diffusers folder, "hf:org/name", or a single
-            safetensors file. See `load_base`.
+            safetensors file. See `load_base`. Or a CLIP or SigLIP without a generator, to train search alone: see
+            `load_search_model`. All terms that need a generator must then be off.
         out: Folder of the new checkpoint.
         config: Settings. Default: `TrainingConfig()`.
         device: "auto", "cpu" or "cuda".
@@ -149,6 +155,8 @@ def train(
 
     # 1. base and pairs
     checkpoint = _open_base(base, clip, options, out, processes, resume=resume, overwrite=overwrite)
+    if isinstance(checkpoint, SearchModel):
+        _require_search_terms(checkpoint, config, prior)
     if processes.is_main:
         on_start(checkpoint)
     load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
@@ -158,7 +166,7 @@ def train(
 
     # 2. model and batches
     model = _build_model(checkpoint, config, processes)
-    cache = LatentCache(Path(latents), model) if latents else None
+    cache = LatentCache(Path(latents), model) if latents and isinstance(model, JointModel) else None
     make_batches = partial(_make_batches, model, checkpoint, config, cache=cache, scratch=out.parent)
     size = max(config.batch_size, config.contrastive_batch)
     batches = make_batches(pairs, groups, size=size, seed=config.seed, hard_negatives=config.hard_negatives)
@@ -214,7 +222,7 @@ def _open_base(
     *,
     resume: bool,
     overwrite: bool,
-) -> Checkpoint:
+) -> TrainableModel:
     """Load the base, once it is sure that the result can be saved to `out`."""
     if processes.is_main:
         recover_interrupted_save(out)
@@ -224,15 +232,29 @@ def _open_base(
         raise TrainingError(
             f"{out} holds an unfinished run. Continue it with --resume, or start again with --overwrite."
         )
-    checkpoint = require_trainable(load_base(base, clip, options))
-    if out.exists() and out.samefile(checkpoint.path):
+    checkpoint = load_trainable(base, clip, options)
+    if isinstance(checkpoint, Checkpoint):
+        require_trainable(checkpoint)
+    if out.exists() and checkpoint.path.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself. Name another folder for the result.")
     require_replaceable(out, overwrite=resume or overwrite)
     return checkpoint
 
 
+def _require_search_terms(model: SearchModel, config: TrainingConfig, prior: PriorConfig | None) -> None:
+    """Raise OptionError for a term, or a prior, that needs the generator which a base does not have."""
+    names = [f"lambda_{term}" for term in TERM_TITLES if term not in ENCODER_TERMS]
+    if needed := [name for name in names if getattr(config, name)]:
+        raise OptionError(
+            f"{model.path} has no generator, but these terms need one: {', '.join(needed)}. Set them to 0 to train "
+            "search alone (--is 0 --rsc 0), or name a base with a generator."
+        )
+    if prior and prior.prompts:
+        raise OptionError(f"{model.path} has no generator for images of prompts. Name a prior folder with images.")
+
+
 def _load_pairs(
-    checkpoint: Checkpoint,
+    checkpoint: TrainableModel,
     config: TrainingConfig,
     processes: Processes,
     folder: Path,
@@ -260,12 +282,18 @@ def _require_enough_pairs(pairs: Pairs, data: Path, config: TrainingConfig, proc
         raise TrainingError(f"{data} holds too few valid pairs: {len(pairs)}. Training needs at least {needed}.")
 
 
-def _build_model(checkpoint: Checkpoint, config: TrainingConfig, processes: Processes) -> JointModel:
+def _build_model(checkpoint: TrainableModel, config: TrainingConfig, processes: Processes) -> EncoderModel:
     add_adapters(checkpoint, config)
-    model = JointModel(checkpoint, config.precision).to(processes.device).train()
-    model.vae.eval()
+    model: EncoderModel
+    if isinstance(checkpoint, SearchModel):
+        model = EncoderModel(checkpoint.model, checkpoint.normalization, config.precision)
+    else:
+        model = JointModel(checkpoint, config.precision)
+    model = model.to(processes.device).train()
     set_trainable(model, config)
-    if config.lambda_rsc_reward:
+    if isinstance(model, JointModel):
+        model.vae.eval()
+    if config.lambda_rsc_reward and isinstance(model, JointModel):
         reward_table(model, config)  # an unsupported number of steps is an error now, not after the images are encoded
     if config.checkpoint_activations:
         model.checkpoint_activations()
@@ -273,8 +301,8 @@ def _build_model(checkpoint: Checkpoint, config: TrainingConfig, processes: Proc
 
 
 def _make_batches(
-    model: JointModel,
-    checkpoint: Checkpoint,
+    model: EncoderModel,
+    checkpoint: TrainableModel,
     config: TrainingConfig,
     pairs: Pairs,
     groups: Sequence[Any],
@@ -294,22 +322,29 @@ def _make_batches(
         flip=config.flip,
         seed=seed,
         cache=cache,
-        clip_ids=None if checkpoint.shared_layers else tokenize(checkpoint.clip_tokenizer, pairs.captions),
+        clip_ids=_own_clip_ids(checkpoint, pairs),
         hard_negatives=hard_negatives,
         feature_distillation=config.lambda_feature_distillation > 0,
         scratch=scratch,
     )
 
 
+def _own_clip_ids(checkpoint: TrainableModel, pairs: Pairs) -> Tensor | None:
+    """Tokens of the captions for CLIP, where its tokenizer may be another than the generator's."""
+    if isinstance(checkpoint, SearchModel) or checkpoint.shared_layers:
+        return None
+    return tokenize(checkpoint.clip_tokenizer, pairs.captions)
+
+
 def _generate_prior(
     prior: PriorConfig,
-    model: JointModel,
-    checkpoint: Checkpoint,
+    model: EncoderModel,
+    checkpoint: TrainableModel,
     config: TrainingConfig,
     processes: Processes,
     on_prior: Callable[[range], Iterable[int]],
 ) -> None:
-    if processes.is_main:
+    if processes.is_main and isinstance(model, JointModel) and isinstance(checkpoint, Checkpoint):
         generate_prior(prior, model, checkpoint, seed=config.seed, on_batches=on_prior)
     processes.wait()
 

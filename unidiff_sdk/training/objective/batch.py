@@ -90,6 +90,12 @@ class RandomInputs:
         decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
         return cls(t, noise, dropped, gated, decoded, samples, int(decoded.sum()), pairs)
 
+    @classmethod
+    def none(cls, pairs: int) -> RandomInputs:
+        """The numbers of a step in which no sample passes through a UNet."""
+        nothing = torch.zeros(0, dtype=torch.bool)
+        return cls(nothing.long(), nothing.float(), nothing, nothing, nothing, 0, 0, pairs)
+
     def select(self, indices: Tensor) -> RandomInputs:
         """The numbers of some samples. indices: int64[k]."""
         t, noise, dropped, gated, decoded = (

@@ -32,6 +32,7 @@ __all__ = [
     "rsc_pixel",
     "same_meaning",
     "score_consistency",
+    "sigmoid_itc",
     "synthesis",
 ]
 
@@ -69,6 +70,26 @@ def _soft_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
     """Cross-entropy of each row against the uniform distribution over its positives: float[n]."""
     target = positives / positives.sum(dim=1, keepdim=True)
     return -(target * logits.log_softmax(dim=1)).sum(dim=1)
+
+
+def sigmoid_itc(
+    u: Tensor, v: Tensor, logit_scale: Tensor, logit_bias: Tensor, positives: Tensor | None = None
+) -> Tensor:
+    """Pairwise sigmoid loss: -1/n · Σ_ij log σ(z_ij·(s·u_i·v_j + b)), with z_ij = 1 for positives and -1 for others.
+
+    Zhai et al. 2023, "Sigmoid loss for language image pre-training", algorithm 1. Every pair is a binary decision, so
+    several positives in a row need no normalization.
+
+    Args:
+        u: float[n, d], image embeddings, unit rows.
+        v: float[n, d], text embeddings, unit rows. Pair i is in row i of both.
+        logit_scale: log s, a scalar.
+        logit_bias: b, a scalar.
+        positives: float[n, n] of 0 and 1. Default: the diagonal.
+    """
+    logits = logit_scale.exp() * u @ v.T + logit_bias
+    positives = torch.eye(len(u), device=u.device) if positives is None else positives
+    return -F.logsigmoid((2 * positives - 1) * logits).sum() / len(u)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from unidiff_sdk.training.config import TrainingConfig
 
 from . import losses
 from .batch import Batch, RandomInputs
+from .encoder_model import EncoderModel
 from .joint_model import JointModel
 from .score_consistency import Ranking, encoder_logits
 
@@ -78,7 +79,7 @@ def term_weights(config: TrainingConfig, step: int) -> dict[str, float]:
 
 
 def joint_losses(
-    model: JointModel,
+    model: EncoderModel,
     batch: Batch,
     config: TrainingConfig,
     *,
@@ -102,7 +103,7 @@ def joint_losses(
 
 
 def forward(
-    model: JointModel,
+    model: EncoderModel,
     batch: Batch,
     config: TrainingConfig,
     *,
@@ -131,7 +132,7 @@ def forward(
             embeddings["u"] = model.f(batch.clip_pixels)
     if config.lambda_feature_distillation and not embeddings_only:
         terms["feature_distillation"] = _feature_distillation(embeddings, batch, random)
-    if not runs_unet:
+    if not (runs_unet and isinstance(model, JointModel)):
         return ForwardOutput(terms, embeddings)
 
     # 2. IS
@@ -154,7 +155,7 @@ def forward(
 
 
 def prior_terms(
-    model: JointModel, batch: Batch, config: TrainingConfig, *, random: RandomInputs, empty_ids: Tensor
+    model: EncoderModel, batch: Batch, config: TrainingConfig, *, random: RandomInputs, empty_ids: Tensor
 ) -> dict[str, Tensor]:
     """Terms of a batch of prior pairs: IS and feature distillation, as shares of the step's means."""
     terms: dict[str, Tensor] = {}
@@ -166,9 +167,9 @@ def prior_terms(
             embeddings["v"] = model.text_embeds(pooled)
             if config.embeds_images:
                 embeddings["u"] = model.f(batch.clip_pixels)
-        if config.lambda_is:
+        if isinstance(model, JointModel) and config.lambda_is:
             denoising = _denoise(model, batch.latents, states, random)
-    if config.lambda_is:
+    if isinstance(model, JointModel) and config.lambda_is:
         terms["prior"] = _synthesis(model, denoising, config, random)
     if embeddings:
         terms["prior_feature_distillation"] = _feature_distillation(embeddings, batch, random)
@@ -176,7 +177,7 @@ def prior_terms(
 
 
 def pairwise_terms(
-    model: JointModel,
+    model: EncoderModel,
     embeddings: Mapping[str, Tensor],
     groups: Tensor,
     config: TrainingConfig,
@@ -198,8 +199,8 @@ def pairwise_terms(
     positives = losses.same_meaning(groups, groups)
     gated, decoded = (mask.nonzero().flatten().to(u.device) for mask in (random.gated, random.decoded))
     if config.lambda_itc:
-        values["itc"] = losses.itc(u, v, model.clip.logit_scale, positives)
-    if config.lambda_rsc_generated:
+        values["itc"] = model.contrast(u, v, positives)
+    if config.lambda_rsc_generated and isinstance(model, JointModel):
         values["rsc_generated"] = 0.0 * (u.sum() + v.sum())
         if len(decoded):
             alpha_bar = model.alpha_bar[random.t.to(u.device)[decoded]]

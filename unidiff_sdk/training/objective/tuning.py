@@ -18,10 +18,11 @@ from torch import Tensor
 
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel
 from unidiff_sdk.training.config import Component, TrainingConfig
 from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
 
-from .joint_model import JointModel
+from .encoder_model import EncoderModel
 
 __all__ = ["ADAPTERS", "KOHYA", "add_adapters", "component_of", "save_adapters", "set_trainable"]
 
@@ -29,36 +30,39 @@ ADAPTERS = "adapters"  # subfolder of the checkpoint
 KOHYA = "kohya.safetensors"  # file in that subfolder
 UNET_LAYERS = r"to_q|to_k|to_v|to_out\.0"  # attention, as in diffusers' LoRA training
 TOWER_LAYERS = r"q_proj|k_proj|v_proj|out_proj|fc1|fc2"  # attention and MLP
+FUSED_LAYERS = r"head\.attention\."  # SigLIP's pooling reads these weights itself, so an adapter would have no effect
 
 
-def add_adapters(checkpoint: Checkpoint, config: TrainingConfig) -> None:
+def add_adapters(checkpoint: TrainableModel, config: TrainingConfig) -> None:
     """Insert low-rank adapters (Hu et al. 2021, "LoRA") into each component with a rank. They start as zero changes."""
     if not any(config.lora_rank(component) for component in Component):
         return
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
     text, image = config.lora_rank(Component.TEXT), config.lora_rank(Component.IMAGE)
-    _inject(checkpoint.unet, {rf".*\.({UNET_LAYERS})": config.lora_rank(Component.UNET)})
     _inject(
         checkpoint.clip,
         {
-            rf"text_model\..*\.({TOWER_LAYERS})|text_projection": text,
-            rf"vision_model\..*\.({TOWER_LAYERS})|visual_projection": image,
+            rf"text_model\..*\.({TOWER_LAYERS})|text_projection|text_model\.head": text,
+            rf"vision_model\.(?!{FUSED_LAYERS}).*\.({TOWER_LAYERS})|visual_projection": image,
         },
     )
+    if isinstance(checkpoint, SearchModel):
+        return
+    _inject(checkpoint.unet, {rf".*\.({UNET_LAYERS})": config.lora_rank(Component.UNET)})
     # The layers shared with CLIP have adapters already.
     layers = range(checkpoint.shared_layers, checkpoint.text_encoder.config.num_hidden_layers)
     own = "|".join(map(str, layers))
     _inject(checkpoint.text_encoder, {rf".*layers\.({own})\..*\.({TOWER_LAYERS})": text if own else 0})
 
 
-def set_trainable(model: JointModel, config: TrainingConfig) -> None:
+def set_trainable(model: EncoderModel, config: TrainingConfig) -> None:
     """Enable gradients for the weights to tune and disable them for all others.
 
     Raises OptionError if no weight is left to train.
     """
     for name, parameter in model.named_parameters():
         component = component_of(name)
-        if name == "clip.logit_scale":  # belongs to texts and images alike
+        if name.startswith("clip.logit_"):  # temperature and bias belong to texts and images alike
             parameter.requires_grad = config.trains_encoder and not config.locked >= {Component.TEXT, Component.IMAGE}
         elif component is None or component in config.locked:
             parameter.requires_grad = False
@@ -69,24 +73,27 @@ def set_trainable(model: JointModel, config: TrainingConfig) -> None:
 
 
 def component_of(name: str) -> Component | None:
-    """Component of a parameter of the joint model. None for the VAE. The temperature belongs to the text side."""
+    """Component of a parameter of the model. None for the VAE. Temperature and bias belong to the text side."""
     prefixes = {
         "unet.": Component.UNET,
         "text_encoder.": Component.TEXT,
         "clip.text_": Component.TEXT,
-        "clip.logit_scale": Component.TEXT,
+        "clip.logit_": Component.TEXT,
         "clip.vis": Component.IMAGE,
     }
     return next((component for prefix, component in prefixes.items() if name.startswith(prefix)), None)
 
 
-def save_adapters(checkpoint: Checkpoint, folder: Path) -> None:
+def save_adapters(checkpoint: TrainableModel, folder: Path) -> None:
     """Write the adapters in up to three formats. Without adapters, nothing is written.
 
     - peft, one folder per model: `PeftModel.from_pretrained(base.unet, folder / "unet")`
     - diffusers, for UNet and text encoder: `StableDiffusionPipeline.load_lora_weights(folder)`
     - kohya, the same tensors with their alphas in one file, for other programs
     """
+    if isinstance(checkpoint, SearchModel):
+        _save_for_peft(checkpoint.model, folder / "clip")
+        return
     _save_for_diffusers(checkpoint, folder)
     for name in ("unet", "clip", "text_encoder"):
         _save_for_peft(getattr(checkpoint, name), folder / name)

@@ -11,7 +11,7 @@ from unidiff_sdk._internal.pages.charts import Line, line_chart
 from unidiff_sdk._internal.pages.html import Card, CardRow, Page, Section
 from unidiff_sdk._internal.text import json_text
 from unidiff_sdk.errors import TrainingError
-from unidiff_sdk.training.config import TERM_TITLES
+from unidiff_sdk.training.config import TERM_TITLES, TrainingConfig
 
 from .run_log import Log, read_log
 
@@ -46,7 +46,7 @@ def write_report(log_folder: Path, file: Path) -> Path:
     with damaged_content(log_folder, TrainingError, "Move it away, so that the next run starts a new log."):
         sections = [_curves(log)]
         if log.validations:
-            sections += [_samples(log), *_searches(log), *_weight_selection(log), _before_and_after(log)]
+            sections += [*_samples(log), *_searches(log), *_weight_selection(log), _before_and_after(log)]
         return _page(log, [*sections, _reproduction(log)]).write(file)
 
 
@@ -59,10 +59,12 @@ def _page(log: Log, sections: Sequence[Section]) -> Page:
         first, last = log.validations[0]["figures"], log.validations[-1]["figures"]
         for title, key in (("R@1, text → image", "text_to_image R@1"), ("R@1, image → text", "image_to_text R@1")):
             tiles.append((f"{first[key]:.2f} → {last[key]:.2f}", title))
-        tiles.append((f"{first['denoising_loss']:.3f} → {last['denoising_loss']:.3f}", "denoising loss"))
+        if "denoising_loss" in first:
+            tiles.append((f"{first['denoising_loss']:.3f} → {last['denoising_loss']:.3f}", "denoising loss"))
     seconds = sum(step["seconds"] for step in steps)
     tiles.append((f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s", "training time"))
-    text = "CLIP and Stable Diffusion, fine-tuned together."
+    trains_generator = TrainingConfig.from_dict(about["config"]).trains_generator
+    text = "CLIP and Stable Diffusion, fine-tuned together." if trains_generator else "Encoders, fine-tuned for search."
     if log.validations:
         text += (
             " Samples, searches and figures come from the averaged weights, which are saved, on pairs that were not "
@@ -105,8 +107,9 @@ def _validation_charts(log: Log) -> list[str]:
     for title, direction in (("Text → image", "text_to_image"), ("Image → text", "image_to_text")):
         lines = [Line(f"R@{k}", _figure(log, f"{direction} R@{k}")) for k in (1, 5, 10)]
         charts.append(line_chart(f"{title}, validation", lines, x_label="step", y_label="recall", y_max=1.0))
-    loss = [Line("denoising loss", _figure(log, "denoising_loss"))]
-    charts.append(line_chart("Denoising loss, validation", loss, x_label="step", y_label="mean squared error"))
+    if "denoising_loss" in log.validations[0]["figures"]:
+        loss = [Line("denoising loss", _figure(log, "denoising_loss"))]
+        charts.append(line_chart("Denoising loss, validation", loss, x_label="step", y_label="mean squared error"))
     ranks = [Line(f"{kind}s", _figure(log, f"{kind}_effective_rank")) for kind in ("image", "text")]
     charts.append(line_chart("Effective rank of embeddings", ranks, x_label="step", y_label="dimensions"))
     return charts
@@ -128,13 +131,16 @@ def _figure(log: Log, key: str) -> list[tuple[float, float]]:
 # --- samples and searches --------------------------------------------------------------------------------------------
 
 
-def _samples(log: Log) -> Section:
+def _samples(log: Log) -> Iterable[Section]:
+    """Samples, which a model without a generator does not have."""
+    if not log.validations[-1]["prompts"]:
+        return
     shown = _evenly([line["step"] for line in log.validations], SHOWN_VALIDATIONS)
     rows = [
         CardRow(prompt, [Card(log.samples[step][number], "", head=f"step {step:,}") for step in shown])
         for number, prompt in enumerate(log.validations[-1]["prompts"])
     ]
-    return Section(
+    yield Section(
         "Samples over time",
         "Images generated from the same prompts and the same noise. The first column shows the base.",
         rows,
@@ -211,6 +217,8 @@ def _before_and_after(log: Log) -> Section:
     first, last = log.validations[0], log.validations[-1]
     lines: list[tuple[str, ...]] = [("", f"step {first['step']:,}", f"step {last['step']:,}", "")]
     for title, key, higher_is_better in FIGURES:
+        if key not in first["figures"]:
+            continue
         old, new = first["figures"][key], last["figures"][key]
         verdict = "same" if old == new else "better" if (new > old) == higher_is_better else "worse"
         lines.append((title, f"{old:.4g}", f"{new:.4g}", verdict))

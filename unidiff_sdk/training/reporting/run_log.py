@@ -76,7 +76,8 @@ class RunLog:
     def on_validation(self, record: ValidationRecord) -> None:
         """Append a validation, write its samples, and replace the search examples."""
         self._begin(record.step)
-        _contact_sheet(record.samples).save(self.folder / SAMPLES / f"{record.step:06d}.webp", quality=92)
+        if record.samples:
+            _contact_sheet(record.samples).save(self.folder / SAMPLES / f"{record.step:06d}.webp", quality=92)
         _write_json(self.folder / EXAMPLES, [_example_as_json(example) for example in record.examples])
         line = {"step": record.step, "figures": record.figures}
         _append(self.folder / VALIDATIONS, line | {"prompts": record.prompts, "ranks": record.ranks})
@@ -135,7 +136,7 @@ def _read(folder: Path) -> Log:
     # Of several validations after the same step, the last one measures the chosen weights.
     validations = list({line["step"]: line for line in _lines(folder / VALIDATIONS)}.values())
     samples = {}
-    for line in validations:
+    for line in filter(lambda line: line["prompts"], validations):
         sheet = load_image(folder / SAMPLES / f"{line['step']:06d}.webp")
         samples[line["step"]] = _cut(sheet, len(line["prompts"]))
     examples = read_json(folder / EXAMPLES, error=TrainingError, kind=list, nan=True) if validations else []

@@ -50,8 +50,9 @@ class TensorBoard:
         writer = self._at(record.step)
         for name, value in record.figures.items():
             writer.add_scalar(f"validation/{name.replace(' ', '/')}", value, record.step)
-        samples = np.concatenate(record.samples, axis=1)
-        writer.add_image("validation/samples", samples, record.step, dataformats="HWC")
+        if record.samples:
+            samples = np.concatenate(record.samples, axis=1)
+            writer.add_image("validation/samples", samples, record.step, dataformats="HWC")
         writer.flush()
 
     def close(self) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+    from unidiff_sdk.training.checkpoints.encoders.search_model import TrainableModel
     from unidiff_sdk.training.config import TrainingConfig
-    from unidiff_sdk.training.objective.joint_model import JointModel
+    from unidiff_sdk.training.objective.encoder_model import EncoderModel
 
 __all__ = ["ModelSnapshot", "StepReport", "ValidationFunction", "ValidationResult"]
 
@@ -41,15 +41,15 @@ class ModelSnapshot:
 
     Attributes:
         step: Steps done so far. 0: before the first step.
-        model: The joint model, holding the averaged weights.
+        model: The joint model, or the encoders alone, holding the averaged weights.
         checkpoint: The checkpoint whose parts the model shares.
         config: Settings of the run.
         score_only: Only the result is needed. Generate no samples and notify no callbacks.
     """
 
     step: int
-    model: JointModel
-    checkpoint: Checkpoint
+    model: EncoderModel
+    checkpoint: TrainableModel
     config: TrainingConfig
     score_only: bool = False
 

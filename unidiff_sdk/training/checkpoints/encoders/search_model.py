@@ -14,18 +14,20 @@ from transformers import CLIPModel, SiglipModel
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.manifest import ImageInput
-from unidiff_sdk.training.checkpoints.architectures import check_clip_files, model_type_of
-from unidiff_sdk.training.checkpoints.bases import hub_id, local_folder
-from unidiff_sdk.training.checkpoints.checkpoint import METADATA, load_encoders, load_tokenizer
+from unidiff_sdk.inference.folder.hub import is_hub_name
+from unidiff_sdk.inference.manifest import ImageInput, Resize
+from unidiff_sdk.training.checkpoints.architectures import check_clip_files, has_generator, model_type_of
+from unidiff_sdk.training.checkpoints.bases import hub_id, load_base, local_folder
+from unidiff_sdk.training.checkpoints.checkpoint import METADATA, Checkpoint, load_encoders, load_tokenizer
 from unidiff_sdk.training.checkpoints.json_files import read_json
+from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
-from .image_preprocessing import image_input, image_processor_class
+from .image_preprocessing import image_input, image_processor_class, normalization
 from .open_clip import PREFIX, load_open_clip, open_clip_tokenizer
-from .sentence_transformers import clip_folder
+from .sentence_transformers import MODULES, clip_folder
 from .siglip import check_siglip, siglip_tokenizer
 
-__all__ = ["SearchModel", "load_search_model"]
+__all__ = ["SearchModel", "TrainableModel", "load_search_model", "load_trainable"]
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PREPROCESSOR = "preprocessor_config.json"
@@ -64,6 +66,11 @@ class SearchModel:
         return isinstance(self.model, SiglipModel)
 
     @property
+    def kind(self) -> str:
+        """Family of the model."""
+        return "SigLIP" if self.is_siglip else "CLIP"
+
+    @property
     def dim(self) -> int:
         """Length of an embedding."""
         config = self.model.config
@@ -81,10 +88,72 @@ class SearchModel:
 
     def image_input(self) -> ImageInput:
         """How an image becomes pixel values. Raises CheckpointError for a step that is not followed."""
+        return self._image_input(self.fit)
+
+    def _image_input(self, fit: Fit) -> ImageInput:
         try:
-            return image_input(self.image_processor, self.image_size, self.fit)
+            return image_input(self.image_processor, self.image_size, fit)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
+
+    # --- What training needs of a model, under the names of `Checkpoint`
+
+    @property
+    def clip(self) -> Any:
+        """Both encoders."""
+        return self.model
+
+    @property
+    def clip_tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer
+
+    @property
+    def normalization(self) -> tuple[Any, Any]:
+        """(mean, standard deviation) of each RGB channel by which pixels in [0, 1] are normalized."""
+        return normalization(self.image_processor)
+
+    def resize_for(self, fit: Fit) -> Resize | None:
+        """How images are resized before the crop. Raises CheckpointError if the model cannot be trained with `fit`."""
+        return self._image_input(fit).resize
+
+    def describe_sharing(self) -> str:
+        """One line on the loss that trains the encoders."""
+        loss = "the pairwise sigmoid loss" if self.is_siglip else "symmetric InfoNCE"
+        return f"The base is a {self.kind} without a generator. Its encoders are trained by {loss}."
+
+
+TrainableModel = Checkpoint | SearchModel
+
+
+def load_trainable(base: str | Path, clip: str | Path | None, options: BaseOptions) -> TrainableModel:
+    """Load what fine-tuning starts from: a base with a generator, or encoders without one.
+
+    Args:
+        base: See `load_base`, and `load_search_model` for a model without a generator.
+        clip: CLIP model for a base with a generator.
+        options: Weight files to load, and what to add to the base.
+
+    Raises:
+        CheckpointError: The base is missing or not supported, or an option does not fit it.
+    """
+    if clip is not None or not _is_search_model(base):
+        return load_base(base, clip, options)
+    if options != BaseOptions(variant=options.variant):
+        raise CheckpointError(
+            f"{base} has no generator, so LoRA files, textual inversions, another VAE and base_config do not fit it. "
+            "Leave them out, or name a Stable Diffusion as the base."
+        )
+    return load_search_model(base, options.variant)
+
+
+def _is_search_model(base: str | Path) -> bool:
+    """Whether a base is a folder, a model of the hub or an OpenCLIP model with encoders alone."""
+    if str(base).startswith(PREFIX):
+        return True
+    if is_hub_name(base):
+        base = local_folder(base, ["model_index.json", "config.json", MODULES])
+    return not has_generator(Path(base))
 
 
 def load_search_model(source: str | Path, variant: str | None = None) -> SearchModel:
@@ -129,7 +198,9 @@ def _from_folder(source: Path, variant: str | None, hub: str | None) -> SearchMo
         folder, SiglipModel if is_siglip else CLIPModel, _processor_class(folder, is_siglip), variant
     )
     meta: dict[str, Any] = {}
-    if folder.name == "clip" and (folder.parent / METADATA).is_file():  # of a checkpoint
+    if (folder / METADATA).is_file():  # trained without a generator
+        meta = read_json(folder / METADATA)
+    elif folder.name == "clip" and (folder.parent / METADATA).is_file():  # of a checkpoint
         meta = read_json(folder.parent / METADATA)
     elif folder != source:
         meta = {"name": source.name}

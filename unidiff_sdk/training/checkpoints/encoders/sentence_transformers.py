@@ -8,7 +8,7 @@ from unidiff_sdk._internal.files import is_plain_path
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk.errors import CheckpointError
 
-__all__ = ["clip_folder"]
+__all__ = ["MODULES", "clip_folder"]
 
 MODULES = "modules.json"
 CLIP_MODULE, NORMALIZE = "CLIPModel", "Normalize"  # the latter has no effect: embeddings are unit vectors in any case
