@@ -19,7 +19,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
-from support.toy_bundle import make_toy_bundle
+from support.toy_bundle import make_search_bundle, make_toy_bundle
 
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.console import Group
@@ -37,6 +37,17 @@ def run(*arguments: object, columns: int | None = None) -> Result:
         terminal_width=columns,
         env={"COLUMNS": str(columns or 80)},
     )
+
+
+def test_info_says_what_a_bundle_can_do(toy: Path, tmp_path: Path) -> None:
+    search = make_search_bundle(tmp_path / "search")
+    for folder, purpose in ((toy, "search and generation"), (search, "search only")):
+        assert purpose in run("info", folder).stdout
+        assert json.loads(run("info", folder, "--json").stdout)["purpose"] == purpose
+    Catalog(tmp_path / "shop.catalog", bundle=search).close()
+    assert "search only: it has no generator" in run("info", tmp_path / "shop.catalog").stdout
+    search.rename(tmp_path / "moved")
+    assert json.loads(run("info", tmp_path / "shop.catalog", "--json").stdout)["bundle"]["purpose"] is None
 
 
 def check_error(result: Result, *says: str, code: int = 1) -> None:
@@ -353,7 +364,7 @@ def test_invalid_arguments_print_one_line(indexed: Path, toy: Path, tmp_path: Pa
     check_usage_error(run("generate", "red", "--add", "--bundle", toy, "-o", tmp_path / "out"), "--add")
     check_usage_error(run("generate", catalog, "red", "boots", "-o", tmp_path / "out"), "in quotes")
     check_usage_error(run("dataset", "fashion-cat", tmp_path / "cats"), "fashion-cat")
-    check_error(run("info", toy), "is not a catalog")
+    check_error(run("search", toy, "red"), "is not a catalog")
     assert json.loads(run("info", catalog, "--json").stdout)["items"] == 12
 
 

@@ -86,7 +86,7 @@ def test_folder_generates_the_images_of_our_bundle(toy: Bundle, folder: Path) ->
     opened = Bundle.open(folder, threads=1)
     assert (opened.name, opened.precision, opened.prompt_tokens) == ("shop", "fp32", 12)
     assert opened.manifest.latent == toy.manifest.latent
-    assert "'shop', fp32, generation only" in repr(opened)
+    assert "'shop', fp32, generation only" in repr(opened) and opened.manifest.purpose == "generation only"
     settings: dict[str, Any] = {"n": 3, "seed": 5, "steps": 4, "sampler": "ddim", "guidance_scale": 3.0}
     ours = Generator(toy).generate(["a coat", "boots"], **settings)
     theirs = Generator(opened).generate(["a coat", "boots"], **settings)

@@ -599,7 +599,8 @@ class Catalog(OpenCatalog):
 
     def info(self) -> dict[str, Any]:
         """Location, number of items, columns with their kinds in 1,024 random items (such as "number, string"), and the
-        bundle: name, path, fingerprint, dimensions. Loads no model."""
+        bundle: name, path, fingerprint, dimensions and purpose ("search and generation", or "search only"; None if the
+        bundle was moved). Loads no model."""
         return {"location": self.location, **self._current.get().describe()}
 
     # -------------------------------------------------------------------------------------------- asyncio

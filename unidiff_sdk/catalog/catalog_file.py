@@ -246,6 +246,13 @@ class BundleRef:
         """The reference as JSON, with `path` as the path of the bundle."""
         return {"name": self.name, "path": path, "fingerprint": self.fingerprint, "dim": self.dim}
 
+    def purpose(self, folder: Path) -> str | None:
+        """What the bundle can do, see `ModelDescription.purpose`. None if its manifest cannot be read."""
+        try:
+            return Manifest.read(self.locate(folder)).purpose
+        except BundleError:  # it was moved; what needs the bundle says so
+            return None
+
 
 @dataclass(frozen=True)
 class CatalogFile:

@@ -212,7 +212,8 @@ class Snapshot:
             "items": self.store.count(),
             "created": self.file.created,
             "columns": column_kinds(self.store),
-            "bundle": reference.describe(str(reference.locate(self.folder))),
+            "bundle": reference.describe(str(reference.locate(self.folder)))
+            | {"purpose": reference.purpose(self.folder)},
         }
 
 

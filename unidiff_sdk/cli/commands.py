@@ -127,12 +127,25 @@ def index(
         raise DataError(f"{folder} {has}: {counted(len(report.failed), 'row')} invalid. Fix the problems listed above.")
 
 
-@click.command(cls=Command, short_help="Show what a catalog contains.", epilog="unidiff info shop.catalog --json")
+@click.command(
+    cls=Command,
+    short_help="Show what a catalog or a bundle contains.",
+    epilog="""
+    unidiff info shop.catalog --json
+    unidiff info bundles/shop
+    """,
+)
 @click.argument("catalog")
 @json_option
 @catalog_options
 def info(catalog: CatalogLocation, as_json: bool) -> None:
-    """Show the number of items in CATALOG, its columns, and the bundle that it was indexed with."""
+    """Show the number of items in CATALOG, its columns, and the bundle that it was indexed with.
+
+    CATALOG can also be the folder of a bundle: then show its precision, and what it can do.
+    """
+    if catalog.is_bundle:
+        _show_bundle(Path(catalog.place), as_json)
+        return
     with catalog.reading() as opened:
         facts = opened.info()
     if as_json:
@@ -142,8 +155,34 @@ def info(catalog: CatalogLocation, as_json: bool) -> None:
     echo(f"Catalog: {facts['location']}, {counted(facts['items'], 'item')}, created {facts['created']}")
     echo(f"Bundle:  {bundle['name']}, {bundle['dim']} dimensions, fingerprint {bundle['fingerprint'][:12]}")
     echo(f"         {bundle['path']}")
+    if bundle["purpose"] == "search only":
+        echo("         search only: it has no generator")
     if facts["columns"]:
         print_table(["column", "type"], facts["columns"].items())
+
+
+def _show_bundle(folder: Path, as_json: bool) -> None:
+    """Print the facts of a bundle. No graph is loaded."""
+    from unidiff_sdk.inference.bundle import Bundle
+
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    facts = {
+        "bundle": bundle.name,
+        "path": str(bundle.path),
+        "purpose": manifest.purpose,
+        "precision": manifest.precision,
+        "target": manifest.target,
+        "graphs": list(manifest.graphs),
+        "dim": manifest.embedding.dim if manifest.embedding else None,
+        "fingerprint": bundle.fingerprint,
+    }
+    if as_json:
+        echo_json(facts)
+        return
+    echo(f"Bundle:  {bundle.name}, {manifest.purpose}, {manifest.precision}, fingerprint {bundle.fingerprint[:12]}")
+    echo(f"         {bundle.path}")
+    echo(f"Graphs:  {', '.join(manifest.graphs)}")
 
 
 @click.command(

@@ -298,6 +298,13 @@ class ModelDescription:
     synthetic: bool = False
 
     @property
+    def purpose(self) -> str:
+        """What the model can do: "search and generation", "search only" or "generation only"."""
+        if self.embedding is None:
+            return "generation only"
+        return "search only" if self.latent is None else "search and generation"
+
+    @property
     def prompt_tokens(self) -> int:
         """The length, in tokens, that prompts are padded or truncated to."""
         return cast(Prompt | Embedding, self.prompt or self.embedding).max_tokens

@@ -69,6 +69,12 @@ class CatalogLocation:
         """Whether the catalog is on a Qdrant server."""
         return "://" in self.place
 
+    @property
+    def is_bundle(self) -> bool:
+        """Whether the folder is that of a bundle."""
+        names = ("manifest.json", "model_index.json")
+        return not self.is_url and any((Path(self.place) / name).is_file() for name in names)
+
     def exists(self) -> bool:
         """Whether there is a folder of this name, or the catalog is on a server."""
         return self.is_url or Path(self.place).exists()
