@@ -34,7 +34,6 @@ from unidiff_sdk.generation.conditioning import Conditioner
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import Conditioning, SamplerDefaults
-from unidiff_sdk.training import TrainingConfig, train
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
@@ -97,6 +96,7 @@ def test_bundle_describes_both_text_encoders(bundle: Bundle) -> None:
         ("dpm++2m", {"guidance_scale": 3.0, "negative_prompt": "blurry"}),
         ("ddim", {"guidance_scale": 9.0, "guidance_rescale": 0.7}),
         ("euler", {"guidance_scale": 5.0, "width": 48, "height": 32}),
+        ("euler", {"guidance_scale": 5.0, "width": 24, "height": 40, "negative_prompt": "blurry"}),
     ],
 )
 def test_images_equal_diffusers(bundle: Bundle, pipeline: Any, sampler: str, options: dict[str, Any]) -> None:
@@ -105,7 +105,8 @@ def test_images_equal_diffusers(bundle: Bundle, pipeline: Any, sampler: str, opt
     scheduler_class = getattr(diffusers, SCHEDULERS[sampler])
     unclipped = {"clip_sample": False} if sampler == "ddim" else {}
     pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, **unclipped)
-    latents = np.random.default_rng(1).standard_normal((2, 4, 16, options.get("width", 32) // 2), dtype=np.float32)
+    shape = (2, 4, options.get("height", 32) // 2, options.get("width", 32) // 2)
+    latents = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
     ours = Generator(bundle).generate(PROMPTS, latents=latents, steps=4, sampler=sampler, **options)
     if negative_prompt := options.get("negative_prompt"):
         options = options | {"negative_prompt": [negative_prompt] * 2}
@@ -161,6 +162,18 @@ def test_image_to_image_equals_diffusers(
     assert psnr_db(ours, np.asarray(expected)) > 50
 
 
+@pytest.mark.parametrize("size", [(48, 32), (32, 40)])
+def test_image_to_image_at_other_sizes_equals_diffusers(
+    bundle: Bundle, pipeline: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The UNet is told the width and the height of the source."""
+    source = Image.fromarray(np.random.default_rng(4).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    options = {"image": source, "strength": 0.72, "num_inference_steps": 5}
+    expected = edited_by_diffusers("Img2Img", pipeline, "euler", 5, monkeypatch, **options)
+    ours = edited(bundle, "euler", 0.72, like=source, width=size[0], height=size[1])
+    assert ours.shape == (*size[::-1], 3) and psnr_db(ours, np.asarray(expected)) > 50
+
+
 def test_inpainting_equals_diffusers_inside_the_mask(
     bundle: Bundle, pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +189,7 @@ def test_inpainting_equals_diffusers_inside_the_mask(
 
 def edited(bundle: Bundle, sampler: str, strength: float, **options: Any) -> np.ndarray:
     """The source image, edited as by `edited_by_diffusers`."""
-    options |= {"negative_prompt": "blurry", "guidance_scale": 3.0, "like": SOURCE, "strength": strength}
+    options = {"negative_prompt": "blurry", "guidance_scale": 3.0, "like": SOURCE, "strength": strength} | options
     (image,) = Generator(bundle).generate("green dotted boots", steps=5, sampler=sampler, seed=5, **options)
     return np.asarray(image)
 
@@ -310,11 +323,7 @@ def test_lora_of_another_family_is_refused(folder: Path, random_checkpoint: Path
         load_base(random_checkpoint, None, BaseOptions.of(lora=[tmp_path / "b.safetensors"]))
 
 
-def test_training_and_folders_of_optimum_are_refused(
-    folder: Path, bundle: Bundle, small_catalog: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match="can be exported but not trained"):
-        train(small_catalog, folder, tmp_path / "run", TrainingConfig(steps=1))
+def test_folders_of_optimum_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("manifest.json", "image_encoder")
     optimum = shutil.copytree(bundle.path, tmp_path / "optimum", ignore=ignored)
     with pytest.raises(BundleError, match="two text encoders, such as Stable Diffusion XL, is opened only as a bundle"):

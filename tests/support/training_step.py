@@ -10,7 +10,7 @@ import torch
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from unidiff_sdk.training.config import TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
-from unidiff_sdk.training.data.captions import group_keys, tokenize
+from unidiff_sdk.training.data.captions import clip_ids, group_keys, prompt_ids
 from unidiff_sdk.training.data.pairs import load_pairs
 from unidiff_sdk.training.loop.gradients import backpropagate
 from unidiff_sdk.training.objective.joint_model import JointModel
@@ -23,13 +23,14 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 @dataclass
 class TrainingStep:
-    """What a step needs. prior: batches of prior pairs, if there are any."""
+    """What a step needs. captions: of all pairs. prior: batches of prior pairs, if there are any."""
 
     config: TrainingConfig
     model: JointModel
     batches: BatchLoader
     prior: BatchLoader | None
     empty_ids: torch.Tensor
+    captions: list[str]
 
     def backpropagate(self, step: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Gradients by parameter, and the value of each term."""
@@ -54,10 +55,15 @@ def prepare_step(
     *,
     prior: Path | None = None,
     disturbed: bool = False,
+    checkpoint: Checkpoint | None = None,
     loader: type[BatchLoader] = BatchLoader,
 ) -> TrainingStep:
-    """The step of a run at its start. disturbed: change the weights of CLIP after the base's embeddings are stored."""
-    checkpoint = load_checkpoint(base)
+    """The step of a run at its start.
+
+    disturbed: change the weights of CLIP after the base's embeddings are stored. checkpoint: the base, if it is not the
+    one in the folder.
+    """
+    checkpoint = checkpoint or load_checkpoint(base)
     add_adapters(checkpoint, config)
     model = JointModel(checkpoint, config.precision).train()
     set_trainable(model, config)
@@ -69,11 +75,12 @@ def prepare_step(
         return loader(
             model,
             pairs,
-            tokenize(checkpoint.tokenizer, pairs.captions),
+            prompt_ids(checkpoint, pairs.captions),
             group_keys(pairs),
             size=size,
             flip=config.flip,
             seed=seed,
+            clip_ids=clip_ids(checkpoint, pairs.captions),
             hard_negatives=hard_negatives,
             feature_distillation=config.lambda_feature_distillation > 0,
         )
@@ -84,12 +91,13 @@ def prepare_step(
     prior_batches = batches_of(prior, config.prior_batch, prior_seed) if prior else None
     if disturbed:
         disturb(model)
-    return TrainingStep(config, model, batches, prior_batches, empty_ids_of(checkpoint))
+    captions = load_pairs(data, checkpoint).captions
+    return TrainingStep(config, model, batches, prior_batches, empty_ids_of(checkpoint), captions)
 
 
 def empty_ids_of(checkpoint: Checkpoint) -> torch.Tensor:
     """The tokens of the empty caption, int64[1, tokens]."""
-    return tokenize(checkpoint.tokenizer, [""])
+    return prompt_ids(checkpoint, [""])
 
 
 def disturb(model: JointModel) -> None:

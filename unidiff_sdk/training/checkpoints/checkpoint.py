@@ -59,7 +59,6 @@ __all__ = [
     "load_encoders",
     "load_tokenizer",
     "require_supported",
-    "require_trainable",
 ]
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_checkpoint"
@@ -116,7 +115,7 @@ class Checkpoint:
     def parts(self) -> dict[str, Any]:
         """The keyword arguments of `save_checkpoint`, except `meta`."""
         names = ("unet", "vae", "clip", "text_encoder", "tokenizer", "clip_tokenizer", "scheduler", "image_processor")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "second")}
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The models."""
@@ -340,15 +339,5 @@ def require_supported(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(
             f"The UNet of {checkpoint.path} predicts {scheduler.prediction_type!r}. Training supports epsilon and "
             "v_prediction."
-        )
-    return checkpoint
-
-
-def require_trainable(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint itself. Raises CheckpointError if the losses do not support it."""
-    if checkpoint.second is not None:
-        raise CheckpointError(
-            f"{checkpoint.path} is Stable Diffusion XL, which can be exported but not trained. Train a model with the "
-            "architecture of Stable Diffusion 1 or 2, or export this one as it is: unidiff-export CKPT -o BUNDLE."
         )
     return checkpoint

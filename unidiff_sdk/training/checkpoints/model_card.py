@@ -67,9 +67,9 @@ USE = """\
 Generate images with diffusers:
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("CHECKPOINT")
+pipeline = {pipeline}.from_pretrained("CHECKPOINT")
 image = pipeline("{prompt}"{arguments}).images[0]
 ```
 
@@ -277,7 +277,9 @@ def _use(meta: Mapping[str, Any]) -> str:
     if "teacher" in meta:  # a distilled model needs its own number of steps
         arguments = f", num_inference_steps={sampler['steps']}, guidance_scale={sampler['guidance_scale']}"
     prompt = next(iter(meta.get("captions", ())), "a red dress")
-    return USE.replace('"{prompt}"', code_literal(prompt)).replace("{arguments}", arguments)
+    pipeline = meta.get("pipeline", "StableDiffusionPipeline")
+    used = USE.replace('"{prompt}"', code_literal(prompt)).replace("{arguments}", arguments)
+    return used.replace("{pipeline}", pipeline)
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, SiglipModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, SiglipModel
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 
 from unidiff_sdk._internal.files import recover_folder, replacement_folder
@@ -31,6 +31,7 @@ from unidiff_sdk.inference.schedule import stated_settings
 from .checkpoint import METADATA
 from .encoders.search_model import SearchModel
 from .json_files import read_json, write_json
+from .loading.second_text_encoder import SecondTextEncoder
 from .loading.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from .model_card import MODEL_CARD, model_card
 from .text_sharing import tower_of
@@ -61,6 +62,7 @@ def save_checkpoint(
     clip_tokenizer: CLIPTokenizer | None = None,
     scheduler: Any,
     image_processor: Any,
+    second: SecondTextEncoder | None = None,
     meta: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     keep: int = 1,
@@ -73,6 +75,7 @@ def save_checkpoint(
     Args:
         path: Folder to write.
         clip_tokenizer: Tokenizer of CLIP. Default: `tokenizer`.
+        second: Second text encoder, of Stable Diffusion XL.
         meta: Provenance, JSON-serializable. Written to unidiff.json and shown in the model card (README.md).
         dtype: Precision of the stored weights; torch.float16 halves the size. Default: as in memory.
         keep: Number of checkpoints to keep. Older ones move to `path`.history/.
@@ -91,12 +94,16 @@ def save_checkpoint(
         _save_clip(clip, folder / "clip", dtype)
         _save_text_encoder(text_encoder, folder / "text_encoder", dtype)
         _save_tokenizer(tokenizer, folder / "tokenizer")
+        if second:
+            _save_text_encoder(second.model, folder / "text_encoder_2", dtype)
+            _save_tokenizer(second.tokenizer, folder / "tokenizer_2")
         _save_tokenizer(clip_tokenizer or tokenizer, folder / "clip")
         image_processor.save_pretrained(folder / "clip")
         save_scheduler(scheduler, folder / "scheduler")
-        write_json(folder / "model_index.json", _model_index(scheduler))
+        write_json(folder / "model_index.json", _model_index(scheduler, second))
 
-    return _replace(Path(path), {"format": "unidiff-checkpoint"} | dict(meta), write_parts, keep, write_more)
+    content = {"format": "unidiff-checkpoint", "pipeline": _pipeline_class(second), **meta}
+    return _replace(Path(path), content, write_parts, keep, write_more)
 
 
 def save_search_model(
@@ -183,10 +190,14 @@ def _save_clip(clip: CLIPModel | SiglipModel, folder: Path, dtype: torch.dtype |
     _save_tensors(merged_state_dict(clip), folder / TRANSFORMERS_WEIGHTS, dtype)
 
 
-def _save_text_encoder(text_encoder: CLIPTextModel, folder: Path, dtype: torch.dtype | None) -> None:
+def _save_text_encoder(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path, dtype: torch.dtype | None
+) -> None:
     _save_transformers_config(text_encoder, folder)
     # transformers 5 drops this prefix when it saves. 4.57 then loads random weights. Both read prefixed names.
     prefixed = {TEXT_PREFIX + name: tensor for name, tensor in merged_state_dict(tower_of(text_encoder)).items()}
+    if isinstance(text_encoder, CLIPTextModelWithProjection):
+        prefixed["text_projection.weight"] = text_encoder.text_projection.weight
     _save_tensors(prefixed, folder / TRANSFORMERS_WEIGHTS, dtype)
 
 
@@ -239,14 +250,24 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     backend.model.save(str(folder))
 
 
-def _model_index(scheduler: Any) -> dict[str, Any]:
-    return {
-        "_class_name": "StableDiffusionPipeline",
+def _pipeline_class(second: SecondTextEncoder | None) -> str:
+    """The class of diffusers that loads the checkpoint."""
+    return f"StableDiffusion{'XL' if second else ''}Pipeline"
+
+
+def _model_index(scheduler: Any, second: SecondTextEncoder | None) -> dict[str, Any]:
+    own: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": [None, None]}
+    if second:
+        own = {
+            "force_zeros_for_empty_prompt": second.zero_negative,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+    return own | {
+        "_class_name": _pipeline_class(second),
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

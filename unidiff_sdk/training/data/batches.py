@@ -21,6 +21,7 @@ from .hard_negatives import HardNegatives
 from .latents import LatentCache, encode_latents
 from .mapped_tensor import MEMORY_LIMIT
 from .pairs import Pairs
+from .square_images import size_conditions
 
 __all__ = ["BatchIndices", "BatchLoader"]
 
@@ -53,7 +54,7 @@ class BatchLoader:
     Args:
         model: The base model. If it has a generator, its VAE encodes the images.
         pairs: The data.
-        input_ids: int64[n, tokens], captions for the UNet's text encoder.
+        input_ids: int64[n, tokens], captions for the UNet's text encoders, see `prompt_ids`.
         groups: n keys. Pairs with equal keys have the same meaning.
         size: Pairs per step, m. Smaller if the data has fewer.
         flip: Mirror half of the images.
@@ -84,6 +85,8 @@ class BatchLoader:
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self.model = model
+        self.images = pairs.images
+        self.original_sizes = pairs.original_sizes
         self.clip_images = pairs.clip_images
         self.storage: dict[str, Any] = {"scratch": scratch, "memory_limit": memory_limit}
         storage = self.storage
@@ -139,12 +142,14 @@ class BatchLoader:
         pixels = self.clip_images[rows]
         if self.mirrored is not None:
             pixels = torch.where(mirror, pixels.flip(-1), pixels)
+        first = indices.select(torch.arange(samples))
         return Batch(
             clip_pixels=self.model.to_clip(pixels.to(device).float() / 255),
-            latents=self.load_latents(indices.select(torch.arange(samples))),
+            latents=self.load_latents(first),
             input_ids=self.input_ids[rows].to(device),
             groups=self.groups[rows].to(device),
             clip_ids=None if self.clip_ids is None else self.clip_ids[rows].to(device),
+            sizes=self.load_sizes(first),
             base_embeddings={name: rows.to(device) for name, rows in self._base_embeddings(indices).items()},
         )
 
@@ -154,6 +159,14 @@ class BatchLoader:
         if self.mirrored is not None:
             latents = torch.where(indices.mirror[:, None, None, None], self.mirrored[indices.rows], latents)
         return latents.to(self.model.device)
+
+    def load_sizes(self, indices: BatchIndices) -> Tensor:
+        """The sizes of the images of these pairs, see `size_conditions`: float[m, 6], on the model's device."""
+        sizes = [
+            size_conditions(self.original_sizes[row], self.images.size, self.images.fit, mirrored=mirrored)
+            for row, mirrored in zip(indices.rows.tolist(), indices.mirror.tolist(), strict=True)
+        ]
+        return torch.tensor(sizes, dtype=torch.float32, device=self.model.device).view(-1, 6)
 
     def refresh_negatives(self, step: int, processes: Processes) -> None:
         """Find the hard negatives anew with the model as it is, if that is due before a step. All processes call it."""

@@ -7,17 +7,29 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.inference.encoder import cut_text
 from unidiff_sdk.inference.tokenizer import expand_tokens
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel
 
 if TYPE_CHECKING:
     from .pairs import Pairs
 
-__all__ = ["group_keys", "normalize_caption", "representative_captions", "tokenize", "warn_about_long_captions"]
+__all__ = [
+    "clip_ids",
+    "group_keys",
+    "normalize_caption",
+    "prompt_ids",
+    "prompt_tokenizers",
+    "representative_captions",
+    "tokenize",
+    "warn_about_long_captions",
+]
 
 RECORDED_CAPTIONS = 256
 
@@ -32,6 +44,27 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
         return_tensors="pt",
     ).input_ids
     return ids
+
+
+def prompt_tokenizers(checkpoint: TrainableModel) -> list[Any]:
+    """The tokenizer of each text encoder of the UNet. Without a UNet, that of the encoder of texts."""
+    second = [checkpoint.second.tokenizer] if isinstance(checkpoint, Checkpoint) and checkpoint.second else []
+    return [checkpoint.tokenizer, *second]
+
+
+def prompt_ids(checkpoint: TrainableModel, texts: Sequence[str]) -> Tensor:
+    """Token ids for the text encoders of the UNet: int64[n, tokens]. Without a UNet, those for the encoder of texts.
+
+    For Stable Diffusion XL, the tokens for the second text encoder follow those for the first, of the same number.
+    """
+    return torch.cat([tokenize(tokenizer, texts) for tokenizer in prompt_tokenizers(checkpoint)], dim=1)
+
+
+def clip_ids(checkpoint: TrainableModel, texts: Sequence[str]) -> Tensor | None:
+    """Token ids for CLIP's text tower: int64[n, tokens]. None if they are those of `prompt_ids`."""
+    if isinstance(checkpoint, SearchModel) or (checkpoint.shared_layers and checkpoint.second is None):
+        return None
+    return tokenize(checkpoint.clip_tokenizer, texts)
 
 
 def warn_about_long_captions(tokenizers: Sequence[Any], captions: Sequence[str], source: object) -> None:

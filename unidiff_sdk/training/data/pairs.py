@@ -20,7 +20,7 @@ from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.inference.manifest import Resize
 from unidiff_sdk.training.checkpoints.encoders.search_model import TrainableModel
 
-from .captions import warn_about_long_captions
+from .captions import prompt_tokenizers, warn_about_long_captions
 from .square_images import SquareImages, map_in_threads, to_square
 
 __all__ = ["Pairs", "load_pairs", "require_captions"]
@@ -35,6 +35,7 @@ class Pairs:
     Attributes:
         images: Images for the VAE.
         clip_images: Images for CLIP.
+        original_sizes: (width, height) of each image in pixels, before it became square.
         captions: Caption of each pair.
         payloads: Other columns of each pair.
         invalid_rows: Rows that were skipped.
@@ -43,6 +44,7 @@ class Pairs:
 
     images: SquareImages
     clip_images: SquareImages
+    original_sizes: list[tuple[int, int]]
     captions: list[str]
     payloads: list[dict[str, Any]]
     invalid_rows: list[InvalidRow]
@@ -102,21 +104,22 @@ def load_pairs(
     invalid: list[InvalidRow] = []
     rows = progress(read_catalog(path, columns=columns, strict=strict, on_error=invalid.append))
     decode = partial(_decode, sizes=sizes, fit=fit, resize=resize)
-    for row, squares in map_in_threads(decode, rows, lambda row: row.nbytes):
+    for row, decoded in map_in_threads(decode, rows, lambda row: row.nbytes):
         if len(reader.rows) == limit:
             invalid = [other for other in invalid if other.line < row.line]  # rows are read ahead
             break
-        if not isinstance(squares, UniDiffError):
-            reader.add(row, squares)
+        if not isinstance(decoded, UniDiffError):
+            reader.add(row, decoded)
         elif strict:
-            raise DataError(f"{path}, line {row.line}: {squares}") from squares
+            raise DataError(f"{path}, line {row.line}: {decoded}") from decoded
         else:
-            invalid.append(InvalidRow(row.line, row.name, str(squares)))
+            invalid.append(InvalidRow(row.line, row.name, str(decoded)))
     if not reader.rows:
         reason = f"All {len(invalid)} rows are invalid. The first one: {invalid[0]}" if invalid else "It has no rows."
         raise DataError(f"{path} holds no valid image-caption pair. {reason}")
     captions = [row.text for row in reader.rows]
-    warn_about_long_captions([checkpoint.tokenizer, checkpoint.clip_tokenizer], captions, path)
+    tokenizers = [*prompt_tokenizers(checkpoint), checkpoint.clip_tokenizer]
+    warn_about_long_captions(tokenizers, captions, path)
     return reader.pairs(sorted(invalid, key=lambda row: row.line))
 
 
@@ -126,18 +129,29 @@ def require_captions(columns: Mapping[str, str | None] | None) -> None:
         raise OptionError("columns: training needs captions. Name the column that holds them, such as text=title.")
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """An image: its size, (width, height), and its squares by their side."""
+
+    size: tuple[int, int]
+    squares: dict[int, Tensor]
+
+
 class _PairReader:
     """Collects valid rows, their digest, and their decoded images as long as these fit in memory."""
 
     def __init__(self, sizes: tuple[int, int], fit: Fit, memory_limit: int, resize: Resize | None = None) -> None:
         self.sizes, self.fit, self.memory_limit, self.resize = sizes, fit, memory_limit, resize
         self.rows: list[Row] = []
+        self.original_sizes: list[tuple[int, int]] = []
         self.digest = hashlib.sha256()
         self.spool: BinaryIO | None = None
         self.decoded: dict[int, list[Tensor]] | None = {size: [] for size in sizes}
 
-    def add(self, row: Row, squares: dict[int, Tensor]) -> None:
+    def add(self, row: Row, image: _Decoded) -> None:
+        squares = image.squares
         self.rows.append(self._spooled(row))
+        self.original_sizes.append(image.size)
         self.digest.update(row.text.encode() + b"\0")
         self.digest.update(squares[self.sizes[0]].numpy().tobytes())
         if self.decoded is not None:
@@ -170,14 +184,12 @@ class _PairReader:
         )
         captions = [row.text for row in self.rows]
         payloads = [row.payload for row in self.rows]
-        return Pairs(images, clip_images, captions, payloads, invalid, self.digest.hexdigest())
+        return Pairs(images, clip_images, self.original_sizes, captions, payloads, invalid, self.digest.hexdigest())
 
 
-def _decode(
-    row: Row, sizes: tuple[int, ...], fit: Fit, resize: Resize | None
-) -> tuple[Row, dict[int, Tensor] | UniDiffError]:
+def _decode(row: Row, sizes: tuple[int, ...], fit: Fit, resize: Resize | None) -> tuple[Row, _Decoded | UniDiffError]:
     try:
         image = load_image(row.image())
     except (DataError, ImageError) as error:
         return row, error
-    return row, {size: to_square(image, size, fit, resize) for size in sizes}
+    return row, _Decoded(image.size, {size: to_square(image, size, fit, resize) for size in sizes})

@@ -21,7 +21,7 @@ from unidiff_sdk.errors import UniDiffError
 from unidiff_sdk.inference.manifest import Resize
 from unidiff_sdk.inference.preprocessing import preprocess
 
-__all__ = ["SquareImages", "map_in_threads", "to_square"]
+__all__ = ["SquareImages", "map_in_threads", "size_conditions", "to_square"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,6 +34,29 @@ _READ_AHEAD = 8 * _THREADS
 def to_square(image: Image.Image, size: int, fit: Fit, resize: Resize | None = None) -> Tensor:
     """Make an image square with the runtime's own preprocessing: uint8[3, size, size]."""
     return torch.from_numpy(np.rint(preprocess(image, size, _ZERO, _ONE, fit, resize) * 255).astype(np.uint8))
+
+
+def size_conditions(original: tuple[int, int], size: int, fit: Fit, *, mirrored: bool = False) -> list[int]:
+    """The sizes that condition Stable Diffusion XL on an image that `to_square` made square.
+
+    Podell et al. 2023, "SDXL", section 2.2. The crop is counted from the corner of the resized image. "pad" keeps the
+    whole image, so the padded square counts as the original.
+
+    Args:
+        original: (width, height) of the image.
+        size: Side of the square.
+        mirrored: Whether left and right are exchanged before the crop.
+
+    Returns:
+        Height and width of the original image, top and left of the crop, height and width of the crop.
+    """
+    width, height = original
+    if fit == "pad":
+        return [max(original), max(original), 0, 0, size, size]
+    shorter = min(original)
+    wide, high = (int(size * side / shorter) for side in original)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return [height, width, top, wide - size - left if mirrored else left, size, size]
 
 
 def map_in_threads(

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unidiff_sdk.inference.manifest import RerankDefaults
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.retrieval.reranking.denoising_error import DenoisingError, Row
 from unidiff_sdk.retrieval.reranking.reranker import combined_scores, gains_of
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-from unidiff_sdk.training.data.captions import tokenize
+from unidiff_sdk.training.data.captions import prompt_ids
 from unidiff_sdk.training.data.latents import encode_latents
 from unidiff_sdk.training.data.pairs import Pairs
+from unidiff_sdk.training.objective.batch import Conditions
 from unidiff_sdk.training.objective.joint_model import JointModel
 
 from .retrieval import CHUNK, Embeddings
@@ -40,10 +42,14 @@ def reranked_order(
     scores, times = v @ u.T, settings.timesteps
     nearest = np.argsort(-scores, axis=1, kind="stable")[:, : settings.candidates]
     latents = encode_latents(model, pairs.images).numpy()
-    empty, *states = _token_states(model, checkpoint, ["", *pairs.captions])
+    empty = model.unconditional(prompt_ids(checkpoint, [""]).to(model.device)).map(Tensor.cpu)
+    ids = prompt_ids(checkpoint, pairs.captions).to(model.device)
+    prompts = [row for chunk in ids.split(CHUNK) for row in model.encode_prompts(chunk).map(Tensor.cpu).rows()]
     error = DenoisingError(_Unet(model), Schedule.from_pipeline(checkpoint.scheduler_config), settings.noise_seed)
     unconditional = error.measure([Row(image, t, empty) for image in latents for t in times])
-    rows = [Row(latents[i], t, text) for text, items in zip(states, nearest, strict=True) for i in items for t in times]
+    rows = [
+        Row(latents[i], t, text) for text, items in zip(prompts, nearest, strict=True) for i in items for t in times
+    ]
     gains = gains_of(
         unconditional.reshape(len(latents), len(times))[nearest],
         error.measure(rows).reshape(*nearest.shape, len(times)),
@@ -52,18 +58,16 @@ def reranked_order(
     return np.take_along_axis(nearest, np.argsort(-combined, axis=1, kind="stable"), axis=1)
 
 
-def _token_states(model: JointModel, checkpoint: Checkpoint, texts: Sequence[str]) -> Float32:
-    ids = tokenize(checkpoint.tokenizer, texts).to(model.device)
-    states = [model.text_encoder(chunk).last_hidden_state.cpu() for chunk in ids.split(CHUNK)]
-    return np.asarray(torch.cat(states).numpy())
-
-
 class _Unet:
     """The model's UNet as a `NoisePredictor`."""
 
     def __init__(self, model: JointModel) -> None:
         self._model = model
 
-    def predict(self, samples: Sequence[Float32], timesteps: Sequence[int], states: Sequence[Float32]) -> Float32:
-        inputs = (torch.from_numpy(np.stack(each)).to(self._model.device) for each in (samples, timesteps, states))
-        return np.asarray(self._model.unet(*inputs).sample.float().cpu().numpy())
+    def predict(
+        self, samples: Sequence[Float32], timesteps: Sequence[int], conditions: Sequence[Conditions]
+    ) -> Float32:
+        device = self._model.device
+        z_t, t = (torch.from_numpy(np.stack(each)).to(device) for each in (samples, timesteps))
+        output = self._model.predict(z_t, t, Conditions.joined(conditions).map(lambda each: each.to(device)))
+        return np.asarray(output.float().cpu().numpy())

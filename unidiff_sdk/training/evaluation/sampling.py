@@ -12,7 +12,8 @@ from torch import Tensor
 from unidiff_sdk.generation.samplers import Table, make_table
 from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
-from unidiff_sdk.training.data.captions import tokenize
+from unidiff_sdk.training.data.captions import prompt_ids
+from unidiff_sdk.training.objective.batch import Conditions
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.sampling import denoising_step
 
@@ -67,12 +68,12 @@ def generate_images(
         uint8[h, w, 3] for each prompt.
     """
     images: list[ImageArray] = []
-    empty = _token_states(model, checkpoint, [""])
+    unconditional = model.unconditional(prompt_ids(checkpoint, [""]).to(model.device))
     for start in range(0, len(prompts), CHUNK):
         on_progress(start, len(prompts))
-        states = _token_states(model, checkpoint, prompts[start : start + CHUNK])
-        streams = [np.random.default_rng([seed, start + i]) for i in range(len(states))]
-        latents = _denoise(model, states, empty, streams, table, guidance)
+        conditions = model.encode_prompts(prompt_ids(checkpoint, prompts[start : start + CHUNK]).to(model.device))
+        streams = [np.random.default_rng([seed, start + i]) for i in range(len(conditions))]
+        latents = _denoise(model, conditions, unconditional, streams, table, guidance)
         pixels = (model.decode(latents).clamp(0, 1) * 255).round().to(torch.uint8)
         images += list(pixels.permute(0, 2, 3, 1).cpu().numpy())
     return images
@@ -80,8 +81,8 @@ def generate_images(
 
 def _denoise(
     model: JointModel,
-    states: Tensor,
-    empty: Tensor,
+    conditions: Conditions,
+    unconditional: Conditions,
     streams: Sequence[np.random.Generator],
     table: Table,
     guidance: float,
@@ -91,14 +92,8 @@ def _denoise(
     x, x0 = _noise(streams, shape, model.device) * table.init_noise_sigma, None
     for step in range(len(table)):
         noise = _noise(streams, shape, model.device) if table[step].next_from_noise else None
-        x, x0 = denoising_step(model, table[step], x, x0, states, empty, guidance, noise)
+        x, x0 = denoising_step(model, table[step], x, x0, conditions, unconditional, guidance, noise)
     return x
-
-
-def _token_states(model: JointModel, checkpoint: Checkpoint, texts: Sequence[str]) -> Tensor:
-    """τ(y): float[n, tokens, width]."""
-    states: Tensor = model.text_encoder(tokenize(checkpoint.tokenizer, texts).to(model.device)).last_hidden_state
-    return states
 
 
 def _noise(streams: Sequence[np.random.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:

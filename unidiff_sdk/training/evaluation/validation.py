@@ -17,7 +17,7 @@ from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import DataError, OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.config import Component
-from unidiff_sdk.training.data.captions import tokenize
+from unidiff_sdk.training.data.captions import prompt_ids
 from unidiff_sdk.training.data.latents import encode_latents
 from unidiff_sdk.training.data.pairs import Pairs, load_pairs
 from unidiff_sdk.training.objective import losses
@@ -183,7 +183,7 @@ class Validator:
         }
         denoising = {}
         if data.latents is not None and isinstance(snapshot.model, JointModel):
-            captions = tokenize(snapshot.checkpoint.tokenizer, data.pairs.captions[:LOSS_PAIRS])
+            captions = prompt_ids(snapshot.checkpoint, data.pairs.captions[:LOSS_PAIRS])
             denoising = {"denoising_loss": denoising_loss(snapshot.model, data.latents, captions)}
         return {
             "mean_recall": float(np.mean([value for name, value in retrieval.items() if "R@" in name])),
@@ -251,7 +251,7 @@ def denoising_loss(model: JointModel, latents: Tensor, input_ids: Tensor, *, bat
 
     Args:
         latents: float[n, c, h, w].
-        input_ids: int64[n, tokens].
+        input_ids: int64[n, tokens], see `prompt_ids`.
         batch_size: Samples per UNet call.
     """
     device, total = model.device, len(latents) * LOSS_TIMESTEPS
@@ -265,8 +265,8 @@ def denoising_loss(model: JointModel, latents: Tensor, input_ids: Tensor, *, bat
         t, z, epsilon = timesteps[chunk].to(device), latents[rows[chunk]].to(device), noise[chunk].to(device)
         alpha_bar = model.alpha_bar[t]
         with model.autocast():
-            states = model.text_encoder(input_ids[rows[chunk]].to(device)).last_hidden_state
-            output = model.unet(losses.add_noise(z, epsilon, alpha_bar), t, states).sample.float()
+            conditions = model.encode_prompts(input_ids[rows[chunk]].to(device))
+            output = model.predict(losses.add_noise(z, epsilon, alpha_bar), t, conditions).float()
         target = losses.diffusion_target(z, epsilon, alpha_bar, model.prediction_type)
         squared += float((output - target).square().mean()) * len(chunk)
     return squared / total

@@ -22,7 +22,7 @@ from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from unidiff_sdk.training.checkpoints.saving import require_replaceable, save_checkpoint
 from unidiff_sdk.training.config import DistillationConfig
-from unidiff_sdk.training.data.captions import representative_captions, tokenize, warn_about_long_captions
+from unidiff_sdk.training.data.captions import prompt_ids, representative_captions, warn_about_long_captions
 from unidiff_sdk.training.data.pairs import require_captions
 from unidiff_sdk.training.objective.distillation import (
     STUDENT_SAMPLER,
@@ -37,7 +37,7 @@ from unidiff_sdk.training.runtime.interrupts import deferred_interrupts
 from unidiff_sdk.training.runtime.processes import pick_device
 
 from .learner import Ema, learning_rate_factor
-from .trajectories import Trajectories, record_trajectories, token_states, training_pairs
+from .trajectories import Trajectories, encode, record_trajectories, training_pairs
 
 __all__ = ["DistillationResult", "distill", "few_step_scheduler"]
 
@@ -193,7 +193,7 @@ class _Distillation:
         schedule = Schedule.from_config(self.scheduler.config)
         self.student_table, self.teacher_table = sampler_tables(schedule, config.student_steps, config.teacher_steps)
         self.guidance_scale: float = config.guidance_scale or teacher.sampler_defaults["guidance_scale"]
-        self.input_ids = tokenize(teacher.tokenizer, captions)
+        self.input_ids = prompt_ids(teacher, captions)
         self.unet = model.unet
         self.optimizer = torch.optim.AdamW(
             self.unet.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
@@ -206,7 +206,7 @@ class _Distillation:
         self.trajectories: Trajectories = record_trajectories(
             self.model,
             self.input_ids,
-            tokenize(self.teacher.tokenizer, [""]),
+            prompt_ids(self.teacher, [""]),
             self.teacher_table,
             self.config,
             guidance_scale=self.guidance_scale,
@@ -241,12 +241,12 @@ class _Distillation:
         """One optimizer step on a batch of jumps, int64[batch] each. Returns the loss before it."""
         model, points = self.model, self.trajectories.points
         z_t, z_s = (points[trajectory, student_step + k].to(model.device) for k in (0, 1))
-        states = token_states(model, self.input_ids[self.trajectories.captions[trajectory]])
+        conditions = encode(model, self.input_ids[self.trajectories.captions[trajectory]])
         on_cpu = coefficients_at(self.student_table, student_step)
         coefficients = Coefficients(*(coefficient.to(model.device) for coefficient in on_cpu))
         t = coefficients.timestep.flatten()
         with model.autocast():
-            output = model.unet(z_t * coefficients.input_scale, t, states).sample.float()
+            output = model.predict(z_t * coefficients.input_scale, t, conditions).float()
         loss = distillation_loss(coefficients, z_t, output, z_s, model.alpha_bar[t.long()])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

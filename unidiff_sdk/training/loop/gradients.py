@@ -251,10 +251,12 @@ def _backward_ranking(
     for number, part in enumerate(mine.split(at_once) if len(mine) else ()):
         torch.manual_seed(derive_seed(batches.seed, Purpose.SCORE, step, processes.rank, number))
         images = candidates[part.to(candidates.device)].cpu()
-        latents = batches.load_latents(indices.select(images.flatten())).unflatten(0, images.shape)
+        candidate = indices.select(images.flatten())
+        latents = batches.load_latents(candidate).unflatten(0, images.shape)
+        sizes = batches.load_sizes(candidate).unflatten(0, images.shape)
         input_ids = batches.input_ids[indices.rows[part]].to(model.device)
         with torch.set_grad_enabled(config.lambda_rsc_generator > 0):
-            found = generator_logits(model, latents, input_ids, empty_ids, inputs.select(part))
+            found = generator_logits(model, latents, input_ids, empty_ids, inputs.select(part), sizes)
         logits[part.to(logits.device)] = found.detach()
         if config.lambda_rsc_generator:
             share = len(part) / captions

@@ -9,18 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_trainable
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel, load_trainable
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 from unidiff_sdk.training.checkpoints.saving import recover_interrupted_save, require_replaceable
 from unidiff_sdk.training.config import TERM_TITLES, PriorConfig, TrainingConfig
 from unidiff_sdk.training.data.batches import BatchLoader
-from unidiff_sdk.training.data.captions import group_keys, tokenize
+from unidiff_sdk.training.data.captions import clip_ids, group_keys, prompt_ids
 from unidiff_sdk.training.data.latents import LatentCache
 from unidiff_sdk.training.data.pairs import Pairs, load_pairs
 from unidiff_sdk.training.objective.encoder_model import EncoderModel
@@ -179,7 +177,7 @@ def train(
     # 3. the run: new, resumed, or finished already
     learner = Learner(model, config, processes)
     selection = ModelSelection(on_validate, learner, checkpoint)
-    empty_ids = tokenize(checkpoint.tokenizer, [""]).to(processes.device)
+    empty_ids = prompt_ids(checkpoint, [""]).to(processes.device)
     run = TrainingRun(
         *(out, learner, selection, checkpoint, pairs, data.name, batches, prior_pairs, prior_batches, empty_ids)
     )
@@ -233,8 +231,6 @@ def _open_base(
             f"{out} holds an unfinished run. Continue it with --resume, or start again with --overwrite."
         )
     checkpoint = load_trainable(base, clip, options)
-    if isinstance(checkpoint, Checkpoint):
-        require_trainable(checkpoint)
     if out.exists() and checkpoint.path.exists() and out.samefile(checkpoint.path):
         raise TrainingError(f"{out} is the base itself. Name another folder for the result.")
     require_replaceable(out, overwrite=resume or overwrite)
@@ -316,24 +312,17 @@ def _make_batches(
     return BatchLoader(
         model,
         pairs,
-        tokenize(checkpoint.tokenizer, pairs.captions),
+        prompt_ids(checkpoint, pairs.captions),
         groups,
         size=size,
         flip=config.flip,
         seed=seed,
         cache=cache,
-        clip_ids=_own_clip_ids(checkpoint, pairs),
+        clip_ids=clip_ids(checkpoint, pairs.captions),
         hard_negatives=hard_negatives,
         feature_distillation=config.lambda_feature_distillation > 0,
         scratch=scratch,
     )
-
-
-def _own_clip_ids(checkpoint: TrainableModel, pairs: Pairs) -> Tensor | None:
-    """Tokens of the captions for CLIP, where its tokenizer may be another than the generator's."""
-    if isinstance(checkpoint, SearchModel) or checkpoint.shared_layers:
-        return None
-    return tokenize(checkpoint.clip_tokenizer, pairs.captions)
 
 
 def _generate_prior(

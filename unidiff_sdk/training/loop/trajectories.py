@@ -11,11 +11,12 @@ from torch import Tensor
 from unidiff_sdk.errors import TrainingError
 from unidiff_sdk.generation.samplers import Table
 from unidiff_sdk.training.config import DistillationConfig
+from unidiff_sdk.training.objective.batch import Conditions
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.sampling import denoising_step
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator
 
-__all__ = ["Trajectories", "record_trajectories", "token_states", "training_pairs"]
+__all__ = ["Trajectories", "encode", "record_trajectories", "training_pairs"]
 
 CHUNK = 32  # trajectories per UNet call
 
@@ -62,12 +63,13 @@ def record_trajectories(
     points = torch.empty(config.trajectories, *shape)
     order = _shuffled(len(input_ids), config.seed)
     captions = torch.stack([next(order) for _ in range(config.trajectories)])
-    empty = token_states(model, empty_ids)
+    with model.autocast():
+        unconditional = model.unconditional(empty_ids.to(model.device)).map(Tensor.float)
     for rows in progress(torch.arange(config.trajectories).split(CHUNK)):
         generator = seeded_generator(config.seed, Purpose.NOISE, int(rows[0]))
         noise = torch.randn(points[rows, 0].shape, generator=generator) * table.init_noise_sigma
         points[rows] = _denoise(
-            model, noise, token_states(model, input_ids[captions[rows]]), empty, table, config, guidance_scale
+            model, noise, encode(model, input_ids[captions[rows]]), unconditional, table, config, guidance_scale
         )
     if not points.isfinite().all():
         raise TrainingError(
@@ -79,8 +81,8 @@ def record_trajectories(
 def _denoise(
     model: JointModel,
     noise: Tensor,
-    states: Tensor,
-    empty: Tensor,
+    conditions: Conditions,
+    unconditional: Conditions,
     table: Table,
     config: DistillationConfig,
     guidance_scale: float,
@@ -91,7 +93,7 @@ def _denoise(
     points = [noise]
     for step in range(len(table)):
         with model.autocast():
-            x, x0 = denoising_step(model, table[step], x, x0, states, empty, guidance_scale)
+            x, x0 = denoising_step(model, table[step], x, x0, conditions, unconditional, guidance_scale)
         if (step + 1) % interval == 0:
             points.append(x.cpu())
     return torch.stack(points, dim=1)
@@ -107,11 +109,10 @@ def training_pairs(trajectories: Trajectories, config: DistillationConfig) -> It
 
 
 @torch.no_grad()
-def token_states(model: JointModel, ids: Tensor) -> Tensor:
-    """τ(y), the states that condition the UNet. int64[n, tokens] -> float[n, tokens, width]."""
+def encode(model: JointModel, ids: Tensor) -> Conditions:
+    """What conditions the UNet on captions, int64[n, tokens], for whole images."""
     with model.autocast():
-        states: Tensor = model.text_encoder(ids.to(model.device)).last_hidden_state.float()
-    return states
+        return model.encode_prompts(ids.to(model.device)).map(Tensor.float)
 
 
 def _shuffled(n: int, seed: int) -> Iterator[Tensor]:

@@ -1,16 +1,66 @@
-"""The inputs of one step: a batch of pairs, and the random numbers of its diffusion terms."""
+"""The inputs of one step: a batch of pairs, what conditions the UNet on them, and random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unidiff_sdk.training.config import TrainingConfig
 
-__all__ = ["Batch", "RandomInputs"]
+__all__ = ["Batch", "Conditions", "RandomInputs", "whole_image_sizes"]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What conditions the UNet, for n samples: token states, and for Stable Diffusion XL a pooled embedding and sizes.
+
+    Attributes:
+        states: float[n, tokens, width], τ(y).
+        pooled: float[n, p], pooled embedding of the captions by the second text encoder of Stable Diffusion XL.
+        sizes: float[n, 6], its sizes in pixels: height and width of the original image, top and left of the crop,
+            height and width of the crop. None: those of a whole image of the sample's own size.
+    """
+
+    states: Tensor
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditions:
+        """Apply a function to states, pooled embedding and sizes."""
+        fields = (self.states, self.pooled, self.sizes)
+        mapped: list[Any] = [None if each is None else function(each) for each in fields]
+        return Conditions(*mapped)
+
+    def repeated(self, n: int) -> Conditions:
+        """Each row n times in a row."""
+        return self.map(lambda each: each[:, None].expand(len(each), n, *each.shape[1:]).flatten(0, 1))
+
+    def rows(self) -> list[Conditions]:
+        """The conditions of each sample, n = 1."""
+        return [self.map(lambda each, row=row: each[row : row + 1]) for row in range(len(self))]  # type: ignore[misc]
+
+    @classmethod
+    def joined(cls, rows: Sequence[Conditions]) -> Conditions:
+        """The conditions of all samples of `rows`, which hold the same kinds."""
+        fields = zip(*((each.states, each.pooled, each.sizes) for each in rows), strict=True)
+        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in fields]
+        return cls(*columns)
+
+    def with_sizes(self, sizes: Tensor | None) -> Conditions:
+        """The same captions for images of other sizes, float[n, 6]."""
+        return Conditions(self.states, self.pooled, sizes)
+
+
+def whole_image_sizes(n: int, height: int, width: int, device: torch.device) -> Tensor:
+    """The sizes of n whole images, in pixels, as generation uses them: float[n, 6]."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(n, 6)
 
 
 @dataclass(frozen=True)
@@ -20,9 +70,10 @@ class Batch:
     Attributes:
         clip_pixels: float[m, 3, s, s], normalized for CLIP.
         latents: float[n, c, h, w], scaled as the UNet expects them.
-        input_ids: int64[m, tokens], captions for the UNet's text encoder.
+        input_ids: int64[m, tokens], captions for the UNet's text encoder, or for both of them, see `prompt_ids`.
         groups: int64[m]. Pairs with equal values have the same meaning.
         clip_ids: int64[m, tokens], captions for CLIP's text tower, if it has another tokenizer.
+        sizes: float[n, 6], the sizes that condition Stable Diffusion XL, see `Conditions`.
         base_embeddings: "u" and "v", float[m, d]: embeddings by the base's CLIP, for feature distillation.
     """
 
@@ -31,6 +82,7 @@ class Batch:
     input_ids: Tensor
     groups: Tensor
     clip_ids: Tensor | None = None
+    sizes: Tensor | None = None
     base_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

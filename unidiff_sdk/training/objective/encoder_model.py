@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unidiff_sdk.training.config import Precision
 
 from . import losses
-from .batch import Batch
+from .batch import Batch, Conditions
 
 __all__ = ["EncoderModel", "ImageTower", "checkpoint_activations"]
 
@@ -112,9 +112,9 @@ class EncoderModel(nn.Module):
 
     def encode_captions(
         self, batch: Batch, dropped: Tensor, empty_ids: Tensor, *, pooled: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Encode captions for search. Arguments and results as in `JointModel`; there are no token states."""
-        return batch.latents[:0], self.pool_text(batch.input_ids) if pooled else None
+    ) -> tuple[Conditions, Tensor | None]:
+        """Encode captions for search. Arguments and results as in `JointModel`; there are no conditions."""
+        return Conditions(batch.latents[:0]), self.pool_text(batch.input_ids) if pooled else None
 
     def pool_text(self, clip_ids: Tensor) -> Tensor:
         """Pooled states of texts, float[n, width], of their tokens, int64[n, tokens]."""
@@ -143,6 +143,10 @@ class EncoderModel(nn.Module):
         """Keep the temperature of a CLIP in its bounds. That of SigLIP has none."""
         if self.logit_bias is None:
             losses.clamp_logit_scale(self.clip.logit_scale)
+
+    def unused_weights(self) -> set[nn.Parameter]:
+        """Weights that no output depends on, so that nothing trains them."""
+        return set()
 
     def image_tower_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Select the weights of f from weights named as in this model, such as an EMA. Default: the current ones."""

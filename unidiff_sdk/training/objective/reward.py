@@ -109,7 +109,7 @@ def rollout(
     """Generate latents with guidance, the last `rsc_reward_last` steps with gradients: float[a, c, h, w]."""
     guidance_scale: float = config.rsc_reward_guidance or model.sampler_defaults["guidance_scale"]
     with torch.no_grad(), model.autocast():
-        states, empty = (model.text_encoder(ids).last_hidden_state for ids in (input_ids, empty_ids))
+        conditions, unconditional = model.encode_prompts(input_ids), model.unconditional(empty_ids)
     noise = noise.to(model.device)
     x, x0 = noise[:, 0] * table.init_noise_sigma, None
     for step in range(len(table)):
@@ -117,7 +117,7 @@ def rollout(
         is_differentiated = step >= len(table) - config.rsc_reward_last
         # One context each: autocast would reuse the weights that it has cast without gradients.
         with torch.set_grad_enabled(is_differentiated and torch.is_grad_enabled()), model.autocast():
-            x, x0 = denoising_step(model, table[step], x, x0, states, empty, guidance_scale, added)
+            x, x0 = denoising_step(model, table[step], x, x0, conditions, unconditional, guidance_scale, added)
     return x
 
 

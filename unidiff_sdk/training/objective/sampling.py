@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unidiff_sdk.generation.samplers import Coefficients, advance
 
+from .batch import Conditions
 from .distillation import apply_guidance
 from .joint_model import JointModel
 
@@ -20,8 +21,8 @@ def denoising_step(
     coefficients: Coefficients,
     x: Tensor,
     previous_x0: Tensor | None,
-    states: Tensor,
-    empty: Tensor,
+    conditions: Conditions,
+    unconditional: Conditions,
     guidance_scale: float,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -34,17 +35,17 @@ def denoising_step(
         coefficients: A row of the sampler's table.
         x: float[n, c, h, w], latents before the step.
         previous_x0: Estimate of the previous step. None at the first step.
-        states: float[n, tokens, width], τ(y).
-        empty: float[1, tokens, width], τ of the empty caption.
+        conditions: Those of n captions.
+        unconditional: One row, see `JointModel.unconditional`.
         guidance_scale: Up to 1, guidance is off, which halves the work.
         noise: float[n, c, h, w], standard normal. None where the step adds none.
     """
     row = Coefficients(*map(float, coefficients))
     scaled, t = x * row.input_scale, torch.full((len(x),), row.timestep, device=x.device)
-    output = model.unet(scaled, t, states).sample.float()
+    output = model.predict(scaled, t, conditions).float()
     if guidance_scale > 1:
         with torch.no_grad():
-            unconditional = model.unet(scaled, t, empty.expand_as(states)).sample.float()
-        output = apply_guidance(unconditional, output, guidance_scale)
+            without = model.predict(scaled, t, unconditional.repeated(len(x))).float()
+        output = apply_guidance(without, output, guidance_scale)
     step: Any = advance  # its arithmetic is the same for NumPy arrays and PyTorch tensors
     return step(row, x, output, previous_x0, noise)

@@ -13,6 +13,7 @@ its own image and the images of other meaning that the encoder ranks highest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from unidiff_sdk.training.config import TrainingConfig
 
 from . import losses
+from .batch import Conditions
 from .joint_model import JointModel
 
 __all__ = ["GENERATOR_TEMPERATURE", "Ranking", "ScoreInputs", "choose_candidates", "encoder_logits", "generator_logits"]
@@ -99,7 +101,12 @@ def encoder_logits(u: Tensor, v: Tensor, candidates: Tensor, logit_scale: Tensor
 
 
 def generator_logits(
-    model: JointModel, latents: Tensor, input_ids: Tensor, empty_ids: Tensor, inputs: ScoreInputs
+    model: JointModel,
+    latents: Tensor,
+    input_ids: Tensor,
+    empty_ids: Tensor,
+    inputs: ScoreInputs,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """g_ij of each caption's candidates, divided by its temperature: float[a, c].
 
@@ -111,6 +118,7 @@ def generator_logits(
         input_ids: int64[a, tokens], the captions.
         empty_ids: int64[1, tokens], the tokens of "".
         inputs: Timesteps and noise of each caption.
+        sizes: float[a, c, 6], sizes of the candidates, see `Conditions`.
     """
     a, c = latents.shape[:2]
     t, noise = inputs.t.to(latents.device), inputs.noise.to(latents.device)
@@ -122,13 +130,14 @@ def generator_logits(
     z_t = losses.add_noise(z, noise, alpha_bar)
     target = losses.diffusion_target(z, noise, alpha_bar, model.prediction_type)
 
-    def error(ids: Tensor) -> Tensor:
+    of_rows = None if sizes is None else sizes[:, :, None].expand(*shape, 6).flatten(0, 2)
+
+    def error(encode: Callable[[Tensor], Conditions], ids: Tensor) -> Tensor:
         with model.autocast():
-            states = model.text_encoder(ids).last_hidden_state
-            states = states[:, None].expand(len(ids), len(t) // len(ids), *states.shape[1:]).flatten(0, 1)
-            output = model.unet(z_t, t, states).sample
+            conditions = encode(ids).repeated(len(t) // len(ids)).with_sizes(of_rows)
+            output = model.predict(z_t, t, conditions)
         return (output.float() - target).square().flatten(1).mean(dim=1).view(shape).mean(dim=2)
 
     with torch.no_grad():
-        without = error(empty_ids)
-    return losses.relative_gain(error(input_ids), without) / GENERATOR_TEMPERATURE
+        without = error(model.unconditional, empty_ids)
+    return losses.relative_gain(error(model.encode_prompts, input_ids), without) / GENERATOR_TEMPERATURE

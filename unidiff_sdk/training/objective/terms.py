@@ -15,7 +15,7 @@ from torch import Tensor
 from unidiff_sdk.training.config import TrainingConfig
 
 from . import losses
-from .batch import Batch, RandomInputs
+from .batch import Batch, Conditions, RandomInputs
 from .encoder_model import EncoderModel
 from .joint_model import JointModel
 from .score_consistency import Ranking, encoder_logits
@@ -125,7 +125,7 @@ def forward(
     # 1. texts and images in CLIP
     with model.autocast():
         dropped = random.dropped if runs_unet else random.dropped[:0]
-        states, pooled = model.encode_captions(batch, dropped, empty_ids, pooled=config.embeds_texts)
+        conditions, pooled = model.encode_captions(batch, dropped, empty_ids, pooled=config.embeds_texts)
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
         if config.embeds_images:
@@ -137,7 +137,7 @@ def forward(
 
     # 2. IS
     with model.autocast():
-        denoising = _denoise(model, batch.latents, states, random)
+        denoising = _denoise(model, batch.latents, conditions, random)
     if config.lambda_is and not embeddings_only:
         terms["is"] = _synthesis(model, denoising, config, random)
     if config.lambda_rsc_feature:
@@ -162,13 +162,15 @@ def prior_terms(
     embeddings: dict[str, Tensor] = {}
     with model.autocast():
         dropped = random.dropped if config.lambda_is else random.dropped[:0]
-        states, pooled = model.encode_captions(batch, dropped, empty_ids, pooled=config.lambda_feature_distillation > 0)
+        conditions, pooled = model.encode_captions(
+            batch, dropped, empty_ids, pooled=config.lambda_feature_distillation > 0
+        )
         if pooled is not None:
             embeddings["v"] = model.text_embeds(pooled)
             if config.embeds_images:
                 embeddings["u"] = model.f(batch.clip_pixels)
         if isinstance(model, JointModel) and config.lambda_is:
-            denoising = _denoise(model, batch.latents, states, random)
+            denoising = _denoise(model, batch.latents, conditions, random)
     if isinstance(model, JointModel) and config.lambda_is:
         terms["prior"] = _synthesis(model, denoising, config, random)
     if embeddings:
@@ -228,14 +230,14 @@ def _feature_distillation(embeddings: Mapping[str, Tensor], batch: Batch, random
     return torch.stack(sides).mean() * (len(batch) / random.pairs)
 
 
-def _denoise(model: JointModel, z: Tensor, states: Tensor, random: RandomInputs) -> Denoising:
+def _denoise(model: JointModel, z: Tensor, conditions: Conditions, random: RandomInputs) -> Denoising:
     t, noise = random.t.to(z.device), random.noise.to(z.device)
     alpha_bar = model.alpha_bar[t]
     z_t = losses.add_noise(z, noise, alpha_bar)
     pooled: list[Tensor] = []
     hook = model.unet.mid_block.register_forward_hook(lambda *call: pooled.append(call[-1].mean(dim=(2, 3))))
     try:
-        output = model.unet(z_t, t, states).sample
+        output = model.predict(z_t, t, conditions)
     finally:
         hook.remove()
     target = losses.diffusion_target(z, noise, alpha_bar, model.prediction_type)

@@ -1,8 +1,8 @@
 """Trainable weights: each component is tuned with all its weights, with low-rank adapters (LoRA), or not at all.
 
-The components are the UNet, the text side (CLIP's text tower and projection, and the pipeline's text encoder if it is
-separate) and the image side (CLIP's image tower and projection). Saved weights have the adapters merged, so a tuned
-checkpoint loads like any other. The adapters are saved with it in the formats of peft, diffusers and kohya.
+The components are the UNet, the text side (CLIP's text tower and projection, and the pipeline's text encoders as far as
+they are separate) and the image side (CLIP's image tower and projection). Saved weights have the adapters merged, so a
+tuned checkpoint loads like any other. The adapters are saved with it in the formats of peft, diffusers and kohya.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,9 +50,13 @@ def add_adapters(checkpoint: TrainableModel, config: TrainingConfig) -> None:
         return
     _inject(checkpoint.unet, {rf".*\.({UNET_LAYERS})": config.lora_rank(Component.UNET)})
     # The layers shared with CLIP have adapters already.
-    layers = range(checkpoint.shared_layers, checkpoint.text_encoder.config.num_hidden_layers)
+    second = checkpoint.second
+    used = checkpoint.text_encoder.config.num_hidden_layers - (1 if second else 0)  # see `unused_weights`
+    layers = range(checkpoint.shared_layers, used)
     own = "|".join(map(str, layers))
     _inject(checkpoint.text_encoder, {rf".*layers\.({own})\..*\.({TOWER_LAYERS})": text if own else 0})
+    if second:
+        _inject(second.model, {rf".*layers\.\d+\..*\.({TOWER_LAYERS})": text})
 
 
 def set_trainable(model: EncoderModel, config: TrainingConfig) -> None:
@@ -60,9 +64,12 @@ def set_trainable(model: EncoderModel, config: TrainingConfig) -> None:
 
     Raises OptionError if no weight is left to train.
     """
+    unused = model.unused_weights()
     for name, parameter in model.named_parameters():
         component = component_of(name)
-        if name.startswith("clip.logit_"):  # temperature and bias belong to texts and images alike
+        if parameter in unused:
+            parameter.requires_grad = False
+        elif name.startswith("clip.logit_"):  # temperature and bias belong to texts and images alike
             parameter.requires_grad = config.trains_encoder and not config.locked >= {Component.TEXT, Component.IMAGE}
         elif component is None or component in config.locked:
             parameter.requires_grad = False
@@ -77,6 +84,7 @@ def component_of(name: str) -> Component | None:
     prefixes = {
         "unet.": Component.UNET,
         "text_encoder.": Component.TEXT,
+        "text_encoder_2.": Component.TEXT,
         "clip.text_": Component.TEXT,
         "clip.logit_": Component.TEXT,
         "clip.vis": Component.IMAGE,
@@ -88,29 +96,38 @@ def save_adapters(checkpoint: TrainableModel, folder: Path) -> None:
     """Write the adapters in up to three formats. Without adapters, nothing is written.
 
     - peft, one folder per model: `PeftModel.from_pretrained(base.unet, folder / "unet")`
-    - diffusers, for UNet and text encoder: `StableDiffusionPipeline.load_lora_weights(folder)`
+    - diffusers, for UNet and text encoders: `StableDiffusionPipeline.load_lora_weights(folder)`, or the same of
+      `StableDiffusionXLPipeline`
     - kohya, the same tensors with their alphas in one file, for other programs
     """
     if isinstance(checkpoint, SearchModel):
         _save_for_peft(checkpoint.model, folder / "clip")
         return
     _save_for_diffusers(checkpoint, folder)
-    for name in ("unet", "clip", "text_encoder"):
-        _save_for_peft(getattr(checkpoint, name), folder / name)
+    for name, model in (_prompted_models(checkpoint) | {"clip": checkpoint.clip}).items():
+        _save_for_peft(model, folder / name)
 
 
 def _save_for_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
-    models = {"unet": checkpoint.unet, "text_encoder": checkpoint.text_encoder}
+    models = _prompted_models(checkpoint)
     adapters = {name: tensors for name, model in models.items() if (tensors := _adapters(model))}
     if not adapters:
         return
     layers = {f"{name}_lora_layers": convert_state_dict_to_diffusers(tensors) for name, tensors in adapters.items()}
-    StableDiffusionPipeline.save_lora_weights(folder, **layers)
+    pipeline: Any = StableDiffusionXLPipeline if checkpoint.second else StableDiffusionPipeline
+    pipeline.save_lora_weights(folder, **layers)
     prefixed = {f"{name}.{key}": tensor for name, tensors in adapters.items() for key, tensor in tensors.items()}
     kohya: dict[str, Tensor] = convert_state_dict_to_kohya(prefixed)
     # diffusers numbers the text encoder as in models with two. Models with one call it "te".
-    one_encoder = {key.replace("lora_te1_", "lora_te_"): tensor.contiguous() for key, tensor in kohya.items()}
-    save_file(one_encoder, folder / KOHYA)
+    prefix = "lora_te1_" if checkpoint.second else "lora_te_"
+    numbered = {key.replace("lora_te1_", prefix): tensor.contiguous() for key, tensor in kohya.items()}
+    save_file(numbered, folder / KOHYA)
+
+
+def _prompted_models(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
+    """The models that generate from prompts and can have adapters, by their names in a pipeline."""
+    models: dict[str, torch.nn.Module] = {"unet": checkpoint.unet, "text_encoder": checkpoint.text_encoder}
+    return models | ({"text_encoder_2": checkpoint.second.model} if checkpoint.second else {})
 
 
 def _save_for_peft(model: Any, folder: Path) -> None:

@@ -1,0 +1,210 @@
+"""Training Stable Diffusion XL: conditions, loss and gradients compared with diffusers' own modules."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs the train extra")
+
+import torch.nn.functional as F  # noqa: E402
+from support.random_sdxl import LARGER, POOLED, make_random_sdxl  # noqa: E402
+from support.training_step import prepare_step  # noqa: E402
+
+from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint  # noqa: E402
+from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
+from unidiff_sdk.training.data.captions import prompt_ids  # noqa: E402
+from unidiff_sdk.training.data.square_images import size_conditions  # noqa: E402
+from unidiff_sdk.training.objective.batch import RandomInputs  # noqa: E402
+from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
+from unidiff_sdk.training.objective.tuning import set_trainable  # noqa: E402
+from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator  # noqa: E402
+
+IS_ONLY = {"lambda_itc": 0.0, "lambda_rsc": 0.0}
+CAPTIONS = ["a red striped dress", "green dotted boots"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_sdxl(tmp_path_factory.mktemp("base") / "xl")
+
+
+@pytest.fixture
+def checkpoint(base: Path) -> Checkpoint:
+    return load_base(base)
+
+
+@pytest.fixture
+def separate(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with a text encoder of its own, as with another CLIP."""
+    return replace(checkpoint, text_encoder=deepcopy(checkpoint.text_encoder))
+
+
+def pipeline_of(base: Path) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    return StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_conditions_equal_the_prompt_embeddings_of_diffusers(base: Path, checkpoint: Checkpoint, zeros: bool) -> None:
+    """Of captions, and of no caption, which the pipeline replaces by zeros if its index says so."""
+    assert checkpoint.second
+    model = JointModel(replace(checkpoint, second=replace(checkpoint.second, zero_negative=zeros))).eval()
+    pipeline = pipeline_of(base)
+    pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    with torch.no_grad():
+        conditions = model.encode_prompts(prompt_ids(checkpoint, CAPTIONS))
+        none = model.unconditional(prompt_ids(checkpoint, [""])).repeated(2)
+        states, empty_states, pooled, empty_pooled = pipeline.encode_prompt(CAPTIONS)
+    torch.testing.assert_close(conditions.states, states)
+    torch.testing.assert_close(conditions.pooled, pooled)
+    torch.testing.assert_close(none.states, empty_states)
+    torch.testing.assert_close(none.pooled, empty_pooled)
+    assert bool(none.states.any()) is not zeros
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 24)])
+def test_sizes_of_whole_images_equal_the_time_ids_of_diffusers(
+    base: Path, checkpoint: Checkpoint, shape: tuple[int, int]
+) -> None:
+    model, pipeline = JointModel(checkpoint).eval(), pipeline_of(base)
+    height, width = (2 * side for side in shape)
+    with torch.no_grad():
+        conditions = model.encode_prompts(prompt_ids(checkpoint, CAPTIONS[:1]))
+        time_ids = pipeline._get_add_time_ids((height, width), (0, 0), (height, width), torch.float32, POOLED)
+        z, t = torch.randn(1, 4, *shape), torch.tensor([500])
+        added = {"text_embeds": conditions.pooled, "time_ids": time_ids}
+        expected = pipeline.unet(z, t, conditions.states, added_cond_kwargs=added).sample
+        torch.testing.assert_close(model.predict(z, t, conditions), expected)
+        cropped = model.predict(z, t, conditions.with_sizes(time_ids + torch.tensor([[9.0, 0, 3, 0, 0, 0]])))
+    assert (cropped - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("original", "fit", "mirrored", "expected"),
+    [
+        ((100, 50), "crop", False, [50, 100, 0, 16, 32, 32]),  # resized to 64 x 32
+        ((50, 101), "crop", False, [101, 50, 16, 0, 32, 32]),
+        ((67, 50), "crop", False, [50, 67, 0, 5, 32, 32]),  # to 42 x 32
+        ((69, 50), "crop", False, [50, 69, 0, 6, 32, 32]),  # to 44 x 32
+        ((68, 50), "crop", True, [50, 68, 0, 6, 32, 32]),  # to 43 x 32: 5 on the left, 6 on the right
+        ((100, 50), "pad", False, [100, 100, 0, 0, 32, 32]),
+    ],
+)
+def test_sizes_of_training_images(original: tuple[int, int], fit: Any, mirrored: bool, expected: list[int]) -> None:
+    assert size_conditions(original, 32, fit, mirrored=mirrored) == expected
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+def loss_by_diffusers(pipeline: Any, batch: Any, random: RandomInputs, captions: list[str]) -> torch.Tensor:
+    """The loss of diffusers' training scripts with min-SNR weights, from the same latents, noise and timesteps."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    states, _, pooled, _ = pipeline.encode_prompt(captions)
+    keep = (~random.dropped).float()  # this base uses zeros for the empty prompt
+    added = {"text_embeds": pooled * keep[:, None], "time_ids": batch.sizes}
+    noisy = scheduler.add_noise(batch.latents, random.noise, random.t)
+    output = pipeline.unet(noisy, random.t, states * keep[:, None, None], added_cond_kwargs=added).sample
+    snr = compute_snr(scheduler, random.t)
+    weight = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
+    return (F.mse_loss(output, random.noise, reduction="none").mean(dim=(1, 2, 3)) * weight).mean()
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_loss_and_gradients_of_a_step_equal_diffusers(base: Path, small_catalog: Path, micro_batch: int) -> None:
+    """The step's gradients, parameter by parameter, and those of autograd on the modules of diffusers' pipeline."""
+    config = TrainingConfig(**IS_ONLY, batch_size=8, caption_dropout=0.4, flip=True, micro_batch=micro_batch)
+    step = prepare_step(base, small_catalog, config)
+    found, values = step.backpropagate()
+    indices, shape = step.batches.indices(0), step.batches.latent_shape
+    generator = seeded_generator(config.seed, Purpose.NOISE, 0)
+    random = RandomInputs.sample(generator, 8, shape, 1000, config, pairs=8)
+    assert 0 < random.dropped.sum() < 8 and 0 < indices.mirror.sum() < 8
+    batch = step.batches.load(indices, 8)
+    assert batch.sizes is not None and len(batch.sizes.unique(dim=0)) > 4, "images of several sizes"
+
+    pipeline = pipeline_of(base)
+    captions = [step.captions[row] for row in indices.rows]
+    loss = loss_by_diffusers(pipeline, batch, random, captions)
+    loss.backward()
+    assert values["is"] == pytest.approx(loss.item(), rel=1e-5)
+    parts = {"unet": pipeline.unet, "clip.text_model": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
+    expected = {
+        f"{part}.{name}": p.grad
+        for part, model in parts.items()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+TERMS = {
+    "lambda_itc": {"clip text", "clip image"},
+    "lambda_is": {"unet", "first", "second"},
+    "lambda_rsc": {"unet", "first", "second"},
+    "lambda_rsc_generated": {"clip text", "clip image"},
+    "lambda_rsc_encoder": {"clip text", "clip image"},
+    "lambda_rsc_generator": {"unet", "first", "second"},
+    "lambda_rsc_reward": {"unet"},
+}
+
+
+@pytest.mark.parametrize("term", list(TERMS))
+def test_each_term_trains_its_parts_only(base: Path, small_catalog: Path, term: str, separate: Checkpoint) -> None:
+    off = dict.fromkeys(TERMS, 0.0)
+    settings: dict[str, Any] = off | {term: 1.0, "rsc_t_max": 999, "batch_size": 6, "rsc_warmup_steps": 0}
+    step = prepare_step(base, small_catalog, TrainingConfig(**settings), checkpoint=separate)
+    found, _ = step.backpropagate()
+    places = {"unet.": "unet", "text_encoder.": "first", "text_encoder_2.": "second", "vae.": "vae"}
+    places |= {"clip.text": "clip text", "clip.logit": "clip text", "clip.vis": "clip image"}
+    reached = {name for name, gradient in found.items() if gradient.any()}
+    assert {part for name in reached for prefix, part in places.items() if name.startswith(prefix)} == TERMS[term]
+
+
+def test_the_end_of_the_first_text_encoder_is_trained_only_as_a_part_of_clip(
+    checkpoint: Checkpoint, separate: Checkpoint
+) -> None:
+    """Its last layer and norm condition nothing: diffusers reads the states before them."""
+    config = TrainingConfig()
+    alone, shared = JointModel(separate), JointModel(checkpoint)
+    for model in (alone, shared):
+        set_trainable(model, config)
+    locked = {name for name, p in alone.named_parameters() if not p.requires_grad and not name.startswith("vae.")}
+    assert locked and all("layers.1." in name or "final_layer_norm" in name for name in locked)
+    assert all(name.startswith("text_encoder.") for name in locked)
+    assert all(p.requires_grad for name, p in shared.named_parameters() if not name.startswith("vae."))
+    outputs = alone.encode_prompts(prompt_ids(checkpoint, CAPTIONS))
+    (outputs.states.sum() + outputs.pooled.sum()).backward()
+    trained = {name for name, p in alone.named_parameters() if p.grad is not None}
+    encoders = {n for n, _ in alone.named_parameters() if n.startswith("text_encoder")}
+    assert trained == encoders - locked
+    assert outputs.states.shape[-1] == 32 + LARGER
+
+
+def test_vae_decodes_in_float32_where_half_precision_overflows(checkpoint: Checkpoint) -> None:
+    """Values of 1e5 are beyond float16. The VAE states `force_upcast`."""
+    with torch.no_grad():
+        checkpoint.vae.decoder.conv_in.weight *= 3e5
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels = {}
+    for precision in ("fp32", "fp16"):
+        model = JointModel(checkpoint, precision)
+        with torch.no_grad(), model.autocast():
+            pixels[precision] = model.decode(z)
+    assert torch.equal(pixels["fp16"], pixels["fp32"]) and pixels["fp32"].isfinite().all()
+    checkpoint.vae.register_to_config(force_upcast=False)
+    model = JointModel(checkpoint, "fp16")
+    with torch.no_grad(), model.autocast():
+        assert not torch.equal(model.decode(z), pixels["fp32"])
