@@ -10,6 +10,7 @@ PYTHON ?=
 VENV := .venv
 DEMO_VENV := .venv-demo
 OPTIMUM_VENV := .venv-optimum
+OBJECTS_VENV := .venv-objects
 OPENCLIP_VENV := .venv-openclip
 COMPAT_VENV := .venv-compat
 DOCS_VENV := .venv-docs
@@ -44,6 +45,9 @@ test-matrix: $(VENV)/.ready ## families of models x precisions x targets, each a
 
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
 	$(OPTIMUM_VENV)/bin/python -m pytest tests/export/test_optimum.py $(ARGS)
+
+test-objects: $(OBJECTS_VENV)/.ready ## images in object storage, over the S3 protocol on loopback
+	$(OBJECTS_VENV)/bin/python -m pytest tests/store/test_image_backends.py $(ARGS)
 
 test-openclip: $(OPENCLIP_VENV)/.ready ## converted OpenCLIP models against open_clip itself
 	PYTHONPATH=. $(OPENCLIP_VENV)/bin/python tests/compat/check_open_clip.py
@@ -121,6 +125,12 @@ $(OPTIMUM_VENV)/.ready: pyproject.toml tests/requirements-optimum.txt
 	@$(@D)/bin/python $(PIP) -r tests/requirements-optimum.txt -e ".[cpu]"
 	@touch $@
 
+$(OBJECTS_VENV)/.ready: pyproject.toml tests/requirements-objects.txt
+	@$(MAKE_VENV)
+	@echo "Installing s3fs, moto and the runtime into $(@D) (once)…"
+	@$(@D)/bin/python $(PIP) -r tests/requirements-objects.txt -e ".[cpu]"
+	@touch $@
+
 # open_clip imports torchvision, which must be of the same build as torch. The default builds of both are for CUDA.
 $(OPENCLIP_VENV)/.ready: tests/compat/requirements-openclip.txt
 	@$(MAKE_VENV)
@@ -147,5 +157,5 @@ $(RELEASE_VENV)/.ready: .ci/requirements-release.txt
 	@$(@D)/bin/python $(PIP) -r $<
 	@touch $@
 
-.PHONY: help dev demo test test-browser test-all coverage test-optimum test-openclip test-compat pipeline real tiny bench ablation \
+.PHONY: help dev demo test test-browser test-all coverage test-optimum test-objects test-openclip test-compat pipeline real tiny bench ablation \
 	bench-ci soak soak-short lint docs notebooks dist smoke-test clean

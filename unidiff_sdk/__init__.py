@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .retrieval.results import Hit as Hit
     from .retrieval.results import Page as Page
     from .store.images.checking import CheckReport as CheckReport
+    from .store.images.object_storage import ObjectStorage as ObjectStorage
     from .store.server.connection import ServerOptions as ServerOptions
 
     __version__: str
@@ -64,6 +65,7 @@ _HOME = {
     "Hit": "retrieval.results",
     "ImageError": "errors",
     "InUseError": "errors",
+    "ObjectStorage": "store.images.object_storage",
     "OptionError": "errors",
     "Page": "retrieval.results",
     "ProviderError": "errors",

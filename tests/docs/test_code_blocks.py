@@ -37,6 +37,7 @@ REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/export.md": (3, "exports three times, for minutes, and needs a key and data"),
     "docs/guides/gpu.md": (1, "exports for a GPU, for minutes"),
     "docs/guides/mcp.md": (2, "a server runs until it is stopped"),
+    "docs/guides/object_storage.md": (1, "needs a Qdrant server and a bucket"),
     "docs/guides/reindex.md": (2, "needs a bundle of another model"),
     "docs/guides/search_only.md": (2, "needs a CLIP"),
     "docs/guides/serve.md": (6, "a server runs until it is stopped"),

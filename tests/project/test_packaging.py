@@ -17,7 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Nothing that `make test` installs needs these, so the lock does not hold them.
-UNLOCKED_EXTRAS = {"gpu", "trt", "openclip", "optimum"}
+UNLOCKED_EXTRAS = {"gpu", "trt", "openclip", "optimum", "s3", "gcs"}
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.datasets.parquet import ARCHIVE_KEY, open_parquet, pyarrow_parquet, read_parquet
-from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError
+from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoredImageError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.inference.manifest import Manifest
@@ -193,20 +193,20 @@ def _row(record: Record, images: ImageStore) -> dict[str, Any]:
         "text": record.payload.get("text"),
         "payload": json.dumps({k: v for k, v in record.payload.items() if k not in _RESERVED}, ensure_ascii=False),
         "vector": record.vector,
-        "image": _original(images.path(system["uri"]), system["sha256"], id),
+        "image": _original(images, system["uri"], system["sha256"], id),
         "sha256": system["sha256"],
         "source": None if source is None else str(images.locate(source)),
     }
 
 
-def _original(path: Path, sha256: str, id: str | int) -> bytes:
+def _original(images: ImageStore, uri: str, sha256: str, id: str | int) -> bytes:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"The image of {id!r} cannot be read: {path} ({error.strerror}).") from error
+        data = images.read(uri)
+    except StoredImageError as error:
+        raise StoredImageError(f"The image of {id!r} cannot be read: {error}") from error
     # Copies are named by their hash; a referenced file may have changed.
-    if sha256 not in path.name and hashlib.sha256(data).hexdigest() != sha256:
-        raise ImageError(f"The image of {id!r} has changed since it was indexed. Index {path} again.")
+    if sha256 not in uri and hashlib.sha256(data).hexdigest() != sha256:
+        raise ImageError(f"The image of {id!r} has changed since it was indexed. Index {images.locate(uri)} again.")
     return data
 
 

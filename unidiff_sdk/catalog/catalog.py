@@ -52,7 +52,8 @@ class Catalog(OpenCatalog):
         create: create a missing folder; if False, a missing folder is an error.
         quantization: "scalar" searches a new catalog in a folder with 8-bit vectors, in a quarter of the memory. Scores
             stay exact, because the original vectors on disk rank the hits.
-        images: only with a URL, and required there: the folder for the images.
+        images: with a URL, required: the folder for the images. Or, with a URL or a folder, object storage for them: a
+            URL that fsspec opens, such as "s3://bucket/prefix", or `ObjectStorage`. Needs the extra `s3` or `gcs`.
         collection, api_key, server: only with a URL: the name of the collection, the API key, and `ServerOptions`.
         references: the folder of the files that were added with `copy=False`. A catalog may come from a stranger, so
             its references are followed only into this folder and into folders added since it was opened.
@@ -465,7 +466,7 @@ class Catalog(OpenCatalog):
         """
         from .reindexing import reindex
 
-        count = reindex(self._current, self._images, self._stores, bundle, progress=progress)
+        count = reindex(self._current, self._images, self._place, bundle, progress=progress)
         if self._current.prepares_rerank:
             self.prepare_rerank(progress=progress)
         return count
@@ -507,7 +508,7 @@ class Catalog(OpenCatalog):
         """
         from unidiff_sdk.store.images.checking import check
 
-        current, is_local = self._current, self._stores is not None and self._stores.url is None
+        current, is_local = self._current, self._place is not None and self._place.stores.url is None
         with current.while_not_reindexing() as snapshot:
             vectors = snapshot.file.vectors if is_local else None
             return check(snapshot.store, self._images, current.lock, vectors, repair=repair)

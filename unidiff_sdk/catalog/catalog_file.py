@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unidiff_sdk._internal.files import folder_hint, replacement_folder, resolve_stored, write_atomically
-from unidiff_sdk._internal.json_values import read_json
+from unidiff_sdk._internal.json_values import parse_json, read_json
 from unidiff_sdk._internal.text import redact_url
 from unidiff_sdk.errors import BundleError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import TINY, Bundle
 from unidiff_sdk.inference.folder.hub import cached_name
 from unidiff_sdk.inference.folder.signature import KeyFile
 from unidiff_sdk.inference.manifest import Manifest
+from unidiff_sdk.store.images.object_storage import ObjectFolder, ObjectStorage, image_place, user_cache
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 
 if TYPE_CHECKING:
@@ -50,14 +51,17 @@ class CatalogPlace:
 
     Attributes:
         location: as given to `Catalog`.
-        folder: the folder of the images and of `catalog.json`.
+        folder: the folder of `catalog.json` and of the images, unless those are in object storage.
         stores: opens a store of vectors by the name in `catalog.json`.
+        storage: the object storage of the images. It holds a `catalog.json` too, by which other machines find the
+            catalog, and by which another catalog finds that the place is taken.
         temporary: whether the folder is deleted with the catalog.
     """
 
     location: str
     folder: Path
     stores: Location
+    storage: ObjectStorage | None = None
     temporary: bool = False
 
     @classmethod
@@ -65,7 +69,7 @@ class CatalogPlace:
         cls,
         location: str | Path,
         quantization: str | None,
-        images: str | Path | None,
+        images: str | Path | ObjectStorage | None,
         collection: str,
         api_key: str | None,
         server: ServerOptions | None,
@@ -84,26 +88,99 @@ class CatalogPlace:
         scheme = _SCHEME.match(name)
         if scheme and scheme[1].lower() not in ("http", "https"):
             raise OptionError(f"{redact_url(name):.200} has the scheme {scheme[1]}. Give a folder, or an http(s) URL.")
+        image_folder = storage = None
+        if images is not None:
+            place = image_place(images)
+            image_folder, storage = (place, None) if isinstance(place, Path) else (None, place)
         if not _is_url(name):
-            for_servers = {"images": images, "api_key": api_key, "server": server}
+            for_servers = {"images": image_folder, "api_key": api_key, "server": server}
             ignored = [argument for argument, value in for_servers.items() if value is not None]
             ignored += ["collection"] if collection != DEFAULT_COLLECTION else []
             if ignored:
                 raise OptionError(
                     f"{', '.join(ignored)}: only for a Qdrant server, and {name:.200} is a folder. Give the URL of the "
-                    "server, or omit them."
+                    "server, or omit them. The images of a folder may be at a URL such as s3://bucket/prefix."
                 )
             temporary = name == MEMORY
+            if temporary and storage is not None:
+                raise OptionError(f"A catalog at {MEMORY!r} is temporary, and its images too. Omit images=.")
             folder = _temporary_folder() if temporary else Path(location)
-            return cls(name, folder, Location(folder, quantization), temporary)
+            return cls(name, folder, Location(folder, quantization), storage, temporary)
         if quantization is not None:
             raise OptionError(
                 f"quantization={quantization!r} applies to a folder. For a server, give the quantization of the "
                 "collection: server=ServerOptions(quantization=…)"
             )
         if images is None:
-            raise OptionError("A Qdrant server stores no images. Give a folder for them: Catalog(url, images='folder')")
-        return cls(name, Path(images), Location(Path(images), None, name, collection, api_key, server))
+            raise OptionError(
+                "A Qdrant server stores no images. Give a folder or a URL for them: Catalog(url, images='folder')"
+            )
+        folder = image_folder or user_cache(storage.url if storage else "")
+        return cls(name, folder, Location(folder, None, name, collection, api_key, server), storage)
+
+    @property
+    def image_url(self) -> str:
+        """The URL of the images; "" if they are in the folder."""
+        return self.storage.url if self.storage is not None else ""
+
+    def read(self) -> CatalogFile | None:
+        """The content of `catalog.json`; None for a new catalog.
+
+        If only the vectors are on a server, the file in object storage decides, and the folder has a copy with the
+        places of bundles on this machine.
+
+        Raises:
+            StoreError: there is something else, or another catalog; or the images are elsewhere.
+        """
+        if self.storage is None:
+            return self._checked(CatalogFile.read(self.folder))
+        shared = ObjectFolder(self.storage).read(FILE_NAME)
+        if self.stores.url is not None:
+            return self._copied(shared)
+        file = self._checked(CatalogFile.read(self.folder))
+        if shared is not None and (file is None or CatalogFile.parse(shared, self.image_url).created != file.created):
+            raise StoreError(
+                f"{self.image_url} has the images of another catalog. Choose another prefix. If that catalog is gone, "
+                f"delete {self.image_url}/{FILE_NAME}."
+            )
+        return file
+
+    def publish(self, file: CatalogFile, *, new: bool = False) -> None:
+        """Write `catalog.json` to the object storage, if there is one. With `new`, it must not be there yet.
+
+        Raises:
+            StoreError: the storage cannot be written; or with `new`, another process has created a catalog there.
+        """
+        if self.storage is None:
+            return
+        objects = ObjectFolder(self.storage)
+        if not new:
+            objects.write(FILE_NAME, file.to_bytes())
+        elif not objects.create(FILE_NAME, file.to_bytes()):
+            raise StoreError(f"Another process has created a catalog at {self.image_url}. Open it again.")
+
+    def _checked(self, file: CatalogFile | None) -> CatalogFile | None:
+        """The file, if it names the place of the images that was given."""
+        if file is not None and file.images != self.image_url:
+            here = f"at {file.images}. Give images={file.images!r}" if file.images else "in its folder. Omit images="
+            raise StoreError(f"The images of {self.location} are {here}.")
+        return file
+
+    def _copied(self, shared: bytes | None) -> CatalogFile | None:
+        """The file in object storage, or its copy in the folder if that is of the same state."""
+        if shared is None:
+            (self.folder / FILE_NAME).unlink(missing_ok=True)
+            return None
+        file = CatalogFile.parse(shared, self.image_url)
+        copy = CatalogFile.read(self.folder)
+        if copy is None or (copy.created, copy.vectors, copy.bundle.fingerprint) != (
+            file.created,
+            file.vectors,
+            file.bundle.fingerprint,
+        ):
+            file.write(self.folder)
+            return file
+        return copy
 
 
 def _temporary_folder() -> Path:
@@ -262,16 +339,26 @@ class CatalogFile:
         bundle: the bundle that produced the embeddings.
         vectors: the name of the current store (`store.location`).
         created: the date and time of creation, ISO 8601.
+        images: the URL of the images; "" if they are in the folder. It is compared, never opened: a stranger may have
+            written it.
     """
 
     bundle: BundleRef
     vectors: str
     created: str
+    images: str = ""
 
     @classmethod
-    def new(cls, bundle: Bundle, folder: Path) -> CatalogFile:
+    def new(cls, bundle: Bundle, folder: Path, images: str = "") -> CatalogFile:
         """The content for a new catalog."""
-        return cls(BundleRef.of(bundle, folder), VECTORS, datetime.now(UTC).isoformat(timespec="seconds"))
+        precision = "microseconds" if images else "seconds"  # tells catalogs in object storage apart
+        return cls(BundleRef.of(bundle, folder), VECTORS, datetime.now(UTC).isoformat(timespec=precision), images)
+
+    @classmethod
+    def parse(cls, data: bytes, place: str) -> CatalogFile:
+        """The content of a file at a URL. Raises StoreError if it is damaged or of a later version."""
+        name = f"{place}/{FILE_NAME}"
+        return cls._of(parse_json(data, name, error=StoreError, kind=dict), name)
 
     @classmethod
     def read(cls, folder: Path) -> CatalogFile | None:
@@ -292,12 +379,20 @@ class CatalogFile:
                     )
                 return None
             content = read_json(resolve_stored(folder, FILE_NAME, StoreError), error=StoreError, max_size=MAX_SIZE)
+        except (OSError, StoreError) as error:
+            if isinstance(error, StoreError) and not path.is_file():
+                raise
+            raise StoreError(f"{path} is damaged ({error}). Restore it from a backup.") from error
+        return cls._of(content, path)
+
+    @classmethod
+    def _of(cls, content: Any, path: Path | str) -> CatalogFile:
+        """The content of a parsed file. Raises StoreError if it is damaged or of a later version."""
+        try:
             version = content["schema_version"]
             if content["format"] == FORMAT and version == SCHEMA_VERSION:
                 return cls._checked(content)
-        except (OSError, StoreError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, StoreError) and not path.is_file():
-                raise
+        except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{path} is damaged ({error}). Restore it from a backup.") from error
         raise StoreError(
             f"{path} has schema version {version!r:.40}; this version of unidiff-sdk reads {SCHEMA_VERSION}. "
@@ -308,9 +403,12 @@ class CatalogFile:
     def _checked(cls, content: dict[str, Any]) -> CatalogFile:
         """The content, with the type and form of every value checked. Raises KeyError, TypeError or ValueError."""
         bundle, vectors, created = BundleRef(**content["bundle"]), content["vectors"], content["created"]
-        texts = bundle.name, bundle.path, bundle.absolute, bundle.fingerprint, vectors, created
+        images = content.get("images", "")
+        texts = bundle.name, bundle.path, bundle.absolute, bundle.fingerprint, vectors, created, images
         if not all(isinstance(text, str) and "\0" not in text for text in texts):
-            raise TypeError("name, path, absolute and fingerprint of the bundle, vectors and created must be text")
+            raise TypeError(
+                "name, path, absolute and fingerprint of the bundle, vectors, created and images must be text"
+            )
         if type(bundle.dim) is not int or not 0 < bundle.dim <= MAX_DIM:
             raise ValueError(f"dim is {bundle.dim!r:.40}, not a number from 1 to {MAX_DIM}")
         if (
@@ -322,7 +420,7 @@ class CatalogFile:
             )
         if not STORE_NAME.fullmatch(vectors):
             raise ValueError(f'vectors is {vectors!r:.200}, not "{VECTORS}" or "{VECTORS}-FINGERPRINT"')
-        return cls(bundle, vectors, created)
+        return cls(bundle, vectors, created, images)
 
     def adopt(self, bundle: Bundle, folder: Path) -> CatalogFile:
         """Record the current path of the bundle. Raises StoreError if it is another bundle."""
@@ -334,8 +432,14 @@ class CatalogFile:
 
     def write(self, folder: Path) -> None:
         """Write `catalog.json` durably. Raises StoreError."""
+        write_atomically(folder / FILE_NAME, self.to_bytes(), fsync=True)
+
+    def to_bytes(self) -> bytes:
+        """The content of a file."""
         content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **asdict(self)}
-        write_atomically(folder / FILE_NAME, (json.dumps(content, indent=2) + "\n").encode(), fsync=True)
+        if not self.images:
+            del content["images"]
+        return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _is_unused(folder: Path) -> bool:

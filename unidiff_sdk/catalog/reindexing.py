@@ -24,7 +24,7 @@ from unidiff_sdk.store.images import ImageStore
 from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 from unidiff_sdk.store.payload import system_of
 
-from .catalog_file import BundleRef, file_lock
+from .catalog_file import BundleRef, CatalogPlace, file_lock
 from .snapshot import CurrentSnapshot, Snapshot
 from .writer import BATCH_SIZE
 
@@ -38,7 +38,7 @@ CATCH_UP_ROUNDS = 8  # rounds over concurrent writes before writers have to wait
 def reindex(
     current: CurrentSnapshot,
     images: ImageStore,
-    stores: Location | None,
+    place: CatalogPlace | None,
     bundle: Bundle | str | Path | None,
     *,
     progress: bool,
@@ -48,7 +48,7 @@ def reindex(
     Args:
         current: the snapshot to replace.
         images: the image store.
-        stores: opens the new store; None for a catalog built from parts.
+        place: where the catalog is; None for a catalog built from parts.
         bundle: the new bundle.
         progress: show a progress bar.
 
@@ -57,7 +57,7 @@ def reindex(
     """
     if bundle is None:  # which would open the built-in bundle
         raise OptionError('reindex() needs a bundle: give a folder, a Bundle, or "tiny"')
-    if stores is None:
+    if place is None:
         raise StoreError(
             "A catalog built by from_parts cannot open a second store. Add the items to a new catalog instead."
         )
@@ -66,19 +66,19 @@ def reindex(
         if opened.fingerprint == snapshot.file.bundle.fingerprint:
             return 0
         try:
-            return _reindex(current, images, stores, opened, progress)
+            return _reindex(current, images, place, opened, progress)
         finally:
             current.stop_tracking()
 
 
-def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bundle: Bundle, progress: bool) -> int:
+def _reindex(current: CurrentSnapshot, images: ImageStore, place: CatalogPlace, bundle: Bundle, progress: bool) -> int:
     before = current.get()
     if _store_name(bundle) in current.replaced_stores:
         raise BusyError(
             f"{current.location} had the bundle {bundle.name} before, and searches or generations that began then "
             "still read its store. Try again when they have ended."
         )
-    after = _new_snapshot(before, stores, bundle)
+    after = _new_snapshot(before, place.stores, bundle)
     try:
         # 1. Re-encode what the new store lacks, and record concurrent writes.
         reencoder = Reencoder(before.store, after.store, images, after.encoder)
@@ -102,6 +102,7 @@ def _reindex(current: CurrentSnapshot, images: ImageStore, stores: Location, bun
 
             # 3. Swap. The one write of catalog.json decides which store and bundle the catalog has.
             with file_lock(after.folder):
+                place.publish(after.file)
                 after.file.write(after.folder)
             current.replace(after)
     except BaseException:

@@ -25,8 +25,7 @@ from unidiff_sdk.retrieval.reranking.reranker import Reranker, check_generator
 from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.retrieval.searcher import Searcher
 from unidiff_sdk.store import Record, Store
-from unidiff_sdk.store.images import ImageStore
-from unidiff_sdk.store.location import Location
+from unidiff_sdk.store.images import ImageStore, open_images
 from unidiff_sdk.store.payload import system_of
 from unidiff_sdk.store.protocol import MAX_DELETED_SHARE
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from unidiff_sdk.generation.generator import Generator
+    from unidiff_sdk.store.images.object_storage import ObjectStorage
     from unidiff_sdk.store.server.connection import ServerOptions
 
 __all__ = ["CurrentSnapshot", "OpenCatalog", "Snapshot"]
@@ -105,15 +105,16 @@ class Snapshot:
             StoreError: there is no catalog, it is in use, or another bundle created it.
             BundleError: the bundle is missing or damaged.
         """
-        file = CatalogFile.read(place.folder)
+        file = place.read()
         if file is None and not create:
-            raise StoreError(f"There is no catalog at {place.folder}. Create one: unidiff index FOLDER {place.folder}")
+            where = place.image_url or place.folder
+            raise StoreError(f"There is no catalog at {where}. Create one: unidiff index FOLDER {place.folder}")
         opened: Bundle | None = None
         if bundle is not None or file is None:
             opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, trusted_keys=trusted_keys)
         with file_lock(place.folder):
             remove_unfinished(place.folder)
-            file = CatalogFile.read(place.folder)  # again: another process may have created the catalog meanwhile
+            file = place.read()  # again: another process may have created the catalog meanwhile
             if file is not None:
                 store, file = _open_existing(place, file, opened)
             elif opened is not None:
@@ -231,7 +232,7 @@ def _open_existing(place: CatalogPlace, file: CatalogFile, bundle: Bundle | None
 
 def _create(place: CatalogPlace, bundle: Bundle) -> tuple[Store, CatalogFile]:
     """Create a catalog. `catalog.json` is written last, so that it never names a store that does not exist."""
-    file = CatalogFile.new(bundle, place.folder)
+    file = CatalogFile.new(bundle, place.folder, place.image_url)
     store = place.stores.open(file.vectors, bundle.dim, bundle.fingerprint, create=True)
     try:
         if place.stores.url is None and (count := store.count()):
@@ -239,6 +240,7 @@ def _create(place: CatalogPlace, bundle: Bundle) -> tuple[Store, CatalogFile]:
                 f"{place.folder} has {count} vectors but no catalog.json. Restore catalog.json from a backup, or "
                 "choose a new folder."
             )
+        place.publish(file, new=True)
         file.write(place.folder)
     except BaseException:
         store.close()
@@ -380,7 +382,7 @@ class OpenCatalog(Resource):
         *,
         create: bool = True,
         quantization: str | None = None,
-        images: str | Path | None = None,
+        images: str | Path | ObjectStorage | None = None,
         collection: str = "catalog",
         api_key: str | None = None,
         server: ServerOptions | None = None,
@@ -392,9 +394,9 @@ class OpenCatalog(Resource):
         place = CatalogPlace.resolve(location, quantization, images, collection, api_key, server)
         if place.temporary:
             self._remove_temporary = finalize_in_owner(self, shutil.rmtree, place.folder, ignore_errors=True)
+        image_store = open_images(place.folder, place.storage, None if references is None else Path(references))
         snapshot = Snapshot.open(place, bundle, create=create, trusted_keys=trusted_keys)
-        image_store = ImageStore(place.folder, None if references is None else Path(references))
-        self._assemble(place.location, snapshot, image_store, place.stores)
+        self._assemble(place.location, snapshot, image_store, place)
         self._opened.prepares_rerank = rerank
         if rerank:
             try:
@@ -427,9 +429,9 @@ class OpenCatalog(Resource):
         catalog._assemble(str(images.root), snapshot, images, None)
         return catalog
 
-    def _assemble(self, location: str, snapshot: Snapshot, images: ImageStore, stores: Location | None) -> None:
+    def _assemble(self, location: str, snapshot: Snapshot, images: ImageStore, place: CatalogPlace | None) -> None:
         self.location, self.folder = location, images.root
-        self._images, self._stores = images, stores
+        self._images, self._place = images, place
         self._opened = CurrentSnapshot(snapshot, images, location)
 
     @property

@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from unidiff_sdk._internal.files import read_regular_file
-from unidiff_sdk._internal.images import MAX_FILE_SIZE
+from unidiff_sdk._internal.json_values import whole_number
 from unidiff_sdk._internal.text import shorten
-from unidiff_sdk.errors import StoredImageError
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore
 from unidiff_sdk.store.payload import RESERVED, system_of
 
@@ -64,12 +62,28 @@ class Hit:
         return self._images.load(self.uri)
 
     def image_path(self) -> Path:
-        """The file of the original image. Raises StoredImageError if it is missing or must not be read."""
+        """The file of the original image; with object storage, a copy in the cache of this machine.
+
+        Raises StoredImageError if it is missing or must not be read.
+        """
         return self._images.path(self.uri)
+
+    def image_url(self, expires: int = 3600) -> str:
+        """A URL by which anyone can read the original image until it expires, signed by the object storage.
+
+        Args:
+            expires: seconds, at least 1. The storage may allow fewer: S3 allows a week.
+
+        Raises:
+            OptionError: `expires` is invalid.
+            StoreError: the storage signs no URLs, or has no credentials to sign with.
+            StoredImageError: the image is not in the object storage.
+        """
+        return self._images.signed_url(self.uri, whole_number("expires", expires, at_least=1))
 
     def image_bytes(self) -> bytes:
         """The file of the original image, as it was added. Raises StoredImageError if it is missing."""
-        return read_regular_file(self.image_path(), MAX_FILE_SIZE, StoredImageError)
+        return self._images.read(self.uri)
 
     def thumbnail_bytes(self) -> bytes:
         """The image at up to 128 px, as a WebP file. Raises StoredImageError if it is missing or damaged."""

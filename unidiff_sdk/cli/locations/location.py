@@ -14,6 +14,7 @@ import click
 from unidiff_sdk._internal.text import Secret, redact_url
 from unidiff_sdk.cli.console import Option
 from unidiff_sdk.errors import InUseError, OptionError
+from unidiff_sdk.store.images.object_storage import is_object_storage
 
 from .server_file import ServerFile
 
@@ -33,7 +34,7 @@ class CatalogLocation:
 
     Attributes:
         place: the folder, or the http(s) URL of a Qdrant server.
-        images: with a URL, the folder of the images.
+        images: the URL of the images; with the URL of a server, their folder or URL.
         collection: with a URL, the collection. Default: the one that `Catalog` uses.
         api_key: with a URL, its API key.
 
@@ -42,7 +43,7 @@ class CatalogLocation:
     """
 
     place: str
-    images: Path | None = None
+    images: str | None = None
     collection: str | None = None
     api_key: Secret | None = None
 
@@ -50,7 +51,7 @@ class CatalogLocation:
         given = [
             option
             for option, value in (
-                ("--image-store", self.images),
+                ("--image-store", None if is_object_storage(self.images) else self.images),
                 ("--collection", self.collection),
                 ("--qdrant-api-key-file", self.api_key),
             )
@@ -59,7 +60,7 @@ class CatalogLocation:
         if given and not self.is_url:
             raise OptionError(f"{', '.join(given)}: only for the URL of a Qdrant server, and {self} is a folder.")
         if self.is_url and self.images is None:
-            raise OptionError(f"{self} stores no images. Give their folder: --image-store FOLDER")
+            raise OptionError(f"{self} stores no images. Give their folder or URL: --image-store FOLDER")
 
     def __str__(self) -> str:
         return redact_url(self.place)
@@ -126,7 +127,7 @@ class CatalogLocation:
                     f"{', '.join(f'--{name}'.replace('_', '-').removesuffix('s') for name in given)}. Stop that server "
                     "first."
                 ) from None
-            yield ServedCatalog(server, Path(self.place))
+            yield ServedCatalog(server, Path(self.place), self.images)
             return
         with catalog:
             yield catalog
@@ -136,8 +137,8 @@ def qdrant_options(function: Function) -> Function:
     """Add the options of a catalog on a Qdrant server. The function receives `locate`, a function of CATALOG."""
 
     @click.option(
-        "--image-store", cls=Option, theme="With a URL", metavar="FOLDER", type=click.Path(path_type=Path),
-        help="Folder of the images. Required with a URL.",
+        "--image-store", cls=Option, theme="With a URL", metavar="FOLDER|URL",
+        help="Folder or URL (s3://…, gs://…) of the images. Required with a URL of a server.",
     )  # fmt: skip
     @click.option(
         "--collection", cls=Option, theme="With a URL", metavar="NAME", help="Name of the collection. Default: catalog."
@@ -148,7 +149,7 @@ def qdrant_options(function: Function) -> Function:
     )  # fmt: skip
     @wraps(function)
     def with_location(
-        *, image_store: Path | None, collection: str | None, qdrant_api_key_file: Path | None, **rest: Any
+        *, image_store: str | None, collection: str | None, qdrant_api_key_file: Path | None, **rest: Any
     ) -> Any:
         def locate(place: str) -> CatalogLocation:
             return CatalogLocation(place, image_store, collection, _key_in(qdrant_api_key_file))

@@ -15,7 +15,8 @@ from unidiff_sdk._internal.files import atomic_file, read_regular_file
 from unidiff_sdk._internal.images import MAX_FILE_SIZE
 from unidiff_sdk.errors import ImageError, OptionError, StoreError
 from unidiff_sdk.retrieval.results import Hit, Page
-from unidiff_sdk.store.images import ImageStore
+from unidiff_sdk.store.images import open_images
+from unidiff_sdk.store.images.object_storage import ObjectStorage
 
 from .server_file import ServerFile
 
@@ -28,15 +29,17 @@ TIMEOUT = 3600.0
 class ServedCatalog:
     """The methods of `Catalog` that `unidiff info`, `search` and `export` use, answered by a server.
 
-    Images are read from the folder, which is on this machine.
+    Images are read from the folder, which is on this machine, or from their URL.
 
     Args:
         server: the server that has the folder open.
         folder: the folder of the catalog.
+        images: the URL of the images, unless they are in the folder.
     """
 
-    def __init__(self, server: ServerFile, folder: Path) -> None:
-        self._server, self._images = server, ImageStore(folder, None)
+    def __init__(self, server: ServerFile, folder: Path, images: str | None = None) -> None:
+        storage = ObjectStorage(images) if images is not None else None
+        self._server, self._images = server, open_images(folder, storage)
 
     def info(self) -> dict[str, Any]:
         """As `Catalog.info`."""

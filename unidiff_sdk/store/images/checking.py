@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from unidiff_sdk._internal.files import unfinished_files
+from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store.filters import Compare
 from unidiff_sdk.store.location import STORE_NAME
 from unidiff_sdk.store.payload import SYSTEM, is_item
 from unidiff_sdk.store.protocol import Record, Store
 
-from .image_store import ImageStore
+from .image_store import ImageStore, StoredFile
 
 __all__ = ["CheckReport", "check"]
 
@@ -36,7 +37,7 @@ class CheckReport:
         missing_images: ids of items whose image file is missing or empty.
         damaged: ids of records that are not items of this SDK.
         missing_vectors: ids of items without a usable vector, which no search finds.
-        orphaned_images: images, thumbnails and latents that no item uses, as paths relative to the catalog folder.
+        orphaned_images: images, thumbnails and latents that no item uses, as paths relative to the image store.
         leftovers: files and folders of killed processes, as paths relative to the catalog folder.
         unindexed: the number of items that searches scan, because the search index lacks them. 0 for a server.
         deleted_share: the share of the search index that is deleted or replaced, 0 to 1. 0 for a server.
@@ -71,7 +72,8 @@ def check(
     """
     # 1. List the files first: an image is stored before its item.
     newest = time.time() - _SHARED_AGE if vectors is None else float("inf")
-    files = [(sha256, path) for sha256, path in images.stored_files() if _modified(path) < newest]
+    files = list(images.stored_files())
+    present = {file.name for file in files if file.size}
     leftovers = list(_leftovers(images, vectors))
 
     # 2. Read the items.
@@ -86,19 +88,19 @@ def check(
         items += 1
         system, id = record.payload[SYSTEM], record.payload["id"]
         used.add(system["sha256"])
-        if not images.has(system["uri"]):
+        if system["uri"] not in present and not images.has(system["uri"]):
             missing_images.append(id)
         if not _is_usable(record, store.dim):
             missing_vectors.append(id)
     unread = len(getattr(store, "foreign", ()))  # points that a server store skips
-    orphans = [(sha256, path) for sha256, path in files if sha256 not in used]
+    orphans = [file for file in files if file.sha256 not in used and file.modified < newest]
     unindexed, deleted_share = store.unindexed_count(), store.deleted_share()
 
     # 3. Repair.
     if repair:
         if not (damaged or unread):  # whose images are not known
-            for sha256, path in orphans:
-                _delete_orphan(store, lock, sha256, path)
+            for file in orphans:
+                _delete_orphan(store, images, lock, file)
         for path in leftovers:
             _delete_leftover(path)
         if unindexed or deleted_share:
@@ -108,14 +110,19 @@ def check(
         missing_images=tuple(missing_images),
         missing_vectors=tuple(missing_vectors),
         damaged=tuple(map(str, damaged)),
-        orphaned_images=_relative((path for _, path in orphans), images),
-        leftovers=_relative(leftovers, images),
+        orphaned_images=tuple(sorted(file.name for file in orphans)),
+        leftovers=tuple(sorted(path.relative_to(images.root).as_posix() for path in leftovers)),
         unindexed=unindexed,
         deleted_share=deleted_share,
         repaired=repair,
         remaining=(
             *_lost(missing_images, missing_vectors, damaged, unread),
-            *_left([path for _, path in orphans], leftovers, store.deleted_share(), repair),
+            *_left(
+                sum(not repair or images.exists(file.name) for file in orphans),
+                sum(map(os.path.lexists, leftovers)),
+                store.deleted_share(),
+                repair,
+            ),
         ),
     )
 
@@ -138,14 +145,13 @@ def _lost(images: list[str | int], vectors: list[str | int], damaged: list[str |
         )
 
 
-def _left(orphans: list[Path], leftovers: list[Path], deleted_share: float, repair: bool) -> Iterator[str]:
+def _left(orphans: int, leftovers: int, deleted_share: float, repair: bool) -> Iterator[str]:
     """Sentences about what was not repaired."""
-    orphans, leftovers = [list(filter(os.path.lexists, paths)) for paths in (orphans, leftovers)]
     advice = "They are in use or cannot be deleted. Check again later." if repair else "repair=True deletes them."
     if orphans:
-        yield f"{len(orphans):,} image files belong to no item. {advice}"
+        yield f"{orphans:,} image files belong to no item. {advice}"
     if leftovers:
-        yield f"{len(leftovers):,} files or folders were left by processes that were killed. {advice}"
+        yield f"{leftovers:,} files or folders were left by processes that were killed. {advice}"
     if deleted_share and not repair:
         yield f"{deleted_share:.0%} of the search index is deleted, so searches are slower. repair=True removes it."
 
@@ -159,23 +165,12 @@ def _is_usable(record: Record, dim: int) -> bool:
     return record.vector.shape == (dim,) and bool(np.isfinite(record.vector).all() and record.vector.any())
 
 
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # deleted meanwhile
-        return float("inf")
-
-
-def _relative(paths: Iterable[Path], images: ImageStore) -> tuple[str, ...]:
-    return tuple(sorted(path.relative_to(images.root).as_posix() for path in paths))
-
-
-def _delete_orphan(store: Store, lock: AbstractContextManager[object], sha256: str, path: Path) -> None:
+def _delete_orphan(store: Store, images: ImageStore, lock: AbstractContextManager[object], file: StoredFile) -> None:
     """Delete a file unless an item uses it now: an item is stored under the lock, and stores its image again then."""
     with lock:
-        if not store.count(Compare(f"{SYSTEM}.sha256", "eq", sha256)):
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+        if not store.count(Compare(f"{SYSTEM}.sha256", "eq", file.sha256)):
+            with suppress(StoreError):  # `_left` reports what is still there
+                images.delete(file.name)
 
 
 # ------------------------------------------------------------------------------------------------ leftovers

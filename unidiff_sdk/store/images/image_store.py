@@ -17,6 +17,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -29,7 +31,17 @@ from unidiff_sdk._internal.images import MAX_FILE_SIZE, ImageSource, load_image
 from unidiff_sdk._internal.memory import require_free_space
 from unidiff_sdk.errors import ImageError, StoredImageError, StoreError
 
-__all__ = ["THUMBNAIL_SIZE", "ImageStore", "ItemImage"]
+__all__ = [
+    "THUMBNAIL_SIZE",
+    "ImageStore",
+    "ItemImage",
+    "StoredFile",
+    "copy_uri",
+    "derived_hash",
+    "is_copy",
+    "thumbnail_name",
+    "thumbnail_of",
+]
 
 THUMBNAIL_SIZE = 128  # pixels on the longer side
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -128,6 +140,23 @@ class ItemImage:
         return b"RGB %d %d\n" % (width, height) + self.decoded.tobytes()
 
 
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that is named by the hash of an image: a copy, a thumbnail or latents.
+
+    Attributes:
+        sha256: the hash of the image.
+        name: the path relative to the store, with forward slashes.
+        size: in bytes.
+        modified: in seconds since 1970.
+    """
+
+    sha256: str
+    name: str
+    size: int
+    modified: float
+
+
 class ImageStore:
     """Images by content hash in one folder. Safe to use from several threads and processes.
 
@@ -157,10 +186,10 @@ class ImageStore:
         """
         thumbnail = self._thumbnail_path(image.sha256)
         if not _exists_with_content(thumbnail):
-            self._write(thumbnail, _thumbnail(image.decoded))
+            self._write(thumbnail, thumbnail_of(image.decoded))
         if image.path is not None and not copy:
             return self._allowed_reference(image.path)
-        uri = f"images/{image.sha256[:2]}/{image.sha256}{image.suffix}"
+        uri = copy_uri(image)
         path = resolve_stored(self.root, uri, StoreError)
         if not _exists_with_content(path):
             self._write(path, image.encoded())
@@ -170,7 +199,18 @@ class ImageStore:
         """The URI that `add` would return for an image whose stored URI is known; "" if `add` would copy it."""
         if image.path is not None and not copy:
             return self._allowed_reference(image.path)
-        return stored_uri if _COPY.fullmatch(stored_uri) else ""
+        return stored_uri if is_copy(stored_uri) else ""
+
+    def read(self, uri: str) -> bytes:
+        """The file of an image. Raises StoredImageError if it is missing."""
+        return read_regular_file(self.path(uri), MAX_FILE_SIZE, StoredImageError)
+
+    def signed_url(self, uri: str, expires: int) -> str:
+        """A URL by which anyone may read an image for a number of seconds. Raises StoreError: a folder has none."""
+        raise StoreError(
+            f"The images are in the folder {self.root}, which has no signed URLs; s3:// and gs:// have. Read the image "
+            "with image_bytes(), or serve it with `unidiff serve`."
+        )
 
     def load(self, uri: str) -> Image.Image:
         """Decode an image, RGB. Raises StoredImageError if it is missing or damaged."""
@@ -186,7 +226,7 @@ class ImageStore:
         Raises:
             StoredImageError: it is not in this store, and not below a folder that the caller named in `references`.
         """
-        if isinstance(uri, str) and _COPY.fullmatch(uri):
+        if is_copy(uri):
             return resolve_stored(self.root, uri, StoredImageError)
         target = self.locate(uri)
         try:
@@ -225,7 +265,7 @@ class ImageStore:
         """The thumbnail of an image as a WebP file. A missing one is made again from the original."""
         path = self._thumbnail_path(sha256)
         if not _exists_with_content(path):
-            write_atomically(path, _thumbnail(self.load(uri)))
+            write_atomically(path, thumbnail_of(self.load(uri)))
         return path.read_bytes()
 
     def remove(self, sha256: str, uri: str) -> None:
@@ -237,17 +277,29 @@ class ImageStore:
         if not _SHA256.fullmatch(sha256):
             return
         self._thumbnail_path(sha256).unlink(missing_ok=True)
-        copy = _COPY.fullmatch(uri)
-        if copy and copy[2] == sha256:
+        if is_copy(uri, sha256):
             self.path(uri).unlink(missing_ok=True)
 
-    def stored_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield (hash, file) of all files that are named by the hash of an image: copies, thumbnails and latents."""
+    def stored_files(self) -> Iterator[StoredFile]:
+        """Yield all files that are named by the hash of an image."""
         for folder in self.folders():
             for path in folder.iterdir():
                 name = path.relative_to(self.root).as_posix()
-                if _DERIVED.fullmatch(name) and path.stem.startswith(folder.name) and _is_real(path, stat.S_ISREG):
-                    yield path.stem, path
+                if (sha256 := derived_hash(name)) and _is_real(path, stat.S_ISREG):
+                    with suppress(OSError):  # deleted meanwhile
+                        status = path.stat()
+                        yield StoredFile(sha256, name, status.st_size, status.st_mtime)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file with a name that `stored_files` yielded."""
+        return os.path.lexists(self.root / name)
+
+    def delete(self, name: str) -> None:
+        """Delete a file with a name that `stored_files` yielded. Raises StoreError."""
+        try:
+            (self.root / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.root / name} cannot be deleted: {error.strerror or error}.") from error
 
     def folders(self) -> Iterator[Path]:
         """Yield the folders of the files named by the hash of an image."""
@@ -260,7 +312,7 @@ class ImageStore:
     def has(self, uri: str) -> bool:
         """Whether the file that a URI refers to exists and is not empty. It may be anywhere: it is not opened."""
         try:
-            return _exists_with_content(self.path(uri) if _COPY.fullmatch(uri) else self.locate(uri))
+            return _exists_with_content(self.path(uri) if is_copy(uri) else self.locate(uri))
         except StoredImageError:
             return False
 
@@ -281,11 +333,31 @@ class ImageStore:
         write_atomically(path, data)
 
     def _thumbnail_path(self, sha256: str) -> Path:
-        if not _SHA256.fullmatch(sha256):
-            raise StoredImageError(
-                f"{sha256!r:.200} is not the hash of an image: 64 hexadecimal digits. Index it again."
-            )
-        return resolve_stored(self.root, f"thumbnails/{sha256[:2]}/{sha256}.webp", StoredImageError)
+        return resolve_stored(self.root, thumbnail_name(sha256), StoredImageError)
+
+
+def copy_uri(image: ItemImage) -> str:
+    """The URI of a copy of an image."""
+    return f"images/{image.sha256[:2]}/{image.sha256}{image.suffix}"
+
+
+def is_copy(uri: object, sha256: str | None = None) -> bool:
+    """Whether a URI is that of a copy; with a hash, of the image with this hash."""
+    match = _COPY.fullmatch(uri) if isinstance(uri, str) else None
+    return match is not None and sha256 in (None, match[2])
+
+
+def thumbnail_name(sha256: str) -> str:
+    """The name of the thumbnail of an image. Raises StoredImageError for what is not a hash."""
+    if not _SHA256.fullmatch(sha256):
+        raise StoredImageError(f"{sha256!r:.200} is not the hash of an image: 64 hexadecimal digits. Index it again.")
+    return f"thumbnails/{sha256[:2]}/{sha256}.webp"
+
+
+def derived_hash(name: str) -> str:
+    """The hash of the image that a file belongs to, by its name relative to the store; "" for another file."""
+    stem = name.rpartition("/")[2].partition(".")[0]
+    return stem if _DERIVED.fullmatch(name) and stem.startswith(name.split("/")[1]) else ""
 
 
 def _is_real(path: Path, is_kind: Callable[[int], bool]) -> bool:
@@ -304,7 +376,8 @@ def _exists_with_content(path: Path) -> bool:
         return False
 
 
-def _thumbnail(image: Image.Image) -> bytes:
+def thumbnail_of(image: Image.Image) -> bytes:
+    """The thumbnail of an image as a WebP file."""
     small = image.copy()
     small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
