@@ -188,7 +188,6 @@ class _Pairs:
         self.input_ids = _token_ids(batch, checkpoint)
         self.groups = torch.arange(batch)
         self.latents = torch.cat([model.encode(image) for image in self.images.split(1)])
-        self.latent_shape = tuple(self.latents.shape[1:])
 
     def indices(self, step: int) -> Any:
         import torch
@@ -196,6 +195,9 @@ class _Pairs:
         from unidiff_sdk.training.data.batches import BatchIndices
 
         return BatchIndices(torch.arange(self.size), torch.zeros(self.size, dtype=torch.bool))
+
+    def latent_shape(self, indices: Any) -> tuple[int, ...]:
+        return self.model.latent_shape
 
     def load(self, indices: Any, samples: int) -> Any:
         from unidiff_sdk.training.objective.batch import Batch

@@ -71,7 +71,7 @@ def prepare_step(
         model.checkpoint_activations()
 
     def batches_of(folder: Path, size: int, seed: int, hard_negatives: int = 0) -> BatchLoader:
-        pairs = load_pairs(folder, checkpoint)
+        pairs = load_pairs(folder, checkpoint, aspect_buckets=config.aspect_buckets)
         return loader(
             model,
             pairs,

@@ -186,6 +186,8 @@ class TrainingConfig:
 
     fit: Fit | None = None
     """How images become square: "crop" or "pad". None: as for the base."""
+    aspect_buckets: bool = False
+    """Train on rectangles instead of squares: a batch holds images of similar aspect ratio, cropped to one size."""
     flip: bool = False
     """Mirror half of the images. Do not use it for images with text or captions that say left and right."""
 
@@ -224,6 +226,7 @@ class TrainingConfig:
         self._require_trainable_batches()
         self._require_useful_negatives()
         self._require_reachable_reward()
+        self._require_buckets_alone()
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("All term weights are 0, so there is nothing to train. Set at least one lambda above 0.")
 
@@ -274,6 +277,15 @@ class TrainingConfig:
                 "least two. Raise batch_size (micro_batch=1 saves memory), or set contrastive_batch."
             )
 
+    def _require_buckets_alone(self) -> None:
+        if self.aspect_buckets and self.fit == "pad":
+            raise OptionError('aspect_buckets crops images to rectangles, so fit cannot be "pad". Omit one of them.')
+        if self.aspect_buckets and self.hard_negatives:
+            raise OptionError(
+                "aspect_buckets and hard_negatives exclude each other: the negatives of a pair have other aspect "
+                "ratios than its image. Omit one of them."
+            )
+
     def without_effect(self, *, prior: bool, validation: bool) -> str | None:
         """The first setting that differs from its default and that no part of the run reads, with the reason.
 
@@ -301,6 +313,7 @@ class TrainingConfig:
             "rsc_samples": (self.decodes, "the RSC weights that decode are 0"),
             "rsc_teacher": (self.lambda_rsc, "lambda_rsc is 0"),
             "lambda_prior": (prior, "there is no prior"),
+            "aspect_buckets": (self.denoises or self.ranks, "no term denoises images"),
             "prior_batch": (prior, "there is no prior"),
             "validate_every": (validation, "there is no validation"),
         }

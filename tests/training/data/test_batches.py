@@ -159,6 +159,6 @@ def test_batch_is_smaller_if_the_data_has_fewer_pairs(checkpoint: Checkpoint, sm
 
 def test_mirrored_images_have_their_own_latents(checkpoint: Checkpoint, small_catalog: Path) -> None:
     made = batches(checkpoint, small_catalog, size=12, flip=True)
-    assert made.mirrored is not None
+    (mirrored,) = made.mirrored
     pairs = load_pairs(small_catalog, checkpoint)
-    torch.testing.assert_close(made.mirrored, encode_latents(made.model, pairs.images.mirrored()))
+    torch.testing.assert_close(mirrored, encode_latents(made.model, pairs.images.mirrored()))

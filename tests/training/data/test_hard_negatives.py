@@ -68,7 +68,7 @@ def test_every_pair_brings_its_negatives_once_an_epoch(small_catalog: Path, rand
     batches = prepare_step(random_checkpoint, small_catalog, config).batches
     assert batches.negatives is not None and batches.negatives.anchors == 2
     batches.refresh_negatives(0, ALONE)
-    first = [batches.indices(step).rows[0].item() for step in range(len(batches.latents) // 2)]
+    first = [batches.indices(step).rows[0].item() for step in range(len(batches.input_ids) // 2)]
     assert len(set(first)) == len(first)
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from unidiff_sdk.errors import DataError  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa: E402
+from unidiff_sdk.training.data.fitted_images import FittedImages  # noqa: E402
 from unidiff_sdk.training.data.latents import LatentCache, encode_latents  # noqa: E402
 from unidiff_sdk.training.data.pairs import load_pairs  # noqa: E402
-from unidiff_sdk.training.data.square_images import SquareImages  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 
 
@@ -32,11 +32,11 @@ def model(random_checkpoint: Path) -> JointModel:
 
 
 @pytest.fixture
-def images(random_checkpoint: Path, small_catalog: Path) -> SquareImages:
+def images(random_checkpoint: Path, small_catalog: Path) -> FittedImages:
     return load_pairs(small_catalog, load_checkpoint(random_checkpoint), limit=4).images
 
 
-def test_each_image_is_encoded_once(model: JointModel, images: SquareImages, tmp_path: Path) -> None:
+def test_each_image_is_encoded_once(model: JointModel, images: FittedImages, tmp_path: Path) -> None:
     first = encode_latents(model, images, LatentCache(tmp_path, model))
     second = encode_latents(model, images, LatentCache(tmp_path, model))
     assert model.encoded == 4 and torch.equal(first, second)
@@ -47,7 +47,7 @@ def test_each_image_is_encoded_once(model: JointModel, images: SquareImages, tmp
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "changed", "other"])
 def test_damaged_entries_are_computed_again(
-    model: JointModel, images: SquareImages, tmp_path: Path, damage: str
+    model: JointModel, images: FittedImages, tmp_path: Path, damage: str
 ) -> None:
     first = encode_latents(model, images, LatentCache(tmp_path, model))
     entry = sorted(tmp_path.rglob("*.safetensors"))[0]
@@ -62,7 +62,7 @@ def test_damaged_entries_are_computed_again(
     assert entry.read_bytes() == whole
 
 
-def test_another_vae_has_other_entries(model: JointModel, images: SquareImages, tmp_path: Path) -> None:
+def test_another_vae_has_other_entries(model: JointModel, images: FittedImages, tmp_path: Path) -> None:
     first = encode_latents(model, images, LatentCache(tmp_path, model))
     with torch.no_grad():
         model.vae.quant_conv.bias += 1.0
@@ -70,7 +70,7 @@ def test_another_vae_has_other_entries(model: JointModel, images: SquareImages, 
     assert model.encoded == 8
 
 
-def test_folder_that_cannot_be_written_is_an_error(model: JointModel, images: SquareImages, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written_is_an_error(model: JointModel, images: FittedImages, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"Cannot write latents to .*file"):
         encode_latents(model, images, LatentCache(tmp_path / "file", model))

@@ -112,7 +112,7 @@ def test_the_values_are_the_divergences_of_the_scores(small_catalog: Path, rando
         candidates = choose_candidates(u, v, batch.groups, config, 6)
         s = encoder_logits(u, v, candidates, model.clip.logit_scale)
         inputs = ScoreInputs.sample(
-            seeded_generator(batches.seed, Purpose.SCORE, STEP), 4, batches.latent_shape, len(model.alpha_bar), config
+            seeded_generator(batches.seed, Purpose.SCORE, STEP), 4, model.latent_shape, len(model.alpha_bar), config
         )
         g = generator_logits(model, batch.latents[candidates], batch.input_ids[:4], prepared.empty_ids, inputs)
     p, q = (torch.distributions.Categorical(logits=logits) for logits in (s, g))

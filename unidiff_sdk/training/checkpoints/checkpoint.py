@@ -209,6 +209,11 @@ class Checkpoint:
         return None
 
     @property
+    def block(self) -> int:
+        """Sides of images are multiples of this many pixels: each block of the UNet but the last halves them."""
+        return int(self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
     def latent_factor(self) -> int:
         """Pixels per latent, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -58,6 +58,7 @@ SETTINGS = {
     "weight_decay": "weight decay",
     "ema_decay": "EMA decay",
     "caption_dropout": "caption dropout",
+    "aspect_buckets": "aspect-ratio buckets",
     "precision": "precision of the forward passes",
     "student_steps": "denoising steps of the student",
     "teacher_steps": "denoising steps of the teacher",

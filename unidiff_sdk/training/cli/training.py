@@ -127,6 +127,12 @@ def _resuming(ctx: click.Context) -> str:
     type=click.Choice(["crop", "pad"]),
     help="Make images square: crop to the center, or pad with white. Default: as for the base.",
 )
+@flag(
+    "--aspect-buckets",
+    theme=DATA,
+    help="Train the generator on rectangles: each batch holds images of similar aspect ratio (up to 2:1), cropped to "
+    "one size. CLIP still sees squares.",
+)
 @flag("--flip", theme=DATA, help="Mirror half of the images. Not for images with text.")
 @columns_option("DATA and --val", DATA)
 @strict_option(DATA)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.runtime.processes import Processes
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator
 
+from .buckets import BucketBatches
 from .feature_distillation import embed_images, embed_texts
+from .fitted_images import FittedImages, size_conditions
 from .hard_negatives import HardNegatives
 from .latents import LatentCache, encode_latents
 from .mapped_tensor import MEMORY_LIMIT
 from .pairs import Pairs
-from .square_images import size_conditions
 
 __all__ = ["BatchIndices", "BatchLoader"]
 
@@ -48,6 +50,8 @@ class BatchIndices:
 
 class BatchLoader:
     """The pairs of every step, in a new order each epoch. The batch of a step follows from the seed and its number.
+
+    With several buckets, the images of a batch have one size.
 
     Each image passes through the VAE once, when the loader is created.
 
@@ -85,24 +89,25 @@ class BatchLoader:
         memory_limit: int = MEMORY_LIMIT,
     ) -> None:
         self.model = model
-        self.images = pairs.images
-        self.original_sizes = pairs.original_sizes
+        self.original_sizes, self.bucket_sizes = pairs.original_sizes, [bucket.images.size for bucket in pairs.buckets]
+        self.fit = pairs.clip_images.fit
         self.clip_images = pairs.clip_images
         self.storage: dict[str, Any] = {"scratch": scratch, "memory_limit": memory_limit}
         storage = self.storage
         # The latents of a mirrored image are not its mirrored latents, so both are encoded.
-        views = [pairs.images, *([pairs.images.mirrored()] if flip else [])]
-        if isinstance(model, JointModel):
-            latents = [encode_latents(model, view, cache, **storage) for view in views]
-        else:
-            latents = [torch.zeros(len(view), 0, 0, 0) for view in views]
-        self.latents, self.mirrored = latents[0], latents[1] if flip else None
+        views = [bucket.images for bucket in pairs.buckets]
+        encode = partial(_encode, model, cache, storage)
+        self.latents = [encode(images) for images in views]
+        self.mirrored = [encode(images.mirrored()) for images in views if flip]
+        self._bucket_of, self._place_of = _places(pairs)
         self.input_ids = input_ids
         self.clip_ids = clip_ids
         numbers = {key: number for number, key in enumerate(dict.fromkeys(groups))}
         self.groups = torch.tensor([numbers[key] for key in groups])
         self.size = min(size, len(pairs))
         self.seed = seed
+        rows = [bucket.rows for bucket in pairs.buckets]
+        self.buckets = BucketBatches(rows, self.size, seed) if len(rows) > 1 else None
         self.negatives = HardNegatives(hard_negatives, self.size, len(pairs)) if hard_negatives else None
         self.base_embeddings: dict[str, Tensor] = {}
         if feature_distillation:
@@ -113,24 +118,18 @@ class BatchLoader:
             if flip:
                 self.base_embeddings["u mirrored"] = embed_images(model, pairs.clip_images.mirrored(), **storage)
 
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(c, h, w) of the latents."""
-        return tuple(self.latents.shape[1:])
+    def latent_shape(self, indices: BatchIndices) -> tuple[int, ...]:
+        """(c, h, w) of the latents of these pairs, which are of one bucket."""
+        return tuple(self.latents[self._bucket(indices)].shape[1:])
 
     def indices(self, step: int) -> BatchIndices:
-        """The pairs of a step, counted from 0. Pairs left over at the end of an epoch are skipped in that epoch.
+        """The pairs of a step, counted from 0.
 
-        With hard negatives, an epoch passes over the pairs that bring them. `refresh_negatives` comes first.
+        Without buckets, pairs left over at the end of an epoch are skipped in that epoch. With hard negatives, an epoch
+        passes over the pairs that bring them, and `refresh_negatives` comes first.
         """
-        n, own = len(self.latents), self.negatives.anchors if self.negatives else self.size
-        epoch, place = divmod(step, n // own)
-        order = torch.randperm(n, generator=seeded_generator(self.seed, Purpose.ORDER, epoch))
-        rows = order[place * own : (place + 1) * own]
-        if self.negatives:
-            others = torch.randperm(n, generator=seeded_generator(self.seed, Purpose.NEGATIVES, step))
-            rows = self.negatives.rows(rows, others)
-        if self.mirrored is None:
+        rows = self.buckets.rows(step) if self.buckets else self._rows(step)
+        if not self.mirrored:
             return BatchIndices(rows, torch.zeros(len(rows), dtype=torch.bool))
         random = torch.rand(len(rows), generator=seeded_generator(self.seed, Purpose.MIRROR, step))
         return BatchIndices(rows, random < 0.5)
@@ -140,7 +139,7 @@ class BatchLoader:
         device = self.model.device
         rows, mirror = indices.rows, indices.mirror[:, None, None, None]
         pixels = self.clip_images[rows]
-        if self.mirrored is not None:
+        if self.mirrored:
             pixels = torch.where(mirror, pixels.flip(-1), pixels)
         first = indices.select(torch.arange(samples))
         return Batch(
@@ -154,16 +153,18 @@ class BatchLoader:
         )
 
     def load_latents(self, indices: BatchIndices) -> Tensor:
-        """The latents of these pairs, float[m, c, h, w], on the model's device."""
-        latents = self.latents[indices.rows]
-        if self.mirrored is not None:
-            latents = torch.where(indices.mirror[:, None, None, None], self.mirrored[indices.rows], latents)
+        """The latents of these pairs, which are of one bucket: float[m, c, h, w], on the model's device."""
+        bucket, places = self._bucket(indices), self._place_of[indices.rows]
+        latents = self.latents[bucket][places]
+        if self.mirrored:
+            latents = torch.where(indices.mirror[:, None, None, None], self.mirrored[bucket][places], latents)
         return latents.to(self.model.device)
 
     def load_sizes(self, indices: BatchIndices) -> Tensor:
         """The sizes of the images of these pairs, see `size_conditions`: float[m, 6], on the model's device."""
+        size = self.bucket_sizes[self._bucket(indices)]
         sizes = [
-            size_conditions(self.original_sizes[row], self.images.size, self.images.fit, mirrored=mirrored)
+            size_conditions(self.original_sizes[row], size, self.fit, mirrored=mirrored)
             for row, mirrored in zip(indices.rows.tolist(), indices.mirror.tolist(), strict=True)
         ]
         return torch.tensor(sizes, dtype=torch.float32, device=self.model.device).view(-1, 6)
@@ -179,8 +180,39 @@ class BatchLoader:
             nearest = self.negatives.find(u, v, self.groups)
         self.negatives.nearest = processes.sum(nearest.to(processes.device)).cpu()
 
+    def _rows(self, step: int) -> Tensor:
+        """The rows of a step without buckets."""
+        n, own = len(self.input_ids), self.negatives.anchors if self.negatives else self.size
+        epoch, place = divmod(step, n // own)
+        order = torch.randperm(n, generator=seeded_generator(self.seed, Purpose.ORDER, epoch))
+        rows = order[place * own : (place + 1) * own]
+        if self.negatives is None:
+            return rows
+        others = torch.randperm(n, generator=seeded_generator(self.seed, Purpose.NEGATIVES, step))
+        return self.negatives.rows(rows, others)
+
+    def _bucket(self, indices: BatchIndices) -> int:
+        """The bucket of these pairs. That of no pair is the first."""
+        return int(self._bucket_of[indices.rows[0]]) if len(indices) else 0
+
     def _base_embeddings(self, indices: BatchIndices) -> dict[str, Tensor]:
         found = {name: embeddings[indices.rows] for name, embeddings in self.base_embeddings.items()}
         if (mirrored := found.pop("u mirrored", None)) is not None:
             found["u"] = torch.where(indices.mirror[:, None], mirrored, found["u"])
         return found
+
+
+def _encode(model: EncoderModel, cache: LatentCache | None, storage: Mapping[str, Any], images: FittedImages) -> Tensor:
+    """The latents of images: float[n, c, h, w]. Empty, without a generator."""
+    if isinstance(model, JointModel):
+        return encode_latents(model, images, cache, **storage)
+    return torch.zeros(len(images), 0, 0, 0)
+
+
+def _places(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Of each pair: the number of its bucket, and its place there. Both int64[n]."""
+    bucket_of, place_of = torch.empty(len(pairs), dtype=torch.int64), torch.empty(len(pairs), dtype=torch.int64)
+    for number, bucket in enumerate(pairs.buckets):
+        bucket_of[bucket.rows] = number
+        place_of[bucket.rows] = torch.arange(len(bucket.rows))
+    return bucket_of, place_of

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from unidiff_sdk.training.objective.encoder_model import EncoderModel
 
+from .fitted_images import FittedImages
 from .mapped_tensor import MEMORY_LIMIT, allocate_rows
-from .square_images import SquareImages
 
 __all__ = ["embed_images", "embed_texts"]
 
@@ -21,7 +21,7 @@ CHUNK = 64  # images or texts per forward pass
 
 
 def embed_images(
-    model: EncoderModel, clip_images: SquareImages, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
+    model: EncoderModel, clip_images: FittedImages, scratch: Path | None = None, *, memory_limit: int = MEMORY_LIMIT
 ) -> Tensor:
     """Embed n images: float[n, d] on the CPU, unit rows. scratch, memory_limit: see `allocate_rows`."""
     with model.evaluating():

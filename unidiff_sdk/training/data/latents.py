@@ -1,6 +1,6 @@
 """VAE latents of images, computed once per run, and optionally kept on disk for later runs.
 
-    FOLDER/ab/abcdef….safetensors    latents of one image, named by the content of the image and of the VAE
+    FOLDER/ab/abcdef….safetensors    latents of one image, named by its content, its size and the VAE
 
 A changed image or VAE has another entry, never a wrong one. A damaged entry is computed again.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.training.objective.joint_model import JointModel
 
+from .fitted_images import FittedImages
 from .mapped_tensor import MEMORY_LIMIT, allocate_rows
-from .square_images import SquareImages
 
 __all__ = ["LatentCache", "encode_latents"]
 
@@ -31,13 +31,13 @@ CHUNK = 16  # images read at a time
 @torch.no_grad()
 def encode_latents(
     model: JointModel,
-    images: SquareImages,
+    images: FittedImages,
     cache: LatentCache | None = None,
     *,
     scratch: Path | None = None,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Tensor:
-    """Encode n ≥ 1 images of side s: float[n, c, s/f, s/f] on the CPU, scaled as the UNet expects.
+    """Encode n ≥ 1 images of one size: float[n, c, h/f, w/f] on the CPU, scaled as the UNet expects.
 
     Images are encoded one at a time. The last bits of PyTorch's results depend on the batch, and the latents of an
     image must not depend on the other images.
@@ -76,7 +76,7 @@ class LatentCache:
         self._vae = digest.digest()
 
     def read(self, image: Tensor) -> Tensor | None:
-        """Latents, float[1, c, h, w], of uint8[1, 3, s, s]. None if there is no complete entry."""
+        """Latents, float[1, c, h, w], of uint8[1, 3, height, width]. None if there is no complete entry."""
         file = self._file(image)
         if not file.is_file():
             return None
@@ -101,7 +101,9 @@ class LatentCache:
             raise DataError(f"Cannot write latents to {self.folder}: {error}. Choose another --latents.") from error
 
     def _file(self, image: Tensor) -> Path:
-        name = hashlib.sha256(self._vae + image.numpy().tobytes()).hexdigest()
+        # Images of one color have the same bytes at 64 x 32 and at 32 x 64 pixels.
+        size = repr(tuple(image.shape)).encode()
+        name = hashlib.sha256(self._vae + size + image.numpy().tobytes()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
 

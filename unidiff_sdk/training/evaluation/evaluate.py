@@ -20,8 +20,8 @@ from unidiff_sdk._internal.json_values import plain_number, whole_number
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from unidiff_sdk.training.data.fitted_images import FittedImages
 from unidiff_sdk.training.data.pairs import Pairs, load_pairs
-from unidiff_sdk.training.data.square_images import SquareImages
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.runtime.processes import pick_device
 
@@ -284,7 +284,7 @@ def _forgetting(subject: _Subject, base: str | Path, base_data: str | Path, limi
     return {"data": Path(base_data).name, "R@1_base": before, "R@1_tuned": after, "drop": before - after}
 
 
-def _arrays(images: SquareImages) -> Iterator[ImageArray]:
+def _arrays(images: FittedImages) -> Iterator[ImageArray]:
     for chunk in images.split(CHUNK):
         yield from chunk.permute(0, 2, 3, 1).numpy()
 

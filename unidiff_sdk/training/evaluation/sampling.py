@@ -87,8 +87,7 @@ def _denoise(
     table: Table,
     guidance: float,
 ) -> Tensor:
-    side = int(model.unet.config.sample_size)
-    shape = int(model.unet.config.in_channels), side, side
+    shape = model.latent_shape
     x, x0 = _noise(streams, shape, model.device) * table.init_noise_sigma, None
     for step in range(len(table)):
         noise = _noise(streams, shape, model.device) if table[step].next_from_noise else None

@@ -140,7 +140,8 @@ def _sample_step(
     generator = seeded_generator(batches.seed, Purpose.NOISE, step)
     pairs, timesteps = len(indices), len(model.alpha_bar)
     samples = min(samples, pairs)
-    return indices, RandomInputs.sample(generator, samples, batches.latent_shape, timesteps, config, pairs=pairs)
+    shape = batches.latent_shape(indices)
+    return indices, RandomInputs.sample(generator, samples, shape, timesteps, config, pairs=pairs)
 
 
 def _micro_batches(
@@ -243,7 +244,7 @@ def _backward_ranking(
     """
     captions = len(candidates)
     generator = seeded_generator(batches.seed, Purpose.SCORE, step)
-    inputs = ScoreInputs.sample(generator, captions, batches.latent_shape, len(model.alpha_bar), config)
+    inputs = ScoreInputs.sample(generator, captions, batches.latent_shape(indices), len(model.alpha_bar), config)
     logits = torch.zeros_like(teacher_logits)
     terms: dict[str, Tensor] = {}
     mine = processes.shard(captions)
@@ -292,7 +293,7 @@ def _backward_reward(
     captions = min(config.rsc_reward_captions, len(v))
     table = reward_table(model, config)
     generator = seeded_generator(batches.seed, Purpose.REWARD, step)
-    inputs = RewardInputs.sample(generator, captions, batches.latent_shape, table)
+    inputs = RewardInputs.sample(generator, captions, model.latent_shape, table)
     positives = losses.same_meaning(groups[:captions], groups)
     terms: dict[str, Tensor] = {}
     mine = processes.shard(captions)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal.files import checked_path
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.datasets.reader import InvalidRow, Row
 from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
@@ -168,6 +169,7 @@ def train(
     make_batches = partial(_make_batches, model, checkpoint, config, cache=cache, scratch=out.parent)
     size = max(config.batch_size, config.contrastive_batch)
     batches = make_batches(pairs, groups, size=size, seed=config.seed, hard_negatives=config.hard_negatives)
+    _check_buckets(batches, data, processes)
     prior_pairs, prior_batches = None, None
     if prior:
         _generate_prior(prior, model, checkpoint, config, processes, on_prior)
@@ -260,7 +262,15 @@ def _load_pairs(
     on_invalid_rows: Callable[[Path, list[InvalidRow]], None],
     progress: Callable[[Iterable[Row]], Iterable[Row]] = iter,
 ) -> Pairs:
-    pairs = load_pairs(folder, checkpoint, columns=columns, strict=strict, fit=config.fit, progress=progress)
+    pairs = load_pairs(
+        folder,
+        checkpoint,
+        columns=columns,
+        strict=strict,
+        fit=config.fit,
+        aspect_buckets=config.aspect_buckets,
+        progress=progress,
+    )
     if pairs.invalid_rows and processes.is_main:
         on_invalid_rows(folder, pairs.invalid_rows)
     return pairs
@@ -276,6 +286,23 @@ def _require_enough_pairs(pairs: Pairs, data: Path, config: TrainingConfig, proc
     needed = max(2, processes.world_size)
     if len(pairs) < needed:
         raise TrainingError(f"{data} holds too few valid pairs: {len(pairs)}. Training needs at least {needed}.")
+
+
+def _check_buckets(batches: BatchLoader, data: Path, processes: Processes) -> None:
+    """Warn of pairs that are alone in their bucket. Raises TrainingError if a process would have no pair of a batch."""
+    if batches.buckets is None:
+        return
+    if (smallest := batches.buckets.smallest) < processes.world_size:
+        raise TrainingError(
+            f"{data}: the smallest batch of a bucket has {smallest} pairs, but each of the {processes.world_size} "
+            "processes needs one. Use fewer processes, add images of rare aspect ratios, or omit aspect_buckets."
+        )
+    buckets = batches.buckets.buckets
+    if (alone := sum(len(rows) == 1 for rows in buckets)) and processes.is_main:
+        warn(
+            f"{data}: no other image is in the aspect-ratio bucket of {alone:,} of the {sum(map(len, buckets)):,} "
+            "images, so the terms that compare pairs learn nothing from them"
+        )
 
 
 def _build_model(checkpoint: TrainableModel, config: TrainingConfig, processes: Processes) -> EncoderModel:

@@ -58,9 +58,7 @@ def record_trajectories(
     Raises:
         TrainingError: A trajectory is not finite.
     """
-    side = int(model.unet.config.sample_size)
-    shape = (config.student_steps + 1, int(model.unet.config.in_channels), side, side)
-    points = torch.empty(config.trajectories, *shape)
+    points = torch.empty(config.trajectories, config.student_steps + 1, *model.latent_shape)
     order = _shuffled(len(input_ids), config.seed)
     captions = torch.stack([next(order) for _ in range(config.trajectories)])
     with model.autocast():

@@ -102,10 +102,13 @@ class EncoderModel(nn.Module):
         checkpoint_activations(self.clip)
 
     def to_clip(self, pixels: Tensor) -> Tensor:
-        """Resize and normalize images for the image encoder. Differentiable.
+        """Crop images to their center square, resize and normalize them for the image encoder. Differentiable.
 
         pixels: float[n, 3, h, w] in [0, 1]. Returns float[n, 3, s, s].
         """
+        side = min(pixels.shape[-2:])
+        top, left = ((edge - side) // 2 for edge in pixels.shape[-2:])
+        pixels = pixels[..., top : top + side, left : left + side]
         if pixels.shape[-1] != self.clip_size:
             pixels = F.interpolate(pixels, (self.clip_size,) * 2, mode="bicubic", antialias=True)
         return (pixels - self.image_mean) / self.image_std

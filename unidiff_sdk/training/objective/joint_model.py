@@ -47,6 +47,12 @@ class JointModel(EncoderModel):
         self.sampler_defaults = checkpoint.sampler_defaults
         self.register_buffer("alpha_bar", checkpoint.scheduler.alphas_cumprod.clone(), persistent=False)
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of the square images that the model generates."""
+        side = int(self.unet.config.sample_size)
+        return int(self.unet.config.in_channels), side, side
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode without gradients within the block. The VAE is always in eval mode."""
@@ -117,14 +123,14 @@ class JointModel(EncoderModel):
             t: [n], timesteps.
             conditions: of n samples.
         """
-        added = None
+        added: dict[str, Any] = {}
         if conditions.pooled is not None:
             sizes = conditions.sizes
             if sizes is None:
                 height, width = (side * self.latent_factor for side in z_t.shape[-2:])
                 sizes = whole_image_sizes(len(z_t), height, width, z_t.device)
-            added = {"text_embeds": conditions.pooled, "time_ids": sizes}
-        output: Tensor = self.unet(z_t, t, conditions.states, added_cond_kwargs=added).sample
+            added["added_cond_kwargs"] = {"text_embeds": conditions.pooled, "time_ids": sizes}
+        output: Tensor = self.unet(z_t, t, conditions.states, **added).sample
         return output
 
     def encode_captions(
