@@ -19,9 +19,14 @@ from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data.captions import prompt_ids  # noqa: E402
-from unidiff_sdk.training.data.square_images import size_conditions  # noqa: E402
+from unidiff_sdk.training.data.fitted_images import size_conditions  # noqa: E402
 from unidiff_sdk.training.objective.batch import RandomInputs  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
+from unidiff_sdk.training.objective.score_consistency import (  # noqa: E402
+    GENERATOR_TEMPERATURE,
+    ScoreInputs,
+    generator_logits,
+)
 from unidiff_sdk.training.objective.tuning import set_trainable  # noqa: E402
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator  # noqa: E402
 
@@ -98,7 +103,7 @@ def test_sizes_of_whole_images_equal_the_time_ids_of_diffusers(
     ],
 )
 def test_sizes_of_training_images(original: tuple[int, int], fit: Any, mirrored: bool, expected: list[int]) -> None:
-    assert size_conditions(original, 32, fit, mirrored=mirrored) == expected
+    assert size_conditions(original, (32, 32), fit, mirrored=mirrored) == expected
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def test_loss_and_gradients_of_a_step_equal_diffusers(base: Path, small_catalog:
     config = TrainingConfig(**IS_ONLY, batch_size=8, caption_dropout=0.4, flip=True, micro_batch=micro_batch)
     step = prepare_step(base, small_catalog, config)
     found, values = step.backpropagate()
-    indices, shape = step.batches.indices(0), step.batches.latent_shape
+    indices, shape = step.batches.indices(0), step.model.latent_shape
     generator = seeded_generator(config.seed, Purpose.NOISE, 0)
     random = RandomInputs.sample(generator, 8, shape, 1000, config, pairs=8)
     assert 0 < random.dropped.sum() < 8 and 0 < indices.mirror.sum() < 8
@@ -150,11 +155,48 @@ def test_loss_and_gradients_of_a_step_equal_diffusers(base: Path, small_catalog:
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_scores_of_the_generator_equal_the_denoising_errors_of_diffusers(base: Path, small_catalog: Path) -> None:
+    """g of each caption's candidates, whose sizes are those of each image; without a caption the UNet sees zeros."""
+    config = TrainingConfig(lambda_rsc_generator=1.0, rsc_timesteps=2, batch_size=8)
+    step = prepare_step(base, small_catalog, config)
+    indices = step.batches.indices(0)
+    candidates = torch.tensor([[0, 3, 5], [1, 7, 2]])
+    chosen = indices.select(candidates.flatten())
+    latents = step.batches.load_latents(chosen)
+    sizes = step.batches.load_sizes(chosen)
+    inputs = ScoreInputs.sample(torch.Generator().manual_seed(4), 2, step.model.latent_shape, 1000, config)
+    ids = step.batches.input_ids[indices.rows[:2]]
+    with torch.no_grad():
+        images = latents.unflatten(0, (2, 3))
+        found = generator_logits(step.model.eval(), images, ids, step.empty_ids, inputs, sizes.unflatten(0, (2, 3)))
+
+        pipeline = pipeline_of(base)
+        states, _, pooled, _ = pipeline.encode_prompt([step.captions[row] for row in indices.rows[:2]])
+
+        def error(caption: int, image: int, scale: float) -> float:
+            errors = []
+            for t, noise in zip(inputs.t[caption], inputs.noise[caption], strict=True):
+                alpha = pipeline.scheduler.alphas_cumprod[t]
+                z = alpha.sqrt() * latents[image] + (1 - alpha).sqrt() * noise
+                added = {"text_embeds": scale * pooled[[caption]], "time_ids": sizes[[image]]}
+                output = pipeline.unet(z[None], t, scale * states[[caption]], added_cond_kwargs=added).sample
+                errors.append((output - noise).square().mean().item())
+            return sum(errors) / len(errors)
+
+        for caption in range(2):
+            for place in range(3):
+                without, given = (error(caption, 3 * caption + place, scale) for scale in (0.0, 1.0))
+                expected = (without - given) / without / GENERATOR_TEMPERATURE
+                assert found[caption, place].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert len(sizes.unique(dim=0)) > 3
+
+
 TERMS = {
     "lambda_itc": {"clip text", "clip image"},
     "lambda_is": {"unet", "first", "second"},
     "lambda_rsc": {"unet", "first", "second"},
     "lambda_rsc_generated": {"clip text", "clip image"},
+    "lambda_rsc_feature": {"unet", "first", "second", "clip image"},
     "lambda_rsc_encoder": {"clip text", "clip image"},
     "lambda_rsc_generator": {"unet", "first", "second"},
     "lambda_rsc_reward": {"unet"},
