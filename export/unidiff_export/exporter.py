@@ -127,7 +127,7 @@ def export_bundle(
 
     Args:
         checkpoint: a checkpoint folder, the name of a checkpoint, a loaded checkpoint, or a pipeline of diffusers for
-            Stable Diffusion 1, 2 or XL (a folder, hf:org/name, or for 1 and 2 one safetensors file in the original
+            Stable Diffusion 1, 2, XL or 3 (a folder, hf:org/name, or for 1 and 2 one safetensors file in the original
             layout). None: only `clip`, for a bundle that searches but has no generator.
         out: the bundle folder. It appears only after everything has been verified.
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
@@ -374,16 +374,16 @@ def _compare_graphs(
 ) -> Bundle:
     """Compare the graphs that are missing in `parity` with PyTorch, and add them to it.
 
-    Returns the opened bundle. Its UNet, the slowest graph to load, stays loaded for generation.
+    Returns the opened bundle. Its denoiser, the slowest graph to load, stays loaded for generation.
     """
     whole = bundle.open(threads=torch.get_num_threads())
-    for spec in sorted(bundle.exported.specs, key=lambda spec: spec.name == "unet"):
+    for spec in sorted(bundle.exported.specs, key=lambda spec: spec.denoises):
         if spec.name in parity:
             continue
         report(f"Comparing {spec.name} with PyTorch")
         precision = bundle.writer.graphs[spec.name].precision
-        # Other graphs than the UNet are opened in separate bundles, which release their memory before the next.
-        opened = whole if spec.name == "unet" else bundle.open(threads=torch.get_num_threads())
+        # Other graphs than the denoiser are opened in separate bundles, which release their memory before the next.
+        opened = whole if spec.denoises else bundle.open(threads=torch.get_num_threads())
         limits = tolerance if precision == bundle.precision else TOLERANCES[precision]
         calls = calls_for(spec, precision, bundle.exported.reference)
         parity[spec.name] = compare_graph(opened.session(spec.name), spec, limits, calls)
@@ -412,7 +412,7 @@ def _finish_for_gpu(bundle: _UnfinishedBundle, evidence: Evidence, report: Progr
     bundle.write_manifest()
     on_gpu = bundle.open(device="cuda")
     try:
-        on_gpu.session("unet" if on_gpu.generates else "image_encoder")
+        on_gpu.session(on_gpu.manifest.denoiser.graph if on_gpu.generates else "image_encoder")
     except ProviderError:
         report("Skipping the comparison on a GPU: ONNX Runtime finds none")
         return evidence

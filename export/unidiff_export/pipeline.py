@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
     from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel
-    from unidiff_sdk.training.checkpoints.loading.second_text_encoder import SecondTextEncoder
 
 Inputs = tuple[Tensor, ...]
 ImageArray = NDArray[np.uint8]
@@ -52,6 +51,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpm++2m": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}),
     "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "lcm": ("LCMScheduler", {}),
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 
 NO_SAFETY_CHECKER: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
@@ -79,7 +79,7 @@ class GeneratedImages:
         noise: the initial latents, float32[n, channels, height, width].
         latents: the final latents, as the VAE decoder takes them.
         images: uint8[height, width, 3] for each prompt.
-        unet_inputs: the UNet's inputs at each step.
+        denoiser_inputs: the inputs of the UNet or the transformer at each step.
     """
 
     prompts: tuple[str, ...]
@@ -87,14 +87,14 @@ class GeneratedImages:
     noise: NDArray[np.float32]
     latents: Tensor
     images: tuple[ImageArray, ...]
-    unet_inputs: tuple[Inputs, ...]
+    denoiser_inputs: tuple[Inputs, ...]
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
 def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = None) -> Any:
-    """Return a StableDiffusionPipeline, or that of XL, with diffusers' scheduler of a sampler.
+    """Return a StableDiffusionPipeline, or that of XL or 3, with diffusers' scheduler of a sampler.
 
     Args:
         checkpoint: the models of the pipeline if there is no folder.
@@ -111,9 +111,9 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
                 vae=checkpoint.vae,
                 text_encoder=checkpoint.text_encoder,
                 tokenizer=checkpoint.tokenizer,
-                unet=checkpoint.unet,
+                **{checkpoint.denoiser: checkpoint.unet},
                 scheduler=reference_scheduler(checkpoint, sampler),
-                **_second_parts(checkpoint.second),
+                **_second_parts(checkpoint),
                 **absent,
             )
         pipeline.set_progress_bar_config(disable=True)
@@ -122,9 +122,12 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
 
 def _pipeline_class(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     """Return the pipeline of diffusers for a checkpoint, and the arguments for the parts that are not exported."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     absent: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+    if checkpoint.is_transformer:
+        third = {"text_encoder_3": None, "tokenizer_3": None} if checkpoint.third is None else {}
+        return StableDiffusion3Pipeline, absent | third
     if checkpoint.second is None:
         return StableDiffusionPipeline, absent | NO_SAFETY_CHECKER
     return StableDiffusionXLPipeline, absent | {"add_watermarker": False}
@@ -152,15 +155,15 @@ def _load_from_disk(checkpoint: Checkpoint, sampler: str, source: Path) -> Any:
     return pipeline
 
 
-def _second_parts(second: SecondTextEncoder | None) -> dict[str, Any]:
-    """The arguments of StableDiffusionXLPipeline that other pipelines do not have."""
+def _second_parts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The arguments of pipelines with two text encoders that other pipelines do not have."""
+    second = checkpoint.second
     if second is None:
         return {}
-    return {
-        "text_encoder_2": second.model,
-        "tokenizer_2": second.tokenizer,
-        "force_zeros_for_empty_prompt": second.zero_negative,
-    }
+    parts = {"text_encoder_2": second.model, "tokenizer_2": second.tokenizer}
+    if checkpoint.third is not None:
+        parts |= {"text_encoder_3": checkpoint.third.model, "tokenizer_3": checkpoint.third.tokenizer}
+    return parts if checkpoint.is_transformer else parts | {"force_zeros_for_empty_prompt": second.zero_negative}
 
 
 def _other_vae(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -225,14 +228,18 @@ def generate_images(
 
     The noise of stochastic schedulers is that of our runtime: each image has the generator of seed 0.
     """
-    shape = (len(prompts), pipeline.unet.config.in_channels, side, side)
+    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+    shape = (len(prompts), denoiser.config.in_channels, side, side)
     noise = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     calls: list[Inputs] = []
     latents: list[Tensor] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample, timestep = args
-        added = tuple((kwargs.get("added_cond_kwargs") or {}).values())
+        if args:
+            sample, timestep = args
+            added = tuple((kwargs.get("added_cond_kwargs") or {}).values())
+        else:
+            sample, timestep, added = kwargs["hidden_states"], kwargs["timestep"], (kwargs["pooled_projections"],)
         timesteps = timestep.float().reshape(-1).expand(len(sample))
         calls.append((sample, timesteps, kwargs["encoder_hidden_states"], *added))
 
@@ -240,7 +247,7 @@ def generate_images(
         latents[:] = [values["latents"]]
         return values
 
-    handle = pipeline.unet.register_forward_pre_hook(record, with_kwargs=True)
+    handle = denoiser.register_forward_pre_hook(record, with_kwargs=True)
     try:
         with quiet(), _runtime_noise(pipeline.scheduler):
             images = pipeline(
@@ -255,7 +262,9 @@ def generate_images(
             ).images
     finally:
         handle.remove()
-    scaled = latents[0] / pipeline.vae.config.scaling_factor
+    # Other pipelines than that of Stable Diffusion 3 ignore the shift.
+    shift = 0.0 if hasattr(pipeline, "unet") else pipeline.vae.config.shift_factor
+    scaled = latents[0] / pipeline.vae.config.scaling_factor + shift
     return GeneratedImages(tuple(prompts), negative_prompt, noise, scaled, tuple(map(np.asarray, images)), tuple(calls))
 
 

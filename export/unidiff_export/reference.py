@@ -20,7 +20,7 @@ from unidiff_sdk.training.data.captions import normalize_caption, tokenize
 from unidiff_sdk.training.data.pairs import load_pairs
 
 from .bundle.files import clip_tokenizer
-from .graphs.lowering import GraphSpec
+from .graphs.lowering import THIRD_TOKENS, GraphSpec
 from .pipeline import (
     GeneratedImages,
     ImageArray,
@@ -72,7 +72,8 @@ def workload_for(checkpoint: Checkpoint, precision: str) -> Workload:
     native, half = config.sample_size, config.sample_size // 2
     if checkpoint.unet.num_parameters() <= LARGE:
         return Workload(images=16, calibration_images=16, steps=None, pairs=200, latent_side=native)
-    halved = precision == "fp32" and half % 2 ** (len(config.block_out_channels) - 1) == 0
+    block = config.patch_size if checkpoint.is_transformer else 2 ** (len(config.block_out_channels) - 1)
+    halved = precision == "fp32" and half % block == 0
     return Workload(images=1, calibration_images=2, steps=5, pairs=64, latent_side=half if halved else native)
 
 
@@ -243,10 +244,19 @@ def graph_inputs(
     tokenizers = {} if checkpoint.shared else {"clip_text_encoder": clip_tokenizer(checkpoint)}
     if checkpoint.second is not None:
         tokenizers["text_encoder_2"] = checkpoint.second.tokenizer
-    return {graph: ((tokenize(tokenizer, captions),),) for graph, tokenizer in tokenizers.items()} | {
-        "text_encoder": ((tokenize(checkpoint.tokenizer, captions),),),
-        "unet": generated.unet_inputs,
-        "vae_decoder": ((generated.latents,),),
-        "vae_encoder": ((pixels * 2 - 1,),),
-        "image_encoder": ((normalized,),),
-    }
+    third = {}
+    if checkpoint.third is not None:
+        options: dict[str, Any] = {"padding": "max_length", "max_length": THIRD_TOKENS, "truncation": True}
+        ids = checkpoint.third.tokenizer(list(captions), return_tensors="pt", **options).input_ids
+        third["text_encoder_3"] = ((ids,),)
+    return (
+        third
+        | {graph: ((tokenize(tokenizer, captions),),) for graph, tokenizer in tokenizers.items()}
+        | {
+            "text_encoder": ((tokenize(checkpoint.tokenizer, captions),),),
+            checkpoint.denoiser: generated.denoiser_inputs,
+            "vae_decoder": ((generated.latents,),),
+            "vae_encoder": ((pixels * 2 - 1,),),
+            "image_encoder": ((normalized,),),
+        }
+    )

@@ -36,7 +36,7 @@ AGREEMENT_TOLERANCE, RECALL_TOLERANCE = 0.02, 0.005
 EMBEDDING_COSINE = 0.9999
 # The agreement of an untrained model is close to zero. Below this cosine, the change is relative to this value.
 MIN_AGREEMENT = 0.1
-GENERATION_GRAPHS = ("unet", "vae_decoder", "text_encoder")
+GENERATION_GRAPHS = ("unet", "transformer", "vae_decoder", "text_encoder")
 SEARCH_GRAPHS = ("text_encoder", "clip_text_encoder", "image_encoder")
 
 Generate = Callable[..., Sequence["Image.Image"]]
@@ -185,10 +185,10 @@ def calls_for(spec: GraphSpec, precision: str, reference: SearchReference) -> tu
 def random_calls(spec: GraphSpec) -> tuple[Inputs, ...]:
     """Return random inputs of two shapes that differ from the shape of tracing.
 
-    A UNet whose native latents are larger is also called with its native number of positions.
+    A denoiser whose native latents are larger is also called with its native number of positions.
     """
     calls = [spec.example(batch, scale) for batch, scale in ((3, 1), (1, 2))]
-    if spec.name == "unet" and (times := spec.typical_sizes["height"] // calls[0][0].shape[-1]) > 1:
+    if spec.denoises and (times := spec.typical_sizes["height"] // calls[0][0].shape[-1]) > 1:
         calls.append(spec.example(1, times**2))
     return tuple(calls)
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("onnxscript", reason="needs the export extra")
 
-from support.peak_memory import run_measured
+from support.peak_memory import RUN_GRAPH, run_measured
 from support.random_sdxl import make_random_sdxl
 
 LIMIT = 10e9
@@ -67,19 +67,6 @@ results = results if isinstance(results, tuple) else (results,)
 np.savez(out / "inputs.npz", **{name: x.numpy() for name, x in zip(spec.inputs, inputs)})
 np.savez(out / "outputs.npz", **{name: x.numpy() for name, x in zip(spec.outputs, results)})
 """
-RUN = """
-import sys
-from pathlib import Path
-import numpy as np
-from unidiff_sdk.inference.sessions import create_session
-
-out = Path(sys.argv[1])
-session = create_session(out / "model.onnx")
-results = session.run(dict(np.load(out / "inputs.npz")))
-expected = np.load(out / "outputs.npz")
-assert set(results) == set(expected)
-print(max(np.abs(results[name] - expected[name]).max() / max(1, np.abs(expected[name]).max()) for name in expected))
-"""
 
 
 @pytest.mark.slow
@@ -91,7 +78,7 @@ def test_graphs_at_the_published_widths_equal_pytorch(
     (counts, *_), exporting = run_measured(EXPORT, base, tmp_path / graph, graph)
     assert json.loads(counts) == {"unet": 2_567_463_684, "text_encoder_2": 694_659_840}, "the published sizes"
     assert (tmp_path / graph / "model.onnx_data").is_file()
-    (error, *_), running = run_measured(RUN, tmp_path / graph)
+    (error, *_), running = run_measured(RUN_GRAPH, tmp_path / graph)
     with capsys.disabled():
         print(f"\n{graph}: error {float(error):.1e}, {exporting / 1e9:.1f} GB to export, {running / 1e9:.1f} GB to run")
     assert float(error) < 1e-4

@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unidiff_sdk.errors import BundleError, OptionError
-from unidiff_sdk.generation.samplers import SAMPLERS, advance, make_table
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.generation.samplers import FLOW_SAMPLERS, SAMPLERS, advance, make_table
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -27,6 +27,8 @@ STABLE_DIFFUSION = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
+FLOW = "FlowMatchEulerDiscreteScheduler"
+STABLE_DIFFUSION_3 = {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 3.0}
 
 
 def reference(sampler: str, config: dict[str, Any]) -> Any:
@@ -38,8 +40,14 @@ def reference(sampler: str, config: dict[str, Any]) -> Any:
         "dpm++2m": diffusers.DPMSolverMultistepScheduler,
         "lcm": diffusers.LCMScheduler,
     }
+    if sampler in FLOW_SAMPLERS:
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     cls = classes[sampler.removesuffix("_karras")]
     return cls.from_config(config | karras | {"clip_sample": False})
+
+
+def read_schedule(config: dict[str, Any]) -> Schedule | FlowSchedule:
+    return (FlowSchedule if config.get("_class_name") == FLOW else Schedule).from_config(config)
 
 
 def model(x: np.ndarray, timestep: float) -> np.ndarray:
@@ -57,17 +65,19 @@ def reference_trajectory(
     module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *_args, **_kw: torch.from_numpy(next(noise)))
-    x = torch.from_numpy(start) * scheduler.init_noise_sigma
+    x = torch.from_numpy(start) * getattr(scheduler, "init_noise_sigma", 1.0)  # that of flow matching starts from noise
     trajectory = []
     for timestep in scheduler.timesteps[:steps]:
-        scaled = scheduler.scale_model_input(x, timestep)
+        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         output = torch.from_numpy(model(scaled.numpy(), float(timestep)))
         x = scheduler.step(output, timestep, x).prev_sample
         trajectory.append(x.numpy())
     return trajectory
 
 
-def our_trajectory(sampler: str, schedule: Schedule, steps: int, start: np.ndarray, noises: np.ndarray) -> list[Any]:
+def our_trajectory(
+    sampler: str, schedule: Schedule | FlowSchedule, steps: int, start: np.ndarray, noises: np.ndarray
+) -> list[Any]:
     table = make_table(sampler, schedule, steps)
     assert len(table) == steps and table.rows.dtype == np.float32 and np.isfinite(table.rows).all()
     x, x0, trajectory = start * np.float32(table.init_noise_sigma), None, []
@@ -81,14 +91,15 @@ def our_trajectory(sampler: str, schedule: Schedule, steps: int, start: np.ndarr
 
 
 def assert_same(sampler: str, config: dict[str, Any], steps: int, seed: int = 0, tolerance: float = 1e-4) -> None:
+    schedule = read_schedule(config)
     rng = np.random.default_rng(seed)
     start = rng.standard_normal(SHAPE, dtype=np.float32)
     noises = rng.standard_normal((steps, *SHAPE), dtype=np.float32)
     with pytest.MonkeyPatch.context() as monkeypatch:
         expected = reference_trajectory(reference(sampler, config), steps, start, noises, monkeypatch)
-    actual = our_trajectory(sampler, Schedule.from_config(config), steps, start, noises)
+    actual = our_trajectory(sampler, schedule, steps, start, noises)
     # Where alpha vanishes, diffusers subtracts float32 numbers thousands of times the result: its rounding, not ours.
-    largest = np.abs(start).max() * make_table(sampler, Schedule.from_config(config), steps).init_noise_sigma
+    largest = np.abs(start).max() * make_table(sampler, schedule, steps).init_noise_sigma
     for step, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         largest = max(largest, np.abs(theirs).max())
         allowed = tolerance * np.abs(theirs).max() + 4 * np.finfo(np.float32).eps * largest
@@ -188,6 +199,75 @@ def test_advance_combines_rows_of_different_tables() -> None:
 def test_only_stochastic_samplers_need_noise() -> None:
     schedule = Schedule.from_config(STABLE_DIFFUSION)
     assert {name for name in SAMPLERS if make_table(name, schedule, 6).needs_noise} == {"euler_a", "lcm"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(1, 1200),
+    shift=st.floats(0.125, 20),
+    steps=st.integers(1, 60),
+    seed=st.integers(0, 1000),
+)
+def test_table_of_flow_matching_equals_diffusers(total: int, shift: float, steps: int, seed: int) -> None:
+    config = {"_class_name": FLOW, "num_train_timesteps": total, "shift": shift}
+    assert_same("flow_euler", config, min(steps, total), seed)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+def test_levels_of_flow_matching_are_bit_equal_to_diffusers(shift: float) -> None:
+    config = STABLE_DIFFUSION_3 | {"shift": shift}
+    scheduler, schedule = reference("flow_euler", config), FlowSchedule.from_config(config)
+    for steps in (*range(1, 51), 333, 999, 1000):
+        scheduler.set_timesteps(steps)
+        np.testing.assert_array_equal(schedule.sigmas(steps), scheduler.sigmas[:-1].numpy())
+        table = make_table("flow_euler", schedule, steps)
+        np.testing.assert_array_equal(table.rows[:, 0], scheduler.timesteps.numpy())
+        assert table.rows[-1, table[0]._fields.index("next_from_x0")] == 1  # the last step returns its estimate
+
+
+@pytest.mark.parametrize("start", [0, 3, 7])
+def test_image_to_image_of_flow_matching_starts_as_diffusers(start: int) -> None:
+    """x = (1 - sigma) * latents + sigma * noise, also for inpainting after each step."""
+    scheduler = reference("flow_euler", STABLE_DIFFUSION_3)
+    table = make_table("flow_euler", FlowSchedule.from_config(STABLE_DIFFUSION_3), 8).starting_at(start)
+    scheduler.set_timesteps(8)
+    rng = np.random.default_rng(0)
+    latents, noise = (rng.standard_normal(SHAPE, dtype=np.float32) for _ in range(2))
+    for step, timestep in enumerate(scheduler.timesteps[start:]):
+        clean, noisy = table.levels[step]
+        expected = scheduler.scale_noise(torch.from_numpy(latents), timestep[None], torch.from_numpy(noise))
+        np.testing.assert_allclose(clean * latents + noisy * noise, expected.numpy(), atol=1e-6)
+    assert list(table.levels[-1]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "'FlowMatchHeunDiscreteScheduler' is not supported"),
+        ({"_class_name": None}, "scheduler None is not supported"),
+        ({"use_dynamic_shifting": True}, "use_dynamic_shifting True"),
+        ({"invert_sigmas": True}, "invert_sigmas True"),
+        ({"shift_terminal": 0.1}, "shift_terminal 0.1"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas True"),
+        ({"stochastic_sampling": True}, "stochastic_sampling True"),
+        ({"shift": 0}, "shift is 0"),
+        ({"shift": "3"}, "shift is '3'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+    ],
+)
+def test_other_schedulers_of_flow_matching_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        FlowSchedule.from_config(STABLE_DIFFUSION_3 | change)
+
+
+def test_samplers_of_the_other_kind_of_models_are_refused() -> None:
+    with pytest.raises(OptionError, match="'euler', which is for other models than flow matching models; use one of f"):
+        make_table("euler", FlowSchedule(), 4)
+    with pytest.raises(OptionError, match="'flow_euler', which is for flow matching models; use one of ddim"):
+        make_table("flow_euler", Schedule.from_config(STABLE_DIFFUSION), 4)
+    for steps in (0, 1001):
+        with pytest.raises(OptionError, match="supports 1 to 1000"):
+            make_table("flow_euler", FlowSchedule(), steps)
 
 
 @pytest.mark.parametrize(

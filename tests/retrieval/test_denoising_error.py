@@ -10,7 +10,7 @@ import pytest
 
 from unidiff_sdk import Bundle, Catalog
 from unidiff_sdk.datasets.synthetic import products, render
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 from unidiff_sdk.retrieval.reranking.denoising_error import DenoisingError, Row
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -21,6 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
     pytest.mark.filterwarnings("ignore:The bundle .tiny. was trained"),
 ]
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
 
 
 class Answering:
@@ -53,6 +55,21 @@ def test_noisy_latents_and_targets_equal_diffusers(prediction_type: str) -> None
         target = velocity if prediction_type == "v_prediction" else torch.from_numpy(noise)
         np.testing.assert_allclose(sample, noisy[0].numpy(), atol=1e-5)
         assert value == pytest.approx(float((-noisy - target).square().mean()), rel=1e-5)
+
+
+def test_noisy_latents_and_targets_of_flow_matching_equal_diffusers() -> None:
+    """diffusers mixes them in `scale_noise`; its trainer of Stable Diffusion 3 takes noise - latents as the target."""
+    scheduler, denoiser = diffusers.FlowMatchEulerDiscreteScheduler(), Answering()
+    error = DenoisingError(denoiser, FlowSchedule.from_config(dict(scheduler.config, _class_name=FLOW)), noise_seed=5)
+    latents = np.random.default_rng(0).standard_normal((3, 2, 4, 6)).astype(np.float16)
+    timesteps = [999, 1, 640]
+    measured = error.measure([Row(z, t, np.zeros((1, 1))) for z, t in zip(latents, timesteps, strict=True)])
+    for z, t, sample, value in zip(latents, timesteps, denoiser.samples, measured, strict=True):
+        generator = np.random.Generator(np.random.Philox(key=np.array([5, t], np.uint64)))
+        clean, noise = torch.from_numpy(z).float(), torch.from_numpy(generator.standard_normal(z.shape, np.float32))
+        noisy = scheduler.scale_noise(clean[None], torch.tensor([float(t)]), noise[None])[0]
+        np.testing.assert_allclose(sample, noisy.numpy(), atol=1e-5)
+        assert value == pytest.approx(float((-noisy - (noise - clean)).square().mean()), rel=1e-5)
 
 
 @torch.no_grad()

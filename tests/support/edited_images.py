@@ -14,6 +14,7 @@ SCHEDULERS = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "dpm++2m": "DPMSolverMultistepScheduler",
     "lcm": "LCMScheduler",
+    "flow_euler": "FlowMatchEulerDiscreteScheduler",
 }
 
 
@@ -24,7 +25,7 @@ def edited_by_diffusers(
 
     Args:
         kind: "Img2Img" or "Inpaint".
-        pipeline: the text-to-image pipeline, of Stable Diffusion or Stable Diffusion XL.
+        pipeline: the text-to-image pipeline, of Stable Diffusion, Stable Diffusion XL or Stable Diffusion 3.
         sampler: a key of SCHEDULERS.
         seed: of our noise.
         monkeypatch: replaces the noise.
@@ -34,7 +35,7 @@ def edited_by_diffusers(
     import torch
 
     name = type(pipeline).__name__.replace("Pipeline", f"{kind}Pipeline")
-    own = {} if "XL" in name else {"requires_safety_checker": False}
+    own = {} if "XL" in name or "3" in name else {"requires_safety_checker": False}
     editing = getattr(diffusers, name)(**pipeline.components, **own)
     editing.scheduler = getattr(diffusers, SCHEDULERS[sampler]).from_config(pipeline.scheduler.config)
     editing.set_progress_bar_config(disable=True)

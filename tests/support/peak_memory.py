@@ -12,6 +12,21 @@ from pathlib import Path
 print("peak", 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 """
 
+# Arguments: a folder with model.onnx, and the inputs and the expected outputs of one call. Prints the largest error.
+RUN_GRAPH = """
+import sys
+from pathlib import Path
+import numpy as np
+from unidiff_sdk.inference.sessions import create_session
+
+out = Path(sys.argv[1])
+session = create_session(out / "model.onnx")
+results = session.run(dict(np.load(out / "inputs.npz")))
+expected = np.load(out / "outputs.npz")
+assert set(results) == set(expected)
+print(max(np.abs(results[name] - expected[name]).max() / max(1, np.abs(expected[name]).max()) for name in expected))
+"""
+
 
 def run_measured(script: str, *arguments: object) -> tuple[list[str], float]:
     """The lines of its output, and its peak memory in bytes."""

@@ -1,4 +1,4 @@
-"""Prompts to what conditions the UNet: token states, and for Stable Diffusion XL also pooled embeddings and sizes."""
+"""Prompts to what conditions the denoiser: token states; with two text encoders also pooled embeddings and sizes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ MAX_WINDOWS = 8
 
 
 STATES, POOLED, SIZES = "encoder_hidden_states", "text_embeds", "time_ids"  # inputs of the UNet
+THIRD = "text_encoder_3"  # the graph of a third text encoder; in conditions its states, until they are completed
+JOINTLY_POOLED = "pooled_projections"  # input of the transformer
 
 
 class Conditioner:
-    """The text encoders of a bundle's UNet. Caches the last prompts. May be shared between threads."""
+    """The text encoders of a bundle's denoiser. Caches the last prompts. May be shared between threads."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._xl = bundle.manifest.conditioning
+        self._xl, self._joint = bundle.manifest.conditioning, bundle.manifest.joint_conditioning
         self._windows = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._tokenize))
         self._encoded = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode))
+        self._third_states = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode_third))
 
     def conditions(self, prompt: str, long_prompts: str = "truncate") -> Conditions:
-        """The conditions of a prompt but for the sizes. The arrays are read-only.
+        """The conditions of a prompt, which `completed` adds to. The arrays are read-only.
 
         Args:
             prompt: any text.
@@ -68,7 +71,9 @@ class Conditioner:
                 f"the prompt takes {count} windows of {self._bundle.prompt_tokens} tokens; give one of at most "
                 f"{MAX_WINDOWS} windows"
             )
-        return self._encoded(windows)
+        if not self._bundle.has_graph(THIRD):
+            return self._encoded(windows)
+        return {**self._encoded(windows), THIRD: self._third_states(prompt)}
 
     def negative_conditions(self, prompt: str, long_prompts: str = "truncate") -> Conditions:
         """The same of what guidance leads away from: zeros for an empty prompt if the model was trained so."""
@@ -91,8 +96,19 @@ class Conditioner:
         empty_negative = empty if negative_prompt else self.negative_conditions("")
         return self._padded(conditions, empty, longest), self._padded(negative, empty_negative, longest)
 
-    def sized(self, conditions: Conditions, width: int, height: int) -> Conditions:
-        """Conditions with the sizes of an image, in pixels: as if it had been trained on whole, at this size."""
+    def completed(self, conditions: Conditions, width: int, height: int) -> Conditions:
+        """Conditions with what does not depend on the prompt.
+
+        Stable Diffusion XL takes the sizes of the image, in pixels: as if it had been trained on whole, at this size.
+        That of Stable Diffusion 3 takes the states of the third text encoder after those of the others; zeros without
+        one, as in diffusers.
+        """
+        if self._joint is not None:
+            others = dict(conditions)
+            third = others.pop(THIRD, None)
+            if third is None:
+                third = np.zeros((self._joint.third_tokens, self._joint.width), np.float32)
+            return {**others, STATES: np.concatenate([conditions[STATES], third])}
         if self._xl is None:
             return conditions
         return {**conditions, SIZES: np.array([height, width, 0, 0, height, width], np.float32)}
@@ -110,25 +126,48 @@ class Conditioner:
         return tuple(tuple(tuple(each.ids) for each in (whole, *whole.overflowing)) for whole in encodings)
 
     def _encode(self, windows: tuple[Windows, ...]) -> Conditions:
-        if self._xl is None:
+        if len(windows) == 1:
             (states,) = self._run("text_encoder", windows[0], ["last_hidden_state"])
             return _shared({STATES: states.reshape(-1, states.shape[-1])})
         count = max(map(len, windows))  # other tokenizers may need more windows
         ids = [(*each, *self._windows("")[i] * (count - len(each))) for i, each in enumerate(windows)]
-        first, second = self._xl.states
-        (large,) = self._run("text_encoder", ids[0], [first])
+        first, second = self._bundle.manifest.text_states.values()
         larger, pooled = self._run("text_encoder_2", ids[1], [second, POOLED])
-        states = np.concatenate([large, larger], axis=-1, dtype=np.float32)
-        return _shared({STATES: states.reshape(-1, states.shape[-1]), POOLED: pooled[0]})
+        if self._joint is None:
+            (large,) = self._run("text_encoder", ids[0], [first])
+            states = np.concatenate([large, larger], axis=-1, dtype=np.float32)
+            return _shared({STATES: states.reshape(-1, states.shape[-1]), POOLED: pooled[0]})
+        large, first_pooled = self._run("text_encoder", ids[0], [first, POOLED])
+        padding = np.zeros((*large.shape[:2], self._joint.width - large.shape[-1] - larger.shape[-1]), np.float32)
+        states = np.concatenate([large, larger, padding], axis=-1)
+        pooled = np.concatenate([first_pooled[0], pooled[0]])
+        return _shared({STATES: states.reshape(-1, states.shape[-1]), JOINTLY_POOLED: pooled})
+
+    def _encode_third(self, prompt: str) -> Float32:
+        """The states of the third text encoder. It reads the whole prompt at once, as far as its length allows."""
+        assert self._joint is not None
+        encoding = self._third_tokenizer.encode(cut_text(prompt, 2 * self._joint.third_tokens))
+        if encoding.overflowing:
+            warn(
+                f"the prompt is longer than the {self._joint.third_tokens} tokens of the third text encoder, which "
+                "ignores its end"
+            )
+        (states,) = self._run(THIRD, (tuple(encoding.ids),), ["last_hidden_state"])
+        return _shared({THIRD: states[0]})[THIRD]
 
     def _run(self, graph: str, ids: Windows, outputs: Sequence[str]) -> list[Float32]:
         results = self._bundle.session(graph).run({"input_ids": np.array(ids, np.int64)}, outputs)
         return [results[name] for name in outputs]
 
     @cached_property
+    def _third_tokenizer(self) -> Tokenizer:
+        assert self._joint is not None
+        return load_tokenizer(self._bundle.files.part("tokenizer_3"), self._joint.third_tokens)
+
+    @cached_property
     def _tokenizers(self) -> list[tuple[Tokenizer, tuple[str, ...]]]:
         """The tokenizer of each text encoder, and the tokens that were added to it."""
-        folders = ["tokenizer"] if self._xl is None else ["tokenizer", "tokenizer_2"]
+        folders = [graph.replace("text_encoder", "tokenizer") for graph in self._bundle.manifest.text_states]
         parts = [load_tokenizer(self._bundle.files.part(folder), self._bundle.prompt_tokens) for folder in folders]
         return [(each, tuple(token.content for token in each.get_added_tokens_decoder().values())) for each in parts]
 

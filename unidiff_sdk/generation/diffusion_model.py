@@ -1,4 +1,4 @@
-"""The UNet and the VAE of a bundle, as functions of arrays."""
+"""The denoiser, a UNet or a transformer, and the VAE of a bundle, as functions of arrays."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 
 from unidiff_sdk.errors import GenerationError, OptionError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
-from unidiff_sdk.inference.manifest import Latent
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.inference.manifest import TRANSFORMER, Denoiser, Latent
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 
 from .denoising import Conditions
 from .img2img import to_samples
-from .memory import check_architecture
+from .memory import check_architecture, check_transformer, image_memory
 
 __all__ = ["DiffusionModel"]
 
@@ -25,7 +25,7 @@ Float32 = NDArray[np.float32]
 
 
 class DiffusionModel:
-    """The UNet and the VAE of a bundle. May be shared between threads.
+    """The denoiser and the VAE of a bundle. May be shared between threads.
 
     Args:
         bundle: the graphs, which load when they are first used.
@@ -40,16 +40,16 @@ class DiffusionModel:
 
     def load(self) -> None:
         """Load the graphs that every generation needs. Raises BundleError or ProviderError."""
-        for graph in ("unet", "vae_decoder"):
+        for graph in (self.denoiser.graph, "vae_decoder"):
             self._bundle.session(graph)
 
     def predict(self, sample: Float32, timestep: Float32, conditions: Conditions) -> Float32:
-        """The UNet's output for a batch: float32[batch, channels, height, width], as `sample`.
+        """The denoiser's output for a batch: float32[batch, channels, height, width], as `sample`.
 
         timestep is float32[batch], and each of the conditions has a row for each sample. Raises GenerationError.
         """
-        feeds = {"sample": sample, "timestep": timestep, **conditions}
-        return self._run("unet", feeds, "out_sample", sample.shape)
+        feeds = {self.denoiser.sample: sample, "timestep": timestep, **conditions}
+        return self._run(self.denoiser.graph, feeds, self.denoiser.output, sample.shape)
 
     def encode(self, image: Image.Image) -> Float32:
         """The latents of an RGB image: float32[channels, height, width]. Raises GenerationError."""
@@ -117,21 +117,50 @@ class DiffusionModel:
 
     @property
     def default_side(self) -> int:
-        """The side, in pixels, that the UNet was trained at."""
+        """The side, in pixels, that the denoiser was trained at."""
         return self.latent.size * self.latent.scale_factor
 
     @property
+    def denoiser(self) -> Denoiser:
+        """The graph that denoises."""
+        return self._bundle.manifest.denoiser
+
+    @property
     def block(self) -> int:
-        """The sides of an image are multiples of this many pixels: each block of the UNet but the last halves them."""
-        return int(self.latent.scale_factor * 2 ** (len(self.unet_config["block_out_channels"]) - 1))
+        """The sides of an image are multiples of this many pixels.
+
+        Each block of a UNet but the last halves them, and a transformer takes patches.
+        """
+        config = self.denoiser_config
+        if self.denoiser is TRANSFORMER:
+            return int(self.latent.scale_factor * config["patch_size"])
+        return int(self.latent.scale_factor * 2 ** (len(config["block_out_channels"]) - 1))
+
+    @property
+    def largest_side(self) -> int | None:
+        """The largest side of an image in pixels, where the positions of a transformer end. None for a UNet."""
+        if self.denoiser is not TRANSFORMER:
+            return None
+        return int(self.denoiser_config["pos_embed_max_size"] * self.block)
+
+    def image_memory(self, width: int, height: int, predictions: int) -> int:
+        """Bytes that one image of that size in pixels takes, see `memory.image_memory`."""
+        _, rows, columns = self.latent_shape(width, height)
+        tokens = self._bundle.manifest.state_tokens
+        return image_memory(self.denoiser_config, self.decoder_config, columns, rows, predictions, tokens)
 
     @cached_property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule | FlowSchedule:
         return self._bundle.schedule()
 
     @cached_property
-    def unet_config(self) -> dict[str, Any]:
-        return self._architecture("unet/config.json")
+    def denoiser_config(self) -> dict[str, Any]:
+        file = f"{self.denoiser.graph}/config.json"
+        if self.denoiser is not TRANSFORMER:
+            return self._architecture(file)
+        config = self._bundle.config(file)
+        check_transformer(config, self._bundle.path / file)
+        return config
 
     @cached_property
     def decoder_config(self) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from .conditioning import Conditioner
 from .denoising import Conditions, Job, KnownRegion, Progress
 from .diffusion_model import DiffusionModel
 from .img2img import SourceImage, first_step, fit_image, load_source
-from .memory import image_memory
 from .options import GenerationOptions, ResolvedOptions, checked_prompts, default_strength
 from .samplers import Table, make_table, prediction
 
@@ -126,7 +125,7 @@ class Generator:
                 halves the work.
             guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds (Lin et al. 2023,
                 arXiv:2305.08891, which recommends 0.7).
-            sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`.
+            sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`; in `FLOW_SAMPLERS` for Stable Diffusion 3.
             width, height: in pixels, multiples of the model's smallest block.
             like: an image to start from, cropped or padded to the size as the training images were.
             strength: above 0, up to 1, with `like`: how much of the image may change. The generation runs this share of
@@ -244,7 +243,7 @@ class Generator:
         """
         of_text = self._conditioner.conditions if text else self._conditioner.negative_conditions
         side = self._model.default_side
-        return self._conditioner.sized(of_text(text), side, side)
+        return self._conditioner.completed(of_text(text), side, side)
 
     def predict(
         self, samples: Sequence[Float32], timesteps: Sequence[int], conditions: Sequence[Conditions]
@@ -269,7 +268,7 @@ class Generator:
             Job(tables[timestep], sample, each, None, 1.0, 0.0, unused)
             for sample, timestep, each in zip(samples, timesteps, conditions, strict=True)
         ]
-        self.bundle.session("unet")  # raises in the calling thread
+        self.bundle.session(self._model.denoiser.graph)  # raises in the calling thread
         return self._batcher.denoise(jobs)
 
     def resolve(self, options: GenerationOptions) -> ResolvedOptions:
@@ -316,6 +315,9 @@ class Generator:
             raise OptionError(
                 f"{name} is {side!r}; give a multiple of {block} pixels, such as {below} or {below + block}"
             )
+        largest = self._model.largest_side
+        if largest is not None and side > largest:
+            raise OptionError(f"{name} is {side}; this model has positions for at most {largest} pixels")
 
     def _check_memory(self, options: ResolvedOptions, images: int) -> None:
         if self.bundle.device != "cpu":
@@ -323,7 +325,7 @@ class Generator:
         _, height, width = self._model.latent_shape(options.width, options.height)
         predictions = 2 if options.guided else 1
         together = min(images, max(1, self._positions // (predictions * height * width)))
-        per_image = image_memory(self._model.unet_config, self._model.decoder_config, width, height, predictions)
+        per_image = self._model.image_memory(options.width, options.height, predictions)
         needed = together * per_image
         available = self._available_memory() if needed > SMALL_MEMORY else None
         if available is not None and needed > available:
@@ -361,9 +363,9 @@ class Generator:
         """The conditions of the prompt and, for guidance, of the negative prompt."""
         conditioner, size = self._conditioner, (options.width, options.height)
         if not options.guided:
-            return conditioner.sized(conditioner.conditions(prompt, options.long_prompts), *size), None
+            return conditioner.completed(conditioner.conditions(prompt, options.long_prompts), *size), None
         prompted, negative = conditioner.pair(prompt, options.negative_prompt, options.long_prompts)
-        return conditioner.sized(prompted, *size), conditioner.sized(negative, *size)
+        return conditioner.completed(prompted, *size), conditioner.completed(negative, *size)
 
     def _job(
         self,

@@ -56,7 +56,8 @@ class GenerationOptions:
             which halves the work. None: the bundle's default.
         guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds (Lin et al. 2023,
             arXiv:2305.08891, which recommends 0.7).
-        sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`. None: the bundle's default.
+        sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`, or for Stable Diffusion 3 in `FLOW_SAMPLERS`.
+            None: the bundle's default.
         width, height: in pixels, multiples of the model's smallest block. None: the size that the model was trained at.
         long_prompts: for prompts longer than `Bundle.prompt_tokens`: "truncate" ignores the rest with a warning,
             "chunk" encodes the prompt in windows.

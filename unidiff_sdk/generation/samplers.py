@@ -9,7 +9,8 @@ fresh noise. So one step is the same two lines for all of them (see `advance`):
 Each table is tested against the diffusers scheduler with the same settings, over whole trajectories. Where the model
 states no timestep spacing, it is the default of that scheduler. Symbols are those of the papers:
 x = alpha * x0 + sigma * noise with alpha² + sigma² = 1 ("variance preserving"). The Euler samplers work on x / alpha,
-where only the noise level sigma / alpha changes ("variance exploding").
+where only the noise level sigma / alpha changes ("variance exploding"). Flow matching models have samplers of their
+own: there x = (1 - sigma) * x0 + sigma * noise.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 
 __all__ = [
+    "FLOW_SAMPLERS",
     "SAMPLERS",
     "Coefficients",
     "Table",
@@ -35,6 +37,7 @@ __all__ = [
     "dpmpp_2m",
     "euler",
     "euler_ancestral",
+    "flow_euler",
     "lcm",
     "make_table",
 ]
@@ -254,6 +257,27 @@ def lcm(schedule: Schedule, steps: int) -> Table:
     )
 
 
+def flow_euler(schedule: FlowSchedule, steps: int) -> Table:
+    """Euler's method for flow matching, where dx / dsigma is the velocity that the model predicts.
+
+    Esser et al. 2024 (arXiv:2403.03206), section 2, with the levels of `FlowSchedule.sigmas`.
+    """
+    sigma = schedule.sigmas(steps)
+    here = sigma.astype(np.float64)
+    there = np.append(here[1:], 0.0)
+    # x0 = x - sigma * velocity, so x + (there - here) * velocity lies on the line from x to x0
+    return _table(
+        1 - here,
+        here,
+        timestep=sigma * np.float32(schedule.num_train_timesteps),
+        input_scale=1.0,
+        x0_from_x=1.0,
+        x0_from_output=-here,
+        next_from_x=there / here,
+        next_from_x0=1 - there / here,
+    )
+
+
 def _euler_levels(schedule: Schedule, steps: int, karras: bool) -> tuple[Float64, Float64]:
     """Fractional timesteps, and noise levels with a final 0: float64[steps], float64[steps + 1]."""
     levels = schedule.noise_levels
@@ -306,12 +330,20 @@ SAMPLERS: dict[str, Callable[[Schedule, int], Table]] = {
 }
 
 
-def make_table(sampler: str, schedule: Schedule, steps: int) -> Table:
+FLOW_SAMPLERS: dict[str, Callable[[FlowSchedule, int], Table]] = {"flow_euler": flow_euler}
+"""The samplers of flow matching models, which no other sampler can generate with."""
+
+
+def make_table(sampler: str, schedule: Schedule | FlowSchedule, steps: int) -> Table:
     """The table of the sampler of that name.
 
     Raises:
-        OptionError: there is no such sampler, or it does not support this number of steps with this schedule.
+        OptionError: the model has no such sampler, or it does not support this number of steps with this schedule.
     """
-    if sampler not in SAMPLERS:
-        raise OptionError(f"sampler is {sampler!r}; use one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler](schedule, steps)
+    known: dict[str, Callable[[Any, int], Table]] = FLOW_SAMPLERS if isinstance(schedule, FlowSchedule) else SAMPLERS
+    if sampler in known:
+        return known[sampler](schedule, steps)
+    kind = ""
+    if sampler in SAMPLERS or sampler in FLOW_SAMPLERS:
+        kind = f", which is for {'' if sampler in FLOW_SAMPLERS else 'other models than '}flow matching models"
+    raise OptionError(f"sampler is {sampler!r}{kind}; use one of {', '.join(known)}")

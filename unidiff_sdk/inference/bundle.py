@@ -36,7 +36,7 @@ from .manifest import (
     Resize,
     SamplerDefaults,
 )
-from .schedule import Schedule
+from .schedule import FlowSchedule, Schedule
 from .sessions import GraphWarmup, Session, SessionFactory, create_session, engine_of, warm_up
 from .shape_profiles import shape_profile
 
@@ -259,9 +259,11 @@ class Bundle:
         """
         return self.files.read_json(file)
 
-    def schedule(self) -> Schedule:
-        """The noise schedule that the UNet was trained with, as diffusers' pipeline of the model reads it."""
+    def schedule(self) -> Schedule | FlowSchedule:
+        """The noise schedule that the denoiser was trained with, as diffusers' pipeline of the model reads it."""
         config = self.config("scheduler/scheduler_config.json")
+        if self.manifest.joint_conditioning is not None:
+            return FlowSchedule.from_config(config)
         return Schedule.from_pipeline(config) if self.manifest.conditioning is None else Schedule.from_config(config)
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from unidiff_sdk._internal import json_values
 from unidiff_sdk._internal.files import is_plain_path, read_regular_file
@@ -18,6 +18,7 @@ from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import BundleError
 
 __all__ = [
+    "DEFAULT_FLOW_SAMPLER",
     "DEFAULT_RERANK",
     "DEFAULT_SAMPLER",
     "FORMAT",
@@ -26,11 +27,15 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "TIME_IDS",
+    "TRANSFORMER",
+    "UNET",
     "Conditioning",
+    "Denoiser",
     "Embedding",
     "Graph",
     "ImageInput",
     "Interpolation",
+    "JointConditioning",
     "Latent",
     "Manifest",
     "ModelDescription",
@@ -55,10 +60,13 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GRAPH_FILE = "model.onnx"
 GRAPH_SUFFIX = ".onnx"
-GENERATION_GRAPHS = frozenset({"unet", "vae_decoder", "vae_encoder"})
+GENERATION_GRAPHS = frozenset({"unet", "transformer", "vae_decoder", "vae_encoder"})
 
 DEFAULT_SAMPLER: dict[str, Any] = {"name": "dpm++2m", "steps": 20, "guidance_scale": 5.0}
 """For models that name no sampler of their own."""
+
+DEFAULT_FLOW_SAMPLER: dict[str, Any] = {"name": "flow_euler", "steps": 28, "guidance_scale": 4.5}
+"""For flow matching models: the steps of diffusers' pipeline, the guidance of the model card of 3.5 medium."""
 
 Section = TypeVar("Section")
 
@@ -174,6 +182,38 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class JointConditioning:
+    """What conditions the transformer of Stable Diffusion 3, which attends to text and image together.
+
+    The states of two text encoders are concatenated along their width, and padded with zeros to the width of a third
+    one, whose states follow them. Without the third one, zeros stand for its states.
+
+    Attributes:
+        states: the output of the graph "text_encoder", and that of "text_encoder_2".
+        width: of the token states that the transformer takes.
+        third_tokens: number of token states of the third text encoder.
+        pooled_width: width of the pooled embeddings of the first two together, their outputs "text_embeds".
+    """
+
+    states: tuple[str, str]
+    width: Count
+    third_tokens: Count
+    pooled_width: Count
+
+
+class Denoiser(NamedTuple):
+    """The graph that denoises, with the names of the latents that it takes and of what it returns."""
+
+    graph: str
+    sample: str
+    output: str
+
+
+UNET = Denoiser("unet", "sample", "out_sample")
+TRANSFORMER = Denoiser("transformer", "hidden_states", "out_hidden_states")
+
+
+@dataclass(frozen=True)
 class Resize:
     """How an image is resized before the crop.
 
@@ -285,7 +325,9 @@ class ModelDescription:
     A model that only generates has no `embedding` and `image`. One that only searches has no `latent` and `sampler`.
 
     Attributes:
-        conditioning: of Stable Diffusion XL. None: the states of one text encoder condition the UNet.
+        conditioning: of Stable Diffusion XL.
+        joint_conditioning: of Stable Diffusion 3. None, as `conditioning`: the states of one text encoder condition the
+            UNet.
         synthetic: whether the model has been trained on rendered images alone, and knows no photographs.
     """
 
@@ -295,6 +337,7 @@ class ModelDescription:
     latent: Latent | None = None
     sampler: SamplerDefaults | None = None
     conditioning: Conditioning | None = None
+    joint_conditioning: JointConditioning | None = None
     synthetic: bool = False
 
     @property
@@ -308,6 +351,24 @@ class ModelDescription:
     def prompt_tokens(self) -> int:
         """The length, in tokens, that prompts are padded or truncated to."""
         return cast(Prompt | Embedding, self.prompt or self.embedding).max_tokens
+
+    @property
+    def state_tokens(self) -> int:
+        """The number of token states that condition the denoiser, for a prompt that is not too long."""
+        return self.prompt_tokens + (self.joint_conditioning.third_tokens if self.joint_conditioning else 0)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The graph that denoises: a transformer in Stable Diffusion 3, a UNet in other models."""
+        return UNET if self.joint_conditioning is None else TRANSFORMER
+
+    @property
+    def text_states(self) -> dict[str, str]:
+        """The text encoders that condition the denoiser, each with the output that does."""
+        both = self.conditioning or self.joint_conditioning
+        if both is None:
+            return {"text_encoder": "last_hidden_state"}
+        return dict(zip(("text_encoder", "text_encoder_2"), both.states, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,6 +448,7 @@ class Manifest(ModelDescription):
             "embedding": self.embedding,
             "prompt": self.prompt,
             "conditioning": self.conditioning,
+            "joint_conditioning": self.joint_conditioning,
             "image": self.image,
             "latent": self.latent,
             "sampler": self.sampler,
@@ -493,6 +555,13 @@ def _check_content(manifest: Manifest, file: Path) -> None:
             raise BundleError(f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must end with {GRAPH_SUFFIX}")
     if manifest.image is not None and manifest.image.resize is not None and manifest.image.fit != "crop":
         raise BundleError(f"{file}: image.fit is {manifest.image.fit!r}; with image.resize it must be crop")
+    if manifest.conditioning is not None and manifest.joint_conditioning is not None:
+        raise BundleError(f"{file}: conditioning and joint_conditioning belong to different models; export it again")
+    if (TRANSFORMER.graph in manifest.graphs) != (manifest.joint_conditioning is not None):
+        raise BundleError(
+            f"{file}: the graph {TRANSFORMER.graph} and the section joint_conditioning belong together, but one of "
+            "them is missing; export the bundle again"
+        )
     if manifest.rerank is not None and not manifest.rerank.timesteps:
         raise BundleError(f"{file}: rerank.timesteps is empty; it must list at least one timestep")
     if fingerprint_of(manifest.files) != manifest.fingerprint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,10 @@ from unidiff_sdk.errors import BundleError, OptionError
 
 __all__ = [
     "PREDICTION_TYPES",
+    "FlowSchedule",
     "SamplerChoice",
     "Schedule",
+    "flow_refusal",
     "replacement_notice",
     "sampler_choice",
     "scheduler_refusal",
@@ -36,6 +38,8 @@ SPACINGS = ("leading", "trailing", "linspace")
 MAX_TIMESTEPS = 100_000  # in training; models have 1,000
 BETA_RANGE = (1e-9, 0.9999)
 """The smallest and largest share of noise that a timestep can add."""
+SHIFT_RANGE = (1e-3, 1e3)
+"""The smallest and largest shift of a flow matching model; Stable Diffusion 3 has 3."""
 
 # Noise schedules of diffusers' scheduler classes, where their configuration states none.
 BETAS: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -143,6 +147,74 @@ class Schedule:
         if timesteps[0] >= total:
             raise OptionError(f"steps is {steps}, which starts beyond the model's {total} timesteps; give fewer")
         return timesteps
+
+    def shares(self, timestep: int) -> tuple[float, float]:
+        """The shares of clean latents and of standard normal noise in what the UNet takes at a timestep."""
+        bar = float(self.alphas_cumprod[timestep])
+        return math.sqrt(bar), math.sqrt(1 - bar)
+
+    def target_shares(self, timestep: int) -> tuple[float, float]:
+        """The shares of clean latents and of noise in what the UNet was trained to return at a timestep."""
+        clean, noise = self.shares(timestep)
+        return (-noise, clean) if self.prediction_type == "v_prediction" else (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """The noise levels of a flow matching model, from diffusers' `scheduler_config.json`.
+
+    Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv:2403.03206):
+    latents with noise are (1 - sigma) * x0 + sigma * noise, and the model predicts the velocity noise - x0.
+
+    Attributes:
+        num_train_timesteps: the timestep of a noise level is sigma times this number.
+        shift: above 1, sampling takes more of its steps at high noise (equation 23: the square root of m / n).
+    """
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    prediction_type: ClassVar[str] = "flow"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
+        """Read the configuration of a diffusers FlowMatchEulerDiscreteScheduler.
+
+        Raises:
+            BundleError: the scheduler or one of its options is not supported.
+        """
+        if refused := flow_refusal(config):
+            raise BundleError(refused)
+        return cls(
+            num_train_timesteps=_integer(config, "num_train_timesteps", 1000, 1, MAX_TIMESTEPS),
+            shift=_number(config, "shift", 1.0, *SHIFT_RANGE),
+        )
+
+    def sigmas(self, steps: int) -> Float32:
+        """The noise level before each of `steps` steps, falling: float32[steps], as diffusers computes them.
+
+        Raises:
+            OptionError: the number of steps is not from 1 to `num_train_timesteps`.
+        """
+        total = self.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise OptionError(f"steps is {steps}; this sampler supports 1 to {total} with this model")
+        # diffusers shifts twice: first in float32 the range of the levels, then in float64 the levels of the steps
+        highest, lowest = self._shifted(np.array([total, 1], np.float32) / np.float32(total))
+        levels = np.linspace(float(highest) * total, float(lowest) * total, steps) / total
+        return self._shifted(levels).astype(np.float32)
+
+    def _shifted(self, sigma: NDArray[Any]) -> NDArray[Any]:
+        shifted: NDArray[Any] = self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        return shifted
+
+    def shares(self, timestep: int) -> tuple[float, float]:
+        """As `Schedule.shares`: linear in the timestep."""
+        sigma = timestep / self.num_train_timesteps
+        return 1 - sigma, sigma
+
+    def target_shares(self, timestep: int) -> tuple[float, float]:
+        """As `Schedule.target_shares`: the velocity, which is the same at all timesteps."""
+        return -1.0, 1.0
 
 
 def _integer(config: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
@@ -274,6 +346,19 @@ REFUSED_OPTIONS: dict[str, tuple[Any, ...]] = {
 UNSTATED_SCHEDULER = "DPMSolverMultistepScheduler"  # of a configuration that names none
 
 
+FLOW_SCHEDULER, FLOW_SAMPLER = "FlowMatchEulerDiscreteScheduler", "flow_euler"
+# Options of it that choose other noise levels, or add noise; only models other than Stable Diffusion 3 state them.
+REFUSED_FLOW_OPTIONS = (
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+    "use_beta_sigmas",
+    "use_dynamic_shifting",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+)
+
+
 class SamplerChoice(NamedTuple):
     """The sampler that stands for a scheduler.
 
@@ -290,6 +375,8 @@ class SamplerChoice(NamedTuple):
 def sampler_choice(config: Mapping[str, Any]) -> SamplerChoice:
     """The sampler for a supported scheduler configuration (see `scheduler_refusal`)."""
     scheduler = str(config.get("_class_name", UNSTATED_SCHEDULER))
+    if scheduler == FLOW_SCHEDULER:
+        return SamplerChoice(FLOW_SAMPLER, None)
     name = FOLLOWED_SCHEDULERS.get(scheduler, REPLACEMENT)
     replaces = None if scheduler in FOLLOWED_SCHEDULERS else scheduler
     options = FOLLOWED_OPTIONS if scheduler in FOLLOWED_SCHEDULERS else {}
@@ -324,6 +411,23 @@ def scheduler_refusal(config: Mapping[str, Any]) -> str | None:
             return (
                 f"{option} {config[option]!r} of the scheduler {scheduler} is not supported; use a model that was "
                 f"trained with {option} {values[1]!r}"
+            )
+    return None
+
+
+def flow_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why the sampler of flow matching cannot stand for a scheduler configuration. None if it can."""
+    scheduler = config.get("_class_name")
+    if scheduler != FLOW_SCHEDULER:
+        return (
+            f"the scheduler {scheduler!r:.60} is not supported for a flow matching model, as Stable Diffusion 3 is; "
+            f"put the scheduler of its base into scheduler/, a {FLOW_SCHEDULER}"
+        )
+    for option in REFUSED_FLOW_OPTIONS:
+        if config.get(option):
+            return (
+                f"{option} {config[option]!r:.60} of the scheduler {scheduler} is not supported; use a model without "
+                "it, as Stable Diffusion 3.5"
             )
     return None
 

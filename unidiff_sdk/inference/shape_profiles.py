@@ -44,12 +44,12 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
     Raises:
         BundleError: an axis has another name.
     """
-    tokens = model.prompt_tokens
+    tokens = model.state_tokens if graph == model.denoiser.graph else model.prompt_tokens
     if graph == "clip_text_encoder" and model.embedding is not None:
         tokens = model.embedding.max_tokens
     axes = {"batch": {"image_encoder": IMAGES}.get(graph, TEXTS), "tokens": (tokens,) * 3}
     if graph in GENERATION_GRAPHS and model.latent is not None and model.sampler is not None:
-        axes |= _generation_axes(graph, model.latent, model.sampler)
+        axes |= _generation_axes(graph, model.latent, model.sampler, denoises=graph == model.denoiser.graph)
     for name, tensor in inputs.items():
         for axis in tensor.shape:
             if not isinstance(axis, int) and axis not in axes:
@@ -66,13 +66,15 @@ def shape_profile(graph: str, inputs: Mapping[str, TensorSpec], model: ModelDesc
     }
 
 
-def _generation_axes(graph: str, latent: Latent, sampler: SamplerDefaults) -> dict[str, tuple[int, int, int]]:
+def _generation_axes(
+    graph: str, latent: Latent, sampler: SamplerDefaults, *, denoises: bool
+) -> dict[str, tuple[int, int, int]]:
     """Smallest, usual and largest size of the axes of a graph that generates."""
     side = latent.size * (latent.scale_factor if graph == "vae_encoder" else 1)
     sides = (int(side * SMALLEST_SIDE), side, int(side * LARGEST_SIDE))
     images = max(1, POSITIONS_PER_CALL // (2 * latent.size**2))  # guided, in one call
     predictions = 1 if sampler.guidance_scale == 1 else 2  # for each image
-    batch = (1, predictions, 2 * images) if graph == "unet" else (1, 1, images)
+    batch = (1, predictions, 2 * images) if denoises else (1, 1, images)
     return {"batch": batch, "steps": batch, "height": sides, "width": sides}
 
 

@@ -105,6 +105,8 @@ def write_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
     write_tokenizer(checkpoint.tokenizer, folder / "tokenizer")
     if checkpoint.second is not None:
         write_tokenizer(checkpoint.second.tokenizer, folder / "tokenizer_2")
+    if checkpoint.third is not None:
+        write_tokenizer(checkpoint.third.tokenizer, folder / "tokenizer_3")
     if not checkpoint.shared:
         write_tokenizer(clip_tokenizer(checkpoint), folder / "clip_tokenizer")
     checkpoint.image_processor.save_pretrained(folder / "image_encoder")
@@ -118,23 +120,39 @@ def pipeline_index(checkpoint: Checkpoint) -> dict[str, Any]:
     onnx_graph = ["diffusers", "OnnxRuntimeModel"]
     second = checkpoint.second
     own: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": [None, None]}
-    if second is not None:
+    if checkpoint.is_transformer:
+        absent, third = [None, None], checkpoint.third
+        own = {
+            "image_encoder": absent,
+            "text_encoder_2": onnx_graph,
+            "text_encoder_3": absent if third is None else onnx_graph,
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "tokenizer_3": absent if third is None else ["transformers", type(third.tokenizer).__name__],
+        }
+    elif second is not None:
         own = {
             "force_zeros_for_empty_prompt": second.zero_negative,
             "text_encoder_2": onnx_graph,
             "tokenizer_2": ["transformers", "CLIPTokenizer"],
         }
     return own | {
-        "_class_name": f"StableDiffusion{'' if second is None else 'XL'}Pipeline",
+        "_class_name": f"StableDiffusion{_version(checkpoint)}Pipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "scheduler": ["diffusers", type(checkpoint.scheduler).__name__],
         "text_encoder": onnx_graph,
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": onnx_graph,
+        checkpoint.denoiser: onnx_graph,
         "vae_decoder": onnx_graph,
         "vae_encoder": onnx_graph,
     }
+
+
+def _version(checkpoint: Checkpoint) -> str:
+    """The part of the name of a pipeline that differs between versions of Stable Diffusion."""
+    if checkpoint.is_transformer:
+        return "3"
+    return "" if checkpoint.second is None else "XL"
 
 
 def clip_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -100,7 +100,11 @@ class GraphWriter:
         diffusers' pipelines read `force_upcast` of the VAE for Stable Diffusion XL only.
         """
         is_vae = spec.name in ("vae_decoder", "vae_encoder")
-        return is_vae and "text_encoder_2" in self._configs and bool(self._configs[spec.name].config.force_upcast)
+        return (
+            is_vae
+            and {"text_encoder_2", "unet"} <= self._configs.keys()
+            and bool(self._configs[spec.name].config.force_upcast)
+        )
 
     def _float_graph(self, spec: GraphSpec) -> ir.Model:
         """Return the graph in float32; for int8, a copy of the one that is lowered once."""
@@ -123,11 +127,13 @@ def graph_configs(checkpoint: Checkpoint) -> dict[str, Any]:
     configs = {
         "text_encoder": checkpoint.text_encoder.config,
         "clip_text_encoder": checkpoint.clip.config.text_config,
-        "unet": checkpoint.unet,
+        checkpoint.denoiser: checkpoint.unet,
         "vae_decoder": checkpoint.vae,
         "vae_encoder": checkpoint.vae,
         "image_encoder": checkpoint.clip.config.vision_config,
     }
     if checkpoint.second is not None:
         configs["text_encoder_2"] = checkpoint.second.model.config
+    if checkpoint.third is not None:
+        configs["text_encoder_3"] = checkpoint.third.model.config
     return configs

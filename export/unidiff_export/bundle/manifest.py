@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from unidiff_export.graphs.attention import count_attention
-from unidiff_export.graphs.lowering import GraphSpec
+from unidiff_export.graphs.lowering import THIRD_TOKENS, GraphSpec
 from unidiff_export.graphs.text_encoders import HiddenStates
 from unidiff_export.options import TARGETS
 from unidiff_sdk.inference.manifest import (
@@ -21,6 +21,7 @@ from unidiff_sdk.inference.manifest import (
     Embedding,
     Graph,
     ImageInput,
+    JointConditioning,
     Latent,
     Manifest,
     ModelDescription,
@@ -37,6 +38,7 @@ from .files import hash_files, write_json
 
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+    from unidiff_sdk.training.checkpoints.loading.second_text_encoder import SecondTextEncoder
 
 
 def describe_graph(model: ir.Model, spec: GraphSpec, precision: str, target: str) -> Graph:
@@ -98,6 +100,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
         ),
         prompt=Prompt(checkpoint.text_encoder.config.max_position_embeddings),
         conditioning=describe_conditioning(checkpoint),
+        joint_conditioning=describe_joint_conditioning(checkpoint),
         image=ImageInput(
             size=clip.config.vision_config.image_size,
             mean=mean,
@@ -109,11 +112,11 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
             size=unet.config.sample_size,
             scale_factor=checkpoint.latent_factor,
             scaling_factor=vae.config.scaling_factor,
-            shift_factor=0.0,  # diffusers' Stable Diffusion pipeline ignores that of the VAE
+            shift_factor=checkpoint.latent_shift,
         ),
         sampler=SamplerDefaults(
             **sampler_defaults(checkpoint),
-            prediction_type=checkpoint.scheduler.config.prediction_type,
+            prediction_type=checkpoint.prediction_type,
             replaces=checkpoint.replaced_scheduler,
         ),
         synthetic=bool(checkpoint.meta.get("synthetic", False)),
@@ -122,11 +125,28 @@ def describe_model(checkpoint: Checkpoint) -> ModelDescription:
 
 def describe_conditioning(checkpoint: Checkpoint) -> Conditioning | None:
     """What conditions the UNet of Stable Diffusion XL. None for other models."""
-    if checkpoint.second is None:
+    if checkpoint.second is None or checkpoint.is_transformer:
         return None
-    towers = (tower_of(checkpoint.text_encoder), checkpoint.second.model.text_model)
-    first, second = (HiddenStates(tower).conditioning for tower in towers)
-    return Conditioning((first, second), checkpoint.second.pooled_width, checkpoint.second.zero_negative)
+    states = _conditioning_states(checkpoint, checkpoint.second)
+    return Conditioning(states, checkpoint.second.pooled_width, checkpoint.second.zero_negative)
+
+
+def describe_joint_conditioning(checkpoint: Checkpoint) -> JointConditioning | None:
+    """What conditions the transformer of Stable Diffusion 3. None for other models."""
+    if checkpoint.second is None or not checkpoint.is_transformer:
+        return None
+    return JointConditioning(
+        states=_conditioning_states(checkpoint, checkpoint.second),
+        width=checkpoint.unet.config.joint_attention_dim,
+        third_tokens=THIRD_TOKENS,
+        pooled_width=checkpoint.unet.config.pooled_projection_dim,
+    )
+
+
+def _conditioning_states(checkpoint: Checkpoint, second: SecondTextEncoder) -> tuple[str, str]:
+    """The outputs of the two text encoders that condition the denoiser."""
+    first, other = tower_of(checkpoint.text_encoder), tower_of(second.model)
+    return HiddenStates(first).conditioning, HiddenStates(other).conditioning
 
 
 def model_facts(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from unidiff_export.options import CONTRIB, Target
 from unidiff_sdk.errors import ExportError
@@ -31,7 +32,7 @@ CAUSAL_BY_FLAG = "unidiff_causal_by_flag"
 
 def attention_layers(module: nn.Module) -> int:
     """Return the number of attention layers that `module` runs in one call."""
-    kinds = (Attention, CLIPAttention, SiglipAttention, AttentionPooling)
+    kinds = (Attention, CLIPAttention, SiglipAttention, AttentionPooling, T5Attention)
     return sum(isinstance(layer, kinds) for layer in module.modules())
 
 
@@ -87,9 +88,15 @@ _MULTI_HEAD_ATTENTION = onnxscript.values.Op(
         "MultiHeadAttention",
         CONTRIB,
         1,
-        inputs=[OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")],
+        inputs=[
+            *(OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")),
+            *(
+                OpSchema.FormalParameter(name, kind, param_option=OpSchema.FormalParameterOption.Optional)
+                for name, kind in (("bias", "T"), ("key_padding_mask", "M"), ("attention_bias", "T"))
+            ),
+        ],
         outputs=[OpSchema.FormalParameter("output", "T")],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)"], ""), ("M", ["tensor(int32)"], "")],
         attributes=[
             OpSchema.Attribute("num_heads", OpSchema.AttrType.INT),
             OpSchema.Attribute("unidirectional", OpSchema.AttrType.INT),
@@ -112,10 +119,10 @@ def multi_head_attention(
     """Emit com.microsoft::MultiHeadAttention for scaled_dot_product_attention over [batch, heads, length, width].
 
     The operator reads and writes [batch, length, heads * width], the layout of the layers around it, so these
-    transpositions cancel with theirs.
+    transpositions cancel with theirs. `attn_mask` is added to the scores.
     """
-    if attn_mask is not None or dropout_p or enable_gqa:
-        raise NotImplementedError("attention with a mask, dropout or grouped queries")
+    if dropout_p or enable_gqa:
+        raise NotImplementedError("attention with dropout or grouped queries")
     heads, width = query.shape[1], query.shape[3]
 
     def joined(states: Any) -> Any:
@@ -125,6 +132,9 @@ def multi_head_attention(
         joined(query),
         joined(key),
         joined(value),
+        None,
+        None,
+        attn_mask,
         num_heads=heads,
         unidirectional=int(is_causal),
         scale=width**-0.5 if scale is None else scale,

@@ -17,20 +17,22 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, SiglipModel, SiglipTextConfig
+from transformers import CLIPTextConfig, SiglipModel, SiglipTextConfig, T5Config
 
 from unidiff_export.options import TARGETS, Target
 from unidiff_export.quantization.qdq import name_by_layer
 from unidiff_sdk._internal.warnings import quiet_logging
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal
-from unidiff_sdk.inference.manifest import TIME_IDS
+from unidiff_sdk.inference.manifest import TIME_IDS, TRANSFORMER, UNET
 from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .passes import rewrite_for_cpu
 from .siglip import SiglipImageEncoder, SiglipTextEmbedder
-from .text_encoders import HiddenStates
+from .text_encoders import HiddenStates, ThirdTextEncoder
+from .timesteps import one_for_each_sample
+from .transformer import Transformer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -38,12 +40,11 @@ if TYPE_CHECKING:
 
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-# Shape with start and end, and Expand, have not changed since this opset; the exporter converts them to the target's.
-SYMBOLIC_OPSET = 18
-
 # The largest side of latents for tracing and for comparing single graphs. Graphs accept any size, the native size of
 # Stable Diffusion would take minutes and many gigabytes, and whole images are compared at that size anyway.
 LARGEST_EXAMPLE = 16
+
+THIRD_TOKENS = 256  # of the third text encoder of Stable Diffusion 3: `max_sequence_length` of diffusers' pipeline
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 TOKEN_AXES = {"input_ids": {0: "batch", 1: "tokens"}}
@@ -113,16 +114,7 @@ class UNet(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        if torch.onnx.is_in_onnx_export():
-            # Expressed in ONNX, because torch.export would fix the number of timesteps to the batch size, and
-            # optimum's pipelines pass a single timestep.
-            batch = torch.onnx.ops.symbolic(
-                "Shape", [sample], {"start": 0, "end": 1}, dtype=torch.int64, shape=[1], version=SYMBOLIC_OPSET
-            )
-            timestep = torch.onnx.ops.symbolic(
-                "Expand", [timestep, batch], dtype=torch.float32, shape=[sample.shape[0]], version=SYMBOLIC_OPSET
-            )
-        dtype = self.unet.dtype
+        timestep, dtype = one_for_each_sample(timestep, sample), self.unet.dtype
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         states = encoder_hidden_states.to(dtype)
         return self.unet(sample.to(dtype), timestep, states, added_cond_kwargs=added).sample.float()
@@ -172,6 +164,11 @@ class GraphSpec:
     example: Callable[[int, int], tuple[Tensor, ...]]
     typical_sizes: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def denoises(self) -> bool:
+        """Whether it is the UNet or the transformer."""
+        return self.name in (UNET.graph, TRANSFORMER.graph)
+
 
 def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     """Return the graphs of `checkpoint`: those of generation in their order, then those that only search needs.
@@ -179,44 +176,41 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     Raises:
         ExportError: the UNet is not a text-to-image UNet of Stable Diffusion 1, 2 or XL.
     """
-    clip, unet, vae = checkpoint.clip, checkpoint.unet, checkpoint.vae
-    text = checkpoint.text_encoder.config
-    if refused := refusal(unet.config, vae.config, *checkpoint.text_widths):
-        raise ExportError(refused)
-    smallest = 2 ** len(
-        unet.config.block_out_channels
-    )  # two pixels per side in the middle block; one would be traced as a constant
-    _, pooled = checkpoint.text_widths
-    native, native_side = unet.config.sample_size, checkpoint.image_size
-    latent = min(native, max(LARGEST_EXAMPLE, smallest))
+    clip, vae = checkpoint.clip, checkpoint.vae
+    denoiser, latent = _transformer_spec(checkpoint) if checkpoint.is_transformer else _unet_spec(checkpoint)
     pixels = latent * checkpoint.latent_factor
-
-    def noisy_latents(batch: int, scale: int) -> tuple[Tensor, ...]:
-        states = torch.randn(batch, text.max_position_embeddings, unet.config.cross_attention_dim)
-        sample = torch.randn(batch, unet.config.in_channels, scale * latent, latent)
-        added = () if pooled is None else (torch.randn(batch, pooled), torch.rand(batch, TIME_IDS) * 2 * native_side)
-        return sample, torch.rand(batch) * 999, states, *added
 
     def latents(batch: int, scale: int) -> tuple[Tensor, ...]:
         unit = torch.randn(batch, vae.config.latent_channels, scale * latent, latent)
-        return (unit / vae.config.scaling_factor,)
+        return (unit / vae.config.scaling_factor + checkpoint.latent_shift,)
 
     def images(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.rand(batch, vae.config.in_channels, scale * pixels, pixels) * 2 - 1,)
 
-    noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
-    if pooled is not None:
-        noisy |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}
-    texts = [_spec("text_encoder", *prompt_encoder(checkpoint), TOKEN_AXES, _random_ids(text))]
+    texts = [
+        _spec("text_encoder", *prompt_encoder(checkpoint), TOKEN_AXES, _random_ids(checkpoint.text_encoder.config))
+    ]
     if checkpoint.second is not None:
         second = HiddenStates.of_second(checkpoint.second.model)
         texts.append(_spec("text_encoder_2", second, second.outputs, TOKEN_AXES, _random_ids(second.tower.config)))
+    if checkpoint.third is not None:
+        third = ThirdTextEncoder(checkpoint.third.model)
+        texts.append(
+            _spec(
+                "text_encoder_3",
+                third,
+                ("last_hidden_state",),
+                {"input_ids": {0: "batch"}},
+                _third_ids(checkpoint.third.model.config),
+            )
+        )
     search = encoder_specs(clip)[1:] if checkpoint.shared else encoder_specs(clip, "clip_text_encoder")
+    native = checkpoint.unet.config.sample_size
     latent_side, side = ({"height": size, "width": size} for size in (native, native * checkpoint.latent_factor))
     decoder, encoder = VaeDecoder(vae), VaeEncoder(vae)
     return [
         *texts,
-        _spec("unet", UNet(unet), ("out_sample",), noisy, noisy_latents, typical_sizes=latent_side),
+        denoiser,
         _spec(
             "vae_decoder",
             decoder,
@@ -233,9 +227,57 @@ def graph_specs(checkpoint: Checkpoint) -> list[GraphSpec]:
     ]
 
 
+def _unet_spec(checkpoint: Checkpoint) -> tuple[GraphSpec, int]:
+    """Return the graph of a UNet, and the side of the latents for tracing. Raises ExportError as `graph_specs`."""
+    unet, tokens = checkpoint.unet, checkpoint.text_encoder.config.max_position_embeddings
+    if refused := refusal(unet.config, checkpoint.vae.config, *checkpoint.text_widths):
+        raise ExportError(refused)
+    # two pixels per side in the middle block; one would be traced as a constant
+    smallest = 2 ** len(unet.config.block_out_channels)
+    _, pooled = checkpoint.text_widths
+    native, native_side = unet.config.sample_size, checkpoint.image_size
+    latent = min(native, max(LARGEST_EXAMPLE, smallest))
+
+    def noisy_latents(batch: int, scale: int) -> tuple[Tensor, ...]:
+        states = torch.randn(batch, tokens, unet.config.cross_attention_dim)
+        sample = torch.randn(batch, unet.config.in_channels, scale * latent, latent)
+        added = () if pooled is None else (torch.randn(batch, pooled), torch.rand(batch, TIME_IDS) * 2 * native_side)
+        return sample, torch.rand(batch) * 999, states, *added
+
+    noisy = {"sample": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+    if pooled is not None:
+        noisy |= {"text_embeds": {0: "batch"}, "time_ids": {0: "batch"}}
+    sizes = {"height": native, "width": native}
+    return _spec("unet", UNet(unet), ("out_sample",), noisy, noisy_latents, typical_sizes=sizes), latent
+
+
+def _transformer_spec(checkpoint: Checkpoint) -> tuple[GraphSpec, int]:
+    """Return the graph of a transformer, and the side of the latents for tracing."""
+    config = checkpoint.unet.config
+    tokens = checkpoint.text_encoder.config.max_position_embeddings + THIRD_TOKENS
+    native, largest = config.sample_size, config.pos_embed_max_size * config.patch_size
+    latent = min(native, max(LARGEST_EXAMPLE, 2 * config.patch_size))
+
+    def noisy_latents(batch: int, scale: int) -> tuple[Tensor, ...]:
+        height = min(scale * latent, native)  # taller ones have no positions, so the width grows as well
+        width = min(scale * latent * latent // height, largest)
+        sample = torch.randn(batch, config.in_channels, height, width)
+        states = torch.randn(batch, tokens, config.joint_attention_dim)
+        return sample, torch.rand(batch) * 999, states, torch.randn(batch, config.pooled_projection_dim)
+
+    axes = {"hidden_states": IMAGE_AXES, "timestep": {0: "steps"}, "encoder_hidden_states": {0: "batch", 1: "tokens"}}
+    axes |= {"pooled_projections": {0: "batch"}}
+    sizes = {"height": native, "width": native, "tokens": tokens}
+    module = Transformer(checkpoint.unet)
+    return _spec("transformer", module, (TRANSFORMER.output,), axes, noisy_latents, typical_sizes=sizes), latent
+
+
 def prompt_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the module of the text encoder that conditions the UNet, and its outputs: also "text_embeds" if shared."""
     clip = checkpoint.clip
+    if checkpoint.is_transformer:
+        states = HiddenStates.of_second(checkpoint.text_encoder)
+        return states, states.outputs
     if checkpoint.second is not None:
         shared = (clip.text_model, clip.text_projection) if checkpoint.shared else None
         states = HiddenStates(*shared or (tower_of(checkpoint.text_encoder),))
@@ -273,6 +315,15 @@ def _random_ids(config: CLIPTextConfig | SiglipTextConfig) -> Callable[[int, int
         if isinstance(config, CLIPTextConfig):
             tokens[:, -1] = end_of_text(config)  # the pooled state is that of this token
         return (tokens,)
+
+    return ids
+
+
+def _third_ids(config: T5Config) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Return a function that makes random token ids for a batch size, all of the length that is used."""
+
+    def ids(batch: int, scale: int) -> tuple[Tensor, ...]:
+        return (torch.randint(0, config.vocab_size, (batch, THIRD_TOKENS)),)
 
     return ids
 

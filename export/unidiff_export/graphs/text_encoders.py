@@ -1,7 +1,7 @@
-"""The text encoders of Stable Diffusion XL as modules: all hidden states of a text tower, as optimum exports them.
+"""The text encoders of Stable Diffusion XL and 3 as modules: all hidden states of a text tower, as in optimum.
 
-The UNet is conditioned on the second-to-last hidden states, which have not passed the final norm. The other ones are
-outputs too, because optimum's pipelines expect them.
+The denoiser is conditioned on the second-to-last hidden states, which have not passed the final norm. The other ones
+are outputs too, because optimum's pipelines expect them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 HIDDEN = "hidden_states."  # start of the names of outputs without a norm, whose values can be large
-CONDITIONING = -2  # the hidden states that condition the UNet, from the end
+CONDITIONING = -2  # the hidden states that condition the denoiser, from the end
 
 
 class HiddenStates(nn.Module):
@@ -32,7 +32,7 @@ class HiddenStates(nn.Module):
 
     @classmethod
     def of_second(cls, text_encoder: CLIPTextModelWithProjection) -> HiddenStates:
-        """The module of a second text encoder."""
+        """The module of a second text encoder, or of one of Stable Diffusion 3."""
         return cls(text_encoder.text_model, text_encoder.text_projection, pooled_first=True)
 
     @property
@@ -56,3 +56,14 @@ class HiddenStates(nn.Module):
         if self.projection is None:
             return last, *hidden
         return (embeds, last, *hidden) if self.pooled_first else (last, *hidden, embeds)
+
+
+class ThirdTextEncoder(nn.Module):
+    """Token ids to the last hidden states of the T5 of Stable Diffusion 3. Padding is not masked, as in diffusers."""
+
+    def __init__(self, model: T5EncoderModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids).last_hidden_state.float()

@@ -50,7 +50,7 @@ def calibrate(
     with _recording(specs) as ranges:
         generated = generate(samples.captions)  # runs the text encoder, the UNet and the VAE decoder
         inputs = graph_inputs(checkpoint, generated, samples.captions, samples.images or generated.images)
-        _run([spec for spec in specs if spec.name not in ("unet", "vae_decoder")], inputs)
+        _run([spec for spec in specs if spec.name not in (checkpoint.denoiser, "vae_decoder")], inputs)
     return Calibration(ranges, inputs)
 
 

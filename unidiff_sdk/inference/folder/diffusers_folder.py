@@ -18,6 +18,7 @@ from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError
 from unidiff_sdk.inference.manifest import (
+    DEFAULT_FLOW_SAMPLER,
     DEFAULT_SAMPLER,
     GRAPH_FILE,
     MAX_COUNT,
@@ -175,6 +176,8 @@ def sampler_defaults(scheduler: Mapping[str, Any], recorded: Mapping[str, Any] |
         recorded: what the model was made for, if it states that.
     """
     name = sampler_choice(scheduler).name
+    if name == DEFAULT_FLOW_SAMPLER["name"]:
+        return DEFAULT_FLOW_SAMPLER | dict(recorded or {})
     return DEFAULT_SAMPLER | {"name": name} | (FEW_STEPS if _takes_few_steps(scheduler) else {}) | dict(recorded or {})
 
 

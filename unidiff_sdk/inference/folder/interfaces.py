@@ -109,33 +109,36 @@ def _differs(where: str, kind: str, name: str, found: TensorSpec | None, expecte
 
 
 def _check_width(found: Mapping[str, OnnxFile], manifest: Manifest, files: BundleFiles) -> None:
-    """The UNet takes token states of the width that the text encoders return together."""
-    encoders = ("text_encoder",) if manifest.conditioning is None else ("text_encoder", "text_encoder_2")
-    if not found.keys() >= {"unet", *encoders}:
+    """The denoiser takes token states of the width that the text encoders return together.
+
+    That of Stable Diffusion 3 takes wider ones, padded with zeros.
+    """
+    denoiser, states = manifest.denoiser.graph, manifest.text_states
+    if not found.keys() >= {denoiser, *states}:
         return
-    taken = found["unet"].inputs.get("encoder_hidden_states")
-    outputs = zip(encoders, _state_outputs(manifest), strict=True)
-    widths = [tensor.shape[-1] for graph, name in outputs if (tensor := found[graph].outputs.get(name))]
+    taken = found[denoiser].inputs.get("encoder_hidden_states")
+    widths = [tensor.shape[-1] for graph, name in states.items() if (tensor := found[graph].outputs.get(name))]
     fixed = [width for width in widths if isinstance(width, int)]
-    if taken and widths and len(fixed) == len(widths) and not _same_axis(sum(fixed), taken.shape[-1]):
+    joint = manifest.joint_conditioning
+    fits = taken is None or (sum(fixed) <= joint.width if joint else _same_axis(sum(fixed), taken.shape[-1]))
+    if taken and widths and len(fixed) == len(widths) and not fits:
         returning = "text encoder returns" if len(fixed) == 1 else "text encoders return"
+        kind = "UNet" if joint is None else "transformer"
         raise BundleError(
-            f"{files.folder}: the UNet takes token states of width {taken.shape[-1]}, but the {returning} "
+            f"{files.folder}: the {kind} takes token states of width {taken.shape[-1]}, but the {returning} "
             f"{' and '.join(map(str, fixed))}: they belong to different models; export the bundle again"
         )
 
 
-def _state_outputs(manifest: Manifest) -> tuple[str, ...]:
-    """The output of each text encoder that conditions the UNet."""
-    return ("last_hidden_state",) if manifest.conditioning is None else manifest.conditioning.states
-
-
 def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     """The inputs that the runtime gives to a graph. Empty for an unknown graph."""
-    embedding, image, latents, added = manifest.embedding, manifest.image, _latents(manifest), manifest.conditioning
+    embedding, image, latents = manifest.embedding, manifest.image, _latents(manifest)
+    added, joint = manifest.conditioning, manifest.joint_conditioning
     match graph:
         case "text_encoder" | "text_encoder_2":
             return {"input_ids": TensorSpec("int64", (BATCH, manifest.prompt_tokens))}
+        case "text_encoder_3" if joint:
+            return {"input_ids": TensorSpec("int64", (BATCH, joint.third_tokens))}
         case "clip_text_encoder" if embedding:
             return {"input_ids": TensorSpec("int64", (BATCH, embedding.max_tokens))}
         case "image_encoder" if image:
@@ -152,6 +155,13 @@ def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
                 "text_embeds": TensorSpec("float32", (BATCH, added.pooled_width)),
                 "time_ids": TensorSpec("float32", (BATCH, TIME_IDS)),
             }
+        case "transformer" if joint:
+            return {
+                "hidden_states": latents,
+                "timestep": TensorSpec("float32", (BATCH,)),
+                "encoder_hidden_states": TensorSpec("float32", (BATCH, manifest.state_tokens, joint.width)),
+                "pooled_projections": TensorSpec("float32", (BATCH, joint.pooled_width)),
+            }
         case "vae_decoder":
             return {"latent_sample": latents}
         case "vae_encoder":
@@ -161,26 +171,32 @@ def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
 
 def _outputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
     """The outputs of a graph that the runtime uses. Empty for an unknown graph."""
-    latents, added = _latents(manifest), manifest.conditioning
+    latents, states, joint = _latents(manifest), manifest.text_states, manifest.joint_conditioning
+    pooled = TensorSpec("float32", (BATCH, manifest.conditioning.pooled_width if manifest.conditioning else ANY))
     embeds = TensorSpec("float32", (BATCH, manifest.embedding.dim if manifest.embedding else ANY))
     match graph:
         case "text_encoder":
             if manifest.latent is None:  # of a bundle that only searches
                 return {"text_embeds": embeds}
-            states = {_state_outputs(manifest)[0]: TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY))}
-            separate = manifest.embedding is None or "clip_text_encoder" in manifest.graphs
-            return states if separate else states | {"text_embeds": embeds}
-        case "text_encoder_2" if added:
+            conditioning = {states[graph]: TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY))}
+            if manifest.embedding is None or "clip_text_encoder" in manifest.graphs:
+                return conditioning | ({"text_embeds": pooled} if joint else {})
+            return conditioning | {"text_embeds": embeds}
+        case "text_encoder_2" if graph in states:
             return {
-                added.states[1]: TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY)),
-                "text_embeds": TensorSpec("float32", (BATCH, added.pooled_width)),
+                states[graph]: TensorSpec("float32", (BATCH, manifest.prompt_tokens, ANY)),
+                "text_embeds": pooled,
             }
+        case "text_encoder_3" if joint:
+            return {"last_hidden_state": TensorSpec("float32", (BATCH, joint.third_tokens, joint.width))}
         case "clip_text_encoder":
             return {"text_embeds": embeds}
         case "image_encoder":
             return {"image_embeds": embeds}
         case "unet":
             return {"out_sample": latents}
+        case "transformer":
+            return {"out_hidden_states": latents}
         case "vae_decoder":
             return {"sample": _pixels(manifest)}
         case "vae_encoder":

@@ -4,9 +4,10 @@ With the latents z of an image x and the conditions of a text y, its token state
 
     e(x, y) = mean over t of ‖target_t - ε_θ(z_t, t, y)‖² / size        z_t = √ᾱ_t z + √(1 - ᾱ_t) ε
 
-The target is the noise ε or the velocity, as the UNet was trained. The timesteps t are few and of high noise: there the
-text decides what the UNet sees, while at low noise z_t itself shows it. Every image and text is measured with the same
-noise ε, so that differences between errors are differences between images and texts.
+The target is the noise ε or the velocity, as the UNet was trained. A flow matching model has z_t = (1 - σ) z + σ ε and
+the target ε - z. The timesteps t are few and of high noise: there the text decides what the UNet sees, while at low
+noise z_t itself shows it. Every image and text is measured with the same noise ε, so that differences between errors
+are differences between images and texts.
 
 Sources of the idea: Li et al. 2023, "Your Diffusion Model is Secretly a Zero-Shot Classifier" (arXiv:2303.16203), and
 Krojer et al. 2023, "Are Diffusion Models Vision-And-Language Reasoners?" (arXiv:2305.16397).
@@ -14,7 +15,6 @@ Krojer et al. 2023, "Are Diffusion Models Vision-And-Language Reasoners?" (arXiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unidiff_sdk._internal.parallel import batched
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ class DenoisingError:
         noise_seed: the seed of the noise. The noise of a timestep does not depend on the other timesteps.
     """
 
-    def __init__(self, unet: NoisePredictor, schedule: Schedule, noise_seed: int) -> None:
+    def __init__(self, unet: NoisePredictor, schedule: Schedule | FlowSchedule, noise_seed: int) -> None:
         self._unet, self._schedule, self._seed = unet, schedule, noise_seed
         self._noise = lru_cache(_CACHED_NOISE)(_NoiseOf(noise_seed))
 
@@ -97,11 +97,12 @@ class DenoisingError:
 
     def _noisy(self, row: Row) -> tuple[Float32, Float32]:
         """The latents with noise, and the output that the UNet was trained to return for them."""
-        bar = float(self._schedule.alphas_cumprod[row.timestep])
-        signal, noisy = np.float32(math.sqrt(bar)), np.float32(math.sqrt(1 - bar))
         clean, noise = row.latents.astype(np.float32), self._noise(row.timestep, row.latents.shape)
-        is_velocity = self._schedule.prediction_type == "v_prediction"
-        return signal * clean + noisy * noise, signal * noise - noisy * clean if is_velocity else noise
+        (of_clean, of_noise), (target_of_clean, target_of_noise) = (
+            map(np.float32, shares)
+            for shares in (self._schedule.shares(row.timestep), self._schedule.target_shares(row.timestep))
+        )
+        return of_clean * clean + of_noise * noise, target_of_clean * clean + target_of_noise * noise
 
 
 class _NoiseOf:

@@ -34,7 +34,7 @@ from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError, GenerationError, ImageError, StoredImageError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.manifest import DEFAULT_RERANK, RerankDefaults
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 from unidiff_sdk.retrieval.options import MAX_RERANKED
 from unidiff_sdk.store import Record, ScoredRecord
 from unidiff_sdk.store.payload import system_of
@@ -49,7 +49,6 @@ __all__ = ["Reranked", "Reranker", "combined_scores", "gains_of"]
 
 Float64 = npt.NDArray[np.float64]
 
-GRAPHS = ("unet", "vae_encoder")
 QUERIES_AT_ONCE = 16  # of a batch; bounds the memory for the latents of their candidates
 MAX_TIMESTEPS = 16  # of a manifest, which may be a stranger's: each costs a call of the UNet for each candidate
 TRAIN_TIMESTEPS = 1000  # that the timesteps of `DEFAULT_RERANK` refer to
@@ -146,7 +145,7 @@ class Reranker:
         gains = gains_of(unconditional, errors)
         for (_, sha256), gain in zip(pairs, gains, strict=True):
             if not np.isfinite(gain):
-                raise self._not_finite("unet", items[sha256])
+                raise self._not_finite(self._bundle.manifest.denoiser.graph, items[sha256])
         return dict(zip(pairs, map(float, gains), strict=True))
 
     def _latents_of(self, items: Mapping[str, ScoredRecord]) -> dict[str, ImageLatents]:
@@ -191,7 +190,7 @@ class Reranker:
         errors = self._error.measure(rows).reshape(len(latents), len(timesteps))
         for item, measured in zip(items.values(), errors, strict=True):
             if not np.isfinite(measured).all():
-                raise self._not_finite("unet", item)
+                raise self._not_finite(self._bundle.manifest.denoiser.graph, item)
         return {
             sha256: ImageLatents(
                 each, dict(zip(timesteps, map(float, measured), strict=True)), self.settings.noise_seed
@@ -238,14 +237,15 @@ class Reranker:
 
 def check_generator(bundle: Bundle) -> None:
     """Raise BundleError if a bundle lacks the graphs that re-ranking needs."""
-    if missing := [graph for graph in GRAPHS if not bundle.has_graph(graph)]:
+    needed = (bundle.manifest.denoiser.graph, "vae_encoder")
+    if missing := [graph for graph in needed if not bundle.has_graph(graph)]:
         raise BundleError(
             f"rerank= needs a generator, but {bundle.path} has no {' and no '.join(missing)}; search without rerank=, "
             "or export CLIP and Stable Diffusion together"
         )
 
 
-def settings_of(bundle: Bundle, schedule: Schedule) -> RerankDefaults:
+def settings_of(bundle: Bundle, schedule: Schedule | FlowSchedule) -> RerankDefaults:
     """The bundle's own defaults, or the general ones at its number of timesteps. Raises BundleError."""
     own, total = bundle.manifest.rerank, schedule.num_train_timesteps
     if own is None:

@@ -21,6 +21,7 @@ from .loading.second_text_encoder import has_second_text_encoder, pooled_width
 __all__ = [
     "MAX_SIZE",
     "METADATA",
+    "check_classes",
     "check_clip_files",
     "check_config",
     "check_pipeline_files",
@@ -35,7 +36,7 @@ METADATA = "unidiff.json"
 MAX_LAYERS = 1_000  # in the configuration of a model: layers, or layers of a block
 MAX_SIZE = 10_000_000  # any other integer there: widths, tokens, timesteps
 
-ADVICE = "use a model with the architecture of Stable Diffusion 1, 2 or XL"
+ADVICE = "use a model with the architecture of Stable Diffusion 1, 2, XL or 3"
 CLIP_ADVICE = "use a CLIP model, which transformers' CLIPModel and CLIPProcessor load"
 # For each file: the field that names a class, and the names that are supported.
 PIPELINE_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -92,7 +93,7 @@ def require_generator(folder: Path) -> None:
 
 def check_pipeline_files(folder: Path) -> None:
     """Check the configuration files of a Stable Diffusion pipeline. Raises CheckpointError if it is another model."""
-    _check_classes(folder, PIPELINE_CLASSES, ADVICE)
+    check_classes(folder, PIPELINE_CLASSES, ADVICE)
     unet, vae, text = (read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder"))
     is_xl = has_second_text_encoder(folder)
     second = read_json(folder / "text_encoder_2" / "config.json") if is_xl else {}
@@ -166,7 +167,7 @@ def check_clip_files(folder: Path, *, preprocessing: bool = True) -> None:
 
     preprocessing: Whether images must be prepared by the steps of CLIP, as training needs it.
     """
-    _check_classes(folder, CLIP_CLASSES, CLIP_ADVICE)
+    check_classes(folder, CLIP_CLASSES, CLIP_ADVICE)
     if not preprocessing or not (folder / PREPROCESSOR).is_file():
         return
     preprocessor = read_json(folder / PREPROCESSOR)
@@ -178,7 +179,11 @@ def check_clip_files(folder: Path, *, preprocessing: bool = True) -> None:
         )
 
 
-def _check_classes(folder: Path, classes: dict[str, tuple[str, tuple[str, ...]]], advice: str) -> None:
+def check_classes(folder: Path, classes: dict[str, tuple[str, tuple[str, ...]]], advice: str) -> None:
+    """Check the classes that the files of a folder state: for each file the field, and the names that are supported.
+
+    Raises CheckpointError, which ends with `advice`, for another class.
+    """
     for name, (field, supported) in classes.items():
         if not (folder / name).is_file():
             continue

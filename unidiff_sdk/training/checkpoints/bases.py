@@ -23,7 +23,10 @@ from .loading.single_file import SD15, config_folder
 
 __all__ = ["hub_id", "load_base", "local_folder"]
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS = (
+    *("unet", "transformer", "vae", "scheduler"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+)
 PIPELINE_FILES = [f"{part}/*" for part in PARTS]
 # Repositories hold the same weights several times. One float copy is enough, and pickles are never read.
 IGNORED_FILES = ["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5", "*.onnx*", "*openvino*"]

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.images import Fit
@@ -26,7 +26,13 @@ from unidiff_sdk._internal.json_values import number_within
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defaults
 from unidiff_sdk.inference.manifest import Resize
-from unidiff_sdk.inference.schedule import sampler_choice, scheduler_refusal, stated_settings
+from unidiff_sdk.inference.schedule import (
+    FlowSchedule,
+    flow_refusal,
+    sampler_choice,
+    scheduler_refusal,
+    stated_settings,
+)
 
 from .architectures import MAX_SIZE, METADATA, check_clip_files, check_pipeline_files, require_files, require_generator
 from .encoders.image_preprocessing import normalization, preprocessing_refusal
@@ -38,15 +44,29 @@ from .loading.models import (
     load_model,
     load_parts,
     load_second,
+    load_third,
+    load_transformer_parts,
     progress_bars_hidden,
     scheduler_class,
 )
 from .loading.options import BaseOptions
-from .loading.second_text_encoder import SECOND_FILES, SecondTextEncoder, has_second_text_encoder
+from .loading.second_text_encoder import (
+    SECOND_FILES,
+    SecondTextEncoder,
+    ThirdTextEncoder,
+    has_second_text_encoder,
+)
 from .loading.single_file import SD15, config_folder
 from .loading.textual_inversion import with_names
-from .loading.weight_files import CLIP_WEIGHTS, PIPELINE_WEIGHTS, XL_WEIGHTS
-from .text_sharing import layers_of, share_text_layers, tower_of
+from .loading.weight_files import CLIP_WEIGHTS, PIPELINE_WEIGHTS, SD3_WEIGHTS, TRANSFORMERS_WEIGHTS, XL_WEIGHTS
+from .stable_diffusion_3 import (
+    THIRD,
+    check_stable_diffusion_3,
+    is_stable_diffusion_3,
+    refuse_additions,
+    transformer_refusal,
+)
+from .text_sharing import layers_of, share_projected_text_encoder, share_text_layers, tower_of
 
 __all__ = [
     "METADATA",
@@ -59,6 +79,7 @@ __all__ = [
     "load_encoders",
     "load_tokenizer",
     "require_supported",
+    "require_trainable",
 ]
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_checkpoint"
@@ -95,14 +116,16 @@ class Checkpoint:
         meta: Content of unidiff.json. Empty for a folder without it.
         clip_path: Folder that CLIP was loaded from. None for a converted model.
         options: Files that the pipeline was loaded from, with the variant that was chosen, and what was added to it.
-        second: Second text encoder of Stable Diffusion XL. None for other models.
+        second: Second text encoder of Stable Diffusion XL and 3. None for other models.
+        third: Third text encoder of Stable Diffusion 3, if the pipeline has it.
+        unet: UNet; the transformer of Stable Diffusion 3.
     """
 
     path: Path
-    unet: UNet2DConditionModel
+    unet: UNet2DConditionModel | SD3Transformer2DModel
     vae: AutoencoderKL
     clip: CLIPModel
-    text_encoder: CLIPTextModel
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     clip_tokenizer: CLIPTokenizer
     scheduler: Any
@@ -111,6 +134,7 @@ class Checkpoint:
     clip_path: Path | None = None
     options: BaseOptions = field(default_factory=BaseOptions)
     second: SecondTextEncoder | None = None
+    third: ThirdTextEncoder | None = None
 
     def parts(self) -> dict[str, Any]:
         """The keyword arguments of `save_checkpoint`, except `meta`."""
@@ -119,13 +143,33 @@ class Checkpoint:
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The models."""
-        second = () if self.second is None else (self.second.model,)
-        return (self.unet, self.vae, self.clip, self.text_encoder, *second)
+        others = [each.model for each in (self.second, self.third) if each is not None]
+        return (self.unet, self.vae, self.clip, self.text_encoder, *others)
 
     @property
     def name(self) -> str:
         """Name in the metadata, or the folder's name."""
         return str(self.meta.get("name", self.path.name))
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether it is Stable Diffusion 3: a transformer that was trained by flow matching denoises."""
+        return isinstance(self.unet, SD3Transformer2DModel)
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the part that denoises: "unet" or "transformer"."""
+        return "transformer" if self.is_transformer else "unet"
+
+    @property
+    def latent_shift(self) -> float:
+        """What is subtracted from the latents of the VAE. Only the pipeline of Stable Diffusion 3 follows the VAE's."""
+        return float(self.vae.config.shift_factor) if self.is_transformer else 0.0
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: "epsilon", "v_prediction" or "flow"."""
+        return FlowSchedule.prediction_type if self.is_transformer else str(self.scheduler.config.prediction_type)
 
     @property
     def shared(self) -> bool:
@@ -227,7 +271,7 @@ def load_checkpoint(path: str | Path, options: BaseOptions | None = None) -> Che
     """
     folder = TINY if str(path) == "tiny" else checked_path(path, CheckpointError)
     require_generator(folder)
-    require_files(folder, PIPELINE_FILES | CLIP_FILES)
+    require_files(folder, CLIP_FILES | ({} if is_stable_diffusion_3(folder) else PIPELINE_FILES))
     clip, image_processor = load_clip(folder / "clip")
     has_tokenizer = (folder / "clip" / "tokenizer_config.json").is_file()
     clip_tokenizer = from_pretrained(CLIPTokenizer, folder / "clip") if has_tokenizer else None
@@ -270,7 +314,7 @@ def assemble_checkpoint(
     clip_tokenizer: CLIPTokenizer | None = None,
     options: BaseOptions | None = None,
 ) -> Checkpoint:
-    """Combine a Stable Diffusion pipeline (1, 2 or XL) with a CLIP model, sharing their common text layers.
+    """Combine a Stable Diffusion pipeline (1, 2, XL or 3) with a CLIP model, sharing their common text layers.
 
     Args:
         source: Folder of the pipeline, or a safetensors file in the original layout.
@@ -285,6 +329,12 @@ def assemble_checkpoint(
     options = options or BaseOptions()
     options = replace(options, textual_inversions=with_names(options.textual_inversions))
     folder, is_file = config_folder(source, options), source.is_file()
+    if is_stable_diffusion_3(folder):
+        if is_file:
+            raise CheckpointError(
+                f"{source}: Stable Diffusion 3 is read from a folder of diffusers, not a single file."
+            )
+        return _assemble_stable_diffusion_3(folder, clip, image_processor, clip_tokenizer, options)
     is_xl = has_second_text_encoder(folder)
     files = PIPELINE_FILES | (SECOND_FILES if is_xl else {})
     require_files(folder, {name: part for name, part in files.items() if folder != SD15 or part != TOKENIZER})
@@ -320,6 +370,37 @@ def assemble_checkpoint(
         )
 
 
+def _assemble_stable_diffusion_3(
+    folder: Path, clip: CLIPModel, image_processor: Any, clip_tokenizer: CLIPTokenizer | None, options: BaseOptions
+) -> Checkpoint:
+    """`assemble_checkpoint` for Stable Diffusion 3."""
+    check_stable_diffusion_3(folder)
+    refuse_additions(folder, options)
+    has_third = (folder / THIRD).is_dir()
+    weights = SD3_WEIGHTS | ({THIRD: TRANSFORMERS_WEIGHTS} if has_third else {})
+    with progress_bars_hidden():
+        tokenizer = from_pretrained(CLIPTokenizer, folder / "tokenizer")
+        _check_vocabulary(folder, tokenizer)
+        options = replace(options, variant=chosen_variant(folder, weights, options.variant))
+        transformer, text_encoder, vae = load_transformer_parts(folder, options)
+        meta = read_json(folder / METADATA) if (folder / METADATA).exists() else {}
+        return Checkpoint(
+            path=folder,
+            unet=transformer,
+            vae=vae,
+            clip=clip,
+            text_encoder=share_projected_text_encoder(text_encoder, clip),
+            tokenizer=tokenizer,
+            clip_tokenizer=clip_tokenizer or tokenizer,
+            scheduler=from_pretrained(scheduler_class(folder), folder / "scheduler"),
+            image_processor=image_processor,
+            meta=options.recorded(meta),
+            options=options,
+            second=replace(load_second(folder, folder, options), zero_negative=False),
+            third=load_third(folder, options) if has_third else None,
+        )
+
+
 def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
     """Check that the text encoder of a pipeline embeds all tokens. Raises CheckpointError if not."""
     embedded = read_json(folder / "text_encoder" / "config.json").get("vocab_size", len(tokenizer))
@@ -333,16 +414,30 @@ def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
 
 def require_supported(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint itself. Raises CheckpointError if the runtime cannot generate with its UNet."""
-    scheduler = checkpoint.scheduler.config
-    if refused := refusal(checkpoint.unet.config, checkpoint.vae.config, *checkpoint.text_widths):
-        raise CheckpointError(f"{checkpoint.path}: {refused}")
-    if refused := scheduler_refusal(checkpoint.scheduler_config):
+    if checkpoint.is_transformer and checkpoint.second is not None:
+        texts = [model.config.to_dict() for model in (checkpoint.text_encoder, checkpoint.second.model)]
+        refused = transformer_refusal(checkpoint.unet.config, checkpoint.vae.config, *texts)
+        refused = refused or flow_refusal(checkpoint.scheduler_config)
+    else:
+        refused = refusal(checkpoint.unet.config, checkpoint.vae.config, *checkpoint.text_widths)
+        refused = refused or scheduler_refusal(checkpoint.scheduler_config)
+    if refused:
         raise CheckpointError(f"{checkpoint.path}: {refused}")
     if refused := preprocessing_refusal(checkpoint.image_processor, checkpoint.clip.config.vision_config.image_size):
         raise CheckpointError(f"{checkpoint.path}: {refused}")
-    if scheduler.prediction_type not in ("epsilon", "v_prediction"):
+    if checkpoint.prediction_type not in ("epsilon", "v_prediction", "flow"):
         raise CheckpointError(
-            f"The UNet of {checkpoint.path} predicts {scheduler.prediction_type!r}. Training supports epsilon and "
+            f"The UNet of {checkpoint.path} predicts {checkpoint.prediction_type!r}. Training supports epsilon and "
             "v_prediction."
+        )
+    return checkpoint
+
+
+def require_trainable(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint itself. Raises CheckpointError if the losses do not support it."""
+    if checkpoint.is_transformer:
+        raise CheckpointError(
+            f"{checkpoint.path} is Stable Diffusion 3, which can be exported but not trained. Train a model with the "
+            "architecture of Stable Diffusion 1, 2 or XL, or export this one as it is: unidiff-export CKPT -o BUNDLE."
         )
     return checkpoint

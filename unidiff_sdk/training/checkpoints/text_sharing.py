@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
-__all__ = ["layers_of", "share_text_layers", "tower_of"]
+__all__ = ["layers_of", "share_projected_text_encoder", "share_text_layers", "tower_of"]
 
+SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps")
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # that weights are stored in
 
 
@@ -39,8 +40,7 @@ def share_text_layers(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextM
     the tower of OpenCLIP ViT-H/14 without its last layer.
     """
     ours, theirs = tower_of(text_encoder), tower_of(clip.text_model)
-    settings = ("hidden_act", "num_attention_heads", "layer_norm_eps")
-    if any(getattr(ours.config, name) != getattr(theirs.config, name) for name in settings):
+    if any(getattr(ours.config, name) != getattr(theirs.config, name) for name in SETTINGS):
         return text_encoder
     if not _equal(ours.embeddings, theirs.embeddings):
         return text_encoder
@@ -57,6 +57,21 @@ def share_text_layers(text_encoder: CLIPTextModel, clip: CLIPModel) -> CLIPTextM
     if isinstance(clip.text_model, CLIPTextModel):
         return clip.text_model
     text_encoder.text_model = clip.text_model
+    return text_encoder
+
+
+def share_projected_text_encoder(
+    text_encoder: CLIPTextModelWithProjection, clip: CLIPModel
+) -> CLIPTextModelWithProjection:
+    """Return a text encoder that also projects, with the parameters of CLIP's text side if all of them are equal.
+
+    That of Stable Diffusion 3 is the text side of CLIP ViT-L/14. One that differs anywhere keeps its own parameters.
+    """
+    ours, theirs = tower_of(text_encoder), tower_of(clip.text_model)
+    if any(getattr(ours.config, name) != getattr(theirs.config, name) for name in SETTINGS):
+        return text_encoder
+    if _equal(ours, theirs) and _equal(text_encoder.text_projection, clip.text_projection):
+        text_encoder.text_model, text_encoder.text_projection = clip.text_model, clip.text_projection
     return text_encoder
 
 

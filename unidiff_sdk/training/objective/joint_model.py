@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_supported
+from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint, require_supported, require_trainable
 from unidiff_sdk.training.checkpoints.text_sharing import layers_of, tower_of
 from unidiff_sdk.training.config import Precision
 
@@ -40,7 +40,7 @@ class JointModel(EncoderModel):
         self.zero_negative = bool(checkpoint.second and checkpoint.second.zero_negative)
         self.vae = checkpoint.vae.requires_grad_(False)
         self.conditioning_layer = checkpoint.conditioning_layer
-        require_supported(checkpoint)
+        require_trainable(require_supported(checkpoint))
         self.latent_factor = checkpoint.latent_factor
         self.prediction_type: str = checkpoint.scheduler.config.prediction_type
         self.scheduler_config = checkpoint.scheduler_config

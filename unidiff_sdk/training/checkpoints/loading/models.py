@@ -9,8 +9,14 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from unidiff_sdk._internal.warnings import warn
@@ -20,7 +26,7 @@ from unidiff_sdk.training.checkpoints.architectures import check_config, require
 from unidiff_sdk.training.checkpoints.json_files import read_json
 
 from .options import BaseOptions
-from .second_text_encoder import SecondTextEncoder, zero_negative
+from .second_text_encoder import SecondTextEncoder, ThirdTextEncoder, zero_negative
 from .single_file import load_parts_of_file, load_second_of_file, load_vae_file
 from .weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, VAE_WEIGHTS, choose_variant, variant_of
 
@@ -30,6 +36,8 @@ __all__ = [
     "load_model",
     "load_parts",
     "load_second",
+    "load_third",
+    "load_transformer_parts",
     "progress_bars_hidden",
     "scheduler_class",
 ]
@@ -58,8 +66,23 @@ def load_parts(
     return unet, text_encoder, vae or _load_vae(folder / "vae", options.variant, options.vae)
 
 
+def load_transformer_parts(
+    folder: Path, options: BaseOptions
+) -> tuple[SD3Transformer2DModel, CLIPTextModelWithProjection, AutoencoderKL]:
+    """Load the transformer, the first text encoder and the VAE of Stable Diffusion 3, as `load_parts` those of others.
+
+    Raises:
+        CheckpointError: A part is missing, unreadable or incomplete.
+    """
+    return (
+        load_model(SD3Transformer2DModel, folder / "transformer", options.variant),
+        load_model(CLIPTextModelWithProjection, folder / "text_encoder", options.variant),
+        _load_vae(folder / "vae", options.variant, options.vae),
+    )
+
+
 def load_second(source: Path, folder: Path, options: BaseOptions) -> SecondTextEncoder:
-    """Load the second text encoder of Stable Diffusion XL, as `load_parts` loads the others. Raises CheckpointError."""
+    """Load the second text encoder of a pipeline, as `load_parts` loads the other models. Raises CheckpointError."""
     if source.is_file():
         model = load_second_of_file(source, folder)
     else:
@@ -70,6 +93,17 @@ def load_second(source: Path, folder: Path, options: BaseOptions) -> SecondTextE
             f"{folder / 'tokenizer_2'} has {tokens:,} tokens, but the text encoder embeds {embedded:,}."
         )
     return SecondTextEncoder(model, tokenizer, zero_negative(folder))
+
+
+def load_third(folder: Path, options: BaseOptions) -> ThirdTextEncoder:
+    """Load the third text encoder of a pipeline, as `load_parts` loads the other models. Raises CheckpointError."""
+    model = load_model(T5EncoderModel, folder / "text_encoder_3", options.variant)
+    tokenizer = from_pretrained(T5TokenizerFast, folder / "tokenizer_3")
+    if (tokens := len(tokenizer)) > (embedded := model.config.vocab_size):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_3'} has {tokens:,} tokens, but the text encoder embeds {embedded:,}."
+        )
+    return ThirdTextEncoder(model, tokenizer)
 
 
 def load_model(model_class: Any, folder: Path, variant: str | None = None) -> Any:

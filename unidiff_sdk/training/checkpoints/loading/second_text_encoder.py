@@ -1,4 +1,4 @@
-"""The second text encoder of Stable Diffusion XL, and the checks of its configuration files."""
+"""The text encoders of a pipeline besides the first, and the checks of the second one's configuration files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
 from unidiff_sdk.errors import CheckpointError
 from unidiff_sdk.training.checkpoints.json_files import read_json
 
-__all__ = ["SECOND_FILES", "SecondTextEncoder", "has_second_text_encoder", "pooled_width", "zero_negative"]
+__all__ = [
+    "SECOND_FILES",
+    "SecondTextEncoder",
+    "ThirdTextEncoder",
+    "has_second_text_encoder",
+    "pooled_width",
+    "zero_negative",
+]
 
 MODEL_INDEX = "model_index.json"
 SECOND_FILES = {
@@ -40,6 +47,19 @@ class SecondTextEncoder:
     def pooled_width(self) -> int:
         """Width of the pooled embedding."""
         return int(self.model.config.projection_dim)
+
+
+@dataclass(frozen=True)
+class ThirdTextEncoder:
+    """The T5 of Stable Diffusion 3, in float32 and in eval mode.
+
+    Attributes:
+        model: The encoder of a T5.
+        tokenizer: Its tokenizer.
+    """
+
+    model: T5EncoderModel
+    tokenizer: Any
 
 
 def has_second_text_encoder(folder: Path) -> bool:

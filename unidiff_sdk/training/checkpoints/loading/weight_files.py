@@ -13,6 +13,7 @@ __all__ = [
     "CLIP_WEIGHTS",
     "DIFFUSERS_WEIGHTS",
     "PIPELINE_WEIGHTS",
+    "SD3_WEIGHTS",
     "TRANSFORMERS_WEIGHTS",
     "VAE_WEIGHTS",
     "XL_WEIGHTS",
@@ -23,6 +24,7 @@ __all__ = [
 DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 PIPELINE_WEIGHTS = {"unet": DIFFUSERS_WEIGHTS, "vae": DIFFUSERS_WEIGHTS, "text_encoder": TRANSFORMERS_WEIGHTS}
 XL_WEIGHTS = PIPELINE_WEIGHTS | {"text_encoder_2": TRANSFORMERS_WEIGHTS}
+SD3_WEIGHTS = {"transformer" if part == "unet" else part: weights for part, weights in XL_WEIGHTS.items()}
 CLIP_WEIGHTS, VAE_WEIGHTS = {"": TRANSFORMERS_WEIGHTS}, {"": DIFFUSERS_WEIGHTS}  # of a folder that holds one model
 
 SHARD = re.compile(r"[\w.-]+\.safetensors")
