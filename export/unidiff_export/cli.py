@@ -30,6 +30,7 @@ unidiff-export runs/shop -o bundles/shop-int8 --int8 --calibration products
 unidiff-export models/sd15 --clip models/clip-vit-large-patch14 -o bundles/sd15
 unidiff-export --clip models/clip-vit-base-patch32 -o bundles/search
 unidiff-export models/sd15 --clip models/clip --variant fp16 --lora shoes.safetensors:0.8 -o bundles/shoes
+unidiff-export runs/shop -o bundles/shop --lora shoes.safetensors --lora light.safetensors --lora-switchable
 unidiff-export runs/shop -o bundles/shop --sign KEY.pem
 unidiff-export sign bundles/shop --key KEY.pem
 unidiff-export rerank bundles/shop products
@@ -44,6 +45,11 @@ unidiff-export rerank bundles/shop products
     "hf:org/name, or open_clip:ARCH/TAG-or-file.",
 )
 @base_options()
+@click.option(
+    "--lora-switchable",
+    is_flag=True,
+    help="Keep the --lora files apart instead of merging them, so that each generation chooses among them by name.",
+)
 @click.option(
     "-o", "--out", metavar="BUNDLE", required=True, type=click.Path(path_type=Path), help="Folder for the bundle."
 )

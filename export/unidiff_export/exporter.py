@@ -21,12 +21,12 @@ from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.folder.signature import read_private_key, sign_manifest
-from unidiff_sdk.inference.manifest import Manifest, RerankDefaults
+from unidiff_sdk.inference.manifest import Manifest, RerankDefaults, SwitchableLora
 from unidiff_sdk.inference.schedule import replacement_notice
 from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import load_search_model
-from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
+from unidiff_sdk.training.checkpoints.loading.options import BaseOptions, Lora
 
 from .bundle.exported import Exported, Progress
 from .bundle.files import folder_size, new_folder, write_pipeline_files
@@ -35,8 +35,9 @@ from .bundle.manifest import build_manifest, describe_model, sampler_defaults, w
 from .bundle.model_card import write_model_card
 from .bundle.reranking import MAX_QUERIES, MIN_QUERIES, affordable_queries, rerank_defaults
 from .bundle.search_only import export_search_model
+from .bundle.switchable import check_names, compare_loras, read_loras, with_optional_inputs, write_loras
 from .graphs.lowering import GraphSpec, graph_specs
-from .options import TARGETS, check_options
+from .options import TARGETS, check_options, check_switchable
 from .pipeline import generate_images, load_pipeline
 from .quantization.calibration import calibrate
 from .quantization.policy import Int8Policy
@@ -111,6 +112,7 @@ def export_bundle(
     clip: str | Path | None = None,
     variant: str | None = None,
     lora: Sequence[str | Path] = (),
+    lora_switchable: bool = False,
     textual_inversion: Sequence[str | Path] = (),
     vae: str | Path | None = None,
     base_config: str | Path | None = None,
@@ -133,6 +135,8 @@ def export_bundle(
         clip: the CLIP of a Stable Diffusion pipeline, see `load_base`; without one, see `load_search_model`.
         variant: the variant of the weight files, such as "fp16". Default: the main files, or the only variant there is.
         lora: LoRA files of diffusers, peft or kohya, and adapter folders of peft, to merge: PATH or PATH:WEIGHT.
+        lora_switchable: keep the LoRA files apart instead of merging them, so that each generation chooses among them
+            (`generate(lora=)`) by the names of their files.
         textual_inversion: tokens to add to the prompts, in the formats of diffusers or AUTOMATIC1111: FILE or
             FILE:TOKEN.
         vae: the VAE to use instead of the checkpoint's: a diffusers folder, or a safetensors file.
@@ -161,6 +165,12 @@ def export_bundle(
     options = BaseOptions.of(
         variant=variant, lora=lora, textual_inversion=textual_inversion, vae=vae, base_config=base_config
     )
+    switchable: tuple[Lora, ...] = ()
+    if lora_switchable:
+        check_switchable(precision, target)
+        check_names(options.loras)
+        switchable = options.loras
+        options = replace(options, loras=())
     start, out, report = time.perf_counter(), checked_path(out, ExportError).absolute(), progress or (lambda line: None)
     tolerance = tolerance or TOLERANCES[precision]
     key = None if sign is None else read_private_key(sign)  # fails before the export, not after it
@@ -168,7 +178,9 @@ def export_bundle(
     with _disk_errors(out), new_folder(out, overwrite=overwrite) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for random inputs of tracing and comparing
         report("Loading the checkpoint")
-        prepare = _export_search_model if checkpoint is None else partial(_export_checkpoint, checkpoint)
+        if checkpoint is None and switchable:
+            raise OptionError("LoRA files belong to a Stable Diffusion. Name one, or leave them out.")
+        prepare = _export_search_model if checkpoint is None else partial(_export_checkpoint, checkpoint, switchable)
         exported = prepare(clip, options, calibration, columns, precision, report)
         bundle = _UnfinishedBundle(folder, out.name, exported, precision, target, report)
         bundle.write()
@@ -219,6 +231,7 @@ def warn_of_replacement(checkpoint: Checkpoint) -> Checkpoint:
 
 def _export_checkpoint(
     checkpoint: str | Path | Checkpoint,
+    switchable: Sequence[Lora],
     clip: str | Path | None,
     options: BaseOptions,
     calibration: str | Path | None,
@@ -231,6 +244,8 @@ def _export_checkpoint(
     specs, from_disk = graph_specs(loaded), loaded is not checkpoint
     read = partial(read_samples, loaded, calibration, columns=columns)
     reference, policy = _prepare(loaded, specs, precision, read, report, from_disk)
+    loras = read_loras(loaded, switchable, reference, from_disk)
+    specs = with_optional_inputs(specs, loras)
     return Exported(
         specs=specs,
         configs=graph_configs(loaded),
@@ -239,6 +254,7 @@ def _export_checkpoint(
         policy=policy,
         write_files=partial(write_pipeline_files, loaded),
         write_card=lambda folder, manifest: write_model_card(folder, manifest, loaded.meta, loaded.path),
+        loras=loras,
         modules=loaded.modules() if from_disk else (),
     )
 
@@ -315,6 +331,7 @@ class _UnfinishedBundle:
         self.exported, self.precision = exported, precision
         self._folder, self._name, self._target = folder, name, target
         self._manifest: Manifest | None = None
+        self._loras: dict[str, SwitchableLora] = {}
         self.writer = GraphWriter(
             folder, exported.configs, precision, target, exported.policy, exported.reference, report
         )
@@ -324,11 +341,12 @@ class _UnfinishedBundle:
         for spec in self.exported.specs:
             self.writer.write(spec)
         self.exported.write_files(self._folder)
+        self._loras = write_loras(self._folder, self.exported.specs, self.exported.loras)
 
     def write_manifest(self) -> None:
         """Write the manifest of the current files, without evidence."""
         self._manifest = build_manifest(
-            self.exported.description,
+            replace(self.exported.description, loras=self._loras),
             self._folder,
             name=self._name,
             graphs=self.writer.graphs,
@@ -344,7 +362,8 @@ class _UnfinishedBundle:
     def finish(self, evidence: Evidence, cost: Mapping[str, Any], rerank: RerankDefaults | None) -> None:
         """Add the evidence, time and memory of the export, and defaults to the manifest; write the model card."""
         assert self._manifest is not None  # nothing is verified without a manifest
-        manifest = replace(self._manifest, parity=evidence.to_json(), export=cost, rerank=rerank)
+        loras = {name: replace(lora, psnr_db=evidence.loras[name]) for name, lora in self._loras.items()}
+        manifest = replace(self._manifest, parity=evidence.to_json(), export=cost, rerank=rerank, loras=loras)
         write_manifest(self._folder, manifest)
         self.exported.write_card(self._folder, manifest)
 
@@ -358,7 +377,8 @@ def _verify(bundle: _UnfinishedBundle, tolerance: Tolerance, report: Progress) -
             opened = _compare_graphs(bundle, tolerance, parity, report)
             if exported.policy is None:
                 exported.release_weights()
-            return Evidence(parity, *_compare_results(opened, exported.reference, tolerance, report))
+            results = _compare_results(opened, exported.reference, tolerance, report)
+            return Evidence(parity, *results, loras=_compare_loras(opened, exported, tolerance, report))
         except ToleranceError as failure:
             changed = exported.policy.keep_more_float(failure.graphs) if exported.policy else []
             if not changed:
@@ -401,6 +421,14 @@ def _compare_results(
     report("Comparing search with PyTorch")
     search = compare_search(encoder, reference, tolerance)
     return image, search, compare_embeddings(encoder, reference, tolerance)
+
+
+def _compare_loras(bundle: Bundle, exported: Exported, tolerance: Tolerance, report: Progress) -> dict[str, float]:
+    """Compare the images with each switchable LoRA with diffusers."""
+    if not (exported.loras and isinstance(exported.reference, Reference)):
+        return {}
+    report("Comparing images with the LoRAs with diffusers")
+    return compare_loras(Generator(bundle).generate, exported.loras, exported.reference, tolerance)
 
 
 def _finish_for_gpu(bundle: _UnfinishedBundle, evidence: Evidence, report: Progress) -> Evidence:

@@ -29,6 +29,7 @@ class Target:
         rewritten: apply the passes for ONNX Runtime's CPU kernels, see `graphs.passes`.
         channels_last: after the comparison on the CPU, apply the pass for kernels that only a GPU has. Rewritten graphs
             run only on "cuda".
+        optional_inputs: whether the runtime takes inputs that have a default, which switchable LoRAs need.
     """
 
     purpose: str
@@ -40,6 +41,7 @@ class Target:
     causal_attention: tuple[str, str] | None = None
     rewritten: bool = False
     channels_last: bool = False
+    optional_inputs: bool = False
 
 
 TARGETS = {
@@ -51,6 +53,7 @@ TARGETS = {
         precisions=PRECISIONS,
         devices=("cpu", "cuda"),
         rewritten=True,
+        optional_inputs=True,
     ),
     "portable": Target(
         purpose="any runtime that supports opset 23, with standard operators only",
@@ -59,6 +62,7 @@ TARGETS = {
         attention=(STANDARD, "Attention"),
         precisions=PRECISIONS,
         devices=("cpu", "cuda"),
+        optional_inputs=True,
     ),
     "cuda": Target(
         purpose="ONNX Runtime on an NVIDIA GPU",
@@ -99,4 +103,19 @@ def check_options(precision: str, target: str) -> None:
     if precision not in TARGETS[target].precisions:
         raise OptionError(
             f"target {target} does not support {precision}; use one of {', '.join(TARGETS[target].precisions)}"
+        )
+
+
+def check_switchable(precision: str, target: str) -> None:
+    """Raise OptionError if LoRAs cannot be switched in bundles of this kind."""
+    able = [name for name, known in TARGETS.items() if known.optional_inputs]
+    if target not in able:
+        raise OptionError(
+            f"target {target} has no optional inputs, so LoRAs cannot be switched; use the target {' or '.join(able)}, "
+            "or merge them: leave out --lora-switchable"
+        )
+    if precision == "int8":
+        raise OptionError(
+            "int8 is calibrated for one set of weights, so LoRAs cannot be switched; use --fp32 or --fp16, or merge "
+            "them: leave out --lora-switchable"
         )

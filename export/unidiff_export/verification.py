@@ -148,6 +148,7 @@ class Evidence:
         image: generated images; None without a generator.
         search: text and image search; None without pairs to search.
         embeddings: embeddings of unusual texts and images.
+        loras: PSNR of the worst image with each switchable LoRA, by name.
         devices: images, search and embeddings on further devices, by name, as in the manifest.
     """
 
@@ -155,6 +156,7 @@ class Evidence:
     image: ImageParity | None
     search: SearchParity | None
     embeddings: EmbeddingParity
+    loras: dict[str, float] = field(default_factory=dict)
     devices: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -361,6 +361,7 @@ class Catalog(OpenCatalog):
         sampler: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        lora: str | Iterable[str] | Mapping[str, float | None] | None = None,
         long_prompts: str = "truncate",
         like: ImageSource | Hit | Generated | None = None,
         strength: float | None = None,
@@ -392,6 +393,8 @@ class Catalog(OpenCatalog):
             steps, guidance_scale, sampler: default: those of the bundle (`bundle.sampler`).
             guidance_rescale: 0 to 1; removes the contrast that a high guidance_scale adds.
             width, height: in pixels; default: the size that the model was trained at.
+            lora: LoRAs that the bundle can switch on (`bundle.loras`): a name, several names, or a weight for each,
+                such as {"studio-light": 0.6}.
             long_prompts: "truncate" ignores what exceeds the model's tokens, with a warning; "chunk" encodes it too.
             like, strength, mask: start from an image; change it by this strength; repaint where the mask is bright.
             best_of: generate this number of candidates for each prompt and return the n with the highest scores.
@@ -427,6 +430,7 @@ class Catalog(OpenCatalog):
             sampler=sampler,
             width=width,
             height=height,
+            lora=lora,
             long_prompts=long_prompts,
             like=like,
             strength=strength,

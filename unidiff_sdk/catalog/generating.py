@@ -93,6 +93,7 @@ def generate(
             guidance_scale=resolved.guidance_scale,
             guidance_rescale=resolved.guidance_rescale,
             sampler=resolved.sampler,
+            lora=dict(resolved.lora),
             long_prompts=resolved.long_prompts,
             bundle=snapshot.bundle.fingerprint,
             like=like_sha256,

@@ -31,6 +31,7 @@ class Generated:
         nearest: the most similar catalog item, scored by that cosine; None if the catalog is empty.
         seed: the seed of this image; generating with n=1 and this seed reproduces it.
         bundle: the fingerprint of the bundle.
+        lora: the weights of the LoRAs that were switched on, by name.
         like, mask: SHA-256 of the images it was generated from, as in `Hit.sha256`.
         strength: how much `like` was changed, 0 to 1.
         replaced: whether a safety hook replaced the generated image with this one.
@@ -48,6 +49,7 @@ class Generated:
     sampler: str
     long_prompts: str
     bundle: str = field(repr=False)
+    lora: Mapping[str, float] = field(default_factory=dict)
     like: str | None = field(default=None, repr=False)
     strength: float | None = None
     mask: str | None = field(default=None, repr=False)
@@ -69,7 +71,13 @@ class Generated:
             "long_prompts": self.long_prompts,
             "bundle": self.bundle,
         }
-        edited = {"like": self.like, "strength": self.strength, "mask": self.mask, "replaced": self.replaced}
+        edited = {
+            "lora": dict(self.lora),
+            "like": self.like,
+            "strength": self.strength,
+            "mask": self.mask,
+            "replaced": self.replaced,
+        }
         return recipe | {name: value for name, value in edited.items() if value}
 
     @property
@@ -78,7 +86,8 @@ class Generated:
 
         A search with `where={"not": {"generated": True}}` excludes generated images.
         """
-        return {"generated": True, **self.recipe}
+        loras = [f"{name}:{weight:g}" for name, weight in self.lora.items()]
+        return {"generated": True, **self.recipe, **({"lora": loras} if loras else {})}
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the image as lossless .png or .webp, with its recipe in the metadata (`provenance.read_recipe`).

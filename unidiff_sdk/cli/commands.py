@@ -174,6 +174,7 @@ def _show_bundle(folder: Path, as_json: bool) -> None:
         "precision": manifest.precision,
         "target": manifest.target,
         "graphs": list(manifest.graphs),
+        "loras": {name: lora.weight for name, lora in manifest.loras.items()},
         "dim": manifest.embedding.dim if manifest.embedding else None,
         "fingerprint": bundle.fingerprint,
     }
@@ -183,6 +184,8 @@ def _show_bundle(folder: Path, as_json: bool) -> None:
     echo(f"Bundle:  {bundle.name}, {manifest.purpose}, {manifest.precision}, fingerprint {bundle.fingerprint[:12]}")
     echo(f"         {bundle.path}")
     echo(f"Graphs:  {', '.join(manifest.graphs)}")
+    if manifest.loras:
+        echo(f"LoRAs:   {', '.join(manifest.loras)}")
 
 
 @click.command(

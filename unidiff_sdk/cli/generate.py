@@ -25,6 +25,18 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 
+def _parse_loras(context: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, float | None]:
+    """NAME or NAME:WEIGHT, for `Catalog.generate`."""
+    loras: dict[str, float | None] = {}
+    for value in values:
+        name, colon, weight = value.rpartition(":")
+        try:
+            loras[name if colon else value] = float(weight) if colon else None
+        except ValueError:
+            raise click.BadParameter(f"the weight of {name!r} is {weight!r}; write NAME or NAME:WEIGHT") from None
+    return loras
+
+
 @click.command(
     cls=Command,
     resuming="The same command with the same --seed generates the same images.",
@@ -34,6 +46,7 @@ __all__ = ["generate"]
     unidiff generate shop.catalog "purple dotted boots" -n 4 --seed 7 -o images
     unidiff generate "a blue mug" --bundle bundles/shop --steps 30 -o images
     unidiff generate shop.catalog "in red" --like D-17 --strength 0.5 -o images
+    unidiff generate "a red coat" --bundle bundles/shop --lora studio-light:0.6 -o images
     unidiff generate shop.catalog coat --best-of 8 --max-similarity 0.97 -o images
     """,
 )
@@ -55,6 +68,13 @@ __all__ = ["generate"]
 @click.option("--sampler", help="Sampler, such as ddim, euler or dpm++2m. Default: from the bundle.")
 @click.option("--width", type=int, help="Width in pixels. Default: from the bundle.")
 @click.option("--height", type=int, help="Height in pixels. Default: from the bundle.")
+@click.option(
+    "--lora",
+    multiple=True,
+    callback=_parse_loras,
+    metavar="NAME[:WEIGHT]",
+    help="Switchable LoRA of the bundle, and its weight. Repeatable. Default: none.",
+)
 @click.option(
     "--long-prompts",
     type=click.Choice(["truncate", "chunk"]),

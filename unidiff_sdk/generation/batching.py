@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class Batcher:
         self._has_leader = False
         self._stopped = ""  # the reason
         self._calls = 0
-        self._last_call: dict[tuple[int, ...], int] = {}  # by the shape of its jobs
+        self._last_call: dict[tuple[Any, ...], int] = {}  # by the shape of its jobs
         self._call_seconds = 0.0
 
     def denoise(self, jobs: Sequence[Job], on_step: Callable[[Progress], None] | None = None) -> Float32:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import cut_text, load_tokenizer
+from unidiff_sdk.inference.engines.adapters import Loras
 from unidiff_sdk.inference.tokenizer import expand_tokens
 
 from .denoising import Conditions
@@ -46,7 +47,7 @@ class Conditioner:
         self._encoded = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode))
         self._third_states = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode_third))
 
-    def conditions(self, prompt: str, long_prompts: str = "truncate") -> Conditions:
+    def conditions(self, prompt: str, long_prompts: str = "truncate", loras: Loras = ()) -> Conditions:
         """The conditions of a prompt, which `completed` adds to. The arrays are read-only.
 
         Args:
@@ -54,6 +55,7 @@ class Conditioner:
             long_prompts: for a prompt longer than `bundle.prompt_tokens` tokens: "truncate" ignores the rest, with a
                 warning; "chunk" encodes it in windows of that length and concatenates their states. The pooled
                 embedding is that of the first window.
+            loras: the LoRAs that change the text encoders.
 
         Raises:
             OptionError: the prompt is too long even for windows.
@@ -72,28 +74,30 @@ class Conditioner:
                 f"{MAX_WINDOWS} windows"
             )
         if not self._bundle.has_graph(THIRD):
-            return self._encoded(windows)
-        return {**self._encoded(windows), THIRD: self._third_states(prompt)}
+            return self._encoded(windows, loras)
+        return {**self._encoded(windows, loras), THIRD: self._third_states(prompt)}
 
-    def negative_conditions(self, prompt: str, long_prompts: str = "truncate") -> Conditions:
+    def negative_conditions(self, prompt: str, long_prompts: str = "truncate", loras: Loras = ()) -> Conditions:
         """The same of what guidance leads away from: zeros for an empty prompt if the model was trained so."""
-        conditions = self.conditions(prompt, long_prompts)
+        conditions = self.conditions(prompt, long_prompts, loras)
         if prompt or self._xl is None or not self._xl.zero_negative:
             return conditions
         return {name: np.zeros_like(array) for name, array in conditions.items()}
 
-    def pair(self, prompt: str, negative_prompt: str, long_prompts: str) -> tuple[Conditions, Conditions]:
+    def pair(
+        self, prompt: str, negative_prompt: str, long_prompts: str, loras: Loras = ()
+    ) -> tuple[Conditions, Conditions]:
         """The conditions of both, with states of the same length: the shorter ones are padded with the empty prompt's.
 
         Zeros are padded with zeros.
         """
-        conditions = self.conditions(prompt, long_prompts)
-        negative = self.negative_conditions(negative_prompt, long_prompts)
+        conditions = self.conditions(prompt, long_prompts, loras)
+        negative = self.negative_conditions(negative_prompt, long_prompts, loras)
         if len(conditions[STATES]) == len(negative[STATES]):
             return conditions, negative
         longest = max(len(conditions[STATES]), len(negative[STATES]))
-        empty = self.conditions("")
-        empty_negative = empty if negative_prompt else self.negative_conditions("")
+        empty = self.conditions("", loras=loras)
+        empty_negative = empty if negative_prompt else self.negative_conditions("", loras=loras)
         return self._padded(conditions, empty, longest), self._padded(negative, empty_negative, longest)
 
     def completed(self, conditions: Conditions, width: int, height: int) -> Conditions:
@@ -125,19 +129,19 @@ class Conditioner:
         encodings = [tokenizer.encode(expand_tokens(text, added)) for tokenizer, added in self._tokenizers]
         return tuple(tuple(tuple(each.ids) for each in (whole, *whole.overflowing)) for whole in encodings)
 
-    def _encode(self, windows: tuple[Windows, ...]) -> Conditions:
+    def _encode(self, windows: tuple[Windows, ...], loras: Loras) -> Conditions:
         if len(windows) == 1:
-            (states,) = self._run("text_encoder", windows[0], ["last_hidden_state"])
+            (states,) = self._run("text_encoder", windows[0], ["last_hidden_state"], loras)
             return _shared({STATES: states.reshape(-1, states.shape[-1])})
         count = max(map(len, windows))  # other tokenizers may need more windows
         ids = [(*each, *self._windows("")[i] * (count - len(each))) for i, each in enumerate(windows)]
         first, second = self._bundle.manifest.text_states.values()
-        larger, pooled = self._run("text_encoder_2", ids[1], [second, POOLED])
+        larger, pooled = self._run("text_encoder_2", ids[1], [second, POOLED], loras)
         if self._joint is None:
-            (large,) = self._run("text_encoder", ids[0], [first])
+            (large,) = self._run("text_encoder", ids[0], [first], loras)
             states = np.concatenate([large, larger], axis=-1, dtype=np.float32)
             return _shared({STATES: states.reshape(-1, states.shape[-1]), POOLED: pooled[0]})
-        large, first_pooled = self._run("text_encoder", ids[0], [first, POOLED])
+        large, first_pooled = self._run("text_encoder", ids[0], [first, POOLED], loras)
         padding = np.zeros((*large.shape[:2], self._joint.width - large.shape[-1] - larger.shape[-1]), np.float32)
         states = np.concatenate([large, larger, padding], axis=-1)
         pooled = np.concatenate([first_pooled[0], pooled[0]])
@@ -152,11 +156,15 @@ class Conditioner:
                 f"the prompt is longer than the {self._joint.third_tokens} tokens of the third text encoder, which "
                 "ignores its end"
             )
-        (states,) = self._run(THIRD, (tuple(encoding.ids),), ["last_hidden_state"])
+        (states,) = self._run(THIRD, (tuple(encoding.ids),), ["last_hidden_state"], ())
         return _shared({THIRD: states[0]})[THIRD]
 
-    def _run(self, graph: str, ids: Windows, outputs: Sequence[str]) -> list[Float32]:
-        results = self._bundle.session(graph).run({"input_ids": np.array(ids, np.int64)}, outputs)
+    def _run(self, graph: str, ids: Windows, outputs: Sequence[str], loras: Loras) -> list[Float32]:
+        feeds: dict[str, NDArray[Any]] = {
+            "input_ids": np.array(ids, np.int64),
+            **self._bundle.adapters.inputs(graph, loras),
+        }
+        results = self._bundle.session(graph).run(feeds, outputs)
         return [results[name] for name in outputs]
 
     @cached_property

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from unidiff_sdk.inference.engines.adapters import Loras
 
 from .samplers import Coefficients, Table, advance
 
@@ -23,7 +26,8 @@ Conditions = Mapping[str, Float32]
 "encoder_hidden_states", the token states of the prompt: float32[tokens, width]."""
 
 Predict = Callable[[Float32, Float32, Conditions], Float32]
-"""The UNet: (sample [batch, channels, height, width], timestep [batch], conditions, each [batch, …]) to output."""
+"""The UNet: (sample [batch, channels, height, width], timestep [batch], conditions, each [batch, …]) to output. The
+conditions of a call include what its jobs share (`Job.shared`)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Job:
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds is removed.
         rng: generates the noise that stochastic samplers add.
         known: what inpainting keeps.
+        loras: the LoRAs that change the UNet. Only jobs with the same ones can share a call.
+        shared: their inputs of the UNet, which have no row for each sample.
         step: index of the next step.
         x0: the previous step's estimate of the clean latents.
     """
@@ -64,13 +70,16 @@ class Job:
     guidance_rescale: float
     rng: np.random.Generator
     known: KnownRegion | None = None
+    loras: Loras = ()
+    shared: Conditions = field(default_factory=dict)
     step: int = 0
     x0: Float32 = field(init=False)
-    shape: tuple[int, ...] = field(init=False)  # only jobs of one shape can share a call
+    shape: tuple[Any, ...] = field(init=False)  # only jobs of one shape can share a call
 
     def __post_init__(self) -> None:
         self.x0 = np.zeros_like(self.x)
-        self.shape = tuple(side for array in (self.x, *self.conditions.values()) for side in array.shape)
+        sides = (side for array in (self.x, *self.conditions.values()) for side in array.shape)
+        self.shape = (*sides, *self.loras)
 
     @property
     def positions(self) -> int:
@@ -118,6 +127,7 @@ class Batch:
         self._rescales = bool(self._guidance_rescale.any())
         rows_of = [job.conditions for job in jobs] + [job.negative for job in jobs if job.negative is not None]
         self._conditions = {name: np.stack([each[name] for each in rows_of]) for name in jobs[0].conditions}
+        self._conditions |= jobs[0].shared
         self._needs_noise = any(job.table.needs_noise for job in jobs)
 
     def step(self, predict: Predict) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from unidiff_sdk._internal.lifetimes import weak_method
 from unidiff_sdk._internal.memory import available_memory, readable_size
 from unidiff_sdk.errors import GenerationError, OptionError
 from unidiff_sdk.inference.bundle import Bundle
+from unidiff_sdk.inference.engines.adapters import Loras
 from unidiff_sdk.inference.shape_profiles import POSITIONS_PER_CALL
 
 from .batching import MAX_REQUESTS, Batcher
@@ -32,6 +33,7 @@ Float32 = NDArray[np.float32]
 Callback = Callable[[int, int], None]
 
 CACHED_TABLES = 32
+ADAPTER_DEVICES = ("cpu", "cuda")  # those of ONNX Runtime that take optional inputs
 QUERY_SEED = 0
 MAX_QUERY_STEPS = 6  # half of the built-in model's steps; enough for the encoder to recognize what an image shows
 # So little memory is always available. Above it the system is asked, which takes a fifth of a millisecond.
@@ -103,6 +105,7 @@ class Generator:
         like: ImageSource | None = None,
         strength: float | None = None,
         mask: ImageSource | None = None,
+        lora: str | Iterable[str] | Mapping[str, float | None] | None = None,
         long_prompts: str = "truncate",
         latents: Float32 | None = None,
         callback: Callback | None = None,
@@ -132,6 +135,7 @@ class Generator:
                 the steps. Default: 0.7; with a mask 1, which forgets the image where it is repainted.
             mask: with `like`: an image that is bright where to repaint. All other pixels stay as they are, also
                 where the mask is transparent.
+            lora: LoRAs of `bundle.loras` to switch on: a name, several names, or a weight for each name.
             long_prompts: for prompts longer than `bundle.prompt_tokens`: "truncate" ignores the rest with a warning,
                 "chunk" encodes the prompt in windows.
             latents: standard normal noise to start from, float32[images, channels, height, width] of the latents'
@@ -156,6 +160,7 @@ class Generator:
             sampler=sampler,
             width=width,
             height=height,
+            lora=lora,
             long_prompts=long_prompts,
             like=like,
             strength=strength,
@@ -289,6 +294,8 @@ class Generator:
             "strength": None if options.like is None else default_strength(masked=options.mask is not None),
         }
         given = {name: value for name, value in vars(options).items() if value is not None}
+        if options.lora is not None:
+            given["lora"] = self._resolve_loras(options.lora)
         resolved = ResolvedOptions(**defaults | given)
         for name in ("width", "height"):
             if name in given:
@@ -307,6 +314,15 @@ class Generator:
         return resolved
 
     # Checks
+
+    def _resolve_loras(self, chosen: Any) -> Loras:
+        loras = self.bundle.adapters.resolve(chosen)
+        if self.bundle.device not in ADAPTER_DEVICES:
+            raise OptionError(
+                f"lora needs device {' or '.join(ADAPTER_DEVICES)}, and the bundle is open on {self.bundle.device!r}. "
+                "Merge the LoRA into an export of its own: unidiff-export --lora FILE"
+            )
+        return loras
 
     def _check_side(self, name: str, side: Any) -> None:
         block = self._model.block
@@ -363,8 +379,10 @@ class Generator:
         """The conditions of the prompt and, for guidance, of the negative prompt."""
         conditioner, size = self._conditioner, (options.width, options.height)
         if not options.guided:
-            return conditioner.completed(conditioner.conditions(prompt, options.long_prompts), *size), None
-        prompted, negative = conditioner.pair(prompt, options.negative_prompt, options.long_prompts)
+            return conditioner.completed(
+                conditioner.conditions(prompt, options.long_prompts, options.lora), *size
+            ), None
+        prompted, negative = conditioner.pair(prompt, options.negative_prompt, options.long_prompts, options.lora)
         return conditioner.completed(prompted, *size), conditioner.completed(negative, *size)
 
     def _job(
@@ -383,7 +401,9 @@ class Generator:
                 x = clean * source.latents + noisy * noise
             if source.repaint is not None:
                 known = KnownRegion(source.latents, noise, source.latent_mask(self._model.latent.scale_factor))
-        return Job(table, x, *conditions, options.guidance_scale, options.guidance_rescale, rng, known)
+        shared = self.bundle.adapters.inputs("unet", options.lora)
+        loras = options.lora if shared else ()
+        return Job(table, x, *conditions, options.guidance_scale, options.guidance_rescale, rng, known, loras, shared)
 
 
 def image_rng(seed: int) -> np.random.Generator:

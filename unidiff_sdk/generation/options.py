@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +25,7 @@ __all__ = [
 
 LONG_PROMPTS = ("truncate", "chunk")
 MAX_GUIDANCE_SCALE = 50.0
+MAX_LORA_WEIGHT = 10.0
 MAX_SEED = 2**63 - 1  # the largest integer in a payload
 BUDGET_FACTOR = 4
 _NUMBERS = (
@@ -59,6 +60,8 @@ class GenerationOptions:
         sampler: a name in `unidiff_sdk.generation.samplers.SAMPLERS`, or for Stable Diffusion 3 in `FLOW_SAMPLERS`.
             None: the bundle's default.
         width, height: in pixels, multiples of the model's smallest block. None: the size that the model was trained at.
+        lora: switchable LoRAs of the bundle (`Bundle.loras`): a name, several names, or a weight for each name, which
+            is not 0 and at most ±10. Without a weight, that of the export. None: none.
         long_prompts: for prompts longer than `Bundle.prompt_tokens`: "truncate" ignores the rest with a warning,
             "chunk" encodes the prompt in windows.
         like: an image to start from, cropped or padded to the size as the training images were.
@@ -86,6 +89,7 @@ class GenerationOptions:
     sampler: str | None = None
     width: int | None = None
     height: int | None = None
+    lora: str | Iterable[str] | Mapping[str, float | None] | None = None
     long_prompts: str = "truncate"
     like: ImageSource | HasImage | LoadsImage | None = field(default=None, repr=False)
     strength: float | None = None
@@ -138,6 +142,7 @@ class GenerationOptions:
         self._set(guidance_rescale=_number("guidance_rescale", self.guidance_rescale, at_most=1.0))
         if self.sampler is not None and not isinstance(self.sampler, str):
             raise OptionError(f"sampler is {self.sampler!r:.60}; give the name of a sampler, such as 'ddim'")
+        self._set(lora=_checked_loras(self.lora))
         if self.long_prompts not in LONG_PROMPTS:
             raise OptionError(f"long_prompts is {self.long_prompts!r}; use one of {', '.join(LONG_PROMPTS)}")
 
@@ -183,6 +188,7 @@ class ResolvedOptions(GenerationOptions):
     sampler: str
     width: int
     height: int
+    lora: tuple[tuple[str, float], ...] = ()  # type: ignore[assignment]  # names with weights
 
     def __post_init__(self) -> None:
         """Nothing to check: they come from options that are valid."""
@@ -210,6 +216,25 @@ def checked_prompts(prompt: Any) -> list[str]:
         if not isinstance(each, str):
             raise OptionError(f"prompt is {each!r:.60}; give a text, or a list of texts")
     return [checked_text(each) for each in prompts]
+
+
+def _checked_loras(lora: Any) -> dict[str, float | None] | None:
+    """Names of LoRAs with their weights. Raises OptionError for anything but texts and numbers."""
+    if lora is None:
+        return None
+    if isinstance(lora, str) or not isinstance(lora, Iterable):
+        lora = [lora]
+    weights = dict(lora) if isinstance(lora, Mapping) else dict.fromkeys(lora)
+    for name, weight in weights.items():
+        weight = weights[name] = plain_number(weight)
+        if not isinstance(name, str):
+            raise OptionError(f"lora names {name!r:.60}; give the name of a LoRA, or names with their weights")
+        if weight is not None and not (_is_number(weight) and 0 < abs(weight) <= MAX_LORA_WEIGHT):
+            raise OptionError(
+                f"lora gives {name!r:.60} the weight {weight!r:.60}; give a number that is not 0 and at most "
+                f"±{MAX_LORA_WEIGHT:g}, or leave the LoRA out"
+            )
+    return {name: None if weight is None else float(weight) for name, weight in weights.items()} or None
 
 
 def _text(name: str, text: Any) -> str:

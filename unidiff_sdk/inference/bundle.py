@@ -18,6 +18,7 @@ from unidiff_sdk._internal.lifetimes import Owner
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError, OptionError
 
+from .engines.adapters import Adapters
 from .folder.diffusers_folder import PIPELINE_FORMAT, AdaptedSession, derive_manifest, is_pipeline
 from .folder.files import BundleFiles
 from .folder.hub import download_bundle, is_hub_name, upload_bundle
@@ -85,6 +86,7 @@ class Bundle:
         self.manifest = manifest
         self.files = files or BundleFiles(path, manifest.files)
         self.device = device
+        self.adapters = Adapters(self.files, manifest.loras)
         self._threads = None if threads is None else whole_number("threads", threads, at_least=1)
         self._capture, self._compute = capture, _compute_precision(path, manifest, precision)
         self._derived = manifest.format == PIPELINE_FORMAT
@@ -246,6 +248,11 @@ class Bundle:
         if described.profile is None and described.inputs:
             return shape_profile(graph, described.inputs, self.manifest)
         return described.profile
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of the LoRAs that `generate(lora=)` can switch on."""
+        return tuple(self.manifest.loras)
 
     def has_graph(self, graph: str) -> bool:
         """Whether the bundle holds a graph of that name."""

@@ -45,6 +45,7 @@ __all__ = [
     "RerankGain",
     "Resize",
     "SamplerDefaults",
+    "SwitchableLora",
     "TensorSpec",
     "decode_section",
     "file_sha256",
@@ -279,6 +280,21 @@ class SamplerDefaults:
 
 
 @dataclass(frozen=True)
+class SwitchableLora:
+    """A LoRA that a generation can switch on.
+
+    Attributes:
+        weight: of its change, where a generation states none.
+        files: its factors for each graph that it changes, relative to the bundle.
+        psnr_db: PSNR of the worst image with it, compared with diffusers.
+    """
+
+    weight: Annotated[float, -10, 10]
+    files: Mapping[str, str]
+    psnr_db: float | None = None
+
+
+@dataclass(frozen=True)
 class RerankGain:
     """What re-ranking gained on captions that its defaults were not chosen with.
 
@@ -325,6 +341,7 @@ class ModelDescription:
     A model that only generates has no `embedding` and `image`. One that only searches has no `latent` and `sampler`.
 
     Attributes:
+        loras: the LoRAs that can be switched, by name.
         conditioning: of Stable Diffusion XL.
         joint_conditioning: of Stable Diffusion 3. None, as `conditioning`: the states of one text encoder condition the
             UNet.
@@ -338,6 +355,7 @@ class ModelDescription:
     sampler: SamplerDefaults | None = None
     conditioning: Conditioning | None = None
     joint_conditioning: JointConditioning | None = None
+    loras: Mapping[str, SwitchableLora] = field(default_factory=dict)
     synthetic: bool = False
 
     @property
@@ -452,6 +470,7 @@ class Manifest(ModelDescription):
             "image": self.image,
             "latent": self.latent,
             "sampler": self.sampler,
+            "loras": self.loras or None,
             "synthetic": self.synthetic,
             "files": self.files,
             "parity": self.parity,
@@ -553,6 +572,13 @@ def _check_content(manifest: Manifest, file: Path) -> None:
         _check_tensors(graph, f"{file}: graphs.{name}")
         if not graph.file.endswith(GRAPH_SUFFIX):  # ONNX Runtime reads other formats by their suffix
             raise BundleError(f"{file}: graphs.{name}.file is {graph.file!r:.200}; it must end with {GRAPH_SUFFIX}")
+    for name, lora in manifest.loras.items():
+        for adapted, path in lora.files.items():
+            if adapted not in manifest.graphs or path not in manifest.files:
+                raise BundleError(
+                    f"{file}: loras.{name:.60} names {path!r:.200} for {adapted!r:.60}; they must be one of the files "
+                    "and one of the graphs of the bundle"
+                )
     if manifest.image is not None and manifest.image.resize is not None and manifest.image.fit != "crop":
         raise BundleError(f"{file}: image.fit is {manifest.image.fit!r}; with image.resize it must be crop")
     if manifest.conditioning is not None and manifest.joint_conditioning is not None:

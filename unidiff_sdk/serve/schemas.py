@@ -92,6 +92,9 @@ class GenerateRequest(Request):
     sampler: str | None = None
     width: int | None = None
     height: int | None = None
+    lora: dict[str, float] | None = Field(
+        None, description='Switchable LoRAs of the model and their weights: {"studio-light": 0.6}.'
+    )
     long_prompts: str = "truncate"
     like: Id | None = Field(None, description="The id of an item to start from.")
     image: ImageData | None = Field(None, description="An image to start from, instead of an item.")

@@ -14,6 +14,8 @@ from unidiff_export.quantization.policy import Int8Policy
 from unidiff_export.reference import SearchReference
 from unidiff_sdk.inference.manifest import Manifest, ModelDescription
 
+from .switchable import LoraExport
+
 Progress = Callable[[str], None]
 
 
@@ -29,6 +31,7 @@ class Exported:
         policy: the layers to quantize; None for fp32 and fp16.
         write_files: writes the files that are not graphs into the bundle folder.
         write_card: writes the model card for the final manifest into the bundle folder.
+        loras: LoRAs that stay switchable.
         modules: the models. Their weights are released once no graph is compared or written again.
     """
 
@@ -39,6 +42,7 @@ class Exported:
     policy: Int8Policy | None
     write_files: Callable[[Path], None]
     write_card: Callable[[Path, Manifest], None]
+    loras: Sequence[LoraExport] = ()
     modules: Sequence[nn.Module] = ()
 
     def release_weights(self) -> None:

@@ -46,7 +46,8 @@ def describe_graph(model: ir.Model, spec: GraphSpec, precision: str, target: str
     return Graph(
         file=f"{spec.name}/{GRAPH_FILE}",
         precision=precision,
-        inputs={str(value.name): _tensor(value) for value in model.graph.inputs},
+        # Inputs with a default are those of switchable LoRAs.
+        inputs={str(v.name): _tensor(v) for v in model.graph.inputs if str(v.name) not in model.graph.initializers},
         outputs={str(value.name): _tensor(value) for value in model.graph.outputs},
         attention_nodes=count_attention(model, TARGETS[target]),
     )

@@ -27,6 +27,7 @@ from unidiff_sdk.inference.folder.diffusers_folder import refusal
 from unidiff_sdk.inference.manifest import TIME_IDS, TRANSFORMER, UNET
 from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
+from .adapters import add_adapter_inputs
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .passes import rewrite_for_cpu
 from .siglip import SiglipImageEncoder, SiglipTextEmbedder
@@ -154,6 +155,7 @@ class GraphSpec:
         outputs: the names of the results, in order.
         example: returns random inputs for a batch size and a factor of the height of images and latents.
         typical_sizes: the most frequent sizes of dynamic axes.
+        adapted: the layers whose LoRAs can be switched, by their names in the module.
     """
 
     name: str
@@ -163,6 +165,7 @@ class GraphSpec:
     outputs: tuple[str, ...]
     example: Callable[[int, int], tuple[Tensor, ...]]
     typical_sizes: Mapping[str, int] = field(default_factory=dict)
+    adapted: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def denoises(self) -> bool:
@@ -382,6 +385,7 @@ def lower(spec: GraphSpec, target: Target = TARGETS["cpu"], *, half: bool = Fals
     check_attention(model, spec.attention_layers, target, spec.name)
     check_operators(model, target, spec.name)
     name_by_layer(model)
+    add_adapter_inputs(model, spec.adapted, spec.name)
     if target.rewritten:
         rewrite_for_cpu(model, spec.typical_sizes)
     ClearMetadataAndDocStringPass()(model)  # stack traces contain paths of this machine

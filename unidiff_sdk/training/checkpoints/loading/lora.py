@@ -6,7 +6,8 @@ all. So the tensors are compared with the layers of the models before anything i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from unidiff_sdk.errors import CheckpointError
 from .options import Lora
 from .peft_adapters import adapter_tensors
 
-__all__ = ["changes_text_encoder", "merge_loras"]
+__all__ = ["changes_text_encoder", "load_lora", "low_rank_factors", "merge_loras"]
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")  # the last one only in Stable Diffusion XL
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+ADAPTER = "lora"  # name of an adapter within peft
 NAMED = 3  # keys that an error names
 
 
@@ -39,15 +41,48 @@ def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
     for lora in loras:
         _check(pipeline, lora.file)
     for lora in loras:
-        with quiet_logging():
-            try:
-                source = adapter_tensors(lora.file) if lora.file.is_dir() else str(lora.file)
-                pipeline.load_lora_weights(source, adapter_name="lora", use_safetensors=True, local_files_only=True)
-                pipeline.set_adapters(["lora"], [lora.weight])
-                pipeline.fuse_lora(safe_fusing=True)
-                pipeline.unload_lora_weights()
-            except Exception as error:  # diffusers and peft raise any error of their parsers
-                raise _refusal(lora.file, str(error).strip().partition("\n")[0] or type(error).__name__) from error
+        with _parser_errors(lora.file):
+            load_lora(pipeline, lora, ADAPTER)
+            pipeline.set_adapters([ADAPTER], [lora.weight])
+            pipeline.fuse_lora(safe_fusing=True)
+            pipeline.unload_lora_weights()
+
+
+def load_lora(pipeline: Any, lora: Lora, name: str) -> None:
+    """Load a LoRA into a pipeline as an adapter of that name, without merging it."""
+    source = adapter_tensors(lora.file) if lora.file.is_dir() else str(lora.file)
+    pipeline.load_lora_weights(source, adapter_name=name, use_safetensors=True, local_files_only=True)
+
+
+def low_rank_factors(pipeline: Any, lora: Lora) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """The factors A and B of a LoRA for each layer that it changes, as diffusers and peft scale them.
+
+    The change of a weight is B A, without the LoRA's own weight. The models stay unchanged.
+
+    Raises:
+        CheckpointError: The file cannot be read, or does not fit the models.
+    """
+    _check(pipeline, lora.file)
+    factors: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    with _parser_errors(lora.file):
+        load_lora(pipeline, lora, ADAPTER)
+        for model in filter(None, (getattr(pipeline, part, None) for part in PARTS)):
+            for layer in model.modules():
+                if hasattr(layer, "base_layer") and ADAPTER in layer.lora_A:
+                    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]
+                    factors[layer.base_layer] = down.detach().float().clone(), up.detach().float().clone()
+        pipeline.unload_lora_weights()
+    return factors
+
+
+@contextmanager
+def _parser_errors(file: Path) -> Iterator[None]:
+    """Convert what diffusers and peft raise to a CheckpointError. Their parsers raise any error."""
+    with quiet_logging():
+        try:
+            yield
+        except Exception as error:
+            raise _refusal(file, str(error).strip().partition("\n")[0] or type(error).__name__) from error
 
 
 def changes_text_encoder(lora: Lora) -> bool:
