@@ -339,8 +339,6 @@ def assemble_checkpoint(
     files = PIPELINE_FILES | (SECOND_FILES if is_xl else {})
     require_files(folder, {name: part for name, part in files.items() if folder != SD15 or part != TOKENIZER})
     check_pipeline_files(folder)
-    if is_xl and options.textual_inversions:
-        raise CheckpointError(f"Textual inversions are not supported for Stable Diffusion XL ({folder}).")
     with progress_bars_hidden():
         tokenizer = clip_tokenizer if folder == SD15 else from_pretrained(CLIPTokenizer, folder / "tokenizer")
         _check_vocabulary(folder, tokenizer)
