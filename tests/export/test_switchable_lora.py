@@ -16,12 +16,13 @@ import torch
 from click.testing import CliRunner
 from support.lora_files import make_lora
 from support.random_checkpoint import CAPTIONS
+from support.random_sd3 import make_random_sd3
 
 from unidiff_export import export_bundle
 from unidiff_export.verification import psnr_db
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.main import main
-from unidiff_sdk.errors import BundleError, OptionError
+from unidiff_sdk.errors import BundleError, CheckpointError, OptionError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import read_recipe
@@ -214,6 +215,12 @@ def test_exports_that_cannot_switch_are_refused(random_checkpoint: Path, loras: 
     odd.write_bytes(loras[0].read_bytes())
     with pytest.raises(OptionError, match="'my shoes' cannot be switched by this name"):
         export(odd)
+
+
+def test_stable_diffusion_3_is_refused_by_name(loras: list[Path], tmp_path: Path) -> None:
+    folder = make_random_sd3(tmp_path / "sd3")
+    with pytest.raises(CheckpointError, match="LoRA files are not supported for Stable Diffusion 3"):
+        export_bundle(folder, tmp_path / "bundle", lora=loras, lora_switchable=True)
 
 
 def test_damaged_adapter_is_an_error_of_the_bundle(folder: Path, tmp_path: Path) -> None:
