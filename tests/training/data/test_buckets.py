@@ -25,7 +25,7 @@ from unidiff_sdk.training.data.buckets import BucketBatches, bucket_sizes, neare
 from unidiff_sdk.training.data.fitted_images import fit_to, size_conditions  # noqa: E402
 from unidiff_sdk.training.data.latents import LatentCache, encode_latents  # noqa: E402
 from unidiff_sdk.training.data.pairs import load_pairs  # noqa: E402
-from unidiff_sdk.training.loop.trainer import _check_buckets  # noqa: E402
+from unidiff_sdk.training.loop.trainer import _require_shares, _warn_about_lone_images  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 from unidiff_sdk.training.runtime.processes import Processes  # noqa: E402
 
@@ -230,9 +230,10 @@ def test_images_alone_in_their_bucket_are_reported(random_checkpoint: Path, shap
     config = TrainingConfig(batch_size=4, aspect_buckets=True)
     batches = prepare_step(random_checkpoint, shapes, config).batches
     with pytest.warns(UserWarning, match="bucket of 1 of the 14 images"):
-        _check_buckets(batches, shapes, Processes(0, 1, torch.device("cpu")))
+        _warn_about_lone_images(batches, shapes)
+    _require_shares(batches, shapes, Processes(0, 1, torch.device("cpu")))
     with pytest.raises(TrainingError, match="smallest batch of a bucket has 1 pairs, but each of the 2 processes"):
-        _check_buckets(batches, shapes, Processes(0, 2, torch.device("cpu")))
+        _require_shares(batches, shapes, Processes(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the train extra")
@@ -20,6 +21,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data.captions import prompt_ids  # noqa: E402
 from unidiff_sdk.training.data.fitted_images import size_conditions  # noqa: E402
+from unidiff_sdk.training.evaluation.sampling import generate_images, sampler_table  # noqa: E402
 from unidiff_sdk.training.objective.batch import RandomInputs  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 from unidiff_sdk.training.objective.score_consistency import (  # noqa: E402
@@ -104,6 +106,18 @@ def test_sizes_of_whole_images_equal_the_time_ids_of_diffusers(
 )
 def test_sizes_of_training_images(original: tuple[int, int], fit: Any, mirrored: bool, expected: list[int]) -> None:
     assert size_conditions(original, (32, 32), fit, mirrored=mirrored) == expected
+
+
+def test_samples_of_a_run_equal_the_images_of_diffusers(base: Path, checkpoint: Checkpoint) -> None:
+    """With guidance, from the same noise: the images of validation and of priors."""
+    table = sampler_table(checkpoint, "euler", 4)
+    images = generate_images(JointModel(checkpoint).eval(), checkpoint, CAPTIONS, table=table, guidance=5.0, seed=3)
+    noise = [np.random.default_rng([3, i]).standard_normal((4, 16, 16), dtype=np.float32) for i in range(2)]
+    pipeline = pipeline_of(base)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "latents": torch.from_numpy(np.stack(noise))}
+    expected = pipeline(CAPTIONS, **options, output_type="np").images
+    assert np.abs(np.stack(images) - 255 * expected).max() < 1
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -213,6 +227,22 @@ def test_each_term_trains_its_parts_only(base: Path, small_catalog: Path, term: 
     places |= {"clip.text": "clip text", "clip.logit": "clip text", "clip.vis": "clip image"}
     reached = {name for name, gradient in found.items() if gradient.any()}
     assert {part for name in reached for prefix, part in places.items() if name.startswith(prefix)} == TERMS[term]
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("has_own_encoder", [False, True], ids=["shared", "separate"])
+def test_all_trainable_weights_have_a_gradient(
+    base: Path, small_catalog: Path, checkpoint: Checkpoint, separate: Checkpoint, rank: int, has_own_encoder: bool
+) -> None:
+    """So the optimizer holds no state for weights that nothing trains."""
+    ranks = {f"lora_{part}": rank for part in ("unet", "text", "image")}
+    config = TrainingConfig(lambda_rsc=0.0, batch_size=6, **ranks)
+    step = prepare_step(base, small_catalog, config, checkpoint=separate if has_own_encoder else checkpoint)
+    found, _ = step.backpropagate()
+    assert found.keys() == {name for name, p in step.model.named_parameters() if p.requires_grad}
+    encoders = {name.partition(".")[0] for name in found}
+    assert encoders == {"unet", "clip", "text_encoder_2", *(["text_encoder"] if has_own_encoder else [])}
+    assert all(".lora_" in name or name == "clip.logit_scale" for name in found) is (rank > 0)
 
 
 def test_the_end_of_the_first_text_encoder_is_trained_only_as_a_part_of_clip(

@@ -169,12 +169,15 @@ def train(
     make_batches = partial(_make_batches, model, checkpoint, config, cache=cache, scratch=out.parent)
     size = max(config.batch_size, config.contrastive_batch)
     batches = make_batches(pairs, groups, size=size, seed=config.seed, hard_negatives=config.hard_negatives)
-    _check_buckets(batches, data, processes)
+    _require_shares(batches, data, processes)
+    if processes.is_main:
+        _warn_about_lone_images(batches, data)
     prior_pairs, prior_batches = None, None
     if prior:
         _generate_prior(prior, model, checkpoint, config, processes, on_prior)
         prior_pairs = load(prior.folder)
         prior_batches = _make_prior_batches(make_batches, prior_pairs, prior, config, processes)
+        _require_shares(prior_batches, prior.folder, processes)
 
     # 3. the run: new, resumed, or finished already
     learner = Learner(model, config, processes)
@@ -288,17 +291,18 @@ def _require_enough_pairs(pairs: Pairs, data: Path, config: TrainingConfig, proc
         raise TrainingError(f"{data} holds too few valid pairs: {len(pairs)}. Training needs at least {needed}.")
 
 
-def _check_buckets(batches: BatchLoader, data: Path, processes: Processes) -> None:
-    """Warn of pairs that are alone in their bucket. Raises TrainingError if a process would have no pair of a batch."""
-    if batches.buckets is None:
-        return
-    if (smallest := batches.buckets.smallest) < processes.world_size:
+def _require_shares(batches: BatchLoader, data: Path, processes: Processes) -> None:
+    """Raise TrainingError if a process would have no pair of a batch, as that of a bucket can be small."""
+    if batches.buckets and (smallest := batches.buckets.smallest) < processes.world_size:
         raise TrainingError(
             f"{data}: the smallest batch of a bucket has {smallest} pairs, but each of the {processes.world_size} "
             "processes needs one. Use fewer processes, add images of rare aspect ratios, or omit aspect_buckets."
         )
-    buckets = batches.buckets.buckets
-    if (alone := sum(len(rows) == 1 for rows in buckets)) and processes.is_main:
+
+
+def _warn_about_lone_images(batches: BatchLoader, data: Path) -> None:
+    buckets = batches.buckets.buckets if batches.buckets else []
+    if alone := sum(len(rows) == 1 for rows in buckets):
         warn(
             f"{data}: no other image is in the aspect-ratio bucket of {alone:,} of the {sum(map(len, buckets)):,} "
             "images, so the terms that compare pairs learn nothing from them"
