@@ -15,6 +15,7 @@ OPENCLIP_VENV := .venv-openclip
 COMPAT_VENV := .venv-compat
 DOCS_VENV := .venv-docs
 RELEASE_VENV := .venv-release
+WEB_PAGE := unidiff_sdk/cli/servers/site/page/index.html
 MAKE_VENV = python=$$(.ci/find-python $(PYTHON)); [ -x $(@D)/bin/python ] || "$$python" -m venv $(@D)
 PIP := -m pip install --quiet --disable-pip-version-check
 LOCK := pyproject.toml constraints.txt
@@ -31,7 +32,13 @@ demo: $(DEMO_VENV)/.ready ## index, search and generate without PyTorch; writes 
 test: $(VENV)/.ready ## the quick test suite
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(ARGS)
 
-test-browser: $(VENV)/.ready ## the storefront in Chromium, which must be installed
+web: $(WEB_PAGE) ## build the page of `unidiff web`, which needs Node.js with npm
+
+test-web: $(VENV)/.ready web/node_modules/.ready ## type check of the page, and its tests against Python
+	PYTHONPATH=tests:tests/store $(VENV)/bin/python tests/web/write_cases.py web/test/cases
+	cd web && npm run --silent check && npm run --silent test
+
+test-browser: $(VENV)/.ready $(WEB_PAGE) ## the storefront and the page of `unidiff web` in Chromium, which must be installed
 	$(VENV)/bin/python -m pytest tests/browser $(ARGS)
 
 test-all: $(VENV)/.ready ## the whole test suite
@@ -93,7 +100,7 @@ docs: $(DOCS_VENV)/.ready ## build the documentation into site/, offline; fails 
 notebooks: $(VENV)/.ready ## run the notebooks of the documentation and save their outputs
 	$(VENV)/bin/python docs/run_notebooks.py $(ARGS)
 
-dist: $(RELEASE_VENV)/.ready ## build the sdist and the wheel into dist/ and check their metadata
+dist: $(RELEASE_VENV)/.ready $(WEB_PAGE) ## build the sdist and the wheel into dist/ and check their metadata
 	rm -rf dist
 	$(RELEASE_VENV)/bin/python -m build --no-isolation
 	$(RELEASE_VENV)/bin/python -m twine check --strict dist/*
@@ -103,6 +110,7 @@ smoke-test: ## install the wheel in dist/ into a new environment and run the qui
 
 clean: ## remove environments, outputs and caches
 	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) $(DOCS_VENV) $(RELEASE_VENV)
+	rm -rf web/node_modules unidiff_sdk/cli/servers/site/page
 	rm -rf demo pipeline real site build dist .coverage coverage.xml .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(DEMO_VENV)/.ready: $(LOCK)
@@ -157,5 +165,14 @@ $(RELEASE_VENV)/.ready: .ci/requirements-release.txt
 	@$(@D)/bin/python $(PIP) -r $<
 	@touch $@
 
-.PHONY: help dev demo test test-browser test-all coverage test-optimum test-objects test-openclip test-compat pipeline real tiny bench ablation \
+web/node_modules/.ready: web/package.json web/package-lock.json
+	cd web && npm ci --ignore-scripts --no-audit --no-fund --loglevel error
+	@touch $@
+
+$(WEB_PAGE): web/node_modules/.ready $(shell find web/src web/public) web/index.html web/vite.config.ts \
+		unidiff_sdk/serve/static/style.css
+	cd web && npm run --silent build
+	@touch $@
+
+.PHONY: help dev demo test web test-web test-browser test-all coverage test-optimum test-objects test-openclip test-compat pipeline real tiny bench ablation \
 	bench-ci soak soak-short lint docs notebooks dist smoke-test clean

@@ -38,6 +38,12 @@ def test_a_wheel_holds_the_built_in_model_and_its_base(wheel: list[str]) -> None
     assert "unidiff_sdk/training/recipes/tiny_checkpoint/unidiff.json" in wheel
 
 
+def test_a_wheel_holds_the_page_of_a_site_once_it_is_built(wheel: list[str]) -> None:
+    page = "unidiff_sdk/cli/servers/site/page/index.html"
+    assert (page in wheel) == (ROOT / page).is_file()
+    assert not [name for name in wheel if "node_modules" in name or name.endswith(".ts")]
+
+
 def test_console_scripts_exist() -> None:
     pytest.importorskip("torch")
     for target in PROJECT["scripts"].values():

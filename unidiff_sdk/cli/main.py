@@ -11,6 +11,7 @@ from .generate import generate
 from .search import duplicates, search
 from .servers.mcp import mcp
 from .servers.serve import serve
+from .servers.web import web
 
 __all__ = ["main"]
 
@@ -37,6 +38,7 @@ for command in (
     generate,
     serve,
     mcp,
+    web,
     info,
     check,
     delete,

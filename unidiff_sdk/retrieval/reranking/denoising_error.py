@@ -16,7 +16,7 @@ Krojer et al. 2023, "Are Diffusion Models Vision-And-Language Reasoners?" (arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Denoiser", "DenoisingError", "NoisePredictor", "Row"]
+__all__ = ["Denoiser", "DenoisingError", "NoisePredictor", "Row", "noise_of"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -79,7 +79,7 @@ class DenoisingError:
 
     def __init__(self, unet: NoisePredictor, schedule: Schedule | FlowSchedule, noise_seed: int) -> None:
         self._unet, self._schedule, self._seed = unet, schedule, noise_seed
-        self._noise = lru_cache(_CACHED_NOISE)(_NoiseOf(noise_seed))
+        self._noise = lru_cache(_CACHED_NOISE)(partial(noise_of, noise_seed))
 
     def measure(self, rows: Sequence[Row]) -> Float64:
         """The error of each row: the mean square over the elements of its latents, float64[len(rows)].
@@ -105,12 +105,7 @@ class DenoisingError:
         return of_clean * clean + of_noise * noise, target_of_clean * clean + target_of_noise * noise
 
 
-class _NoiseOf:
+def noise_of(seed: int, timestep: int, shape: tuple[int, ...]) -> Float32:
     """The standard normal noise of a timestep, float32 of the given shape, the same on every machine."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __call__(self, timestep: int, shape: tuple[int, ...]) -> Float32:
-        key = np.array([self._seed, timestep], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+    key = np.array([seed, timestep], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)

@@ -1,0 +1,72 @@
+// The service worker: after the first visit, the site works without a network.
+//
+// Addresses of data name their content (`site/files.ts`), and so do those of scripts, so a cached one is never out of
+// date. The page itself and `site.json` come from the network while there is one.
+
+import type { SiteIndex } from "../site/documents";
+
+interface ExtendableEvent extends Event {
+  waitUntil(work: Promise<unknown>): void;
+}
+interface FetchEvent extends ExtendableEvent {
+  request: Request;
+  respondWith(response: Promise<Response>): void;
+}
+interface Scope {
+  addEventListener(type: "install" | "activate", listener: (event: ExtendableEvent) => void): void;
+  addEventListener(type: "fetch", listener: (event: FetchEvent) => void): void;
+  skipWaiting(): Promise<void>;
+  clients: { claim(): Promise<void> };
+  registration: { scope: string };
+}
+
+const scope = self as unknown as Scope;
+const base = scope.registration.scope;
+const CACHE = `unidiff-site ${base}`; // other sites of this host have their own
+
+scope.addEventListener("install", (event) => event.waitUntil(install()));
+scope.addEventListener("activate", (event) => event.waitUntil(scope.clients.claim()));
+scope.addEventListener("fetch", (event) => {
+  const { request } = event;
+  if (request.method !== "GET" || !request.url.startsWith(base)) return;
+  event.respondWith(isFixed(request.url) ? cacheFirst(request) : networkFirst(request));
+});
+
+async function install(): Promise<void> {
+  const cache = await caches.open(CACHE);
+  const response = await fetch(new URL("site.json", base));
+  const index = (await response.clone().json()) as SiteIndex;
+  await cache.put(new URL("site.json", base).href, response);
+  await cache.addAll(["./", ...index.shell.filter((name) => name !== "sw.js")].map((name) => new URL(name, base).href));
+  const current = new Set(Object.entries(index.files).map(([name, { sha256 }]) => new URL(`${name}?${sha256.slice(0, 16)}`, base).href));
+  for (const { url } of await cache.keys()) if (url.includes("?") && !current.has(url)) await cache.delete(url);
+  await scope.skipWaiting();
+}
+
+/** Whether the content at an address never changes. */
+function isFixed(url: string): boolean {
+  return /\?[0-9a-f]{16}$|\/assets\/|\/ort\//u.test(url);
+}
+
+async function cacheFirst(request: Request): Promise<Response> {
+  const cache = await caches.open(CACHE);
+  const cached = await cache.match(request.url);
+  if (cached) return cached;
+  const response = await fetch(request);
+  if (response.ok) await cache.put(request.url, response.clone());
+  return response;
+}
+
+async function networkFirst(request: Request): Promise<Response> {
+  const cache = await caches.open(CACHE);
+  const address = request.mode === "navigate" ? base : request.url; // the address of the page holds the search
+  try {
+    const response = await fetch(request);
+    if (response.ok) await cache.put(address, response.clone());
+    return response;
+  } catch (error) {
+    const cached = await cache.match(address);
+    if (cached) return cached;
+    throw error;
+  }
+}

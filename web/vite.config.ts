@@ -1,0 +1,60 @@
+import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { defineConfig, type Plugin } from "vite";
+
+const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
+const page = here("../unidiff_sdk/cli/servers/site/page");
+
+// ONNX Runtime finds its WebAssembly by name, so the files are copied as they are: wasm for CPUs, webgpu for GPUs.
+const BUILDS = { wasm: "ort-wasm-simd-threaded", webgpu: "ort-wasm-simd-threaded.asyncify" };
+
+function copyRuntime(): Plugin {
+  return {
+    name: "copy-runtime",
+    apply: "build",
+    closeBundle() {
+      mkdirSync(`${page}/ort`, { recursive: true });
+      for (const [name, build] of Object.entries(BUILDS)) {
+        for (const type of ["mjs", "wasm"]) {
+          copyFileSync(here(`node_modules/onnxruntime-web/dist/${build}.${type}`), `${page}/ort/${name}.${type}`);
+        }
+      }
+    },
+  };
+}
+
+/** The licenses of the packages that the page includes. */
+function writeLicenses(): Plugin {
+  return {
+    name: "write-licenses",
+    apply: "build",
+    closeBundle() {
+      const { dependencies } = JSON.parse(readFileSync(here("package.json"), "utf8")) as { dependencies: Record<string, string> };
+      const texts = Object.entries(dependencies).map(([name, version]) => {
+        const folder = here(`node_modules/${name}`);
+        const { license } = JSON.parse(readFileSync(`${folder}/package.json`, "utf8")) as { license: string };
+        const file = readdirSync(folder).find((each) => /^licen[cs]e/iu.test(each));
+        return `${name} ${version}: ${license}\n\n${file ? readFileSync(`${folder}/${file}`, "utf8") : ""}`;
+      });
+      writeFileSync(`${page}/licenses.txt`, texts.join("\n\n"));
+    },
+  };
+}
+
+export default defineConfig({
+  base: "./", // the site may be served from any folder
+  plugins: [copyRuntime(), writeLicenses()],
+  resolve: { conditions: ["onnxruntime-web-use-extern-wasm", "module", "browser", "production", "import", "default"] },
+  build: {
+    outDir: page,
+    emptyOutDir: true,
+    target: "es2022",
+    modulePreload: { polyfill: false },
+    rollupOptions: {
+      input: { page: here("index.html"), sw: here("src/service/sw.ts") },
+      output: { entryFileNames: (chunk) => (chunk.name === "sw" ? "sw.js" : "assets/[name]-[hash].js") },
+    },
+  },
+  worker: { format: "es" },
+  test: { include: ["test/**/*.test.ts"] },
+} as Parameters<typeof defineConfig>[0]);
