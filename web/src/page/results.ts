@@ -22,9 +22,12 @@ export class Results {
     private readonly indexOf: (id: string) => number | undefined,
     private readonly onSearch: () => void,
   ) {
-    new IntersectionObserver((entries) => {
-      if (entries.some((entry) => entry.isIntersecting) && this.more && !this.loading) void this.load(false);
-    }).observe(byId("more"));
+    const end = byId("more");
+    new IntersectionObserver(() => {
+      // An entry may be older than the results that were added since, so the current position decides.
+      const isVisible = end.getBoundingClientRect().top < window.innerHeight;
+      if (isVisible && this.more && !this.loading) void this.load(false);
+    }).observe(end);
   }
 
   /** Show the results of the current state. */

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from unidiff_sdk import __version__
 from unidiff_sdk._internal.files import checked_path, replacement_folder
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.catalog.snapshot import Snapshot
@@ -214,7 +213,6 @@ def _write_index(folder: Path, out: Path, options: SiteOptions, items: Items) ->
         "format": FORMAT,
         "version": VERSION,
         "name": options.name,
-        "sdk_version": __version__,
         "items": len(items.records),
         "dim": items.vectors.shape[1],
         "vectors": "int8" if options.int8 else "float32",
