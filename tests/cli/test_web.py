@@ -183,9 +183,14 @@ def test_a_bundle_that_embeds_differently_is_refused(
     assert result.exit_code == 2 and "embeds texts differently" in " ".join(result.output.split())
 
 
-def test_a_bundle_for_a_gpu_is_refused(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_that_no_browser_runs_is_refused(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from unidiff_sdk.cli.servers.site import model
 
+    monkeypatch.setattr(model, "UNET_INPUTS", {"sample"})  # as if it had fewer than that of the bundle
+    result = run(catalog, "-o", tmp_path / "site")
+    assert result.exit_code == 2 and "The page generates with Stable Diffusion 1 and 2" in result.output
     monkeypatch.setattr(model, "TARGETS", ("web",))
     result = run(catalog, "-o", tmp_path / "site")
     assert result.exit_code == 2 and "unidiff-export --target web" in " ".join(result.output.split())

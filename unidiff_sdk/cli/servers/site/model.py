@@ -19,7 +19,7 @@ from unidiff_sdk.generation.samplers import SAMPLERS, Table, make_table
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.schedule import Schedule
 
-__all__ = ["check_bundle", "describe_model", "float32_json", "sampler_tables", "write_model"]
+__all__ = ["check_bundle", "describe_model", "float32_json", "sampler_tables", "schedule_of", "write_model"]
 
 STEPS = (4, 6, 8, 12, 16, 20, 30, 50)
 """The numbers of steps that the page offers, besides the default of the bundle."""
@@ -28,6 +28,7 @@ TARGETS = ("cpu", "portable", "web")
 """Targets whose operators onnxruntime-web runs. Only graphs of "web" run on a GPU."""
 
 GRAPHS = ("text_encoder", "clip_text_encoder", "image_encoder", "unet", "vae_decoder")
+UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -39,8 +40,11 @@ def check_bundle(bundle: Bundle) -> None:
             f"{bundle.path} was exported for {manifest.target}, which no browser runs. Export it again with "
             "unidiff-export --target web, and name that bundle: --bundle BUNDLE"
         )
-    if manifest.conditioning is not None:
-        raise OptionError(f"{bundle.path} is a Stable Diffusion XL, which the page cannot run. Use unidiff serve.")
+    if bundle.generates and set(getattr(manifest.graphs.get("unet"), "inputs", ())) != UNET_INPUTS:
+        raise OptionError(
+            f"The page generates with Stable Diffusion 1 and 2, without switchable LoRAs, and {bundle.path} is another "
+            "model. Use unidiff serve, or name another bundle: --bundle BUNDLE"
+        )
     for folder in _tokenizers(bundle):
         if f"{folder}/tokenizer.json" not in bundle.files:
             raise OptionError(f"{bundle.path} has no {folder}/tokenizer.json, which the page needs. Export it again.")
@@ -86,9 +90,16 @@ def describe_model(bundle: Bundle) -> dict[str, Any]:
             "sampler": bundle.sampler.name,
             "steps": bundle.sampler.steps,
             "guidance_scale": bundle.sampler.guidance_scale,
-            "samplers": sampler_tables(bundle.schedule(), bundle.sampler.name, bundle.sampler.steps),
+            "samplers": sampler_tables(schedule_of(bundle), bundle.sampler.name, bundle.sampler.steps),
         }
     return described
+
+
+def schedule_of(bundle: Bundle) -> Schedule:
+    """The noise schedule of a bundle that `check_bundle` accepts, so of a UNet."""
+    schedule = bundle.schedule()
+    assert isinstance(schedule, Schedule)
+    return schedule
 
 
 def sampler_tables(schedule: Schedule, default: str, default_steps: int) -> dict[str, dict[str, Any]]:

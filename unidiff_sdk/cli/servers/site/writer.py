@@ -26,7 +26,7 @@ from unidiff_sdk.retrieval.reranking.reranker import Reranker
 from unidiff_sdk.store.images import ImageStore
 
 from .items import Items, write_items, write_latents
-from .model import check_bundle, describe_model, float32_json, write_model
+from .model import check_bundle, describe_model, float32_json, schedule_of, write_model
 
 __all__ = ["Site", "SiteOptions", "write_site"]
 
@@ -176,7 +176,7 @@ def _write_rerank(
 ) -> dict[str, Any]:
     """Write latents, errors and noise, and return what `retrieval.reranking` measures with them."""
     reranker = _reranker(snapshot, images, bundle, folder)
-    schedule, latent, settings = bundle.schedule(), bundle.latent, reranker.settings
+    schedule, latent, settings = schedule_of(bundle), bundle.latent, reranker.settings
     with progress_bar("Preparing", progress) as advance:
         write_latents(items, reranker.prepare, settings.timesteps, folder, advance)
     shape = (latent.channels, latent.size, latent.size)
