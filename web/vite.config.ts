@@ -23,6 +23,11 @@ function copyRuntime(): Plugin {
   };
 }
 
+/** Without `crossorigin`, a page that is opened as a file still has its style sheet, and can say what is wrong. */
+function plainLinks(): Plugin {
+  return { name: "plain-links", transformIndexHtml: { order: "post", handler: (html) => html.replaceAll(" crossorigin", "") } };
+}
+
 /** The licenses of the packages that the page includes. */
 function writeLicenses(): Plugin {
   return {
@@ -43,7 +48,7 @@ function writeLicenses(): Plugin {
 
 export default defineConfig({
   base: "./", // the site may be served from any folder
-  plugins: [copyRuntime(), writeLicenses()],
+  plugins: [copyRuntime(), plainLinks(), writeLicenses()],
   resolve: { conditions: ["onnxruntime-web-use-extern-wasm", "module", "browser", "production", "import", "default"] },
   build: {
     outDir: page,

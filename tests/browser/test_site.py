@@ -235,7 +235,7 @@ def test_embeddings_and_images_are_those_of_python(
 def test_webgpu_computes_the_same_as_wasm(browser: Any, catalog: Catalog, web_site: Path) -> None:
     """On a software adapter: this shows that the operators run and are right, and nothing about speed."""
     image = catalog.browse(limit=1)[0]
-    rgb = image.image().convert("RGB")
+    rgb = image.load_image()
     pixels = {"width": rgb.width, "height": rgb.height, "pixels": np.asarray(rgb).ravel().tolist()}
     with served(web_site) as address:
         visit = Visit(browser, address + "?engine=webgpu")

@@ -22,6 +22,8 @@ interface Scope {
 
 const scope = self as unknown as Scope;
 const base = scope.registration.scope;
+const INDEX = new URL("site.json", base).href;
+const CHECKED: RequestInit = { cache: "no-cache" }; // ask the server whether the browser's own copy is still right
 const CACHE = `unidiff-site ${base}`; // other sites of this host have their own
 
 scope.addEventListener("install", (event) => event.waitUntil(install()));
@@ -34,13 +36,18 @@ scope.addEventListener("fetch", (event) => {
 
 async function install(): Promise<void> {
   const cache = await caches.open(CACHE);
-  const response = await fetch(new URL("site.json", base));
+  const response = await fetch(INDEX, CHECKED);
   const index = (await response.clone().json()) as SiteIndex;
-  await cache.put(new URL("site.json", base).href, response);
-  await cache.addAll(["./", ...index.shell.filter((name) => name !== "sw.js")].map((name) => new URL(name, base).href));
-  const current = new Set(Object.entries(index.files).map(([name, { sha256 }]) => new URL(`${name}?${sha256.slice(0, 16)}`, base).href));
-  for (const { url } of await cache.keys()) if (url.includes("?") && !current.has(url)) await cache.delete(url);
+  await cache.put(INDEX, response);
+  await cache.addAll(["./", ...index.shell.filter((name) => name !== "sw.js")].map((name) => new Request(new URL(name, base), CHECKED)));
   await scope.skipWaiting();
+}
+
+/** Delete what an earlier version of the site left. */
+async function prune(cache: Cache, index: SiteIndex): Promise<void> {
+  const data = Object.entries(index.files).map(([name, { sha256 }]) => `${name}?${sha256.slice(0, 16)}`);
+  const current = new Set([...data, ...index.shell, "", "site.json"].map((name) => new URL(name, base).href));
+  for (const { url } of await cache.keys()) if (!current.has(url) && !url.includes("/ort/")) await cache.delete(url);
 }
 
 /** Whether the content at an address never changes. */
@@ -61,8 +68,9 @@ async function networkFirst(request: Request): Promise<Response> {
   const cache = await caches.open(CACHE);
   const address = request.mode === "navigate" ? base : request.url; // the address of the page holds the search
   try {
-    const response = await fetch(request);
+    const response = await fetch(request, CHECKED);
     if (response.ok) await cache.put(address, response.clone());
+    if (response.ok && address === INDEX) await prune(cache, (await response.clone().json()) as SiteIndex);
     return response;
   } catch (error) {
     const cached = await cache.match(address);

@@ -63,7 +63,7 @@ export class SiteFiles {
 async function download(url: string, name: string, onBytes?: (received: number) => void): Promise<Uint8Array<ArrayBuffer>> {
   let response: Response;
   try {
-    response = await fetch(url);
+    response = await fetch(url, name === INDEX ? { cache: "no-cache" } : {});
   } catch (error) {
     throw new SiteError(`${name} cannot be loaded (${String(error)}). Check the connection, and reload the page.`);
   }
