@@ -115,7 +115,7 @@ class CatalogPlace:
             raise OptionError(
                 "A Qdrant server stores no images. Give a folder or a URL for them: Catalog(url, images='folder')"
             )
-        folder = image_folder or user_cache(storage.url if storage else "")
+        folder = image_folder or user_cache("images", storage.url if storage else "")
         return cls(name, folder, Location(folder, None, name, collection, api_key, server), storage)
 
     @property

@@ -78,7 +78,7 @@ class Writer:
         snapshot = self._current.get()
         pending: list[tuple[Item, Record]] = []
         for batch in batched(items, BATCH_SIZE):
-            some = self._changed(batch, copy)
+            some = self.changed(batch, copy=copy)
             pending += zip(some, self._encode(snapshot, some, copy), strict=True)
         check_records([record for _, record in pending], snapshot.store.dim)
 
@@ -240,7 +240,7 @@ class Writer:
                 items.append(replace(item, name=row.name, line=row.line, source=source))
             except (DataError, ImageError, OptionError) as error:
                 reject(row.name, row.line, error)
-        pending = self._changed(items, copy)
+        pending = self.changed(items, copy=copy)
         lines = {item.line for item in pending}
         changed: list[Item] = []
         for item in pending:
@@ -253,7 +253,7 @@ class Writer:
             item.image.release()  # only the preprocessed pixels wait to be encoded, whatever the size of the image
         return PreparedBatch(snapshot, [item for item in items if item.line not in lines], changed, [], invalid)
 
-    def _changed(self, items: Sequence[Item], copy: bool) -> list[Item]:
+    def changed(self, items: Sequence[Item], *, copy: bool = True) -> list[Item]:
         """The items that differ from what is stored.
 
         An item that is stored with the same image, but with other columns or another location of the image, keeps its

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from unidiff_sdk.errors import DataError, OptionError
+from unidiff_sdk.errors import OptionError
 
 from .console import Command, echo, echo_json
 from .locations.location import CatalogLocation, catalog_options
@@ -26,8 +26,6 @@ from .parameters import (
 )
 
 __all__ = ["check", "delete", "export", "index", "info", "reindex", "restore"]
-
-SHOWN_PROBLEMS = 20
 
 
 @click.command(
@@ -89,7 +87,9 @@ def index(
 
     Rows that have not changed since the last run are skipped. Invalid rows are skipped and listed at the end.
     """
-    from unidiff_sdk.datasets.reader import TABLES, group_by_reason, read_catalog
+    from unidiff_sdk.datasets.reader import TABLES, read_catalog
+
+    from .output.add_report import print_add_report
 
     if images is not None and folder.suffix.lower() not in TABLES:
         raise OptionError(f"--images needs a table ({', '.join(TABLES)}), and {folder} is not one. Omit --images.")
@@ -106,25 +106,7 @@ def index(
         if rerank:
             opened.prepare_rerank(progress=not as_json)
         items = opened.count()
-    if as_json:
-        failed = [{"line": row.line, "file_name": row.file_name, "reason": row.reason} for row in report.failed]
-        counts: dict[str, float] = {"added": report.added, "skipped": report.skipped, "removed": report.removed}
-        counts |= {"items": items, "seconds": report.seconds}
-        echo_json(counts | {"failed": failed})
-    else:
-        if report.failed:
-            groups = group_by_reason(report.failed)
-            print_table(
-                ["rows", "first line", "file", "problem"],
-                ([count, row.line, row.file_name, row.reason] for row, count in groups[:SHOWN_PROBLEMS]),
-            )
-            if len(groups) > SHOWN_PROBLEMS:
-                echo(f"… and {counted(len(groups) - SHOWN_PROBLEMS, 'other problem')}. --json lists all rows.")
-        echo(f"{report}. {catalog} has {counted(items, 'item')}.")
-    valid = report.added + report.skipped
-    if len(report.failed) > valid:
-        has = "has no valid row" if not valid else f"has only {counted(valid, 'valid row')}"
-        raise DataError(f"{folder} {has}: {counted(len(report.failed), 'row')} invalid. Fix the problems listed above.")
+    print_add_report(report, folder, catalog, items, as_json)
 
 
 @click.command(

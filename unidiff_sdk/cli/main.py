@@ -6,7 +6,8 @@ import click
 
 from .commands import check, delete, export, index, info, reindex, restore
 from .console import Group
-from .datasets import dataset
+from .data.bulk import bulk
+from .data.datasets import dataset
 from .generate import generate
 from .search import duplicates, search
 from .servers.mcp import mcp
@@ -33,6 +34,7 @@ def main() -> None:
 for command in (
     dataset,
     index,
+    bulk,
     search,
     duplicates,
     generate,

@@ -92,10 +92,10 @@ def is_object_storage(images: str | None) -> bool:
     return images is not None and (url := _URL.match(images)) is not None and url[1].lower() != "file"
 
 
-def user_cache(url: str) -> Path:
-    """The folder of this user for what is kept of a URL."""
+def user_cache(kind: str, key: str) -> Path:
+    """The place in the cache of this user for what belongs to a key, such as a URL."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "unidiff-sdk" / "images" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return root / "unidiff-sdk" / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 class ObjectFolder:

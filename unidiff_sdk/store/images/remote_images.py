@@ -47,7 +47,7 @@ class RemoteImageStore(ImageStore):
     def __init__(self, root: Path, storage: ObjectStorage) -> None:
         super().__init__(root)
         self.objects = ObjectFolder(storage)
-        cache = Path(storage.cache) if storage.cache is not None else user_cache(storage.url) / "cache"
+        cache = Path(storage.cache) if storage.cache is not None else user_cache("images", storage.url) / "cache"
         self._cache = FileCache(cache, storage.cache_size)
         self._stored: dict[str, float] = {}  # hash of an image -> when this process stored or found it
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .console import Command, Group, echo
+from unidiff_sdk.cli.console import Command, Group, echo
 
 if TYPE_CHECKING:
     from unidiff_sdk.datasets.convert import Converted

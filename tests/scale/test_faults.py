@@ -1,0 +1,197 @@
+"""Bulk indexing on a local Ray cluster of several processes while processes are killed and the server fails.
+
+At the end of each test every valid row is stored exactly once, and the report names what was wrong.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.misbehaving_server import MisbehavingServer, Request
+
+from unidiff_sdk import Catalog, ServerOptions, StoreError
+from unidiff_sdk.store.ids import key_of
+
+pytest.importorskip("ray", reason="needs the ray extra")
+pytestmark = pytest.mark.slow
+
+SHARDS, ROWS = 3, 150  # three chunks each
+
+
+@pytest.fixture
+def server() -> Iterator[MisbehavingServer]:
+    server = MisbehavingServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sound shards, and one that is cut off after some rows."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(SHARDS + 1):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for row in range(ROWS):
+                image = io.BytesIO()
+                Image.fromarray(np.full((4, 4, 3), [shard, row, 9], np.uint8)).save(image, "PNG")
+                columns = json.dumps({"text": f"item {row}", "id": f"{shard}-{row}"}).encode()
+                for suffix, content in ((".png", image.getvalue()), (".json", columns)):
+                    member = tarfile.TarInfo(f"{row:04d}{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    damaged = folder / f"{SHARDS}.tar"
+    damaged.write_bytes(damaged.read_bytes()[:50_000])
+    return folder
+
+
+def processes_of(parent: int, name: str) -> list[int]:
+    """The processes below `parent` whose command line holds a name."""
+    parents: dict[int, int] = {}
+    lines: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                lines[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+
+    def is_below(process: int) -> bool:
+        while process in parents:
+            process = parents[process]
+            if process == parent:
+                return True
+        return False
+
+    return [process for process, line in lines.items() if name in line and is_below(process)]
+
+
+def once_at_upsert(number: int, act: Callable[[], object]) -> Callable[[Request], Any]:
+    """A `choose` that acts at the n-th request that stores points, and never again."""
+    counted = [0]
+
+    def choose(request: Request) -> None:
+        if request.method == "PUT" and request.path.endswith("/points"):
+            counted[0] += 1
+            if counted[0] == number:
+                act()
+
+    return choose
+
+
+def check_stored(server: MisbehavingServer, images: Path, bundle: Path, report: dict[str, Any]) -> None:
+    """Every sound row is stored once, with its image; the report counts the rows and names the damaged shard."""
+    points, _ = server.client.scroll("catalog", limit=10_000)
+    ids = [point.payload["id"] for point in points if point.payload]
+    sound = {f"{shard}-{row}" for shard in range(SHARDS) for row in range(ROWS)}
+    partial = {id for id in ids if id.startswith(f"{SHARDS}-")}
+    assert len(ids) == len(set(ids)) and set(ids) == sound | partial and 0 < len(partial) < ROWS
+    assert {str(point.id) for point in points} == {key_of(id) for id in ids}
+    assert report["added"] + report["skipped"] == len(ids)
+    assert any(f"{SHARDS}.tar" in row["reason"] for row in report["failed"]), report["failed"]
+    with Catalog(server.url, bundle, images=images) as catalog:
+        checked = catalog.check()
+        assert checked.items == len(ids) and not checked.missing_images and not checked.missing_vectors
+
+
+def command(server: MisbehavingServer, source: Path, bundle: Path, tmp_path: Path, *more: str) -> list[str]:
+    return [
+        *(
+            sys.executable,
+            "-m",
+            "unidiff_sdk",
+            "bulk",
+            "index",
+            str(source),
+            "--to",
+            server.url,
+            "--bundle",
+            str(bundle),
+        ),
+        *("--image-store", str(tmp_path / "images"), "--record", str(tmp_path / "run.jsonl"), "--workers", "2"),
+        *("--json", *more),
+    ]
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+@pytest.mark.parametrize("stage", ["Encode", "Store"])
+def test_killed_worker_is_replaced(
+    server: MisbehavingServer, source: Path, toy: Path, tmp_path: Path, stage: str
+) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.extend(processes_of(os.getpid(), f"MapBatches({stage})")[:1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    server.choose = once_at_upsert(3, kill)
+    report = run(command(server, source, toy, tmp_path))
+    assert len(killed) == 1
+    check_stored(server, tmp_path / "images", toy, report)
+
+
+def test_killed_driver_is_resumed(server: MisbehavingServer, source: Path, toy: Path, tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        command(server, source, toy, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def kill_later() -> None:
+        threading.Timer(0.2, first.kill).start()
+
+    server.choose = once_at_upsert(4, kill_later)
+    assert first.wait(timeout=400) == -signal.SIGKILL
+    time.sleep(5)  # its workers end with it
+    recorded = len((tmp_path / "run.jsonl").read_text().split())
+    upserts = sum(request.method == "PUT" and request.path.endswith("/points") for request in server.requests)
+    report = run(command(server, source, toy, tmp_path, "--resume"))
+    check_stored(server, tmp_path / "images", toy, report)
+    assert recorded and upserts >= 4
+    before = server.client.scroll("catalog", limit=10_000)[0]
+    again = run(command(server, source, toy, tmp_path))
+    assert again["added"] == 0 and again["skipped"] == report["added"] + report["skipped"]
+    assert server.client.scroll("catalog", limit=10_000)[0] == before, "a repeated run changes nothing"
+
+
+def test_unavailable_server(server: MisbehavingServer, source: Path, toy: Path, tmp_path: Path) -> None:
+    from unidiff_sdk.scale import index
+
+    options: dict[str, Any] = {
+        "images": tmp_path / "images",
+        "record": tmp_path / "run.jsonl",
+        "server": ServerOptions(retries=3),
+    }
+    unavailable = threading.Event()
+    outage = once_at_upsert(3, unavailable.set)
+
+    def choose(request: Request) -> int | None:
+        outage(request)
+        return 503 if unavailable.is_set() else None
+
+    server.choose = choose
+    with pytest.raises(StoreError, match="status 503") as raised:  # longer than the retries last
+        index(source, server.url, toy, **options)
+    assert "\n" not in str(raised.value)
+    server.choose = once_at_upsert(2, lambda: server.faults.extend([503, 503]))  # shorter
+    report = index(source, server.url, toy, resume=True, **options)
+    failed = [{"reason": row.reason} for row in report.failed]
+    check_stored(server, tmp_path / "images", toy, {"added": report.added, "skipped": report.skipped, "failed": failed})

@@ -1,0 +1,1 @@
+"""The commands about whole datasets: `unidiff dataset` and `unidiff bulk`."""

@@ -1,0 +1,14 @@
+"""Bulk jobs on Ray: indexing a dataset and generating from a list of prompts, on one machine or a cluster.
+
+    from unidiff_sdk.scale import index
+
+    report = index("shards/", "http://qdrant:6333", images="s3://bucket/shop", workers=8)
+
+The extra `ray` is needed. Without a cluster, Ray runs on this machine.
+"""
+
+from __future__ import annotations
+
+from .indexing import index
+
+__all__ = ["index"]

@@ -1,0 +1,180 @@
+"""Bulk indexing: read the parts of a dataset, encode them in a pool of processes, store them with their own ids."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unidiff_sdk._internal.json_values import whole_number
+from unidiff_sdk._internal.progress import progress_bar
+from unidiff_sdk._internal.text import hide_key
+from unidiff_sdk.catalog.catalog import Catalog
+from unidiff_sdk.catalog.results import AddReport
+from unidiff_sdk.datasets.reader import InvalidRow, check_invalid_count, count_rows
+from unidiff_sdk.errors import OptionError, UniDiffError
+from unidiff_sdk.store.images.object_storage import is_object_storage, user_cache
+
+from .cluster import ray_data
+from .parts import CHUNK_ROWS, Part, find_parts, pack, unpack
+from .run_file import RunFile
+from .stages import Encode, Store, read
+
+if TYPE_CHECKING:
+    from unidiff_sdk.inference.bundle import Bundle
+
+__all__ = ["index"]
+
+
+def index(
+    source: str | Path,
+    to: str | Path,
+    bundle: Bundle | str | Path | None = None,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    workers: int = 1,
+    gpus: float = 0,
+    record: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    **opening: Any,
+) -> AddReport:
+    """Index a dataset with several processes on Ray, as `Catalog.add_folder` does with one.
+
+    Items get the ids of their rows, or a hash of image and caption. So a row that is read twice, because a process was
+    killed or a run is repeated, is stored once. Of several rows with one id, an arbitrary one is stored.
+
+    Args:
+        source: a dataset as for `Catalog.add_folder`, on a file system that all machines have; or the URL of webdataset
+            shards (.tar) and parquet files with images in object storage.
+        to: the catalog: the URL of a Qdrant server; or a folder, which one process writes.
+        bundle: for a new catalog, as for `Catalog`. All machines must have it under this path.
+        columns, kinds: as for `Catalog.add_folder`.
+        workers: processes that encode, each with one open bundle and, without GPUs, one core.
+        gpus: GPUs for each of them, such as 1 or 0.5. 0: the CPU.
+        record: the file that records finished chunks and invalid rows. Default: a file in the cache of this user.
+        resume: skip the chunks that the record of an interrupted run has.
+        progress: show a progress bar.
+        opening: further arguments of `Catalog`: images, collection, api_key, server.
+
+    Returns:
+        A report over all runs that were resumed. The lines of invalid rows are those in their own file.
+
+    Raises:
+        ProviderError: Ray is not installed.
+        OptionError: an argument is invalid.
+        DataError: the source is missing; or with `resume`, there is no record, or that of another job.
+        StoreError, BundleError: as for `Catalog`. What was stored until then is recorded.
+    """
+    started = time.perf_counter()
+    workers = whole_number("workers", workers, at_least=1)
+    if isinstance(gpus, bool) or not isinstance(gpus, int | float) or not 0 <= gpus <= 64:
+        raise OptionError(f"gpus is {gpus!r:.60}; give a number from 0 to 64")
+    parts = find_parts(source)
+    opening = hide_key(opening)
+    with Catalog(to, bundle, **opening) as catalog:  # reports what is wrong with it, before processes start
+        opened, location, folder = catalog.bundle, catalog.location, catalog.folder
+    job = {
+        "source": str(source),
+        "to": [location, str(folder), opening.get("collection")],
+        "bundle": opened.fingerprint,
+        "options": [columns, kinds, CHUNK_ROWS],
+        "parts": [[part.name, part.size, part.modified] for part in parts],
+    }
+    file = RunFile(Path(record) if record is not None else _record_place(job), job, resume=resume)
+    arguments = {"location": str(to), "bundle": str(opened.path), **_plain(opening)}
+    try:
+        if left := _open_parts(parts, file):
+            with ray_data(workers) as data:
+                finished = _stages(data, left, arguments, columns, kinds, workers, gpus)
+                _record_all(finished, file, _total(source) if progress else 0, progress)
+        return _report(file, parts, started)
+    finally:
+        file.close()
+
+
+def _stages(
+    data: Any,
+    parts: list[dict[str, Any]],
+    opening: dict[str, Any],
+    columns: Any,
+    kinds: Any,
+    workers: int,
+    gpus: float,
+) -> Iterable[Mapping[str, Any]]:
+    """The finished chunks. Ray starts a killed process again, and repeats what it had not finished."""
+    pool = data.ActorPoolStrategy
+    # A folder is written by one process. Writers to a server mostly wait.
+    writers = workers if str(opening["location"]).startswith("http") else 1
+    rows = data.from_items(parts, override_num_blocks=len(parts))
+    rows = rows.flat_map(read, fn_kwargs={"columns": columns, "kinds": kinds}, num_cpus=0.5)
+    rows = rows.repartition(target_num_rows_per_block=1)
+    device = "cuda" if gpus else "cpu"
+    rows = rows.map_batches(
+        Encode,
+        fn_constructor_kwargs={"bundle": opening["bundle"], "device": device},
+        batch_size=1,
+        compute=pool(size=workers),
+        num_cpus=1,
+        num_gpus=gpus or None,
+    )
+    rows = rows.map_batches(
+        Store, fn_constructor_kwargs={"opening": opening}, batch_size=1, compute=pool(size=writers), num_cpus=0.01
+    )
+    finished: Iterable[Mapping[str, Any]] = rows.iter_rows()
+    return finished
+
+
+def _open_parts(parts: list[Part], file: RunFile) -> list[dict[str, Any]]:
+    complete = file.complete
+    return [
+        {"number": number, "part": pack((part, file.done.get(number, set())))}
+        for number, part in enumerate(parts)
+        if number not in complete
+    ]
+
+
+def _record_all(finished: Iterable[Mapping[str, Any]], file: RunFile, total: int, progress: bool) -> None:
+    with progress_bar("Indexing", progress) as advance:
+        done = sum(_rows_of(entry) for entry in file.entries())
+        for row in finished:
+            result = unpack(row["rows"])
+            if isinstance(result, UniDiffError):
+                raise result
+            entry = {"part": int(row["number"]), "chunk": int(row["chunk"]), "last": bool(row["last"]), **result}
+            file.add(entry)
+            done += _rows_of(entry)
+            advance(done, total)
+
+
+def _rows_of(entry: Mapping[str, Any]) -> int:
+    return int(entry["added"]) + int(entry["skipped"]) + len(entry["failed"])
+
+
+def _report(file: RunFile, parts: list[Part], started: float) -> AddReport:
+    added = skipped = 0
+    failed: list[InvalidRow] = []
+    for entry in file.entries():
+        added, skipped = added + entry["added"], skipped + entry["skipped"]
+        for line, name, reason, hides in entry["failed"]:
+            where = f" ({parts[entry['part']].name})" if len(parts) > 1 else ""
+            failed.append(InvalidRow(line, name, reason + where, hides))
+        check_invalid_count(file.path, len(failed))
+    failed.sort(key=lambda row: (row.line, row.file_name))
+    return AddReport(added, skipped, tuple(failed), time.perf_counter() - started)
+
+
+def _total(source: str | Path) -> int:
+    return 0 if is_object_storage(str(source)) else count_rows(source, captions=False)
+
+
+def _record_place(job: Mapping[str, Any]) -> Path:
+    return user_cache("bulk", f"{job['source']}\0{job['to']}").with_suffix(".jsonl")
+
+
+def _plain(opening: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Catalog` that Ray can pass on."""
+    key = opening.get("api_key")
+    return {**opening, **({} if key is None else {"api_key": key.reveal()})}
