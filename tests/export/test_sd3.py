@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,26 @@ def test_batching_changes_no_pixel_by_more_than_one_level(bundle: Bundle) -> Non
     assert shared <= 1 and own == 0
 
 
+def test_requests_at_different_steps_share_calls(bundle: Bundle) -> None:
+    """Whether generated alone or at the same time as others, with other numbers of steps and guidance."""
+    generator = Generator(bundle, positions=1)  # each call has one image, and any order of the calls the same pixels
+    shared = Generator(bundle)
+    calls: list[dict[str, Any]] = [
+        {"seed": k, "steps": 2 + k % 4, "guidance_scale": (1, 5.0)[k % 2], "n": 1 + k % 2} for k in range(6)
+    ]
+    alone = [pixels(generator.generate(PROMPTS[0], **call)) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        exact = list(threads.map(lambda call: pixels(generator.generate(PROMPTS[0], **call)), calls))
+        together = list(threads.map(lambda call: pixels(shared.generate(PROMPTS[0], **call)), calls))
+    for one, same, other in zip(alone, exact, together, strict=True):
+        np.testing.assert_array_equal(one, same)
+        assert np.abs(one - other).max() <= 1
+
+
+def pixels(images: Sequence[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image, np.int64) for image in images])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -293,6 +314,23 @@ def test_states_of_a_third_text_encoder_equal_diffusers(whole_bundle: Bundle, wh
     assert list(completed) == ["encoder_hidden_states", "pooled_projections"]
     np.testing.assert_allclose(completed["encoder_hidden_states"], states[0].numpy(), atol=5e-5)
     np.testing.assert_allclose(completed["pooled_projections"], pooled[0].numpy(), atol=2e-5)
+
+
+def test_all_parts_are_downloaded_from_the_hub(
+    whole_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot(name: str, *, revision: str | None, **patterns: list[str]) -> str:
+        files = (str(file.relative_to(whole_folder)) for file in whole_folder.rglob("*") if file.is_file())
+        for file in filter_repo_objects(files, **patterns):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            shutil.copy(whole_folder / file, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    checkpoint = load_base("hf:some/sd3", whole_folder / "clip")
+    assert checkpoint.is_transformer and checkpoint.second and checkpoint.third and checkpoint.shared
 
 
 @pytest.mark.parametrize(

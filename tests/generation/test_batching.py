@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from unidiff_sdk.errors import BusyError, GenerationError
 from unidiff_sdk.generation.batching import Batcher
 from unidiff_sdk.generation.denoising import Conditions, Job, KnownRegion, Progress, rescale_guidance
-from unidiff_sdk.generation.samplers import SAMPLERS, advance, make_table
-from unidiff_sdk.inference.schedule import Schedule
+from unidiff_sdk.generation.samplers import FLOW_SAMPLERS, SAMPLERS, advance, make_table
+from unidiff_sdk.inference.schedule import FlowSchedule, Schedule
 
 SHAPE, TOKENS, WIDTH = (4, 4, 6), 5, 3
 STATES = "encoder_hidden_states"
@@ -61,7 +61,7 @@ def job(
     shape: tuple[int, int, int] = SHAPE,
 ) -> Job:
     rng = np.random.default_rng(seed)
-    table = make_table(sampler, SCHEDULE, steps)
+    table = make_table(sampler, FlowSchedule(shift=3.0) if sampler in FLOW_SAMPLERS else SCHEDULE, steps)
     conditions, negative = (
         {
             STATES: rng.standard_normal((TOKENS, WIDTH), dtype=np.float32),
@@ -128,7 +128,7 @@ def idle(batcher: Batcher) -> bool:
 JOBS = st.builds(
     job,
     seed=st.integers(0, 99),
-    sampler=st.sampled_from(sorted(SAMPLERS)),
+    sampler=st.sampled_from(sorted(SAMPLERS | FLOW_SAMPLERS)),
     steps=st.integers(1, 9),
     guidance=st.sampled_from([1.0, 0.0, 2.0, 7.5]),
     rescale=st.sampled_from([0.0, 0.7]),
