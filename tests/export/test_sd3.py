@@ -286,6 +286,7 @@ def whole_pipeline(whole_folder: Path) -> Any:
     return pipeline
 
 
+@pytest.mark.slow  # the export of a second pipeline
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": "a purple boat, blurry"}, {"guidance_scale": 1.0}])
 def test_images_with_a_third_text_encoder_equal_diffusers(
     whole_bundle: Bundle, whole_pipeline: Any, options: dict[str, Any]
@@ -301,6 +302,7 @@ def test_images_with_a_third_text_encoder_equal_diffusers(
         assert psnr_db(np.asarray(image), np.asarray(expected)) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the prompt is longer than 16 tokens")
 @pytest.mark.parametrize("prompt", [PROMPTS[0], "", "dress " * 300])
 def test_states_of_a_third_text_encoder_equal_diffusers(whole_bundle: Bundle, whole_pipeline: Any, prompt: str) -> None:
