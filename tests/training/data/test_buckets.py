@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def test_every_image_is_in_the_bucket_of_the_nearest_aspect_ratio(
     chosen = nearest_bucket((width, height), sizes)
     distances = {size: abs(math.log(width * size[1] / (height * size[0]))) for size in sizes}
     assert chosen in sizes and distances[chosen] <= min(distances.values()) + 1e-12
+
+
+@pytest.mark.parametrize("model", [(64, 8), (512, 64), (1024, 32)], ids=str)
+def test_border_between_two_buckets_is_the_geometric_mean_of_their_ratios(model: tuple[int, int]) -> None:
+    sizes = bucket_sizes(*model)
+    for wide, narrow in pairwise(sizes):
+        border = math.sqrt(wide[0] / wide[1] * narrow[0] / narrow[1])
+        assert nearest_bucket((round(1_000_000 * border * 1.0001), 1_000_000), sizes) == wide
+        assert nearest_bucket((round(1_000_000 * border / 1.0001), 1_000_000), sizes) == narrow
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

@@ -205,6 +205,16 @@ def test_scores_of_the_generator_equal_the_denoising_errors_of_diffusers(base: P
     assert len(sizes.unique(dim=0)) > 3
 
 
+@pytest.mark.parametrize("term", ["is", "rsc_generator"])
+def test_sizes_of_the_images_reach_the_loss(base: Path, small_catalog: Path, term: str) -> None:
+    config = TrainingConfig(**IS_ONLY | {"lambda_is": 0.0, f"lambda_{term}": 1.0}, batch_size=6)
+    step = prepare_step(base, small_catalog, config)
+    _, before = step.backpropagate()
+    step.batches.original_sizes = [(10 * width, 10 * height) for width, height in step.batches.original_sizes]
+    _, after = step.backpropagate()
+    assert after[term] != pytest.approx(before[term], rel=1e-4)
+
+
 TERMS = {
     "lambda_itc": {"clip text", "clip image"},
     "lambda_is": {"unet", "first", "second"},
@@ -243,6 +253,21 @@ def test_all_trainable_weights_have_a_gradient(
     encoders = {name.partition(".")[0] for name in found}
     assert encoders == {"unet", "clip", "text_encoder_2", *(["text_encoder"] if has_own_encoder else [])}
     assert all(".lora_" in name or name == "clip.logit_scale" for name in found) is (rank > 0)
+
+
+def test_activation_checkpointing_keeps_the_gradients_and_bf16_the_loss(base: Path, small_catalog: Path) -> None:
+    """As in the command of the guide: adapters, micro-batches and both."""
+    settings: dict[str, Any] = {"lambda_rsc": 0.0, "batch_size": 4, "micro_batch": 1}
+    settings |= {f"lora_{part}": 4 for part in ("unet", "text", "image")}
+    plain, values = prepare_step(base, small_catalog, TrainingConfig(**settings)).backpropagate()
+    checkpointed = TrainingConfig(**settings, checkpoint_activations=True)
+    found, same = prepare_step(base, small_catalog, checkpointed).backpropagate()
+    assert found.keys() == plain.keys() and same == pytest.approx(values, rel=1e-5)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    half = TrainingConfig(**settings, checkpoint_activations=True, precision="bf16")
+    found, close = prepare_step(base, small_catalog, half).backpropagate()
+    assert close == pytest.approx(values, rel=0.03) and all(gradient.isfinite().all() for gradient in found.values())
 
 
 def test_the_end_of_the_first_text_encoder_is_trained_only_as_a_part_of_clip(
