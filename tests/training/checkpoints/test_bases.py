@@ -79,12 +79,12 @@ def test_stable_diffusion_2_is_conditioned_by_the_second_to_last_layer(separate:
     ids = tokenize(checkpoint.tokenizer, ["a red dress", "green boots"])
     batch = Batch(torch.rand(2, 3, 32, 32), torch.randn(2, 4, 16, 16), ids, torch.arange(2))
     empty = tokenize(checkpoint.tokenizer, [""])
-    states, pooled = model.encode_captions(batch, torch.tensor([False, True]), empty, pooled=True)
+    conditions, pooled = model.encode_captions(batch, torch.tensor([False, True]), empty, pooled=True)
     theirs = StableDiffusionPipeline.from_pretrained(separate[0]).text_encoder
     expected = theirs(torch.cat([ids[:1], empty])).last_hidden_state
-    torch.testing.assert_close(states, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(conditions.states, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(pooled, checkpoint.clip.text_model(ids).pooler_output)
-    states.sum().backward()
+    conditions.states.sum().backward()
     assert checkpoint.clip.text_model.encoder.layers[0].mlp.fc1.weight.grad is not None
 
 
