@@ -346,8 +346,11 @@ def embed_with_clip(
             )
             inputs = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
             texts = model.get_text_features(**inputs)
-            pixels = [preprocess(image, return_tensors="pt").pixel_values for image in images]
-            features = model.get_image_features(pixel_values=torch.cat(pixels))
+            prepared = [preprocess(image, return_tensors="pt") for image in images]
+            names = preprocess.model_input_names
+            features = model.get_image_features(
+                **{name: torch.cat([each[name] for each in prepared]) for name in names}
+            )
     except (ValueError, TypeError, RuntimeError, OSError, AttributeError) as error:
         raise ExportError(
             f"{folder or path}: transformers' CLIPModel and CLIPProcessor cannot embed texts and images "
@@ -376,7 +379,7 @@ def _load_clip(folder: Path, tokenizer: Any, variant: str | None = None) -> _Cli
     variant = choose_variant(folder, CLIP_WEIGHTS, variant)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32, variant=variant, **options).eval()
     has_tokenizer = (folder / "tokenizer_config.json").is_file()  # otherwise the pipeline's own tokenizer is CLIP's
-    if model.config.model_type == "siglip" and is_sentencepiece(folder):
+    if model.config.model_type.startswith("siglip") and is_sentencepiece(folder):
         has_tokenizer = is_sentencepiece_available() and (folder / "spiece.model").is_file()
     if has_tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

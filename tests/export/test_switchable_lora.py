@@ -17,9 +17,10 @@ from click.testing import CliRunner
 from support.lora_files import make_lora
 from support.random_checkpoint import CAPTIONS
 from support.random_sd3 import make_random_sd3
+from support.random_sdxl import make_random_sdxl
 
 from unidiff_export import export_bundle
-from unidiff_export.verification import psnr_db
+from unidiff_export.verification import TOLERANCES, psnr_db
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.errors import BundleError, CheckpointError, OptionError
@@ -215,6 +216,32 @@ def test_exports_that_cannot_switch_are_refused(random_checkpoint: Path, loras: 
     odd.write_bytes(loras[0].read_bytes())
     with pytest.raises(OptionError, match="'my shoes' cannot be switched by this name"):
         export(odd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "target"), [("fp32", "portable"), ("fp16", "cpu")], ids=["portable", "fp16"])
+def test_stable_diffusion_xl_switches_in_both_text_encoders(precision: str, target: str, tmp_path: Path) -> None:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    folder, file = make_random_sdxl(tmp_path / "xl"), tmp_path / "shoes.safetensors"
+    (folder / "unidiff.json").write_text(json.dumps({"captions": list(CAPTIONS)}))
+    make_lora(folder, file, form="kohya", seed=1)
+    options = {"precision": precision, "target": target}
+    export = export_bundle(folder, tmp_path / "bundle", lora=[file], lora_switchable=True, **options)
+    bundle = Bundle.open(export.path, threads=1)
+    assert set(bundle.manifest.loras["shoes"].files) == {"text_encoder", "text_encoder_2", "unet"}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    settings = {"latents": torch.from_numpy(noise(2)), "num_inference_steps": 4, "guidance_scale": 4.0}
+    plain = pipeline(PROMPTS, **settings).images
+    pipeline.load_lora_weights(str(file), adapter_name="shoes")
+    pipeline.set_adapters(["shoes"], [0.8])
+    expected = pipeline(PROMPTS, **settings).images
+    ours = generated(bundle, lora={"shoes": 0.8})
+    least = 40 if precision == "fp32" else TOLERANCES["fp16"].image_psnr_db
+    for image, reference, without in zip(ours, map(np.asarray, expected), map(np.asarray, plain), strict=True):
+        assert psnr_db(image, reference) >= least > psnr_db(without, reference)
 
 
 def test_stable_diffusion_3_is_refused_by_name(loras: list[Path], tmp_path: Path) -> None:

@@ -41,6 +41,44 @@ def make_siglip(folder: Path, **preprocessing: Any) -> Path:
     return folder
 
 
+PATCH, PATCHES = 8, 30  # side of a patch, and the most patches of an image
+
+
+def make_naflex(folder: Path, **preprocessing: Any) -> Path:
+    """Write a transformers folder of a NaFlex SigLIP 2: images as at most 30 patches of 8 px, trained positions 5x5."""
+    import torch
+    from transformers import Siglip2Config, Siglip2Model
+
+    torch.manual_seed(0)
+    tokens = write_tokenizer(folder)
+    tower = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    config = Siglip2Config(
+        text_config=tower | ids | {"vocab_size": tokens + 3, "max_position_embeddings": TOKENS},
+        vision_config=tower | {"num_patches": 25, "patch_size": PATCH},
+    )
+    model = Siglip2Model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    steps = {
+        "image_processor_type": "Siglip2ImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "patch_size": PATCH,
+        "max_num_patches": PATCHES,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps | preprocessing), encoding="utf-8")
+    return folder
+
+
 def write_tokenizer(folder: Path) -> int:
     """Write a tokenizer as SigLIP has it: lower case, no punctuation, an end token that also pads."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors

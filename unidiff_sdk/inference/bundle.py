@@ -33,6 +33,7 @@ from .manifest import (
     ImageInput,
     Latent,
     Manifest,
+    Patches,
     Profile,
     Resize,
     SamplerDefaults,
@@ -348,6 +349,11 @@ class Bundle:
     def image_resize(self) -> Resize | None:
         """How an image is resized before the crop. None: the shorter edge to `image_size` by bicubic interpolation."""
         return self._image.resize
+
+    @property
+    def image_patches(self) -> Patches | None:
+        """How an image is divided into patches, for a NaFlex image encoder. None: the encoder takes squares."""
+        return self._image.patches
 
     @property
     def image_mean(self) -> NDArray[np.float32]:

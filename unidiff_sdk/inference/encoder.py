@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from unidiff_sdk.errors import BundleError, OptionError
 
 from .bundle import Bundle
 from .folder.files import BundleFiles
-from .preprocessing import preprocess
+from .preprocessing import preprocess, preprocess_patches
 from .tokenizer import clip_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
@@ -99,18 +99,31 @@ class Encoder:
         return np.concatenate(batches) if batches else np.zeros((0, self.bundle.dim), np.float32)
 
     def pixels(self, image: ImageSource) -> NDArray[np.float32]:
-        """One image as the image encoder takes it: float32[3, size, size]. Raises ImageError."""
+        """One image as the image encoder takes it: float32[3, size, size], or see `preprocess_patches`.
+
+        Raises ImageError.
+        """
         bundle = self.bundle
+        if (patches := bundle.image_patches) is not None:
+            return preprocess_patches(load_image(image), bundle.image_mean, bundle.image_std, patches)
         size, mean, std = bundle.image_size, bundle.image_mean, bundle.image_std
         return preprocess(load_image(image), size, mean, std, bundle.image_fit, bundle.image_resize)
 
     def encode_pixels(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed preprocessed images, float32[number, 3, size, size], in one call: float32[number, dim], unit vectors.
+        """Embed a stack of what `pixels` returns, in one call: float32[number, dim], unit vectors.
 
         Raises:
             BundleError: an embedding is not finite.
         """
-        outputs = self.bundle.session("image_encoder").run({"pixel_values": pixels})
+        feeds: dict[str, NDArray[Any]] = {"pixel_values": pixels}
+        if self.bundle.image_patches is not None:
+            shapes = pixels[..., -2:]
+            feeds = {
+                "pixel_values": pixels[..., :-2],
+                "pixel_attention_mask": (shapes[..., 0] > 0).astype(np.int32),
+                "spatial_shapes": shapes[:, 0].astype(np.int64),
+            }
+        outputs = self.bundle.session("image_encoder").run(feeds)
         return self._unit_vectors([outputs["image_embeds"]], "image")
 
     def tokenize(self, texts: Sequence[str]) -> NDArray[np.int64]:

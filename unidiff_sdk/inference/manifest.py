@@ -39,6 +39,7 @@ __all__ = [
     "Latent",
     "Manifest",
     "ModelDescription",
+    "Patches",
     "Profile",
     "Prompt",
     "RerankDefaults",
@@ -230,12 +231,33 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class Patches:
+    """What a NaFlex image encoder takes: an image of any aspect ratio as a list of square patches, padded with zeros.
+
+    Attributes:
+        side: of a patch, in pixels.
+        count: the most patches of an image, and the length of the list.
+        interpolation: the filter of Pillow.
+    """
+
+    side: Annotated[int, 1, 256]
+    count: Annotated[int, 1, 4096]
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def width(self) -> int:
+        """Number of values of a patch."""
+        return 3 * self.side**2
+
+
+@dataclass(frozen=True)
 class ImageInput:
     """What the image encoder takes: squares of `size` pixels, normalized by `mean` and `std` of each channel.
 
     Attributes:
         fit: how images become squares: "crop" their center, or "pad" them.
         resize: before a crop. None: the shorter edge to `size` by bicubic interpolation.
+        patches: the encoder takes patches instead of squares; `size` is then the side of a square image.
     """
 
     size: Annotated[int, 1, MAX_IMAGE_SIDE]
@@ -243,6 +265,7 @@ class ImageInput:
     std: tuple[Positive, Positive, Positive]
     fit: Fit = "crop"
     resize: Resize | None = None
+    patches: Patches | None = None
 
 
 @dataclass(frozen=True)

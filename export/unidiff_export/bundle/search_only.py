@@ -54,7 +54,8 @@ def export_search_model(
         ExportError: int8 without pairs, or transformers cannot embed.
         DataError: `calibration` is not a catalog, or holds no valid pair.
     """
-    specs = encoder_specs(model.model)
+    patches = model.image_input().patches
+    specs = encoder_specs(model.model, patches=patches.count if patches else 1)
     pairs, policy, calibrating = _pairs(model, calibration, columns), None, None
     if precision == "int8":
         pairs, calibrating = _split(pairs)
@@ -164,8 +165,9 @@ def _inputs(model: SearchModel, samples: Samples) -> dict[str, tuple[Inputs, ...
     """The inputs of both graphs, one call for each pair."""
     assert samples.images is not None  # only pairs are passed
     ids = tokenize(model.tokenizer, samples.captions)
-    pixels = (model.image_processor(image, return_tensors="pt").pixel_values for image in samples.images)
+    prepared = (model.image_processor(image, return_tensors="pt") for image in samples.images)
+    names = model.image_processor.model_input_names
     return {
         "text_encoder": tuple((each[None],) for each in ids),
-        "image_encoder": tuple((each,) for each in pixels),
+        "image_encoder": tuple(tuple(each[name] for name in names) for each in prepared),
     }

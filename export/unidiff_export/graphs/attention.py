@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.siglip.modeling_siglip import SiglipAttention
+from transformers.models.siglip2.modeling_siglip2 import Siglip2Attention
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from unidiff_export.options import CONTRIB, Target
@@ -32,7 +33,7 @@ CAUSAL_BY_FLAG = "unidiff_causal_by_flag"
 
 def attention_layers(module: nn.Module) -> int:
     """Return the number of attention layers that `module` runs in one call."""
-    kinds = (Attention, CLIPAttention, SiglipAttention, AttentionPooling, T5Attention)
+    kinds = (Attention, CLIPAttention, SiglipAttention, Siglip2Attention, AttentionPooling, T5Attention)
     return sum(isinstance(layer, kinds) for layer in module.modules())
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, SiglipModel, SiglipTextConfig, T5Config
+from transformers import CLIPTextConfig, Siglip2Model, Siglip2TextConfig, SiglipModel, SiglipTextConfig, T5Config
 
 from unidiff_export.options import TARGETS, Target
 from unidiff_export.quantization.qdq import name_by_layer
@@ -30,7 +30,7 @@ from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 from .adapters import add_adapter_inputs
 from .attention import attention_layers, causal_by_flag, check_attention, translations
 from .passes import rewrite_for_cpu
-from .siglip import SiglipImageEncoder, SiglipTextEmbedder
+from .siglip import NaflexImageEncoder, SiglipImageEncoder, SiglipTextEmbedder
 from .text_encoders import HiddenStates, ThirdTextEncoder
 from .timesteps import one_for_each_sample
 from .transformer import Transformer
@@ -290,16 +290,33 @@ def prompt_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, tuple[str, ...]]:
     return PromptEncoder(checkpoint.text_encoder), ("last_hidden_state",)
 
 
-def encoder_specs(model: CLIPModel | SiglipModel, text_graph: str = "text_encoder") -> list[GraphSpec]:
-    """Return the graphs that search needs: the text encoder, under the name `text_graph`, and the image encoder."""
+def encoder_specs(
+    model: CLIPModel | SiglipModel | Siglip2Model, text_graph: str = "text_encoder", patches: int = 256
+) -> list[GraphSpec]:
+    """Return the graphs that search needs: the text encoder, under the name `text_graph`, and the image encoder.
+
+    patches: the length of the list of patches that a NaFlex image encoder takes.
+    """
     vision = model.config.vision_config
 
     def pixels(batch: int, scale: int) -> tuple[Tensor, ...]:
         return (torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size),)
 
+    def lists_of_patches(batch: int, scale: int) -> tuple[Tensor, ...]:
+        values = torch.randn(batch, patches, vision.num_channels * vision.patch_size**2)
+        shapes = torch.tensor([[1, patches], [max(1, patches // 3), 2]] * batch)[:batch]
+        return values, (torch.arange(patches)[None] < shapes.prod(dim=1)[:, None]).int(), shapes
+
     ids = _random_ids(model.config.text_config)
     texts: nn.Module
     images: nn.Module
+    if isinstance(model, Siglip2Model):
+        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        axes = {name: {0: "batch"} for name in names}
+        return [
+            _spec(text_graph, SiglipTextEmbedder(model), ("text_embeds",), TOKEN_AXES, ids),
+            _spec("image_encoder", NaflexImageEncoder(model), ("image_embeds",), axes, lists_of_patches),
+        ]
     if isinstance(model, SiglipModel):
         texts, images = SiglipTextEmbedder(model), SiglipImageEncoder(model)
     else:
@@ -310,7 +327,9 @@ def encoder_specs(model: CLIPModel | SiglipModel, text_graph: str = "text_encode
     ]
 
 
-def _random_ids(config: CLIPTextConfig | SiglipTextConfig) -> Callable[[int, int], tuple[Tensor, ...]]:
+def _random_ids(
+    config: CLIPTextConfig | SiglipTextConfig | Siglip2TextConfig,
+) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Return a function that makes random token ids for a batch size."""
 
     def ids(batch: int, scale: int) -> tuple[Tensor, ...]:

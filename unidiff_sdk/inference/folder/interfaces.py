@@ -141,6 +141,13 @@ def _inputs(graph: str, manifest: Manifest) -> dict[str, TensorSpec]:
             return {"input_ids": TensorSpec("int64", (BATCH, joint.third_tokens))}
         case "clip_text_encoder" if embedding:
             return {"input_ids": TensorSpec("int64", (BATCH, embedding.max_tokens))}
+        case "image_encoder" if image and image.patches:
+            count, width = image.patches.count, image.patches.width
+            return {
+                "pixel_values": TensorSpec("float32", (BATCH, count, width)),
+                "pixel_attention_mask": TensorSpec("int32", (BATCH, count)),
+                "spatial_shapes": TensorSpec("int64", (BATCH, 2)),
+            }
         case "image_encoder" if image:
             return {"pixel_values": TensorSpec("float32", (BATCH, 3, image.size, image.size))}
         case "unet":

@@ -51,7 +51,7 @@ CLIP_CLASSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "config.json": ("model_type", ("clip",)),
     "tokenizer_config.json": ("tokenizer_class", ("CLIPTokenizer", "CLIPTokenizerFast")),
 }
-ENCODERS = ("clip", "siglip")
+ENCODERS = ("clip", "siglip", "siglip2")
 PREPROCESSOR = "preprocessor_config.json"
 # BitImageProcessor has the steps and the defaults of CLIP's.
 PREPROCESSORS = (
@@ -145,15 +145,10 @@ def _width(text: Mapping[str, Any], second: Mapping[str, Any]) -> int | None:
 
 
 def model_type_of(folder: Path) -> str:
-    """What a folder of encoders states that it is: "clip" or "siglip". Raises CheckpointError if it is another."""
+    """What a folder of encoders states that it is: one of ENCODERS. Raises CheckpointError if it is another."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json. Name the folder of a CLIP or SigLIP of transformers.")
     stated = read_json(folder / "config.json").get("model_type", "clip")
-    if stated == "siglip2":
-        raise CheckpointError(
-            f"{folder} is a NaFlex variant of SigLIP 2, which takes images of any aspect ratio as lists of patches. "
-            "That is not supported; use a SigLIP 2 of a fixed resolution, such as siglip2-base-patch16-224."
-        )
     if stated not in ENCODERS:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is {stated!r:.60}, but only {' and '.join(ENCODERS)} can be "

@@ -12,14 +12,15 @@ from PIL import Image
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
-from unidiff_sdk.inference.manifest import MAX_IMAGE_SIDE, ImageInput, Resize
+from unidiff_sdk.inference.manifest import MAX_IMAGE_SIDE, ImageInput, Patches, Resize
 
-__all__ = ["image_input", "image_processor_class", "normalization", "preprocessing_refusal"]
+__all__ = ["image_input", "image_processor_class", "normalization", "patch_input", "preprocessing_refusal"]
 
 # Families of image processors whose steps are followed. BitImageProcessor has the steps and the defaults of CLIP's.
-FAMILIES = {"CLIP": "CLIP", "Bit": "CLIP", "Siglip": "Siglip", "ViT": "ViT"}
+FAMILIES = {"CLIP": "CLIP", "Bit": "CLIP", "Siglip": "Siglip", "Siglip2": "Siglip2", "ViT": "ViT"}
 NAME = re.compile(r"([A-Za-z0-9]+?)(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 
+MAX_PATCHES = 4096
 MAX_NUMBER = 1e6
 """The largest mean, standard deviation and scale; models have numbers up to 255."""
 
@@ -84,6 +85,37 @@ def image_input(processor: Any, image_size: int, fit: Fit = "crop") -> ImageInpu
     return ImageInput(
         size=image_size, mean=mean, std=std, fit=fit, resize=None if resize == Resize(image_size) else resize
     )
+
+
+def patch_input(processor: Any, patch_size: int, fit: Fit = "crop") -> ImageInput:
+    """The steps of `Siglip2ImageProcessor`: resize to a number of patches, rescale, normalize.
+
+    Args:
+        processor: the image processor.
+        patch_size: side, in pixels, of the patches that the image encoder takes.
+        fit: only "crop", as nothing is padded.
+
+    Raises:
+        CheckpointError: A step that is not followed. The message names it.
+    """
+    config = processor.to_dict()
+    expected = {"do_resize": True, "patch_size": patch_size}
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise CheckpointError(f"{name} {config.get(name)!r:.60} of the image preprocessing must be {value}")
+    if fit != "crop":
+        raise CheckpointError("a NaFlex model takes images in their own aspect ratio, so they cannot be padded")
+    if config.get("resample") not in [int(each) for each in Image.Resampling]:
+        raise CheckpointError(f"resample {config.get('resample')!r:.60} of the image preprocessing is not of Pillow")
+    count = config.get("max_num_patches")
+    if not _is_side(count) or count > MAX_PATCHES:
+        raise CheckpointError(f"max_num_patches {count!r:.60} of the image preprocessing must be 1 to {MAX_PATCHES:,}")
+    if refused := _refused_numbers(config):
+        raise CheckpointError(refused)
+    mean, std = normalization(processor)
+    interpolation: Any = Image.Resampling(config["resample"]).name.lower()
+    side = patch_size * math.isqrt(count)
+    return ImageInput(size=side, mean=mean, std=std, patches=Patches(patch_size, count, interpolation))
 
 
 def _resize(config: Mapping[str, Any]) -> Resize:

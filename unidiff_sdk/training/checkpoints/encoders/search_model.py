@@ -1,16 +1,17 @@
 """A search model: CLIP or SigLIP without a generator, of transformers, sentence-transformers or OpenCLIP.
 
-SigLIP 2 has the architecture of SigLIP at a fixed resolution. Its NaFlex variants have another one.
+SigLIP 2 has the architecture of SigLIP at a fixed resolution. Its NaFlex variants take images as lists of patches.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPModel, SiglipModel
+from transformers import CLIPModel, Siglip2Model, SiglipModel
 
 from unidiff_sdk._internal.images import Fit
 from unidiff_sdk.errors import CheckpointError
@@ -28,7 +29,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import (
 from unidiff_sdk.training.checkpoints.json_files import read_json
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
-from .image_preprocessing import image_input, image_processor_class, normalization
+from .image_preprocessing import image_input, image_processor_class, normalization, patch_input
 from .open_clip import PREFIX, load_open_clip, open_clip_tokenizer
 from .sentence_transformers import MODULES, clip_folder
 from .siglip import check_siglip, siglip_tokenizer
@@ -37,6 +38,8 @@ __all__ = ["SearchModel", "TrainableModel", "load_search_model", "load_trainable
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 PREPROCESSOR = "preprocessor_config.json"
+MODELS = {"clip": CLIPModel, "siglip": SiglipModel, "siglip2": Siglip2Model}
+PROCESSORS = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class SearchModel:
     """
 
     path: Path
-    model: CLIPModel | SiglipModel
+    model: CLIPModel | SiglipModel | Siglip2Model
     tokenizer: Any
     image_processor: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -69,7 +72,12 @@ class SearchModel:
     @property
     def is_siglip(self) -> bool:
         """Whether the model was trained with the sigmoid loss: it has a bias, no projection and no causal mask."""
-        return isinstance(self.model, SiglipModel)
+        return isinstance(self.model, SiglipModel | Siglip2Model)
+
+    @property
+    def is_naflex(self) -> bool:
+        """Whether it takes images of any aspect ratio as lists of patches."""
+        return isinstance(self.model, Siglip2Model)
 
     @property
     def kind(self) -> str:
@@ -84,8 +92,11 @@ class SearchModel:
 
     @property
     def image_size(self) -> int:
-        """Side, in pixels, of the square that the image encoder takes."""
-        return int(self.model.config.vision_config.image_size)
+        """Side, in pixels, of the square that the image encoder takes; of a square image for a NaFlex one."""
+        vision = self.model.config.vision_config
+        if self.is_naflex:
+            return int(vision.patch_size) * math.isqrt(int(self.image_processor.max_num_patches))
+        return int(vision.image_size)
 
     @property
     def fit(self) -> Fit:
@@ -98,6 +109,8 @@ class SearchModel:
 
     def _image_input(self, fit: Fit) -> ImageInput:
         try:
+            if self.is_naflex:
+                return patch_input(self.image_processor, int(self.model.config.vision_config.patch_size), fit)
             return image_input(self.image_processor, self.image_size, fit)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
@@ -150,7 +163,13 @@ def load_trainable(base: str | Path, clip: str | Path | None, options: BaseOptio
             f"{base} has no generator, so LoRA files, textual inversions, another VAE and base_config do not fit it. "
             "Leave them out, or name a Stable Diffusion as the base."
         )
-    return load_search_model(base, options.variant)
+    model = load_search_model(base, options.variant)
+    if model.is_naflex:
+        raise CheckpointError(
+            f"{base} is a NaFlex variant of SigLIP 2, which can be exported but not trained. Train a SigLIP 2 of a "
+            "fixed resolution, such as siglip2-base-patch16-224."
+        )
+    return model
 
 
 def _is_search_model(base: str | Path) -> bool:
@@ -195,14 +214,13 @@ def load_search_model(source: str | Path, variant: str | None = None) -> SearchM
 
 def _from_folder(source: Path, variant: str | None, hub: str | None) -> SearchModel:
     folder = clip_folder(source)
-    is_siglip = model_type_of(folder) == "siglip"
+    stated = model_type_of(folder)
+    is_siglip = stated != "clip"
     if is_siglip:
         check_siglip(folder)
     else:
         check_clip_files(folder, preprocessing=False)
-    model, image_processor = load_encoders(
-        folder, SiglipModel if is_siglip else CLIPModel, _processor_class(folder, is_siglip), variant
-    )
+    model, image_processor = load_encoders(folder, MODELS[stated], _processor_class(folder, stated), variant)
     meta: dict[str, Any] = {}
     if (folder / METADATA).is_file():  # trained without a generator
         meta = read_json(folder / METADATA)
@@ -224,11 +242,13 @@ def _from_open_clip(name: str) -> SearchModel:
     return model if path.exists() else replace(model, meta={"name": name})
 
 
-def _processor_class(folder: Path, is_siglip: bool) -> Any:
+def _processor_class(folder: Path, model_type: str) -> Any:
     """The class of the image processor that a folder names, or else that of its model."""
     stated = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
-    default = "SiglipImageProcessor" if is_siglip else "CLIPImageProcessor"
+    default = f"{PROCESSORS[model_type]}ImageProcessor"
     name = stated.get("image_processor_type", stated.get("feature_extractor_type", default))
+    if (model_type == "siglip2") != str(name).startswith("Siglip2"):
+        raise CheckpointError(f"{folder / PREPROCESSOR}: the image preprocessing {name!r:.60} is for another model.")
     try:
         return image_processor_class(str(name))
     except CheckpointError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def check_siglip(folder: Path) -> None:
         )
     if not vision.get("vision_use_head", True):
         raise CheckpointError(f"{folder}: the image encoder has no pooling head (vision_use_head is false).")
+    patches = vision.get("num_patches", 256)
+    if not isinstance(patches, int) or patches < 1 or math.isqrt(patches) ** 2 != patches:
+        raise CheckpointError(f"{folder}: num_patches is {patches!r:.60}, but positions must form a square.")
     if isinstance(vision.get("image_size", 224), bool) or not isinstance(vision.get("image_size", 224), int):
         raise CheckpointError(
             f"{folder}: image_size is {vision['image_size']!r:.60}; only models for square images are supported."
