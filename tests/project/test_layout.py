@@ -21,7 +21,7 @@ ALLOWED = {
     "generation": {"inference"},
     "catalog": {"retrieval", "generation", "inference", "store", "datasets"},
     "serve": {"catalog", "retrieval", "generation", "inference", "store"},
-    "scale": {"catalog", "inference", "store", "datasets"},
+    "scale": {"catalog", "retrieval", "generation", "inference", "store", "datasets"},
     "cli": {"serve", "scale", "catalog", "retrieval", "generation", "inference", "store", "datasets"},
     "__main__": {"cli"},
 }

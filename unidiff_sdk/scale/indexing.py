@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unidiff_sdk._internal.json_values import whole_number
+from unidiff_sdk._internal.json_values import number_within, whole_number
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk.catalog.catalog import Catalog
@@ -24,7 +24,7 @@ from .stages import Encode, Store, read
 if TYPE_CHECKING:
     from unidiff_sdk.inference.bundle import Bundle
 
-__all__ = ["index"]
+__all__ = ["index", "plain"]
 
 
 def index(
@@ -70,8 +70,7 @@ def index(
     """
     started = time.perf_counter()
     workers = whole_number("workers", workers, at_least=1)
-    if isinstance(gpus, bool) or not isinstance(gpus, int | float) or not 0 <= gpus <= 64:
-        raise OptionError(f"gpus is {gpus!r:.60}; give a number from 0 to 64")
+    gpus = number_within("gpus", gpus, 0, 64, OptionError)
     parts = find_parts(source)
     opening = hide_key(opening)
     with Catalog(to, bundle, **opening) as catalog:  # reports what is wrong with it, before processes start
@@ -84,7 +83,7 @@ def index(
         "parts": [[part.name, part.size, part.modified] for part in parts],
     }
     file = RunFile(Path(record) if record is not None else _record_place(job), job, resume=resume)
-    arguments = {"location": str(to), "bundle": str(opened.path), **_plain(opening)}
+    arguments = {"location": str(to), "bundle": str(opened.path), **plain(opening)}
     try:
         if left := _open_parts(parts, file):
             with ray_data(workers) as data:
@@ -174,7 +173,7 @@ def _record_place(job: Mapping[str, Any]) -> Path:
     return user_cache("bulk", f"{job['source']}\0{job['to']}").with_suffix(".jsonl")
 
 
-def _plain(opening: Mapping[str, Any]) -> dict[str, Any]:
+def plain(opening: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Catalog` that Ray can pass on."""
     key = opening.get("api_key")
     return {**opening, **({} if key is None else {"api_key": key.reveal()})}

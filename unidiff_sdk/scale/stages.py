@@ -21,7 +21,7 @@ from unidiff_sdk.store.images import ItemImage
 
 from .parts import Part, RawRow, pack, read_chunks, unpack
 
-__all__ = ["Encode", "Store", "read"]
+__all__ = ["Encode", "Store", "read", "replaced"]
 
 Batch = dict[str, Any]
 """A chunk as Ray passes it on: columns of one value each."""
@@ -53,7 +53,7 @@ class Encode:
         return Encoder(Bundle.open(self._bundle, device=self._device, threads=threads))
 
     def __call__(self, batch: Batch) -> Batch:
-        return _replaced(batch, self._encode)
+        return replaced(batch, self._encode)
 
     def _encode(self, chunk: Any) -> tuple[list[Item], list[InvalidRow]]:
         source, rows, invalid = chunk
@@ -95,7 +95,7 @@ class Store:
         return Catalog(**self._opening)
 
     def __call__(self, batch: Batch) -> Batch:
-        return _replaced(batch, self._store)
+        return replaced(batch, self._store)
 
     def _store(self, chunk: tuple[list[Item], list[InvalidRow]]) -> dict[str, Any]:
         items, invalid = chunk
@@ -108,7 +108,7 @@ class Store:
         return {"added": len(changed), "skipped": len(items) - len(changed), "failed": failed}
 
 
-def _replaced(batch: Batch, work: Callable[[Any], Any]) -> Batch:
+def replaced(batch: Batch, work: Callable[[Any], Any]) -> Batch:
     """The batch with the result of a stage, or with its error: Ray would replace an error by its traceback."""
     chunk = unpack(batch["rows"][0])
     if not isinstance(chunk, UniDiffError):
