@@ -1,7 +1,7 @@
 """Families of models, precisions and targets: each bundle generates the images of diffusers' own pipeline.
 
-Every combination is exported from a small model with random weights. What is not supported is refused by name. Run it
-with `make test-matrix`; it takes minutes.
+Every combination is exported from a small model with random weights, a minute each: `make test-matrix`. What is not
+supported is refused by name, which the quick tests check as well.
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ from unidiff_sdk.errors import OptionError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
 
-pytestmark = pytest.mark.slow
-
 PROMPTS = list(CAPTIONS[:2])
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 GRAPH_TARGETS = ("cpu", "portable", "tensorrt")  # graphs for cuda have operators that only a GPU runs
+CELLS = [
+    pytest.param(
+        *(precision, target),
+        id=f"{precision}-{target}",
+        marks=[pytest.mark.slow] if precision in TARGETS[target].precisions else [],
+    )
+    for precision in PRECISIONS
+    for target in GRAPH_TARGETS
+]
 
 
 def stable_diffusion(base: Path, folder: Path, **scheduler: Any) -> Path:
@@ -80,8 +87,7 @@ def family(
     return request.param, folder
 
 
-@pytest.mark.parametrize("target", GRAPH_TARGETS)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "target"), CELLS)
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 def test_bundle_generates_the_images_of_diffusers(
     family: tuple[str, Path], precision: str, target: str, tmp_path: Path
