@@ -169,6 +169,26 @@ def test_loss_and_gradients_of_a_step_equal_diffusers(base: Path, small_catalog:
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_loss_on_buckets_of_aspect_ratios_equals_diffusers(base: Path, small_catalog: Path) -> None:
+    """Rectangles, whose sizes and crops are in the conditions; every batch of an epoch."""
+    config = TrainingConfig(**IS_ONLY, batch_size=4, aspect_buckets=True)
+    step, pipeline = prepare_step(base, small_catalog, config), pipeline_of(base)
+    assert step.batches.buckets
+    shapes = set()
+    for number in range(step.batches.buckets.batches_per_epoch):
+        indices = step.batches.indices(number)
+        n, shape = len(indices), step.batches.latent_shape(indices)
+        shapes.add(shape)
+        generator = seeded_generator(config.seed, Purpose.NOISE, number)
+        random = RandomInputs.sample(generator, n, shape, 1000, config, pairs=n)
+        batch = step.batches.load(indices, n)
+        with torch.no_grad():
+            loss = loss_by_diffusers(pipeline, batch, random, [step.captions[row] for row in indices.rows])
+        _, values = step.backpropagate(number)
+        assert values["is"] == pytest.approx(loss.item(), rel=1e-5)
+    assert len(shapes) > 3 and all(height > width for _, height, width in shapes - {(4, 16, 16)})
+
+
 def test_scores_of_the_generator_equal_the_denoising_errors_of_diffusers(base: Path, small_catalog: Path) -> None:
     """g of each caption's candidates, whose sizes are those of each image; without a caption the UNet sees zeros."""
     config = TrainingConfig(lambda_rsc_generator=1.0, rsc_timesteps=2, batch_size=8)
