@@ -57,6 +57,12 @@ def test_variations_and_masks(client: TestClient, catalog: Catalog) -> None:
     np.testing.assert_array_equal(ours, np.asarray(theirs.image))
 
 
+def test_lora_reaches_the_model(client: TestClient) -> None:
+    """The model of the tests has none, so its name comes back in the problem."""
+    response = client.post("/v1/generate", json=ASKED | {"lora": {"studio-light": 0.6}})
+    assert response.status_code == 422 and "no switchable LoRA 'studio-light'" in response.json()["detail"]
+
+
 def test_events_are_progress_previews_and_the_result(client: TestClient) -> None:
     response = client.post("/v1/generate", json=ASKED, headers={"Accept": "text/event-stream"})
     assert response.headers["content-type"].startswith("text/event-stream")

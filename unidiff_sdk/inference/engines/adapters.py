@@ -52,7 +52,7 @@ class Adapters:
             if name not in self._loras:
                 known = f"It has {', '.join(self._loras)}." if self._loras else "It has none."
                 raise OptionError(
-                    f"lora: {self._files.folder} has no switchable LoRA {name!r:.60}. {known} Export one with "
+                    f"lora: the bundle has no switchable LoRA {name!r:.60}. {known} Export one with "
                     "unidiff-export --lora FILE --lora-switchable."
                 )
         weights = {name: self._loras[name].weight if weight is None else weight for name, weight in chosen.items()}
