@@ -137,6 +137,8 @@ def test_manifest_and_recipe_record_the_loras(bundle: Bundle, folder: Path, tmp_
     assert bundle.loras == ("shoes", "light")
     shoes, light = bundle.manifest.loras.values()
     assert set(shoes.files) == {"text_encoder", "unet"} and set(light.files) == {"unet"}
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "LoRAs that a generation can switch on: `shoes` (weight 1), `light` (weight 0.7)." in card
     assert (shoes.weight, light.weight) == (1.0, 0.7) and min(shoes.psnr_db, light.psnr_db) >= 45
     with Catalog(tmp_path / "shop.catalog", bundle=folder) as catalog:
         (image,) = catalog.generate("a red dress", seed=3, steps=2, lora={"light": 0.5})

@@ -159,6 +159,9 @@ def _contents(manifest: Manifest) -> Iterator[str]:
     yield sizes
     if manifest.devices:
         yield f"Devices: {', '.join(manifest.devices)}."
+    if manifest.loras:
+        loras = ", ".join(f"{inline_code(name)} (weight {lora.weight:g})" for name, lora in manifest.loras.items())
+        yield f"LoRAs that a generation can switch on: {loras}."
 
 
 def _comparison(manifest: Manifest) -> Iterator[str]:
