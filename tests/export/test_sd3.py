@@ -19,8 +19,10 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from safetensors.torch import save_file
 from support.batching import batch_differences
-from support.edited_images import edited_by_diffusers
-from support.random_sd3 import JOINT, LARGEST_SIDE, POOLED, make_random_sd3
+from support.edited_images import SOURCE, edited, edited_by_diffusers
+from support.pipeline_folders import change_json, serve_from_hub
+from support.random_sd3 import JOINT, LARGEST_SIDE, make_random_sd3
+from support.random_sdxl import POOLED
 from support.toy_bundle import seal
 
 from unidiff_export import export_bundle
@@ -40,16 +42,7 @@ from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 PROMPTS = ["a red striped dress", "green dotted boots"]
 CAPTIONS = [*PROMPTS, "a plain teal mug", "a purple coat"]
 LONG = "a red striped dress with short sleeves and green dotted boots on white, long sleeves"
-SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 TOKENS, ZEROS, CLIP_WIDTH = 16, 256, 32 + 48  # of CLIP, of the missing T5; width of the states of both towers
-
-
-def change_json(file: str, **changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-    return change
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -161,7 +154,7 @@ def test_image_to_image_equals_diffusers(
 ) -> None:
     options = {"image": SOURCE, "strength": strength, "num_inference_steps": 5}
     expected = edited_by_diffusers("Img2Img", pipeline, "flow_euler", 5, monkeypatch, **options)
-    assert psnr_db(edited(bundle, strength), np.asarray(expected)) > 50
+    assert psnr_db(edited(bundle, "flow_euler", strength), np.asarray(expected)) > 50
 
 
 def test_inpainting_equals_diffusers_inside_the_mask(
@@ -178,16 +171,9 @@ def test_inpainting_equals_diffusers_inside_the_mask(
     with torch.no_grad():
         pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     expected = np.asarray(pipeline.image_processor.postprocess(pixels)[0])
-    ours, inside = edited(bundle, 0.6, mask=mask), repaint > 0
+    ours, inside = edited(bundle, "flow_euler", 0.6, mask=mask), repaint > 0
     assert psnr_db(ours[inside], expected[inside]) > 50
     np.testing.assert_array_equal(ours[~inside], np.asarray(SOURCE)[~inside])
-
-
-def edited(bundle: Bundle, strength: float, **options: Any) -> np.ndarray:
-    """The source image, edited as by `edited_by_diffusers`."""
-    options |= {"negative_prompt": "blurry", "guidance_scale": 3.0, "like": SOURCE, "strength": strength}
-    (image,) = Generator(bundle).generate("green dotted boots", steps=5, seed=5, **options)
-    return np.asarray(image)
 
 
 def test_previews_show_the_estimates(bundle: Bundle) -> None:
@@ -321,16 +307,7 @@ def test_states_of_a_third_text_encoder_equal_diffusers(whole_bundle: Bundle, wh
 def test_all_parts_are_downloaded_from_the_hub(
     whole_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
-    def snapshot(name: str, *, revision: str | None, **patterns: list[str]) -> str:
-        files = (str(file.relative_to(whole_folder)) for file in whole_folder.rglob("*") if file.is_file())
-        for file in filter_repo_objects(files, **patterns):
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            shutil.copy(whole_folder / file, tmp_path / file)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    serve_from_hub(whole_folder, tmp_path, monkeypatch)
     checkpoint = load_base("hf:some/sd3", whole_folder / "clip")
     assert checkpoint.is_transformer and checkpoint.second and checkpoint.third and checkpoint.shared
 

@@ -17,8 +17,9 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 
 import torch
 from support.batching import batch_differences
-from support.edited_images import SCHEDULERS, edited_by_diffusers
+from support.edited_images import SCHEDULERS, SOURCE, edited, edited_by_diffusers
 from support.lora_files import make_lora
+from support.pipeline_folders import change_json, serve_from_hub
 from support.random_sdxl import LARGER, POOLED, SIZE_WIDTH, make_random_sdxl
 from support.toy_bundle import seal
 
@@ -39,7 +40,6 @@ from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
 PROMPTS = ["a red striped dress", "green dotted boots"]
 LONG = "a red striped dress with short sleeves and green dotted boots on white, long sleeves"
-SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,13 +187,6 @@ def test_inpainting_equals_diffusers_inside_the_mask(
     np.testing.assert_array_equal(ours[~inside], np.asarray(SOURCE)[~inside])
 
 
-def edited(bundle: Bundle, sampler: str, strength: float, **options: Any) -> np.ndarray:
-    """The source image, edited as by `edited_by_diffusers`."""
-    options = {"negative_prompt": "blurry", "guidance_scale": 3.0, "like": SOURCE, "strength": strength} | options
-    (image,) = Generator(bundle).generate("green dotted boots", steps=5, sampler=sampler, seed=5, **options)
-    return np.asarray(image)
-
-
 def test_long_prompts_in_windows_equal_transformers(bundle: Bundle, pipeline: Any) -> None:
     """The states of all windows, and the pooled embedding of the first. Zeros stay zeros."""
 
@@ -261,29 +254,12 @@ def test_lora_is_merged_into_the_unet_and_both_text_encoders(folder: Path, tmp_p
 
 
 def test_all_parts_are_downloaded_from_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
-    def snapshot(name: str, *, revision: str | None, **patterns: list[str]) -> str:
-        files = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        for file in filter_repo_objects(files, **patterns):
-            (tmp_path / file).parent.mkdir(exist_ok=True)
-            shutil.copy(folder / file, tmp_path / file)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    serve_from_hub(folder, tmp_path, monkeypatch)
     checkpoint = load_base("hf:some/xl", folder / "clip")
     assert checkpoint.second and checkpoint.shared and not (tmp_path / "clip").exists()
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def change_json(file: str, **changes: Any) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
-    return change
 
 
 @pytest.mark.parametrize(

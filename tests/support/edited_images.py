@@ -7,6 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from unidiff_sdk.generation.generator import Generator
+from unidiff_sdk.inference.bundle import Bundle
+
+SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -51,3 +57,10 @@ def edited_by_diffusers(
         sys.modules[type(editing).__module__], "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode()
     )
     return editing("green dotted boots", negative_prompt="blurry", guidance_scale=3.0, **options).images[0]
+
+
+def edited(bundle: Bundle, sampler: str, strength: float, **options: Any) -> np.ndarray:
+    """SOURCE, edited as by `edited_by_diffusers` with the seed 5, in 5 steps."""
+    options = {"negative_prompt": "blurry", "guidance_scale": 3.0, "like": SOURCE, "strength": strength} | options
+    (image,) = Generator(bundle).generate("green dotted boots", steps=5, sampler=sampler, seed=5, **options)
+    return np.asarray(image)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .random_checkpoint import CAPTIONS, IMAGE_SIZE, MAX_TOKENS, WIDTH, train_tokenizer
+from .random_checkpoint import CAPTIONS, IMAGE_SIZE, WIDTH
+from .random_sdxl import POOLED, make_text_models, make_vae, write_clip
 
-LARGER, POOLED, JOINT = 48, 24, 96  # widths of the second text encoder, of its embedding, and of what T5 would return
+JOINT = 96  # width of what T5 returns
 LARGEST_SIDE = 48  # pixels that the transformer has positions for
 
 
@@ -19,34 +20,15 @@ def make_random_sd3(folder: Path, *, dual_attention: bool = True, third: bool = 
     tokenizer that pads with "!", and a VAE with a shift. Without `dual_attention` as in Stable Diffusion 3.
     """
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
     torch.manual_seed(1)
-    tokenizer = train_tokenizer(CAPTIONS)
-    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
-    text = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "projection_dim": WIDTH,
-    }
-    vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "num_hidden_layers": 1}
-    model = CLIPModel(CLIPConfig(projection_dim=WIDTH, text_config=tower | text, vision_config=tower | vision))
-    first = CLIPTextModelWithProjection(CLIPTextConfig(**tower | text))
+    tokenizer, model, second = make_text_models()
+    own = model.config.text_config.to_dict() | {"projection_dim": WIDTH}  # which CLIP states once, for both towers
+    first = CLIPTextModelWithProjection(CLIPTextConfig(**own))
     first.text_model.load_state_dict(model.text_model.state_dict())
     first.text_projection.load_state_dict(model.text_projection.state_dict())
-    larger = {"hidden_size": LARGER, "num_hidden_layers": 3, "num_attention_heads": 3, "hidden_act": "gelu"}
-    second = CLIPTextModelWithProjection(CLIPTextConfig(**tower | text | larger | {"projection_dim": POOLED}))
     transformer = SD3Transformer2DModel(
         sample_size=IMAGE_SIZE // 2,
         num_layers=3,
@@ -59,14 +41,8 @@ def make_random_sd3(folder: Path, *, dual_attention: bool = True, third: bool = 
         dual_attention_layers=(0, 1) if dual_attention else (),
         qk_norm="rms_norm" if dual_attention else None,
     )
-    vae = AutoencoderKL(
+    vae = make_vae(
         latent_channels=16,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
         scaling_factor=1.5305,
         shift_factor=0.0609,
         use_quant_conv=False,
@@ -85,11 +61,8 @@ def make_random_sd3(folder: Path, *, dual_attention: bool = True, third: bool = 
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
     )
     pipeline.save_pretrained(folder)
-    model.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    write_clip(model, tokenizer, folder / "clip")
     (folder / "unidiff.json").write_text('{"sampler": {"steps": 4}}')  # instead of 28, to verify exports in seconds
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    ImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder / "clip")
     return folder
 
 

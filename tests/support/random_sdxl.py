@@ -17,31 +17,11 @@ def make_random_sdxl(folder: Path, **scheduler: Any) -> Path:
     linear projections, heads and transformer layers listed for each block, and a VAE in need of float32.
     """
     import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
-
-    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
 
     torch.manual_seed(1)
-    tokenizer = train_tokenizer(CAPTIONS)
-    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
-    text = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": MAX_TOKENS,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "num_hidden_layers": 1}
-    model = CLIPModel(CLIPConfig(projection_dim=WIDTH, text_config=tower | text, vision_config=tower | vision))
-    larger = {
-        "hidden_size": LARGER,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 3,
-        "hidden_act": "gelu",
-        "projection_dim": POOLED,
-    }
-    second = CLIPTextModelWithProjection(CLIPTextConfig(**tower | text | larger))
+    tokenizer, model, second = make_text_models()
     unet = UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 2,
         layers_per_block=1,
@@ -57,17 +37,7 @@ def make_random_sdxl(folder: Path, **scheduler: Any) -> Path:
         addition_time_embed_dim=SIZE_WIDTH,
         projection_class_embeddings_input_dim=6 * SIZE_WIDTH + POOLED,
     )
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-        scaling_factor=0.13025,
-        force_upcast=True,
-    )
+    vae = make_vae(latent_channels=4, scaling_factor=0.13025, force_upcast=True)
     tokenizer.save_pretrained(folder / "tokenizer_2")
     published = {
         "beta_start": 0.00085,
@@ -87,8 +57,55 @@ def make_random_sdxl(folder: Path, **scheduler: Any) -> Path:
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
-    model.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    ImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder / "clip")
+    write_clip(model, tokenizer, folder / "clip")
     return folder
+
+
+def make_text_models() -> tuple[Any, Any, Any]:
+    """A tokenizer, a CLIP, and a text encoder that is larger than that of CLIP and projects."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizer = train_tokenizer(CAPTIONS)
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"image_size": IMAGE_SIZE, "patch_size": 8, "num_hidden_layers": 1}
+    model = CLIPModel(CLIPConfig(projection_dim=WIDTH, text_config=tower | text, vision_config=tower | vision))
+    larger = {
+        "hidden_size": LARGER,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "hidden_act": "gelu",
+        "projection_dim": POOLED,
+    }
+    return tokenizer, model, CLIPTextModelWithProjection(CLIPTextConfig(**tower | text | larger))
+
+
+def make_vae(**config: Any) -> Any:
+    """A VAE that halves the sides of an image."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        **config,
+    )
+
+
+def write_clip(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a CLIP with its tokenizer and its image preprocessing."""
+    from unidiff_sdk.training.checkpoints.checkpoint import ImageProcessor
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder)
