@@ -25,7 +25,7 @@ from unidiff_sdk.store.location import STORE_NAME, VECTORS, Location
 from unidiff_sdk.store.payload import system_of
 
 from .catalog_file import BundleRef, CatalogPlace, file_lock
-from .snapshot import CurrentSnapshot, Snapshot
+from .snapshot import CurrentSnapshot, Snapshot, publish
 from .writer import BATCH_SIZE
 
 __all__ = ["Reencoder", "reindex"]
@@ -113,6 +113,7 @@ def _reindex(current: CurrentSnapshot, images: ImageStore, place: CatalogPlace, 
     finalize_in_owner(before, _delete_store, before.store, before.folder, before.file.vectors, current.replaced_stores)
     after.latents.remove_others()
     _log.info("%s: reindexed %d items with the bundle %s", current.location, done, bundle.name)
+    publish(after.store)
     return after.store.count()
 
 

@@ -15,7 +15,7 @@ from unidiff_sdk._internal.lifetimes import Owner, finalize_in_owner
 from unidiff_sdk._internal.memory import DiskFullError
 from unidiff_sdk._internal.text import Secret
 from unidiff_sdk._internal.warnings import safe_logger, warn
-from unidiff_sdk.errors import StoreError
+from unidiff_sdk.errors import ForbiddenError, StoreError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.folder.signature import KeyFile
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from unidiff_sdk.store.images.object_storage import ObjectStorage
     from unidiff_sdk.store.server.connection import ServerOptions
 
-__all__ = ["CurrentSnapshot", "OpenCatalog", "Snapshot"]
+__all__ = ["CurrentSnapshot", "OpenCatalog", "Snapshot", "publish"]
 
 _log = safe_logger(__name__)
 
@@ -121,6 +121,11 @@ class Snapshot:
                 store, file = _create(place, opened)
             else:
                 raise StoreError(f"The catalog at {place.folder} was deleted while it was opened. Open it again.")
+        try:
+            publish(store)
+        except BaseException:
+            store.close()
+            raise
         _log.debug("opened %s, indexed with the bundle %s", place.location, file.bundle.name)
         return cls(store, place.folder, file, opened, trusted_keys)
 
@@ -216,6 +221,15 @@ class Snapshot:
             "bundle": reference.describe(str(reference.locate(self.folder)))
             | {"purpose": reference.purpose(self.folder)},
         }
+
+
+def publish(store: Store) -> None:
+    """Let the alias on a server lead to the store. A key that may only read leaves it as it is."""
+    if (act := getattr(store, "publish", None)) is not None:
+        try:
+            act()
+        except ForbiddenError as error:
+            warn(f"The alias of the collection was not updated: {error}")
 
 
 def _open_existing(place: CatalogPlace, file: CatalogFile, bundle: Bundle | None) -> tuple[Store, CatalogFile]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["QUANTIZATIONS", "ServerOptions", "connect"]
 
 QUANTIZATIONS = ("scalar", "binary", "product")
+ORDERINGS = ("weak", "medium", "strong")
+CONSISTENCIES = ("majority", "quorum", "all")
+_ALIAS = re.compile(r"[A-Za-z0-9._-]{1,200}", re.ASCII)
 MAX_CONNECTIONS = 100  # to one server; more requests wait for a free one
 
 
@@ -45,6 +49,14 @@ class ServerOptions:
         quantization: of a new collection: "scalar" (int8, a quarter of the memory), "binary" or "product". The
             originals stay on disk. Default: none.
         on_disk: whether a new collection keeps its vectors on disk instead of in memory.
+        write_replicas: how many replicas of a new collection must confirm a write. Default: the server's.
+        ordering: of writes: "weak", "medium" or "strong". Stronger ones wait for the leader of a shard, and give the
+            same order on all replicas. Default: the server's, weak.
+        consistency: how many replicas a read compares: a number, or "majority", "quorum" or "all". Default: one.
+        alias: a name that leads to the current collection of the catalog, for clients other than this SDK. `reindex`
+            moves it to the new collection at once.
+
+    Every write waits until the server has applied it (`wait=true`), so that a search after it finds the items.
 
     Raises:
         OptionError: a value is invalid.
@@ -59,21 +71,23 @@ class ServerOptions:
     replicas: int | None = None
     quantization: str | None = None
     on_disk: bool = False
+    write_replicas: int | None = None
+    ordering: str | None = None
+    consistency: int | str | None = None
+    alias: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("timeout", "retries", "shards", "replicas", "grpc_port"):
+        numbers = {"timeout": 1, "retries": 0, "shards": 1, "replicas": 1, "grpc_port": 1, "write_replicas": 1}
+        if not isinstance(self.consistency, str):
+            numbers |= {"consistency": 1}
+        for name, least in numbers.items():
             object.__setattr__(self, name, plain_number(getattr(self, name)))
-        for name, least in {"timeout": 1, "retries": 0, "shards": 1, "replicas": 1, "grpc_port": 1}.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise OptionError(f"ServerOptions({name}={value!r}): {name} must be an integer, at least {least}")
         if self.grpc_port != ServerOptions.grpc_port and not self.grpc:
             raise OptionError(f"ServerOptions(grpc_port={self.grpc_port}) has no effect without grpc=True. Add it.")
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise OptionError(
-                f"ServerOptions(quantization={self.quantization!r}): quantization must be None or one of "
-                f"{', '.join(QUANTIZATIONS)}"
-            )
+        self._check_words()
         if self.ca is not None and self.grpc:
             raise OptionError(
                 "ServerOptions(ca=…, grpc=True): gRPC ignores ca. Set the environment variable "
@@ -81,6 +95,36 @@ class ServerOptions:
             )
         if self.ca is not None and not Path(self.ca).is_file():
             raise OptionError(f"ServerOptions(ca={str(self.ca)!r}): there is no such file. Give a PEM file")
+
+    def _check_words(self) -> None:
+        words = {"quantization": QUANTIZATIONS, "ordering": ORDERINGS}
+        if isinstance(self.consistency, str):
+            words |= {"consistency": CONSISTENCIES}
+        for name, accepted in words.items():
+            if (value := getattr(self, name)) not in (None, *accepted):
+                number = "a number, " if name == "consistency" else ""
+                raise OptionError(
+                    f"ServerOptions({name}={value!r:.60}): {name} must be None, {number}or one of {', '.join(accepted)}"
+                )
+        if self.alias is not None and not (isinstance(self.alias, str) and _ALIAS.fullmatch(self.alias)):
+            raise OptionError(
+                f"ServerOptions(alias={self.alias!r:.60}): give letters, digits, dots, underscores and hyphens"
+            )
+
+    def write_parameters(self) -> dict[str, Any]:
+        """Keyword arguments of the client's writes for these options."""
+        from qdrant_client import models
+
+        return {} if self.ordering is None else {"ordering": models.WriteOrdering(self.ordering)}
+
+    def read_parameters(self) -> dict[str, Any]:
+        """Keyword arguments of the client's reads for these options."""
+        from qdrant_client import models
+
+        if self.consistency is None:
+            return {}
+        by_name = isinstance(self.consistency, str)
+        return {"consistency": models.ReadConsistencyType(self.consistency) if by_name else self.consistency}
 
     def collection_parameters(self) -> dict[str, Any]:
         """Keyword arguments of `create_collection` for these options."""
@@ -99,6 +143,7 @@ class ServerOptions:
         given = {
             "shard_number": self.shards,
             "replication_factor": self.replicas,
+            "write_consistency_factor": self.write_replicas,
             "quantization_config": quantization,
         }
         return {name: value for name, value in given.items() if value is not None}

@@ -24,6 +24,7 @@ __all__ = [
     "RetryingClient",
     "ServerFault",
     "check_confirmed",
+    "exceeds_limit",
     "failure",
     "interrupt",
     "without_frames",
@@ -187,11 +188,38 @@ def _requested_pause(error: Exception) -> float | None:
     return None
 
 
+def exceeds_limit(error: Exception) -> bool:
+    """Whether a request is larger than the server or the strict mode of the collection allows."""
+    from qdrant_client.http.exceptions import UnexpectedResponse
+
+    return is_strict_mode(error) or (isinstance(error, UnexpectedResponse) and error.status_code == 413)
+
+
+def is_strict_mode(error: Exception) -> bool:
+    """Whether the strict mode of the collection refused a request. Such messages end with "Help: …".
+
+    Servers answered them with 403 before they answered with 400.
+    """
+    import grpc
+    from qdrant_client.http.exceptions import UnexpectedResponse
+
+    if isinstance(error, grpc.RpcError) and hasattr(error, "details"):
+        refused = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED)
+        return cast(Any, error).code() in refused and "Help: " in str(cast(Any, error).details())
+    return (
+        isinstance(error, UnexpectedResponse)
+        and error.status_code in (400, 403)
+        and "Help: " in _content(error.content)
+    )
+
+
 def _is_forbidden(error: Exception) -> bool:
     """Whether the server knows the API key, and refuses the operation."""
     import grpc
     from qdrant_client.http.exceptions import UnexpectedResponse
 
+    if is_strict_mode(error):
+        return False
     if isinstance(error, grpc.RpcError):
         return bool(cast(Any, error).code() == grpc.StatusCode.PERMISSION_DENIED)
     return isinstance(error, UnexpectedResponse) and error.status_code == 403
@@ -207,7 +235,9 @@ def _reason(error: Exception) -> str:
     match error:
         case UnexpectedResponse():
             reason = f"status {error.status_code} ({error.reason_phrase}): {_content(error.content)}"
-            if error.status_code in (401, 403):
+            if is_strict_mode(error):
+                reason += ". This is a limit of the strict mode of the collection: ask for less, or raise it"
+            elif error.status_code in (401, 403):
                 reason += ". Check api_key="
         case grpc.RpcError() if hasattr(error, "details"):
             reason = f"{cast(Any, error).code().name}: {cast(Any, error).details()}"

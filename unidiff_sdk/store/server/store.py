@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from unidiff_sdk.store.protocol import (
 from .conditions import condition
 from .connection import ServerOptions
 from .points import Points, check_progress
-from .retries import check_confirmed, failure, interrupt
+from .retries import check_confirmed, exceeds_limit, failure, interrupt
 
 __all__ = ["ServerStore"]
 
@@ -43,6 +44,11 @@ _TEXT_INDEX = models.TextIndexParams(
 # Payload indexes are created after the graph, which therefore has no links for them. ACORN finds the items that match a
 # filter nevertheless (`edge.shard.FULL_SCAN_KB`).
 _ACORN = models.AcornSearchParams(enable=True)
+
+
+def _base(collection: str) -> str:
+    """The name of a catalog's first collection. Those of reindexed catalogs append the fingerprint of the bundle."""
+    return re.sub(r"-[0-9a-f]{12}$", "", collection)
 
 
 class ServerStore:
@@ -78,6 +84,8 @@ class ServerStore:
     ) -> None:
         options = options or ServerOptions()
         self.client, self.collection, self.dim = client, collection, dim
+        self._alias = options.alias
+        self._reading, self._writing = options.read_parameters(), options.write_parameters()
         self._points = Points(collection, dim, is_record)
         self._owner = Owner(f'The connection to the collection "{collection}"')
         keep_in_child(self, "client")
@@ -149,7 +157,7 @@ class ServerStore:
         """The results in the order of the server, which is undefined between equal scores."""
         requests = [self._request(search) for search in searches]
         with self._engine():
-            responses = self.client.query_batch_points(self.collection, requests)
+            responses = self.client.query_batch_points(self.collection, requests, **self._reading)
             return [
                 self._points.scored_records(response.points, search)
                 for response, search in zip(responses, searches, strict=True)
@@ -200,6 +208,7 @@ class ServerStore:
                     offset=window.start,
                     query_filter=conditions,
                     with_payload=False,
+                    **self._reading,
                 )
                 return [ranked_by_value(point, descending) for point in response.points]
 
@@ -209,7 +218,9 @@ class ServerStore:
         self._indexes.ensure(column, kind, self)
         conditions = self._filter(where)
         with self._engine():
-            response = self.client.facet(self.collection, column, facet_filter=conditions, limit=limit, exact=True)
+            response = self.client.facet(
+                self.collection, column, facet_filter=conditions, limit=limit, exact=True, **self._reading
+            )
         return {hit.value: hit.count for hit in response.hits if isinstance(hit.value, str | bool)}
 
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
@@ -220,7 +231,9 @@ class ServerStore:
     def _retrieve(self, ids: Sequence[str]) -> list[Record]:
         wanted = set(ids)
         with self._engine():
-            points = self.client.retrieve(self.collection, list(ids), with_payload=True, with_vectors=True)
+            points = self.client.retrieve(
+                self.collection, list(ids), with_payload=True, with_vectors=True, **self._reading
+            )
             return [record for record in self._points.records(points) if record.id in wanted]
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
@@ -234,6 +247,7 @@ class ServerStore:
                     offset=offset,
                     with_payload=True,
                     with_vectors=True,
+                    **self._reading,
                 )
                 check_progress([point.id for point in points], offset, following)
                 records = self._points.records(points)
@@ -270,14 +284,26 @@ class ServerStore:
             return  # the server refuses an empty request
         points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
         with self._engine():
-            check_confirmed(self.client.upsert(self.collection, points, wait=True))
+            self._upsert(points)
         self.revision += 1
+
+    def _upsert(self, points: list[models.PointStruct]) -> None:
+        """Store points, in halves if the server allows no request of this size. What is stored stays stored."""
+        try:
+            check_confirmed(self.client.upsert(self.collection, points, wait=True, **self._writing))
+        except Exception as error:
+            if len(points) == 1 or not exceeds_limit(error):
+                raise
+            half = len(points) // 2
+            self._upsert(points[:half])
+            self._upsert(points[half:])
 
     def delete(self, ids: Sequence[str]) -> None:
         if not ids:
             return
         with self._engine():
-            check_confirmed(self.client.delete(self.collection, models.PointIdsList(points=list(ids)), wait=True))
+            selector = models.PointIdsList(points=list(ids))
+            check_confirmed(self.client.delete(self.collection, selector, wait=True, **self._writing))
         self.revision += 1
 
     def index(self, column: str, kind: str) -> None:
@@ -294,6 +320,30 @@ class ServerStore:
     def drop_index(self, column: str) -> None:
         with self._indexing(column), self._engine():
             check_confirmed(self.client.delete_payload_index(self.collection, column, wait=True))
+
+    def publish(self) -> None:
+        """Let the alias of the options lead to this collection, if it does not yet.
+
+        Raises:
+            StoreError: it leads to the collection of another catalog, or is the name of a collection.
+        """
+        if self._alias is None:
+            return
+        with self._engine():
+            leads_to = {alias.alias_name: alias.collection_name for alias in self.client.get_aliases().aliases}
+            current = leads_to.get(self._alias)
+            if current == self.collection:
+                return
+            if current is not None and _base(current) != _base(self.collection):
+                raise StoreError(
+                    f'The alias "{self._alias}" leads to the collection "{current}", which is not of this catalog. '
+                    "Choose another name: ServerOptions(alias=…)."
+                )
+            delete = models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=self._alias))
+            create = models.CreateAliasOperation(
+                create_alias=models.CreateAlias(collection_name=self.collection, alias_name=self._alias)
+            )
+            self.client.update_collection_aliases([create] if current is None else [delete, create])
 
     def optimize(self) -> None:
         """Do nothing: the server builds its index in the background."""
