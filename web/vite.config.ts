@@ -1,11 +1,13 @@
 import { copyFileSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
+import { gzipSync } from "node:zlib";
 import { defineConfig, type Plugin } from "vite";
 
 const here = (path: string) => fileURLToPath(new URL(path, import.meta.url));
 const page = here("../unidiff_sdk/cli/servers/site/page");
 
-// ONNX Runtime finds its WebAssembly by name, so the files are copied as they are: wasm for CPUs, webgpu for GPUs.
+// ONNX Runtime for CPUs and for GPUs. Its WebAssembly is compressed to a quarter, because simple servers send files as
+// they are. The page decompresses it, so its name must not be one that a server would decompress on the way.
 const BUILDS = { wasm: "ort-wasm-simd-threaded", webgpu: "ort-wasm-simd-threaded.asyncify" };
 
 function copyRuntime(): Plugin {
@@ -15,9 +17,9 @@ function copyRuntime(): Plugin {
     closeBundle() {
       mkdirSync(`${page}/ort`, { recursive: true });
       for (const [name, build] of Object.entries(BUILDS)) {
-        for (const type of ["mjs", "wasm"]) {
-          copyFileSync(here(`node_modules/onnxruntime-web/dist/${build}.${type}`), `${page}/ort/${name}.${type}`);
-        }
+        const source = here(`node_modules/onnxruntime-web/dist/${build}`);
+        copyFileSync(`${source}.mjs`, `${page}/ort/${name}.mjs`);
+        writeFileSync(`${page}/ort/${name}.bin`, gzipSync(readFileSync(`${source}.wasm`), { level: 9 }));
       }
     },
   };

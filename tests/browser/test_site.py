@@ -358,7 +358,7 @@ def test_offline_after_the_first_visit(browser: Any, catalog: Catalog, site: Pat
     visit.context.close()
 
 
-@pytest.mark.parametrize("name", ["model/text_encoder/model.onnx", "data/vectors.bin", "ort/wasm.wasm"])
+@pytest.mark.parametrize("name", ["model/text_encoder/model.onnx", "data/vectors.bin", "ort/wasm.bin"])
 def test_a_damaged_file_is_refused(browser: Any, site: Path, tmp_path: Path, name: str) -> None:
     damaged = shutil.copytree(site, tmp_path / "site")
     content = bytearray((damaged / name).read_bytes())

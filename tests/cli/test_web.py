@@ -43,7 +43,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     page = tmp_path / "page"
     (page / "ort").mkdir(parents=True)
     (page / "index.html").write_text("<!doctype html>")
-    (page / "ort" / "wasm.wasm").write_bytes(b"wasm")
+    (page / "ort" / "wasm.bin").write_bytes(b"wasm")
     monkeypatch.setattr(writer, "PAGE", page)
     return page
 

@@ -87,16 +87,11 @@ def test_tensorrt_graphs_use_standard_operators_of_opset_20(
 def test_web_graphs_use_operators_that_wasm_and_webgpu_run(
     name: str, lowered: Lowered, specs: dict[str, GraphSpec]
 ) -> None:
-    """The list is that of both providers in onnxruntime-web 1.30, whose WebGPU has no causal MultiHeadAttention."""
+    """The list is that of both providers in onnxruntime-web 1.30."""
     model = lowered("web", name)
-    operators = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
     assert model.opset_imports[""] <= 20
-    assert operators <= {("", operator) for operator in WEB_OPERATORS} | {("com.microsoft", "MultiHeadAttention")}
-    attention = [node for node in model.graph if node.op_type == "MultiHeadAttention"]
-    assert not any(node.attributes["unidirectional"].as_int() for node in attention)
-    causal = [node for node in model.graph if node.op_type == "Softmax"]
-    found = causal if name == "text_encoder" else attention
-    assert len(found) == len(causal) + len(attention) == specs[name].attention_layers > 0
+    assert {(node.domain, node.op_type) for node in model.graph.all_nodes()} <= {("", each) for each in WEB_OPERATORS}
+    assert len(attention_nodes(model, "web")) == specs[name].attention_layers > 0
 
 
 @pytest.mark.parametrize(

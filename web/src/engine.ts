@@ -68,7 +68,7 @@ export class Engine {
     const files = await SiteFiles.open(base);
     const model = await files.json<Model>("data/model.json");
     const engine = await chooseEngine(model, asked);
-    const searched = [`ort/${engine.provider}.wasm`, `model/${model.graphs[model.search.graph]}`];
+    const searched = [`ort/${engine.provider}.bin`, `model/${model.graphs[model.search.graph]}`];
     const onBytes = progressOf(files, searched, onProgress);
     const sessions = await Sessions.start(files, model, engine, onBytes(searched[0]!));
     const tokenizer = await loadTokenizer(files, model.search.tokenizer, model.search.max_tokens);

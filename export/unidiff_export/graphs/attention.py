@@ -15,7 +15,6 @@ import torch
 from diffusers.models.attention_processor import Attention
 from onnx.defs import OpSchema
 from onnxscript import opset20 as op
-from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPAttention
@@ -39,7 +38,7 @@ def attention_layers(module: nn.Module) -> int:
 
 def count_attention(model: ir.Model, target: Target) -> int:
     """Return the number of attention nodes: the target's operator, or the one of `passes.use_blockwise_attention`."""
-    operators = {target.attention, target.causal_attention, (CONTRIB, "MultiHeadAttention")}
+    operators = {target.attention, (CONTRIB, "MultiHeadAttention")}
     return sum((node.domain, node.op_type) in operators for node in model.graph)
 
 
@@ -143,16 +142,8 @@ def multi_head_attention(
     return op.Transpose(op.Reshape(states, op.Constant(value_ints=[0, 0, heads, width])), perm=[0, 2, 1, 3])
 
 
-def causal_in_steps(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> Any:
-    """Emit `multi_head_attention`, or the exporter's MatMul and Softmax where the attention is causal."""
-    is_causal = options.get("is_causal", len(rest) > 2 and rest[2])
-    emit = aten_scaled_dot_product_attention if is_causal else multi_head_attention
-    return emit(query, key, value, *rest, **options)
-
-
 def translations(target: Target) -> dict[Callable, Callable]:
     """Return the target's replacements for the exporter's own translations."""
     if target.attention[0] != CONTRIB:
         return {}
-    emit = causal_in_steps if target.causal_attention else multi_head_attention
-    return {torch.ops.aten.scaled_dot_product_attention.default: emit}
+    return {torch.ops.aten.scaled_dot_product_attention.default: multi_head_attention}

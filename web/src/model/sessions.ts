@@ -47,6 +47,11 @@ interface GpuAdapter {
   info?: { architecture?: string; isFallbackAdapter?: boolean };
 }
 
+function decompressed(content: Uint8Array<ArrayBuffer>): Promise<ArrayBuffer> {
+  const stream = new Blob([content]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).arrayBuffer();
+}
+
 /** The graphs of a model. Each is loaded when it is first used, and stays loaded. */
 export class Sessions {
   private readonly loaded = new Map<string, Promise<InferenceSession>>();
@@ -65,7 +70,7 @@ export class Sessions {
     runtime.env.logLevel = "error";
     runtime.env.wasm.numThreads = engine.threads;
     runtime.env.wasm.wasmPaths = { mjs: new URL(`ort/${build}.mjs`, files.base).href };
-    runtime.env.wasm.wasmBinary = (await files.bytes(`ort/${build}.wasm`, onBytes)).buffer;
+    runtime.env.wasm.wasmBinary = await decompressed(await files.bytes(`ort/${build}.bin`, onBytes));
     return new Sessions(files, model, runtime, engine);
   }
 

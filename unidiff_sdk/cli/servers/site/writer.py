@@ -228,7 +228,7 @@ def _write_index(folder: Path, out: Path, options: SiteOptions, items: Items) ->
         if not is_data[name]
         or name in (f"{DATA}/vectors.bin", f"{DATA}/scales.bin", f"{DATA}/items.json", f"{DATA}/model.json")
         or (name.startswith(f"{MODEL}/") and name.split("/")[1] in searched)
-        or name.startswith(f"{RUNTIME}/wasm")
+        or name.startswith(f"{RUNTIME}/wasm.")
     )
     return Site(out, len(items.records), sum(sizes.values()) + (folder / SITE).stat().st_size, first)
 
