@@ -19,7 +19,7 @@ from PIL import Image
 from support import object_stores
 from support.object_stores import FaultyFileSystem
 
-from unidiff_sdk import ForbiddenError, ImageError, ObjectStorage, OptionError, StoredImageError, StoreError
+from unidiff_sdk import Catalog, ForbiddenError, ImageError, ObjectStorage, OptionError, StoredImageError, StoreError
 from unidiff_sdk.store.images import THUMBNAIL_SIZE, ImageStore, ItemImage, open_images
 from unidiff_sdk.store.images.file_cache import FileCache
 from unidiff_sdk.store.images.object_storage import ObjectFolder, image_place
@@ -136,6 +136,15 @@ def test_damaged_image_is_reported_and_its_copy_replaced(url: str, tmp_path: Pat
         ObjectFolder(ObjectStorage(url)).write(uri, data[:100])
     with pytest.raises(StoredImageError):
         open_store(url, tmp_path / "b").load(uri)
+
+
+def test_file_is_created_once(url: str) -> None:
+    if not url:
+        pytest.skip("a folder has locks")
+    folder = ObjectFolder(ObjectStorage(url))
+    assert folder.create("catalog.json", b"first") is True
+    assert folder.create("catalog.json", b"second") is False
+    assert folder.read("catalog.json") == b"first" and folder.read("none.json") is None
 
 
 # ------------------------------------------------------------------------------------------------ object storage
@@ -326,6 +335,22 @@ def test_signed_url_is_readable_without_credentials(s3: str, tmp_path: Path) -> 
     signed = store.signed_url(store.add(ItemImage(photo())), expires=60)
     assert signed.startswith(s3) and "Signature=" in signed
     assert urllib.request.urlopen(signed).read() == photo()
+
+
+def test_catalog_keeps_its_images_in_s3(s3: str, tmp_path: Path) -> None:
+    from support.toy_bundle import make_toy_bundle
+
+    images = f"s3://{object_stores.BUCKET}/catalog"
+    with Catalog(tmp_path / "shop", make_toy_bundle(tmp_path / "bundle"), images=images) as catalog:
+        catalog.add([photo(seed) for seed in range(3)], ids=[0, 1, 2])
+        hit = catalog.search(image=photo(1), limit=1)[0]
+        assert hit.id == 1 and hit.image_bytes() == photo(1)
+        assert urllib.request.urlopen(hit.image_url(expires=60)).read() == photo(1)
+        assert catalog.delete(0) == 1
+        report = catalog.check()
+        assert not (report.missing_images or report.orphaned_images or report.remaining)
+    with pytest.raises(StoreError, match="another catalog"):
+        Catalog(tmp_path / "other", tmp_path / "bundle", images=images)
 
 
 def test_wrong_bucket_and_stopped_server_are_one_line(s3: str, tmp_path: Path) -> None:
