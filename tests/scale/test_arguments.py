@@ -61,3 +61,4 @@ def test_folder_is_indexed_as_by_one_process(small_catalog: Path, toy: Path, tmp
             expected = {hit.id: pytest.approx(hit.score, abs=1e-6) for hit in one.search(query, limit=12)}
             assert {hit.id: hit.score for hit in bulk.search(query, limit=12)} == expected
         assert bulk.columns() == one.columns() and not bulk.check().remaining
+        assert bulk.add_folder(small_catalog, prune=True).skipped == 12, "the items are those of the folder"

@@ -75,6 +75,8 @@ def index(
     opening = hide_key(opening)
     with Catalog(to, bundle, **opening) as catalog:  # reports what is wrong with it, before processes start
         opened, location, folder = catalog.bundle, catalog.location, catalog.folder
+        is_remote = is_object_storage(str(source))
+        origin = str(source) if is_remote else catalog._images.reference(Path(source))  # as `add_folder` records it
     job = {
         "source": str(source),
         "to": [location, str(folder), opening.get("collection")],
@@ -85,7 +87,7 @@ def index(
     file = RunFile(Path(record) if record is not None else _record_place(job), job, resume=resume)
     arguments = {"location": str(to), "bundle": str(opened.path), **plain(opening)}
     try:
-        if left := _open_parts(parts, file):
+        if left := _open_parts(parts, origin, file):
             with ray_data(workers) as data:
                 finished = _stages(data, left, arguments, columns, kinds, workers, gpus)
                 _record_all(finished, file, _total(source) if progress else 0, progress)
@@ -126,10 +128,10 @@ def _stages(
     return finished
 
 
-def _open_parts(parts: list[Part], file: RunFile) -> list[dict[str, Any]]:
+def _open_parts(parts: list[Part], origin: str, file: RunFile) -> list[dict[str, Any]]:
     complete = file.complete
     return [
-        {"number": number, "part": pack((part, file.done.get(number, set())))}
+        {"number": number, "part": pack((part, origin, file.done.get(number, set())))}
         for number, part in enumerate(parts)
         if number not in complete
     ]

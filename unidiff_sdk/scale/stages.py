@@ -30,10 +30,10 @@ Batch = dict[str, Any]
 def read(row: dict[str, Any], columns: Any = None, kinds: Any = None) -> Iterator[dict[str, Any]]:
     """Read the chunks of a part that are not done yet."""
     part: Part
-    part, done = unpack(row["part"])
+    part, origin, done = unpack(row["part"])
     for number, (rows, invalid, last) in enumerate(read_chunks(part, columns, kinds)):
         if number not in done:
-            yield {"number": row["number"], "chunk": number, "last": last, "rows": pack((part.name, rows, invalid))}
+            yield {"number": row["number"], "chunk": number, "last": last, "rows": pack((origin, rows, invalid))}
 
 
 class Encode:
