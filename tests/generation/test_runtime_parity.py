@@ -107,7 +107,7 @@ def test_guidance_rescale_equals_diffusers(bundle: Bundle, pipeline: Any) -> Non
 SOURCE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (32, 32, 3), dtype=np.uint8)).resize((32, 32))
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", [name for name in SCHEDULERS if name != "flow_euler"])  # another prediction type
 @pytest.mark.parametrize("strength", [0.3, 0.72, 1.0])
 def test_image_to_image_equals_diffusers(
     bundle: Bundle, pipeline: Any, sampler: str, strength: float, monkeypatch: pytest.MonkeyPatch
