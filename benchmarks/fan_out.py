@@ -113,9 +113,9 @@ def measured_times(items: int, queries: int) -> NDArray[np.float64]:
     """Return the seconds that each of some searches over one shard takes, one after the other."""
     import numpy as np
     from engines import filled_catalog
-    from search import rotated_embeddings
+    from search import isotropic
 
-    stored, asked = np.split(rotated_embeddings(items + queries), [items])
+    stored, asked = np.split(isotropic(items + queries), [items])
     with tempfile.TemporaryDirectory() as folder, filled_catalog(Path(folder) / "shop.catalog", stored) as catalog:
         catalog.optimize()
         times = []
@@ -137,7 +137,7 @@ def page(result: dict[str, object]) -> list[str]:
         "has the model. The network and the merging of results are not part of it.",
         "",
         f"The shard, measured on {str(result['date'])[:10]} with {result['cores']} cores of {result['cpu']}: "
-        f"{shard['items']:,} embeddings of 512 dimensions, {shard['queries']:,} searches, "
+        f"{shard['items']:,} random vectors of 512 dimensions, the hardest case, {shard['queries']:,} searches, "
         f"p50 {shard['p50']:.2f} ms, p99 {shard['p99']:.2f} ms. Each figure below comes from "
         f"{result['searches']:,} simulated searches.",
         "",
