@@ -109,7 +109,7 @@ smoke-test: ## install the wheel in dist/ into a new environment and run the qui
 	.ci/smoke-test $(PYTHON)
 
 clean: ## remove environments, outputs and caches
-	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) $(DOCS_VENV) $(RELEASE_VENV)
+	rm -rf $(VENV) $(DEMO_VENV) $(OPTIMUM_VENV) $(OBJECTS_VENV) $(OPENCLIP_VENV) $(COMPAT_VENV) $(DOCS_VENV) $(RELEASE_VENV)
 	rm -rf web/node_modules unidiff_sdk/cli/servers/site/page
 	rm -rf demo pipeline real site build dist .coverage coverage.xml .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
