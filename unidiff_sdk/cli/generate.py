@@ -46,7 +46,7 @@ def _parse_loras(context: click.Context, option: click.Parameter, values: Sequen
     unidiff generate shop.catalog "purple dotted boots" -n 4 --seed 7 -o images
     unidiff generate "a blue mug" --bundle bundles/shop --steps 30 -o images
     unidiff generate shop.catalog "in red" --like D-17 --strength 0.5 -o images
-    unidiff generate "a red coat" --bundle bundles/shop --lora studio-light:0.6 -o images
+    unidiff generate "a red coat" --bundle bundles/shop --lora light:0.6 -o out
     unidiff generate shop.catalog coat --best-of 8 --max-similarity 0.97 -o images
     """,
 )

@@ -19,7 +19,7 @@ __all__ = ["web"]
     short_help="Write a catalog as a static site that works in the browser.",
     epilog="""
     unidiff web shop.catalog -o site
-    unidiff web shop.catalog -o site --bundle bundles/shop-web --int8-vectors --rerank
+    unidiff web shop.catalog -o site --bundle bundles/web --int8-vectors --rerank
     """,
 )
 @click.argument("catalog")
