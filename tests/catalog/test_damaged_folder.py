@@ -138,11 +138,11 @@ def test_creations_at_once_with_two_bundles_do_not_mix(shop: Path, monkeypatch: 
 
     thread = threading.Thread(target=create_second)
 
-    def while_another_creates(bundle: Bundle, folder: Path) -> CatalogFile:
+    def while_another_creates(bundle: Bundle, folder: Path, images: str = "") -> CatalogFile:
         if bundle is first:
             thread.start()
             thread.join(0.5)
-        return new(bundle, folder)
+        return new(bundle, folder, images)
 
     monkeypatch.setattr(CatalogFile, "new", while_another_creates)
     with Catalog(place, first) as catalog:

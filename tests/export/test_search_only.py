@@ -123,7 +123,7 @@ def test_options_that_cannot_be_followed_are_refused(
 
 
 def test_clip_given_as_the_checkpoint_is_named(clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"It is a transformers model, for: unidiff-export --clip .* -o BUNDLE"):
+    with pytest.raises(CheckpointError, match=r"has no generator\. .* export it with unidiff-export --clip"):
         export_bundle(clip, tmp_path / "bundle")
 
 

@@ -105,7 +105,8 @@ def test_workload_halves_images_of_large_models_in_fp32(
     parameters: int, precision: str, blocks: int, side: int
 ) -> None:
     config = SimpleNamespace(sample_size=64, block_out_channels=(320,) * blocks)
-    checkpoint: Any = SimpleNamespace(unet=SimpleNamespace(config=config, num_parameters=lambda: parameters))
+    unet = SimpleNamespace(config=config, num_parameters=lambda: parameters)
+    checkpoint: Any = SimpleNamespace(unet=unet, is_transformer=False)
     assert workload_for(checkpoint, precision).latent_side == side
 
 
@@ -161,7 +162,8 @@ def test_equal_results_give_the_evidence() -> None:
     assert search == SearchParity(1.0, 1.0, pairs=2)
     embeddings = compare_embeddings(encoder_of(), gray_reference(), TOLERANCES["int8"])
     assert embeddings == EmbeddingParity(1.0, 1.0, 0.98, texts=2, images=2)
-    evidence = Evidence({"unet": GraphParity(1e-6, 1.0, 1e-4, 0.999)}, image, search, embeddings, {"cuda": {}})
+    graphs = {"unet": GraphParity(1e-6, 1.0, 1e-4, 0.999)}
+    evidence = Evidence(graphs, image, search, embeddings, devices={"cuda": {}})
     report = evidence.to_json()
     assert report.keys() == {"unet", "image", "search", "embeddings", "cuda"}
     assert report["unet"] == {"max_abs_error": 1e-6, "cosine": 1.0, "tolerance": 1e-4, "min_cosine": 0.999}
