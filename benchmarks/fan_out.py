@@ -130,6 +130,7 @@ def page(result: dict[str, object]) -> list[str]:
     """Return the lines of the page."""
     shard, rows = result["shard"], result["rows"]
     assert isinstance(shard, dict) and isinstance(rows, list)
+    columns = [f"{n} shard{'s' * (n > 1)}, p50 / p99" for n in SHARDS]
     lines = [
         "# Searches over many shards",
         "",
@@ -141,7 +142,7 @@ def page(result: dict[str, object]) -> list[str]:
         f"p50 {shard['p50']:.2f} ms, p99 {shard['p99']:.2f} ms. Each figure below comes from "
         f"{result['searches']:,} simulated searches.",
         "",
-        "| Replicas | Asked | Load of a replica | " + " | ".join(f"{n} shard{'s' * (n > 1)}, p50 / p99" for n in SHARDS) + " |",
+        "| " + " | ".join(["Replicas", "Asked", "Load of a replica", *columns]) + " |",
         "|---" * (3 + len(SHARDS)) + "|",
     ]
     kinds = dict.fromkeys((row["replicas"], row["ask_all"], row["load"]) for row in rows)
