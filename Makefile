@@ -47,7 +47,7 @@ test-all: $(VENV)/.ready ## the whole test suite
 coverage: $(VENV)/.ready ## the quick test suite with branch coverage; writes coverage.xml
 	$(VENV)/bin/python -m pytest -m "not slow and not browser" --cov --cov-report=term-missing:skip-covered --cov-report=xml $(ARGS)
 
-test-matrix: $(VENV)/.ready ## families of models x precisions x targets, each against diffusers; half an hour
+test-matrix: $(VENV)/.ready ## families of models x precisions x targets, each against diffusers; an hour
 	$(VENV)/bin/python -m pytest tests/export/test_matrix.py $(ARGS)
 
 test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and its exports in our runtime
@@ -174,5 +174,5 @@ $(WEB_PAGE): web/node_modules/.ready $(shell find web/src web/public) web/index.
 	cd web && npm run --silent build
 	@touch $@
 
-.PHONY: help dev demo test web test-web test-browser test-all coverage test-optimum test-objects test-openclip test-compat pipeline real tiny bench ablation \
+.PHONY: help dev demo test web test-web test-browser test-all coverage test-matrix test-optimum test-objects test-openclip test-compat pipeline real tiny bench ablation \
 	bench-ci soak soak-short lint docs notebooks dist smoke-test clean
