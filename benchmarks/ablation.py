@@ -434,12 +434,17 @@ def _collect(work: Path, result: Path) -> None:
 
 
 def restore(work: Path, result: Path) -> None:
-    """Write the files of runs that only RESULT holds, e.g. on another machine."""
+    """Write the files of runs that only RESULT holds, e.g. on another machine.
+
+    Test runs from a base that is not in `work` are left out: all arms must start from the same base, and one that is
+    trained again differs.
+    """
     if result.exists():
-        for run in json.loads(result.read_text("utf-8"))["runs"]:
-            file = work / Run(**run["run"]).name
-            if not file.exists():
-                _write(file, run)
+        for content in json.loads(result.read_text("utf-8"))["runs"]:
+            run = Run(**content["run"])
+            has_base = run.domain == REAL or (work / "bases" / run.domain).exists()
+            if (run.phase == "development" or has_base) and not (work / run.name).exists():
+                _write(work / run.name, content)
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@
 
 A search over a cluster asks every shard and waits for the slowest. Searches arrive at random times (a Poisson process).
 Each replica of a shard is a queue: one core that answers one search after the other. How long it works on a search is
-drawn from the times that `Catalog.search` took over one shard on this machine. The simulation therefore leaves out the
-network, the merging of the results, other work of the machines, and several cores per shard.
+sampled from the times that `Catalog.search` took over one shard on this machine. The simulation therefore leaves out
+the network, the merging of the results, other work of the machines, and several cores per shard.
 """
 
 from __future__ import annotations

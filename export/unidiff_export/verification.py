@@ -15,7 +15,7 @@ from unidiff_sdk.training.evaluation.retrieval import retrieval_figures
 
 from .graphs.lowering import GraphSpec
 from .graphs.text_encoders import HIDDEN
-from .pipeline import Inputs
+from .pipeline import GeneratedImages, Inputs
 from .reference import Reference, SearchReference
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def compare_images(generate: Generate, encoder: Encoder, reference: Reference, t
         ExportError: an image is black or not finite.
     """
     expected = reference.generated
-    images = _generate(generate, reference)
+    images = generate_like(reference.generated, generate, reference)
     for prompt, image in zip(expected.prompts, images, strict=True):
         if np.asarray(image).max() < BLACK:
             raise ExportError(f"the image of {prompt!r} is black. Use --fp32, or check the images of the checkpoint.")
@@ -303,8 +303,14 @@ def compare_images(generate: Generate, encoder: Encoder, reference: Reference, t
     return parity
 
 
-def _generate(generate: Generate, reference: Reference) -> Sequence[Image.Image]:
-    expected = reference.generated
+def generate_like(
+    expected: GeneratedImages, generate: Generate, reference: Reference, **options: Any
+) -> Sequence[Image.Image]:
+    """Generate images from the prompts and latents of `expected`, with the settings of the reference and `options`.
+
+    Raises:
+        ExportError: the bundle cannot generate.
+    """
     height, width, _ = expected.images[0].shape
     try:
         return generate(
@@ -316,6 +322,7 @@ def _generate(generate: Generate, reference: Reference) -> Sequence[Image.Image]
             height=height,
             steps=reference.steps,
             guidance_scale=reference.guidance_scale,
+            **options,
         )
     except GenerationError as error:
         raise ExportError(f"the bundle cannot generate images: {error}. If a value overflowed, use --fp32.") from error

@@ -280,7 +280,7 @@ def test_options_are_not_shown() -> None:
 
 
 def test_file_url_is_a_folder() -> None:
-    assert image_place("file:///tmp/a%20b") == Path("/tmp/a b") == image_place("/tmp/a b")
+    assert image_place("file:///data/a%20b") == Path("/data/a b") == image_place("/data/a b")
     assert isinstance(image_place("memory://a"), ObjectStorage)
 
 

@@ -15,7 +15,7 @@ from unidiff_export.graphs.adapters import Factors, input_values
 from unidiff_export.graphs.lowering import GraphSpec
 from unidiff_export.pipeline import GeneratedImages, generate_images, load_pipeline
 from unidiff_export.reference import Reference
-from unidiff_export.verification import Tolerance, ToleranceError, psnr_db
+from unidiff_export.verification import Tolerance, ToleranceError, generate_like, psnr_db
 from unidiff_sdk.errors import ExportError, OptionError
 from unidiff_sdk.inference.manifest import SwitchableLora
 from unidiff_sdk.training.checkpoints.loading.lora import load_lora, low_rank_factors
@@ -140,20 +140,8 @@ def compare_loras(
     """PSNR of the worst image with each LoRA, by name. Raises ToleranceError if an image deviates too far."""
     found = {}
     for lora in loras:
-        expected = lora.generated
-        height, width, _ = expected.images[0].shape
-        images = generate(
-            expected.prompts,
-            negative_prompt=expected.negative_prompt,
-            sampler=reference.sampler,
-            latents=expected.noise,
-            width=width,
-            height=height,
-            steps=reference.steps,
-            guidance_scale=reference.guidance_scale,
-            lora={lora.name: lora.lora.weight},
-        )
-        found[lora.name] = min(map(psnr_db, map(np.asarray, images), expected.images))
+        images = generate_like(lora.generated, generate, reference, lora={lora.name: lora.lora.weight})
+        found[lora.name] = min(map(psnr_db, map(np.asarray, images), lora.generated.images))
         if found[lora.name] < tolerance.image_psnr_db:
             raise ToleranceError(
                 f"images with the LoRA {lora.name} diverge from diffusers: PSNR {found[lora.name]:.1f} dB, required ≥ "

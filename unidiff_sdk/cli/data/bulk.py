@@ -15,6 +15,14 @@ from unidiff_sdk.cli.parameters import json_option, parse_pairs
 
 __all__ = ["bulk"]
 
+gpus_option = click.option("--gpus", default=0.0, metavar="N", help="GPUs for each of them. 0 (default): the CPU.")
+record_option = click.option(
+    "--record",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="File that records finished work. Default: in the cache of this user.",
+)
+
 
 @click.group(
     cls=Group,
@@ -42,18 +50,13 @@ def bulk() -> None:
 @click.option("--to", required=True, metavar="CATALOG", help="Catalog: a folder, or the URL of a Qdrant server.")
 @click.option("--bundle", help="Bundle for a new catalog, under a path that all machines have.")
 @click.option("--workers", default=1, show_default=True, metavar="N", help="Processes that encode, one core each.")
-@click.option("--gpus", default=0.0, metavar="N", help="GPUs for each of them. 0 (default): the CPU.")
+@gpus_option
 @click.option(
     "--columns", callback=parse_pairs, metavar="ROLE=NAME,…", help="Names of columns, as for `unidiff index`."
 )
 @click.option("--kinds", callback=parse_pairs, metavar="COLUMN=KIND,…", help="Kinds of columns.")
 @click.option("--resume", is_flag=True, help="Skip what an interrupted run of this job has stored.")
-@click.option(
-    "--record",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="File that records finished work. Default: in the cache of this user.",
-)
+@record_option
 @json_option
 @qdrant_options
 def index(locate: Callable[[str], CatalogLocation], source: str, to: str, as_json: bool, **options: Any) -> None:
@@ -94,14 +97,9 @@ def index(locate: Callable[[str], CatalogLocation], source: str, to: str, as_jso
 @click.option("--max-similarity", type=float, help="Replace candidates whose cosine similarity to an item is higher.")
 @click.option("--duplicates", type=float, metavar="C", help="Leave out images this similar to one of an earlier row.")
 @click.option("--workers", default=1, show_default=True, metavar="N", help="Processes, one core each.")
-@click.option("--gpus", default=0.0, metavar="N", help="GPUs for each of them. 0 (default): the CPU.")
+@gpus_option
 @click.option("--resume", is_flag=True, help="Skip what an interrupted run of this job has generated.")
-@click.option(
-    "--record",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="File that records finished work. Default: in the cache of this user.",
-)
+@record_option
 @json_option
 @qdrant_options
 def generate(
