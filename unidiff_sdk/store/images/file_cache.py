@@ -59,12 +59,12 @@ class FileCache:
             (self._root / name).unlink()
 
     def _shrink(self, newest: Path) -> None:
-        """Delete the files used least recently, except the newest, unless another process is doing so."""
+        """Delete the files used least recently, except the newest.
+
+        One process at a time, and the others wait: who went on writing meanwhile could fill the folder without bound.
+        """
         with (self._root / "cache.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return
+            fcntl.flock(lock, fcntl.LOCK_EX)
             found = []
             for folder, _, names in os.walk(self._root):
                 for path in (Path(folder, name) for name in names if not name.endswith((".lock", ".part"))):
