@@ -61,7 +61,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "RSC reward": OFF,
     "RSC pixel": OFF,
 }
-# The two settings per arm. Arms with hard negatives keep the learning rate chosen for the arm without them.
+# The two settings per arm. Arms with hard negatives keep the learning rate chosen for the arm without them. The larger
+# weights of RSC are those that generated worse in a trial with 5 hard negatives.
 RATES = [{"learning_rate": rate} for rate in (2e-4, 4e-4)]
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "base": [{}],
@@ -71,12 +72,12 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "ITC + IS": RATES,
     "CLIP alone, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
     "ITC + IS, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
-    "RSC encoder": [{"lambda_rsc_encoder": weight} for weight in (0.1, 0.5)],
-    "RSC generator": [{"lambda_rsc_generator": weight} for weight in (0.05, 0.2)],
+    "RSC encoder": [{"lambda_rsc_encoder": weight} for weight in (0.02, 0.1)],
+    "RSC generator": [{"lambda_rsc_generator": weight} for weight in (0.01, 0.05)],
     "RSC encoder and generator": [
-        {"lambda_rsc_encoder": weight, "lambda_rsc_generator": weight / 2} for weight in (0.1, 0.4)
+        {"lambda_rsc_encoder": weight, "lambda_rsc_generator": weight / 2} for weight in (0.02, 0.1)
     ],
-    "RSC reward": [{"lambda_rsc_reward": weight} for weight in (0.01, 0.05)],
+    "RSC reward": [{"lambda_rsc_reward": weight} for weight in (0.002, 0.01)],
     "RSC pixel": [{"lambda_rsc": weight} for weight in (0.03, 0.1)],
 }
 # An earlier ablation with weaker bases found two forms without effect. They were tried once more, to run on the test
@@ -289,7 +290,8 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     u, v = retrieval.embed_pairs(model, loaded, pairs)
     relevant = retrieval.equal_keys(keys)
     hits = [metrics.first_relevant_rank(scores, relevant) == 1 for scores in ((u @ v.T).T, u @ v.T)]
-    order = reranked_order(model, loaded, pairs, u, v, RerankDefaults(**RERANK))
+    with half_precision():
+        order = reranked_order(model, loaded, pairs, u, v, RerankDefaults(**RERANK))
     first = relevant[np.arange(len(order)), order[:, 0]]
     columns: dict[str, Any] = {
         "hit": np.concatenate(hits).astype(int).tolist(),
@@ -308,7 +310,8 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
     rows = [row for row in retrieval.distinct_rows(keys, PROMPTS) for _ in range(PER_PROMPT)]
     table = make_table(SAMPLER, Schedule.from_config(loaded.scheduler.config), SAMPLER_STEPS)
     captions = [pairs.captions[row] for row in rows]
-    images = generate_images(model, loaded, captions, table=table, guidance=GUIDANCE, seed=0)
+    with half_precision():
+        images = generate_images(model, loaded, captions, table=table, guidance=GUIDANCE, seed=0)
     judge = Judge.load()
     real, training = (judge.features(_arrays(one.images)) for one in (pairs, train_pairs))
     generated = judge.features(images)
@@ -345,6 +348,17 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
         retained.append(np.mean([direction["R@1"] for direction in directions.values()]))
     figures["retained_r@1"] = float(np.mean(retained))
     return {"figures": figures, "columns": columns}
+
+
+@contextmanager
+def half_precision() -> Iterator[None]:
+    """Run the UNet as in training: the same first image as in float32 for 100 of 100 captions, in 2/3 of the time."""
+    import torch
+
+    from unidiff_sdk.training.runtime.attention import ShortAttentionInFloat32
+
+    with torch.autocast("cpu", torch.bfloat16), ShortAttentionInFloat32():
+        yield
 
 
 def _arrays(images: Any) -> Iterator[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 SYNTHETIC = ("ecommerce-product", "fashion-man", "fashion-woman")
-STEPS = {"clip": 1700, "unet": 6000}
+STEPS = {"clip": 1700, "unet": 4500}
 PROMPTS = 200  # for each known catalog
 
 

@@ -32,6 +32,7 @@ from unidiff_sdk.training.objective.distillation import (
 )
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.runtime.allocator import keep_freed_memory
+from unidiff_sdk.training.runtime.attention import ShortAttentionInFloat32
 from unidiff_sdk.training.runtime.callbacks import StepReport
 from unidiff_sdk.training.runtime.interrupts import deferred_interrupts
 from unidiff_sdk.training.runtime.processes import pick_device
@@ -219,7 +220,7 @@ class _Distillation:
         self.unet.train()
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, config))
         pairs = training_pairs(self.trajectories, config)
-        with keep_freed_memory(), deferred_interrupts() as raise_if_interrupted:
+        with keep_freed_memory(), ShortAttentionInFloat32(), deferred_interrupts() as raise_if_interrupted:
             for step in range(config.steps):
                 started = time.perf_counter()
                 trajectory, student_step = next(pairs)

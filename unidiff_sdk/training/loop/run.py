@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -26,6 +27,7 @@ from unidiff_sdk.training.data.captions import representative_captions
 from unidiff_sdk.training.data.pairs import Pairs
 from unidiff_sdk.training.objective.tuning import ADAPTERS, save_adapters
 from unidiff_sdk.training.runtime.allocator import keep_freed_memory
+from unidiff_sdk.training.runtime.attention import ShortAttentionInFloat32
 from unidiff_sdk.training.runtime.callbacks import StepReport
 from unidiff_sdk.training.runtime.interrupts import InterruptedWithinStep, deferred_interrupts
 
@@ -115,7 +117,8 @@ class TrainingRun:
 
     def _loop(self, on_step: Callable[[StepReport], None]) -> None:
         config, progress, selection = self.config, self.progress, self.selection
-        with keep_freed_memory(), deferred_interrupts() as raise_if_interrupted:
+        attention = nullcontext() if config.checkpoint_activations else ShortAttentionInFloat32()
+        with keep_freed_memory(), attention, deferred_interrupts() as raise_if_interrupted:
             selection.validate_if_due(progress.step)
             while progress.step < config.steps and not selection.should_stop:
                 started = time.perf_counter()

@@ -30,6 +30,8 @@ from unidiff_sdk.datasets.synthetic import CATALOGS, Product, brief_caption, pro
 from unidiff_sdk.training.checkpoints.saving import save_checkpoint
 from unidiff_sdk.training.data.captions import representative_captions
 from unidiff_sdk.training.objective import losses
+from unidiff_sdk.training.runtime.allocator import keep_freed_memory
+from unidiff_sdk.training.runtime.attention import ShortAttentionInFloat32
 
 from . import tiny_models as tiny
 
@@ -101,6 +103,7 @@ def learning_rate(step: int, stage: Stage) -> float:
     return stage.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@keep_freed_memory()
 def fit(
     name: str,
     model: nn.Module,
@@ -137,7 +140,8 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage)
         torch.manual_seed(SEED * 1_000_003 + step)
-        loss = loss_of(index)
+        with ShortAttentionInFloat32():
+            loss = loss_of(index)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"The loss of {name} is {loss.item()} at step {step}.")
         optimizer.zero_grad(set_to_none=True)
