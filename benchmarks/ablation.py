@@ -229,7 +229,7 @@ def options(run: Run, work: Path) -> dict[str, Any]:
     from unidiff_sdk.training.config import TrainingConfig
 
     chosen = COMMON | inherited(run.arm, work) | {"seed": run.seed} | (SETTINGS | TRIALS)[run.arm][run.setting]
-    return chosen | ({"rsc_samples": 8} if TrainingConfig(**chosen).decodes else {})
+    return chosen | ({"rsc_samples": 8} if TrainingConfig(**chosen).lambda_rsc else {})
 
 
 def inherited(arm: str, work: Path) -> dict[str, Any]:

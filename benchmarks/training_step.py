@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BUDGET_S = 60  # per row
 GATED = 16  # estimates per step that RSC decodes
 OURS, PLAIN = "UniDiff, ITC + IS", "transformers' CLIP step + diffusers' train_text_to_image step"
-PIXEL, FEATURE = f"{OURS} + RSC pixel", f"{OURS} + RSC feature"
+PIXEL, SCORES = f"{OURS} + RSC pixel", f"{OURS} + RSC encoder and generator"
 Step = Callable[[], object]
 Contestants = Callable[[], tuple[dict[str, Step], dict[str, Step]]]
 
@@ -85,17 +85,19 @@ def _cases(make: Callable[[], Checkpoint], batch: int, gated: int) -> Iterator[t
         ),
         None,
     )
-    gate = {"rsc_t_max": 999, "rsc_samples": gated, "rsc_warmup_steps": 0}
+    gate = {"lambda_rsc": 0.1, "rsc_t_max": 999, "rsc_samples": gated, "rsc_warmup_steps": 0}
+    scores = {"lambda_rsc_encoder": 0.02, "lambda_rsc_generator": 0.01, "rsc_captions": gated, "rsc_warmup_steps": 0}
     yield (
         "cost of RSC",
         lambda: (
             {
-                PIXEL: _ours(make(), batch, lambda_rsc=0.1, **gate),
-                FEATURE: _ours(make(), batch, lambda_rsc_feature=0.05, **gate),
+                PIXEL: _ours(make(), batch, **gate),
+                SCORES: _ours(make(), batch, **scores),
             },
             {OURS: _ours(make(), batch)},
         ),
-        f"RSC pixel decodes {gated} estimates in every step, all below the gate.",
+        f"RSC pixel decodes {gated} estimates in every step, all below the gate. RSC encoder and generator rank images "
+        f"for {gated} captions.",
     )
 
 

@@ -52,7 +52,7 @@ GENERATOR_ONLY = {"lambda_itc": 0.0, "lambda_rsc": 0.0}
         (OFF | {"rsc_samples": 4}, "rsc_samples"),
         (OFF | {"rsc_t_max": 200}, "rsc_t_max"),
         (OFF | {"rsc_warmup_steps": 10}, "rsc_warmup_steps"),
-        (OFF | {"lambda_rsc_feature": 0.1, "rsc_samples": 4}, "rsc_samples"),
+        (OFF | {"lambda_rsc_reward": 0.1, "rsc_samples": 4}, "rsc_samples"),
         (CLIP_ONLY | {"min_snr_gamma": 1.0}, "min_snr_gamma"),
         (CLIP_ONLY | {"caption_dropout": 0.2}, "caption_dropout"),
         (CLIP_ONLY | {"lora_unet": 4}, "lora_unet"),
@@ -79,7 +79,7 @@ def test_setting_without_effect_is_named(settings: dict[str, Any], name: str) ->
         OFF,
         CLIP_ONLY | {"group": ("brand",), "contrastive_batch": 128, "lora_text": 4},
         GENERATOR_ONLY | {"lora_unet": 4, "lora_text": 2, "caption_dropout": 0.0},
-        OFF | {"lambda_rsc_generated": 0.1, "rsc_samples": 4, "rsc_t_max": 200},
+        OFF | {"lambda_rsc": 0.1, "rsc_samples": 4, "rsc_t_max": 200},
         {"lambda_prior": 0.5, "prior_batch": 8, "validate_every": 10, "rsc_teacher": "frozen"},
     ],
 )

@@ -32,16 +32,16 @@ TERM_TITLES = {
     "itc": "ITC: image-text contrast",
     "is": "IS: image synthesis",
     "rsc": "RSC pixel: the generator learns from the encoder",
-    "rsc_generated": "RSC generated: the encoder learns from the generator",
     "rsc_encoder": "RSC encoder: the encoder learns the generator's ranking",
     "rsc_generator": "RSC generator: the generator learns the encoder's ranking",
     "rsc_reward": "RSC reward: the generator learns from the encoder's judgment of its own images",
-    "rsc_feature": "RSC feature: encoder and generator learn from each other's features",
     "feature_distillation": "Feature distillation: CLIP embeddings stay close to the base's",
 }
 
 # Fields that had another name in configurations recorded by earlier versions.
 _RENAMED_FIELDS = {"lambda_leash": "lambda_feature_distillation"}
+# Weights of terms that earlier versions had, which were off by default.
+_REMOVED_WEIGHTS = ("lambda_rsc_generated", "lambda_rsc_feature")
 
 
 class Component(StrEnum):
@@ -135,10 +135,6 @@ class TrainingConfig:
 
     lambda_rsc: float = 0.1
     """Weight of RSC pixel: the generator learns from the encoder through decoded estimates. At least 0."""
-    lambda_rsc_generated: float = 0.0
-    """Weight of RSC generated: the encoder learns from the generator's estimates. At least 0."""
-    lambda_rsc_feature: float = 0.0
-    """Weight of RSC feature: UNet and CLIP features learn from each other, without decoding. At least 0."""
     lambda_rsc_encoder: float = 0.0
     """Weight of RSC encoder: the encoder learns how the generator ranks images for a caption. At least 0."""
     lambda_rsc_generator: float = 0.0
@@ -215,8 +211,8 @@ class TrainingConfig:
             *("lora_unet", "lora_text", "lora_image"),
             *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
             *("lambda_feature_distillation", "lambda_prior", "prior_batch"),
-            *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
-            *("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
+            *("lambda_itc", "lambda_is"),
+            *("lambda_rsc", "lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
         )
         _require_below_one(self, "ema_decay", "caption_dropout")
         _require_choice(self, "precision", get_args(Precision))
@@ -293,7 +289,6 @@ class TrainingConfig:
             prior: whether prior pairs are given.
             validation: whether the run is validated.
         """
-        gated = self.lambda_rsc or self.lambda_rsc_generated or self.lambda_rsc_feature
         texts = (self.embeds_texts or self.lambda_rsc_reward, "no term uses CLIP embeddings")
         ranks = (self.ranks, "lambda_rsc_encoder and lambda_rsc_generator are 0")
         needs = {
@@ -301,8 +296,7 @@ class TrainingConfig:
             "caption_dropout": (self.denoises, "no term denoises the pairs of a batch"),
             "group": texts,
             "contrastive_batch": texts,
-            "rsc_t_max": (gated, "the RSC weights that denoising estimates are used for are 0"),
-            "rsc_warmup_steps": (gated or self.ranks or self.lambda_rsc_reward, "all RSC weights are 0"),
+            "rsc_warmup_steps": (self.lambda_rsc or self.ranks or self.lambda_rsc_reward, "all RSC weights are 0"),
             "rsc_captions": ranks,
             "rsc_candidates": ranks,
             "rsc_timesteps": ranks,
@@ -310,8 +304,7 @@ class TrainingConfig:
                 ("rsc_reward_captions", "rsc_reward_steps", "rsc_reward_last", "rsc_reward_guidance"),
                 (self.lambda_rsc_reward, "lambda_rsc_reward is 0"),
             ),
-            "rsc_samples": (self.decodes, "the RSC weights that decode are 0"),
-            "rsc_teacher": (self.lambda_rsc, "lambda_rsc is 0"),
+            **dict.fromkeys(("rsc_t_max", "rsc_samples", "rsc_teacher"), (self.lambda_rsc, "lambda_rsc is 0")),
             "lambda_prior": (prior, "there is no prior"),
             "aspect_buckets": (self.denoises or self.ranks, "no term denoises images"),
             "prior_batch": (prior, "there is no prior"),
@@ -379,12 +372,12 @@ class TrainingConfig:
     @property
     def trains_encoder(self) -> bool:
         """Whether any term needs CLIP embeddings of images with gradients."""
-        return any((self.lambda_itc, self.lambda_rsc_generated, self.lambda_rsc_feature, self.lambda_rsc_encoder))
+        return any((self.lambda_itc, self.lambda_rsc_encoder))
 
     @property
     def denoises(self) -> bool:
         """Whether any term needs the UNet's output for the pairs of a batch, each with its own caption."""
-        return any((self.lambda_is, self.lambda_rsc, self.lambda_rsc_generated, self.lambda_rsc_feature))
+        return any((self.lambda_is, self.lambda_rsc))
 
     @property
     def ranks(self) -> bool:
@@ -400,16 +393,6 @@ class TrainingConfig:
     def embeds_texts(self) -> bool:
         """Whether any term needs CLIP embeddings of captions."""
         return self.embeds_images or self.lambda_feature_distillation > 0
-
-    @property
-    def embeds_generator(self) -> bool:
-        """Whether any pairwise term needs the output of the UNet."""
-        return any((self.lambda_rsc_generated, self.lambda_rsc_feature))
-
-    @property
-    def decodes(self) -> bool:
-        """Whether any term decodes denoising estimates to pixels."""
-        return any((self.lambda_rsc, self.lambda_rsc_generated))
 
 
 @dataclass(frozen=True)
@@ -495,8 +478,12 @@ class DistillationConfig:
 
 
 def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded training configuration under the field names of this version."""
-    return {_RENAMED_FIELDS.get(name, name): value for name, value in recorded.items()}
+    """A recorded training configuration under the field names of this version, without removed terms that were off."""
+    return {
+        _RENAMED_FIELDS.get(name, name): value
+        for name, value in recorded.items()
+        if value or name not in _REMOVED_WEIGHTS
+    }
 
 
 def _require_types(config: Any) -> None:

@@ -181,8 +181,6 @@ def test_cache_tells_sizes_apart(checkpoint: Checkpoint, tmp_path: Path) -> None
 TERMS: dict[str, Any] = {
     "lambda_itc": 1.0,
     "lambda_rsc": 0.3,
-    "lambda_rsc_generated": 0.2,
-    "lambda_rsc_feature": 0.3,
     "lambda_rsc_encoder": 0.3,
     "lambda_rsc_generator": 0.2,
     "lambda_rsc_reward": 0.2,

@@ -27,8 +27,6 @@ from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator  #
 
 EVERYTHING = {
     "lambda_rsc": 0.3,
-    "lambda_rsc_generated": 0.5,
-    "lambda_rsc_feature": 0.2,
     "lambda_rsc_encoder": 0.3,
     "lambda_rsc_generator": 0.6,
     "lambda_rsc_reward": 0.2,
@@ -46,8 +44,6 @@ TERMS = (
     "lambda_itc",
     "lambda_is",
     "lambda_rsc",
-    "lambda_rsc_generated",
-    "lambda_rsc_feature",
     "lambda_rsc_encoder",
     "lambda_rsc_generator",
     "lambda_rsc_reward",
@@ -105,7 +101,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(
 @pytest.mark.parametrize(
     "term",
     [
-        *("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature"),
+        *("lambda_itc", "lambda_is", "lambda_rsc"),
         *("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
     ],
 )

@@ -61,11 +61,11 @@ def test_representative_captions_are_evenly_spaced() -> None:
 
 def test_run_tunes_everything_except_the_vae(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     reports: list[StepReport] = []
-    config = TrainingConfig(**FEW, rsc_warmup_steps=1, rsc_t_max=999, lambda_rsc_feature=0.1)
+    config = TrainingConfig(**FEW, rsc_warmup_steps=1, rsc_t_max=999, lambda_rsc_encoder=0.1)
     result = train(small_catalog, random_checkpoint, tmp_path / "tuned", config, device="cpu", on_step=reports.append)
     assert (result.path, result.steps, result.pairs, result.invalid_rows) == (tmp_path / "tuned", 3, 12, [])
     assert [report.step for report in reports] == [1, 2, 3]
-    assert set(reports[0].losses) == {"itc", "is", "rsc", "rsc_feature"}
+    assert set(reports[0].losses) == {"itc", "is", "rsc", "rsc_encoder"}
     assert reports[0].learning_rate == 1e-3 > reports[2].learning_rate > 0
 
     tuned = load_checkpoint(result.path)
@@ -73,7 +73,7 @@ def test_run_tunes_everything_except_the_vae(small_catalog: Path, random_checkpo
     for part in ("unet", "clip"):
         assert not equal(getattr(tuned, part).state_dict(), tensors(random_checkpoint, part)), part
     assert equal(tuned.vae.state_dict(), tensors(random_checkpoint, "vae"))
-    assert tuned.meta["config"]["lambda_rsc_feature"] == 0.1 and tuned.meta["step"] == 3
+    assert tuned.meta["config"]["lambda_rsc_encoder"] == 0.1 and tuned.meta["step"] == 3
     assert tuned.meta["base"] == "random" and tuned.meta["data"]["pairs"] == 12
     assert tuned.meta["synthetic"] is False, "these images are not from the synthetic catalogs"
 

@@ -20,7 +20,7 @@ from unidiff_sdk.training.objective.batch import Batch, RandomInputs  # noqa: E4
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 from unidiff_sdk.training.objective.terms import joint_losses  # noqa: E402
 
-OFF = {name: 0.0 for name in ("lambda_itc", "lambda_is", "lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature")}
+OFF = {name: 0.0 for name in ("lambda_itc", "lambda_is", "lambda_rsc")}
 PARTS = {
     "unet.": "unet",
     "vae.": "vae",
@@ -71,8 +71,6 @@ def trained_parts(model: JointModel) -> set[str]:
         ({"lambda_is": 1.0}, {"unet", "text tower"}),
         ({"lambda_rsc": 1.0}, {"unet", "text tower"}),
         ({"lambda_rsc": 1.0, "rsc_teacher": "ema"}, {"unet", "text tower"}),
-        ({"lambda_rsc_generated": 1.0}, ENCODER),
-        ({"lambda_rsc_feature": 1.0}, {"unet", "text tower", "image tower"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
@@ -113,8 +111,7 @@ def test_itc_term_is_the_formula_of_open_clip(checkpoint: Checkpoint) -> None:
 
 
 def test_empty_gate_gives_zero_terms(checkpoint: Checkpoint) -> None:
-    consistency = {"lambda_rsc": 1.0, "lambda_rsc_generated": 1.0, "lambda_rsc_feature": 1.0}
-    config = TrainingConfig(**(OFF | consistency), rsc_t_max=0)
+    config = TrainingConfig(**(OFF | {"lambda_rsc": 1.0}), rsc_t_max=0)
     model, terms = run(checkpoint, config)
     assert {name: value.item() for name, (_, value) in terms.items()} == dict.fromkeys(terms, 0.0)
     torch.stack([weight * value for weight, value in terms.values()]).sum().backward()

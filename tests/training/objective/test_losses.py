@@ -182,56 +182,11 @@ def test_rsc_pixel_has_no_gradient_for_the_real_image() -> None:
     assert u.grad is None and u_hat.grad is not None and u_hat.grad.abs().sum() > 0
 
 
-def test_generated_positives_are_the_image_to_text_half_of_itc() -> None:
-    u, v, scale = unit(5, 6), unit(5, 6, seed=1), torch.tensor(2.0)
-    gated, alpha_bar = torch.tensor([1, 4]), torch.tensor([0.9, 0.3])
-    rows = F.cross_entropy(math.exp(2.0) * u[gated] @ v.T, gated, reduction="none")
-    ours = losses.generated_positives(u[gated], v, scale, torch.eye(5)[gated], alpha_bar)
-    torch.testing.assert_close(ours, (alpha_bar * rows).sum() / 2)
-
-
 def test_empty_gate_gives_zero_with_finite_gradients() -> None:
-    u_hat, v = torch.zeros(0, 4, requires_grad=True), unit(3, 4).requires_grad_()
-    none = torch.zeros(0)
-    total = (
-        losses.rsc_pixel(u_hat, u_hat, none)
-        + losses.generated_positives(u_hat, v, torch.tensor(1.0), torch.zeros(0, 3), none)
-        + losses.rsc_feature(torch.zeros(0, 6, requires_grad=True), u_hat)
-    )
-    total.backward()
-    assert total == 0.0
-    assert v.grad is None or v.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_rsc_feature_of_fewer_than_three_images_is_zero(n: int) -> None:
-    assert losses.rsc_feature(torch.randn(n, 6), unit(n, 4)) == 0.0
-
-
-def test_rsc_feature_is_zero_for_equal_structure_and_symmetric() -> None:
-    u = unit(8, 5)
-    rotation = torch.linalg.qr(torch.randn(5, 5))[0]
-    assert losses.rsc_feature(3.0 * u @ rotation, u) == pytest.approx(0.0, abs=1e-5)
-    h = torch.randn(8, 12)
-    assert losses.rsc_feature(h, u) > 0.1
-    torch.testing.assert_close(losses.rsc_feature(h, u), losses.rsc_feature(u, h))
-
-
-def test_rsc_feature_is_the_explicit_kl_divergence() -> None:
-    h, u, temperature = torch.randn(4, 6), unit(4, 5), 0.2
-
-    def neighbors(features: torch.Tensor) -> list[torch.Tensor]:
-        centered = features - features.mean(dim=0)
-        rows = []
-        for i in range(4):
-            others = [j for j in range(4) if j != i]
-            cosines = torch.stack([F.cosine_similarity(centered[i], centered[j], dim=0) for j in others])
-            rows.append((cosines / temperature).softmax(dim=0))
-        return rows
-
-    pairs = list(zip(neighbors(h), neighbors(u), strict=True))
-    kl = [(p * (p / q).log()).sum() + (q * (q / p).log()).sum() for q, p in pairs]
-    torch.testing.assert_close(losses.rsc_feature(h, u, temperature), torch.stack(kl).mean() / 2)
+    u_hat = torch.zeros(0, 4, requires_grad=True)
+    value = losses.rsc_pixel(u_hat, u_hat, torch.zeros(0))
+    value.backward()
+    assert value == 0.0 and u_hat.grad is not None
 
 
 def test_linear_warmup() -> None:

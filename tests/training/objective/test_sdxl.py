@@ -239,8 +239,6 @@ TERMS = {
     "lambda_itc": {"clip text", "clip image"},
     "lambda_is": {"unet", "first", "second"},
     "lambda_rsc": {"unet", "first", "second"},
-    "lambda_rsc_generated": {"clip text", "clip image"},
-    "lambda_rsc_feature": {"unet", "first", "second", "clip image"},
     "lambda_rsc_encoder": {"clip text", "clip image"},
     "lambda_rsc_generator": {"unet", "first", "second"},
     "lambda_rsc_reward": {"unet"},

@@ -169,20 +169,6 @@ def _resuming(ctx: click.Context) -> str:
     help="Weight of RSC pixel: the generator learns from the encoder. 0: off.",
 )
 @setting(
-    "--rsc-generated",
-    field="lambda_rsc_generated",
-    metavar="WEIGHT",
-    theme=RSC,
-    help="Weight of RSC generated: the encoder learns from the generator.",
-)
-@setting(
-    "--rsc-feature",
-    field="lambda_rsc_feature",
-    metavar="WEIGHT",
-    theme=RSC,
-    help="Weight of RSC feature: both learn from each other's features, without decoding.",
-)
-@setting(
     "--rsc-encoder",
     field="lambda_rsc_encoder",
     metavar="WEIGHT",

@@ -1,8 +1,8 @@
 """The gradients of a step's whole batch, independent of micro-batches and processes.
 
-Per-sample terms are means, so their gradients are sums over micro-batches. Pairwise terms (contrast, feature structure)
-need all embeddings at once. Gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size under
-memory limited setup") embeds every micro-batch without a graph, differentiates these terms with respect to the
+Per-sample terms are means, so their gradients are sums over micro-batches. Pairwise terms (contrast, consistency of
+scores) need all embeddings at once. Gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size
+under memory limited setup") embeds every micro-batch without a graph, differentiates these terms with respect to the
 embeddings, and embeds each micro-batch once more to carry those gradients on to the weights.
 """
 
@@ -53,10 +53,6 @@ class MicroBatch:
     random: RandomInputs
     seed: int
 
-    def positions_of(self, embedding: str) -> Tensor:
-        """Positions of an embedding's rows in the step's batch. "u" and "v" have a row for every pair."""
-        return self.positions if embedding in ("u", "v") else self.positions[: len(self.random.t)]
-
 
 def backpropagate(
     model: EncoderModel,
@@ -97,7 +93,7 @@ def backpropagate(
     if config.embeds_images:
         with torch.no_grad():
             embedded = [(part, (whole or run(part, embeddings_only=True)).embeddings) for part in micro_batches]
-            leaves = _gather(embedded, random, processes)
+            leaves = _gather(embedded, len(indices), processes)
 
     # 3. pairwise terms, and their gradients with respect to the embeddings
     groups = batches.groups[indices.rows].to(processes.device)
@@ -113,7 +109,7 @@ def backpropagate(
     if config.lambda_rsc_reward and isinstance(model, JointModel):
         v = leaves["v"].detach() if leaves else _embed_captions(batches, indices)
         _add(terms, _backward_reward(model, batches, indices, config, step, empty_ids, processes, weights, v, groups))
-    values = pairwise_terms(model, leaves, groups, config, random, ranking)
+    values = pairwise_terms(model, leaves, groups, config, ranking)
     _backward_pairwise(model, values, weights, processes)
 
     # 4. back through the models
@@ -184,15 +180,14 @@ def _forward(
 
 
 def _gather(
-    embedded: list[tuple[MicroBatch, dict[str, Tensor]]], random: RandomInputs, processes: Processes
+    embedded: list[tuple[MicroBatch, dict[str, Tensor]]], pairs: int, processes: Processes
 ) -> dict[str, Tensor]:
-    """The embeddings of the whole step as leaves: m rows of u and v, n rows of the others."""
+    """The embeddings u and v of the whole step's m `pairs` as leaves: float[m, d]."""
     leaves = {}
     for name, first in embedded[0][1].items():
-        rows = first.new_zeros(random.pairs if name in ("u", "v") else random.samples, first.shape[1])
+        rows = first.new_zeros(pairs, first.shape[1])
         for micro_batch, embeddings in embedded:
-            if name in embeddings:
-                rows[micro_batch.positions_of(name).to(rows.device)] = embeddings[name].detach()
+            rows[micro_batch.positions.to(rows.device)] = embeddings[name].detach()
         leaves[name] = processes.sum(rows).requires_grad_()
     return leaves
 
@@ -217,7 +212,7 @@ def _backward(
         gradient = leaves[name].grad if name in leaves else None
         if gradient is not None and embedding.requires_grad:
             tensors.append(embedding)
-            gradients.append(gradient[micro_batch.positions_of(name).to(gradient.device)])
+            gradients.append(gradient[micro_batch.positions.to(gradient.device)])
     for name, value in output.terms.items():
         if value.requires_grad:
             tensors.append(weights[name] * value)

@@ -100,8 +100,7 @@ class RandomInputs:
         t: int64[n], timesteps.
         noise: float[n, c, h, w], standard normal.
         dropped: bool[n], samples whose caption is replaced by the empty one.
-        gated: bool[n], samples whose timestep passes the gate of RSC.
-        decoded: bool[n], the gated samples whose denoising estimate is decoded.
+        decoded: bool[n], samples whose denoising estimate RSC pixel decodes: the first that pass its gate.
         samples: Number of samples in the whole step.
         decoded_samples: Number of decoded samples in the whole step.
         pairs: Number of pairs in the whole step.
@@ -110,7 +109,6 @@ class RandomInputs:
     t: Tensor
     noise: Tensor
     dropped: Tensor
-    gated: Tensor
     decoded: Tensor
     samples: int
     decoded_samples: int
@@ -140,17 +138,15 @@ class RandomInputs:
         dropped = torch.rand(samples, generator=generator) < config.caption_dropout
         gated = t <= config.rsc_t_max
         decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
-        return cls(t, noise, dropped, gated, decoded, samples, int(decoded.sum()), pairs)
+        return cls(t, noise, dropped, decoded, samples, int(decoded.sum()), pairs)
 
     @classmethod
     def none(cls, pairs: int) -> RandomInputs:
         """The numbers of a step in which no sample passes through a UNet."""
         nothing = torch.zeros(0, dtype=torch.bool)
-        return cls(nothing.long(), nothing.float(), nothing, nothing, nothing, 0, 0, pairs)
+        return cls(nothing.long(), nothing.float(), nothing, nothing, 0, 0, pairs)
 
     def select(self, indices: Tensor) -> RandomInputs:
         """The numbers of some samples. indices: int64[k]."""
-        t, noise, dropped, gated, decoded = (
-            values[indices] for values in (self.t, self.noise, self.dropped, self.gated, self.decoded)
-        )
-        return RandomInputs(t, noise, dropped, gated, decoded, self.samples, self.decoded_samples, self.pairs)
+        t, noise, dropped, decoded = (values[indices] for values in (self.t, self.noise, self.dropped, self.decoded))
+        return RandomInputs(t, noise, dropped, decoded, self.samples, self.decoded_samples, self.pairs)

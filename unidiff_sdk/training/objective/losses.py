@@ -21,14 +21,12 @@ __all__ = [
     "clamp_logit_scale",
     "diffusion_target",
     "feature_distillation",
-    "generated_positives",
     "gradient_only_through_input",
     "itc",
     "linear_warmup",
     "min_snr_weight",
     "predict_original",
     "relative_gain",
-    "rsc_feature",
     "rsc_pixel",
     "same_meaning",
     "score_consistency",
@@ -193,52 +191,6 @@ def rsc_pixel(u_hat: Tensor, u: Tensor, alpha_bar: Tensor) -> Tensor:
     """
     distance = 1 - (u_hat * u.detach()).sum(dim=1)
     return (alpha_bar * distance).sum() / max(len(u_hat), 1)
-
-
-def generated_positives(u_hat: Tensor, v: Tensor, logit_scale: Tensor, positives: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The encoder learns from the generator: the detached estimate x̂_0 is a further image of its caption y.
-
-    The image-to-text half of ITC, weighted by ᾱ_t, over the n samples that pass the gate, against the texts of the
-    batch.
-
-    Args:
-        u_hat: float[n, d], f(x̂_0), unit rows. The caller detaches x̂_0.
-        v: float[m, d], text embeddings, unit rows.
-        logit_scale: log s, a scalar.
-        positives: float[n, m], `same_meaning` of the groups of estimates and texts.
-        alpha_bar: float[n]. n = 0 gives 0.
-    """
-    cross_entropy = _soft_cross_entropy(logit_scale.exp() * u_hat @ v.T, positives)
-    return (alpha_bar * cross_entropy).sum() / max(len(u_hat), 1)
-
-
-def rsc_feature(h: Tensor, u: Tensor, temperature: float = 0.1) -> Tensor:
-    """UNet features and CLIP features must agree on which images of a batch are similar. Needs no decoding.
-
-    ½·KL(P̄_u ‖ P_h) + ½·KL(P̄_h ‖ P_u). P is the softmax over an image's cosines to the others; the bar stops gradients.
-    Features are centered over the batch first. Pooled activations share a large mean that would hide the differences.
-
-    Args:
-        h: float[n, c], pooled mid-block features.
-        u: float[n, d], image embeddings.
-        temperature: Temperature of the softmax, above 0.
-
-    Returns 0 for fewer than three images, which have no structure to compare.
-    """
-    if len(h) < 3:
-        return 0.0 * (h.sum() + u.sum())
-    log_p_h, log_p_u = _neighbors(h, temperature), _neighbors(u, temperature)
-    kl = F.kl_div(log_p_h, log_p_u.detach(), log_target=True, reduction="none")
-    reverse = F.kl_div(log_p_u, log_p_h.detach(), log_target=True, reduction="none")
-    return (kl + reverse).sum(dim=1).mean() / 2
-
-
-def _neighbors(features: Tensor, temperature: float) -> Tensor:
-    """Log of P: row i is the distribution of image i over the other images. float[n, n-1]."""
-    unit = F.normalize(features - features.mean(dim=0), dim=1)
-    n = len(unit)
-    others = ~torch.eye(n, dtype=torch.bool, device=unit.device)
-    return ((unit @ unit.T)[others].view(n, n - 1) / temperature).log_softmax(dim=1)
 
 
 def relative_gain(error: Tensor, error_without: Tensor) -> Tensor:

@@ -32,14 +32,12 @@ class Denoising:
         z_t: float[n, c, h, w], noisy latents.
         target: float[n, c, h, w], ε or v.
         output: float[n, c, h, w], the UNet's prediction of the target.
-        features: float[n, c], mid-block activations, averaged over positions.
     """
 
     alpha_bar: Tensor
     z_t: Tensor
     target: Tensor
     output: Tensor
-    features: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class ForwardOutput:
 
     Attributes:
         terms: Per-sample terms by name: the share of this batch in the step's mean.
-        embeddings: Inputs of the pairwise terms: "u" and "v", float[m, d]; "h", float[n, c]; "generated", float[n, d],
-            zero where no estimate was decoded.
+        embeddings: Inputs of the pairwise terms: "u" and "v", float[m, d].
     """
 
     terms: dict[str, Tensor]
@@ -66,8 +63,6 @@ def term_weights(config: TrainingConfig, step: int) -> dict[str, float]:
         "itc": config.lambda_itc,
         "is": config.lambda_is,
         "rsc": config.lambda_rsc,
-        "rsc_generated": config.lambda_rsc_generated,
-        "rsc_feature": config.lambda_rsc_feature,
         "rsc_encoder": config.lambda_rsc_encoder,
         "rsc_generator": config.lambda_rsc_generator,
         "rsc_reward": config.lambda_rsc_reward,
@@ -97,7 +92,7 @@ def joint_losses(
         teacher: Weights of RSC's teacher, named as in the model. Default: the current weights.
     """
     output = forward(model, batch, config, random=random, empty_ids=empty_ids, teacher=teacher)
-    values = output.terms | pairwise_terms(model, output.embeddings, batch.groups, config, random)
+    values = output.terms | pairwise_terms(model, output.embeddings, batch.groups, config)
     weights = term_weights(config, step)
     return {name: (weights[name], values[name]) for name in weights if name in values}
 
@@ -114,11 +109,10 @@ def forward(
 ) -> ForwardOutput:
     """Run the models over a batch: per-sample terms, and the embeddings of the pairwise terms.
 
-    embeddings_only: Skip the per-sample terms, and the UNet if no embedding needs it. Other arguments as in
-    `joint_losses`.
+    embeddings_only: Skip the per-sample terms, and with them the UNet. Other arguments as in `joint_losses`.
     """
     n = len(batch.latents)
-    runs_unet = n > 0 and (config.embeds_generator if embeddings_only else config.denoises)
+    runs_unet = n > 0 and config.denoises and not embeddings_only
     terms: dict[str, Tensor] = {}
     embeddings: dict[str, Tensor] = {}
 
@@ -138,19 +132,12 @@ def forward(
     # 2. IS
     with model.autocast():
         denoising = _denoise(model, batch.latents, conditions, random)
-    if config.lambda_is and not embeddings_only:
+    if config.lambda_is:
         terms["is"] = _synthesis(model, denoising, config, random)
-    if config.lambda_rsc_feature:
-        embeddings["h"] = denoising.features
 
     # 3. RSC on decoded estimates
-    if config.decodes:
-        decoded = random.decoded.nonzero().flatten().to(batch.latents.device)
-        estimates = _decode_estimates(model, denoising, decoded) if len(decoded) else None
-        if config.lambda_rsc and not embeddings_only:
-            terms["rsc"] = _rsc_pixel(model, teacher, batch, denoising, decoded, estimates, random)
-        if config.lambda_rsc_generated:
-            embeddings["generated"] = _embed_estimates(model, embeddings["u"][:n], decoded, estimates)
+    if config.lambda_rsc:
+        terms["rsc"] = _rsc_pixel(model, teacher, batch, denoising, random)
     return ForwardOutput(terms, embeddings)
 
 
@@ -183,34 +170,21 @@ def pairwise_terms(
     embeddings: Mapping[str, Tensor],
     groups: Tensor,
     config: TrainingConfig,
-    random: RandomInputs,
     ranking: Ranking | None = None,
 ) -> dict[str, Tensor]:
-    """Terms that compare the samples of a whole step: ITC, RSC generated, RSC feature and RSC encoder.
+    """Terms that compare the samples of a whole step: ITC and RSC encoder.
 
     Args:
         embeddings: As in `ForwardOutput`, of the whole step.
         groups: int64[m]. Pairs with equal values have the same meaning.
-        random: Random inputs of the whole step.
         ranking: The generator's ranking, which RSC encoder needs.
     """
     values: dict[str, Tensor] = {}
     if not config.trains_encoder:
         return values
     u, v = embeddings["u"], embeddings["v"]
-    positives = losses.same_meaning(groups, groups)
-    gated, decoded = (mask.nonzero().flatten().to(u.device) for mask in (random.gated, random.decoded))
     if config.lambda_itc:
-        values["itc"] = model.contrast(u, v, positives)
-    if config.lambda_rsc_generated and isinstance(model, JointModel):
-        values["rsc_generated"] = 0.0 * (u.sum() + v.sum())
-        if len(decoded):
-            alpha_bar = model.alpha_bar[random.t.to(u.device)[decoded]]
-            values["rsc_generated"] = losses.generated_positives(
-                embeddings["generated"][decoded], v, model.clip.logit_scale, positives[decoded], alpha_bar
-            )
-    if config.lambda_rsc_feature:
-        values["rsc_feature"] = losses.rsc_feature(embeddings["h"][gated], u[gated])
+        values["itc"] = model.contrast(u, v, losses.same_meaning(groups, groups))
     if config.lambda_rsc_encoder and ranking is not None:
         logits = encoder_logits(u, v, ranking.candidates, model.clip.logit_scale)
         values["rsc_encoder"] = losses.score_consistency(logits, ranking.logits)
@@ -234,14 +208,9 @@ def _denoise(model: JointModel, z: Tensor, conditions: Conditions, random: Rando
     t, noise = random.t.to(z.device), random.noise.to(z.device)
     alpha_bar = model.alpha_bar[t]
     z_t = losses.add_noise(z, noise, alpha_bar)
-    pooled: list[Tensor] = []
-    hook = model.unet.mid_block.register_forward_hook(lambda *call: pooled.append(call[-1].mean(dim=(2, 3))))
-    try:
-        output = model.predict(z_t, t, conditions)
-    finally:
-        hook.remove()
+    output = model.predict(z_t, t, conditions)
     target = losses.diffusion_target(z, noise, alpha_bar, model.prediction_type)
-    return Denoising(alpha_bar, z_t, target, output.float(), pooled[0].float())
+    return Denoising(alpha_bar, z_t, target, output.float())
 
 
 def _synthesis(model: JointModel, denoising: Denoising, config: TrainingConfig, random: RandomInputs) -> Tensor:
@@ -263,12 +232,12 @@ def _rsc_pixel(
     teacher: Mapping[str, Tensor] | None,
     batch: Batch,
     denoising: Denoising,
-    decoded: Tensor,
-    estimates: Tensor | None,
     random: RandomInputs,
 ) -> Tensor:
-    if estimates is None:  # CLIP accepts no empty batch, so the mean is a zero with a gradient
+    decoded = random.decoded.nonzero().flatten().to(batch.latents.device)
+    if len(decoded) == 0:  # CLIP accepts no empty batch, so the mean is a zero with a gradient
         return 0.0 * denoising.output.sum()
+    estimates = _decode_estimates(model, denoising, decoded)
     u_hat, u = _embed_by_teacher(model, teacher, estimates, batch.clip_pixels[decoded])
     return losses.rsc_pixel(u_hat, u, denoising.alpha_bar[decoded]) * (len(decoded) / random.decoded_samples)
 
@@ -282,12 +251,3 @@ def _embed_by_teacher(
         u_hat = losses.gradient_only_through_input(model.f, teacher, estimates)
         with torch.no_grad():
             return u_hat, losses.gradient_only_through_input(model.f, teacher, pixels)
-
-
-def _embed_estimates(model: JointModel, u: Tensor, decoded: Tensor, estimates: Tensor | None) -> Tensor:
-    """f(x̂_0) with x̂_0 detached: float[n, d] like u, zero where no estimate was decoded."""
-    generated = torch.zeros_like(u)
-    if estimates is None:
-        return generated
-    with model.autocast():
-        return generated.index_copy(0, decoded, model.f(estimates.detach()))
