@@ -85,6 +85,14 @@ def _cases(make: Callable[[], Checkpoint], batch: int, gated: int) -> Iterator[t
         ),
         None,
     )
+    yield (
+        "bf16",
+        lambda: (
+            {OURS: _attending_in_float32(_ours(make(), batch, precision="bf16"))},
+            {"the same, attention in bf16": _ours(make(), batch, precision="bf16")},
+        ),
+        None,
+    )
     gate = {"lambda_rsc": 0.1, "rsc_t_max": 999, "rsc_samples": gated, "rsc_warmup_steps": 0}
     scores = {"lambda_rsc_encoder": 0.02, "lambda_rsc_generator": 0.01, "rsc_captions": gated, "rsc_warmup_steps": 0}
     yield (
@@ -208,6 +216,15 @@ class _Pairs:
         latents = self.model.encode(self.images[rows]) if self.encode else self.latents[rows]
         return Batch(self.clip_pixels[rows], latents[:samples], self.input_ids[rows], self.groups[rows])
 
+    def load_latents(self, indices: Any) -> Tensor:
+        return self.latents[indices.rows]
+
+    def load_sizes(self, indices: Any) -> Tensor:
+        from unidiff_sdk.training.objective.batch import whole_image_sizes
+
+        height, width = self.images.shape[-2:]
+        return whole_image_sizes(len(indices.rows), height, width, self.model.device)
+
 
 def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **settings: Any) -> Step:
     """Return UniDiff's step: losses, gradients, clipping, AdamW, averaged weights."""
@@ -221,13 +238,24 @@ def _ours(checkpoint: Checkpoint, batch: int, *, encode: bool = False, **setting
     from unidiff_sdk.training.runtime.processes import Processes
 
     config = TrainingConfig(**{"batch_size": batch, "lambda_rsc": 0.0, "learning_rate": 1e-5, **settings})
-    model = JointModel(checkpoint).train()
+    model = JointModel(checkpoint, config.precision).train()
     model.vae.eval()
     set_trainable(model, config)
     pairs = _Pairs(model, checkpoint, batch, encode=encode)
     learner = Learner(model, config, Processes(0, 1, torch.device("cpu")))
     empty = tokenize(checkpoint.tokenizer, [""])
     return lambda: learner.step(200, pairs, empty)  # type: ignore[arg-type]
+
+
+def _attending_in_float32(step: Step) -> Step:
+    """Return the step as a run of UniDiff computes it in half precision on a CPU."""
+    from unidiff_sdk.training.runtime.attention import ShortAttentionInFloat32
+
+    def within() -> object:
+        with ShortAttentionInFloat32():
+            return step()
+
+    return within
 
 
 def _plain(checkpoint: Checkpoint, batch: int, *, encode: bool) -> Step:
