@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ def test_prompts_are_read_from_text_and_tables(tmp_path: Path) -> None:
         rows = list(_prompts(tmp_path / name))
         assert [(row, prompt) for row, _, prompt, problem in rows if not problem] == [(0, "red"), (2, "blue")]
     assert [prompt for *_, prompt, _ in _prompts(tmp_path / "a.csv")] == ["red"]
+    (tmp_path / "marked.txt").write_text("red\n", encoding="utf-8-sig")
+    assert [prompt for *_, prompt, _ in _prompts(tmp_path / "marked.txt")] == ["red"]
+    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(_prompts(tmp_path / "latin.txt"))
     (tmp_path / "b.csv").write_text("prompt\nred\n")
     with pytest.raises(DataError, match="no column text"):
         list(_prompts(tmp_path / "b.csv"))
@@ -60,8 +66,6 @@ def test_existing_dataset_is_kept(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
-    import base64
-
     vectors = np.random.default_rng(0).normal(size=(300, 3)).astype("<f2")
     compared = _Compared(0.98)
     rows = [number // 3 for number in range(300)]
@@ -75,6 +79,14 @@ def test_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
         if not any(unit[number] @ unit[other] >= 0.98 for other in kept if rows[other] < rows[number]):
             kept.append(number)
     assert [number for number, is_kept in enumerate(accepted) if is_kept] == kept and len(kept) < 250
+
+
+def test_equal_images_are_duplicates_at_the_highest_threshold() -> None:
+    compared, codes = _Compared(1), []
+    for vector in np.random.default_rng(0).normal(size=(50, 64)).astype("<f2"):
+        codes.append(base64.b64encode(vector.tobytes()).decode())
+    assert all(compared.accepts({"row": row, "vector": code}) for row, code in enumerate(codes))
+    assert not any(compared.accepts({"row": 50 + row, "vector": code}) for row, code in enumerate(codes))
 
 
 @pytest.mark.slow

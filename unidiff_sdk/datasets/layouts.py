@@ -65,7 +65,7 @@ def find_layout(path: str | Path, images: str | Path | None = None, *, captions:
         DataError: the path does not exist, or holds nothing that can be read.
     """
     root = checked_path(path, DataError)
-    if root.is_file() and root.suffix.lower() in TABLES:
+    if root.is_file() and root.suffix.lower() in (*TABLES, ".arrow"):  # the latter is one file of `save_to_disk`
         return Layout(root, tables=((root, Path(images or root.parent)),))
     if not root.is_dir() and not find_shards(root):
         raise DataError(

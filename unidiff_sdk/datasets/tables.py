@@ -15,7 +15,7 @@ from unidiff_sdk.errors import DataError
 from .parquet import ARCHIVE_KEY, count_parquet_rows, open_parquet, read_arrow, read_parquet
 from .values import CellTypes
 
-__all__ = ["MAX_LINE", "TABLES", "count_table_rows", "read_table"]
+__all__ = ["MAX_LINE", "TABLES", "count_table_rows", "read_lines", "read_table"]
 
 TABLES = (".jsonl", ".csv", ".parquet")
 
@@ -57,7 +57,7 @@ def count_table_rows(path: Path) -> int:
     """Count the rows of a table, valid and invalid. Raises DataError."""
     match path.suffix.lower():
         case ".jsonl":
-            return sum(1 for _, content in _lines(path) if content is None or content.strip())
+            return sum(1 for _, content in read_lines(path) if content is None or content.strip())
         case ".csv":
             return sum(1 for _ in _read_cells(path, lambda header: None))
         case ".arrow":
@@ -83,7 +83,7 @@ def _archived(rows: TableRows) -> TableRows:
 
 
 def _read_jsonl(path: Path) -> TableRows:
-    for line, content in _lines(path):
+    for line, content in read_lines(path):
         if content is None:
             yield line, f"the line has more than {MAX_LINE:,} characters"
         elif content.strip():
@@ -108,7 +108,7 @@ def _read_csv(path: Path, check_header: CheckHeader, types: CellTypes) -> TableR
 
 def _read_cells(path: Path, check_header: CheckHeader) -> Iterator[tuple[int, dict[str, str] | str]]:
     def contents() -> Iterator[str]:
-        for line, content in _lines(path):
+        for line, content in read_lines(path):
             if content is None:
                 raise DataError(f"{path}, line {line}: the line has more than {MAX_LINE:,} characters")
             yield content
@@ -168,7 +168,7 @@ def _check_csv_header(path: Path, header: list[str], check_header: CheckHeader) 
     check_header(header)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str | None]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str | None]]:
     """The lines of a file; None for one that is too long."""
     try:
         with io.TextIOWrapper(open_regular_file(path, DataError), encoding="utf-8-sig", newline="") as file:

@@ -19,15 +19,16 @@ from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.text import hide_key, json_text
 from unidiff_sdk.catalog.catalog import Catalog
+from unidiff_sdk.catalog.catalog_file import MEMORY
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, check_invalid_count
-from unidiff_sdk.datasets.tables import read_table
+from unidiff_sdk.datasets.tables import read_lines, read_table
 from unidiff_sdk.errors import DataError, OptionError, UniDiffError
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.retrieval.options import call_with
 from unidiff_sdk.store.images.object_storage import ObjectFolder, image_place, user_cache
 
 from .cluster import ray_data
-from .indexing import plain
+from .indexing import absolute, absolute_images, is_url, plain
 from .parts import pack, unpack
 from .run_file import RunFile
 from .stages import Batch, replaced
@@ -39,6 +40,7 @@ __all__ = ["BulkGeneration", "generate"]
 
 CHUNK_PROMPTS = 8
 METADATA = "metadata.jsonl"
+_EQUAL = 1 - 1e-6  # the cosine of equal vectors, which are rounded to float32
 _OF_ONE_IMAGE = ("like", "mask", "strength", "safety", "seed")  # options that bulk jobs do not have
 
 
@@ -115,23 +117,25 @@ def generate(
     if refused := [name for name in _OF_ONE_IMAGE if name in options]:
         raise OptionError(f"generate has no {', '.join(refused)}: bulk jobs generate each image from its prompt")
     checked: GenerationOptions = call_with(GenerationOptions, options, "generate")
+    options = {name: getattr(checked, name) for name in options}
     output, job = _Output(to), _file_job(Path(prompts))
     chunks = list(batched(_prompts(Path(prompts)), CHUNK_PROMPTS))
-    place, opening = ":memory:" if catalog is None else str(catalog), hide_key(dict(opening or {}))
-    if workers > 1 and catalog is not None and not place.startswith("http"):
+    place, opening = MEMORY if catalog is None else catalog, hide_key(dict(opening or {}))
+    if workers > 1 and catalog is not None and not is_url(str(place)):
         raise OptionError(f"{place} is a folder, which one process opens. Give workers=1, or a catalog on a server.")
     with Catalog(place, bundle, create=catalog is None, **opening) as opened:
         _ = opened.bundle.sampler  # raises for a bundle that cannot generate
-        path, fingerprint = str(opened.bundle.path), opened.bundle.fingerprint
-    job |= {"to": str(to), "bundle": fingerprint, "catalog": [place, opening.get("collection")], "options": options}
-    job |= {"seed": seed, "embeddings": duplicates is not None}
+        path, fingerprint = absolute(opened.bundle.path), opened.bundle.fingerprint
+    to, place, opening = absolute(to), absolute(place), absolute_images(opening)
+    job |= {"to": to, "bundle": fingerprint, "catalog": [place, opening.get("collection")], "options": options}
+    job |= {"seed": seed, "duplicates": duplicates}
     if not resume and output.has_dataset():
         raise DataError(f"{to} has a dataset already ({METADATA}). Choose another place.")
     default = user_cache("bulk", f"{job['prompts']}\0{to}").with_suffix(".jsonl")
     file = RunFile(Path(record) if record is not None else default, job, resume=resume)
     stage = {
         "opening": {"location": place, "bundle": path, "create": catalog is None, **plain(opening)},
-        "to": str(to),
+        "to": to,
         "seed": seed,
         "stride": checked.max_candidates,
         "embed": duplicates is not None,
@@ -140,7 +144,7 @@ def generate(
     }
     try:
         _run(chunks, stage, file, workers, gpus, progress)
-        return _finish(file, output, duplicates, started)
+        return _finish(Path(prompts), file, output, duplicates, started)
     finally:
         file.close()
 
@@ -275,9 +279,9 @@ def _prompts(path: Path) -> Iterator[tuple[int, int, str, str]]:
             problem = columns if isinstance(columns, str) else "" if is_valid else "the column text is missing"
             yield row, line, str(text or "").strip() if is_valid else "", problem
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for row, text in enumerate(file):
-            yield row, row + 1, text.strip(), "" if text.strip() else "the line is empty"
+    for row, (line, text) in enumerate(read_lines(path)):
+        problem = "the line is too long" if text is None else "" if text.strip() else "the line is empty"
+        yield row, line, (text or "").strip(), problem
 
 
 def _check_header(names: Any) -> None:
@@ -292,7 +296,7 @@ def _file_job(path: Path) -> dict[str, Any]:
     return {"prompts": [str(path.resolve()), status.st_size, status.st_mtime]}
 
 
-def _finish(file: RunFile, output: _Output, duplicates: float | None, started: float) -> BulkGeneration:
+def _finish(prompts: Path, file: RunFile, output: _Output, duplicates: float | None, started: float) -> BulkGeneration:
     """Leave out near-duplicates and write the metadata, in the order of the prompts."""
     entries = sorted(file.entries(), key=lambda entry: entry["part"])
     images = [image for entry in entries for image in entry["images"]]
@@ -306,7 +310,7 @@ def _finish(file: RunFile, output: _Output, duplicates: float | None, started: f
         else:
             kept.append(image["columns"])
     failed = [InvalidRow(*values) for entry in entries for values in entry["failed"]]
-    check_invalid_count(file.path, len(failed))
+    check_invalid_count(prompts, len(failed))
     output.write(METADATA, "".join(json_text(columns) + "\n" for columns in kept).encode())
     generated = sum(entry["generated"] for entry in entries)
     return BulkGeneration(len(kept), generated, left_out, tuple(failed), time.perf_counter() - started)
@@ -316,7 +320,7 @@ class _Compared:
     """The embeddings of the kept images, in blocks that double in size."""
 
     def __init__(self, threshold: float) -> None:
-        self._threshold, self._count = threshold, 0
+        self._threshold, self._count = min(threshold, _EQUAL), 0
         self._vectors = np.zeros((0, 0), np.float32)
         self._rows = np.zeros(0, np.int64)
 
@@ -324,8 +328,8 @@ class _Compared:
         """Whether no kept image of an earlier row is as similar as the threshold."""
         vector = np.frombuffer(base64.b64decode(image["vector"]), "<f2").astype(np.float32)
         vector /= np.linalg.norm(vector)
-        earlier = self._rows[: self._count] < image["row"]
-        if (self._vectors[: self._count][earlier] @ vector >= self._threshold).any() if earlier.any() else False:
+        earlier = int(np.searchsorted(self._rows[: self._count], image["row"]))  # images come in the order of rows
+        if earlier and float((self._vectors[:earlier] @ vector).max()) >= self._threshold:
             return False
         if self._count == len(self._vectors):
             size = max(64, 2 * self._count)

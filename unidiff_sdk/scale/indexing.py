@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from unidiff_sdk._internal.json_values import number_within, whole_number
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.text import hide_key
+from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.catalog.catalog import Catalog
+from unidiff_sdk.catalog.catalog_file import MEMORY
 from unidiff_sdk.catalog.results import AddReport
 from unidiff_sdk.datasets.reader import InvalidRow, check_invalid_count, count_rows
-from unidiff_sdk.errors import OptionError, UniDiffError
+from unidiff_sdk.errors import InUseError, OptionError, UniDiffError
 from unidiff_sdk.store.images.object_storage import is_object_storage, user_cache
 
 from .cluster import ray_data
@@ -24,7 +27,7 @@ from .stages import Encode, Store, read
 if TYPE_CHECKING:
     from unidiff_sdk.inference.bundle import Bundle
 
-__all__ = ["index", "plain"]
+__all__ = ["absolute", "index", "is_url", "plain"]
 
 
 def index(
@@ -71,27 +74,32 @@ def index(
     started = time.perf_counter()
     workers = whole_number("workers", workers, at_least=1)
     gpus = number_within("gpus", gpus, 0, 64, OptionError)
+    if str(to) == MEMORY:
+        raise OptionError(f"A catalog at {MEMORY!r} is of one process. Give a folder, or the URL of a Qdrant server.")
     parts = find_parts(source)
     opening = hide_key(opening)
     with Catalog(to, bundle, **opening) as catalog:  # reports what is wrong with it, before processes start
-        opened, location, folder = catalog.bundle, catalog.location, catalog.folder
-        is_remote = is_object_storage(str(source))
-        origin = str(source) if is_remote else catalog._images.reference(Path(source))  # as `add_folder` records it
+        opened, folder, source = catalog.bundle, catalog.folder, absolute(source)
+        # As `add_folder` records it.
+        origin = source if is_object_storage(source) else catalog._images.reference(Path(source))
+    to, opening = absolute(to), absolute_images(opening)
     job = {
-        "source": str(source),
-        "to": [location, str(folder), opening.get("collection")],
+        "source": source,
+        "to": [to, absolute(folder), opening.get("collection")],
         "bundle": opened.fingerprint,
         "options": [columns, kinds, CHUNK_ROWS],
         "parts": [[part.name, part.size, part.modified] for part in parts],
     }
     file = RunFile(Path(record) if record is not None else _record_place(job), job, resume=resume)
-    arguments = {"location": str(to), "bundle": str(opened.path), **plain(opening)}
+    arguments = {"location": to, "bundle": absolute(opened.path), **plain(opening)}
     try:
         if left := _open_parts(parts, origin, file):
             with ray_data(workers) as data:
                 finished = _stages(data, left, arguments, columns, kinds, workers, gpus)
                 _record_all(finished, file, _total(source) if progress else 0, progress)
-        return _report(file, parts, started)
+        if not is_url(to):
+            _optimize(to, opening)
+        return _report(file, parts, started, source)
     finally:
         file.close()
 
@@ -108,7 +116,7 @@ def _stages(
     """The finished chunks. Ray starts a killed process again, and repeats what it had not finished."""
     pool = data.ActorPoolStrategy
     # A folder is written by one process. Writers to a server mostly wait.
-    writers = workers if str(opening["location"]).startswith("http") else 1
+    writers = workers if is_url(opening["location"]) else 1
     rows = data.from_items(parts, override_num_blocks=len(parts))
     rows = rows.flat_map(read, fn_kwargs={"columns": columns, "kinds": kinds}, num_cpus=0.5)
     rows = rows.repartition(target_num_rows_per_block=1)
@@ -150,11 +158,20 @@ def _record_all(finished: Iterable[Mapping[str, Any]], file: RunFile, total: int
             advance(done, total)
 
 
+def _optimize(to: str, opening: Mapping[str, Any]) -> None:
+    """Build the search index of a catalog in a folder if it is large, as `Catalog.add_folder` does."""
+    try:
+        with Catalog(to, create=False, **opening) as catalog:
+            catalog._current.get().optimize_if_large()
+    except InUseError as error:  # a cluster may not have ended the process that wrote it
+        warn(f"All items are stored, but the search index was not built. Call optimize() later. {error}")
+
+
 def _rows_of(entry: Mapping[str, Any]) -> int:
     return int(entry["added"]) + int(entry["skipped"]) + len(entry["failed"])
 
 
-def _report(file: RunFile, parts: list[Part], started: float) -> AddReport:
+def _report(file: RunFile, parts: list[Part], started: float, source: str) -> AddReport:
     added = skipped = 0
     failed: list[InvalidRow] = []
     for entry in file.entries():
@@ -162,17 +179,34 @@ def _report(file: RunFile, parts: list[Part], started: float) -> AddReport:
         for line, name, reason, hides in entry["failed"]:
             where = f" ({parts[entry['part']].name})" if len(parts) > 1 else ""
             failed.append(InvalidRow(line, name, reason + where, hides))
-        check_invalid_count(file.path, len(failed))
+        check_invalid_count(source, len(failed))
     failed.sort(key=lambda row: (row.line, row.file_name))
     return AddReport(added, skipped, tuple(failed), time.perf_counter() - started)
 
 
-def _total(source: str | Path) -> int:
-    return 0 if is_object_storage(str(source)) else count_rows(source, captions=False)
+def _total(source: str) -> int:
+    return 0 if is_object_storage(source) else count_rows(source, captions=False)
 
 
 def _record_place(job: Mapping[str, Any]) -> Path:
     return user_cache("bulk", f"{job['source']}\0{job['to']}").with_suffix(".jsonl")
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is a URL, not a folder or file."""
+    return "://" in place
+
+
+def absolute(place: str | os.PathLike[str]) -> str:
+    """A place under a name that all processes understand: each can have another working folder. URLs are kept."""
+    text = os.fspath(place)
+    return text if is_url(text) or text == MEMORY else os.path.abspath(text)
+
+
+def absolute_images(opening: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Catalog`, with the folder of the images as `absolute` gives it."""
+    images = opening.get("images")
+    return {**opening, **({"images": absolute(images)} if isinstance(images, str | os.PathLike) else {})}
 
 
 def plain(opening: Mapping[str, Any]) -> dict[str, Any]:

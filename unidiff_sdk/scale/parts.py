@@ -5,6 +5,7 @@ A part is one file: a shard or a table. Its chunks are the same in each run, so 
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk.datasets.layouts import find_layout
 from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
-from unidiff_sdk.errors import DataError, UniDiffError
+from unidiff_sdk.errors import DataError, ImageError
 from unidiff_sdk.store.images.object_storage import ObjectFolder, ObjectStorage, is_object_storage
 
 __all__ = ["Part", "RawRow", "find_parts", "pack", "read_chunks", "unpack"]
@@ -78,7 +79,8 @@ def find_parts(source: str | Path, images: str | Path | None = None) -> list[Par
 def _local_part(path: Path, images: Path | None = None) -> Part:
     status = path.stat()
     folder = None if images is None else str(images.resolve())
-    return Part(str(path.resolve()), folder, None, status.st_size, status.st_mtime)
+    # Links are kept: those of the hub cache lead to files without a suffix.
+    return Part(os.path.abspath(path), folder, None, status.st_size, status.st_mtime)
 
 
 def _remote_parts(url: str) -> list[Part]:
@@ -105,6 +107,10 @@ def read_chunks(
     """Yield (valid rows, invalid rows, whether it is the last) of each chunk.
 
     A file that cannot be read further ends with an invalid row that says so. Nothing is raised for what a file holds.
+
+    Raises:
+        OptionError: `columns` or `kinds` is invalid.
+        StoreError: the object storage cannot be read.
     """
     invalid: list[InvalidRow] = []
     with tempfile.TemporaryDirectory(prefix="unidiff-") as folder:
@@ -121,7 +127,7 @@ def read_chunks(
                 raw = [row for row in (_raw(row, invalid) for row in chunk) if row is not None]
                 yield raw, invalid[:], False
                 invalid.clear()
-        except UniDiffError as error:
+        except (DataError, ImageError) as error:
             invalid.append(InvalidRow(0, Path(part.path).name, str(error), hides_later_rows=True))
     yield [], invalid, True
 
@@ -140,7 +146,7 @@ def _local_path(part: Part, folder: Path) -> Path:
 def _raw(row: Row, invalid: list[InvalidRow]) -> RawRow | None:
     try:
         image = row.image()
-    except UniDiffError as error:
+    except DataError as error:
         invalid.append(InvalidRow(row.line, row.name, str(error)))
         return None
     return RawRow(str(image) if isinstance(image, Path) else image, row.text, row.payload, row.name, row.line)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,7 +93,8 @@ class RunFile:
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # `add` has reported what could not be written
+                self._file.close()
 
     def _reading(self) -> TextIO:
         return self.path.open(encoding="utf-8", errors="replace")  # a power cut can leave anything at the end

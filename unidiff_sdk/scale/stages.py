@@ -28,12 +28,16 @@ Batch = dict[str, Any]
 
 
 def read(row: dict[str, Any], columns: Any = None, kinds: Any = None) -> Iterator[dict[str, Any]]:
-    """Read the chunks of a part that are not done yet."""
+    """Read the chunks of a part that are not done yet. An error takes the place of a chunk, see `replaced`."""
     part: Part
     part, origin, done = unpack(row["part"])
-    for number, (rows, invalid, last) in enumerate(read_chunks(part, columns, kinds)):
-        if number not in done:
-            yield {"number": row["number"], "chunk": number, "last": last, "rows": pack((origin, rows, invalid))}
+    number = 0
+    try:
+        for number, (rows, invalid, last) in enumerate(read_chunks(part, columns, kinds)):
+            if number not in done:
+                yield {"number": row["number"], "chunk": number, "last": last, "rows": pack((origin, rows, invalid))}
+    except UniDiffError as error:
+        yield {"number": row["number"], "chunk": number, "last": False, "rows": pack(error.with_traceback(None))}
 
 
 class Encode:

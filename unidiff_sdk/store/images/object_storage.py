@@ -95,7 +95,7 @@ def is_object_storage(images: str | None) -> bool:
 def user_cache(kind: str, key: str) -> Path:
     """The place in the cache of this user for what belongs to a key, such as a URL."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "unidiff-sdk" / kind / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return root / "unidiff-sdk" / kind / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class ObjectFolder:

@@ -1,0 +1,193 @@
+"""Whole bulk jobs in one process: what is recorded, what a resumed run does, and where results are stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+import uuid
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from support import local_ray, object_stores
+
+from unidiff_sdk import Catalog, DataError, OptionError, StoreError
+from unidiff_sdk.catalog import snapshot
+from unidiff_sdk.scale import generate, generating, index, indexing
+from unidiff_sdk.scale.run_file import RunFile
+from unidiff_sdk.store.edge.store import EdgeStore
+
+object_stores.register()
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    local_ray.use(monkeypatch)
+
+
+@pytest.fixture
+def shards(small_catalog: Path, tmp_path: Path) -> Path:
+    """The small catalog as two shards."""
+    (tmp_path / "shards").mkdir()
+    rows = [json.loads(line) for line in (small_catalog / "metadata.jsonl").read_text().splitlines()]
+    for number in range(2):
+        with tarfile.open(tmp_path / "shards" / f"{number}.tar", "w") as tar:
+            for row in rows[6 * number : 6 * number + 6]:
+                stem = Path(row["file_name"]).stem
+                (tmp_path / "text").write_text(row["text"])
+                tar.add(small_catalog / row["file_name"], f"{stem}.png")
+                tar.add(tmp_path / "text", f"{stem}.txt")
+    return tmp_path / "shards"
+
+
+# ------------------------------------------------------------------------------------------------ indexing
+
+
+def test_shard_that_cannot_be_fetched_is_not_recorded_as_done(
+    shards: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    files = fsspec.filesystem("memory")
+    for shard in shards.iterdir():
+        files.pipe_file(f"{root}/{shard.name}", shard.read_bytes())
+    plain = type(files).cat_file
+
+    def failing(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        if path.endswith("1.tar"):
+            raise OSError("the connection was reset")
+        return plain(self, path, *args, **kwargs)
+
+    record = tmp_path / "run.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(type(files), "cat_file", failing)
+        with pytest.raises(StoreError, match="connection was reset"):
+            index(root, tmp_path / "shop", toy, record=record)
+    report = index(root, tmp_path / "shop", toy, record=record, resume=True)
+    assert (report.added, report.failed) == (12, ())
+    with Catalog(tmp_path / "shop") as catalog:
+        assert catalog.count() == 12
+
+
+def test_invalid_kind_is_refused_and_not_a_row(small_catalog: Path, toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no kind"):
+        index(small_catalog, tmp_path / "shop", toy, kinds={"price": "no kind"}, record=tmp_path / "run.jsonl")
+
+
+def test_temporary_catalog_is_refused(small_catalog: Path, toy: Path) -> None:
+    with pytest.raises(OptionError, match="memory"):
+        index(small_catalog, ":memory:", toy)
+
+
+def test_large_folder_gets_its_search_index(
+    small_catalog: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(snapshot, "OPTIMIZE_FROM", 12)
+    monkeypatch.setattr(EdgeStore, "optimize", lambda store: sizes.append(store.count()))
+    index(small_catalog, tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    assert sizes == [12]
+
+
+def test_datasets_of_the_hub_are_read(small_catalog: Path, toy: Path, tmp_path: Path) -> None:
+    """Those of `save_to_disk`, and those in the cache of the hub, where names are links to files without a suffix."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [json.loads(line) for line in (small_catalog / "metadata.jsonl").read_text().splitlines()]
+    table = pa.table(
+        {
+            "image": [{"bytes": (small_catalog / row["file_name"]).read_bytes(), "path": None} for row in rows],
+            "text": [row["text"] for row in rows],
+        }
+    )
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "dataset_info.json").write_text("{}")
+    with pa.OSFile(str(saved / "data-00000-of-00001.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as to:
+        to.write_table(table)
+    cached, blobs = tmp_path / "hub" / "snapshots" / "main" / "data", tmp_path / "hub" / "blobs"
+    cached.mkdir(parents=True)
+    blobs.mkdir()
+    pyarrow.parquet.write_table(table, blobs / "5f3a")
+    (cached / "train.parquet").symlink_to(blobs / "5f3a")
+    for source in (saved, cached.parent):
+        report = index(source, tmp_path / f"{source.name}.catalog", toy, record=tmp_path / "run.jsonl")
+        assert (report.added, report.failed) == (12, ()), source
+
+
+def test_relative_places_belong_to_the_folder_of_the_caller(
+    small_catalog: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of a cluster has another working folder, and so may the next run."""
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in ("workers", "a", "b"):
+        (tmp_path / folder).mkdir()
+
+    @contextmanager
+    def elsewhere(workers: int) -> Iterator[Any]:
+        with chdir(tmp_path / "workers"), local_ray.ray_data(workers) as data:
+            yield data
+
+    for module in (generating, indexing):
+        monkeypatch.setattr(module, "ray_data", elsewhere)
+    monkeypatch.chdir(tmp_path / "a")
+    shutil.copytree(toy, tmp_path / "a" / "bundle")
+    (tmp_path / "a" / "prompts.txt").write_text("a red dress\n")
+    index(small_catalog, "shop", "bundle")
+    generate("prompts.txt", "out", steps=1)
+    assert not any((tmp_path / "workers").iterdir())
+    with Catalog("shop") as catalog:
+        assert catalog.count() == 12
+    assert len(list(Path("out/images").iterdir())) == 1
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(DataError, match="no record"):
+        generate(tmp_path / "a" / "prompts.txt", "out", steps=1, resume=True)
+    with pytest.raises(DataError, match="no record"):
+        index(small_catalog, "shop", tmp_path / "a" / "bundle", resume=True)
+
+
+# ------------------------------------------------------------------------------------------------ generating
+
+
+def test_another_threshold_is_another_job(tmp_path: Path) -> None:
+    """The images of left-out duplicates are deleted, so a resumed run cannot take them back."""
+    (tmp_path / "prompts.txt").write_text("a red dress\na red dress\na red dress\n")
+    arguments: dict[str, Any] = {"steps": 1, "record": tmp_path / "run.jsonl"}
+    report = generate(tmp_path / "prompts.txt", tmp_path / "out", duplicates=0.1, **arguments)
+    assert (report.images, report.duplicates) == (1, 2)
+    with pytest.raises(DataError, match="another job"):
+        generate(tmp_path / "prompts.txt", tmp_path / "out", duplicates=1, resume=True, **arguments)
+    again = generate(tmp_path / "prompts.txt", tmp_path / "out", duplicates=0.1, resume=True, **arguments)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert again.images == 1 and all((tmp_path / "out" / row["file_name"]).is_file() for row in rows)
+
+
+def test_numbers_of_numpy_are_options(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red dress\n")
+    report = generate(
+        tmp_path / "prompts.txt", tmp_path / "out", n=np.int64(2), steps=np.int32(1), record=tmp_path / "run.jsonl"
+    )
+    assert report.images == 2
+
+
+def test_full_disk_is_reported_by_the_record(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    file = RunFile(tmp_path / "run.jsonl", {}, resume=False)
+    file.path = Path("/dev/full")
+    with pytest.raises(StoreError, match="cannot be written"):
+        file.add({"part": 0, "chunk": 0, "last": True})
+    file.close()
+
+
+def test_undecodable_name_has_a_place_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a red dress\n")
+    assert generate(tmp_path / "prompts.txt", tmp_path / os.fsdecode(b"out-\xff"), steps=1).images == 1
