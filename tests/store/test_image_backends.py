@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import multiprocessing
@@ -105,6 +106,14 @@ def test_removed_image_is_gone_everywhere(url: str, tmp_path: Path) -> None:
         store.read(uri)
     assert {file.sha256 for file in store.stored_files()} == {kept.sha256}
     assert store.add(ItemImage(photo())) == uri and store.has(uri), "an image can be added again at once"
+
+
+def test_image_deleted_as_an_orphan_can_be_added_again_at_once(url: str, tmp_path: Path) -> None:
+    store, image = open_store(url, tmp_path / "a"), ItemImage(photo())
+    uri = store.add(image)
+    for file in list(store.stored_files()):
+        store.delete(file.name)
+    assert store.add(image) == uri and store.has(uri)
 
 
 def test_stored_files_are_listed_with_size_and_time(url: str, tmp_path: Path) -> None:
@@ -298,6 +307,25 @@ def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
     kept = {path.relative_to(tmp_path / "cache").as_posix() for path in (tmp_path / "cache").rglob("[0-9]")}
     assert {"old/0", "old/8", "new/4"} <= kept and not {"old/1", "old/2", "old/3"} & kept
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("[0-9]")) <= 1000
+
+
+def test_cache_deletes_what_killed_processes_left(tmp_path: Path) -> None:
+    left = tmp_path / "old" / ".0123456789abcdef.part"
+    left.parent.mkdir()
+    left.write_bytes(bytes(5000))
+    FileCache(tmp_path, max_size=1000).put("new/1", bytes(100))
+    assert not left.exists() and (tmp_path / "new" / "1").exists()
+
+
+def test_cache_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    cache = FileCache(tmp_path, max_size=1000)
+    for number in range(30):
+        cache.put(f"new/{number}", bytes(100))
+    assert sum(path.stat().st_size for path in (tmp_path / "new").iterdir()) <= 1000
 
 
 def fill(folder: Path, process: int) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from unidiff_sdk._internal.files import write_atomically
+from unidiff_sdk._internal.files import remove_unfinished, write_atomically
 
 __all__ = ["FileCache"]
 
@@ -63,10 +64,10 @@ class FileCache:
 
         One process at a time, and the others wait: who went on writing meanwhile could fill the folder without bound.
         """
-        with (self._root / "cache.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             found = []
             for folder, _, names in os.walk(self._root):
+                remove_unfinished(Path(folder))
                 for path in (Path(folder, name) for name in names if not name.endswith((".lock", ".part"))):
                     with suppress(OSError):
                         status = path.stat()
@@ -81,3 +82,14 @@ class FileCache:
                     with suppress(OSError):
                         path.unlink()
                         total -= size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the folder. Some network file systems have none: several processes may shrink it then."""
+        with ExitStack() as stack:
+            with suppress(OSError):
+                # Reading suffices: users who share a folder may not write each other's files.
+                lock = os.open(self._root / "cache.lock", os.O_RDONLY | os.O_CREAT, 0o666)
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

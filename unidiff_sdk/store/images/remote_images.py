@@ -108,7 +108,6 @@ class RemoteImageStore(ImageStore):
     def remove(self, sha256: str, uri: str) -> None:
         if not derived_hash(f"images/{sha256[:2]}/{sha256}.png"):
             return
-        self._stored.pop(sha256, None)
         for name in (thumbnail_name(sha256), *([uri] if is_copy(uri, sha256) else [])):
             self.delete(name)
 
@@ -123,6 +122,7 @@ class RemoteImageStore(ImageStore):
         return super().exists(name) or self.objects.has(name)
 
     def delete(self, name: str) -> None:
+        self._stored.pop(derived_hash(name), None)
         super().delete(name)
         self.objects.delete(name)
         self._cache.remove(name)
