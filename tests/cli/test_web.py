@@ -23,6 +23,7 @@ from unidiff_sdk.cli.servers.site.items import quantize_rows
 from unidiff_sdk.cli.servers.site.model import float32_json, sampler_tables
 from unidiff_sdk.datasets.synthetic import write_catalog
 from unidiff_sdk.generation.samplers import make_table
+from unidiff_sdk.inference.manifest import Patches
 
 ITEMS = 7
 
@@ -94,6 +95,16 @@ def test_the_index_has_the_hash_of_every_file_that_the_page_loads(catalog: Path,
     assert np.allclose(np.square(rerank["signal"]) + np.square(rerank["noise"]), 1)
 
 
+def test_ids_that_javascript_would_round_are_texts(tmp_path: Path) -> None:
+    ids = [2**53 + 1, 2**53 + 2, -(2**63), 2**53 - 1, "7"]
+    with Catalog(tmp_path / "shop.catalog", bundle=Bundle.open("tiny", threads=1)) as opened:
+        opened.add([np.full((8, 8, 3), k, np.uint8) for k in range(len(ids))], ids=ids)
+    assert run(tmp_path / "shop.catalog", "-o", tmp_path / "site").exit_code == 0
+    written = read(tmp_path / "site" / "data" / "items.json")["ids"]
+    assert {str(id) for id in written} == {str(id) for id in ids}
+    assert all(isinstance(id, str) or int(float(id)) == id for id in written)
+
+
 def test_thumbnails_are_packed_in_shards(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site_items, "SHARD_BYTES", 3000)
     assert run(catalog, "-o", tmp_path / "site").exit_code == 0
@@ -149,6 +160,10 @@ def test_a_site_is_replaced_only_on_request(catalog: Path, tmp_path: Path) -> No
     result = run(catalog, "-o", tmp_path / "other", "--overwrite")
     assert result.exit_code == 1 and "exists and is not a site" in result.output
     assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
+    (tmp_path / "other" / "site.json").write_text('{"title": "of another program"}')
+    result = run(catalog, "-o", tmp_path / "other", "--overwrite")
+    assert result.exit_code == 1 and "exists and is not a site" in result.output
+    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
 
 
 def test_a_page_that_is_not_built_names_the_command(catalog: Path, tmp_path: Path, page: Path) -> None:
@@ -191,6 +206,11 @@ def test_a_bundle_that_no_browser_runs_is_refused(
     monkeypatch.setattr(model, "UNET_INPUTS", {"sample"})  # as if it had fewer than that of the bundle
     result = run(catalog, "-o", tmp_path / "site")
     assert result.exit_code == 2 and "The page generates with Stable Diffusion 1 and 2" in result.output
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "UNET_INPUTS", {"sample", "timestep", "encoder_hidden_states"})
+        patched.setattr(Bundle, "image_patches", Patches(16, 64, "bilinear"))
+        result = run(catalog, "-o", tmp_path / "site")
+    assert result.exit_code == 2 and "lists of patches" in " ".join(result.output.split())
     monkeypatch.setattr(model, "TARGETS", ("web",))
     result = run(catalog, "-o", tmp_path / "site")
     assert result.exit_code == 2 and "unidiff-export --target web" in " ".join(result.output.split())

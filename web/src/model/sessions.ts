@@ -69,7 +69,7 @@ export class Sessions {
     const build = engine.provider === "webgpu" ? "webgpu" : "wasm";
     runtime.env.logLevel = "error";
     runtime.env.wasm.numThreads = engine.threads;
-    runtime.env.wasm.wasmPaths = { mjs: new URL(`ort/${build}.mjs`, files.base).href };
+    runtime.env.wasm.wasmPaths = { mjs: files.url(`ort/${build}.mjs`) };
     runtime.env.wasm.wasmBinary = await decompressed(await files.bytes(`ort/${build}.bin`, onBytes));
     return new Sessions(files, model, runtime, engine);
   }

@@ -2,6 +2,7 @@
 
 import type { Info } from "../engine";
 import type { Client } from "../protocol";
+import { quoted } from "../search/filters";
 import type { Columns, Json } from "../site/documents";
 import { byId, element } from "./dom";
 import { state } from "./state";
@@ -88,5 +89,3 @@ export class Filters {
 
 const legendOf = (name: string) => element("legend", {}, name.replaceAll("_", " "));
 
-/** A column as a filter names it: a name with a dot, or of a connective, is quoted. */
-const quoted = (name: string) => (name.includes(".") || ["and", "or", "not"].includes(name) ? `"${name}"` : name);

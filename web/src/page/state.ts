@@ -28,10 +28,16 @@ export function readAddress(): void {
   state.unlike = parameters.getAll("unlike");
   state.weight = Number(parameters.get("weight")) || HALF;
   state.rerank = parameters.has("rerank");
+  state.where = columnsOf(parameters.get("where"));
+}
+
+/** An object in JSON; an empty one, if someone edited the address. */
+function columnsOf(json: string | null): Columns {
   try {
-    state.where = JSON.parse(parameters.get("where") ?? "{}") as Columns;
+    const value = JSON.parse(json ?? "{}") as unknown;
+    return typeof value === "object" && value !== null && !Array.isArray(value) ? (value as Columns) : {};
   } catch {
-    state.where = {}; // someone edited the address
+    return {};
   }
 }
 

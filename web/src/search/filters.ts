@@ -70,6 +70,9 @@ function parseColumn(key: string, condition: Json, state: State): Predicate {
 
 // --- columns
 
+/** A column as a filter names it: a name with a dot or a bracket, or of a connective, is quoted. */
+export const quoted = (name: string) => (/[.[\]]/u.test(name) || ["and", "or", "not"].includes(name) ? `"${name}"` : name);
+
 const SEGMENT = /"[^"\\]+"|[^."\\]+/gu;
 
 /** A function that reads a column: a dot reaches into an object, and a quoted name may hold dots. */

@@ -47,12 +47,21 @@ async function install(): Promise<void> {
 async function prune(cache: Cache, index: SiteIndex): Promise<void> {
   const data = Object.entries(index.files).map(([name, { sha256 }]) => `${name}?${sha256.slice(0, 16)}`);
   const current = new Set([...data, ...index.shell, "", "site.json"].map((name) => new URL(name, base).href));
-  for (const { url } of await cache.keys()) if (!current.has(url) && !url.includes("/ort/")) await cache.delete(url);
+  for (const { url } of await cache.keys()) if (!current.has(url)) await cache.delete(url);
+}
+
+/** Keep an answer. Without room for it, the page works nevertheless, but not offline. */
+async function keep(cache: Cache, address: string, response: Response): Promise<void> {
+  try {
+    await cache.put(address, response);
+  } catch (error) {
+    console.warn(`${address} is not kept: ${String(error)}`);
+  }
 }
 
 /** Whether the content at an address never changes. */
 function isFixed(url: string): boolean {
-  return /\?[0-9a-f]{16}$|\/assets\/|\/ort\//u.test(url);
+  return /\?[0-9a-f]{16}$|\/assets\//u.test(url);
 }
 
 async function cacheFirst(request: Request): Promise<Response> {
@@ -60,21 +69,23 @@ async function cacheFirst(request: Request): Promise<Response> {
   const cached = await cache.match(request.url);
   if (cached) return cached;
   const response = await fetch(request);
-  if (response.ok) await cache.put(request.url, response.clone());
+  if (response.ok) await keep(cache, request.url, response.clone());
   return response;
 }
 
 async function networkFirst(request: Request): Promise<Response> {
   const cache = await caches.open(CACHE);
   const address = request.mode === "navigate" ? base : request.url; // the address of the page holds the search
+  let response: Response;
   try {
-    const response = await fetch(request, CHECKED);
-    if (response.ok) await cache.put(address, response.clone());
-    if (response.ok && address === INDEX) await prune(cache, (await response.clone().json()) as SiteIndex);
-    return response;
+    response = await fetch(request, CHECKED);
   } catch (error) {
     const cached = await cache.match(address);
     if (cached) return cached;
     throw error;
   }
+  if (!response.ok) return response;
+  if (address === INDEX) await prune(cache, (await response.clone().json()) as SiteIndex); // first: it makes room
+  await keep(cache, address, response.clone());
+  return response;
 }

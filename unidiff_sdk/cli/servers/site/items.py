@@ -35,6 +35,7 @@ SHARD_BYTES = 1 << 20
 """A shard of thumbnails ends once it is this large. The page fetches those that it shows."""
 
 LATENTS_AT_ONCE = 32
+LARGEST_INTEGER = 2**53
 
 
 @dataclass
@@ -81,7 +82,7 @@ def write_items(
     positions = _write_thumbnails(items, images, folder / "thumbnails", advance)
     payloads = [record.payload for record in items.records]
     document = {
-        "ids": [payload["id"] for payload in payloads],
+        "ids": [_browser_id(payload["id"]) for payload in payloads],
         "texts": [payload.get("text") for payload in payloads],
         "columns": [{name: value for name, value in each.items() if name not in RESERVED} for each in payloads],
         "kinds": {name: kind for name, kind in column_kinds(snapshot.store).items() if name not in RESERVED},
@@ -89,6 +90,11 @@ def write_items(
     }
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     (folder / "items.json").write_text(text, encoding="utf-8")
+
+
+def _browser_id(id: str | int) -> str | int:
+    """An id as the page shows it: numbers of JavaScript hold integers exactly up to 2**53, so others are texts."""
+    return id if isinstance(id, str) or abs(id) < LARGEST_INTEGER else str(id)
 
 
 def quantize_rows(vectors: Float32) -> tuple[NDArray[np.int8], Float32]:

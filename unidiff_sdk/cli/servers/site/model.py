@@ -45,6 +45,11 @@ def check_bundle(bundle: Bundle) -> None:
             f"The page generates with Stable Diffusion 1 and 2, without switchable LoRAs, and {bundle.path} is another "
             "model. Use unidiff serve, or name another bundle: --bundle BUNDLE"
         )
+    if bundle.image_patches is not None:
+        raise OptionError(
+            f"The image encoder of {bundle.path} takes images as lists of patches (NaFlex), which the page does not "
+            "make. Use unidiff serve, or index with a model of a fixed resolution."
+        )
     for folder in _tokenizers(bundle):
         if f"{folder}/tokenizer.json" not in bundle.files:
             raise OptionError(f"{bundle.path} has no {folder}/tokenizer.json, which the page needs. Export it again.")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from unidiff_sdk._internal.files import checked_path, replacement_folder
+from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk.catalog.snapshot import Snapshot
 from unidiff_sdk.errors import DataError, OptionError, ProviderError
@@ -133,10 +134,18 @@ def _check_page() -> None:
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / SITE).is_file():
+    if not _is_site(out):
         raise DataError(f"{out} exists and is not a site. Name a new folder.")
     if not overwrite:
         raise DataError(f"{out} is an earlier site. Name another folder, or replace it: --overwrite")
+
+
+def _is_site(folder: Path) -> bool:
+    """Whether a folder was written by `write_site`: other programs have a `site.json`, too."""
+    try:
+        return bool(read_json(folder / SITE).get("format") == FORMAT)
+    except DataError:
+        return False
 
 
 def _check_embeddings(snapshot: Snapshot, encoder: Encoder, captions: list[str]) -> None:

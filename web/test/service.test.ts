@@ -1,0 +1,89 @@
+import { beforeEach, describe, expect, it, vi } from "vitest";
+
+const BASE = "http://localhost/shop/";
+const HASH = "0123456789abcdef";
+const index = {
+  shell: ["index.html"],
+  files: { "data/items.json": { bytes: 1, sha256: `${HASH}00` }, "ort/wasm.mjs": { bytes: 1, sha256: `${HASH}00` } },
+};
+
+/** A cache as a browser has it, which holds at most some answers. */
+class Cache {
+  readonly kept = new Map<string, Response>();
+
+  constructor(private readonly room = Infinity) {}
+
+  match = (address: string) => Promise.resolve(this.kept.get(address)?.clone());
+  keys = () => Promise.resolve([...this.kept.keys()].map((url) => new Request(url)));
+  delete = (address: string) => Promise.resolve(this.kept.delete(address));
+
+  put(address: string, response: Response): Promise<void> {
+    if (this.kept.size >= this.room) return Promise.reject(new DOMException("full", "QuotaExceededError"));
+    this.kept.set(address, response);
+    return Promise.resolve();
+  }
+}
+
+/** Start the service worker, and return a function that fetches through it. */
+async function started(cache: Cache, server: (url: string) => Response | undefined) {
+  const listeners: Record<string, (event: unknown) => void> = {};
+  vi.stubGlobal("self", {
+    registration: { scope: BASE },
+    addEventListener: (type: string, listener: (event: unknown) => void) => (listeners[type] = listener),
+  });
+  vi.stubGlobal("caches", { open: () => Promise.resolve(cache) });
+  vi.stubGlobal("fetch", (request: Request | string) => {
+    const response = server(typeof request === "string" ? request : request.url);
+    return response ? Promise.resolve(response) : Promise.reject(new TypeError("no network"));
+  });
+  vi.stubGlobal("console", { ...console, warn: () => undefined });
+  vi.resetModules();
+  await import("../src/service/sw");
+  return (name: string) =>
+    new Promise<Response>((resolve, reject) => {
+      const respondWith = (response: Promise<Response>) => void response.then(resolve, reject);
+      listeners.fetch!({ request: new Request(new URL(name, BASE)), respondWith });
+    });
+}
+
+const site = (url: string) => new Response(url.endsWith("site.json") ? JSON.stringify(index) : `content of ${url}`);
+
+describe("the service worker", () => {
+  beforeEach(() => vi.unstubAllGlobals());
+
+  it("answers from the cache where an address names its content", async () => {
+    const cache = new Cache();
+    let requests = 0;
+    const ask = await started(cache, (url) => (requests++, site(url)));
+    for (let k = 0; k < 2; k++) expect(await (await ask(`data/items.json?${HASH}`)).text()).toContain("items.json");
+    expect(requests).toBe(1);
+  });
+
+  it("never answers from the cache where it does not", async () => {
+    const cache = new Cache();
+    let version = 1;
+    const ask = await started(cache, () => new Response(String(version)));
+    expect(await (await ask("ort/wasm.mjs")).text()).toBe("1");
+    version = 2;
+    expect(await (await ask("ort/wasm.mjs")).text()).toBe("2");
+  });
+
+  it("answers although there is no room to keep the answer", async () => {
+    const ask = await started(new Cache(0), site);
+    expect(await (await ask(`data/items.json?${HASH}`)).text()).toContain("items.json");
+    expect(((await (await ask("site.json")).json()) as typeof index).shell).toEqual(["index.html"]);
+  });
+
+  it("forgets what an earlier version of the site left, and answers without a network", async () => {
+    const cache = new Cache();
+    cache.kept.set(`${BASE}ort/wasm.mjs?fedcba9876543210`, new Response("old"));
+    cache.kept.set(`${BASE}ort/wasm.mjs?${HASH}`, new Response("new"));
+    let online = true;
+    const ask = await started(cache, (url) => (online ? site(url) : undefined));
+    await ask("site.json");
+    expect([...cache.kept.keys()].sort()).toEqual([`${BASE}ort/wasm.mjs?${HASH}`, `${BASE}site.json`]);
+    online = false;
+    expect(((await (await ask("site.json")).json()) as typeof index).shell).toEqual(["index.html"]);
+    await expect(ask("other.json")).rejects.toThrow("no network");
+  });
+});
