@@ -91,12 +91,12 @@ PAYLOADS: list[dict[str, Any]] = [
     },
     {
         "name": "b", "price": 1.5, "sold": False, "made": "2026-02-01", "mixed": "2026-01-01", "dot.ted": 1,
-        "maker": {"city": "Bern"},
+        "maker": {"city": "Bern"}, "size[1]": 2,
     },
 ]  # fmt: skip
 KINDS = {
     "at": "geo", '"dot.ted"': "float", "id": "keyword", "made": "datetime", "name": "keyword", "price": "float",
-    "sold": "bool", "tags": "keyword", "text": "text",
+    '"size[1]"': "float", "sold": "bool", "tags": "keyword", "text": "text",
 }  # fmt: skip
 
 

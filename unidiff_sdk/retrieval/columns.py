@@ -24,6 +24,7 @@ from unidiff_sdk.store.filters import (
     Not,
     column_path,
     path_segments,
+    quoted_name,
 )
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CAPTION
@@ -239,7 +240,7 @@ def index_columns(store: Store, columns: Sequence[str] | None) -> dict[str, str]
         ForbiddenError: the API key of a server may not create indexes.
     """
     if columns is None:
-        columns = [f'"{name}"' if "." in name else name for name in column_kinds(store)]
+        columns = [quoted_name(name) for name in column_kinds(store)]
     created: dict[str, str] = {}
     for column in columns:
         path = column_path(column)
@@ -309,7 +310,7 @@ def _items_with(store: Store, column: str) -> list[Record]:
 def warn_about_missing_column(store: Store, column: str) -> None:
     """Warn that no item has a column, unless the store is empty."""
     if store.count():
-        known = ", ".join(f'"{name}"' if "." in name else name for name in column_kinds(store))
+        known = ", ".join(map(quoted_name, column_kinds(store)))
         warn(f'No item has a column "{column}". Columns: {known}.')
 
 

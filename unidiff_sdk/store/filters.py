@@ -82,6 +82,7 @@ __all__ = [
     "is_column_name",
     "parse",
     "path_segments",
+    "quoted_name",
     "range_bounds",
     "referenced_columns",
     "translate",
@@ -432,6 +433,11 @@ def column_path(key: str) -> str:
             "no backslash."
         )
     return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
+
+
+def quoted_name(name: str) -> str:
+    """A column as a filter names it: in quotes if its name would otherwise lead into an object or a list."""
+    return f'"{name}"' if {".", "[", "]"} & set(name) else name
 
 
 def is_column_name(name: Any) -> bool:

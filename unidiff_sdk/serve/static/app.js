@@ -85,7 +85,7 @@ function readAddress() {
   state.unlike = parameters.getAll("unlike");
   state.weight = Number(parameters.get("weight")) || 0.5;
   try {
-    state.where = JSON.parse(parameters.get("where") || "{}");
+    state.where = { ...JSON.parse(parameters.get("where") || "{}") };  // also of null
   } catch {
     state.where = {};
   }
@@ -210,6 +210,9 @@ async function showItem(hit) {
 
 // --- filters
 
+// A column as a filter names it: a name with a dot or a bracket, or of a connective, is quoted.
+const quoted = (name) => (/[.[\]]/.test(name) || ["and", "or", "not"].includes(name) ? `"${name}"` : name);
+
 let shown = 0;
 async function showFilters() {
   const turn = ++shown, parts = [];
@@ -227,15 +230,15 @@ async function showFilters() {
 }
 
 async function values(name) {
-  const { [name]: own, ...others } = state.where;
-  const parameters = new URLSearchParams({ column: name, limit: MAX_VALUES + 1 });
+  const key = quoted(name), { [key]: own, ...others } = state.where;
+  const parameters = new URLSearchParams({ column: key, limit: MAX_VALUES + 1 });
   if (Object.keys(others).length) parameters.set("where", JSON.stringify(others));
   const found = (await json(`/v1/facets?${parameters}`).catch(() => ({ values: [] }))).values;
   const chosen = Array.isArray(own) ? own : [];
   if (found.length > MAX_VALUES || (found.length < 2 && !chosen.length)) return null;  // a column of names, or without a choice
   const choose = (value, on) => {
     const now = on ? [...chosen, value] : chosen.filter((each) => each !== value);
-    if (now.length) state.where[name] = now; else delete state.where[name];
+    if (now.length) state.where[key] = now; else delete state.where[key];
     refresh();
   };
   return element("fieldset", {}, element("legend", {}, name.replaceAll("_", " ")),
@@ -245,11 +248,11 @@ async function values(name) {
 }
 
 function range(name) {
-  const own = state.where[name] || {};
+  const key = quoted(name), own = state.where[key] || {};
   const change = (bound) => (event) => {
     const next = { ...own };
     if (event.target.value === "") delete next[bound]; else next[bound] = Number(event.target.value);
-    if (Object.keys(next).length) state.where[name] = next; else delete state.where[name];
+    if (Object.keys(next).length) state.where[key] = next; else delete state.where[key];
     refresh();
   };
   const input = (bound, label) => element("input", { type: "number", step: "any", value: own[bound] ?? "", placeholder: label, "aria-label": `${name}, ${label}`, "data-filter": `${name}.${bound}`, onchange: change(bound) });
