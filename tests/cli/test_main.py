@@ -22,7 +22,9 @@ from PIL import Image
 from support.toy_bundle import make_search_bundle, make_toy_bundle
 
 from unidiff_sdk import Catalog
+from unidiff_sdk.catalog.results import Generated, Generation
 from unidiff_sdk.cli.console import Group
+from unidiff_sdk.cli.generate import _as_list
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.datasets.synthetic import write_catalog
 from unidiff_sdk.errors import FilterError, OptionError, StoreError
@@ -287,6 +289,16 @@ def test_generate_writes_images_with_their_recipes(shop: Path, toy: Path) -> Non
     assert json.loads(run("info", shop / "shop.catalog", "--json").stdout)["items"] == 14
     alone = run("generate", "red boots", "--bundle", toy, "-o", shop / "alone", "--steps", 2, "--seed", 7, "--json")
     assert json.loads(alone.stdout)[0]["nearest"] is None
+
+
+def test_generation_json_has_the_arguments_of_each_image() -> None:
+    recipe = {
+        "prompt": "rote Stiefel", "negative_prompt": "", "seed": 7, "steps": 2, "guidance_scale": 1.0,
+        "guidance_rescale": 0.0, "sampler": "ddim", "long_prompts": "truncate", "lora": {"light": 0.123456789},
+    }  # fmt: skip
+    image = Generated(image=Image.new("RGB", (8, 8)), score=0.5, nearest=None, bundle="f" * 64, **recipe)
+    (described,) = _as_list(Generation((image,), 1.0, 1, {}), [Path("a.png")])
+    assert {name: described[name] for name in recipe} == recipe and described["generated"]
 
 
 def test_generate_starts_from_an_item_with_a_mask(shop: Path) -> None:

@@ -27,6 +27,7 @@ from support.misbehaving_server import MisbehavingServer
 
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.main import main
+from unidiff_sdk.cli.servers.serve import _free_port
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.serve import ServerSettings, create_app
 from unidiff_sdk.serve.limits import RateLimit
@@ -227,6 +228,11 @@ def test_the_command_reports_wrong_options(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1 and "There is no catalog" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_address_of_another_machine_is_reported() -> None:
+    with pytest.raises(OptionError, match=r"--host 203\.0\.113\.1: cannot listen"):
+        _free_port("203.0.113.1")
 
 
 def test_a_page_of_another_origin_cannot_change_the_catalog(own_catalog: Catalog) -> None:

@@ -193,7 +193,8 @@ def _save(generation: Generation, out: Path) -> list[Path]:
         for file, generated in zip(files, generation, strict=True):
             generated.save(file)
         contact_sheet(generation).save(out / "contact-sheet.png")
-        (out / "generation.json").write_text(json_text(_as_list(generation, files), indent=2) + "\n")
+        described = json_text(_as_list(generation, files), indent=2) + "\n"
+        (out / "generation.json").write_text(described, encoding="utf-8")
     except OSError as error:
         raise OptionError(f"--out {out} is not writable: {error.strerror}. Choose another folder.") from error
     return files
@@ -206,6 +207,7 @@ def _as_list(generation: Generation, files: Sequence[Path]) -> list[dict[str, An
             "score": generated.score,
             "nearest": generated.nearest.to_dict() if generated.nearest else None,
             **generated.payload,
+            **generated.recipe,  # LoRAs with their exact weights
         }
         for file, generated in zip(files, generation, strict=True)
     ]

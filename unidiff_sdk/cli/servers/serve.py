@@ -147,9 +147,12 @@ def _announce(host: str, port: int, processes: str = "") -> None:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise OptionError(f"--host {host}: cannot listen there ({error.strerror or error})") from error
 
 
 def _url(host: str, port: int) -> str:
