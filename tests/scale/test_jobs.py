@@ -74,6 +74,19 @@ def test_shard_that_cannot_be_fetched_is_not_recorded_as_done(
         assert catalog.count() == 12
 
 
+def test_exports_name_the_object_storage_that_items_came_from(shards: Path, toy: Path, tmp_path: Path) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").pipe_file(f"{root}/0.tar", (shards / "0.tar").read_bytes())
+    index(root, tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    with Catalog(tmp_path / "shop") as catalog:
+        catalog.export(tmp_path / "shop.parquet")
+    with Catalog.restore(tmp_path / "shop.parquet", tmp_path / "again") as catalog:
+        (records,) = catalog._store.scroll()
+        assert {record.payload["_unidiff"]["source"] for record in records} == {root}
+    again = index(root, tmp_path / "again", toy, record=tmp_path / "run.jsonl")
+    assert (again.added, again.skipped) == (0, 6)
+
+
 def test_invalid_kind_is_refused_and_not_a_row(small_catalog: Path, toy: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no kind"):
         index(small_catalog, tmp_path / "shop", toy, kinds={"price": "no kind"}, record=tmp_path / "run.jsonl")
@@ -169,6 +182,26 @@ def test_another_threshold_is_another_job(tmp_path: Path) -> None:
     assert again.images == 1 and all((tmp_path / "out" / row["file_name"]).is_file() for row in rows)
 
 
+def test_option_that_the_bundle_does_not_have_is_refused_and_not_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red dress\n")
+    for options in ({"sampler": "none"}, {"lora": "none"}, {"width": 63}):
+        with pytest.raises(OptionError):
+            generate(tmp_path / "prompts.txt", tmp_path / "out", record=tmp_path / "run.jsonl", **options)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "run.jsonl").exists()
+
+
+def test_record_of_a_running_job_is_refused(tmp_path: Path) -> None:
+    running = RunFile(tmp_path / "run.jsonl", {}, resume=False)
+    running.add({"part": 0, "chunk": 0, "last": True})
+    for resume in (False, True):
+        with pytest.raises(StoreError, match="a job that is running"):
+            RunFile(tmp_path / "run.jsonl", {}, resume=resume)
+    running.close()
+    again = RunFile(tmp_path / "run.jsonl", {}, resume=True)
+    assert again.complete == {0}
+    again.close()
+
+
 def test_numbers_of_numpy_are_options(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red dress\n")
     report = generate(
@@ -181,7 +214,8 @@ def test_full_disk_is_reported_by_the_record(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     file = RunFile(tmp_path / "run.jsonl", {}, resume=False)
-    file.path = Path("/dev/full")
+    file.close()
+    file._file = Path("/dev/full").open("a")  # noqa: SIM115  # closed below
     with pytest.raises(StoreError, match="cannot be written"):
         file.add({"part": 0, "chunk": 0, "last": True})
     file.close()

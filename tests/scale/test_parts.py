@@ -94,6 +94,7 @@ def test_record_is_resumed_and_of_one_job(tmp_path: Path) -> None:
     again = RunFile(tmp_path / "run.jsonl", {"source": "a"}, resume=True)
     assert again.done == {0: {0, 1, 2}, 1: {0}} and again.complete == {0}
     assert len(list(again.entries())) == 4
+    again.close()
     with pytest.raises(DataError, match="another job"):
         RunFile(tmp_path / "run.jsonl", {"source": "b"}, resume=True)
     with pytest.raises(DataError, match="no record"):

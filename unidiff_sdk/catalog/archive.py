@@ -42,6 +42,7 @@ from unidiff_sdk.retrieval.filter_kinds import warn_about_filter
 from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.images import ImageStore, ItemImage
+from unidiff_sdk.store.images.object_storage import is_object_storage
 from unidiff_sdk.store.payload import RESERVED, system_of
 
 from .catalog_file import MAX_DIM, TINY_NAME, restore_place
@@ -195,7 +196,7 @@ def _row(record: Record, images: ImageStore) -> dict[str, Any]:
         "vector": record.vector,
         "image": _original(images, system["uri"], system["sha256"], id),
         "sha256": system["sha256"],
-        "source": None if source is None else str(images.locate(source)),
+        "source": source if source is None or is_object_storage(source) else str(images.locate(source)),
     }
 
 
@@ -359,7 +360,9 @@ def _load(archive: Archive, catalog: Catalog, reencode: bool, progress: bool) ->
         for archived in batch:
             item = item_of(archived.open_image(), archived.text, archived.id, archived.payload)
             images.add(item.image)
-            source = None if archived.source is None else images.reference(Path(archived.source))
+            source = archived.source
+            if source is not None and not is_object_storage(source):
+                source = images.reference(Path(source))
             pixels = snapshot.encoder.pixels(item.image.decoded) if reencode else None
             items.append(replace(item, source=source, pixels=pixels, vector=None if reencode else archived.vector))
             item.image.release()

@@ -124,7 +124,7 @@ def generate(
     if workers > 1 and catalog is not None and not is_url(str(place)):
         raise OptionError(f"{place} is a folder, which one process opens. Give workers=1, or a catalog on a server.")
     with Catalog(place, bundle, create=catalog is None, **opening) as opened:
-        _ = opened.bundle.sampler  # raises for a bundle that cannot generate
+        opened._current.get().generator.resolve(checked)  # raises for options that the bundle cannot generate with
         path, fingerprint = absolute(opened.bundle.path), opened.bundle.fingerprint
     to, place, opening = absolute(to), absolute(place), absolute_images(opening)
     job |= {"to": to, "bundle": fingerprint, "catalog": [place, opening.get("collection")], "options": options}
