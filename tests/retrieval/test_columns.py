@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.backends import BACKENDS, record
+from qdrant_client import QdrantClient
+from support.backends import BACKENDS, DIM, record
 
 from unidiff_sdk import Catalog, FilterError, OptionError
 from unidiff_sdk.datasets.synthetic import products, render
-from unidiff_sdk.retrieval.columns import FacetCounts
+from unidiff_sdk.retrieval.columns import FacetCounts, count_cached
 from unidiff_sdk.retrieval.filter_kinds import warn_about_filter
 from unidiff_sdk.store.filters import parse
 from unidiff_sdk.store.payload import SYSTEM
+from unidiff_sdk.store.server.store import ServerStore
 
 
 def test_facets_count_the_values_of_filtered_items() -> None:
@@ -49,6 +52,18 @@ def test_quoted_column_names_work_wherever_columns_are_named() -> None:
         hits = catalog.search("shirt", group_by='"size.eu"')
         assert sorted(hit.payload["size.eu"] for hit in hits) == ["L", "M"]
         assert {hit.id for hit in catalog.search("shirt", where={'"size.cm"': {"gt": 30}})} == {0, 2}
+
+
+def test_counts_follow_what_another_process_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, clause = QdrantClient(":memory:"), parse({"size": {"exists": True}})
+    assert clause is not None
+    store, other = (ServerStore(client, "shop", DIM, "aaaa") for _ in range(2))
+    store.upsert([record(1, size="M")])
+    assert count_cached(store, clause) == 1
+    other.upsert([record(1)])
+    later = time.monotonic() + 61
+    monkeypatch.setattr("time.monotonic", lambda: later)
+    assert count_cached(store, clause) == 0
 
 
 def test_columns_of_every_kind_are_counted_ordered_and_described() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import UTC, datetime
@@ -283,20 +284,21 @@ def _holds_other_values(store: Store, path: str, kind: str) -> bool:
 
 
 _MAX_COUNTS = 1000  # of one store: a server counts for columns that requests make up
-_counts: WeakKeyDictionary[Store, dict[Clause, tuple[tuple[int, int], int]]] = WeakKeyDictionary()
+_COUNT_SECONDS = 60.0  # until items are counted again, because other processes may change those on a server
+_counts: WeakKeyDictionary[Store, dict[Clause, tuple[tuple[int, int], float, int]]] = WeakKeyDictionary()
 
 
 def count_cached(store: Store, clause: Clause) -> int:
     """The number of items that match. It is counted again after a write, as it takes 0.3 s for 100,000 items."""
-    state = store.revision, store.count()
+    state, now = (store.revision, store.count()), time.monotonic()
     known = _counts.setdefault(store, {})
     found = known.get(clause)
-    if found is None or found[0] != state:
-        found = state, store.count(clause)
+    if found is None or found[0] != state or now - found[1] > _COUNT_SECONDS:
+        found = state, now, store.count(clause)
         if len(known) >= _MAX_COUNTS:
             known.clear()
         known[clause] = found
-    return found[1]
+    return found[2]
 
 
 def _items_with(store: Store, column: str) -> list[Record]:

@@ -283,9 +283,8 @@ class ServerStore:
         if not records:
             return  # the server refuses an empty request
         points = [models.PointStruct(id=r.id, vector={VECTOR: r.vector.tolist()}, payload=r.payload) for r in records]
-        with self._engine():
+        with self._changing(), self._engine():
             self._upsert(points)
-        self.revision += 1
 
     def _upsert(self, points: list[models.PointStruct]) -> None:
         """Store points, in halves if the server allows no request of this size. What is stored stays stored."""
@@ -301,10 +300,9 @@ class ServerStore:
     def delete(self, ids: Sequence[str]) -> None:
         if not ids:
             return
-        with self._engine():
+        with self._changing(), self._engine():
             selector = models.PointIdsList(points=list(ids))
             check_confirmed(self.client.delete(self.collection, selector, wait=True, **self._writing))
-        self.revision += 1
 
     def index(self, column: str, kind: str) -> None:
         self._indexes.ensure(column, kind, self)
@@ -362,6 +360,14 @@ class ServerStore:
                 self.client.close()
 
     # -------------------------------------------------------------------------------------------- the server
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A write. One that failed may have been stored, in part or later."""
+        try:
+            yield
+        finally:
+            self.revision += 1
 
     @contextlib.contextmanager
     def _indexing(self, column: str) -> Iterator[None]:
