@@ -51,6 +51,7 @@ def test_available_memory_is_plausible() -> None:
 @pytest.mark.parametrize(("size", "expected"), [(3 * 2**20, "3 MiB"), (1.5e9, "1.4 GiB"), (2**41, "2,048.0 GiB")])
 def test_readable_size(size: float, expected: str) -> None:
     assert readable_size(size) == expected
+    assert readable_size(10**400).endswith("GiB")
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", "vae_decoder/config.json"])

@@ -38,6 +38,11 @@ from unidiff_sdk.generation.options import MAX_SEED, GenerationOptions, checked_
         ({"max_similarity": float("nan")}, "max_similarity is nan"),
         ({"max_similarity": "high"}, "max_similarity is 'high'"),
         ({"safety": "strict"}, "safety is 'strict'; give a function"),
+        ({"n": 10**18}, "up to 1,000,000,000,000,000,000 candidates of a prompt; give at most 100,000"),
+        ({"min_score": 0.1, "budget": 10**9}, "give at most 100,000"),
+        ({"lora": [["light"]]}, r"lora names \['light'\]; give the name of a LoRA"),
+        ({"lora": [("light", 0.5)]}, "lora names"),
+        ({"lora": 7}, "lora names 7"),
     ],
 )
 def test_options_report_what_is_accepted(options: dict[str, Any], message: str) -> None:

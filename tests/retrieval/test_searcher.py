@@ -321,6 +321,8 @@ def test_batch_equals_single_searches(store: Store) -> None:
         ({"cursor": "x", "offset": 3}, "offset= and cursor= exclude each other"),
         ({"min_score": float("nan")}, "min_score=nan: give a finite number"),
         ({"min_score": True}, "min_score=True: give a finite number"),
+        ({"min_score": 10**400}, "min_score is an integer of 1,329 bits"),
+        ({"hybrid": 10**5000}, "hybrid is an integer of 16,610 bits"),
         ({"diversity": 1.5}, "diversity=1.5: give a number from 0"),
         ({"diversity": 0.5, "group_by": "brand"}, "diversity= and group_by= exclude each other"),
         ({"group_by": ""}, "group_by='': give the name of a column"),

@@ -29,6 +29,7 @@ def test_numbers_of_numpy_are_accepted() -> None:
         ({"batch_size": "8"}, "batch_size is '8', but must be an integer"),
         ({"learning_rate": float("nan")}, "learning_rate is nan, but must be a finite number"),
         ({"learning_rate": np.float32(np.inf)}, "must be a finite number"),
+        ({"lambda_itc": 10**400}, "must be a finite number"),
         ({"weight_decay": None}, "weight_decay is None"),
         ({"flip": 1}, "flip is 1, but must be True or False"),
         ({"group": "brand"}, "group is 'brand', but must be a sequence of texts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_JSON_DEPTH",
     "checked_text",
     "damaged_content",
+    "is_finite_number",
     "is_missing",
     "number_within",
     "parse_json",
@@ -209,6 +211,11 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < at_least:
         raise OptionError(f"{name} is {value!r:.60}; give an integer of at least {at_least}")
     return number
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is an integer or a float, and a finite one as a float. Booleans are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def number_within(

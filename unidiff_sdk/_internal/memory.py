@@ -9,6 +9,7 @@ again. The checks know nothing of disk quotas, and another process can fill the 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from unidiff_sdk.errors import StoreError
@@ -34,6 +35,7 @@ def available_memory() -> int | None:
 
 def readable_size(size: float) -> str:
     """A number of bytes in binary units: 1.5e9 is "1.4 GiB"."""
+    size = min(size, sys.float_info.max)  # an integer can be larger
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.0f} MiB"
 
 

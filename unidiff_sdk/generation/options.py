@@ -27,6 +27,7 @@ LONG_PROMPTS = ("truncate", "chunk")
 MAX_GUIDANCE_SCALE = 50.0
 MAX_LORA_WEIGHT = 10.0
 MAX_SEED = 2**63 - 1  # the largest integer in a payload
+MAX_CANDIDATES = 100_000  # of a prompt in one call, which holds all of them in memory
 BUDGET_FACTOR = 4
 _NUMBERS = (
     *("n", "seed", "steps", "guidance_scale", "guidance_rescale", "width", "height", "strength"),
@@ -106,6 +107,11 @@ class GenerationOptions:
         self._check_generation()
         self._check_source()
         self._check_selection()
+        if self.max_candidates > MAX_CANDIDATES:
+            raise OptionError(
+                f"n, best_of and budget ask for up to {self.max_candidates:,} candidates of a prompt; give at most "
+                f"{MAX_CANDIDATES:,}, or call several times"
+            )
         if self.seed is not None and self.seed + self.max_candidates - 1 > MAX_SEED:
             raise OptionError(
                 f"seed is {self.seed}, and {self.max_candidates} images may use the seeds from it on; give at most "
@@ -224,11 +230,12 @@ def _checked_loras(lora: Any) -> dict[str, float | None] | None:
         return None
     if isinstance(lora, str) or not isinstance(lora, Iterable):
         lora = [lora]
-    weights = dict(lora) if isinstance(lora, Mapping) else dict.fromkeys(lora)
-    for name, weight in weights.items():
-        weight = weights[name] = plain_number(weight)
+    given = lora.items() if isinstance(lora, Mapping) else [(name, None) for name in lora]
+    weights: dict[str, Any] = {}
+    for name, weight in given:
         if not isinstance(name, str):
             raise OptionError(f"lora names {name!r:.60}; give the name of a LoRA, or names with their weights")
+        weight = weights[name] = plain_number(weight)
         if weight is not None and not (_is_number(weight) and 0 < abs(weight) <= MAX_LORA_WEIGHT):
             raise OptionError(
                 f"lora gives {name!r:.60} the weight {weight!r:.60}; give a number that is not 0 and at most "

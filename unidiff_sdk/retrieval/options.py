@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from unidiff_sdk._internal.json_values import plain_number
+from unidiff_sdk._internal.json_values import is_finite_number, plain_number
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.protocol import CANDIDATES
@@ -72,20 +71,23 @@ class SearchOptions:
         for name in ("limit", "offset", "min_score", "diversity", "hybrid", "rerank", "ef"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
         check_page(self.limit, self.offset)
+        for name in ("min_score", "diversity", "hybrid", "rerank", "ef"):
+            if isinstance(value := getattr(self, name), int) and value.bit_length() > 128:
+                raise OptionError(f"{name} is {_shown(value)}: give a smaller number")
         if not isinstance(self.cursor, (str, type(None))):
             raise OptionError(f"cursor={self.cursor!r:.60}: not a cursor: give the attribute cursor of a Page")
         if self.cursor and self.offset:
             raise OptionError("offset= and cursor= exclude each other: a cursor already marks where its page starts")
-        if self.min_score is not None and not _is_finite(self.min_score):
+        if self.min_score is not None and not is_finite_number(self.min_score):
             raise OptionError(f"min_score={self.min_score!r:.60}: give a finite number")
-        if self.diversity is not None and not (_is_finite(self.diversity) and 0 <= self.diversity <= 1):
+        if self.diversity is not None and not (is_finite_number(self.diversity) and 0 <= self.diversity <= 1):
             raise OptionError(f"diversity={self.diversity!r:.60}: give a number from 0 (none) to 1")
         if self.group_by is not None and (not isinstance(self.group_by, str) or not self.group_by):
             raise OptionError(f"group_by={self.group_by!r:.60}: give the name of a column")
         if self.diversity is not None and self.group_by is not None:
             raise OptionError("diversity= and group_by= exclude each other: choose one")
         hybrid = {True: _DEFAULT_HYBRID, False: 0.0}[self.hybrid] if isinstance(self.hybrid, bool) else self.hybrid
-        if not (_is_finite(hybrid) and 0 <= hybrid < 1):
+        if not (is_finite_number(hybrid) and 0 <= hybrid < 1):
             raise OptionError(f"hybrid={hybrid!r:.60}: give True, False, or a number from 0 to below 1")
         if hybrid and self.min_score is not None:
             raise OptionError("min_score= and hybrid= exclude each other: hybrid scores are ranks, not cosines")
@@ -135,10 +137,6 @@ def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:
     if unknown := [argument for argument in arguments if argument not in valid]:
         raise OptionError(f"{name} has no argument {', '.join(map(repr, unknown))}. Arguments: {', '.join(valid)}")
     return factory(**arguments)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_integer(value: Any) -> bool:

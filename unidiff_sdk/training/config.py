@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unidiff_sdk._internal.images import Fit
-from unidiff_sdk._internal.json_values import plain_number
+from unidiff_sdk._internal.json_values import is_finite_number, plain_number
 from unidiff_sdk.errors import OptionError
 
 __all__ = [
@@ -490,20 +489,19 @@ def _require_types(config: Any) -> None:
     """Check the type of every setting by that of its default, and turn numbers of numpy into those of Python."""
     for field in fields(config):
         value = plain_number(getattr(config, field.name))
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
         match field.default:
             case bool():
                 fits, wanted = isinstance(value, bool), "True or False"
             case int():
-                fits, wanted = is_number and isinstance(value, int), "an integer"
+                fits, wanted = isinstance(value, int) and not isinstance(value, bool), "an integer"
             case float():
-                fits, wanted = is_number and math.isfinite(value), "a finite number"
+                fits, wanted = is_finite_number(value), "a finite number"
             case tuple():
                 names = value if isinstance(value, tuple | list) else ()
                 fits = isinstance(value, tuple | list) and all(isinstance(name, str) for name in names)
                 value, wanted = tuple(names) if fits else value, "a sequence of texts"
             case None if field.name in ("guidance_scale", "rsc_reward_guidance"):
-                fits, wanted = value is None or (is_number and math.isfinite(value)), "a finite number, or None"
+                fits, wanted = value is None or is_finite_number(value), "a finite number, or None"
             case _:
                 continue
         if not fits:

@@ -1,6 +1,6 @@
 import { beforeEach, describe, expect, it, vi } from "vitest";
 
-const BASE = "http://localhost/shop/";
+const BASE = "http://localhost/assets/shop/";
 const HASH = "0123456789abcdef";
 const index = {
   shell: ["index.html"],
@@ -63,9 +63,12 @@ describe("the service worker", () => {
     const cache = new Cache();
     let version = 1;
     const ask = await started(cache, () => new Response(String(version)));
-    expect(await (await ask("ort/wasm.mjs")).text()).toBe("1");
-    version = 2;
-    expect(await (await ask("ort/wasm.mjs")).text()).toBe("2");
+    for (const name of ["ort/wasm.mjs", "index.html"]) {
+      version = 1;
+      expect(await (await ask(name)).text()).toBe("1");
+      version = 2;
+      expect(await (await ask(name)).text()).toBe("2");
+    }
   });
 
   it("answers although there is no room to keep the answer", async () => {

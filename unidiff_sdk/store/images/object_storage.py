@@ -66,6 +66,8 @@ class ObjectStorage:
         if (shown := redact_url(self.url)) != self.url:
             object.__setattr__(self, "url", shown)
             raise OptionError(f"The URL {shown} has a user name, a password or a query. Give credentials in options=.")
+        if not isinstance(self.cache, str | os.PathLike | None):
+            raise OptionError(f"cache is {self.cache!r:.60}. Give a folder for local copies of images.")
         object.__setattr__(self, "url", self.url.rstrip("/"))
         object.__setattr__(self, "cache_size", whole_number("cache_size", self.cache_size, at_least=1))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from unidiff_sdk._internal.json_values import plain_number
+from unidiff_sdk._internal.json_values import whole_number
 from unidiff_sdk._internal.text import Secret, redact_url
 from unidiff_sdk.errors import OptionError, StoreError
 
@@ -26,6 +26,8 @@ QUANTIZATIONS = ("scalar", "binary", "product")
 ORDERINGS = ("weak", "medium", "strong")
 CONSISTENCIES = ("majority", "quorum", "all")
 _ALIAS = re.compile(r"[A-Za-z0-9._-]{1,200}", re.ASCII)
+MAX_INT32 = 2**31 - 1
+_MOST = {"timeout": 86_400, "retries": 1000, "grpc_port": 65_535}
 MAX_CONNECTIONS = 100  # to one server; more requests wait for a free one
 
 
@@ -81,10 +83,12 @@ class ServerOptions:
         if not isinstance(self.consistency, str):
             numbers |= {"consistency": 1}
         for name, least in numbers.items():
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise OptionError(f"ServerOptions({name}={value!r}): {name} must be an integer, at least {least}")
+            if (value := getattr(self, name)) is None and getattr(ServerOptions, name) is None:
+                continue
+            value, most = whole_number(f"ServerOptions: {name}", value, at_least=least), _MOST.get(name, MAX_INT32)
+            if value > most:
+                raise OptionError(f"ServerOptions: {name} is {value:,}; give at most {most:,}")
+            object.__setattr__(self, name, value)
         if self.grpc_port != ServerOptions.grpc_port and not self.grpc:
             raise OptionError(f"ServerOptions(grpc_port={self.grpc_port}) has no effect without grpc=True. Add it.")
         self._check_words()

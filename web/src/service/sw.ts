@@ -61,7 +61,7 @@ async function keep(cache: Cache, address: string, response: Response): Promise<
 
 /** Whether the content at an address never changes. */
 function isFixed(url: string): boolean {
-  return /\?[0-9a-f]{16}$|\/assets\//u.test(url);
+  return /^assets\/|\?[0-9a-f]{16}$/u.test(url.slice(base.length)); // the site may be in a folder of that name
 }
 
 async function cacheFirst(request: Request): Promise<Response> {
