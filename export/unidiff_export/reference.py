@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unidiff_sdk.training.checkpoints.loading.second_text_encoder import THIRD_TOKENS
 from unidiff_sdk.training.data.captions import normalize_caption, tokenize
 from unidiff_sdk.training.data.pairs import load_pairs
 
 from .bundle.files import clip_tokenizer
-from .graphs.lowering import THIRD_TOKENS, GraphSpec
+from .graphs.lowering import GraphSpec
 from .pipeline import (
     GeneratedImages,
     ImageArray,
@@ -246,9 +247,7 @@ def graph_inputs(
         tokenizers["text_encoder_2"] = checkpoint.second.tokenizer
     third = {}
     if checkpoint.third is not None:
-        options: dict[str, Any] = {"padding": "max_length", "max_length": THIRD_TOKENS, "truncation": True}
-        ids = checkpoint.third.tokenizer(list(captions), return_tensors="pt", **options).input_ids
-        third["text_encoder_3"] = ((ids,),)
+        third["text_encoder_3"] = ((tokenize(checkpoint.third.tokenizer, captions, THIRD_TOKENS),),)
     return (
         third
         | {graph: ((tokenize(tokenizer, captions),),) for graph, tokenizer in tokenizers.items()}

@@ -43,7 +43,7 @@ REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/reindex.md": (2, "needs a bundle of another model"),
     "docs/guides/search_only.md": (2, "needs a CLIP"),
     "docs/guides/serve.md": (6, "a server runs until it is stopped"),
-    "docs/guides/train.md": (3, "trains for minutes, and needs Stable Diffusion XL"),
+    "docs/guides/train.md": (4, "trains for minutes, and needs Stable Diffusion XL and 3.5"),
 }
 
 RUNNABLE = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]

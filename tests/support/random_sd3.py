@@ -12,7 +12,14 @@ JOINT = 96  # width of what T5 returns
 LARGEST_SIDE = 48  # pixels that the transformer has positions for
 
 
-def make_random_sd3(folder: Path, *, dual_attention: bool = True, third: bool = False, **scheduler: Any) -> Path:
+def make_random_sd3(
+    folder: Path,
+    *,
+    dual_attention: bool = True,
+    third: bool = False,
+    largest_side: int = LARGEST_SIDE,
+    **scheduler: Any,
+) -> Path:
     """Write a pipeline into `folder` and its CLIP into `folder`/clip: 32 px, latents 16x16x16, 16 tokens.
 
     As in the published 3.5 medium, with its T5 only if `third`: dual attention in the first layers, normalized
@@ -37,7 +44,7 @@ def make_random_sd3(folder: Path, *, dual_attention: bool = True, third: bool = 
         joint_attention_dim=JOINT,
         caption_projection_dim=32,
         pooled_projection_dim=WIDTH + POOLED,
-        pos_embed_max_size=LARGEST_SIDE // 4,
+        pos_embed_max_size=largest_side // 4,
         dual_attention_layers=(0, 1) if dual_attention else (),
         qk_norm="rms_norm" if dual_attention else None,
     )

@@ -99,7 +99,7 @@ class TrainingConfig:
     learning_rate_image: float = 0.0
     """Peak learning rate of the image side, at least 0. 0: `learning_rate`."""
     lora_unet: int = 0
-    """LoRA rank of the UNet, at least 0. 0: tune all its weights."""
+    """LoRA rank of the UNet, or of the transformer of Stable Diffusion 3, at least 0. 0: tune all its weights."""
     lora_text: int = 0
     """LoRA rank of the text side, at least 0. 0: tune all its weights."""
     lora_image: int = 0
@@ -126,7 +126,8 @@ class TrainingConfig:
     lambda_is: float = 1.0
     """Weight of IS, at least 0."""
     min_snr_gamma: float = 5.0
-    """γ of the min-SNR weighting of timesteps, at least 0. 0: weight all timesteps equally."""
+    """γ of the min-SNR weighting of timesteps, at least 0. 0: weight all timesteps equally. Stable Diffusion 3 always
+    weights them equally."""
     caption_dropout: float = 0.1
     """Fraction of captions replaced by the empty caption, in [0, 1). Classifier-free guidance needs it."""
 
@@ -155,7 +156,8 @@ class TrainingConfig:
     rsc_reward_guidance: float | None = None
     """Guidance scale of these images, at least 1 (no guidance). None: the base's own."""
     rsc_t_max: int = 400
-    """Highest timestep whose denoising estimate RSC uses, at least 0."""
+    """Highest timestep whose denoising estimate RSC uses, at least 0. In Stable Diffusion 3, a timestep is 1,000 times
+    the share of noise."""
     rsc_samples: int = 16
     """Maximum number of estimates decoded per step, above 0. Decoding is the main cost of RSC."""
     rsc_warmup_steps: int = 100

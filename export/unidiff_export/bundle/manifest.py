@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from unidiff_export.graphs.attention import count_attention
-from unidiff_export.graphs.lowering import THIRD_TOKENS, GraphSpec
+from unidiff_export.graphs.lowering import GraphSpec
 from unidiff_export.graphs.text_encoders import HiddenStates
 from unidiff_export.options import TARGETS
 from unidiff_sdk.inference.manifest import (
@@ -32,6 +32,7 @@ from unidiff_sdk.inference.manifest import (
     to_json,
 )
 from unidiff_sdk.inference.shape_profiles import shape_profile
+from unidiff_sdk.training.checkpoints.loading.second_text_encoder import THIRD_TOKENS
 from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
 from .files import hash_files, write_json

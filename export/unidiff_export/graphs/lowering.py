@@ -25,6 +25,7 @@ from unidiff_sdk._internal.warnings import quiet_logging
 from unidiff_sdk.errors import ExportError
 from unidiff_sdk.inference.folder.diffusers_folder import refusal
 from unidiff_sdk.inference.manifest import TIME_IDS, TRANSFORMER, UNET
+from unidiff_sdk.training.checkpoints.loading.second_text_encoder import THIRD_TOKENS
 from unidiff_sdk.training.checkpoints.text_sharing import tower_of
 
 from .adapters import add_adapter_inputs
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 # The largest side of latents for tracing and for comparing single graphs. Graphs accept any size, the native size of
 # Stable Diffusion would take minutes and many gigabytes, and whole images are compared at that size anyway.
 LARGEST_EXAMPLE = 16
-
-THIRD_TOKENS = 256  # of the third text encoder of Stable Diffusion 3: `max_sequence_length` of diffusers' pipeline
 
 IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 TOKEN_AXES = {"input_ids": {0: "batch", 1: "tokens"}}

@@ -29,7 +29,7 @@ def rsc(learner: Learner, batches: BatchLoader, empty: torch.Tensor, step: int, 
     """Value of RSC pixel in a step with this teacher, with the whole batch in one piece."""
     model, config = learner.model, learner.config
     noise = seeded_generator(config.seed, Purpose.NOISE, step)
-    random = RandomInputs.sample(noise, 6, model.latent_shape, len(model.alpha_bar), config, pairs=6)
+    random = RandomInputs.sample(noise, 6, model.latent_shape, model.timesteps, config, pairs=6)
     batch = batches.load(batches.indices(step), 6)
     with torch.no_grad():
         terms = joint_losses(model, batch, config, random=random, empty_ids=empty, step=step, teacher=teacher)

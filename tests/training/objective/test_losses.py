@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the train extra")
 
 import torch.nn.functional as F  # noqa: E402
-from diffusers import DDIMScheduler  # noqa: E402
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler  # noqa: E402
 from diffusers.training_utils import compute_snr  # noqa: E402
 
 from unidiff_sdk.training.objective import losses  # noqa: E402
@@ -126,7 +126,7 @@ def test_noise_target_and_estimate_equal_those_of_diffusers(prediction_type: str
     z, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
     t = torch.tensor([0, 17, 400, 700, 999])
     alpha_bar = reference.alphas_cumprod[t]
-    z_t = losses.add_noise(z, noise, alpha_bar)
+    z_t = losses.add_noise(z, noise, alpha_bar, prediction_type)
     torch.testing.assert_close(z_t, reference.add_noise(z, noise, t))
     target = losses.diffusion_target(z, noise, alpha_bar, prediction_type)
     expected = noise if prediction_type == "epsilon" else reference.get_velocity(z, noise, t)
@@ -139,6 +139,24 @@ def test_noise_target_and_estimate_equal_those_of_diffusers(prediction_type: str
         step = reference.step(answer[i : i + 1], int(t[i]), z_t[i : i + 1])
         ours = losses.predict_original(z_t[i : i + 1], answer[i : i + 1], alpha_bar[i : i + 1], prediction_type)
         torch.testing.assert_close(ours.clamp(-1, 1), step.pred_original_sample, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_equals_the_scheduler_of_diffusers(shift: float) -> None:
+    """From the most noise (ᾱ = 0) to the least. Weights by ᾱ follow the signal-to-noise ratio."""
+    reference = FlowMatchEulerDiscreteScheduler(shift=shift)
+    levels = torch.tensor([0, 17, 400, 700, 999])
+    z, noise, answer = torch.randn(3, 5, 4, 3, 3)
+    sigma, t = reference.sigmas[levels], reference.timesteps[levels]
+    alpha_bar = losses.flow_alpha_bar(sigma)
+    torch.testing.assert_close(alpha_bar / (1 - alpha_bar), (1 - sigma) ** 2 / sigma**2, rtol=0.05, atol=1e-6)
+    z_t = losses.add_noise(z, noise, alpha_bar, "flow")
+    torch.testing.assert_close(z_t, reference.scale_noise(z, t, noise), atol=1e-4, rtol=0)
+    torch.testing.assert_close(losses.diffusion_target(z, noise, alpha_bar, "flow"), noise - z)
+    torch.testing.assert_close(losses.predict_original(z_t, noise - z, alpha_bar, "flow"), z, atol=1e-4, rtol=0)
+    estimate = losses.predict_original(z_t, answer, alpha_bar, "flow")
+    torch.testing.assert_close(estimate, z_t - sigma.view(-1, 1, 1, 1) * answer, atol=1e-4, rtol=0)
+    assert losses.min_snr_weight(alpha_bar, 5.0, "flow").eq(1).all()
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])

@@ -41,7 +41,7 @@ def test_generator_scores_are_those_of_diffusers(random_checkpoint: Path) -> Non
     latents = torch.randn(2, 3, 4, 16, 16)
     captions = tokenize(checkpoint.tokenizer, ["a red dress", "green boots"])
     empty = tokenize(checkpoint.tokenizer, [""])
-    inputs = ScoreInputs.sample(torch.Generator().manual_seed(3), 2, (4, 16, 16), 1000, config)
+    inputs = ScoreInputs.sample(torch.Generator().manual_seed(3), 2, (4, 16, 16), torch.arange(1000), config)
     with torch.no_grad():
         ours = generator_logits(model, latents, captions, empty, inputs) * GENERATOR_TEMPERATURE
 
@@ -69,7 +69,7 @@ def test_generator_scores_are_those_of_diffusers(random_checkpoint: Path) -> Non
 
 def test_timesteps_have_high_noise() -> None:
     config = TrainingConfig(rsc_timesteps=3)
-    t = ScoreInputs.sample(torch.Generator().manual_seed(0), 500, (1, 2, 2), 1000, config).t
+    t = ScoreInputs.sample(torch.Generator().manual_seed(0), 500, (1, 2, 2), torch.arange(1000), config).t
     assert t.shape == (500, 3) and t.min() >= 650 and t.max() < 950 and len(t.unique()) > 200
 
 
@@ -112,7 +112,7 @@ def test_the_values_are_the_divergences_of_the_scores(small_catalog: Path, rando
         candidates = choose_candidates(u, v, batch.groups, config, 6)
         s = encoder_logits(u, v, candidates, model.clip.logit_scale)
         inputs = ScoreInputs.sample(
-            seeded_generator(batches.seed, Purpose.SCORE, STEP), 4, model.latent_shape, len(model.alpha_bar), config
+            seeded_generator(batches.seed, Purpose.SCORE, STEP), 4, model.latent_shape, model.timesteps, config
         )
         g = generator_logits(model, batch.latents[candidates], batch.input_ids[:4], prepared.empty_ids, inputs)
     p, q = (torch.distributions.Categorical(logits=logits) for logits in (s, g))

@@ -147,7 +147,7 @@ def test_loss_and_gradients_of_a_step_equal_diffusers(base: Path, small_catalog:
     found, values = step.backpropagate()
     indices, shape = step.batches.indices(0), step.model.latent_shape
     generator = seeded_generator(config.seed, Purpose.NOISE, 0)
-    random = RandomInputs.sample(generator, 8, shape, 1000, config, pairs=8)
+    random = RandomInputs.sample(generator, 8, shape, step.model.timesteps, config, pairs=8)
     assert 0 < random.dropped.sum() < 8 and 0 < indices.mirror.sum() < 8
     batch = step.batches.load(indices, 8)
     assert batch.sizes is not None and len(batch.sizes.unique(dim=0)) > 4, "images of several sizes"
@@ -180,7 +180,7 @@ def test_loss_on_buckets_of_aspect_ratios_equals_diffusers(base: Path, small_cat
         n, shape = len(indices), step.batches.latent_shape(indices)
         shapes.add(shape)
         generator = seeded_generator(config.seed, Purpose.NOISE, number)
-        random = RandomInputs.sample(generator, n, shape, 1000, config, pairs=n)
+        random = RandomInputs.sample(generator, n, shape, step.model.timesteps, config, pairs=n)
         batch = step.batches.load(indices, n)
         with torch.no_grad():
             loss = loss_by_diffusers(pipeline, batch, random, [step.captions[row] for row in indices.rows])
@@ -198,7 +198,9 @@ def test_scores_of_the_generator_equal_the_denoising_errors_of_diffusers(base: P
     chosen = indices.select(candidates.flatten())
     latents = step.batches.load_latents(chosen)
     sizes = step.batches.load_sizes(chosen)
-    inputs = ScoreInputs.sample(torch.Generator().manual_seed(4), 2, step.model.latent_shape, 1000, config)
+    inputs = ScoreInputs.sample(
+        torch.Generator().manual_seed(4), 2, step.model.latent_shape, step.model.timesteps, config
+    )
     ids = step.batches.input_ids[indices.rows[:2]]
     with torch.no_grad():
         images = latents.unflatten(0, (2, 3))

@@ -28,6 +28,7 @@ from unidiff_sdk.inference.folder.diffusers_folder import refusal, sampler_defau
 from unidiff_sdk.inference.manifest import Resize
 from unidiff_sdk.inference.schedule import (
     FlowSchedule,
+    Schedule,
     flow_refusal,
     sampler_choice,
     scheduler_refusal,
@@ -79,7 +80,6 @@ __all__ = [
     "load_encoders",
     "load_tokenizer",
     "require_supported",
-    "require_trainable",
 ]
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny_checkpoint"
@@ -139,7 +139,7 @@ class Checkpoint:
     def parts(self) -> dict[str, Any]:
         """The keyword arguments of `save_checkpoint`, except `meta`."""
         names = ("unet", "vae", "clip", "text_encoder", "tokenizer", "clip_tokenizer", "scheduler", "image_processor")
-        return {name: getattr(self, name) for name in (*names, "second")}
+        return {name: getattr(self, name) for name in (*names, "second", "third")}
 
     def modules(self) -> tuple[torch.nn.Module, ...]:
         """The models."""
@@ -216,6 +216,13 @@ class Checkpoint:
         return stated_settings(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__}
 
     @property
+    def schedule(self) -> Schedule | FlowSchedule:
+        """The noise schedule that samplers use."""
+        if self.is_transformer:
+            return FlowSchedule.from_config(self.scheduler_config)
+        return Schedule.from_pipeline(self.scheduler_config)
+
+    @property
     def sampler_defaults(self) -> dict[str, Any]:
         """name, steps and guidance_scale: those of the metadata, else those that the scheduler stands for."""
         return sampler_defaults(self.scheduler_config, self.meta.get("sampler"))
@@ -254,8 +261,18 @@ class Checkpoint:
 
     @property
     def block(self) -> int:
-        """Sides of images are multiples of this many pixels: each block of the UNet but the last halves them."""
+        """Sides of images are multiples of this many pixels: each block of the UNet but the last halves them.
+
+        A transformer divides them into patches.
+        """
+        if self.is_transformer:
+            return int(self.latent_factor * self.unet.config.patch_size)
         return int(self.latent_factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def largest_side(self) -> int | None:
+        """The most pixels along a side that a transformer has positions for. None for a UNet, which has no limit."""
+        return self.block * int(self.unet.config.pos_embed_max_size) if self.is_transformer else None
 
     @property
     def latent_factor(self) -> int:
@@ -427,15 +444,5 @@ def require_supported(checkpoint: Checkpoint) -> Checkpoint:
         raise CheckpointError(
             f"The UNet of {checkpoint.path} predicts {checkpoint.prediction_type!r}. Training supports epsilon and "
             "v_prediction."
-        )
-    return checkpoint
-
-
-def require_trainable(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint itself. Raises CheckpointError if the losses do not support it."""
-    if checkpoint.is_transformer:
-        raise CheckpointError(
-            f"{checkpoint.path} is Stable Diffusion 3, which can be exported but not trained. Train a model with the "
-            "architecture of Stable Diffusion 1, 2 or XL, or export this one as it is: unidiff-export CKPT -o BUNDLE."
         )
     return checkpoint

@@ -70,7 +70,7 @@ Generate images with diffusers:
 ```python
 from diffusers import {pipeline}
 
-pipeline = {pipeline}.from_pretrained("CHECKPOINT")
+pipeline = {pipeline}.from_pretrained("CHECKPOINT"{absent})
 image = pipeline("{prompt}"{arguments}).images[0]
 ```
 
@@ -280,7 +280,8 @@ def _use(meta: Mapping[str, Any]) -> str:
     prompt = next(iter(meta.get("captions", ())), "a red dress")
     pipeline = meta.get("pipeline", "StableDiffusionPipeline")
     used = USE.replace('"{prompt}"', code_literal(prompt)).replace("{arguments}", arguments)
-    return used.replace("{pipeline}", pipeline)
+    absent = "".join(f", {part}=None" for part in meta.get("absent", ()))
+    return used.replace("{pipeline}", pipeline).replace("{absent}", absent)
 
 
 def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from unidiff_sdk.inference.schedule import stated_settings
 from .checkpoint import METADATA
 from .encoders.search_model import SearchModel
 from .json_files import read_json, write_json
-from .loading.second_text_encoder import SecondTextEncoder
+from .loading.second_text_encoder import SecondTextEncoder, ThirdTextEncoder
 from .loading.weight_files import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS
 from .model_card import MODEL_CARD, model_card
 from .text_sharing import tower_of
@@ -48,21 +48,28 @@ __all__ = [
 
 TRAINING_STATE = "training_state"  # subfolder with the state of an unfinished run
 TEXT_PREFIX = "text_model."
+TIED_EMBEDDING = "encoder.embed_tokens.weight"  # of a T5; its file holds the tensor once, as shared.weight
+SECOND_INDEX: dict[str, Any] = {
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
+ABSENT_THIRD = ["text_encoder_3", "tokenizer_3"]
 SIGLIP_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
 
 
 def save_checkpoint(
     path: str | Path,
     *,
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | SD3Transformer2DModel,
     vae: AutoencoderKL,
     clip: CLIPModel,
-    text_encoder: CLIPTextModel,
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
     tokenizer: CLIPTokenizer,
     clip_tokenizer: CLIPTokenizer | None = None,
     scheduler: Any,
     image_processor: Any,
     second: SecondTextEncoder | None = None,
+    third: ThirdTextEncoder | None = None,
     meta: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     keep: int = 1,
@@ -74,8 +81,10 @@ def save_checkpoint(
 
     Args:
         path: Folder to write.
+        unet: UNet; the transformer of Stable Diffusion 3.
         clip_tokenizer: Tokenizer of CLIP. Default: `tokenizer`.
-        second: Second text encoder, of Stable Diffusion XL.
+        second: Second text encoder, of Stable Diffusion XL and 3.
+        third: Third text encoder, of Stable Diffusion 3.
         meta: Provenance, JSON-serializable. Written to unidiff.json and shown in the model card (README.md).
         dtype: Precision of the stored weights; torch.float16 halves the size. Default: as in memory.
         keep: Number of checkpoints to keep. Older ones move to `path`.history/.
@@ -89,7 +98,7 @@ def save_checkpoint(
     """
 
     def write_parts(folder: Path) -> None:
-        _save_diffusers(unet, folder / "unet", dtype)
+        _save_diffusers(unet, folder / ("transformer" if is_transformer else "unet"), dtype)
         _save_diffusers(vae, folder / "vae", dtype)
         _save_clip(clip, folder / "clip", dtype)
         _save_text_encoder(text_encoder, folder / "text_encoder", dtype)
@@ -97,12 +106,18 @@ def save_checkpoint(
         if second:
             _save_text_encoder(second.model, folder / "text_encoder_2", dtype)
             _save_tokenizer(second.tokenizer, folder / "tokenizer_2")
+        if third:
+            _save_third(third, folder, dtype)
         _save_tokenizer(clip_tokenizer or tokenizer, folder / "clip")
         image_processor.save_pretrained(folder / "clip")
         save_scheduler(scheduler, folder / "scheduler")
-        write_json(folder / "model_index.json", _model_index(scheduler, second))
+        write_json(folder / "model_index.json", {"_class_name": pipeline} | index | _parts_index(scheduler))
 
-    content = {"format": "unidiff-checkpoint", "pipeline": _pipeline_class(second), **meta}
+    is_transformer = isinstance(unet, SD3Transformer2DModel)
+    pipeline, index = _transformer_index(third) if is_transformer else _unet_index(second)
+    # Parts that diffusers demands, or to be told that there are none.
+    absent = {"absent": ABSENT_THIRD} if is_transformer and third is None else {}
+    content = {"format": "unidiff-checkpoint", "pipeline": pipeline, **absent, **meta}
     return _replace(Path(path), content, write_parts, keep, write_more)
 
 
@@ -194,11 +209,20 @@ def _save_text_encoder(
     text_encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: Path, dtype: torch.dtype | None
 ) -> None:
     _save_transformers_config(text_encoder, folder)
+    if isinstance(text_encoder, CLIPTextModelWithProjection):
+        _save_tensors(merged_state_dict(text_encoder), folder / TRANSFORMERS_WEIGHTS, dtype)
+        return
     # transformers 5 drops this prefix when it saves. 4.57 then loads random weights. Both read prefixed names.
     prefixed = {TEXT_PREFIX + name: tensor for name, tensor in merged_state_dict(tower_of(text_encoder)).items()}
-    if isinstance(text_encoder, CLIPTextModelWithProjection):
-        prefixed["text_projection.weight"] = text_encoder.text_projection.weight
     _save_tensors(prefixed, folder / TRANSFORMERS_WEIGHTS, dtype)
+
+
+def _save_third(third: ThirdTextEncoder, folder: Path, dtype: torch.dtype | None) -> None:
+    _save_transformers_config(third.model, folder / "text_encoder_3")
+    tensors = {name: t for name, t in third.model.state_dict().items() if name != TIED_EMBEDDING}
+    _save_tensors(tensors, folder / "text_encoder_3" / TRANSFORMERS_WEIGHTS, dtype)
+    third.tokenizer.save_pretrained(folder / "tokenizer_3")
+    _remove_source_paths(folder / "tokenizer_3" / "tokenizer_config.json")
 
 
 def _save_transformers_config(model: Any, folder: Path) -> None:
@@ -250,28 +274,35 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     backend.model.save(str(folder))
 
 
-def _pipeline_class(second: SecondTextEncoder | None) -> str:
-    """The class of diffusers that loads the checkpoint."""
-    return f"StableDiffusion{'XL' if second else ''}Pipeline"
+def _unet_index(second: SecondTextEncoder | None) -> tuple[str, dict[str, Any]]:
+    """The pipeline of diffusers that loads a checkpoint with a UNet, and what only its index holds."""
+    own: dict[str, Any] = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    if second is None:
+        return "StableDiffusionPipeline", own | {"requires_safety_checker": False, "safety_checker": [None, None]}
+    return "StableDiffusionXLPipeline", own | SECOND_INDEX | {"force_zeros_for_empty_prompt": second.zero_negative}
 
 
-def _model_index(scheduler: Any, second: SecondTextEncoder | None) -> dict[str, Any]:
-    own: dict[str, Any] = {"requires_safety_checker": False, "safety_checker": [None, None]}
-    if second:
-        own = {
-            "force_zeros_for_empty_prompt": second.zero_negative,
-            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-            "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        }
-    return own | {
-        "_class_name": _pipeline_class(second),
+def _transformer_index(third: ThirdTextEncoder | None) -> tuple[str, dict[str, Any]]:
+    """The same of a checkpoint with a transformer."""
+    return "StableDiffusion3Pipeline", SECOND_INDEX | {
+        "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+        "text_encoder_3": ["transformers", "T5EncoderModel"] if third else [None, None],
+        "tokenizer_3": ["transformers", type(third.tokenizer).__name__] if third else [None, None],
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+    }
+
+
+def _parts_index(scheduler: Any) -> dict[str, Any]:
+    """What the index of every pipeline holds."""
+    return {
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
 

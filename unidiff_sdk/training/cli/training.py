@@ -152,7 +152,11 @@ def _resuming(ctx: click.Context) -> str:
 )
 @setting("--is", field="lambda_is", metavar="WEIGHT", theme=LOSSES, help="Weight of image synthesis. 0: off.")
 @setting(
-    "--min-snr-gamma", field="min_snr_gamma", metavar="X", theme=LOSSES, help="γ of min-SNR weighting. 0: no weighting."
+    "--min-snr-gamma",
+    field="min_snr_gamma",
+    metavar="X",
+    theme=LOSSES,
+    help="γ of min-SNR weighting. 0: no weighting. Not for Stable Diffusion 3.",
 )
 @setting(
     "--caption-dropout",

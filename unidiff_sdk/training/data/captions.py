@@ -16,6 +16,7 @@ from unidiff_sdk.inference.encoder import cut_text
 from unidiff_sdk.inference.tokenizer import expand_tokens
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel
+from unidiff_sdk.training.checkpoints.loading.second_text_encoder import THIRD_TOKENS
 
 if TYPE_CHECKING:
     from .pairs import Pairs
@@ -34,12 +35,16 @@ __all__ = [
 RECORDED_CAPTIONS = 256
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Token ids, int64[n, tokens], padded and truncated to the tokenizer's length as in the diffusers pipeline."""
+def tokenize(tokenizer: Any, texts: Sequence[str], length: int | None = None) -> Tensor:
+    """Token ids, int64[n, tokens], padded and truncated as in the diffusers pipeline.
+
+    length: Number of tokens. Default: the tokenizer's length.
+    """
+    length = length or tokenizer.model_max_length
     ids: Tensor = tokenizer(
-        [expand_tokens(cut_text(text, tokenizer.model_max_length), tokenizer.added_tokens_encoder) for text in texts],
+        [expand_tokens(cut_text(text, length), tokenizer.added_tokens_encoder) for text in texts],
         padding="max_length",
-        max_length=tokenizer.model_max_length,
+        max_length=length,
         truncation=True,
         return_tensors="pt",
     ).input_ids
@@ -47,7 +52,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def prompt_tokenizers(checkpoint: TrainableModel) -> list[Any]:
-    """The tokenizer of each text encoder of the UNet. Without a UNet, that of the encoder of texts."""
+    """The tokenizer of each CLIP text encoder of the UNet. Without a UNet, that of the encoder of texts."""
     second = [checkpoint.second.tokenizer] if isinstance(checkpoint, Checkpoint) and checkpoint.second else []
     return [checkpoint.tokenizer, *second]
 
@@ -55,9 +60,13 @@ def prompt_tokenizers(checkpoint: TrainableModel) -> list[Any]:
 def prompt_ids(checkpoint: TrainableModel, texts: Sequence[str]) -> Tensor:
     """Token ids for the text encoders of the UNet: int64[n, tokens]. Without a UNet, those for the encoder of texts.
 
-    For Stable Diffusion XL, the tokens for the second text encoder follow those for the first, of the same number.
+    For Stable Diffusion XL and 3, the tokens for the second text encoder follow those for the first, of the same
+    number. Those for a third text encoder, THIRD_TOKENS, come last.
     """
-    return torch.cat([tokenize(tokenizer, texts) for tokenizer in prompt_tokenizers(checkpoint)], dim=1)
+    ids = [tokenize(tokenizer, texts) for tokenizer in prompt_tokenizers(checkpoint)]
+    if isinstance(checkpoint, Checkpoint) and checkpoint.third:
+        ids.append(tokenize(checkpoint.third.tokenizer, texts, THIRD_TOKENS))
+    return torch.cat(ids, dim=1)
 
 
 def clip_ids(checkpoint: TrainableModel, texts: Sequence[str]) -> Tensor | None:

@@ -73,6 +73,8 @@ class LatentCache:
         for name, tensor in model.vae.state_dict().items():
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         digest.update(repr(model.vae.config.scaling_factor).encode())
+        if model.latent_shift:
+            digest.update(repr(model.latent_shift).encode())
         self._vae = digest.digest()
 
     def read(self, image: Tensor) -> Tensor | None:

@@ -124,7 +124,8 @@ def load_pairs(
 
     Raises:
         DataError: The catalog is missing, or no row is valid.
-        OptionError: `columns` is invalid, or aspect_buckets is set for a checkpoint that was trained on padded squares.
+        OptionError: `columns` is invalid, or aspect_buckets is set for a checkpoint that was trained on padded squares
+            or has no positions for such images.
     """
     require_captions(columns)
     fit = fit or checkpoint.fit
@@ -178,6 +179,12 @@ class _Views:
         buckets = [(side, side)]
         if aspect_buckets and isinstance(checkpoint, Checkpoint):
             buckets = bucket_sizes(side, checkpoint.block)
+            longest, largest = max(map(max, buckets)), checkpoint.largest_side
+            if largest is not None and longest > largest:
+                raise OptionError(
+                    f"aspect_buckets makes images with sides of up to {longest} pixels, but the transformer of "
+                    f"{checkpoint.path} has positions for at most {largest}. Omit aspect_buckets."
+                )
         return cls((clip_side, clip_side), buckets, fit, checkpoint.resize_for(fit))
 
     def make(self, image: Image.Image) -> _Decoded:

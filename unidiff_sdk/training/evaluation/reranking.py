@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unidiff_sdk.inference.manifest import RerankDefaults
-from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.retrieval.reranking.denoising_error import DenoisingError, Row
 from unidiff_sdk.retrieval.reranking.reranker import combined_scores, gains_of
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
@@ -45,7 +44,7 @@ def reranked_order(
     empty = model.unconditional(prompt_ids(checkpoint, [""]).to(model.device)).map(Tensor.cpu)
     ids = prompt_ids(checkpoint, pairs.captions).to(model.device)
     prompts = [row for chunk in ids.split(CHUNK) for row in model.encode_prompts(chunk).map(Tensor.cpu).rows()]
-    error = DenoisingError(_Unet(model), Schedule.from_pipeline(checkpoint.scheduler_config), settings.noise_seed)
+    error = DenoisingError(_Unet(model), checkpoint.schedule, settings.noise_seed)
     unconditional = error.measure([Row(image, t, empty) for image in latents for t in times])
     rows = [
         Row(latents[i], t, text) for text, items in zip(prompts, nearest, strict=True) for i in items for t in times

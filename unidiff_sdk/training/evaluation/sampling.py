@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unidiff_sdk.generation.samplers import Table, make_table
-from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.data.captions import prompt_ids
 from unidiff_sdk.training.objective.batch import Conditions
@@ -39,9 +38,9 @@ def sampler_settings(
 def sampler_table(checkpoint: Checkpoint, sampler: str, steps: int) -> Table:
     """Sampler table for the checkpoint's noise schedule.
 
-    Raises OptionError for an unknown sampler, or for more steps than the schedule has.
+    Raises OptionError for a sampler that the model does not have, or for more steps than the schedule has.
     """
-    return make_table(sampler, Schedule.from_pipeline(checkpoint.scheduler_config), steps)
+    return make_table(sampler, checkpoint.schedule, steps)
 
 
 @torch.no_grad()

@@ -257,16 +257,17 @@ def denoising_loss(model: JointModel, latents: Tensor, input_ids: Tensor, *, bat
     device, total = model.device, len(latents) * LOSS_TIMESTEPS
     random = seeded_generator(0, Purpose.VALIDATION)
     places = (torch.randperm(total, generator=random) + 0.5) / total
-    timesteps = (places * len(model.alpha_bar)).long()
+    levels = (places * len(model.alpha_bar)).long()
     noise = torch.randn((total, *latents.shape[1:]), generator=random)
     rows = torch.arange(total) // LOSS_TIMESTEPS
     squared = 0.0
     for chunk in torch.arange(total).split(batch_size):
-        t, z, epsilon = timesteps[chunk].to(device), latents[rows[chunk]].to(device), noise[chunk].to(device)
+        t, z, epsilon = levels[chunk].to(device), latents[rows[chunk]].to(device), noise[chunk].to(device)
         alpha_bar = model.alpha_bar[t]
         with model.autocast():
             conditions = model.encode_prompts(input_ids[rows[chunk]].to(device))
-            output = model.predict(losses.add_noise(z, epsilon, alpha_bar), t, conditions).float()
+            z_t = losses.add_noise(z, epsilon, alpha_bar, model.prediction_type)
+            output = model.predict(z_t, model.timesteps[t], conditions).float()
         target = losses.diffusion_target(z, epsilon, alpha_bar, model.prediction_type)
         squared += float((output - target).square().mean()) * len(chunk)
     return squared / total

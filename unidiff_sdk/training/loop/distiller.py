@@ -108,7 +108,8 @@ def distill(
 
     Raises:
         DataError: The catalog is missing or has no caption.
-        CheckpointError: The teacher is missing or incomplete, or `out` cannot be written or holds a checkpoint.
+        CheckpointError: The teacher is missing, incomplete or Stable Diffusion 3, or `out` cannot be written or holds a
+            checkpoint.
         OptionError: An argument is out of range.
         TrainingError: The loss is not finite.
     """
@@ -161,6 +162,11 @@ def _open_teacher(checkpoint: str | Path, out: Path, overwrite: bool) -> Checkpo
     """Load the teacher, once it is sure that the result can be saved to `out`."""
     require_replaceable(out)
     teacher = load_checkpoint(checkpoint)
+    if teacher.is_transformer:
+        raise CheckpointError(
+            f"{teacher.path} is Stable Diffusion 3, which can be trained but not distilled: the student's steps are "
+            "those of DDIM. Distill a model with the architecture of Stable Diffusion 1, 2 or XL."
+        )
     if out.exists() and out.samefile(teacher.path):
         raise TrainingError(f"{out} is the teacher itself. Name another folder for the result.")
     require_replaceable(out, overwrite=overwrite)

@@ -134,10 +134,13 @@ def _sample_step(
     if not isinstance(model, JointModel):
         return indices, RandomInputs.none(len(indices))
     generator = seeded_generator(batches.seed, Purpose.NOISE, step)
-    pairs, timesteps = len(indices), len(model.alpha_bar)
-    samples = min(samples, pairs)
-    shape = batches.latent_shape(indices)
-    return indices, RandomInputs.sample(generator, samples, shape, timesteps, config, pairs=pairs)
+    samples, shape = min(samples, len(indices)), batches.latent_shape(indices)
+    random = RandomInputs.sample(
+        *(generator, samples, shape, model.timesteps.cpu(), config),
+        pairs=len(indices),
+        logit_normal=model.is_transformer,
+    )
+    return indices, random
 
 
 def _micro_batches(
@@ -239,7 +242,7 @@ def _backward_ranking(
     """
     captions = len(candidates)
     generator = seeded_generator(batches.seed, Purpose.SCORE, step)
-    inputs = ScoreInputs.sample(generator, captions, batches.latent_shape(indices), len(model.alpha_bar), config)
+    inputs = ScoreInputs.sample(generator, captions, batches.latent_shape(indices), model.timesteps.cpu(), config)
     logits = torch.zeros_like(teacher_logits)
     terms: dict[str, Tensor] = {}
     mine = processes.shard(captions)

@@ -156,6 +156,8 @@ def train(
     checkpoint = _open_base(base, clip, options, out, processes, resume=resume, overwrite=overwrite)
     if isinstance(checkpoint, SearchModel):
         _require_search_terms(checkpoint, config, prior)
+    elif checkpoint.is_transformer:
+        _require_flow_settings(checkpoint, config)
     if processes.is_main:
         on_start(checkpoint)
     load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
@@ -254,6 +256,15 @@ def _require_search_terms(model: SearchModel, config: TrainingConfig, prior: Pri
         raise OptionError(f"{model.path} has no generator for images of prompts. Name a prior folder with images.")
 
 
+def _require_flow_settings(checkpoint: Checkpoint, config: TrainingConfig) -> None:
+    """Raise OptionError for a setting that has no effect on Stable Diffusion 3."""
+    if config.min_snr_gamma not in (TrainingConfig.min_snr_gamma, 0):
+        raise OptionError(
+            f"min_snr_gamma has no effect: {checkpoint.path} is trained by flow matching, whose loss has the same "
+            "weight at all timesteps. Omit it."
+        )
+
+
 def _load_pairs(
     checkpoint: TrainableModel,
     config: TrainingConfig,
@@ -318,8 +329,6 @@ def _build_model(checkpoint: TrainableModel, config: TrainingConfig, processes: 
         model = JointModel(checkpoint, config.precision)
     model = model.to(processes.device).train()
     set_trainable(model, config)
-    if isinstance(model, JointModel):
-        model.vae.eval()
     if config.lambda_rsc_reward and isinstance(model, JointModel):
         reward_table(model, config)  # an unsupported number of steps is an error now, not after the images are encoded
     if config.checkpoint_activations:

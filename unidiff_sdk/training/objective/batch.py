@@ -18,9 +18,12 @@ __all__ = ["Batch", "Conditions", "RandomInputs", "whole_image_sizes"]
 class Conditions:
     """What conditions the UNet, for n samples: token states, and for Stable Diffusion XL a pooled embedding and sizes.
 
+    The transformer of Stable Diffusion 3 takes token states and a pooled embedding.
+
     Attributes:
         states: float[n, tokens, width], τ(y).
-        pooled: float[n, p], pooled embedding of the captions by the second text encoder of Stable Diffusion XL.
+        pooled: float[n, p], pooled embedding of the captions by the second text encoder of Stable Diffusion XL, or by
+            both CLIP text encoders of Stable Diffusion 3.
         sizes: float[n, 6], its sizes in pixels: height and width of the original image, top and left of the crop,
             height and width of the crop. None: those of a whole image of the sample's own size.
     """
@@ -70,7 +73,7 @@ class Batch:
     Attributes:
         clip_pixels: float[m, 3, s, s], normalized for CLIP.
         latents: float[n, c, h, w], scaled as the UNet expects them.
-        input_ids: int64[m, tokens], captions for the UNet's text encoder, or for both of them, see `prompt_ids`.
+        input_ids: int64[m, tokens], captions for the UNet's text encoders, see `prompt_ids`.
         groups: int64[m]. Pairs with equal values have the same meaning.
         clip_ids: int64[m, tokens], captions for CLIP's text tower, if it has another tokenizer.
         sizes: float[n, 6], the sizes that condition Stable Diffusion XL, see `Conditions`.
@@ -97,7 +100,8 @@ class RandomInputs:
     term's mean is over them.
 
     Attributes:
-        t: int64[n], timesteps.
+        t: int64[n], noise levels, counted from the least noise. For a UNet these are its timesteps, for a transformer
+            indices of `JointModel.timesteps`.
         noise: float[n, c, h, w], standard normal.
         dropped: bool[n], samples whose caption is replaced by the empty one.
         decoded: bool[n], samples whose denoising estimate RSC pixel decodes: the first that pass its gate.
@@ -120,23 +124,29 @@ class RandomInputs:
         generator: torch.Generator,
         samples: int,
         shape: tuple[int, ...],
-        timesteps: int,
+        timesteps: Tensor,
         config: TrainingConfig,
         *,
         pairs: int,
+        logit_normal: bool = False,
     ) -> RandomInputs:
         """Sample the numbers of a whole step.
 
         Args:
             samples: n.
             shape: (c, h, w) of the latents.
-            timesteps: Length of the noise schedule.
+            timesteps: See `JointModel.timesteps`.
             pairs: Number of pairs in the step.
+            logit_normal: Sample the place of t in the schedule as sigmoid(x) with a standard normal x, as Stable
+                Diffusion 3 was trained (Esser et al. 2024, section 3.1), instead of uniformly.
         """
-        t = torch.randint(0, timesteps, (samples,), generator=generator)
+        if logit_normal:
+            t = (torch.randn(samples, generator=generator).sigmoid() * len(timesteps)).long()
+        else:
+            t = torch.randint(0, len(timesteps), (samples,), generator=generator)
         noise = torch.randn((samples, *shape), generator=generator)
         dropped = torch.rand(samples, generator=generator) < config.caption_dropout
-        gated = t <= config.rsc_t_max
+        gated = timesteps[t] <= config.rsc_t_max
         decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
         return cls(t, noise, dropped, decoded, samples, int(decoded.sum()), pairs)
 

@@ -2,8 +2,12 @@
 
 Pairs (x_i, y_i) of an image and a caption. f is CLIP's image tower and g its text tower, both onto the unit sphere:
 u_i = f(x_i), v_i = g(y_i). τ(y) are the token states of the text tower, which condition the UNet ε_θ. E and D are the
-encoder and decoder of the frozen VAE; z = E(x) are latents. ᾱ_t is the noise schedule (`alpha_bar`). Every loss is a
-scalar. It is finite for finite inputs, even if no sample contributes to it.
+encoder and decoder of the frozen VAE; z = E(x) are latents. ᾱ_t is the noise schedule (`alpha_bar`), of the
+signal-to-noise ratio ᾱ_t/(1-ᾱ_t). Every loss is a scalar. It is finite for finite inputs, even if no sample contributes
+to it.
+
+Models that predict ε or v have noisy latents z_t = √ᾱ_t·z + √(1-ᾱ_t)·ε. Flow matching ("flow", Stable Diffusion 3) has
+z_t = (1-σ_t)·z + σ_t·ε. Its ᾱ_t is that of the same signal-to-noise ratio, see `flow_alpha_bar`.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ __all__ = [
     "clamp_logit_scale",
     "diffusion_target",
     "feature_distillation",
+    "flow_alpha_bar",
     "gradient_only_through_input",
     "itc",
     "linear_warmup",
@@ -109,45 +114,66 @@ def feature_distillation(u: Tensor, u_base: Tensor) -> Tensor:
 # --- IS: image synthesis ---------------------------------------------------------------------------------------------
 
 
-def add_noise(z: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+def flow_alpha_bar(sigma: Tensor) -> Tensor:
+    """ᾱ of the same signal-to-noise ratio as a noise level of flow matching: (1-σ)²/((1-σ)² + σ²).
+
+    Weights by ᾱ then mean the same for all models.
+
+    sigma: float[n] in [0, 1]. Returns float32[n].
+    """
+    sigma = sigma.double()
+    return ((1 - sigma).square() / ((1 - sigma).square() + sigma.square())).float()
+
+
+def add_noise(z: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
     """Noisy latents z_t = √ᾱ_t·z + √(1-ᾱ_t)·ε (Ho et al. 2020, equation 4).
 
-    z, noise: float[n, c, h, w]; alpha_bar: float[n]. Returns float[n, c, h, w].
+    For flow matching (1-σ_t)·z + σ_t·ε (Esser et al. 2024, section 3).
+
+    z, noise: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon", "v_prediction" or "flow". Returns
+    float[n, c, h, w].
     """
-    signal, sigma = _signal_and_sigma(alpha_bar)
+    signal, sigma = _signal_and_sigma(alpha_bar, prediction_type)
     return signal * z + sigma * noise
 
 
 def diffusion_target(z: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """Target of the UNet: ε, or v = √ᾱ_t·ε - √(1-ᾱ_t)·z (Salimans & Ho 2022, appendix D).
+    """Target of the UNet: ε, or v = √ᾱ_t·ε - √(1-ᾱ_t)·z (Salimans & Ho 2022, appendix D), or for flow matching ε - z.
 
-    z, noise: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon" or "v_prediction".
+    z, noise: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon", "v_prediction" or "flow".
     """
     if prediction_type == "epsilon":
         return noise
-    signal, sigma = _signal_and_sigma(alpha_bar)
+    if prediction_type == "flow":
+        return noise - z
+    signal, sigma = _signal_and_sigma(alpha_bar, prediction_type)
     return signal * noise - sigma * z
 
 
 def predict_original(z_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
     """Denoising estimate ẑ_0 = (z_t - √(1-ᾱ_t)·ε)/√ᾱ_t, or √ᾱ_t·z_t - √(1-ᾱ_t)·v for v prediction.
 
-    z_t, output: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon" or "v_prediction".
+    For flow matching z_t - σ_t·v, where the model predicts v = ε - z.
+
+    z_t, output: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon", "v_prediction" or "flow".
     """
-    signal, sigma = _signal_and_sigma(alpha_bar)
+    signal, sigma = _signal_and_sigma(alpha_bar, prediction_type)
     if prediction_type == "epsilon":
         return (z_t - sigma * output) / signal
+    if prediction_type == "flow":
+        return z_t - sigma * output
     return signal * z_t - sigma * output
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Min-SNR-γ weight: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ_t/(1-ᾱ_t).
 
-    Hang et al. 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4.
+    Hang et al. 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4. Flow matching has the
+    weight 1: how often each timestep is sampled weights its loss (Esser et al. 2024, section 3.1).
 
     alpha_bar: float[n]; gamma: γ ≥ 0, where 0 gives every timestep the weight 1. Returns float[n].
     """
-    if gamma == 0:
+    if gamma == 0 or prediction_type == "flow":
         return torch.ones_like(alpha_bar)
     if prediction_type == "epsilon":
         # min(γ/SNR, 1) equals min(SNR, γ)/SNR and stays finite at zero terminal SNR.
@@ -164,9 +190,13 @@ def synthesis(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (weight * (output - target).square().flatten(1).mean(dim=1)).mean()
 
 
-def _signal_and_sigma(alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+def _signal_and_sigma(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
+    """Shares of z and ε in z_t: their squares add up to 1, for flow matching they themselves do."""
     alpha_bar = alpha_bar[:, None, None, None]
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if prediction_type == "flow":
+        return signal / (signal + sigma), sigma / (signal + sigma)
+    return signal, sigma
 
 
 # --- RSC: reciprocal semantic consistency ----------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unidiff_sdk.generation.samplers import Table, make_table
-from unidiff_sdk.inference.schedule import Schedule
 from unidiff_sdk.training.config import TrainingConfig
 
 from . import losses
@@ -42,8 +41,7 @@ def reward_table(model: JointModel, config: TrainingConfig) -> Table:
 
     Raises OptionError if the sampler does not support this number of steps.
     """
-    schedule = Schedule.from_pipeline(model.scheduler_config)
-    return make_table(model.sampler_defaults["name"], schedule, config.rsc_reward_steps)
+    return make_table(model.sampler_defaults["name"], model.schedule, config.rsc_reward_steps)
 
 
 @dataclass(frozen=True)

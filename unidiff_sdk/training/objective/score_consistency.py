@@ -52,7 +52,7 @@ class ScoreInputs:
     """Random numbers for the a captions that a step scores. On the CPU.
 
     Attributes:
-        t: int64[a, r], timesteps.
+        t: int64[a, r], noise levels, as in `RandomInputs`.
         noise: float[a, r, c, h, w], standard normal.
     """
 
@@ -61,12 +61,18 @@ class ScoreInputs:
 
     @classmethod
     def sample(
-        cls, generator: torch.Generator, captions: int, shape: tuple[int, ...], timesteps: int, config: TrainingConfig
+        cls,
+        generator: torch.Generator,
+        captions: int,
+        shape: tuple[int, ...],
+        timesteps: Tensor,
+        config: TrainingConfig,
     ) -> ScoreInputs:
-        """Sample the numbers of a step. shape: (c, h, w) of the latents. timesteps: length of the noise schedule."""
-        size = (captions, config.rsc_timesteps)
-        low, high = int(LOWEST * timesteps), max(int(LOWEST * timesteps) + 1, int(HIGHEST * timesteps))
-        t = torch.randint(low, high, size, generator=generator)
+        """Sample the numbers of a step. shape: (c, h, w) of the latents. timesteps: see `JointModel.timesteps`."""
+        size, total = (captions, config.rsc_timesteps), len(timesteps)
+        bounds = timesteps.new_tensor([int(LOWEST * total), int(HIGHEST * total)])
+        low, high = torch.searchsorted(timesteps, bounds).tolist()
+        t = torch.randint(low, max(low + 1, high), size, generator=generator)
         return cls(t, torch.randn((*size, *shape), generator=generator))
 
     def select(self, indices: Tensor) -> ScoreInputs:
@@ -127,7 +133,7 @@ def generator_logits(
     noise = noise[:, None].expand(*shape, *noise.shape[2:]).flatten(0, 2)
     t = t[:, None].expand(shape).flatten()
     alpha_bar = model.alpha_bar[t]
-    z_t = losses.add_noise(z, noise, alpha_bar)
+    z_t = losses.add_noise(z, noise, alpha_bar, model.prediction_type)
     target = losses.diffusion_target(z, noise, alpha_bar, model.prediction_type)
 
     of_rows = None if sizes is None else sizes[:, :, None].expand(*shape, 6).flatten(0, 2)
@@ -135,7 +141,7 @@ def generator_logits(
     def error(encode: Callable[[Tensor], Conditions], ids: Tensor) -> Tensor:
         with model.autocast():
             conditions = encode(ids).repeated(len(t) // len(ids)).with_sizes(of_rows)
-            output = model.predict(z_t, t, conditions)
+            output = model.predict(z_t, model.timesteps[t], conditions)
         return (output.float() - target).square().flatten(1).mean(dim=1).view(shape).mean(dim=2)
 
     with torch.no_grad():

@@ -30,7 +30,7 @@ class Denoising:
     Attributes:
         alpha_bar: float[n], ᾱ_t.
         z_t: float[n, c, h, w], noisy latents.
-        target: float[n, c, h, w], ε or v.
+        target: float[n, c, h, w], ε or v, see `losses.diffusion_target`.
         output: float[n, c, h, w], the UNet's prediction of the target.
     """
 
@@ -207,8 +207,8 @@ def _feature_distillation(embeddings: Mapping[str, Tensor], batch: Batch, random
 def _denoise(model: JointModel, z: Tensor, conditions: Conditions, random: RandomInputs) -> Denoising:
     t, noise = random.t.to(z.device), random.noise.to(z.device)
     alpha_bar = model.alpha_bar[t]
-    z_t = losses.add_noise(z, noise, alpha_bar)
-    output = model.predict(z_t, t, conditions)
+    z_t = losses.add_noise(z, noise, alpha_bar, model.prediction_type)
+    output = model.predict(z_t, model.timesteps[t], conditions)
     target = losses.diffusion_target(z, noise, alpha_bar, model.prediction_type)
     return Denoising(alpha_bar, z_t, target, output.float())
 

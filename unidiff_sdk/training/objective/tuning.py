@@ -1,8 +1,9 @@
 """Trainable weights: each component is tuned with all its weights, with low-rank adapters (LoRA), or not at all.
 
-The components are the UNet, the text side (CLIP's text tower and projection, and the pipeline's text encoders as far as
-they are separate) and the image side (CLIP's image tower and projection). Saved weights have the adapters merged, so a
-tuned checkpoint loads like any other. The adapters are saved with it in the formats of peft, diffusers and kohya.
+The components are the UNet (in Stable Diffusion 3 the transformer), the text side (CLIP's text tower and projection,
+and the pipeline's CLIP text encoders as far as they are separate) and the image side (CLIP's image tower and
+projection). Saved weights have the adapters merged, so a tuned checkpoint loads like any other. The adapters are saved
+with it in the formats of peft, diffusers and kohya.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +29,9 @@ __all__ = ["ADAPTERS", "KOHYA", "add_adapters", "component_of", "save_adapters",
 
 ADAPTERS = "adapters"  # subfolder of the checkpoint
 KOHYA = "kohya.safetensors"  # file in that subfolder
-UNET_LAYERS = r"to_q|to_k|to_v|to_out\.0"  # attention, as in diffusers' LoRA training
+# Attention, as in diffusers' LoRA training. The second line: of the text, in a transformer.
+UNET_LAYERS = r"to_q|to_k|to_v|to_out\.0"
+JOINT_LAYERS = r"add_q_proj|add_k_proj|add_v_proj|to_add_out"
 TOWER_LAYERS = r"q_proj|k_proj|v_proj|out_proj|fc1|fc2"  # attention and MLP
 FUSED_LAYERS = r"head\.attention\."  # SigLIP's pooling reads these weights itself, so an adapter would have no effect
 
@@ -39,6 +42,7 @@ def add_adapters(checkpoint: TrainableModel, config: TrainingConfig) -> None:
         return
     torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
     text, image = config.lora_rank(Component.TEXT), config.lora_rank(Component.IMAGE)
+    shares_projection = isinstance(checkpoint, Checkpoint) and checkpoint.is_transformer and checkpoint.shared
     _inject(
         checkpoint.clip,
         {
@@ -48,10 +52,13 @@ def add_adapters(checkpoint: TrainableModel, config: TrainingConfig) -> None:
     )
     if isinstance(checkpoint, SearchModel):
         return
-    _inject(checkpoint.unet, {rf".*\.({UNET_LAYERS})": config.lora_rank(Component.UNET)})
+    if shares_projection:  # the adapted one has taken its place in CLIP
+        checkpoint.text_encoder.text_projection = checkpoint.clip.text_projection
+    _inject(checkpoint.unet, {rf".*\.({UNET_LAYERS}|{JOINT_LAYERS})": config.lora_rank(Component.UNET)})
     # The layers shared with CLIP have adapters already.
     second = checkpoint.second
-    used = checkpoint.text_encoder.config.num_hidden_layers - (1 if second else 0)  # see `unused_weights`
+    ends_early = second is not None and not checkpoint.is_transformer  # see `unused_weights`
+    used = checkpoint.text_encoder.config.num_hidden_layers - ends_early
     layers = range(checkpoint.shared_layers, used)
     own = "|".join(map(str, layers))
     _inject(checkpoint.text_encoder, {rf".*layers\.({own})\..*\.({TOWER_LAYERS})": text if own else 0})
@@ -80,7 +87,10 @@ def set_trainable(model: EncoderModel, config: TrainingConfig) -> None:
 
 
 def component_of(name: str) -> Component | None:
-    """Component of a parameter of the model. None for the VAE. Temperature and bias belong to the text side."""
+    """Component of a parameter of the model. Temperature and bias belong to the text side.
+
+    None for the frozen parts: the VAE and a third text encoder.
+    """
     prefixes = {
         "unet.": Component.UNET,
         "text_encoder.": Component.TEXT,
@@ -97,8 +107,9 @@ def save_adapters(checkpoint: TrainableModel, folder: Path) -> None:
 
     - peft, one folder per model: `PeftModel.from_pretrained(base.unet, folder / "unet")`
     - diffusers, for UNet and text encoders: `StableDiffusionPipeline.load_lora_weights(folder)`, or the same of
-      `StableDiffusionXLPipeline`
-    - kohya, the same tensors with their alphas in one file, for other programs
+      `StableDiffusionXLPipeline` or `StableDiffusion3Pipeline`
+    - kohya, the same tensors with their alphas in one file, for other programs; not for Stable Diffusion 3, whose
+      layers diffusers does not convert
     """
     if isinstance(checkpoint, SearchModel):
         _save_for_peft(checkpoint.model, folder / "clip")
@@ -113,7 +124,14 @@ def _save_for_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     adapters = {name: tensors for name, model in models.items() if (tensors := _adapters(model))}
     if not adapters:
         return
-    layers = {f"{name}_lora_layers": convert_state_dict_to_diffusers(tensors) for name, tensors in adapters.items()}
+    layers = {
+        # Adapters of a transformer keep the names of peft, those of other models are older.
+        f"{name}_lora_layers": tensors if name == "transformer" else convert_state_dict_to_diffusers(tensors)
+        for name, tensors in adapters.items()
+    }
+    if checkpoint.is_transformer:
+        StableDiffusion3Pipeline.save_lora_weights(folder, **layers)
+        return
     pipeline: Any = StableDiffusionXLPipeline if checkpoint.second else StableDiffusionPipeline
     pipeline.save_lora_weights(folder, **layers)
     prefixed = {f"{name}.{key}": tensor for name, tensors in adapters.items() for key, tensor in tensors.items()}
@@ -126,7 +144,10 @@ def _save_for_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _prompted_models(checkpoint: Checkpoint) -> dict[str, torch.nn.Module]:
     """The models that generate from prompts and can have adapters, by their names in a pipeline."""
-    models: dict[str, torch.nn.Module] = {"unet": checkpoint.unet, "text_encoder": checkpoint.text_encoder}
+    models: dict[str, torch.nn.Module] = {
+        checkpoint.denoiser: checkpoint.unet,
+        "text_encoder": checkpoint.text_encoder,
+    }
     return models | ({"text_encoder_2": checkpoint.second.model} if checkpoint.second else {})
 
 

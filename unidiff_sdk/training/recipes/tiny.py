@@ -289,7 +289,7 @@ def train_unet(
         noise, alpha_bar = torch.randn_like(z), alphas[t]
         condition = torch.where(torch.rand(len(z), 1, 1) < CAPTION_DROPOUT, empty, states[texts.sample(index)])
         with autocast():
-            output = unet(losses.add_noise(z, noise, alpha_bar), t, condition).sample.float()
+            output = unet(losses.add_noise(z, noise, alpha_bar, prediction_type), t, condition).sample.float()
         target = losses.diffusion_target(z, noise, alpha_bar, prediction_type)
         return losses.synthesis(output, target, losses.min_snr_weight(alpha_bar, MIN_SNR_GAMMA, prediction_type))
 

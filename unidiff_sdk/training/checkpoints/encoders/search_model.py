@@ -19,13 +19,7 @@ from unidiff_sdk.inference.folder.hub import is_hub_name
 from unidiff_sdk.inference.manifest import ImageInput, Resize
 from unidiff_sdk.training.checkpoints.architectures import check_clip_files, has_generator, model_type_of
 from unidiff_sdk.training.checkpoints.bases import hub_id, load_base, local_folder
-from unidiff_sdk.training.checkpoints.checkpoint import (
-    METADATA,
-    Checkpoint,
-    load_encoders,
-    load_tokenizer,
-    require_trainable,
-)
+from unidiff_sdk.training.checkpoints.checkpoint import METADATA, Checkpoint, load_encoders, load_tokenizer
 from unidiff_sdk.training.checkpoints.json_files import read_json
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
 
@@ -157,7 +151,7 @@ def load_trainable(base: str | Path, clip: str | Path | None, options: BaseOptio
         CheckpointError: The base is missing or not supported, or an option does not fit it.
     """
     if clip is not None or not _is_search_model(base):
-        return require_trainable(load_base(base, clip, options))
+        return load_base(base, clip, options)
     if options != BaseOptions(variant=options.variant):
         raise CheckpointError(
             f"{base} has no generator, so LoRA files, textual inversions, another VAE and base_config do not fit it. "

@@ -14,6 +14,7 @@ from unidiff_sdk.training.checkpoints.json_files import read_json
 
 __all__ = [
     "SECOND_FILES",
+    "THIRD_TOKENS",
     "SecondTextEncoder",
     "ThirdTextEncoder",
     "has_second_text_encoder",
@@ -26,6 +27,7 @@ SECOND_FILES = {
     "text_encoder_2/config.json": "second text encoder",
     "tokenizer_2/tokenizer_config.json": "tokenizer of the second text encoder",
 }
+THIRD_TOKENS = 256  # of the third text encoder of Stable Diffusion 3: `max_sequence_length` of diffusers' pipeline
 PIPELINES = tuple(f"StableDiffusionXL{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
 
 
