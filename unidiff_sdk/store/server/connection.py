@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from unidiff_sdk._internal.json_values import whole_number
+from unidiff_sdk._internal.json_values import plain_number
 from unidiff_sdk._internal.text import Secret, redact_url
 from unidiff_sdk.errors import OptionError, StoreError
 
@@ -83,11 +83,13 @@ class ServerOptions:
         if not isinstance(self.consistency, str):
             numbers |= {"consistency": 1}
         for name, least in numbers.items():
-            if (value := getattr(self, name)) is None and getattr(ServerOptions, name) is None:
+            value, most = plain_number(getattr(self, name)), _MOST.get(name, MAX_INT32)
+            if value is None and getattr(ServerOptions, name) is None:
                 continue
-            value, most = whole_number(f"ServerOptions: {name}", value, at_least=least), _MOST.get(name, MAX_INT32)
-            if value > most:
-                raise OptionError(f"ServerOptions: {name} is {value:,}; give at most {most:,}")
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (is_whole and least <= value <= most):
+                shown = f"{value.bit_length()} bits" if is_whole and value.bit_length() > 128 else f"{value!r:.60}"
+                raise OptionError(f"ServerOptions({name}={shown}): {name} must be an integer from {least} to {most:,}")
             object.__setattr__(self, name, value)
         if self.grpc_port != ServerOptions.grpc_port and not self.grpc:
             raise OptionError(f"ServerOptions(grpc_port={self.grpc_port}) has no effect without grpc=True. Add it.")
