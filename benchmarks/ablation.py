@@ -39,30 +39,28 @@ SIZES = (200, 1000)  # pairs that an arm is tuned on
 GALLERY, PROMPTS, PER_PROMPT = 300, 60, 2
 RETAINED = 200  # products of each catalog that the base was trained on
 COMMON = {"steps": 160, "batch_size": 32, "save_every": 10_000, "precision": "bf16"}
-RERANK = {"candidates": 8, "timesteps": (650, 850), "weight": 1.5}
+RERANK = {"candidates": 4, "timesteps": (650, 850), "weight": 1.5}
 SAMPLER, SAMPLER_STEPS, GUIDANCE = "dpm++2m", 10, 5.0
 
-# Terms that are off unless an arm names them.
-OFF = {"lambda_rsc": 0.0}
 # The differences from the defaults. Separate tuning, today's practice, is "CLIP alone" for retrieval and "SD alone"
 # (the UNet without its text encoder) for generation, with one checkpoint each. "SD and text" shows the effect of
 # synthesis alone when it trains the text tower as well, as it does in every joint arm.
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
-    "CLIP alone": OFF | {"lambda_is": 0.0},
-    "CLIP alone, hard negatives": OFF | {"lambda_is": 0.0},
-    "SD alone": OFF | {"lambda_itc": 0.0, "lock_text": True, "lock_image": True},
-    "SD and text": OFF | {"lambda_itc": 0.0, "lock_image": True},
-    "ITC + IS": OFF,
-    "ITC + IS, hard negatives": OFF,
-    "RSC encoder": OFF,
-    "RSC generator": OFF,
-    "RSC encoder and generator": OFF,
-    "RSC reward": OFF,
-    "RSC pixel": OFF,
+    "CLIP alone": {"lambda_is": 0.0},
+    "CLIP alone, hard negatives": {"lambda_is": 0.0},
+    "SD alone": {"lambda_itc": 0.0, "lock_text": True, "lock_image": True},
+    "SD and text": {"lambda_itc": 0.0, "lock_image": True},
+    "ITC + IS": {},
+    "ITC + IS, hard negatives": {},
+    "RSC encoder": {},
+    "RSC generator": {},
+    "RSC encoder and generator": {},
+    "RSC reward": {},
 }
-# The two settings per arm. Arms with hard negatives keep the learning rate chosen for the arm without them. The larger
-# weights of RSC are those that generated worse in a trial with 5 hard negatives.
+# The two settings per arm; one where the settings of other arms decide. Arms with hard negatives keep the learning rate
+# chosen for the arm without them. The larger weights of RSC are those that generated worse in trials with 5 hard
+# negatives.
 RATES = [{"learning_rate": rate} for rate in (2e-4, 4e-4)]
 SETTINGS: dict[str, list[dict[str, float]]] = {
     "base": [{}],
@@ -74,24 +72,15 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "ITC + IS, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
     "RSC encoder": [{"lambda_rsc_encoder": weight} for weight in (0.02, 0.1)],
     "RSC generator": [{"lambda_rsc_generator": weight} for weight in (0.01, 0.05)],
-    "RSC encoder and generator": [
-        {"lambda_rsc_encoder": weight, "lambda_rsc_generator": weight / 2} for weight in (0.02, 0.1)
-    ],
+    "RSC encoder and generator": [{}],
     "RSC reward": [{"lambda_rsc_reward": weight} for weight in (0.002, 0.01)],
-    "RSC pixel": [{"lambda_rsc": weight} for weight in (0.03, 0.1)],
-}
-# An earlier ablation with weaker bases found two forms without effect. They were tried once more, to run on the test
-# pairs only if they beat "ITC + IS, hard negatives" on the validation pairs. RSC pixel did, and is an arm; this one did
-# not.
-TRIALS: dict[str, list[dict[str, float]]] = {
-    "RSC feature": [{"lambda_rsc_feature": weight} for weight in (0.01, 0.03)],
 }
 INHERITED = {  # the arm whose chosen settings an arm starts from
     "CLIP alone, hard negatives": "CLIP alone",
     "ITC + IS, hard negatives": "ITC + IS",
     **dict.fromkeys([arm for arm in ARMS if arm.startswith("RSC")], "ITC + IS, hard negatives"),
-    **dict.fromkeys(TRIALS, "ITC + IS, hard negatives"),
 }
+COMBINED = {"RSC encoder and generator": ("RSC encoder", "RSC generator")}  # the arms whose chosen settings an arm has
 # The figures that decide for arms that tune one half; all others use both.
 HALVES = {
     "CLIP alone": ("r@1",),
@@ -158,8 +147,8 @@ def main(
 
 def development_runs() -> Iterator[Run]:
     """Yield the search for settings. An arm comes after the arm that it inherits from."""
-    for arm, settings in (SETTINGS | TRIALS).items():
-        for setting in range(len(settings)):
+    for arm, settings in SETTINGS.items():
+        for setting in range(len(settings) if len(settings) > 1 else 0):
             yield Run("development", DEVELOPMENT, SIZES[0], arm, setting, 0)
 
 
@@ -215,6 +204,8 @@ def reserved(file: Path, *, wait: bool) -> Iterator[bool]:
 
 def best_setting(work: Path, arm: str) -> int:
     """Return the setting with the best score on the validation pairs; ties go to the first."""
+    if len(SETTINGS[arm]) == 1:
+        return 0
     tried = [json.loads((work / run.name).read_text("utf-8")) for run in development_runs() if run.arm == arm]
     return int(np.argmax([score(arm, one["figures"]) for one in tried]))
 
@@ -226,10 +217,7 @@ def score(arm: str, figures: Mapping[str, float]) -> float:
 
 def options(run: Run, work: Path) -> dict[str, Any]:
     """Return the training configuration of a run."""
-    from unidiff_sdk.training.config import TrainingConfig
-
-    chosen = COMMON | inherited(run.arm, work) | {"seed": run.seed} | (SETTINGS | TRIALS)[run.arm][run.setting]
-    return chosen | ({"rsc_samples": 8} if TrainingConfig(**chosen).lambda_rsc else {})
+    return COMMON | inherited(run.arm, work) | {"seed": run.seed} | SETTINGS[run.arm][run.setting]
 
 
 def inherited(arm: str, work: Path) -> dict[str, Any]:
@@ -238,7 +226,9 @@ def inherited(arm: str, work: Path) -> dict[str, Any]:
     if origin is None:
         return ARMS[arm]
     chosen = inherited(origin, work) | SETTINGS[origin][best_setting(work, origin)]
-    return chosen | ARMS.get(arm, OFF)
+    for part in COMBINED.get(arm, ()):
+        chosen |= SETTINGS[part][best_setting(work, part)]
+    return chosen | ARMS[arm]
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
@@ -432,7 +422,7 @@ def collect(work: Path, result: Path) -> None:
 def _collect(work: Path, result: Path) -> None:
     runs = [json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))]
     declaration = {
-        **{"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "trials": TRIALS, "inherited": INHERITED},
+        **{"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "inherited": INHERITED},
         **{"seeds": SEEDS, "sizes": SIZES, "common": COMMON, "rerank": RERANK, "gallery": GALLERY},
         **{"sampler": SAMPLER, "sampler_steps": SAMPLER_STEPS, "guidance": GUIDANCE},
         **{"prompts": PROMPTS, "per_prompt": PER_PROMPT, "base_steps": STEPS},

@@ -33,7 +33,6 @@ REFERENCES = {
     "RSC generator": HARD,
     "RSC encoder and generator": HARD,
     "RSC reward": HARD,
-    "RSC pixel": HARD,
 }
 # The half that an arm does not tune is not compared.
 UNTUNED = {("all_right", "CLIP alone"), ("all_right", "CLIP alone, hard negatives"), ("search", "SD alone")}
@@ -66,13 +65,15 @@ never seen. It is evaluated on pairs that no arm was tuned on: a gallery of up t
 the queries, and {prompts} prompts with {per_prompt} images each, generated from the same noise in {sampler_steps}
 guided steps ({sampler}, scale {guidance:g}). An image is right for a caption if it has the same attributes (synthetic
 catalogs) or the same caption. "Re-ranked" is `search(rerank={rerank[candidates]})` with timesteps
-{rerank[timesteps]} and weight {rerank[weight]:g}, by the UNet of the same arm. The judge of generated images is frozen
+{rerank[timesteps]} and weight {rerank[weight]:g}, by the UNet of the same arm. Training, re-ranking and generation run
+in bfloat16. The judge of generated images is frozen
 and was trained on other renderings.
 
 Two settings per arm were tried on the validation pairs of ecommerce-product with {sizes[0]} pairs and one seed. The
 better one was frozen and run on the test pairs. The score is the mean of R@1 in both directions and "all attributes
 right", or the one of them that the arm tunes; ties go to the first setting. RSC arms include the hard negatives and the
-settings chosen for "ITC + IS, hard negatives".
+settings chosen for "ITC + IS, hard negatives"; "RSC encoder and generator" has the chosen weights of both. The settings
+of the arms without RSC were chosen on an earlier base of the same recipe, with 6,000 UNet steps.
 
 Figures are means over seeds, followed by the lowest and the highest seed. KID and CMMD are unbiased estimates and may
 be below zero. Intervals come from a bootstrap over seeds and over queries or prompts, without correction for multiple
@@ -326,7 +327,7 @@ def chosen(content: Result) -> Iterator[str]:
     }
     yield "| arm | settings and their scores |"
     yield "|---|---|"
-    for arm, settings in (content["declared"]["settings"] | content["declared"]["trials"]).items():
+    for arm, settings in content["declared"]["settings"].items():
         tried = [
             f"{_format(setting)}: {scores[arm, i]:.3f}" for i, setting in enumerate(settings) if (arm, i) in scores
         ]

@@ -306,7 +306,7 @@ def left_overs(catalog: Path) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ training, export
 
-TRAINING = {"steps": 4, "batch_size": 3, "save_every": 1, "warmup_steps": 1, "lambda_rsc": 0.0, "learning_rate": 1e-3}
+TRAINING = {"steps": 4, "batch_size": 3, "save_every": 1, "warmup_steps": 1, "learning_rate": 1e-3}
 
 
 class Training(Operation):

@@ -113,4 +113,4 @@ def test_preprocessing_that_is_not_followed_is_refused(change: dict, message: st
 
 def test_training_is_refused_by_name(folder: Path, small_catalog: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="NaFlex variant of SigLIP 2, which can be exported but not trained"):
-        train(small_catalog, folder, tmp_path / "out", TrainingConfig(lambda_is=0, lambda_rsc=0), device="cpu")
+        train(small_catalog, folder, tmp_path / "out", TrainingConfig(lambda_is=0), device="cpu")

@@ -56,15 +56,15 @@ def with_third(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(base: Path, small_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tuned by adapters with ITC, IS, RSC pixel, score consistency and the reward on hard negatives."""
+    """Tuned by adapters with ITC, IS, score consistency and the reward on hard negatives."""
     rsc = {"lambda_rsc_encoder": 0.3, "lambda_rsc_generator": 0.3, "lambda_rsc_reward": 0.1, "rsc_reward_steps": 2}
-    config = TrainingConfig(steps=4, rsc_t_max=999, hard_negatives=1, **SETTINGS, **LORA, **rsc)
+    config = TrainingConfig(steps=4, hard_negatives=1, **SETTINGS, **LORA, **rsc)
     out = tmp_path_factory.mktemp("runs") / "lora"
     validator = Validator(small_catalog, steps=2, prompts=[PROMPT])
     result = train(
         small_catalog, base, out, config, device="cpu", on_validate=validator, latents=out.parent / "latents"
     )
-    assert set(result.losses) == {"itc", "is", "rsc", "rsc_encoder", "rsc_generator", "rsc_reward"}
+    assert set(result.losses) == {"itc", "is", "rsc_encoder", "rsc_generator", "rsc_reward"}
     return out
 
 

@@ -41,7 +41,6 @@ class TrainingStep:
             self.config,
             step=step,
             empty_ids=self.empty_ids,
-            teacher=None,
             processes=ALONE,
             prior=self.prior,
         )

@@ -42,6 +42,13 @@ def test_config_reads_names_of_earlier_versions() -> None:
     assert TrainingConfig.from_dict({"lambda_leash": 0.5}).lambda_feature_distillation == 0.5
 
 
+def test_config_reads_removed_settings_that_had_no_effect() -> None:
+    removed = {"lambda_rsc": 0.0, "lambda_rsc_feature": 0.0, "rsc_t_max": 300, "rsc_teacher": "ema"}
+    assert TrainingConfig.from_dict({"steps": 7} | removed) == TrainingConfig(steps=7)
+    with pytest.raises(OptionError, match="lambda_rsc is the weight of a term that this version does not have"):
+        TrainingConfig.from_dict({"lambda_rsc": 0.1})
+
+
 def test_config_refuses_unknown_names() -> None:
     with pytest.raises(OptionError, match=r"Unknown setting 'lambda_x'\. Settings: steps, batch_size"):
         TrainingConfig.from_dict({"lambda_x": 0.5})

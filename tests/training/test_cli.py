@@ -21,7 +21,7 @@ from unidiff_sdk.training.checkpoints.saving import TRAINING_STATE, save_checkpo
 from unidiff_sdk.training.cli import distill, evaluate, train  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 
-FEW = ["--steps", "2", "--batch-size", "4", "--rsc", "0", "--device", "cpu"]
+FEW = ["--steps", "2", "--batch-size", "4", "--device", "cpu"]
 FEW_DISTILLED = ["--steps", 2, "--batch-size", 4, "--trajectories", 4, "--teacher-steps", 8, "--device", "cpu"]
 
 
@@ -179,14 +179,14 @@ def test_invalid_options_are_refused(random_checkpoint: Path, small_catalog: Pat
     common = (train, small_catalog, "--base", random_checkpoint, "-o", tmp_path / "out")
     assert "caption_dropout" in refused(call(*common, "--caption-dropout", 2))
     assert "colour" in one_line(call(*common, "--group", "brand"))
-    assert call(*common, "--rsc-teacher", "judge").exit_code == 2
+    assert call(*common, "--precision", "fp8").exit_code == 2
     assert "--val" in refused(call(*common, "--patience", 3)) and "--val" in refused(call(*common, "--wise-ft"))
     assert "--prior" in refused(call(*common, "--prior-prompt", "a coat"))
     assert "needs at least 1" in refused(call(*common, "--prior", tmp_path, "--prior-prompt", "a", "--prior-pairs", 0))
     assert "both --base and --base-data" in refused(call(evaluate, random_checkpoint, small_catalog, "--base", "tiny"))
     assert "--prior-pairs has no effect without --prior" in refused(call(*common, "--prior-pairs", 9))
     assert "--validate-every has no effect without --val" in refused(call(*common, "--validate-every", 9))
-    assert "rsc_teacher has no effect" in refused(call(*common, "--rsc", 0, "--rsc-teacher", "ema"))
+    assert "rsc_captions has no effect" in refused(call(*common, "--rsc-captions", 2))
     no_images = (evaluate, random_checkpoint, small_catalog, "--prompts", 0)
     assert "--sheet, --steps have no effect" in refused(call(*no_images, "--steps", 4, "--sheet", tmp_path / "x.png"))
     assert "is a folder" in refused(call(evaluate, random_checkpoint, small_catalog, "--json", tmp_path))
@@ -210,7 +210,7 @@ def test_interrupt_saves_and_says_how_to_continue(
     random_checkpoint: Path, small_catalog: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     """A real process, interrupted by the first line of losses."""
-    out, many = tmp_path / "out", ["--steps", "100000", "--batch-size", "4", "--rsc", "0", "--device", "cpu"]
+    out, many = tmp_path / "out", ["--steps", "100000", "--batch-size", "4", "--device", "cpu"]
     arguments = list(map(str, [small_catalog, "--base", random_checkpoint, "-o", out, *many]))
     command = [sys.executable, "-c", INTERRUPTIBLE, *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

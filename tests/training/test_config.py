@@ -41,19 +41,16 @@ def test_settings_of_another_type_are_errors(settings: dict[str, Any], says: str
         TrainingConfig(**settings)
 
 
-OFF = {"lambda_rsc": 0.0}
-CLIP_ONLY = {"lambda_is": 0.0, "lambda_rsc": 0.0}
-GENERATOR_ONLY = {"lambda_itc": 0.0, "lambda_rsc": 0.0}
+CLIP_ONLY = {"lambda_is": 0.0}
+GENERATOR_ONLY = {"lambda_itc": 0.0}
 
 
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        (OFF | {"rsc_teacher": "ema"}, "rsc_teacher"),
-        (OFF | {"rsc_samples": 4}, "rsc_samples"),
-        (OFF | {"rsc_t_max": 200}, "rsc_t_max"),
-        (OFF | {"rsc_warmup_steps": 10}, "rsc_warmup_steps"),
-        (OFF | {"lambda_rsc_reward": 0.1, "rsc_samples": 4}, "rsc_samples"),
+        ({"rsc_warmup_steps": 10}, "rsc_warmup_steps"),
+        ({"rsc_captions": 4}, "rsc_captions"),
+        ({"lambda_rsc_encoder": 0.1, "rsc_reward_steps": 4}, "rsc_reward_steps"),
         (CLIP_ONLY | {"min_snr_gamma": 1.0}, "min_snr_gamma"),
         (CLIP_ONLY | {"caption_dropout": 0.2}, "caption_dropout"),
         (CLIP_ONLY | {"lora_unet": 4}, "lora_unet"),
@@ -77,11 +74,10 @@ def test_setting_without_effect_is_named(settings: dict[str, Any], name: str) ->
     "settings",
     [
         {},
-        OFF,
         CLIP_ONLY | {"group": ("brand",), "contrastive_batch": 128, "lora_text": 4},
         GENERATOR_ONLY | {"lora_unet": 4, "lora_text": 2, "caption_dropout": 0.0},
-        OFF | {"lambda_rsc": 0.1, "rsc_samples": 4, "rsc_t_max": 200},
-        {"lambda_prior": 0.5, "prior_batch": 8, "validate_every": 10, "rsc_teacher": "frozen"},
+        {"lambda_rsc_encoder": 0.1, "rsc_captions": 4, "rsc_warmup_steps": 10},
+        {"lambda_prior": 0.5, "prior_batch": 8, "validate_every": 10},
     ],
 )
 def test_settings_with_effect_are_accepted(settings: dict[str, Any]) -> None:

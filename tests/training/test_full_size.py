@@ -70,7 +70,7 @@ from unidiff_sdk.training.loop.trainer import train
 
 base, data, out = sys.argv[1:]
 config = TrainingConfig(
-    steps=1, batch_size=2, micro_batch=1, warmup_steps=0, learning_rate=1e-2, ema_decay=0.0, lambda_rsc=0.0,
+    steps=1, batch_size=2, micro_batch=1, warmup_steps=0, learning_rate=1e-2, ema_decay=0.0,
     lora_unet=8, lora_text=8, lora_image=8, checkpoint_activations=True,
 )
 result = train(data, f"{base}/sd", out, config, device="cpu", clip=f"{base}/clip", on_start=lambda c: print(c.shared))

@@ -18,19 +18,16 @@ __all__ = [
     "DistillationConfig",
     "Precision",
     "PriorConfig",
-    "RscTeacher",
     "TrainingConfig",
     "with_current_names",
 ]
 
 Precision = Literal["fp32", "bf16", "fp16"]
-RscTeacher = Literal["tuned", "ema", "frozen"]
 
 # Title of each term of the objective; the weight of term T is the field lambda_T.
 TERM_TITLES = {
     "itc": "ITC: image-text contrast",
     "is": "IS: image synthesis",
-    "rsc": "RSC pixel: the generator learns from the encoder",
     "rsc_encoder": "RSC encoder: the encoder learns the generator's ranking",
     "rsc_generator": "RSC generator: the generator learns the encoder's ranking",
     "rsc_reward": "RSC reward: the generator learns from the encoder's judgment of its own images",
@@ -39,8 +36,9 @@ TERM_TITLES = {
 
 # Fields that had another name in configurations recorded by earlier versions.
 _RENAMED_FIELDS = {"lambda_leash": "lambda_feature_distillation"}
-# Weights of terms that earlier versions had, which were off by default.
-_REMOVED_WEIGHTS = ("lambda_rsc_generated", "lambda_rsc_feature")
+# Weights of terms that earlier versions had, and settings that only these terms read.
+_REMOVED_WEIGHTS = ("lambda_rsc", "lambda_rsc_generated", "lambda_rsc_feature")
+_REMOVED_SETTINGS = ("rsc_t_max", "rsc_samples", "rsc_teacher")
 
 
 class Component(StrEnum):
@@ -133,8 +131,6 @@ class TrainingConfig:
 
     # --- RSC: reciprocal semantic consistency
 
-    lambda_rsc: float = 0.1
-    """Weight of RSC pixel: the generator learns from the encoder through decoded estimates. At least 0."""
     lambda_rsc_encoder: float = 0.0
     """Weight of RSC encoder: the encoder learns how the generator ranks images for a caption. At least 0."""
     lambda_rsc_generator: float = 0.0
@@ -155,15 +151,8 @@ class TrainingConfig:
     """The last steps, at most `rsc_reward_steps`, through which RSC reward differentiates, above 0."""
     rsc_reward_guidance: float | None = None
     """Guidance scale of these images, at least 1 (no guidance). None: the base's own."""
-    rsc_t_max: int = 400
-    """Highest timestep whose denoising estimate RSC uses, at least 0. In Stable Diffusion 3, a timestep is 1,000 times
-    the share of noise."""
-    rsc_samples: int = 16
-    """Maximum number of estimates decoded per step, above 0. Decoding is the main cost of RSC."""
     rsc_warmup_steps: int = 100
     """Steps over which the RSC weights rise linearly from 0, at least 0."""
-    rsc_teacher: RscTeacher = "tuned"
-    """Image encoder that RSC pixel uses: the tuned one without gradients, its EMA, or the frozen base's."""
 
     # --- Overfitting and forgetting
 
@@ -201,7 +190,7 @@ class TrainingConfig:
         _require_types(self)
         _require_positive(
             self,
-            *("steps", "batch_size", "learning_rate", "gradient_clip", "rsc_samples"),
+            *("steps", "batch_size", "learning_rate", "gradient_clip"),
             *("rsc_captions", "rsc_timesteps", "rsc_reward_captions", "rsc_reward_steps", "rsc_reward_last"),
             *("save_every", "keep", "validate_every"),
         )
@@ -210,14 +199,13 @@ class TrainingConfig:
             *("contrastive_batch", "micro_batch", "hard_negatives"),
             *("learning_rate_unet", "learning_rate_text", "learning_rate_image"),
             *("lora_unet", "lora_text", "lora_image"),
-            *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_t_max", "rsc_warmup_steps"),
+            *("patience", "seed", "warmup_steps", "weight_decay", "min_snr_gamma", "rsc_warmup_steps"),
             *("lambda_feature_distillation", "lambda_prior", "prior_batch"),
             *("lambda_itc", "lambda_is"),
-            *("lambda_rsc", "lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
+            *("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
         )
         _require_below_one(self, "ema_decay", "caption_dropout")
         _require_choice(self, "precision", get_args(Precision))
-        _require_choice(self, "rsc_teacher", get_args(RscTeacher))
         if self.fit is not None:
             _require_choice(self, "fit", get_args(Fit))
         self._require_trainable_batches()
@@ -294,10 +282,10 @@ class TrainingConfig:
         ranks = (self.ranks, "lambda_rsc_encoder and lambda_rsc_generator are 0")
         needs = {
             "min_snr_gamma": (self.lambda_is, "lambda_is is 0"),
-            "caption_dropout": (self.denoises, "no term denoises the pairs of a batch"),
+            "caption_dropout": (self.lambda_is, "lambda_is is 0"),
             "group": texts,
             "contrastive_batch": texts,
-            "rsc_warmup_steps": (self.lambda_rsc or self.ranks or self.lambda_rsc_reward, "all RSC weights are 0"),
+            "rsc_warmup_steps": (self.ranks or self.lambda_rsc_reward, "all RSC weights are 0"),
             "rsc_captions": ranks,
             "rsc_candidates": ranks,
             "rsc_timesteps": ranks,
@@ -305,9 +293,8 @@ class TrainingConfig:
                 ("rsc_reward_captions", "rsc_reward_steps", "rsc_reward_last", "rsc_reward_guidance"),
                 (self.lambda_rsc_reward, "lambda_rsc_reward is 0"),
             ),
-            **dict.fromkeys(("rsc_t_max", "rsc_samples", "rsc_teacher"), (self.lambda_rsc, "lambda_rsc is 0")),
             "lambda_prior": (prior, "there is no prior"),
-            "aspect_buckets": (self.denoises or self.ranks, "no term denoises images"),
+            "aspect_buckets": (self.lambda_is or self.ranks, "no term denoises images"),
             "prior_batch": (prior, "there is no prior"),
             "validate_every": (validation, "there is no validation"),
         }
@@ -328,6 +315,8 @@ class TrainingConfig:
         """
         current = with_current_names(recorded)
         known = [field.name for field in fields(cls)]
+        if removed := current.keys() & set(_REMOVED_WEIGHTS):
+            raise OptionError(f"{min(removed)} is the weight of a term that this version does not have. Omit it.")
         if unknown := current.keys() - set(known):
             raise OptionError(f"Unknown setting {min(unknown)!r}. Settings: {', '.join(known)}.")
         values: dict[str, Any] = {
@@ -363,7 +352,7 @@ class TrainingConfig:
     @property
     def trains_conditioning(self) -> bool:
         """Whether any term trains the UNet together with the text encoder that conditions it."""
-        return self.denoises or self.lambda_rsc_generator > 0
+        return self.lambda_is > 0 or self.lambda_rsc_generator > 0
 
     @property
     def trains_text(self) -> bool:
@@ -374,11 +363,6 @@ class TrainingConfig:
     def trains_encoder(self) -> bool:
         """Whether any term needs CLIP embeddings of images with gradients."""
         return any((self.lambda_itc, self.lambda_rsc_encoder))
-
-    @property
-    def denoises(self) -> bool:
-        """Whether any term needs the UNet's output for the pairs of a batch, each with its own caption."""
-        return any((self.lambda_is, self.lambda_rsc))
 
     @property
     def ranks(self) -> bool:
@@ -483,7 +467,7 @@ def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return {
         _RENAMED_FIELDS.get(name, name): value
         for name, value in recorded.items()
-        if value or name not in _REMOVED_WEIGHTS
+        if name not in _REMOVED_SETTINGS and (value or name not in _REMOVED_WEIGHTS)
     }
 
 

@@ -385,9 +385,7 @@ def test_each_kind_of_base_trains_and_saves(
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
     content = json.loads(scheduler.read_text(encoding="utf-8")) | {"prediction_type": prediction}
     scheduler.write_text(json.dumps(content), encoding="utf-8")
-    config = TrainingConfig(
-        steps=1, batch_size=4, warmup_steps=0, lambda_rsc=0, learning_rate=1e-2, lora_text=lora, lora_unet=lora
-    )
+    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-2, lora_text=lora, lora_unet=lora)
     out = train(small_catalog, pipeline, tmp_path / "out", config, device="cpu", clip=clip).path
     tuned, base = load_checkpoint(out), load_base(pipeline, clip)
     assert tuned.shared_layers == base.shared_layers and tuned.conditioning_layer == base.conditioning_layer

@@ -35,7 +35,7 @@ def test_card_of_a_training_run(small_catalog: Path, random_checkpoint: Path, tm
     def validate(snapshot) -> ValidationResult:
         return ValidationResult(0.25, {"mean_recall": 0.25, "denoising_loss": 1.5}, "products-val")
 
-    config = TrainingConfig(steps=2, batch_size=4, warmup_steps=0, lambda_rsc=0.0, seed=7)
+    config = TrainingConfig(steps=2, batch_size=4, warmup_steps=0, seed=7)
     out = train(small_catalog, random_checkpoint, tmp_path / "shop", config, on_validate=validate, device="cpu").path
     card = ModelCard.load(out / "README.md", ignore_metadata_errors=False)
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"

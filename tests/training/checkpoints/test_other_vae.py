@@ -62,7 +62,7 @@ def test_training_starts_from_the_additions_and_records_them(
     random_checkpoint: Path, small_catalog: Path, tmp_path: Path, other: AutoencoderKL
 ) -> None:
     changes = make_lora(random_checkpoint, tmp_path / "a.safetensors")
-    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-6, lambda_rsc=0.0)
+    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-6)
     lora = f"{tmp_path / 'a.safetensors'}:0.5"
     out = train(small_catalog, random_checkpoint, tmp_path / "out", config, lora=[lora], vae=tmp_path / "vae").path
     tuned, base = load_checkpoint(out), load_checkpoint(random_checkpoint)

@@ -102,7 +102,7 @@ def test_half_precision_is_read_as_float32_and_shared(random_checkpoint: Path, t
 
 
 def test_training_starts_from_a_file(random_checkpoint: Path, file: Path, small_catalog: Path, tmp_path: Path) -> None:
-    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-12, lambda_rsc=0.0)
+    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-12)
     clip, base = random_checkpoint / "clip", random_checkpoint
     trained = load_checkpoint(train(small_catalog, file, tmp_path / "out", config, clip=clip, base_config=base).path)
     before = weights(load_checkpoint(base).unet)

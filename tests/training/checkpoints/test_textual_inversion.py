@@ -99,7 +99,7 @@ def test_search_keeps_its_vocabulary_and_its_tower(random_checkpoint: Path, file
 def test_training_keeps_the_tokens(
     random_checkpoint: Path, files: list[Path], small_catalog: Path, tmp_path: Path
 ) -> None:
-    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-12, lambda_rsc=0.0)
+    config = TrainingConfig(steps=1, batch_size=4, warmup_steps=0, learning_rate=1e-12)
     out = train(small_catalog, random_checkpoint, tmp_path / "out", config, textual_inversion=files).path
     loaded, before = load_checkpoint(out), load(random_checkpoint, *files)
     assert torch.equal(tokenize(loaded.tokenizer, PROMPTS), tokenize(before.tokenizer, PROMPTS))

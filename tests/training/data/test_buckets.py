@@ -180,12 +180,10 @@ def test_cache_tells_sizes_apart(checkpoint: Checkpoint, tmp_path: Path) -> None
 
 TERMS: dict[str, Any] = {
     "lambda_itc": 1.0,
-    "lambda_rsc": 0.3,
     "lambda_rsc_encoder": 0.3,
     "lambda_rsc_generator": 0.2,
     "lambda_rsc_reward": 0.2,
     "rsc_warmup_steps": 0,
-    "rsc_t_max": 999,
     "rsc_reward_steps": 2,
 }
 
@@ -218,7 +216,7 @@ def test_estimates_are_cropped_for_clip_as_the_images_are(checkpoint: Checkpoint
 
 @pytest.mark.filterwarnings("ignore:.*aspect-ratio bucket of 1")
 def test_resumed_run_is_bit_equal(random_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
-    config = TrainingConfig(steps=5, batch_size=4, save_every=3, aspect_buckets=True, lambda_rsc=0.0)
+    config = TrainingConfig(steps=5, batch_size=4, save_every=3, aspect_buckets=True)
     train(shapes, random_checkpoint, tmp_path / "whole", config, device="cpu")
 
     def interrupt(report: Any) -> None:
@@ -257,7 +255,7 @@ def test_options_that_contradict_buckets_are_refused(options: dict[str, Any], me
 
 
 def test_buckets_without_images_are_refused() -> None:
-    config = TrainingConfig(aspect_buckets=True, lambda_is=0.0, lambda_rsc=0.0)
+    config = TrainingConfig(aspect_buckets=True, lambda_is=0.0)
     assert "no term denoises images" in str(config.without_effect(prior=False, validation=False))
 
 

@@ -24,7 +24,6 @@ SETTINGS = {
     "batch_size": 6,
     "hard_negatives": 2,
     "lambda_is": 0.0,
-    "lambda_rsc": 0.0,
     "learning_rate": 1e-3,
 }
 

@@ -114,7 +114,7 @@ def test_validations_of_the_same_weights_agree_and_leave_the_random_state(
 def test_training_is_the_same_with_and_without_validation(
     small_catalog: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    config = TrainingConfig(steps=2, batch_size=4, warmup_steps=1, lambda_rsc=0)
+    config = TrainingConfig(steps=2, batch_size=4, warmup_steps=1)
     recorder = Recorder()
     validated = {"config": replace(config, validate_every=1), "on_validate": validator_of(small_catalog, [recorder])}
     for name, options in {"with": validated, "without": {"config": config}}.items():
@@ -305,7 +305,7 @@ def test_report_without_validation_shows_the_losses(tmp_path: Path) -> None:
 def test_command_writes_the_report(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     arguments = [small_catalog, "--base", random_checkpoint, "-o", out, "--steps", 2, "--batch-size", 4]
-    arguments += ["--val", small_catalog, "--validate-every", 2, "--prompt", "a red dress", "--rsc", 0]
+    arguments += ["--val", small_catalog, "--validate-every", 2, "--prompt", "a red dress"]
     result = CliRunner().invoke(train_command, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert str(tmp_path / "tuned.log" / "report.html") in result.stdout

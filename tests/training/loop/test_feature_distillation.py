@@ -16,7 +16,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint  # noqa:
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.loop.trainer import train  # noqa: E402
 
-PLAIN = {"lambda_rsc": 0.0, "caption_dropout": 0.0, "min_snr_gamma": 0.0, "batch_size": 9}
+PLAIN = {"caption_dropout": 0.0, "min_snr_gamma": 0.0, "batch_size": 9}
 
 
 def disturbed_step(base: Path, data: Path, **settings: object) -> TrainingStep:
@@ -70,7 +70,7 @@ def test_text_tower_alone_is_trained_without_the_contrastive_term(small_catalog:
 
 
 def test_embeddings_stay_closer_to_the_base(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
-    few = {"steps": 8, "batch_size": 5, "warmup_steps": 0, "learning_rate": 3e-3, "lambda_rsc": 0.0, "ema_decay": 0.0}
+    few = {"steps": 8, "batch_size": 5, "warmup_steps": 0, "learning_rate": 3e-3, "ema_decay": 0.0}
     drift = {}
     for weight in (0.0, 30.0):
         config = TrainingConfig(**few, lambda_feature_distillation=weight)

@@ -26,7 +26,6 @@ from unidiff_sdk.training.objective.terms import joint_losses  # noqa: E402
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator  # noqa: E402
 
 EVERYTHING = {
-    "lambda_rsc": 0.3,
     "lambda_rsc_encoder": 0.3,
     "lambda_rsc_generator": 0.6,
     "lambda_rsc_reward": 0.2,
@@ -34,8 +33,6 @@ EVERYTHING = {
     "rsc_reward_steps": 2,
     "lambda_feature_distillation": 0.4,
     "rsc_captions": 3,
-    "rsc_t_max": 800,
-    "rsc_samples": 3,
     "caption_dropout": 0.3,
     "flip": True,
 }
@@ -43,7 +40,6 @@ ROUNDING = 2.5e-7  # of a term in fp32: two units in the last place of the cosin
 TERMS = (
     "lambda_itc",
     "lambda_is",
-    "lambda_rsc",
     "lambda_rsc_encoder",
     "lambda_rsc_generator",
     "lambda_rsc_reward",
@@ -101,7 +97,7 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(
 @pytest.mark.parametrize(
     "term",
     [
-        *("lambda_itc", "lambda_is", "lambda_rsc"),
+        *("lambda_itc", "lambda_is"),
         *("lambda_rsc_encoder", "lambda_rsc_generator", "lambda_rsc_reward"),
     ],
 )
@@ -116,14 +112,14 @@ def test_micro_batches_have_the_gradients_of_each_single_term(
 
 def test_contrastive_batch_larger_than_the_unet_batch(small_catalog: Path, random_checkpoint: Path) -> None:
     """ITC of 11 pairs computed by hand, while 4 of them pass through the UNet."""
-    config = TrainingConfig(batch_size=4, contrastive_batch=11, lambda_rsc=0.0)
+    config = TrainingConfig(batch_size=4, contrastive_batch=11)
     prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=False)
     model, batches = prepared.model, prepared.batches
     batch = batches.load(batches.indices(STEP), 4)
     with torch.no_grad():
         u, v = model.f(batch.clip_pixels), model.text_embeds(model.clip.text_model(batch.input_ids).pooler_output)
         expected = losses.itc(u, v, model.clip.logit_scale, losses.same_meaning(batch.groups, batch.groups))
-    settings = {"batch_size": 4, "contrastive_batch": 11, "lambda_rsc": 0.0, "micro_batch": 4}
+    settings = {"batch_size": 4, "contrastive_batch": 11, "micro_batch": 4}
     _, values = gradients(random_checkpoint, small_catalog, **settings)
     assert len(batch) == 11 and values["itc"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -142,7 +138,7 @@ class RecordingLoader(BatchLoader):
 
 
 def test_one_micro_batch_is_in_memory_at_a_time(small_catalog: Path, random_checkpoint: Path) -> None:
-    config = TrainingConfig(batch_size=4, contrastive_batch=11, micro_batch=3, lambda_rsc=0.0)
+    config = TrainingConfig(batch_size=4, contrastive_batch=11, micro_batch=3)
     step = prepare_step(random_checkpoint, small_catalog, config, loader=RecordingLoader)
     step.backpropagate()
     assert step.batches.sizes == 2 * [(3, 3), (3, 1), (3, 0), (2, 0)], "once for the embeddings, once with a graph"

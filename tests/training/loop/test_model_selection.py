@@ -21,7 +21,7 @@ from unidiff_sdk.training.reporting.report import write_report  # noqa: E402
 from unidiff_sdk.training.reporting.run_log import RunLog  # noqa: E402
 from unidiff_sdk.training.runtime.callbacks import ModelSnapshot, ValidationResult  # noqa: E402
 
-FEW = {"steps": 6, "batch_size": 5, "warmup_steps": 0, "learning_rate": 1e-2, "lambda_rsc": 0.0, "validate_every": 1}
+FEW = {"steps": 6, "batch_size": 5, "warmup_steps": 0, "learning_rate": 1e-2, "validate_every": 1}
 
 
 def weights(checkpoint) -> dict[str, torch.Tensor]:

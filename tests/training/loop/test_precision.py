@@ -14,7 +14,7 @@ from unidiff_sdk.errors import TrainingError  # noqa: E402
 from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.loop.learner import Learner  # noqa: E402
 
-SETTINGS = {"batch_size": 6, "rsc_t_max": 900, "rsc_warmup_steps": 0, "warmup_steps": 0}
+SETTINGS = {"batch_size": 6, "warmup_steps": 0}
 
 
 @pytest.fixture

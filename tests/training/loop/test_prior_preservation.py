@@ -27,8 +27,8 @@ from unidiff_sdk.training.objective.batch import RandomInputs  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed, seeded_generator  # noqa: E402
 
-FEW = {"steps": 3, "batch_size": 5, "warmup_steps": 0, "learning_rate": 3e-3, "lambda_rsc": 0.0}
-PLAIN = {"lambda_rsc": 0.0, "caption_dropout": 0.0, "min_snr_gamma": 0.0, "batch_size": 5}
+FEW = {"steps": 3, "batch_size": 5, "warmup_steps": 0, "learning_rate": 3e-3}
+PLAIN = {"caption_dropout": 0.0, "min_snr_gamma": 0.0, "batch_size": 5}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -36,8 +36,7 @@ SETTINGS = {
     "warmup_steps": 1,
     "learning_rate": 1e-3,
     "rsc_warmup_steps": 2,
-    "rsc_teacher": "ema",
-    "rsc_t_max": 900,
+    "lambda_rsc_encoder": 0.1,
     "flip": True,
 }
 

@@ -34,7 +34,7 @@ from unidiff_sdk.training.runtime.interrupts import InterruptedWithinStep  # noq
 from unidiff_sdk.training.runtime.processes import Processes  # noqa: E402
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-SEARCH = {"lambda_is": 0.0, "lambda_rsc": 0.0}
+SEARCH = {"lambda_is": 0.0}
 FEW = SEARCH | {"steps": 4, "batch_size": 6, "warmup_steps": 1, "learning_rate": 1e-3}
 
 
@@ -54,7 +54,7 @@ def first_step(base: Path, data: Path, **settings: object) -> tuple[EncoderModel
     groups = range(len(pairs))  # as in the losses that are compared with, no two pairs have the same meaning
     batches = BatchLoader(model, pairs, ids, groups, size=config.batch_size, flip=config.flip, seed=0)
     empty = tokenize(checkpoint.tokenizer, [""])
-    values = backpropagate(model, batches, config, step=0, empty_ids=empty, teacher=None, processes=ALONE)
+    values = backpropagate(model, batches, config, step=0, empty_ids=empty, processes=ALONE)
     return model, batches, values
 
 
@@ -155,7 +155,7 @@ def test_adapters_reach_every_layer_that_uses_them(siglip: Path, small_catalog: 
 
 
 def test_validation_and_report_without_a_generator(siglip: Path, small_catalog: Path, tmp_path: Path) -> None:
-    options = ["--is", 0, "--rsc", 0, "--steps", 2, "--batch-size", 4, "--val", small_catalog, "--wise-ft"]
+    options = ["--is", 0, "--steps", 2, "--batch-size", 4, "--val", small_catalog, "--wise-ft"]
     call = [small_catalog, "--base", siglip, "-o", tmp_path / "tuned", "--device", "cpu", *options]
     result = CliRunner().invoke(command, list(map(str, call)))
     assert result.exit_code == 0, result.output
@@ -170,7 +170,7 @@ def test_what_needs_a_generator_is_refused_by_name(siglip: Path, small_catalog: 
     def run(config: TrainingConfig, **options: object) -> None:
         train(small_catalog, siglip, tmp_path / "tuned", config, device="cpu", **options)
 
-    with pytest.raises(OptionError, match=r"published has no generator, but .* need one: lambda_is, lambda_rsc. Set"):
+    with pytest.raises(OptionError, match=r"published has no generator, but .* need one: lambda_is. Set"):
         run(TrainingConfig())
     few = TrainingConfig(**FEW)
     with pytest.raises(OptionError, match="Samples for prompts need a generator"):

@@ -18,9 +18,9 @@ from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.data.captions import tokenize  # noqa: E402
 from unidiff_sdk.training.objective.batch import Batch, RandomInputs  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
-from unidiff_sdk.training.objective.terms import joint_losses  # noqa: E402
+from unidiff_sdk.training.objective.terms import joint_losses, term_weights  # noqa: E402
 
-OFF = {name: 0.0 for name in ("lambda_itc", "lambda_is", "lambda_rsc")}
+OFF = {"lambda_itc": 0.0, "lambda_is": 0.0}
 PARTS = {
     "unet.": "unet",
     "vae.": "vae",
@@ -52,8 +52,7 @@ def run(checkpoint: Checkpoint, config: TrainingConfig, *, step: int = 10_000, n
     )
     empty_ids = tokenize(checkpoint.tokenizer, [""])
     random = RandomInputs.sample(torch.Generator().manual_seed(seed), n, (4, 16, 16), model.timesteps, config, pairs=n)
-    ema = {name: p.detach() for name, p in model.named_parameters()} if config.rsc_teacher == "ema" else None
-    return model, joint_losses(model, batch, config, random=random, empty_ids=empty_ids, step=step, teacher=ema)
+    return model, joint_losses(model, batch, config, random=random, empty_ids=empty_ids, step=step)
 
 
 def trained_parts(model: JointModel) -> set[str]:
@@ -67,13 +66,11 @@ def trained_parts(model: JointModel) -> set[str]:
     [
         ({"lambda_itc": 1.0}, ENCODER),
         ({"lambda_is": 1.0}, {"unet", "text tower"}),
-        ({"lambda_rsc": 1.0}, {"unet", "text tower"}),
-        ({"lambda_rsc": 1.0, "rsc_teacher": "ema"}, {"unet", "text tower"}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_each_term_trains_its_parts_only(checkpoint: Checkpoint, term: dict, parts: set[str]) -> None:
-    model, terms = run(checkpoint, TrainingConfig(**(OFF | term), rsc_t_max=999))
+    model, terms = run(checkpoint, TrainingConfig(**(OFF | term)))
     assert len(terms) == 1
     ((weight, value),) = terms.values()
     (weight * value).backward()
@@ -108,18 +105,9 @@ def test_itc_term_is_the_formula_of_open_clip(checkpoint: Checkpoint) -> None:
     torch.testing.assert_close(value, expected)
 
 
-def test_empty_gate_gives_zero_terms(checkpoint: Checkpoint) -> None:
-    config = TrainingConfig(**(OFF | {"lambda_rsc": 1.0}), rsc_t_max=0)
-    model, terms = run(checkpoint, config)
-    assert {name: value.item() for name, (_, value) in terms.items()} == dict.fromkeys(terms, 0.0)
-    torch.stack([weight * value for weight, value in terms.values()]).sum().backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    assert trained_parts(model) == set()
-
-
-def test_rsc_weight_warms_up(checkpoint: Checkpoint) -> None:
-    config = TrainingConfig(lambda_rsc=0.2, rsc_warmup_steps=100)
-    assert [run(checkpoint, config, step=step, n=2)[1]["rsc"][0] for step in (0, 50, 100)] == [0.0, 0.1, 0.2]
+def test_rsc_weights_warm_up() -> None:
+    config = TrainingConfig(lambda_rsc_reward=0.2, rsc_warmup_steps=100)
+    assert [term_weights(config, step)["rsc_reward"] for step in (0, 50, 100)] == [0.0, 0.1, 0.2]
 
 
 def count_calls(*modules: torch.nn.Module) -> list[int]:
@@ -134,7 +122,7 @@ def test_inactive_terms_are_not_computed(checkpoint: Checkpoint) -> None:
     decoder, unet, tower = (
         count_calls(module) for module in (checkpoint.vae.decoder, checkpoint.unet, checkpoint.clip.visual_projection)
     )
-    run(checkpoint, TrainingConfig(lambda_rsc=0.0), n=2)
+    run(checkpoint, TrainingConfig(), n=2)
     assert not decoder and unet
     unet.clear()
     assert set(run(checkpoint, TrainingConfig(**(OFF | {"lambda_itc": 1.0})), n=2)[1]) == {"itc"}
@@ -142,12 +130,6 @@ def test_inactive_terms_are_not_computed(checkpoint: Checkpoint) -> None:
     tower.clear()
     assert set(run(checkpoint, TrainingConfig(**(OFF | {"lambda_is": 1.0})), n=2)[1]) == {"is"}
     assert not decoder and not tower and unet
-
-
-def test_at_most_rsc_samples_are_decoded(checkpoint: Checkpoint) -> None:
-    decoded = count_calls(checkpoint.vae.decoder)
-    run(checkpoint, TrainingConfig(rsc_t_max=999, rsc_samples=2))
-    assert decoded == [2]
 
 
 def test_dropped_captions_become_the_empty_caption(checkpoint: Checkpoint) -> None:
@@ -197,7 +179,6 @@ def test_unknown_prediction_type_is_refused(checkpoint: Checkpoint) -> None:
         {"lambda_itc": -0.1},
         {"ema_decay": 1.0},
         {"caption_dropout": 1.5},
-        {"rsc_teacher": "judge"},
         {"precision": "fp8"},
         {"lora_text": -1},
         {"learning_rate_unet": -1e-4},

@@ -121,7 +121,7 @@ def test_feature_distillation_is_the_mean_cosine_distance() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_noise_target_and_estimate_equal_those_of_diffusers(prediction_type: str) -> None:
+def test_noise_and_target_equal_those_of_diffusers(prediction_type: str) -> None:
     reference = scheduler(prediction_type)
     z, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
     t = torch.tensor([0, 17, 400, 700, 999])
@@ -131,14 +131,6 @@ def test_noise_target_and_estimate_equal_those_of_diffusers(prediction_type: str
     target = losses.diffusion_target(z, noise, alpha_bar, prediction_type)
     expected = noise if prediction_type == "epsilon" else reference.get_velocity(z, noise, t)
     torch.testing.assert_close(target, expected)
-    estimate = losses.predict_original(z_t, target, alpha_bar, prediction_type)
-    torch.testing.assert_close(estimate, z, atol=1e-4, rtol=1e-4)
-    answer = torch.randn(5, 4, 3, 3)
-    reference.set_timesteps(1000)
-    for i in range(5):  # diffusers accepts one timestep per call
-        step = reference.step(answer[i : i + 1], int(t[i]), z_t[i : i + 1])
-        ours = losses.predict_original(z_t[i : i + 1], answer[i : i + 1], alpha_bar[i : i + 1], prediction_type)
-        torch.testing.assert_close(ours.clamp(-1, 1), step.pred_original_sample, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -146,16 +138,13 @@ def test_flow_matching_equals_the_scheduler_of_diffusers(shift: float) -> None:
     """From the most noise (ᾱ = 0) to the least. Weights by ᾱ follow the signal-to-noise ratio."""
     reference = FlowMatchEulerDiscreteScheduler(shift=shift)
     levels = torch.tensor([0, 17, 400, 700, 999])
-    z, noise, answer = torch.randn(3, 5, 4, 3, 3)
+    z, noise = torch.randn(2, 5, 4, 3, 3)
     sigma, t = reference.sigmas[levels], reference.timesteps[levels]
     alpha_bar = losses.flow_alpha_bar(sigma)
     torch.testing.assert_close(alpha_bar / (1 - alpha_bar), (1 - sigma) ** 2 / sigma**2, rtol=0.05, atol=1e-6)
     z_t = losses.add_noise(z, noise, alpha_bar, "flow")
     torch.testing.assert_close(z_t, reference.scale_noise(z, t, noise), atol=1e-4, rtol=0)
     torch.testing.assert_close(losses.diffusion_target(z, noise, alpha_bar, "flow"), noise - z)
-    torch.testing.assert_close(losses.predict_original(z_t, noise - z, alpha_bar, "flow"), z, atol=1e-4, rtol=0)
-    estimate = losses.predict_original(z_t, answer, alpha_bar, "flow")
-    torch.testing.assert_close(estimate, z_t - sigma.view(-1, 1, 1, 1) * answer, atol=1e-4, rtol=0)
     assert losses.min_snr_weight(alpha_bar, 5.0, "flow").eq(1).all()
 
 
@@ -183,28 +172,6 @@ def test_synthesis_weights_samples_not_elements() -> None:
 
 
 # --- RSC -------------------------------------------------------------------------------------------------------------
-
-
-def test_rsc_pixel_is_the_closed_form() -> None:
-    u = unit(3, 4)
-    u_hat = torch.stack([u[0], -u[1], F.normalize(torch.linalg.qr(u[[2, 0, 1]].T)[0].T[1], dim=0)])
-    alpha_bar = torch.tensor([0.9, 0.5, 0.2])
-    cosines = torch.tensor([1.0, -1.0, float(u_hat[2] @ u[2])])
-    expected = float((alpha_bar * (1 - cosines)).sum() / 3)
-    assert losses.rsc_pixel(u_hat, u, alpha_bar) == pytest.approx(expected, abs=1e-6)
-
-
-def test_rsc_pixel_has_no_gradient_for_the_real_image() -> None:
-    u, u_hat = unit(3, 4).requires_grad_(), unit(3, 4, seed=1).requires_grad_()
-    losses.rsc_pixel(u_hat, u, torch.ones(3)).backward()
-    assert u.grad is None and u_hat.grad is not None and u_hat.grad.abs().sum() > 0
-
-
-def test_empty_gate_gives_zero_with_finite_gradients() -> None:
-    u_hat = torch.zeros(0, 4, requires_grad=True)
-    value = losses.rsc_pixel(u_hat, u_hat, torch.zeros(0))
-    value.backward()
-    assert value == 0.0 and u_hat.grad is not None
 
 
 def test_linear_warmup() -> None:

@@ -34,7 +34,7 @@ from unidiff_sdk.training.objective.reward import (  # noqa: E402
 )
 from unidiff_sdk.training.runtime.callbacks import StepReport  # noqa: E402
 
-ONLY_REWARD = {"lambda_itc": 0.0, "lambda_is": 0.0, "lambda_rsc": 0.0, "lambda_rsc_reward": 1.0}
+ONLY_REWARD = {"lambda_itc": 0.0, "lambda_is": 0.0, "lambda_rsc_reward": 1.0}
 STEP = 10_000  # after the warm-up
 CAPTIONS = ["a red dress", "green boots"]
 

@@ -29,7 +29,7 @@ from unidiff_sdk.training.objective.score_consistency import (  # noqa: E402
     generator_logits,
 )
 
-OFF = {"lambda_itc": 0.0, "lambda_is": 0.0, "lambda_rsc": 0.0}
+OFF = {"lambda_itc": 0.0, "lambda_is": 0.0}
 STEP = 10_000  # after the warm-up
 
 

@@ -32,7 +32,7 @@ from unidiff_sdk.training.objective.score_consistency import (  # noqa: E402
 from unidiff_sdk.training.objective.tuning import set_trainable  # noqa: E402
 from unidiff_sdk.training.runtime.randomness import Purpose, seeded_generator  # noqa: E402
 
-IS_ONLY = {"lambda_itc": 0.0, "lambda_rsc": 0.0}
+IS_ONLY = {"lambda_itc": 0.0}
 CAPTIONS = ["a red striped dress", "green dotted boots"]
 
 
@@ -240,7 +240,6 @@ def test_sizes_of_the_images_reach_the_loss(base: Path, small_catalog: Path, ter
 TERMS = {
     "lambda_itc": {"clip text", "clip image"},
     "lambda_is": {"unet", "first", "second"},
-    "lambda_rsc": {"unet", "first", "second"},
     "lambda_rsc_encoder": {"clip text", "clip image"},
     "lambda_rsc_generator": {"unet", "first", "second"},
     "lambda_rsc_reward": {"unet"},
@@ -250,7 +249,7 @@ TERMS = {
 @pytest.mark.parametrize("term", list(TERMS))
 def test_each_term_trains_its_parts_only(base: Path, small_catalog: Path, term: str, separate: Checkpoint) -> None:
     off = dict.fromkeys(TERMS, 0.0)
-    settings: dict[str, Any] = off | {term: 1.0, "rsc_t_max": 999, "batch_size": 6, "rsc_warmup_steps": 0}
+    settings: dict[str, Any] = off | {term: 1.0, "batch_size": 6, "rsc_warmup_steps": 0}
     step = prepare_step(base, small_catalog, TrainingConfig(**settings), checkpoint=separate)
     found, _ = step.backpropagate()
     places = {"unet.": "unet", "text_encoder.": "first", "text_encoder_2.": "second", "vae.": "vae"}
@@ -266,7 +265,7 @@ def test_all_trainable_weights_have_a_gradient(
 ) -> None:
     """So the optimizer holds no state for weights that nothing trains."""
     ranks = {f"lora_{part}": rank for part in ("unet", "text", "image")}
-    config = TrainingConfig(lambda_rsc=0.0, batch_size=6, **ranks)
+    config = TrainingConfig(batch_size=6, **ranks)
     step = prepare_step(base, small_catalog, config, checkpoint=separate if has_own_encoder else checkpoint)
     found, _ = step.backpropagate()
     assert found.keys() == {name for name, p in step.model.named_parameters() if p.requires_grad}
@@ -277,7 +276,7 @@ def test_all_trainable_weights_have_a_gradient(
 
 def test_activation_checkpointing_keeps_the_gradients_and_bf16_the_loss(base: Path, small_catalog: Path) -> None:
     """As in the command of the guide: adapters, micro-batches and both."""
-    settings: dict[str, Any] = {"lambda_rsc": 0.0, "batch_size": 4, "micro_batch": 1}
+    settings: dict[str, Any] = {"batch_size": 4, "micro_batch": 1}
     settings |= {f"lora_{part}": 4 for part in ("unet", "text", "image")}
     plain, values = prepare_step(base, small_catalog, TrainingConfig(**settings)).backpropagate()
     checkpointed = TrainingConfig(**settings, checkpoint_activations=True)

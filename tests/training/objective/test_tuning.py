@@ -23,7 +23,7 @@ from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
 from unidiff_sdk.training.objective.tuning import ADAPTERS, KOHYA, add_adapters, component_of, set_trainable  # noqa: E402
 from unidiff_sdk.training.runtime.processes import Processes  # noqa: E402
 
-FEW = {"steps": 2, "batch_size": 6, "warmup_steps": 0, "learning_rate": 1e-2, "lambda_rsc": 0.0}
+FEW = {"steps": 2, "batch_size": 6, "warmup_steps": 0, "learning_rate": 1e-2}
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 

@@ -87,7 +87,7 @@ def require_generator(folder: Path) -> None:
     if not has_generator(folder):
         raise CheckpointError(
             f"{folder} has no generator. If it is a CLIP or SigLIP, train it with unidiff-train DATA --base {folder} "
-            f"--is 0 --rsc 0, and export it with unidiff-export --clip {folder}."
+            f"--is 0, and export it with unidiff-export --clip {folder}."
         )
 
 

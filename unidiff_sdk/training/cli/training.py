@@ -17,7 +17,7 @@ from unidiff_sdk.cli.console import MainCommand, echo
 from unidiff_sdk.cli.parameters import refuse_options
 from unidiff_sdk.datasets.reader import InvalidRow, count_rows
 from unidiff_sdk.errors import OptionError
-from unidiff_sdk.training.config import Precision, PriorConfig, RscTeacher, TrainingConfig
+from unidiff_sdk.training.config import Precision, PriorConfig, TrainingConfig
 
 from .display import LossDisplay, progress_display, show_invalid_rows
 from .options import (
@@ -87,8 +87,8 @@ def _resuming(ctx: click.Context) -> str:
     unidiff-train products --base tiny -o runs/shop
     unidiff-train products --base tiny -o runs/shop --val products-val --patience 5
     unidiff-train products --base runs/shop -o runs/shop-2 --steps 1000 --lr 1e-4
-    unidiff-train products --base tiny -o runs/clip-only --is 0 --rsc 0
-    unidiff-train products --base models/siglip-base-patch16-224 -o runs/siglip --is 0 --rsc 0
+    unidiff-train products --base tiny -o runs/clip-only --is 0
+    unidiff-train products --base models/siglip-base-patch16-224 -o runs/siglip --is 0
     """,
 )
 @click.argument("data", type=FOLDER)
@@ -166,13 +166,6 @@ def _resuming(ctx: click.Context) -> str:
     help="Fraction of captions left out, in [0, 1). Guidance needs it.",
 )
 @setting(
-    "--rsc",
-    field="lambda_rsc",
-    metavar="WEIGHT",
-    theme=RSC,
-    help="Weight of RSC pixel: the generator learns from the encoder. 0: off.",
-)
-@setting(
     "--rsc-encoder",
     field="lambda_rsc_encoder",
     metavar="WEIGHT",
@@ -233,20 +226,7 @@ def _resuming(ctx: click.Context) -> str:
     theme=RSC,
     help="Timesteps of high noise in the generator's score.",
 )
-@setting(
-    "--rsc-t-max", field="rsc_t_max", metavar="T", theme=RSC, help="Highest timestep whose denoising estimate is used."
-)
-@setting(
-    "--rsc-samples", field="rsc_samples", metavar="N", theme=RSC, help="Maximum number of estimates decoded per step."
-)
 @setting("--rsc-warmup", field="rsc_warmup_steps", metavar="N", theme=RSC, help="Steps until RSC has its full weight.")
-@setting(
-    "--rsc-teacher",
-    field="rsc_teacher",
-    theme=RSC,
-    type=click.Choice(get_args(RscTeacher)),
-    help="Encoder that RSC pixel uses: the tuned one, its moving average, or the frozen base's.",
-)
 @setting(
     "--feature-distillation",
     field="lambda_feature_distillation",

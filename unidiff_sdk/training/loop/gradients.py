@@ -61,7 +61,6 @@ def backpropagate(
     *,
     step: int,
     empty_ids: Tensor,
-    teacher: Mapping[str, Tensor] | None,
     processes: Processes,
     prior: BatchLoader | None = None,
     scale: float = 1.0,
@@ -72,7 +71,6 @@ def backpropagate(
         batches: The catalog.
         step: Number of the step, from 0.
         empty_ids: int64[1, tokens], the tokens of "".
-        teacher: Weights of RSC's teacher, see `joint_losses`.
         prior: Prior pairs, one batch of which is trained on as well.
         scale: Factor of the loss, for gradients in half precision.
 
@@ -85,7 +83,7 @@ def backpropagate(
     indices, random = _sample_step(model, batches, config, step, config.batch_size)
     micro_batches = _micro_batches(batches, indices, random, config, step, processes)
 
-    run = partial(_forward, model, config, empty_ids, teacher)
+    run = partial(_forward, model, config, empty_ids)
 
     # 2. all embeddings; a single micro-batch keeps its graph, several are computed again in 4
     whole = run(micro_batches[0]) if len(micro_batches) == 1 else None
@@ -166,7 +164,6 @@ def _forward(
     model: EncoderModel,
     config: TrainingConfig,
     empty_ids: Tensor,
-    teacher: Mapping[str, Tensor] | None,
     micro_batch: MicroBatch,
     embeddings_only: bool = False,
 ) -> ForwardOutput:
@@ -177,7 +174,6 @@ def _forward(
         config,
         random=micro_batch.random,
         empty_ids=empty_ids,
-        teacher=teacher,
         embeddings_only=embeddings_only,
     )
 

@@ -44,9 +44,6 @@ class Learner:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
         self.ema = Ema(model, config.ema_decay)
         self.learning_rate = 0.0  # of the last step
-        of_image = {name: p for name, p in self.trainable.items() if component_of(name) is Component.IMAGE}
-        freeze = config.lambda_rsc and config.rsc_teacher == "frozen"
-        self.frozen_teacher = {name: p.detach().clone() for name, p in of_image.items()} if freeze else None
 
     def step(
         self, step: int, batches: BatchLoader, empty_ids: Tensor, prior: BatchLoader | None = None
@@ -55,7 +52,6 @@ class Learner:
         batches.refresh_negatives(step, self.processes)
 
         # 1. gradients
-        teacher = self.ema.weights if self.config.rsc_teacher == "ema" else self.frozen_teacher
         self.optimizer.zero_grad(set_to_none=True)
         losses = backpropagate(
             self.model,
@@ -63,7 +59,6 @@ class Learner:
             self.config,
             step=step,
             empty_ids=empty_ids,
-            teacher=teacher,
             processes=self.processes,
             prior=prior,
             scale=float(self.scaler.scale(torch.ones((), device=self.processes.device))),

@@ -214,7 +214,7 @@ def _check_request(
         )
     if reason := config.without_effect(prior=prior is not None, validation=on_validate is not None):
         raise OptionError(f"{reason} Omit it, or change what it depends on.")
-    if latents is not None and not (config.denoises or config.ranks):
+    if latents is not None and not (config.lambda_is or config.ranks):
         raise OptionError("latents has no effect: no term reads VAE latents. Omit it.")
 
 
@@ -250,7 +250,7 @@ def _require_search_terms(model: SearchModel, config: TrainingConfig, prior: Pri
     if needed := [name for name in names if getattr(config, name)]:
         raise OptionError(
             f"{model.path} has no generator, but these terms need one: {', '.join(needed)}. Set them to 0 to train "
-            "search alone (--is 0 --rsc 0), or name a base with a generator."
+            "search alone (--is 0), or name a base with a generator."
         )
     if prior and prior.prompts:
         raise OptionError(f"{model.path} has no generator for images of prompts. Name a prior folder with images.")

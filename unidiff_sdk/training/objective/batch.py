@@ -104,18 +104,14 @@ class RandomInputs:
             indices of `JointModel.timesteps`.
         noise: float[n, c, h, w], standard normal.
         dropped: bool[n], samples whose caption is replaced by the empty one.
-        decoded: bool[n], samples whose denoising estimate RSC pixel decodes: the first that pass its gate.
         samples: Number of samples in the whole step.
-        decoded_samples: Number of decoded samples in the whole step.
         pairs: Number of pairs in the whole step.
     """
 
     t: Tensor
     noise: Tensor
     dropped: Tensor
-    decoded: Tensor
     samples: int
-    decoded_samples: int
     pairs: int
 
     @classmethod
@@ -146,17 +142,14 @@ class RandomInputs:
             t = torch.randint(0, len(timesteps), (samples,), generator=generator)
         noise = torch.randn((samples, *shape), generator=generator)
         dropped = torch.rand(samples, generator=generator) < config.caption_dropout
-        gated = timesteps[t] <= config.rsc_t_max
-        decoded = gated & (gated.cumsum(0) <= config.rsc_samples)
-        return cls(t, noise, dropped, decoded, samples, int(decoded.sum()), pairs)
+        return cls(t, noise, dropped, samples, pairs)
 
     @classmethod
     def none(cls, pairs: int) -> RandomInputs:
         """The numbers of a step in which no sample passes through a UNet."""
         nothing = torch.zeros(0, dtype=torch.bool)
-        return cls(nothing.long(), nothing.float(), nothing, nothing, 0, 0, pairs)
+        return cls(nothing.long(), nothing.float(), nothing, 0, pairs)
 
     def select(self, indices: Tensor) -> RandomInputs:
         """The numbers of some samples. indices: int64[k]."""
-        t, noise, dropped, decoded = (values[indices] for values in (self.t, self.noise, self.dropped, self.decoded))
-        return RandomInputs(t, noise, dropped, decoded, self.samples, self.decoded_samples, self.pairs)
+        return RandomInputs(self.t[indices], self.noise[indices], self.dropped[indices], self.samples, self.pairs)

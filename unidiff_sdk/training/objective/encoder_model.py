@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,10 +150,6 @@ class EncoderModel(nn.Module):
     def unused_weights(self) -> set[nn.Parameter]:
         """Weights that no output depends on, so that nothing trains them."""
         return set()
-
-    def image_tower_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Select the weights of f from weights named as in this model, such as an EMA. Default: the current ones."""
-        return {name: weights.get(f"clip.{name}", own) for name, own in self.f.named_parameters()}
 
 
 def checkpoint_activations(model: Any) -> None:

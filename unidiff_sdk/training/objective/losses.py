@@ -30,9 +30,7 @@ __all__ = [
     "itc",
     "linear_warmup",
     "min_snr_weight",
-    "predict_original",
     "relative_gain",
-    "rsc_pixel",
     "same_meaning",
     "score_consistency",
     "sigmoid_itc",
@@ -150,21 +148,6 @@ def diffusion_target(z: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_typ
     return signal * noise - sigma * z
 
 
-def predict_original(z_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """Denoising estimate ẑ_0 = (z_t - √(1-ᾱ_t)·ε)/√ᾱ_t, or √ᾱ_t·z_t - √(1-ᾱ_t)·v for v prediction.
-
-    For flow matching z_t - σ_t·v, where the model predicts v = ε - z.
-
-    z_t, output: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon", "v_prediction" or "flow".
-    """
-    signal, sigma = _signal_and_sigma(alpha_bar, prediction_type)
-    if prediction_type == "epsilon":
-        return (z_t - sigma * output) / signal
-    if prediction_type == "flow":
-        return z_t - sigma * output
-    return signal * z_t - sigma * output
-
-
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
     """Min-SNR-γ weight: min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ_t/(1-ᾱ_t).
 
@@ -205,22 +188,6 @@ def _signal_and_sigma(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, 
 def linear_warmup(step: int, steps: int) -> float:
     """Factor from 0 to 1, linear over the first `steps` steps. Early denoising estimates carry no meaning yet."""
     return min(1.0, step / steps) if steps else 1.0
-
-
-def rsc_pixel(u_hat: Tensor, u: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The generator learns from the encoder: Σ ᾱ_t·(1 - cos(û_i, f̄(x_i))) / n over the n samples that pass the gate.
-
-    The denoising estimate of an image must keep the image's meaning. The noisier the estimate, the lower its weight.
-    The weights of f̄ are constants (`gradient_only_through_input`), so the loss trains the UNet, and the text tower
-    through τ.
-
-    Args:
-        u_hat: float[n, d], û_i = f̄(D(ẑ_0)), unit rows.
-        u: float[n, d], f̄(x_i), unit rows.
-        alpha_bar: float[n]. n = 0 gives 0.
-    """
-    distance = 1 - (u_hat * u.detach()).sum(dim=1)
-    return (alpha_bar * distance).sum() / max(len(u_hat), 1)
 
 
 def relative_gain(error: Tensor, error_without: Tensor) -> Tensor:
