@@ -34,6 +34,7 @@ REFERENCES = {
     "RSC encoder and generator": HARD,
     "RSC reward": HARD,
 }
+SEPARATE = {"search": "CLIP alone, hard negatives", "all_right": "SD and text"}  # the best arms that tune one half
 # The half that an arm does not tune is not compared.
 UNTUNED = {("all_right", "CLIP alone"), ("all_right", "CLIP alone, hard negatives"), ("search", "SD alone")}
 COLUMNS = {"search": "R@1", "reranked": "R@1 re-ranked", "all_right": "all attributes right"}
@@ -182,17 +183,32 @@ def answer(runs: Runs, declared: Mapping[str, Any]) -> Iterator[str]:
         f"- **Re-ranking**: R@1 of text queries {alone:.3f} → {reranked:.3f} over all tuned models; better in {better} "
         f"of {len(tuned)}. Each query costs {calls} rows of the UNet and no training."
     )
+    joined = [
+        pooled_effect("reranked", HARD, SEPARATE["search"], settings, runs, theirs="search"),
+        pooled_effect("all_right", HARD, SEPARATE["all_right"], settings, runs),
+    ]
+    if found := [effect for effect in joined if effect]:
+        yield (
+            f"- **One model instead of two**: {HARD}, re-ranked, compared with {SEPARATE['search']}, not re-ranked, "
+            f"and with {SEPARATE['all_right']}: {'; '.join(found)}."
+        )
     for arm, other in REFERENCES.items():
         effects = [effect for column in COLUMNS if (effect := pooled_effect(column, arm, other, settings, runs))]
         if effects:
             yield f"- **{arm}**, compared with {other}: {'; '.join(effects)}.{cost(arm, other, settings, runs)}"
 
 
-def pooled_effect(column: str, arm: str, other: str, settings: Sequence[tuple[int, str]], runs: Runs) -> str | None:
-    """Return the mean difference over settings, and in how many of them it is beyond chance."""
-    if (column, arm) in UNTUNED or (column, other) in UNTUNED:
+def pooled_effect(
+    column: str, arm: str, other: str, settings: Sequence[tuple[int, str]], runs: Runs, *, theirs: str = ""
+) -> str | None:
+    """Return the mean difference over settings, and in how many of them it is beyond chance.
+
+    theirs: The column of the other arm. Default: the same.
+    """
+    if (column, arm) in UNTUNED or (theirs or column, other) in UNTUNED:
         return None
-    intervals = [found for setting in settings if (found := interval(column, (*setting, arm), (*setting, other), runs))]
+    found = (interval(column, (*setting, arm), (*setting, other), runs, theirs=theirs) for setting in settings)
+    intervals = [each for each in found if each]
     if not intervals:
         return None
     difference = float(np.mean([each.difference for each in intervals]))
@@ -227,15 +243,19 @@ def coverage(runs: Runs, declared: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "." if parts else "None on test pairs."
 
 
-def interval(column: str, ours: Key, others: Key, runs: Runs) -> Interval | None:
-    """Return the difference of two arms, by a bootstrap over the seeds that both have and over queries or prompts."""
+def interval(column: str, ours: Key, others: Key, runs: Runs, *, theirs: str = "") -> Interval | None:
+    """Return the difference of two arms, by a bootstrap over the seeds that both have and over queries or prompts.
+
+    theirs: The column of the other arm. Default: the same.
+    """
     if ours not in runs or others not in runs:
         return None
-    theirs = runs[others]
+    of_seed = {one["run"]["seed"]: one for one in runs[others]}
+    pairs = [(one, of_seed.get(0 if others[2] == "base" else one["run"]["seed"])) for one in runs[ours]]
     both = [
-        (units(column, one), units(column, theirs[0] if others[2] == "base" else theirs[number]))
-        for number, one in enumerate(runs[ours])
-        if column in one["columns"] and (others[2] == "base" or number < len(theirs))
+        (units(column, one), units(theirs or column, other))
+        for one, other in pairs
+        if other is not None and column in one["columns"]
     ]
     return paired_bootstrap(*(np.array(side, float) for side in zip(*both, strict=True))) if both else None
 
@@ -258,7 +278,7 @@ def summary(pairs: int, domains: Sequence[str], runs: Runs, declared: Mapping[st
     """Yield one line for each arm: means over catalogs and seeds, and the time of a step compared with ITC + IS."""
     titles = {name: title for name, title, _ in FIGURES}
     digits = {name: n for name, _, n in FIGURES}
-    yield f"| | seeds | {' | '.join(titles[name] for name in SUMMARY)} | time of a step |"
+    yield f"| | runs | {' | '.join(titles[name] for name in SUMMARY)} | time of a step |"
     yield f"|---|{'---|' * (len(SUMMARY) + 2)}"
     for arm in declared["arms"]:
         found = [runs[pairs, domain, arm] for domain in domains if (pairs, domain, arm) in runs]
