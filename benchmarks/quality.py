@@ -15,6 +15,7 @@ import click
 import numpy as np
 from ablation import PER_PROMPT, REAL, RESULT, Run, score
 from bases import SYNTHETIC
+from numpy.typing import NDArray
 
 from unidiff_sdk._internal.pages.charts import Line, line_chart
 from unidiff_sdk.training.evaluation.metrics import Interval, paired_bootstrap
@@ -77,8 +78,9 @@ settings chosen for "ITC + IS, hard negatives"; "RSC encoder and generator" has 
 of the arms without RSC were chosen on an earlier base of the same recipe, with 6,000 UNet steps.
 
 Figures are means over seeds, followed by the lowest and the highest seed. KID and CMMD are unbiased estimates and may
-be below zero. Intervals come from a bootstrap over seeds and over queries or prompts, without correction for multiple
-comparisons. Arms have the same number of steps, not the same time.
+be below zero. Intervals (95 %) come from a bootstrap over seeds and over queries or prompts, without correction for
+multiple comparisons; those on top are over the synthetic catalogs together. Arms have the same number of steps, not
+the same time. Two runs shared two cores.
 
 A base without one synthetic catalog is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
 {base_steps[unet]}. Its VAE and tokenizer come from the built-in base and have seen all three catalogs. {real} is tuned
@@ -87,6 +89,7 @@ from the built-in base, on real images.
 
 Result = Mapping[str, Any]
 Key = tuple[int, str, str]  # pairs, domain, arm
+Units = NDArray[np.float64]
 Runs = Mapping[Key, list[Mapping[str, Any]]]  # sorted by seed
 
 
@@ -183,11 +186,11 @@ def answer(runs: Runs, declared: Mapping[str, Any]) -> Iterator[str]:
         f"- **Re-ranking**: R@1 of text queries {alone:.3f} → {reranked:.3f} over all tuned models; better in {better} "
         f"of {len(tuned)}. Each query costs {calls} rows of the UNet and no training."
     )
-    joined = [
+    tuned_apart = [
         pooled_effect("reranked", HARD, SEPARATE["search"], settings, runs, theirs="search"),
         pooled_effect("all_right", HARD, SEPARATE["all_right"], settings, runs),
     ]
-    if found := [effect for effect in joined if effect]:
+    if found := [effect for effect in tuned_apart if effect]:
         yield (
             f"- **One model instead of two**: {HARD}, re-ranked, compared with {SEPARATE['search']}, not re-ranked, "
             f"and with {SEPARATE['all_right']}: {'; '.join(found)}."
@@ -201,21 +204,23 @@ def answer(runs: Runs, declared: Mapping[str, Any]) -> Iterator[str]:
 def pooled_effect(
     column: str, arm: str, other: str, settings: Sequence[tuple[int, str]], runs: Runs, *, theirs: str = ""
 ) -> str | None:
-    """Return the mean difference over settings, and in how many of them it is beyond chance.
+    """Return the mean difference over settings, with its interval from all their queries or prompts together.
 
     theirs: The column of the other arm. Default: the same.
     """
     if (column, arm) in UNTUNED or (theirs or column, other) in UNTUNED:
         return None
-    found = (interval(column, (*setting, arm), (*setting, other), runs, theirs=theirs) for setting in settings)
-    intervals = [each for each in found if each]
-    if not intervals:
+    both = [paired(column, (*setting, arm), (*setting, other), runs, theirs=theirs) for setting in settings]
+    of_settings = [found for found in both if found]
+    if not of_settings:
         return None
-    difference = float(np.mean([each.difference for each in intervals]))
-    up, down = sum(each.low > 0 for each in intervals), sum(each.high < 0 for each in intervals)
-    beyond = [f"up in {up}"] * (up > 0) + [f"down in {down}"] * (down > 0)
-    verdict = f"beyond chance {' and '.join(beyond)} of {len(intervals)}" if beyond else "not beyond chance"
-    return f"{COLUMNS[column]} {difference:+.3f} ({verdict})"
+    seeds = set.intersection(*(set(found) for found in of_settings))
+    sides = [
+        [np.concatenate([found[seed][side] for found in of_settings]) for seed in sorted(seeds)] for side in (0, 1)
+    ]
+    pooled = paired_bootstrap(*map(np.array, sides))
+    verdict = "within chance" if pooled.low <= 0 <= pooled.high else "beyond chance"
+    return f"{COLUMNS[column]} {pooled.difference:+.3f} ({pooled.low:+.3f} to {pooled.high:+.3f}, {verdict})"
 
 
 def cost(arm: str, other: str, settings: Sequence[tuple[int, str]], runs: Runs) -> str:
@@ -243,27 +248,30 @@ def coverage(runs: Runs, declared: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "." if parts else "None on test pairs."
 
 
-def interval(column: str, ours: Key, others: Key, runs: Runs, *, theirs: str = "") -> Interval | None:
-    """Return the difference of two arms, by a bootstrap over the seeds that both have and over queries or prompts.
+def interval(column: str, ours: Key, others: Key, runs: Runs) -> Interval | None:
+    """Return the difference of two arms, by a bootstrap over the seeds that both have and over queries or prompts."""
+    found = paired(column, ours, others, runs)
+    return paired_bootstrap(*(np.array(side) for side in zip(*found.values(), strict=True))) if found else None
+
+
+def paired(column: str, ours: Key, others: Key, runs: Runs, *, theirs: str = "") -> dict[int, tuple[Units, Units]]:
+    """Return the units of two arms for each seed that both have. The base, which is tuned on nothing, has all seeds.
 
     theirs: The column of the other arm. Default: the same.
     """
-    if ours not in runs or others not in runs:
-        return None
-    of_seed = {one["run"]["seed"]: one for one in runs[others]}
-    pairs = [(one, of_seed.get(0 if others[2] == "base" else one["run"]["seed"])) for one in runs[ours]]
-    both = [
-        (units(column, one), units(theirs or column, other))
-        for one, other in pairs
-        if other is not None and column in one["columns"]
-    ]
-    return paired_bootstrap(*(np.array(side, float) for side in zip(*both, strict=True))) if both else None
+    of_seed = {one["run"]["seed"]: one for one in runs.get(others, ())}
+    found = {}
+    for one in runs.get(ours, ()):
+        other = of_seed.get(0 if others[2] == "base" else one["run"]["seed"])
+        if other is not None and column in one["columns"]:
+            found[one["run"]["seed"]] = (units(column, one), units(theirs or column, other))
+    return found
 
 
-def units(column: str, run: Mapping[str, Any]) -> list[float]:
+def units(column: str, run: Mapping[str, Any]) -> Units:
     """Return the bootstrap units: queries, or prompts with all their images."""
     values = np.array(run["columns"][column], float)
-    return (values.reshape(-1, PER_PROMPT).mean(axis=1) if column == "all_right" else values).tolist()
+    return values.reshape(-1, PER_PROMPT).mean(axis=1) if column == "all_right" else values
 
 
 def mean(some: Sequence[Mapping[str, Any]], figure: str) -> float:
