@@ -30,7 +30,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 PROMPT = "a red dress"
 LORA: dict[str, Any] = {"lora_unet": 4, "lora_text": 4, "lora_image": 4}
-SETTINGS: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "rsc_warmup_steps": 0, "warmup_steps": 1}
+SETTINGS: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 1}
 ABSENT = {"text_encoder_3": None, "tokenizer_3": None}
 
 
@@ -58,6 +58,7 @@ def with_third(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tuned(base: Path, small_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tuned by adapters with ITC, IS, score consistency and the reward on hard negatives."""
     rsc = {"lambda_rsc_encoder": 0.3, "lambda_rsc_generator": 0.3, "lambda_rsc_reward": 0.1, "rsc_reward_steps": 2}
+    rsc |= {"rsc_warmup_steps": 0}
     config = TrainingConfig(steps=4, hard_negatives=1, **SETTINGS, **LORA, **rsc)
     out = tmp_path_factory.mktemp("runs") / "lora"
     validator = Validator(small_catalog, steps=2, prompts=[PROMPT])

@@ -27,7 +27,7 @@ from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 
 PROMPT = "a red dress"
 LORA: dict[str, Any] = {"lora_unet": 4, "lora_text": 4, "lora_image": 4}
-SETTINGS: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "rsc_warmup_steps": 0, "warmup_steps": 1}
+SETTINGS: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(base: Path, small_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tuned by adapters with ITC, IS and score consistency on hard negatives."""
-    consistency = {"lambda_rsc_encoder": 0.3, "lambda_rsc_generator": 0.3, "hard_negatives": 1}
+    consistency = {"lambda_rsc_encoder": 0.3, "lambda_rsc_generator": 0.3, "hard_negatives": 1, "rsc_warmup_steps": 0}
     config = TrainingConfig(steps=4, **SETTINGS, **LORA, **consistency)
     out = tmp_path_factory.mktemp("runs") / "lora"
     validator = Validator(small_catalog, steps=2, prompts=[PROMPT])
