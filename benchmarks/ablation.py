@@ -148,8 +148,9 @@ def main(
 def development_runs() -> Iterator[Run]:
     """Yield the search for settings. An arm comes after the arm that it inherits from."""
     for arm, settings in SETTINGS.items():
-        for setting in range(len(settings) if len(settings) > 1 else 0):
-            yield Run("development", DEVELOPMENT, SIZES[0], arm, setting, 0)
+        if len(settings) > 1:
+            for setting in range(len(settings)):
+                yield Run("development", DEVELOPMENT, SIZES[0], arm, setting, 0)
 
 
 def test_runs(work: Path, domains: Sequence[str]) -> Iterator[Run]:
@@ -249,6 +250,8 @@ def perform(run: Run, work: Path) -> dict[str, Any]:
         tuned, seconds = checkpoint, trained.seconds
     measured = measure(tuned, base, run, work)
     measured["figures"]["seconds"] = seconds
+    if run.domain != REAL:
+        measured["base_steps"] = STEPS
     if run.arm != "base":
         measured["options"] = options(run, work)
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -68,14 +68,12 @@ the queries, and {prompts} prompts with {per_prompt} images each, generated from
 guided steps ({sampler}, scale {guidance:g}). An image is right for a caption if it has the same attributes (synthetic
 catalogs) or the same caption. "Re-ranked" is `search(rerank={rerank[candidates]})` with timesteps
 {rerank[timesteps]} and weight {rerank[weight]:g}, by the UNet of the same arm. Training, re-ranking and generation run
-in bfloat16. The judge of generated images is frozen
-and was trained on other renderings.
+in bfloat16. The judge of generated images is frozen and was trained on other renderings.
 
 Two settings per arm were tried on the validation pairs of ecommerce-product with {sizes[0]} pairs and one seed. The
 better one was frozen and run on the test pairs. The score is the mean of R@1 in both directions and "all attributes
 right", or the one of them that the arm tunes; ties go to the first setting. RSC arms include the hard negatives and the
-settings chosen for "ITC + IS, hard negatives"; "RSC encoder and generator" has the chosen weights of both. The settings
-of the arms without RSC were chosen on an earlier base of the same recipe, with 6,000 UNet steps.
+settings chosen for "ITC + IS, hard negatives"; "RSC encoder and generator" has the chosen weights of both.
 
 Figures are means over seeds, followed by the lowest and the highest seed. KID and CMMD are unbiased estimates and may
 be below zero. Intervals (95 %) come from a bootstrap over seeds and over queries or prompts, without correction for
@@ -157,6 +155,7 @@ def lines(content: Result, runs: Runs, folder: Path, page: Path) -> Iterator[str
     for paragraph in METHOD.format(**declared, real=REAL).strip().split("\n\n"):
         yield from [*textwrap.wrap(paragraph, 118), ""]
     yield from bases(content)
+    yield from earlier_bases(content)
     yield f"{content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
     yield from ["", "## Settings tried", ""]
     yield from chosen(content)
@@ -343,6 +342,18 @@ def bases(content: Result) -> Iterator[str]:
         yield "|---|---|---|---|"
         for domain, shares in content["bases"].items():
             yield f"| {domain} | {shares['type']:.3f} | {shares['colour']:.3f} | {shares['both']:.3f} |"
+        yield ""
+
+
+def earlier_bases(content: Result) -> Iterator[str]:
+    """Yield which settings were chosen on a base that was trained for another number of steps."""
+    arms: dict[int, list[str]] = {}
+    for one in content["runs"]:
+        steps, arm = one.get("base_steps", content["declared"]["base_steps"])["unet"], one["run"]["arm"]
+        if steps != content["declared"]["base_steps"]["unet"] and arm not in arms.setdefault(steps, []):
+            arms[steps].append(arm)
+    for steps, names in arms.items():
+        yield f"These settings were chosen on an earlier base with {steps:,} UNet steps: {'; '.join(names)}."
         yield ""
 
 

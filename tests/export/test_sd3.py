@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,6 @@ PROMPTS = ["a red striped dress", "green dotted boots"]
 CAPTIONS = [*PROMPTS, "a plain teal mug", "a purple coat"]
 LONG = "a red striped dress with short sleeves and green dotted boots on white, long sleeves"
 TOKENS, ZEROS, CLIP_WIDTH = 16, 256, 32 + 48  # of CLIP, of the missing T5; width of the states of both towers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Iterator[None]:
-    """The models are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

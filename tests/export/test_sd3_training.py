@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from support.pipeline_folders import change_json
 from support.random_sd3 import make_random_sd3
+from support.tuned_pipelines import changed_tensors, generated_by
 
 from unidiff_export import export_bundle
 from unidiff_export.verification import psnr_db
@@ -32,15 +33,6 @@ PROMPT = "a red dress"
 LORA: dict[str, Any] = {"lora_unet": 4, "lora_text": 4, "lora_image": 4}
 SETTINGS: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 1}
 ABSENT = {"text_encoder_3": None, "tokenizer_3": None}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Any:
-    """The models are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +70,6 @@ def pipeline_of(folder: Path) -> Any:
     return pipeline
 
 
-def generated_by(pipeline: Any, latents: np.ndarray, **options: Any) -> np.ndarray:
-    options |= {"num_inference_steps": 4, "guidance_scale": 5.0, "latents": torch.from_numpy(latents)}
-    return np.asarray(pipeline(PROMPT, **options).images[0])
-
-
 def noise(width: int = 32) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((1, 16, 16, width // 2), dtype=np.float32)
 
@@ -99,11 +86,7 @@ def test_checkpoint_is_a_pipeline_of_diffusers_with_the_trained_weights(base: Pa
     }
     before = pipeline_of(base)
     for name, (theirs, ours) in parts.items():
-        untuned = getattr(before, name).state_dict()
-        changed = set()
-        for key, tensor in theirs.state_dict().items():
-            assert torch.equal(tensor, ours.state_dict()[key]), f"{name} {key}"
-            changed |= set() if torch.equal(tensor, untuned[key]) else {key}
+        changed = changed_tensors(theirs, ours, getattr(before, name))
         assert changed, name
         assert ("text_projection.weight" in changed) is (name == "text_encoder")
     card = (tuned / "README.md").read_text(encoding="utf-8")
@@ -123,7 +106,7 @@ def test_bundle_of_the_tuned_model_generates_the_images_of_diffusers(
     for options in ({}, {"width": 48, "height": 32}):
         latents = noise(options.get("width", 32))
         (ours,) = Generator(bundle).generate(PROMPT, latents=latents, steps=4, guidance_scale=5.0, **options)
-        theirs, untuned = (generated_by(pipeline_of(folder), latents, **options) for folder in (tuned, base))
+        theirs, untuned = (generated_by(pipeline_of(folder), PROMPT, latents, **options) for folder in (tuned, base))
         assert psnr_db(np.asarray(ours), theirs) > 50
         assert psnr_db(theirs, untuned) < 40, "training changed the images"
     with Catalog(":memory:", bundle=bundle) as catalog:
@@ -142,9 +125,9 @@ def test_adapters_load_into_the_base_by_diffusers(base: Path, tuned: Path) -> No
     with safe_open(adapters / "pytorch_lora_weights.safetensors", "pt") as tensors:
         assert {key.partition(".")[0] for key in tensors.keys()} == {"transformer", "text_encoder", "text_encoder_2"}  # noqa: SIM118
     pipeline = pipeline_of(base)
-    plain = generated_by(pipeline, noise())
+    plain = generated_by(pipeline, PROMPT, noise())
     pipeline.load_lora_weights(adapters)
-    adapted, expected = generated_by(pipeline, noise()), generated_by(pipeline_of(tuned), noise())
+    adapted, expected = generated_by(pipeline, PROMPT, noise()), generated_by(pipeline_of(tuned), PROMPT, noise())
     assert psnr_db(adapted, expected) > 50 > 40 > psnr_db(plain, expected)
     merged = PeftModel.from_pretrained(pipeline_of(base).transformer, adapters / "transformer").merge_and_unload()
     for name, tensor in pipeline_of(tuned).transformer.state_dict().items():
@@ -173,7 +156,7 @@ def test_interrupted_run_resumes_bit_for_bit(with_third: Path, small_catalog: Pa
     for part in ("transformer", "text_encoder", "text_encoder_2"):
         start, end = (getattr(pipeline, part).state_dict() for pipeline in (before, after))
         assert start.keys() == end.keys() and any(not torch.equal(start[name], end[name]) for name in start), part
-    assert generated_by(after, noise()).shape == (32, 32, 3)
+    assert generated_by(after, PROMPT, noise()).shape == (32, 32, 3)
     index = json.loads((tmp_path / "parts" / "model_index.json").read_text(encoding="utf-8"))
     assert index["text_encoder_3"] == ["transformers", "T5EncoderModel"] and "unet" not in index
     card = (tmp_path / "parts" / "README.md").read_text(encoding="utf-8")

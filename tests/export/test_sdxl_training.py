@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript", reason="needs the export extra")
 import torch
 from safetensors import safe_open
 from support.random_sdxl import make_random_sdxl
+from support.tuned_pipelines import changed_tensors, generated_by
 
 from unidiff_export import export_bundle
 from unidiff_export.verification import psnr_db
@@ -28,15 +29,6 @@ from unidiff_sdk.training.checkpoints.checkpoint import load_checkpoint
 PROMPT = "a red dress"
 LORA: dict[str, Any] = {"lora_unet": 4, "lora_text": 4, "lora_image": 4}
 SETTINGS: dict[str, Any] = {"batch_size": 6, "learning_rate": 1e-2, "warmup_steps": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread() -> Any:
-    """The models are so small that threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +58,6 @@ def pipeline_of(folder: Path) -> Any:
     return pipeline
 
 
-def generated_by(pipeline: Any, latents: np.ndarray, **options: Any) -> np.ndarray:
-    options |= {"num_inference_steps": 4, "guidance_scale": 5.0, "latents": torch.from_numpy(latents)}
-    return np.asarray(pipeline(PROMPT, **options).images[0])
-
-
 def noise(width: int = 32) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((1, 4, 16, width // 2), dtype=np.float32)
 
@@ -86,12 +73,7 @@ def test_checkpoint_is_a_pipeline_of_diffusers_with_the_trained_weights(base: Pa
     }
     before = pipeline_of(base)
     for name, (theirs, ours) in parts.items():
-        untuned = getattr(before, name).state_dict()
-        changed = 0
-        for key, tensor in theirs.state_dict().items():
-            assert torch.equal(tensor, ours.state_dict()[key]), f"{name} {key}"
-            changed += not torch.equal(tensor, untuned[key])
-        assert changed, name
+        assert changed_tensors(theirs, ours, getattr(before, name)), name
 
 
 @pytest.mark.slow
@@ -104,7 +86,7 @@ def test_bundle_of_the_tuned_model_generates_the_images_of_diffusers(
     for options in ({}, {"width": 48, "height": 32}):
         latents = noise(options.get("width", 32))
         (ours,) = Generator(bundle).generate(PROMPT, latents=latents, steps=4, guidance_scale=5.0, **options)
-        theirs, untuned = (generated_by(pipeline_of(folder), latents, **options) for folder in (tuned, base))
+        theirs, untuned = (generated_by(pipeline_of(folder), PROMPT, latents, **options) for folder in (tuned, base))
         assert psnr_db(np.asarray(ours), theirs) > 50
         assert psnr_db(theirs, untuned) < 40, "training changed the images"
     with Catalog(":memory:", bundle=bundle) as catalog:
@@ -123,9 +105,9 @@ def test_adapters_load_into_the_base_by_diffusers(base: Path, tuned: Path, file:
     )
     assert {next(part for part in parts if key.startswith(part)) for key in keys} == set(parts)
     pipeline = pipeline_of(base)
-    plain = generated_by(pipeline, noise())
+    plain = generated_by(pipeline, PROMPT, noise())
     pipeline.load_lora_weights(adapters)
-    adapted, expected = generated_by(pipeline, noise()), generated_by(pipeline_of(tuned), noise())
+    adapted, expected = generated_by(pipeline, PROMPT, noise()), generated_by(pipeline_of(tuned), PROMPT, noise())
     assert psnr_db(adapted, expected) > 50 > 40 > psnr_db(plain, expected)
 
 
@@ -159,7 +141,7 @@ def test_tuned_checkpoint_is_evaluated_and_distilled(tuned: Path, small_catalog:
     config = DistillationConfig(steps=2, batch_size=2, trajectories=2, teacher_steps=4, student_steps=2)
     student = distill(tuned, small_catalog, tmp_path / "fast", config, device="cpu")
     pipeline = pipeline_of(student.path)
-    assert generated_by(pipeline, noise()).shape == (32, 32, 3)
+    assert generated_by(pipeline, PROMPT, noise()).shape == (32, 32, 3)
     before, after = (load_checkpoint(path) for path in (tuned, student.path))
     assert after.sampler_defaults["steps"] == 2
     assert before.second and after.second

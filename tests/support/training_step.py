@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,14 @@ from unidiff_sdk.training.runtime.processes import Processes
 from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+# What each term trains in a model with two text encoders that are separate from CLIP.
+PARTS_OF_TERMS = {
+    "lambda_itc": {"clip text", "clip image"},
+    "lambda_is": {"unet", "first", "second"},
+    "lambda_rsc_encoder": {"clip text", "clip image"},
+    "lambda_rsc_generator": {"unet", "first", "second"},
+    "lambda_rsc_reward": {"unet"},
+}
 
 
 @dataclass
@@ -105,3 +114,13 @@ def disturb(model: JointModel) -> None:
     with torch.no_grad():
         for parameter in model.clip.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=random)
+
+
+def parts_trained_by(term: str, base: Path, data: Path, checkpoint: Checkpoint) -> set[str]:
+    """The parts that a step with a single term has gradients for, see PARTS_OF_TERMS."""
+    settings: dict[str, Any] = dict.fromkeys(PARTS_OF_TERMS, 0.0) | {term: 1.0, "batch_size": 6, "rsc_warmup_steps": 0}
+    found, _ = prepare_step(base, data, TrainingConfig(**settings), checkpoint=checkpoint).backpropagate()
+    places = {"unet.": "unet", "text_encoder.": "first", "text_encoder_2.": "second", "vae.": "vae"}
+    places |= {"clip.text": "clip text", "clip.logit": "clip text", "clip.vis": "clip image"}
+    reached = {name for name, gradient in found.items() if gradient.any()}
+    return {part for name in reached for prefix, part in places.items() if name.startswith(prefix)}

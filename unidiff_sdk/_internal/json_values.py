@@ -33,6 +33,7 @@ __all__ = [
     "parse_json",
     "plain_number",
     "read_json",
+    "shown_integer",
     "to_json",
     "unwrapped",
     "whole_number",
@@ -216,6 +217,11 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
 def is_finite_number(value: Any) -> bool:
     """Whether a value is an integer or a float, and a finite one as a float. Booleans are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def shown_integer(number: int) -> str:
+    """An integer for a message. Python refuses to print those of more than 4,300 digits."""
+    return str(number) if number.bit_length() <= 128 else f"an integer of {number.bit_length():,} bits"
 
 
 def number_within(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from unidiff_sdk._internal.json_values import is_finite_number, plain_number
+from unidiff_sdk._internal.json_values import is_finite_number, plain_number, shown_integer
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.store.filters import Clause, parse
 from unidiff_sdk.store.protocol import CANDIDATES
@@ -73,7 +73,7 @@ class SearchOptions:
         check_page(self.limit, self.offset)
         for name in ("min_score", "diversity", "hybrid", "rerank", "ef"):
             if isinstance(value := getattr(self, name), int) and value.bit_length() > 128:
-                raise OptionError(f"{name} is {_shown(value)}: give a smaller number")
+                raise OptionError(f"{name} is {shown_integer(value)}: give a smaller number")
         if not isinstance(self.cursor, (str, type(None))):
             raise OptionError(f"cursor={self.cursor!r:.60}: not a cursor: give the attribute cursor of a Page")
         if self.cursor and self.offset:
@@ -119,14 +119,9 @@ def check_page(limit: int, offset: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise OptionError(f"{name}={value!r:.60}: give an integer")
     if not 1 <= limit <= MAX_LIMIT:
-        raise OptionError(f"limit={_shown(limit)}: give an integer from 1 to {MAX_LIMIT:,}")
+        raise OptionError(f"limit={shown_integer(limit)}: give an integer from 1 to {MAX_LIMIT:,}")
     if not 0 <= offset <= MAX_OFFSET:
-        raise OptionError(f"offset={_shown(offset)}: give an integer from 0 to {MAX_OFFSET:,}")
-
-
-def _shown(number: int) -> str:
-    """An integer for a message. Python refuses to print those of more than 4,300 digits."""
-    return str(number) if number.bit_length() <= 128 else f"an integer of {number.bit_length():,} bits"
+        raise OptionError(f"offset={shown_integer(offset)}: give an integer from 0 to {MAX_OFFSET:,}")
 
 
 def call_with(factory: Callable[..., T], arguments: Any, name: str) -> T:

@@ -74,7 +74,7 @@ def test_whole_batch_has_the_gradients_of_the_plain_sum(small_catalog: Path, ran
     prepared = prepare_step(random_checkpoint, small_catalog, config, disturbed=True)
     model, batches = prepared.model, prepared.batches
     noise = seeded_generator(config.seed, Purpose.NOISE, STEP)
-    random = RandomInputs.sample(noise, 9, model.latent_shape, model.timesteps, config, pairs=9)
+    random = RandomInputs.sample(noise, 9, model.latent_shape, len(model.timesteps), config, pairs=9)
     batch = batches.load(batches.indices(STEP), 9)
     terms = joint_losses(model, batch, config, random=random, empty_ids=prepared.empty_ids, step=STEP)
     sum(weight * value for weight, value in terms.values()).backward()

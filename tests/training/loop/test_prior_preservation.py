@@ -66,7 +66,7 @@ def test_prior_adds_the_denoising_gradient_of_its_pairs(
     scheduler = DDIMScheduler.from_config(checkpoint.scheduler.config)
     batch = step.prior.load(step.prior.indices(0), 4)
     generator = seeded_generator(step.prior.seed, Purpose.NOISE, 0)
-    random = RandomInputs.sample(generator, 4, step.model.latent_shape, step.model.timesteps, config, pairs=4)
+    random = RandomInputs.sample(generator, 4, step.model.latent_shape, len(step.model.timesteps), config, pairs=4)
     noisy = scheduler.add_noise(batch.latents, random.noise, random.t)
     output = checkpoint.unet(noisy, random.t, checkpoint.text_encoder(batch.input_ids).last_hidden_state).sample
     loss = F.mse_loss(output, random.noise)

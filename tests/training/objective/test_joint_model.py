@@ -51,7 +51,9 @@ def run(checkpoint: Checkpoint, config: TrainingConfig, *, step: int = 10_000, n
         groups=torch.tensor([0, 1, 2, 0, 4, 5])[:n],
     )
     empty_ids = tokenize(checkpoint.tokenizer, [""])
-    random = RandomInputs.sample(torch.Generator().manual_seed(seed), n, (4, 16, 16), model.timesteps, config, pairs=n)
+    random = RandomInputs.sample(
+        torch.Generator().manual_seed(seed), n, (4, 16, 16), len(model.timesteps), config, pairs=n
+    )
     return model, joint_losses(model, batch, config, random=random, empty_ids=empty_ids, step=step)
 
 

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the train extra")
 
 import torch.nn.functional as F  # noqa: E402
 from support.random_sdxl import LARGER, POOLED, make_random_sdxl  # noqa: E402
-from support.training_step import prepare_step  # noqa: E402
+from support.training_step import PARTS_OF_TERMS, parts_trained_by, prepare_step  # noqa: E402
 
 from unidiff_sdk.training.checkpoints.bases import load_base  # noqa: E402
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint  # noqa: E402
@@ -147,7 +147,7 @@ def test_loss_and_gradients_of_a_step_equal_diffusers(base: Path, small_catalog:
     found, values = step.backpropagate()
     indices, shape = step.batches.indices(0), step.model.latent_shape
     generator = seeded_generator(config.seed, Purpose.NOISE, 0)
-    random = RandomInputs.sample(generator, 8, shape, step.model.timesteps, config, pairs=8)
+    random = RandomInputs.sample(generator, 8, shape, len(step.model.timesteps), config, pairs=8)
     assert 0 < random.dropped.sum() < 8 and 0 < indices.mirror.sum() < 8
     batch = step.batches.load(indices, 8)
     assert batch.sizes is not None and len(batch.sizes.unique(dim=0)) > 4, "images of several sizes"
@@ -180,7 +180,7 @@ def test_loss_on_buckets_of_aspect_ratios_equals_diffusers(base: Path, small_cat
         n, shape = len(indices), step.batches.latent_shape(indices)
         shapes.add(shape)
         generator = seeded_generator(config.seed, Purpose.NOISE, number)
-        random = RandomInputs.sample(generator, n, shape, step.model.timesteps, config, pairs=n)
+        random = RandomInputs.sample(generator, n, shape, len(step.model.timesteps), config, pairs=n)
         batch = step.batches.load(indices, n)
         with torch.no_grad():
             loss = loss_by_diffusers(pipeline, batch, random, [step.captions[row] for row in indices.rows])
@@ -237,25 +237,9 @@ def test_sizes_of_the_images_reach_the_loss(base: Path, small_catalog: Path, ter
     assert after[term] != pytest.approx(before[term], rel=1e-4)
 
 
-TERMS = {
-    "lambda_itc": {"clip text", "clip image"},
-    "lambda_is": {"unet", "first", "second"},
-    "lambda_rsc_encoder": {"clip text", "clip image"},
-    "lambda_rsc_generator": {"unet", "first", "second"},
-    "lambda_rsc_reward": {"unet"},
-}
-
-
-@pytest.mark.parametrize("term", list(TERMS))
+@pytest.mark.parametrize("term", PARTS_OF_TERMS)
 def test_each_term_trains_its_parts_only(base: Path, small_catalog: Path, term: str, separate: Checkpoint) -> None:
-    off = dict.fromkeys(TERMS, 0.0)
-    settings: dict[str, Any] = off | {term: 1.0, "batch_size": 6, "rsc_warmup_steps": 0}
-    step = prepare_step(base, small_catalog, TrainingConfig(**settings), checkpoint=separate)
-    found, _ = step.backpropagate()
-    places = {"unet.": "unet", "text_encoder.": "first", "text_encoder_2.": "second", "vae.": "vae"}
-    places |= {"clip.text": "clip text", "clip.logit": "clip text", "clip.vis": "clip image"}
-    reached = {name for name, gradient in found.items() if gradient.any()}
-    assert {part for name in reached for prefix, part in places.items() if name.startswith(prefix)} == TERMS[term]
+    assert parts_trained_by(term, base, small_catalog, separate) == PARTS_OF_TERMS[term]
 
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])

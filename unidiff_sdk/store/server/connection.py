@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from unidiff_sdk._internal.json_values import plain_number
+from unidiff_sdk._internal.json_values import plain_number, shown_integer
 from unidiff_sdk._internal.text import Secret, redact_url
 from unidiff_sdk.errors import OptionError, StoreError
 
@@ -88,7 +88,7 @@ class ServerOptions:
                 continue
             is_whole = isinstance(value, int) and not isinstance(value, bool)
             if not (is_whole and least <= value <= most):
-                shown = f"{value.bit_length()} bits" if is_whole and value.bit_length() > 128 else f"{value!r:.60}"
+                shown = shown_integer(value) if is_whole else f"{value!r:.60}"
                 raise OptionError(f"ServerOptions({name}={shown}): {name} must be an integer from {least} to {most:,}")
             object.__setattr__(self, name, value)
         if self.grpc_port != ServerOptions.grpc_port and not self.grpc:

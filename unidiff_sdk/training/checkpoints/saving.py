@@ -97,6 +97,11 @@ def save_checkpoint(
         CheckpointError: `path` holds something that is not a checkpoint, or a file cannot be written.
     """
 
+    is_transformer = isinstance(unet, SD3Transformer2DModel)
+    pipeline, index = _transformer_index(third) if is_transformer else _unet_index(second)
+    # Parts that diffusers demands, or to be told that there are none.
+    absent = {"absent": ABSENT_THIRD} if is_transformer and third is None else {}
+
     def write_parts(folder: Path) -> None:
         _save_diffusers(unet, folder / ("transformer" if is_transformer else "unet"), dtype)
         _save_diffusers(vae, folder / "vae", dtype)
@@ -113,10 +118,6 @@ def save_checkpoint(
         save_scheduler(scheduler, folder / "scheduler")
         write_json(folder / "model_index.json", {"_class_name": pipeline} | index | _parts_index(scheduler))
 
-    is_transformer = isinstance(unet, SD3Transformer2DModel)
-    pipeline, index = _transformer_index(third) if is_transformer else _unet_index(second)
-    # Parts that diffusers demands, or to be told that there are none.
-    absent = {"absent": ABSENT_THIRD} if is_transformer and third is None else {}
     content = {"format": "unidiff-checkpoint", "pipeline": pipeline, **absent, **meta}
     return _replace(Path(path), content, write_parts, keep, write_more)
 

@@ -134,7 +134,7 @@ def _sample_step(
     generator = seeded_generator(batches.seed, Purpose.NOISE, step)
     samples, shape = min(samples, len(indices)), batches.latent_shape(indices)
     random = RandomInputs.sample(
-        *(generator, samples, shape, model.timesteps.cpu(), config),
+        *(generator, samples, shape, len(model.timesteps), config),
         pairs=len(indices),
         logit_normal=model.is_transformer,
     )

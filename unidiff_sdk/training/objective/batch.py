@@ -120,7 +120,7 @@ class RandomInputs:
         generator: torch.Generator,
         samples: int,
         shape: tuple[int, ...],
-        timesteps: Tensor,
+        levels: int,
         config: TrainingConfig,
         *,
         pairs: int,
@@ -131,15 +131,15 @@ class RandomInputs:
         Args:
             samples: n.
             shape: (c, h, w) of the latents.
-            timesteps: See `JointModel.timesteps`.
+            levels: Number of noise levels.
             pairs: Number of pairs in the step.
             logit_normal: Sample the place of t in the schedule as sigmoid(x) with a standard normal x, as Stable
                 Diffusion 3 was trained (Esser et al. 2024, section 3.1), instead of uniformly.
         """
         if logit_normal:
-            t = (torch.randn(samples, generator=generator).sigmoid() * len(timesteps)).long()
+            t = (torch.randn(samples, generator=generator).sigmoid() * levels).long()
         else:
-            t = torch.randint(0, len(timesteps), (samples,), generator=generator)
+            t = torch.randint(0, levels, (samples,), generator=generator)
         noise = torch.randn((samples, *shape), generator=generator)
         dropped = torch.rand(samples, generator=generator) < config.caption_dropout
         return cls(t, noise, dropped, samples, pairs)

@@ -14,7 +14,6 @@ from unidiff_sdk.training.checkpoints.loading.second_text_encoder import THIRD_T
 from unidiff_sdk.training.checkpoints.text_sharing import layers_of, tower_of
 from unidiff_sdk.training.config import Precision
 
-from . import losses
 from .batch import Batch, Conditions, whole_image_sizes
 from .encoder_model import EncoderModel, checkpoint_activations
 
@@ -225,7 +224,7 @@ def _noise_levels(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
     if checkpoint.is_transformer:
         # A new scheduler has the levels of training; one that has generated has those of its steps.
         scheduler = type(checkpoint.scheduler).from_config(checkpoint.scheduler.config)
-        return losses.flow_alpha_bar(scheduler.sigmas.flip(0)), scheduler.timesteps.flip(0)
+        return 1 - scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
     alpha_bar = checkpoint.scheduler.alphas_cumprod.clone()
     return alpha_bar, torch.arange(len(alpha_bar))
 

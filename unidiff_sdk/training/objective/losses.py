@@ -2,12 +2,11 @@
 
 Pairs (x_i, y_i) of an image and a caption. f is CLIP's image tower and g its text tower, both onto the unit sphere:
 u_i = f(x_i), v_i = g(y_i). τ(y) are the token states of the text tower, which condition the UNet ε_θ. E and D are the
-encoder and decoder of the frozen VAE; z = E(x) are latents. ᾱ_t is the noise schedule (`alpha_bar`), of the
-signal-to-noise ratio ᾱ_t/(1-ᾱ_t). Every loss is a scalar. It is finite for finite inputs, even if no sample contributes
-to it.
+encoder and decoder of the frozen VAE; z = E(x) are latents. ᾱ_t is the noise schedule (`alpha_bar`). Every loss is a
+scalar. It is finite for finite inputs, even if no sample contributes to it.
 
 Models that predict ε or v have noisy latents z_t = √ᾱ_t·z + √(1-ᾱ_t)·ε. Flow matching ("flow", Stable Diffusion 3) has
-z_t = (1-σ_t)·z + σ_t·ε. Its ᾱ_t is that of the same signal-to-noise ratio, see `flow_alpha_bar`.
+z_t = ᾱ_t·z + (1-ᾱ_t)·ε: its noise level σ_t is 1-ᾱ_t.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ __all__ = [
     "clamp_logit_scale",
     "diffusion_target",
     "feature_distillation",
-    "flow_alpha_bar",
     "gradient_only_through_input",
     "itc",
     "linear_warmup",
@@ -112,21 +110,10 @@ def feature_distillation(u: Tensor, u_base: Tensor) -> Tensor:
 # --- IS: image synthesis ---------------------------------------------------------------------------------------------
 
 
-def flow_alpha_bar(sigma: Tensor) -> Tensor:
-    """ᾱ of the same signal-to-noise ratio as a noise level of flow matching: (1-σ)²/((1-σ)² + σ²).
-
-    Weights by ᾱ then mean the same for all models.
-
-    sigma: float[n] in [0, 1]. Returns float32[n].
-    """
-    sigma = sigma.double()
-    return ((1 - sigma).square() / ((1 - sigma).square() + sigma.square())).float()
-
-
 def add_noise(z: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
     """Noisy latents z_t = √ᾱ_t·z + √(1-ᾱ_t)·ε (Ho et al. 2020, equation 4).
 
-    For flow matching (1-σ_t)·z + σ_t·ε (Esser et al. 2024, section 3).
+    For flow matching ᾱ_t·z + (1-ᾱ_t)·ε (Esser et al. 2024, section 3).
 
     z, noise: float[n, c, h, w]; alpha_bar: float[n]; prediction_type: "epsilon", "v_prediction" or "flow". Returns
     float[n, c, h, w].
@@ -176,17 +163,16 @@ def synthesis(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def _signal_and_sigma(alpha_bar: Tensor, prediction_type: str) -> tuple[Tensor, Tensor]:
     """Shares of z and ε in z_t: their squares add up to 1, for flow matching they themselves do."""
     alpha_bar = alpha_bar[:, None, None, None]
-    signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "flow":
-        return signal / (signal + sigma), sigma / (signal + sigma)
-    return signal, sigma
+        return alpha_bar, 1 - alpha_bar
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 # --- RSC: reciprocal semantic consistency ----------------------------------------------------------------------------
 
 
 def linear_warmup(step: int, steps: int) -> float:
-    """Factor from 0 to 1, linear over the first `steps` steps. Early denoising estimates carry no meaning yet."""
+    """Factor from 0 to 1, linear over the first `steps` steps. An untuned half does not know the catalog yet."""
     return min(1.0, step / steps) if steps else 1.0
 
 

@@ -27,22 +27,20 @@ class ShortAttentionInFloat32(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call a function of PyTorch."""
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not _is_slow(*args[:2]):
-            return func(*args, **kwargs)
-        kwargs = {name: _widened(value) for name, value in kwargs.items()}
-        with torch.autocast("cpu", enabled=False):
-            return func(*map(_widened, args), **kwargs).to(args[0].dtype)
+        if func is F.scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-def _is_slow(query: Any = None, key: Any = None) -> bool:
-    return (
-        query is not None
-        and key is not None
-        and query.device.type == "cpu"
-        and query.dtype.itemsize == 2
-        and max(query.shape[-2], key.shape[-2]) <= LONGEST
-    )
+def _attend(query: Tensor, key: Tensor, *others: Any, **options: Any) -> Tensor:
+    """`scaled_dot_product_attention`, in float32 where that is faster."""
+    inputs = (query, key, *others)
+    is_short = max(query.shape[-2], key.shape[-2]) <= LONGEST
+    if not (query.device.type == "cpu" and query.dtype.itemsize == 2 and is_short):
+        return F.scaled_dot_product_attention(*inputs, **options)
+    options = {name: _widened(value) for name, value in options.items()}
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(*map(_widened, inputs), **options).to(query.dtype)
 
 
 def _widened(value: Any) -> Any:
