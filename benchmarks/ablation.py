@@ -53,6 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "SD and text": {"lambda_itc": 0.0, "lock_image": True},
     "ITC + IS": {},
     "ITC + IS, hard negatives": {},
+    "ITC + IS, hard negatives, WiSE-FT": {},
     "RSC encoder": {},
     "RSC generator": {},
     "RSC encoder and generator": {},
@@ -70,6 +71,7 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
     "ITC + IS": RATES,
     "CLIP alone, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
     "ITC + IS, hard negatives": [{"hard_negatives": k} for k in (3, 5)],
+    "ITC + IS, hard negatives, WiSE-FT": [{}],
     "RSC encoder": [{"lambda_rsc_encoder": weight} for weight in (0.02, 0.1)],
     "RSC generator": [{"lambda_rsc_generator": weight} for weight in (0.01, 0.05)],
     "RSC encoder and generator": [{}],
@@ -78,9 +80,13 @@ SETTINGS: dict[str, list[dict[str, float]]] = {
 INHERITED = {  # the arm whose chosen settings an arm starts from
     "CLIP alone, hard negatives": "CLIP alone",
     "ITC + IS, hard negatives": "ITC + IS",
+    "ITC + IS, hard negatives, WiSE-FT": "ITC + IS, hard negatives",
     **dict.fromkeys([arm for arm in ARMS if arm.startswith("RSC")], "ITC + IS, hard negatives"),
 }
 COMBINED = {"RSC encoder and generator": ("RSC encoder", "RSC generator")}  # the arms whose chosen settings an arm has
+# The share of the change of all weights that an arm keeps. It is fixed, because validation pairs of the new catalog
+# cannot show what is forgotten.
+INTERPOLATED = {"ITC + IS, hard negatives, WiSE-FT": 0.5}
 # The figures that decide for arms that tune one half; all others use both.
 HALVES = {
     "CLIP alone": ("r@1",),
@@ -273,6 +279,8 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
 
     loaded = load_checkpoint(tuned)
     model = JointModel(loaded).eval()
+    if run.arm in INTERPOLATED:
+        _interpolate(model, JointModel(load_checkpoint(base)), INTERPOLATED[run.arm])
     data = data_of(run.domain, work, run.pairs)
     pairs = load_pairs(data["val" if run.phase == "development" else "test"], loaded)
     train_pairs = load_pairs(data["train"], loaded)
@@ -341,6 +349,16 @@ def measure(tuned: str | Path, base: str | Path, run: Run, work: Path) -> dict[s
         retained.append(np.mean([direction["R@1"] for direction in directions.values()]))
     figures["retained_r@1"] = float(np.mean(retained))
     return {"figures": figures, "columns": columns}
+
+
+def _interpolate(tuned: Any, base: Any, share: float) -> None:
+    """Move the weights of `tuned` towards those of `base`, so that `share` of their difference is left."""
+    from unidiff_sdk.training.config import Component
+    from unidiff_sdk.training.loop.wise_ft import interpolate
+    from unidiff_sdk.training.objective.tuning import component_of
+
+    weights = {name: weight for name, weight in tuned.named_parameters() if component_of(name) is not None}
+    interpolate(weights, dict(base.named_parameters()), weights, dict.fromkeys(Component, share))
 
 
 @contextmanager
@@ -423,14 +441,18 @@ def collect(work: Path, result: Path) -> None:
 
 
 def _collect(work: Path, result: Path) -> None:
-    runs = [json.loads(file.read_text("utf-8")) for file in sorted(work.glob("*.json"))]
+    # Runs from bases that are not in `work` are kept as they are, see `restore`
+    contents = {Run(**one["run"]).name: one for one in runs_of(result)}
+    contents |= {file.name: json.loads(file.read_text("utf-8")) for file in work.glob("*.json")}
+    runs = [contents[name] for name in sorted(contents)]
     declaration = {
         **{"domains": DOMAINS, "arms": ARMS, "settings": SETTINGS, "inherited": INHERITED},
         **{"seeds": SEEDS, "sizes": SIZES, "common": COMMON, "rerank": RERANK, "gallery": GALLERY},
         **{"sampler": SAMPLER, "sampler_steps": SAMPLER_STEPS, "guidance": GUIDANCE},
         **{"prompts": PROMPTS, "per_prompt": PER_PROMPT, "base_steps": STEPS},
     }
-    bases = {name: measured for name in SYNTHETIC if (measured := measured_base(name, work))}
+    measured = {name: shares for name in SYNTHETIC if (shares := measured_base(name, work))}
+    bases = (json.loads(result.read_text("utf-8"))["bases"] if result.exists() else {}) | measured
     tuned = len(SEEDS) * (len(ARMS) - 1) * sum(len(sizes_of(domain)) for domain in DOMAINS)
     complete = len(runs) == len(list(development_runs())) + tuned + len(DOMAINS)
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -446,12 +468,17 @@ def restore(work: Path, result: Path) -> None:
     Test runs from a base that is not in `work` are left out: all arms must start from the same base, and one that is
     trained again differs.
     """
-    if result.exists():
-        for content in json.loads(result.read_text("utf-8"))["runs"]:
-            run = Run(**content["run"])
-            has_base = run.domain == REAL or (work / "bases" / run.domain).exists()
-            if (run.phase == "development" or has_base) and not (work / run.name).exists():
-                _write(work / run.name, content)
+    for content in runs_of(result):
+        run = Run(**content["run"])
+        has_base = run.domain == REAL or (work / "bases" / run.domain).exists()
+        if (run.phase == "development" or has_base) and not (work / run.name).exists():
+            _write(work / run.name, content)
+
+
+def runs_of(result: Path) -> list[dict[str, Any]]:
+    """Return the runs that a result file holds."""
+    runs: list[dict[str, Any]] = json.loads(result.read_text("utf-8"))["runs"] if result.exists() else []
+    return runs
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ REFERENCES = {
     "SD and text": "SD alone",
     JOINT: "CLIP alone",
     HARD: JOINT,
+    "ITC + IS, hard negatives, WiSE-FT": HARD,
     "RSC encoder": HARD,
     "RSC generator": HARD,
     "RSC encoder and generator": HARD,
