@@ -54,6 +54,27 @@ def test_quoted_column_names_work_wherever_columns_are_named() -> None:
         assert {hit.id for hit in catalog.search("shirt", where={'"size.cm"': {"gt": 30}})} == {0, 2}
 
 
+def test_elements_of_lists_work_wherever_columns_are_named() -> None:
+    images = [render(product) for product in products("fashion-man", 3, seed=1)]
+    rows: list[dict[str, Any]] = [
+        {"tags": ["new", "sale"], "parts": [{"name": "lid", "cm": 3}, {"name": ["rim", "lid"]}]},
+        {"tags": ["old", "sale"], "parts": [{"name": "base", "cm": 2}]},
+        {"tags": "new", "tags[0]": "old"},
+    ]
+    with Catalog() as catalog:
+        catalog.add(images, ids=[0, 1, 2], payloads=[{"catalog": "fashion-man", **row} for row in rows])
+        assert catalog.facets("tags[0]") == {"new": 1, "old": 1} and catalog.facets('"tags[0]"') == {"old": 1}
+        assert catalog.facets("tags[1]", where={"tags[0]": "new"}) == {"sale": 1}
+        assert catalog.facets("parts[].name") == {"lid": 1, "rim": 1, "base": 1}
+        assert [hit.id for hit in catalog.browse(order_by="parts[0].cm")] == [1, 0]
+        with pytest.raises(OptionError, match="give a column of single numbers or dates"):
+            catalog.browse(order_by="parts[].cm")
+        hits = catalog.search("shirt", group_by="tags[1]")
+        assert len(hits) == 2 and 2 in [hit.id for hit in hits]
+        assert catalog.create_indexes(["tags[0]", "parts[].cm"]) == {"tags[0]": "keyword", "parts[].cm": "float"}
+        assert catalog.count({"parts[].cm": {"gt": 2}, "tags[0]": "new"}) == 1
+
+
 def test_counts_follow_what_another_process_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     client, clause = QdrantClient(":memory:"), parse({"size": {"exists": True}})
     assert clause is not None

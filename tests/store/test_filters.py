@@ -27,8 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 
 # ------------------------------------------------------------------------------------------------ what a filter means
 
-MISSING = object()
-
 
 def matches(where: dict[str, Any], payload: dict[str, Any]) -> bool:
     """Evaluate a filter without an engine."""
@@ -42,30 +40,43 @@ def holds(key: str, condition: Any, payload: dict[str, Any]) -> bool:
         return any(matches(part, payload) for part in condition)
     if key == "not":
         return not matches(condition, payload)
-    value: Any = payload
-    for name in key.split("."):
-        value = value.get(name, MISSING) if isinstance(value, dict) else MISSING
+    values = found_at(key, payload)
     if condition is None:
         condition = {"null": True}
     elif isinstance(condition, list):
         condition = {"in": condition}
     elif not isinstance(condition, dict):
         condition = {"eq": condition}
-    return all(compare(operator, operand, value) for operator, operand in condition.items())
+    return all(compare(operator, operand, values) for operator, operand in condition.items())
 
 
-def compare(operator: str, operand: Any, value: Any) -> bool:
-    elements = value if isinstance(value, list) else [] if value is MISSING else [value]
+def found_at(key: str, value: Any) -> list[Any]:
+    """The values that the rest of a key leads to: a quoted or plain name, [n] or [], one after the other."""
+    if not key:
+        return [value]
+    step = re.match(r'\.?"(?P<quoted>[^"]+)"|\.?(?P<name>[^.\[]+)|\[(?P<position>\d*)\]', key)
+    assert step is not None, key
+    rest, name = key[step.end() :], step["quoted"] or step["name"]
+    if name is not None:
+        return found_at(rest, value[name]) if isinstance(value, dict) and name in value else []
+    if not isinstance(value, list):
+        return []
+    chosen = value if step["position"] == "" else value[int(step["position"]) :][:1]
+    return [found for element in chosen for found in found_at(rest, element)]
+
+
+def compare(operator: str, operand: Any, values: list[Any]) -> bool:
+    elements = [element for value in values for element in (value if isinstance(value, list) else [value])]
     if operator == "null":
         return (any(element is None for element in elements)) == operand
     if operator == "exists":
-        return (value is not MISSING and value is not None and value != []) == operand
+        return any(value is not None and value != [] for value in values) == operand
     if operator == "ne":
-        return not compare("eq", operand, value)
+        return not compare("eq", operand, values)
     if operator == "in":
-        return any(compare("eq", choice, value) for choice in operand)
+        return any(compare("eq", choice, values) for choice in operand)
     if operator == "eq" and operand is None:
-        return compare("null", True, value)
+        return compare("null", True, values)
     if operator == "eq":
         return any(same(element, operand) for element in elements)
     if operator == "contains":
@@ -114,7 +125,9 @@ def same(element: Any, operand: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------ strategies
 
-KEYS = ("color", "price", "tags", "in stock", "shop", "size.cm")
+COLUMNS = ("color", "price", "tags", "in stock", "shop")
+ELEMENTS = ("tags[0]", "tags[1]", "tags[]", '"in stock"[0]', "shop[].lat", "parts[].cm", "parts[0].cm[1]")
+KEYS = (*COLUMNS, "size.cm", *ELEMENTS)
 strings = st.sampled_from(["red", "blue", "", "3", "größe", "Red striped-dress", "a dress, RED!", "x_y 3"])
 dates = st.sampled_from(
     ["2024-05-01", "2024-05-01T12:30:00", "2024-05-01T12:30:00+02:00", "2024-05-01T10:30:00Z", "2023-12-31 23:59:59.5"]
@@ -138,10 +151,11 @@ places = st.sampled_from(
 values = st.one_of(
     scalars, places, st.none(), st.lists(st.one_of(scalars, st.none()), max_size=3), st.lists(places, max_size=2)
 )
+sizes = st.fixed_dictionaries({}, optional={"cm": values})
 payloads = st.builds(
-    lambda flat, size: flat | ({} if size is MISSING else {"size": {"cm": size}}),
-    st.dictionaries(st.sampled_from(KEYS[:5]), values, max_size=5),
-    st.one_of(st.just(MISSING), values),
+    lambda flat, nested: flat | nested,
+    st.dictionaries(st.sampled_from(COLUMNS), values, max_size=5),
+    st.fixed_dictionaries({}, optional={"size": sizes, "parts": st.one_of(sizes, st.lists(sizes, max_size=2))}),
 )
 circles = st.builds(lambda place, radius: place | {"radius": radius}, places, st.sampled_from([0.5, 9e5, 2e6, 1e8]))
 boxes = st.builds(
@@ -285,6 +299,11 @@ def test_index_kinds_of_each_comparison() -> None:
         ("in stock", '"in stock"'),
         ('"size.cm"', '"size.cm"'),
         ("a[].b", "a[].b"),
+        ("a[0][].b", "a[0][].b"),
+        ('"in stock"[0]', '"in stock"[0]'),
+        ("in stock[0]", '"in stock[0]"'),
+        ("a[x]", '"a[x]"'),
+        ("a[٣]", '"a[٣]"'),
     ],
 )
 def test_column_path_quotes_names(key: str, path: str) -> None:
@@ -327,6 +346,8 @@ def test_column_path_quotes_names(key: str, path: str) -> None:
         ({"C:\\x": 1}, "a name has no backslash"),
         ({'"C:\\x"': {"exists": True}}, "a name has no backslash"),
         ({'a"b': 1}, "not a column"),
+        ({'"a"b': 1}, "not a column"),
+        ({"tags[" + "9" * 5000 + "]": 1}, "a position in a list has at most 9 digits"),
         ({"n": {"in": list(range(1025))}}, "at most 1,024"),
         ({"brand": ["a", "\ud83d"]}, "not valid Unicode"),
         ({"text": {"contains": "red \ud83d"}}, "not valid Unicode"),

@@ -80,7 +80,10 @@ def filter_cases() -> list[dict[str, Any]]:
 
 def parsing_cases() -> list[dict[str, Any]]:
     """Random JSON, mostly not a filter, and whether Python accepts it."""
-    names = st.sampled_from(["price", "and", "or", "not", "a.b", '"a.b"', "", ".", "eq", "in", "gt", "near", "exists"])
+    elements = ["a[0]", "a[]", "a[].b", '"a b"[0]', "a b[0]", '"a[0]"', "a[x]", "a[", "[0]", '"a"b', "a[1234567890]"]
+    names = st.sampled_from(
+        ["price", "and", "or", "not", "a.b", '"a.b"', "", ".", "eq", "in", "gt", "near", "exists", *elements]
+    )
     scalars = st.one_of(
         st.none(), st.booleans(), st.integers(-9, 9), st.sampled_from(["", "x", "2024-05-01", "2024-13-01"])
     )

@@ -24,8 +24,9 @@ from unidiff_sdk.store.filters import (
     Compare,
     Not,
     column_path,
-    path_segments,
+    path_steps,
     quoted_name,
+    values_at,
 )
 from unidiff_sdk.store.payload import SYSTEM
 from unidiff_sdk.store.protocol import CAPTION
@@ -59,11 +60,11 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?(Z|[+-]\d\d:?\d\
 
 
 def value_at(payload: Mapping[str, Any], column: str) -> Any:
-    """The value of a column, None if the item lacks it. Dots and quotes as in a filter."""
-    value: Any = payload
-    for name in path_segments(column):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    """The value of a column, None if the item lacks it. Dots, brackets and quotes as in a filter."""
+    found = values_at(payload, column)
+    if None in path_steps(column):
+        return [element for value in found for element in elements(value)]
+    return found[0] if found else None
 
 
 def elements(value: Any) -> list[Any]:

@@ -40,7 +40,8 @@ Values:
 Columns:
 
 - A dot reaches into a nested object: `{"size.cm": {"lt": 40}}`.
-- Quote a name that contains a dot itself, or that is a connective: `{'"size.cm"': 40}`, `{'"or"': 1}`.
+- Brackets reach into a list: `tags[0]` is its first element, and `parts[].name` are the names of all elements.
+- Quote a name that contains a dot or a bracket itself, or that is a connective: `{'"size.cm"': 40}`, `{'"or"': 1}`.
 
 Limits: 32 levels, 1,024 comparisons, 65,536 strings in one `in` and 10,000 characters in one `contains`.
 
@@ -81,11 +82,12 @@ __all__ = [
     "index_kinds",
     "is_column_name",
     "parse",
-    "path_segments",
+    "path_steps",
     "quoted_name",
     "range_bounds",
     "referenced_columns",
     "translate",
+    "values_at",
 ]
 
 CONNECTIVES = ("and", "or", "not")
@@ -413,9 +415,12 @@ _short_repr = _repr.repr
 
 # ------------------------------------------------------------------------------------------------ columns
 
-_PLAIN_SEGMENT = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])*")
+_ELEMENT = re.compile(r"\[([0-9]*)\]")
+# Only such a segment may end with the positions of elements. Any other one is a name, with its brackets.
+_NAME_AND_ELEMENTS = re.compile(r'("[^"\\]+"|[A-Za-z0-9_-]+)((?:\[[0-9]*\])*)')
 # The engine accepts neither a double quote nor a backslash in a name, however it is quoted.
-_SEGMENT = re.compile(r'"[^"\\]+"(?:\[\d*\])*|[^."\\]+')
+_SEGMENT = re.compile(r'"[^"\\]+"(?:\[[0-9]*\])*|[^."\\]+')
+_POSITION_DIGITS = 9
 
 
 def column_path(key: str) -> str:
@@ -432,7 +437,8 @@ def column_path(key: str) -> str:
             f"{_short_repr(key)} is not a column. A dot separates two names, quotes must be balanced, and a name has "
             "no backslash."
         )
-    return ".".join(s if s.startswith('"') or _PLAIN_SEGMENT.fullmatch(s) else f'"{s}"' for s in segments)
+    path_steps(key)  # raises for a position that no list has
+    return ".".join(s if _NAME_AND_ELEMENTS.fullmatch(s) else f'"{s}"' for s in segments)
 
 
 def quoted_name(name: str) -> str:
@@ -446,9 +452,32 @@ def is_column_name(name: Any) -> bool:
 
 
 @lru_cache(maxsize=64)  # called for every item that a ranking reads
-def path_segments(key: str) -> tuple[str, ...]:
-    """The names along the path to a column, outermost first, without quotes."""
-    return tuple(segment.strip('"') for segment in _SEGMENT.findall(key))
+def path_steps(key: str) -> tuple[str | int | None, ...]:
+    """The way to a column, outermost first: names without quotes, positions in lists, and None for all elements.
+
+    Raises FilterError for a position of more than nine digits.
+    """
+    steps: list[str | int | None] = []
+    for segment in _SEGMENT.findall(key):
+        named = _NAME_AND_ELEMENTS.fullmatch(segment)
+        name, elements = named.groups() if named else (segment, "")
+        positions = _ELEMENT.findall(elements)
+        if any(len(position) > _POSITION_DIGITS for position in positions):
+            raise FilterError(f"{_short_repr(key)}: a position in a list has at most {_POSITION_DIGITS} digits.")
+        steps += [name.strip('"'), *(int(position) if position else None for position in positions)]
+    return tuple(steps)
+
+
+def values_at(payload: Mapping[str, Any], key: str) -> list[Any]:
+    """What a column leads to in an item: no value, one, or with `[]` one for each element of a list."""
+    found: list[Any] = [payload]
+    for step in path_steps(key):
+        if isinstance(step, str):
+            found = [value[step] for value in found if isinstance(value, Mapping) and step in value]
+        else:
+            chosen = slice(None) if step is None else slice(step, step + 1)
+            found = [element for value in found if isinstance(value, list) for element in value[chosen]]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ tree -> Qdrant

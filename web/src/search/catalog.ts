@@ -4,7 +4,7 @@ import type { Encoder } from "../model/encoder";
 import type { Rgb } from "../model/images";
 import type { Columns, Id, Items, Json, Model } from "../site/documents";
 import type { SiteFiles } from "../site/files";
-import { columnReader, parseFilter, type Predicate } from "./filters";
+import { columnReader, elementsOf, parseFilter, type Predicate } from "./filters";
 import { meanDirection, mix, type ModalityGap, type Parts, type Weights } from "./mixing";
 import type { Reranked, Reranker } from "./reranking";
 import { VectorIndex, type Scored } from "./vectors";
@@ -94,8 +94,7 @@ export class Catalog {
     const counts = new Map<string | boolean, number>();
     this.items.columns.forEach((columns, index) => {
       if (!matches(index)) return;
-      const value = read(columns);
-      for (const each of new Set(Array.isArray(value) ? value : [value])) {
+      for (const each of new Set(elementsOf(read(columns)))) {
         if (typeof each === "string" || typeof each === "boolean") counts.set(each, (counts.get(each) ?? 0) + 1);
       }
     });

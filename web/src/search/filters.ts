@@ -63,8 +63,8 @@ function parseColumn(key: string, condition: Json, state: State): Predicate {
   if (!names.length) throw new FilterError(`The condition on "${key}" is empty. Valid operators: ${OPERATORS.join(", ")}.`);
   const tests = names.map((operator) => parseComparison(key, operator, operators[operator]!, state));
   return (columns) => {
-    const value = read(columns);
-    return tests.every((test) => test(value));
+    const found = read(columns);
+    return tests.every((test) => test(found));
   };
 }
 
@@ -73,41 +73,58 @@ function parseColumn(key: string, condition: Json, state: State): Predicate {
 /** A column as a filter names it: a name with a dot or a bracket, or of a connective, is quoted. */
 export const quoted = (name: string) => (/[.[\]]/u.test(name) || ["and", "or", "not"].includes(name) ? `"${name}"` : name);
 
-const SEGMENT = /"[^"\\]+"|[^."\\]+/gu;
+const SEGMENT = /"[^"\\]+"(?:\[\d*\])*|[^."\\]+/gu;
+// Only such a segment may end with the positions of elements. Any other one is a name, with its brackets.
+const NAME_AND_ELEMENTS = /^("[^"\\]+"|[A-Za-z0-9_-]+)((?:\[\d*\])*)$/u;
+const POSITION_DIGITS = 9;
 
-/** A function that reads a column: a dot reaches into an object, and a quoted name may hold dots. */
-export function columnReader(key: string): (columns: Columns) => Json | undefined {
+/** A name, a position in a list, or null for all its elements. */
+type Step = string | number | null;
+
+/** A function that returns what a column leads to: no value, one, or with `[]` one for each element of a list. */
+export function columnReader(key: string): (columns: Columns) => Json[] {
   const segments = key.match(SEGMENT) ?? [];
   if (segments.join(".") !== key) {
     throw new FilterError(`${shown(key)} is not a column. A dot separates two names, quotes must be balanced, and a name has no backslash.`);
   }
-  if (segments.some((segment) => /\[\d*\]$/u.test(segment))) {
-    throw new FilterError(`${shown(key)} names an element of a list, which the browser does not support. Name the column.`);
+  const steps = segments.flatMap((segment) => stepsOf(segment, key));
+  return (columns) => steps.reduce<Json[]>((found, step) => found.flatMap((value) => follow(value, step)), [columns]);
+}
+
+function stepsOf(segment: string, key: string): Step[] {
+  const [, name = segment, elements = ""] = NAME_AND_ELEMENTS.exec(segment) ?? [];
+  const positions = Array.from(elements.matchAll(/\[(\d*)\]/gu), ([, position]) => position!);
+  if (positions.some((position) => position.length > POSITION_DIGITS)) {
+    throw new FilterError(`${shown(key)}: a position in a list has at most ${POSITION_DIGITS} digits.`);
   }
-  const names = segments.map((segment) => segment.replace(/^"|"$/gu, ""));
-  return (columns) => {
-    let value: Json | undefined = columns;
-    for (const name of names) value = isObject(value) && Object.hasOwn(value, name) ? value[name] : undefined;
-    return value;
-  };
+  return [name.replace(/^"|"$/gu, ""), ...positions.map((position) => (position ? Number(position) : null))];
+}
+
+function follow(value: Json, step: Step): Json[] {
+  if (typeof step === "string") return isObject(value) && Object.hasOwn(value, step) ? [value[step]!] : [];
+  if (!Array.isArray(value)) return [];
+  return step === null ? value : value.slice(step, step + 1);
 }
 
 // --- comparisons
 
-type Test = (value: Json | undefined) => boolean;
+/** Of all values that a column leads to. */
+type Test = (found: Json[]) => boolean;
 
-const elementsOf = (value: Json | undefined): Json[] => (Array.isArray(value) ? value : value === undefined ? [] : [value]);
+/** The elements of lists, and the other values. */
+export const elementsOf = (found: Json[]): Json[] => found.flatMap((value) => value); // flatMap opens lists
+
 const some =
   (test: (element: Json) => boolean): Test =>
-  (value) =>
-    elementsOf(value).some(test);
+  (found) =>
+    elementsOf(found).some(test);
 const not =
   (test: Test): Test =>
-  (value) =>
-    !test(value);
+  (found) =>
+    !test(found);
 
 const isNull = some((element) => element === null);
-const exists: Test = (value) => value !== undefined && value !== null && !(Array.isArray(value) && !value.length);
+const exists: Test = (found) => found.some((value) => value !== null && !(Array.isArray(value) && !value.length));
 
 function parseComparison(key: string, operator: string, value: Json, state: State): Test {
   state.comparisons += operator === "in" && Array.isArray(value) ? comparisonsOf(value) : 1;
