@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from unidiff_sdk.store import Record, Store
+from unidiff_sdk.store import Record, ScoredRecord, Store, VectorQuery
+from unidiff_sdk.store.edge.filtered_scans import FilteredScans
+from unidiff_sdk.store.edge.store import EdgeStore
+from unidiff_sdk.store.filters import Compare, Not
 
 DIM = 8
+_EVERYTHING = Not(Compare("nowhere", "eq", 1))
 
 
 def edge(path: Path) -> Store:
     """Qdrant Edge in a folder."""
-    from unidiff_sdk.store.edge.store import EdgeStore
-
     return EdgeStore(path / "vectors", DIM)
+
+
+class ScanningStore(EdgeStore):
+    """Qdrant Edge that answers every search but hybrid ones from a copy of the matching vectors.
+
+    A search is run until its filter has a copy. A search without a filter gets one that matches everything.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, DIM)
+        self._scans = FilteredScans(DIM, 0, 10_000)
+
+    def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+        searches = [replace(search, where=search.where or _EVERYTHING) for search in searches]
+        for _ in range(8):  # one to remember the filter, and one for each part of up to 64 records
+            super().query_batch(searches)
+        return super().query_batch(searches)
+
+
+def scanning_edge(path: Path) -> Store:
+    """Qdrant Edge in a folder, with scans of copies."""
+    return ScanningStore(path / "vectors")
 
 
 def local_client(path: Path) -> Store:
@@ -39,7 +64,9 @@ def server(path: Path) -> Store:
     return ServerStore(QdrantClient(os.environ["QDRANT_URL"]), f"contract-{uuid.uuid4()}", DIM, "fingerprint")
 
 
-BACKENDS: list[Callable[[Path], Store]] = [edge, local_client] + ([server] if "QDRANT_URL" in os.environ else [])
+BACKENDS: list[Callable[[Path], Store]] = [edge, scanning_edge, local_client] + (
+    [server] if "QDRANT_URL" in os.environ else []
+)
 
 
 def record(number: int, **payload: object) -> Record:

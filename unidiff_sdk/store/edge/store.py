@@ -35,6 +35,7 @@ from unidiff_sdk.store.protocol import (
 
 from .conditions import condition
 from .deletions import GraphState
+from .filtered_scans import FEWEST, FilteredScans
 from .growth import ESSENTIAL, PLENTY, UNFLUSHED, growth_of, index_growth, opening_growth, optimizing_growth
 from .optimizer import optimize_in_subprocess
 from .page_cache import warm_page_cache
@@ -52,6 +53,7 @@ from .shard_versions import ShardVersions
 
 __all__ = ["EdgeStore"]
 
+_FLOAT = 4  # bytes
 _SAMPLE = 64  # records by which the size of all is estimated
 _REPLAY_BATCH = 64  # points copied to a new shard at a time, which takes a few milliseconds
 
@@ -109,6 +111,8 @@ class EdgeStore:
                 self._full_scan_kb = stored_full_scan_kb(self._versions.current)
                 self._indexes = PayloadIndexes(index_kinds_of(self._shard))
                 self._graphs = GraphState.measure(self._shard, self._versions.current)
+                most = 1024 * (self._full_scan_kb or FULL_SCAN_KB) // (_FLOAT * dim)
+                self._scans = FilteredScans(dim, FEWEST, most)
             check_quantization(quantization, self.quantization, path)
         except UniDiffError:
             self._versions.release()
@@ -123,7 +127,13 @@ class EdgeStore:
         return self.query_batch([VectorQuery(vector, limit, offset, where)])[0]
 
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
-        return in_total_order(searches, self._query_batch, self.retrieve)
+        with self._engine():
+            for search in searches:
+                check_query(search.vector, self.dim)
+            scanned = [self._scans.search(search, self) for search in searches]
+        others = [search for search, found in zip(searches, scanned, strict=True) if found is None]
+        answers = iter(in_total_order(others, self._query_batch, self.retrieve) if others else [])
+        return [next(answers) if found is None else found for found in scanned]
 
     def _query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
         """The results in the order of the engine, which is undefined between equal scores."""
@@ -138,7 +148,6 @@ class EdgeStore:
         return [[_scored_record(point) for point in points] for points in answers]
 
     def _request(self, search: VectorQuery) -> edge.QueryRequest:
-        check_query(search.vector, self.dim)
         conditions = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
         params = edge.SearchParams(
@@ -192,6 +201,27 @@ class EdgeStore:
     def retrieve(self, ids: Sequence[str]) -> list[Record]:
         with self._engine() as shard:
             return [_record(point) for point in shard.retrieve(list(ids), True, True)]
+
+    def read_matches(
+        self, where: Clause, limit: int, start: Any = None, only: Sequence[str] = ()
+    ) -> tuple[list[str], Vector, Any]:
+        conditions = self._filter(where, only=only)
+        request = edge.ScrollRequest(offset=start, limit=limit, filter=conditions, with_payload=False, with_vector=True)
+        with self._engine() as shard:
+            points, end = shard.scroll(request)
+        records = [record for point in points if (record := _record(point)).vector.size]
+        vectors = np.array([record.vector for record in records], np.float32).reshape(-1, self.dim)
+        return [record.id for record in records], vectors, end
+
+    def read_scored(self, ranked: Sequence[tuple[float, str]], search: VectorQuery) -> list[ScoredRecord]:
+        with self._engine() as shard:
+            points = shard.retrieve([id for _, id in ranked], search.with_payload, search.with_vectors)
+        records = {record.id: record for record in map(_record, points)}
+        return [
+            ScoredRecord(id, score, record.payload, record.vector if search.with_vectors else None)
+            for score, id in ranked
+            if (record := records.get(id)) is not None
+        ]
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
         offset, conditions = None, self._filter(where)
@@ -263,6 +293,7 @@ class EdgeStore:
         with self._optimizing, self._writing:
             if not self._closed:
                 self._closed = True
+                self._scans.clear()
                 try:
                     with _store_errors(self.path):
                         self._shard.flush()
@@ -392,7 +423,8 @@ class EdgeStore:
             self._graphs.written += len(ids)
             if self._written is not None:
                 self._written.update(ids)
-            yield shard
+            with self._scans.following(ids):
+                yield shard
             if ids:
                 self._unflushed += len(ids)
                 self._flush_if_scarce(shard)
@@ -409,13 +441,17 @@ class EdgeStore:
             shard.flush()
             self._unflushed = 0
 
-    def _filter(self, where: Clause | None, exclude: Sequence[str] = ()) -> edge.Filter | None:
+    def _filter(
+        self, where: Clause | None, exclude: Sequence[str] = (), only: Sequence[str] = ()
+    ) -> edge.Filter | None:
         if where is None and not exclude:
             return None
         must: list[Any] = []
         if where is not None:
             self._indexes.ensure_for_filter(index_kinds(where), self)
             must.append(translate(where, edge.Filter, condition))
+        if only:
+            must.append(edge.HasIdCondition(set(only)))
         return edge.Filter(must=must, must_not=[edge.HasIdCondition(set(exclude))] if exclude else None)
 
 
