@@ -74,8 +74,11 @@ def test_query_batch_equals_single_queries(store: Store) -> None:
         VectorQuery(record(103).vector, 50, min_score=0.3),
     ]
     plain, filtered, without, similar = store.query_batch(searches)
-    assert plain == store.query(searches[0].vector, limit=5)
-    assert filtered == store.query(searches[1].vector, limit=3, offset=2, where=parse({"even": True}))
+    single = store.query(searches[0].vector, limit=5)
+    single_filtered = store.query(searches[1].vector, limit=3, offset=2, where=parse({"even": True}))
+    for batch, alone in ((plain, single), (filtered, single_filtered)):
+        assert [(f.id, f.payload) for f in batch] == [(f.id, f.payload) for f in alone]
+        np.testing.assert_allclose([f.score for f in batch], [f.score for f in alone], rtol=1e-6)
     assert {r.id for r in records} - {f.id for f in without} == {records[3].id, records[4].id}
     scores = np.array([r.vector for r in records]) @ searches[3].vector
     assert {f.id for f in similar} == {r.id for r, score in zip(records, scores, strict=True) if score >= 0.3}

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from unidiff_sdk.store import Record, ScoredRecord, Store, VectorQuery
-from unidiff_sdk.store.edge.filtered_scans import FilteredScans
+from unidiff_sdk.store.edge.exact_scans import ExactScans
 from unidiff_sdk.store.edge.store import EdgeStore
-from unidiff_sdk.store.filters import Compare, Not
 
 DIM = 8
-_EVERYTHING = Not(Compare("nowhere", "eq", 1))
 
 
 def edge(path: Path) -> Store:
@@ -27,15 +24,14 @@ def edge(path: Path) -> Store:
 class ScanningStore(EdgeStore):
     """Qdrant Edge that answers every search but hybrid ones from a copy of the matching vectors.
 
-    A search is run until its filter has a copy. A search without a filter gets one that matches everything.
+    A search is run until its filter has a copy.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, DIM)
-        self._scans = FilteredScans(DIM, 0, 10_000)
+        self._scans = ExactScans(DIM, 0, 10_000)
 
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
-        searches = [replace(search, where=search.where or _EVERYTHING) for search in searches]
         for _ in range(8):  # one to remember the filter, and one for each part of up to 64 records
             super().query_batch(searches)
         return super().query_batch(searches)

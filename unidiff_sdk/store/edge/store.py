@@ -35,7 +35,7 @@ from unidiff_sdk.store.protocol import (
 
 from .conditions import condition
 from .deletions import GraphState
-from .filtered_scans import FEWEST, FilteredScans
+from .exact_scans import FEWEST, ExactScans
 from .growth import ESSENTIAL, PLENTY, UNFLUSHED, growth_of, index_growth, opening_growth, optimizing_growth
 from .optimizer import optimize_in_subprocess
 from .page_cache import warm_page_cache
@@ -112,7 +112,7 @@ class EdgeStore:
                 self._indexes = PayloadIndexes(index_kinds_of(self._shard))
                 self._graphs = GraphState.measure(self._shard, self._versions.current)
                 most = 1024 * (self._full_scan_kb or FULL_SCAN_KB) // (_FLOAT * dim)
-                self._scans = FilteredScans(dim, FEWEST, most)
+                self._scans = ExactScans(dim, FEWEST, most)
             check_quantization(quantization, self.quantization, path)
         except UniDiffError:
             self._versions.release()
@@ -145,7 +145,7 @@ class EdgeStore:
                 if len(requests) != 1
                 else [shard.query(requests[0])]
             )
-        return [[_scored_record(point) for point in points] for points in answers]
+        return [[_scored_record(point, str(point.id), point.score) for point in points] for points in answers]
 
     def _request(self, search: VectorQuery) -> edge.QueryRequest:
         conditions = self._filter(search.where, search.exclude)
@@ -203,7 +203,7 @@ class EdgeStore:
             return [_record(point) for point in shard.retrieve(list(ids), True, True)]
 
     def read_matches(
-        self, where: Clause, limit: int, start: Any = None, only: Sequence[str] = ()
+        self, where: Clause | None, limit: int, start: Any = None, only: Sequence[str] = ()
     ) -> tuple[list[str], Vector, Any]:
         conditions = self._filter(where, only=only)
         request = edge.ScrollRequest(offset=start, limit=limit, filter=conditions, with_payload=False, with_vector=True)
@@ -216,12 +216,8 @@ class EdgeStore:
     def read_scored(self, ranked: Sequence[tuple[float, str]], search: VectorQuery) -> list[ScoredRecord]:
         with self._engine() as shard:
             points = shard.retrieve([id for _, id in ranked], search.with_payload, search.with_vectors)
-        records = {record.id: record for record in map(_record, points)}
-        return [
-            ScoredRecord(id, score, record.payload, record.vector if search.with_vectors else None)
-            for score, id in ranked
-            if (record := records.get(id)) is not None
-        ]
+        known = {str(point.id): point for point in points}
+        return [_scored_record(point, id, score) for score, id in ranked if (point := known.get(id)) is not None]
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
         offset, conditions = None, self._filter(where)
@@ -444,7 +440,7 @@ class EdgeStore:
     def _filter(
         self, where: Clause | None, exclude: Sequence[str] = (), only: Sequence[str] = ()
     ) -> edge.Filter | None:
-        if where is None and not exclude:
+        if where is None and not exclude and not only:
             return None
         must: list[Any] = []
         if where is not None:
@@ -455,9 +451,9 @@ class EdgeStore:
         return edge.Filter(must=must, must_not=[edge.HasIdCondition(set(exclude))] if exclude else None)
 
 
-def _scored_record(point: edge.ScoredPoint) -> ScoredRecord:
+def _scored_record(point: edge.ScoredPoint | edge.Record, id: str, score: float) -> ScoredRecord:
     vector = np.asarray(point.vector[VECTOR], np.float32) if point.vector else None  # type: ignore[call-overload]
-    return ScoredRecord(str(point.id), point.score, point.payload or {}, vector)
+    return ScoredRecord(id, score, point.payload or {}, vector)
 
 
 def _record(point: Any) -> Record:

@@ -1,8 +1,9 @@
-"""Exact scans of the records that match a filter, over copies of their vectors in memory.
+"""Exact scans of the records that match a filter, or of a small store, over copies of their vectors in memory.
 
 The engine evaluates a filter in every search, and the matching vectors lie scattered over its files. Where 10,000 of
 100,000 records match, that takes most of the time. A filter that is used repeatedly therefore gets a contiguous copy of
-the matching vectors, and one pass of dot products ranks them.
+the matching vectors, and one pass of dot products ranks them. In a small store, handing a search to a thread of the
+engine takes longer than comparing all vectors, so searches without a filter get a copy, too.
 
 A copy is derived and never written to disk. Each search reads a part of it from the engine, so that no search waits for
 all of it. Afterwards it follows a log of the ids that were written. While a copy is incomplete, while a write is in
@@ -24,10 +25,11 @@ import numpy.typing as npt
 from unidiff_sdk.store.filters import Clause, comparisons
 from unidiff_sdk.store.protocol import ScoredRecord, Vector, VectorQuery
 
-__all__ = ["FilteredScans", "MatchReader", "Matches"]
+__all__ = ["ExactScans", "MatchReader", "Matches"]
 
 BUDGET = 128 << 20  # bytes of all copies
 FEWEST = 1000  # matching records; the engine searches fewer in about the time of a scan
+SMALL = 4 << 20  # bytes of the vectors of a store that is copied as a whole. The engine builds graphs above 10 MB.
 SHARE = 50  # searches that read a copy. Reading a 50th of it takes about as long as the engine's search.
 _LEAST_BATCH = 64  # records
 _FILTERS = 256  # that are remembered
@@ -44,12 +46,12 @@ class MatchReader(Protocol):
         """The number of records that match."""
 
     def read_matches(
-        self, where: Clause, limit: int, start: Any = None, only: Sequence[str] = ()
+        self, where: Clause | None, limit: int, start: Any = None, only: Sequence[str] = ()
     ) -> tuple[list[str], Vector, Any]:
         """Read matching records in the order of their ids.
 
         Args:
-            where: the filter.
+            where: the filter; None for all records.
             limit: the maximum number of records.
             start: where the previous call ended.
             only: if given, read only records with these ids.
@@ -163,7 +165,7 @@ class _Copy:
         return held + _ID_BYTES * count
 
 
-class FilteredScans:
+class ExactScans:
     """The copies of one store. Safe to use from several threads.
 
     Args:
@@ -220,7 +222,7 @@ class FilteredScans:
         Returns:
             The results; None if the engine must answer.
         """
-        if search.where is None or search.text is not None or (key := _key(search.where)) is None:
+        if search.text is not None or (key := _key(search.where)) is None:
             return None
         position = self._position
         if self._is_writing or (matches := self._matches(key, search.where, reader, position)) is None:
@@ -235,7 +237,7 @@ class FilteredScans:
         found = reader.read_scored(ranked[search.offset :][: search.limit], search)
         return None if self._is_writing or self._position != position else found
 
-    def _matches(self, key: str, where: Clause, reader: MatchReader, position: int) -> Matches | None:
+    def _matches(self, key: str, where: Clause | None, reader: MatchReader, position: int) -> Matches | None:
         """The matches of a filter at a position of the log, if they are known."""
         copy = self._copies.get(key)
         if copy is None or copy.matches is None or copy.position != position:
@@ -248,7 +250,7 @@ class FilteredScans:
         copy.used = next(self._clock)
         return copy.matches if copy.position == position else None
 
-    def _advanced(self, key: str, where: Clause, reader: MatchReader) -> _Copy:
+    def _advanced(self, key: str, where: Clause | None, reader: MatchReader) -> _Copy:
         """The copy of a filter after another search: up to date, or one part further."""
         copy = self._copies.get(key)
         if copy is None or copy.position < self._log_start:
@@ -264,21 +266,21 @@ class FilteredScans:
             self._follow(copy, copy.matches, where, reader)
         return copy
 
-    def _follow(self, copy: _Copy, matches: Matches, where: Clause, reader: MatchReader) -> None:
+    def _follow(self, copy: _Copy, matches: Matches, where: Clause | None, reader: MatchReader) -> None:
         """Bring a complete copy up to date."""
         position, changed = self._written_since(copy.position)
         if not changed:
             return  # another thread did it, or a write has cleared the log just now
         ids, vectors, _ = reader.read_matches(where, len(changed), only=sorted(changed))
         copy.matches, copy.position = matches.updated(changed, ids, vectors), position
-        if len(copy.matches.ids) > self._most:
+        if len(copy.matches.ids) > self._limit(where):
             copy.matches, copy.unsuitable = None, True
 
-    def _read_on(self, copy: _Copy, where: Clause, reader: MatchReader) -> None:
+    def _read_on(self, copy: _Copy, where: Clause | None, reader: MatchReader) -> None:
         """Read the next part of a copy. Reading begins with the number of matches."""
         if copy.size is None or copy.buffer is None:
             copy.size = reader.count(where)
-            if not self._fewest <= copy.size <= self._most:
+            if not self._is_suitable(copy.size, where):
                 copy.unsuitable = True
                 return
             copy.buffer = np.empty((copy.size + copy.size // 8, self._dim), np.float32)  # some are added meanwhile
@@ -294,6 +296,14 @@ class FilteredScans:
             copy.matches = Matches.of(copy.ids, copy.buffer[:end])
             copy.buffer = None
 
+    def _is_suitable(self, size: int, where: Clause | None) -> bool:
+        """Whether a copy of this number of records is faster than the engine."""
+        return (where is None or size >= self._fewest) and size <= self._limit(where)
+
+    def _limit(self, where: Clause | None) -> int:
+        """The maximum number of records of a copy."""
+        return self._most if where is not None else min(self._most, SMALL // (4 * self._dim))
+
     def _evict(self, kept: _Copy) -> None:
         """Forget the copies that were not used for the longest time until the others fit into the limits."""
         oldest = sorted(self._copies.items(), key=lambda item: item[1].used)
@@ -306,8 +316,10 @@ class FilteredScans:
                 del self._copies[key]
 
 
-def _key(where: Clause) -> str | None:
+def _key(where: Clause | None) -> str | None:
     """A string that identifies a filter; None if that would be long. Clauses compare 1 and True as equal."""
+    if where is None:
+        return ""
     values = 0
     for test in comparisons(where):
         values += len(test.value) if isinstance(test.value, tuple) else 1

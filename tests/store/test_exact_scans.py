@@ -1,4 +1,4 @@
-"""Scans of copies of the vectors that match a filter: they follow every write, and stay within their limits.
+"""Scans of copies of the vectors that match a filter, or of all: they follow every write and stay within their limits.
 
 `test_contract.py` and `test_filters.py` compare their results with brute force.
 """
@@ -18,8 +18,8 @@ from support.backends import DIM, ScanningStore, record
 
 from unidiff_sdk.errors import StoreError
 from unidiff_sdk.store import Record, VectorQuery
-from unidiff_sdk.store.edge import filtered_scans
-from unidiff_sdk.store.edge.filtered_scans import FilteredScans
+from unidiff_sdk.store.edge import exact_scans
+from unidiff_sdk.store.edge.exact_scans import ExactScans
 from unidiff_sdk.store.edge.store import EdgeStore
 from unidiff_sdk.store.filters import parse
 
@@ -31,7 +31,7 @@ QUERY = record(10_000).vector
 def store(tmp_path: Path) -> Iterator[EdgeStore]:
     """A store that gives every filter a copy."""
     store = EdgeStore(tmp_path / "vectors", DIM)
-    store._scans = FilteredScans(DIM, 0, 10_000)
+    store._scans = ExactScans(DIM, 0, 10_000)
     yield store
     store.close()
 
@@ -84,7 +84,7 @@ def test_copy_follows_random_writes(store: EdgeStore, engine_calls: list[int]) -
 def test_copy_is_read_again_after_more_writes_than_it_can_follow(
     store: EdgeStore, engine_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filtered_scans, "_LOG", 50)
+    monkeypatch.setattr(exact_scans, "_LOG", 50)
     records = {one.id: one for one in (record(n, color="red") for n in range(100))}
     store.upsert(list(records.values()))
     warm(store)
@@ -193,13 +193,13 @@ def test_copies_stay_within_the_budget(store: EdgeStore, monkeypatch: pytest.Mon
     warm(store, parse({"third": 0}))
     one_copy = copied_bytes(store)
     assert one_copy >= 100 * 4 * DIM
-    monkeypatch.setattr(filtered_scans, "BUDGET", round(2.5 * one_copy))
+    monkeypatch.setattr(exact_scans, "BUDGET", round(2.5 * one_copy))
     for third in (1, 2, 0, 1):
         where = parse({"third": third})
         warm(store, where)
-        assert one_copy <= copied_bytes(store) <= filtered_scans.BUDGET
+        assert one_copy <= copied_bytes(store) <= exact_scans.BUDGET
         assert {one.payload["third"] for one in store.query(QUERY, limit=200, where=where)} == {third}
-    monkeypatch.setattr(filtered_scans, "_FILTERS", 4)
+    monkeypatch.setattr(exact_scans, "_FILTERS", 4)
     for n in range(20):
         store.query(QUERY, limit=1, where=parse({"third": {"gt": n}}))
         assert len(store._scans._copies) <= 4
@@ -211,7 +211,7 @@ def test_copies_stay_within_the_budget(store: EdgeStore, monkeypatch: pytest.Mon
 def test_only_filters_that_match_a_suitable_number_get_a_copy(
     store: EdgeStore, engine_calls: list[int], fewest: int, most: int, expected: bool
 ) -> None:
-    store._scans = FilteredScans(DIM, fewest, most)
+    store._scans = ExactScans(DIM, fewest, most)
     store.upsert([record(n, color="red") for n in range(100)])
     warm(store)
     engine_calls.clear()
@@ -221,7 +221,7 @@ def test_only_filters_that_match_a_suitable_number_get_a_copy(
 
 
 def test_growing_copy_is_released_above_the_limit(store: EdgeStore) -> None:
-    store._scans = FilteredScans(DIM, 0, 100)
+    store._scans = ExactScans(DIM, 0, 100)
     store.upsert([record(n, color="red") for n in range(90)])
     warm(store)
     assert copied_bytes(store) > 0
@@ -231,11 +231,30 @@ def test_growing_copy_is_released_above_the_limit(store: EdgeStore) -> None:
     assert copied_bytes(store) == 0
 
 
-@pytest.mark.parametrize("where", [None, {"n": list(map(str, range(100)))}])
-def test_searches_without_a_filter_or_with_a_long_one_get_no_copy(store: EdgeStore, where: Any) -> None:
+def test_long_filters_get_no_copy(store: EdgeStore) -> None:
     store.upsert([record(n, n=str(n)) for n in range(100)])
-    warm(store, parse(where))
+    warm(store, parse({"n": list(map(str, range(100)))}))
     assert copied_bytes(store) == 0
+
+
+@pytest.mark.parametrize(("size", "expected"), [(99, True), (100, True), (101, False)])
+def test_small_store_gets_a_copy_of_all_vectors(
+    store: EdgeStore, engine_calls: list[int], monkeypatch: pytest.MonkeyPatch, size: int, expected: bool
+) -> None:
+    monkeypatch.setattr(exact_scans, "SMALL", 100 * 4 * DIM)
+    store._scans = ExactScans(DIM, 1000, 10_000)  # the least number of matches is one of filters
+    records = [record(n) for n in range(size)]
+    store.upsert(records)
+    warm(store, None)
+    engine_calls.clear()
+    new = Record(record(500).id, QUERY, {})
+    for written, gone in (([], []), ([new], [records[0].id]), ([], [new.id])):
+        store.upsert(written)
+        store.delete(gone)
+        records = [one for one in [*records, *written] if one.id not in gone]
+        best = sorted(records, key=lambda one: -float(one.vector @ QUERY))
+        assert [one.id for one in store.query(QUERY, limit=20)] == [one.id for one in best[:20]]
+    assert (not engine_calls) == expected
 
 
 def test_scan_applies_every_option_of_a_query(store: EdgeStore, engine_calls: list[int]) -> None:
