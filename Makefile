@@ -54,7 +54,7 @@ test-optimum: $(OPTIMUM_VENV)/.ready ## our bundles in optimum's pipelines, and 
 	$(OPTIMUM_VENV)/bin/python -m pytest tests/export/test_optimum.py $(ARGS)
 
 test-objects: $(OBJECTS_VENV)/.ready ## images in object storage, over the S3 protocol on loopback
-	$(OBJECTS_VENV)/bin/python -m pytest tests/store/test_image_backends.py $(ARGS)
+	$(OBJECTS_VENV)/bin/python -m pytest tests/store/test_image_backends.py tests/scale/test_object_sources.py $(ARGS)
 
 test-openclip: $(OPENCLIP_VENV)/.ready ## converted OpenCLIP models against open_clip itself
 	PYTHONPATH=. $(OPENCLIP_VENV)/bin/python tests/compat/check_open_clip.py

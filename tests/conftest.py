@@ -59,3 +59,20 @@ def small_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (40, 40 + 4 * i), str(row["colour"])).save(folder / f"{i}.png")
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an S3 server on loopback, which fsspec finds by the environment."""
+    import os
+
+    s3fs = pytest.importorskip("s3fs", reason="make test-objects has it")
+    from support import object_stores
+
+    with object_stores.s3_server(tmp_path_factory.mktemp("s3")) as url:
+        s3fs.S3FileSystem.clear_instance_cache()  # those of an earlier server
+        before = dict(os.environ)
+        os.environ |= object_stores.s3_environment(url)
+        yield url
+        os.environ.clear()
+        os.environ |= before

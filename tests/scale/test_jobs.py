@@ -56,7 +56,7 @@ def test_shard_that_cannot_be_fetched_is_not_recorded_as_done(
     files = fsspec.filesystem("memory")
     for shard in shards.iterdir():
         files.pipe_file(f"{root}/{shard.name}", shard.read_bytes())
-    plain = type(files).cat_file
+    plain = type(files).get_file
 
     def failing(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
         if path.endswith("1.tar"):
@@ -65,7 +65,7 @@ def test_shard_that_cannot_be_fetched_is_not_recorded_as_done(
 
     record = tmp_path / "run.jsonl"
     with monkeypatch.context() as patched:
-        patched.setattr(type(files), "cat_file", failing)
+        patched.setattr(type(files), "get_file", failing)
         with pytest.raises(StoreError, match="connection was reset"):
             index(root, tmp_path / "shop", toy, record=record)
     report = index(root, tmp_path / "shop", toy, record=record, resume=True)

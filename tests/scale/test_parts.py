@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.peak_memory import run_measured
 
 from unidiff_sdk import DataError
 from unidiff_sdk.scale.parts import CHUNK_ROWS, find_parts, read_chunks
@@ -62,21 +63,45 @@ def test_damaged_shard_keeps_the_rows_before_the_damage(tmp_path: Path) -> None:
 
 def test_parts_of_object_storage_are_read(tmp_path: Path) -> None:
     files, root = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
-    files.pipe_file(f"{root}/a.tar", shard(3))
     table = pa.table({"image": [png(9)], "text": ["nine"]})
     pa.parquet.write_table(table, tmp_path / "b.parquet")
-    files.pipe_file(f"{root}/b.parquet", (tmp_path / "b.parquet").read_bytes())
-    files.pipe_file(f"{root}/readme.md", b"text")
-    parts = find_parts(f"memory:/{root}")
-    assert [part.path for part in parts] == ["a.tar", "b.parquet"]
-    texts = [[row.text for rows, *_ in read_chunks(part, None, None) for row in rows] for part in parts]
-    assert texts == [["item 0", "item 1", "item 2"], ["nine"]]
-    assert [part.path for part in find_parts(f"memory:/{root}/a.tar")] == ["a.tar"]
+    for name, content in {"a.tar": shard(3), "deep/b.tar": shard(1), "readme.md": b"text"}.items():
+        files.pipe_file(f"{root}/{name}", content)
+    files.pipe_file(f"{root}/other/b.parquet", (tmp_path / "b.parquet").read_bytes())
+    url = f"memory:/{root}"
+    assert [part.path for part in find_parts(url)] == ["other/b.parquet"], "the first layout, as of a folder"
+    parts = find_parts(f"{url}/other")
+    assert [[row.text for row in rows] for rows, *_ in read_chunks(parts[0], None, None)] == [["nine"], []]
+    files.rm_file(f"{root}/other/b.parquet")
+    assert [part.path for part in find_parts(url)] == ["a.tar", "deep/b.tar"]
+    (part,) = find_parts(f"{url}/a.tar")
+    assert [row.text for rows, *_ in read_chunks(part, None, None) for row in rows] == ["item 0", "item 1", "item 2"]
     files.rm_file(f"{root}/a.tar")
-    (_, invalid, last), *_ = read_chunks(parts[0], None, None)
+    (_, invalid, last), *_ = read_chunks(part, None, None)
     assert last and "was deleted" in invalid[0].reason
-    with pytest.raises(DataError, match=r"no \.tar or \.parquet file"):
-        find_parts("memory://none")
+    for missing in ("memory://none", f"{url}/a.tar"):
+        with pytest.raises(DataError, match="there are no files"):
+            find_parts(missing)
+
+
+def test_remote_shard_is_copied_in_blocks(tmp_path: Path) -> None:
+    """A shard of gigabytes must not take as much memory."""
+    size = 300 << 20
+    (tmp_path / "0.tar").write_bytes(shard(3))
+    with (tmp_path / "0.tar").open("ab") as file:
+        file.truncate(size)  # a tar file may end with any number of zeros
+    script = """
+import sys
+from unidiff_sdk.scale.parts import find_parts, read_chunks
+for url in sys.argv[1:]:
+    (part,) = find_parts(url)
+    print(sum(len(rows) for rows, *_ in read_chunks(part, None, None)))
+"""
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "0.tar").write_bytes(shard(3))
+    _, usual = run_measured(script, f"local://{tmp_path}/small/0.tar")
+    lines, peak = run_measured(script, f"local://{tmp_path}/0.tar")
+    assert lines == ["3"] and peak < usual + size / 4
 
 
 # ------------------------------------------------------------------------------------------------ the record

@@ -11,7 +11,6 @@ import io
 import multiprocessing
 import os
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +25,6 @@ from unidiff_sdk.store.images.file_cache import FileCache
 from unidiff_sdk.store.images.object_storage import ObjectFolder, image_place
 
 object_stores.register()
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("s3fs", reason="make test-objects has it")
-    with object_stores.s3_server(tmp_path_factory.mktemp("s3")) as url:
-        before = dict(os.environ)
-        os.environ |= object_stores.s3_environment(url)
-        yield url
-        os.environ.clear()
-        os.environ |= before
 
 
 @pytest.fixture(params=["folder", "memory", "plain", "s3"])

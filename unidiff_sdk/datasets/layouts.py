@@ -16,7 +16,7 @@ folder. Hidden folders and links to folders are ignored.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from unidiff_sdk.errors import DataError
 from .shards import IMAGES, find_shards
 from .tables import TABLES
 
-__all__ = ["Layout", "find_layout", "is_in_blobs_of"]
+__all__ = ["METADATA", "Layout", "find_layout", "is_in_blobs_of", "layout_of"]
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -78,10 +78,31 @@ def find_layout(path: str | Path, images: str | Path | None = None, *, captions:
         return Layout(root, shards=tuple(shards))
     if (kind := folder_kind(root)[0]) and kind != "a dataset":  # its images are not those of a dataset
         raise DataError(f"{root} is not a dataset.{folder_hint(root)}")
-    return _search_subfolders(root, captions)
+    return layout_of(root, root, _walk(root), captions=captions)
 
 
-def _search_subfolders(root: Path, captions: bool) -> Layout:
+def _walk(root: Path) -> Iterator[tuple[Path, Sequence[str]]]:
+    for place, folders, names in os.walk(root):
+        folder = Path(place)
+        is_deep = len(folder.relative_to(root).parts) >= MAX_FOLDER_DEPTH
+        folders[:] = [] if is_deep else sorted(name for name in folders if not name.startswith("."))
+        yield folder, [name for name in names if name not in METADATA or (folder / name).is_file()]
+
+
+def layout_of(
+    where: str | Path, root: Path, folders: Iterable[tuple[Path, Sequence[str]]], *, captions: bool
+) -> Layout:
+    """The layout of a dataset whose files are known.
+
+    Args:
+        where: the dataset, for messages.
+        root: the path that those of the folders start with.
+        folders: each folder with the names of its files, in order.
+        captions: as for `find_layout`.
+
+    Raises:
+        DataError: they hold nothing that can be read.
+    """
     parquet: list[Path] = []
     arrow: list[Path] = []
     metadata: list[Path] = []
@@ -89,12 +110,9 @@ def _search_subfolders(root: Path, captions: bool) -> Layout:
     images: list[Path] = []
     texts: dict[Path, Path] = {}
     others: list[Path] = []
-    for place, folders, names in os.walk(root):
-        folder = Path(place)
-        is_deep = len(folder.relative_to(root).parts) >= MAX_FOLDER_DEPTH
-        folders[:] = [] if is_deep else sorted(name for name in folders if not name.startswith("."))
-        if table := _metadata(folder, names):
-            metadata.append(table)
+    for folder, names in folders:
+        if table := next((name for name in METADATA if name in names), None):
+            metadata.append(folder / table)
         saved = "dataset_info.json" in names or "state.json" in names
         for name in sorted(names):
             file = folder / name
@@ -119,16 +137,16 @@ def _search_subfolders(root: Path, captions: bool) -> Layout:
     sidecars = texts if any(image.with_suffix("") in texts for image in images) else {}
     if images and (sidecars or not captions):
         if not sidecars:
-            _check_ignored_files(root, images, others)
+            _check_ignored_files(where, images, others)
         return Layout(root, images=tuple(images), sidecars=sidecars)
     raise DataError(
-        f"{root} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, no .tar shards and no images with .txt captions. "
-        'Add a metadata.jsonl with a line for each image: {"file_name": "boots.png", "text": "red leather boots", '
-        '"price": 79.0}'
+        f"{where} has no {', '.join(METADATA[:-1])} or {METADATA[-1]}, no .tar shards and no images with .txt "
+        'captions. Add a metadata.jsonl with a line for each image: {"file_name": "boots.png", "text": "red leather '
+        'boots", "price": 79.0}'
     )
 
 
-def _check_ignored_files(root: Path, images: Sequence[Path], others: Sequence[Path]) -> None:
+def _check_ignored_files(where: str | Path, images: Sequence[Path], others: Sequence[Path]) -> None:
     """Refuse or report files that hold captions in a way that is not read."""
     stems = {image.with_suffix("") for image in images}
     for file in others:
@@ -137,13 +155,13 @@ def _check_ignored_files(root: Path, images: Sequence[Path], others: Sequence[Pa
                 f"{file} is not read, and the images would have no captions. Save it as one of {', '.join(METADATA)}."
             )
         if file.suffix.lower() in TABLES:
-            warn(
-                f"{root} is indexed as images without captions, and {file} is not read. To read it: "
-                f"unidiff index {file} CATALOG --images {root}"
-            )
+            advice = f"To read it: unidiff index {file} CATALOG --images {where}"
+            if not isinstance(where, Path):
+                advice = f"To read it, give {where}/{file.as_posix()} as the source."
+            warn(f"{where} is indexed as images without captions, and {file} is not read. {advice}")
             return
         if file.suffix.lower() in (".caption", ".json", ".yaml") and file.with_suffix("") in stems:
-            warn(f"{root} is indexed without captions: {file} is not read. Save captions as {file.stem}.txt.")
+            warn(f"{where} is indexed without captions: {file} is not read. Save captions as {file.stem}.txt.")
             return
 
 

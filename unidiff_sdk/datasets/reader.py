@@ -45,13 +45,16 @@ __all__ = [
     "TABLES",
     "EmbeddedImage",
     "InvalidRow",
+    "Names",
     "Row",
     "SpooledImage",
+    "caption_of",
     "check_invalid_count",
     "count_rows",
     "describe_problems",
     "group_by_reason",
     "read_catalog",
+    "spellings",
 ]
 
 MAX_INVALID_ROWS = 1_000_000
@@ -160,6 +163,7 @@ def read_catalog(
     captions: bool = True,
     strict: bool = False,
     on_error: Callable[[InvalidRow], None] | None = None,
+    find: Callable[[Path, str], Path | str] | None = None,
 ) -> Iterator[Row]:
     """Iterate over the valid rows of a dataset, in order.
 
@@ -176,13 +180,15 @@ def read_catalog(
         captions: whether each image needs a caption. Otherwise, folders of images alone can be read, too.
         strict: raise DataError at the first invalid row instead of skipping it.
         on_error: called with each invalid row. By default, the problems are logged as warnings, each once.
+        find: how the path of an image in a table is found: (folder of the images, path) -> file, or what is wrong with
+            it. Default: an existing file in the folder.
 
     Raises:
         DataError: the folder or its table is missing or unreadable, has no column of images or captions, or in strict
             mode a row is invalid.
         OptionError: `columns` or `kinds` is invalid.
     """
-    reader = _Reader(Names(columns or {}), checked_kinds(kinds))
+    reader = _Reader(Names(columns or {}), checked_kinds(kinds), find or _file_in)
     layout = find_layout(path, images, captions=captions)
     if images is not None and not (layout.tables and Path(images).is_dir()):
         if layout.tables:
@@ -332,8 +338,8 @@ class Names:
 
 
 class _Reader:
-    def __init__(self, names: Names, kinds: Mapping[str, str]) -> None:
-        self.names, self.kinds = names, kinds
+    def __init__(self, names: Names, kinds: Mapping[str, str], find: Callable[[Path, str], Path | str]) -> None:
+        self.names, self.kinds, self.find = names, kinds, find
 
     def rows(self, layout: Layout) -> Iterator[Row | InvalidRow]:
         before = 0
@@ -365,7 +371,7 @@ class _Reader:
             return InvalidRow(line, "", f"{error}{where}")
         if image is None or (isinstance(image, str) and not image.strip()):
             return InvalidRow(line, "", f"file_name is missing{self.names.missing('image', list(columns))}{where}")
-        source = _image_of(root, line, image)
+        source = self._image_of(root, line, image)
         name = image if isinstance(image, str) else getattr(source, "name", "")
         if isinstance(source, str):
             return InvalidRow(line, name[:80], source + where)
@@ -373,6 +379,19 @@ class _Reader:
             missing = self.names.missing("text", list(columns))
             return InvalidRow(line, name[:80], f"the caption (text) is missing{missing}{where}")
         return Row(source, text.strip() if isinstance(text, str) else "", payload, line)
+
+    def _image_of(self, root: Path, line: int, image: Any) -> Path | EmbeddedImage | str:
+        """The image of a row, or what is wrong with it."""
+        match image:
+            case {"bytes": bytes(content), **rest}:
+                return EmbeddedImage(str(rest.get("path") or f"row {line}"), content)
+            case {"path": str(name), **_rest}:
+                return self.find(root, name)
+            case bytes():
+                return EmbeddedImage(f"row {line}", image)
+            case str():
+                return self.find(root, image)
+        return f"the image is {type(image).__name__} {image!r:.60}. Give a path, bytes, or {{'bytes': …, 'path': …}}"
 
     def _sample(self, number: int, sample: Sample) -> Row | InvalidRow:
         try:
@@ -386,30 +405,10 @@ class _Reader:
         return Row(sample.image, text.strip() if isinstance(text, str) else "", payload, number)
 
 
-def _image_of(root: Path, line: int, image: Any) -> Path | EmbeddedImage | str:
-    """The image of a row, or what is wrong with it."""
-    match image:
-        case {"bytes": bytes(content), **rest}:
-            return EmbeddedImage(str(rest.get("path") or f"row {line}"), content)
-        case {"path": str(name), **_rest}:
-            return _file_in(root, name)
-        case bytes():
-            return EmbeddedImage(f"row {line}", image)
-        case str():
-            return _file_in(root, image)
-    return f"the image is {type(image).__name__} {image!r:.60}. Give a path, bytes, or {{'bytes': …, 'path': …}}"
-
-
 def _file_in(root: Path, name: str) -> Path | str:
     """A file below `root`, or what is wrong. Names from Windows and in another Unicode form are found, too."""
-    slashes = name.replace("\\", "/")
-    spellings = dict.fromkeys(
-        unicodedata.normalize(form, spelling) if form else spelling
-        for spelling in (name, slashes)
-        for form in (None, "NFC", "NFD")
-    )
     try:
-        for spelling in spellings:
+        for spelling in spellings(name):
             path = root / spelling
             resolved = path.resolve()
             if not resolved.is_relative_to(root) and not (path.is_file() and is_in_blobs_of(root, resolved)):
@@ -419,6 +418,17 @@ def _file_in(root: Path, name: str) -> Path | str:
     except (OSError, ValueError) as error:  # a name with a null byte, or one too long for the file system
         return f"file_name is not a valid path ({error})"
     return "there is no such image file"
+
+
+def spellings(name: str) -> list[str]:
+    """The names under which a file may be stored: as given, with the slashes of Windows, in each Unicode form."""
+    return list(
+        dict.fromkeys(
+            unicodedata.normalize(form, spelling) if form else spelling
+            for spelling in (name, name.replace("\\", "/"))
+            for form in (None, "NFC", "NFD")
+        )
+    )
 
 
 def _image_with_sidecar(layout: Layout, number: int, image: Path) -> Row | InvalidRow:
@@ -431,9 +441,20 @@ def _image_with_sidecar(layout: Layout, number: int, image: Path) -> Row | Inval
     try:
         sidecar = layout.sidecars.get(image.with_suffix(""), image.with_suffix(".txt"))
         content = read_regular_file(sidecar, MAX_TEXT_SIZE, DataError)
-        text = content.decode("utf-8-sig").strip()
     except DataError as error:
         return InvalidRow(number, name, f"the caption is missing ({error})")
+    try:
+        return Row(source, caption_of(content), {}, number)
+    except DataError as error:
+        return InvalidRow(number, name, str(error))
+
+
+def caption_of(sidecar: bytes) -> str:
+    """The caption in a text file. Raises DataError."""
+    try:
+        text = sidecar.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        return InvalidRow(number, name, f"the caption is not UTF-8 ({error})")
-    return Row(source, text, {}, number) if text else InvalidRow(number, name, "the caption is missing (.txt is empty)")
+        raise DataError(f"the caption is not UTF-8 ({error})") from error
+    if not text:
+        raise DataError("the caption is missing (.txt is empty)")
+    return text

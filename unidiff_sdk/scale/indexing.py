@@ -50,8 +50,8 @@ def index(
     killed or a run is repeated, is stored once. Of several rows with one id, an arbitrary one is stored.
 
     Args:
-        source: a dataset as for `Catalog.add_folder`, on a file system that all machines have; or the URL of webdataset
-            shards (.tar) and parquet files with images in object storage.
+        source: a dataset as for `Catalog.add_folder`, on a file system that all machines have; or the URL of one in
+            object storage. Images there are fetched by the processes that encode them.
         to: the catalog: the URL of a Qdrant server; or a folder, which one process writes.
         bundle: for a new catalog, as for `Catalog`. All machines must have it under this path.
         columns, kinds: as for `Catalog.add_folder`.
@@ -68,7 +68,8 @@ def index(
     Raises:
         ProviderError: Ray is not installed.
         OptionError: an argument is invalid.
-        DataError: the source is missing; or with `resume`, there is no record, or that of another job.
+        DataError: the source is missing or holds nothing that can be read; or with `resume`, there is no record, or
+            that of another job.
         StoreError, BundleError: as for `Catalog`. What was stored until then is recorded.
     """
     started = time.perf_counter()

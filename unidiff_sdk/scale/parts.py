@@ -1,6 +1,7 @@
 """The parts of a dataset, which tasks read independently, and the chunks of rows that a part consists of.
 
-A part is one file: a shard or a table. Its chunks are the same in each run, so a run can skip those that are stored.
+A part is one file, a shard or a table; or a folder of images in object storage. Its chunks are the same in each run, so
+a run can skip those that are stored.
 """
 
 from __future__ import annotations
@@ -15,27 +16,30 @@ from typing import Any
 
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk.datasets.layouts import find_layout
-from unidiff_sdk.datasets.reader import InvalidRow, Row, read_catalog
+from unidiff_sdk.datasets.reader import InvalidRow, Names, Row, read_catalog
+from unidiff_sdk.datasets.values import checked_kinds
 from unidiff_sdk.errors import DataError, ImageError
-from unidiff_sdk.store.images.object_storage import ObjectFolder, ObjectStorage, is_object_storage
+from unidiff_sdk.store.images.object_storage import is_object_storage
 
-__all__ = ["Part", "RawRow", "find_parts", "pack", "read_chunks", "unpack"]
+from .remote import find_below, folder_at, remote_layout
+from .rows import RawRow
+
+__all__ = ["Part", "find_parts", "pack", "read_chunks", "unpack"]
 
 CHUNK_ROWS = 64
 """Rows of a chunk. All rows of a chunk are encoded at once and stored at once."""
 
-_FILES = (".tar", ".parquet")  # what is read from object storage: files that hold their images
-
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a dataset.
+    """A file of a dataset, or a folder of images.
 
     Attributes:
         path: the shard, table or folder; below `url`, if there is one.
-        images: the folder of the images of a table.
+        images: the folder or URL of the images of a table, and the URL of a folder of images.
         url: the object storage that holds it.
-        size, modified: bytes, and seconds since 1970; they tell whether the file has changed.
+        size, modified: bytes, and seconds since 1970; they tell whether the file has changed. Of a folder of images in
+            object storage, they are the sum and the latest.
     """
 
     path: str
@@ -47,18 +51,7 @@ class Part:
     @property
     def name(self) -> str:
         """The path or URL."""
-        return f"{self.url}/{self.path}" if self.url else self.path
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row with its image as bytes or as a path that all machines can read."""
-
-    image: bytes | str
-    text: str
-    payload: dict[str, Any]
-    name: str
-    line: int
+        return f"{self.url}/{self.path}".rstrip("/") if self.url else self.path
 
 
 def find_parts(source: str | Path, images: str | Path | None = None) -> list[Part]:
@@ -83,22 +76,17 @@ def _local_part(path: Path, images: Path | None = None) -> Part:
     return Part(os.path.abspath(path), folder, None, status.st_size, status.st_mtime)
 
 
-def _remote_parts(url: str) -> list[Part]:
-    folder, name = url, ""
-    if url.endswith(_FILES):
-        folder, _, name = url.rpartition("/")
-    found = ObjectFolder(ObjectStorage(folder)).list("")
-    parts = [
-        Part(file, None, folder.rstrip("/"), size, modified)
-        for file, size, modified in sorted(found)
-        if file.endswith(_FILES) and name in ("", file)
-    ]
-    if not parts:
-        raise DataError(
-            f"{url} has no {' or '.join(_FILES)} file. From object storage, shards and parquet files with images are "
-            "read. Copy a folder of images to a file system, or write shards."
-        )
-    return parts
+def _remote_parts(source: str) -> list[Part]:
+    url, layout, facts = remote_layout(source)
+
+    def images(folder: Path) -> str:
+        return f"{url}/{folder.as_posix()}" if folder.parts else url
+
+    if layout.images:  # the processes that encode fetch them, so one process can name them all
+        files = [facts[file] for file in (*layout.images, *layout.sidecars.values())]
+        return [Part("", url, url, sum(size for size, _ in files), max(modified for _, modified in files))]
+    tables = [Part(table.as_posix(), images(folder), url, *facts[table]) for table, folder in layout.tables]
+    return tables or [Part(shard.as_posix(), None, url, *facts[shard]) for shard in layout.shards]
 
 
 def read_chunks(
@@ -112,19 +100,26 @@ def read_chunks(
         OptionError: `columns` or `kinds` is invalid.
         StoreError: the object storage cannot be read.
     """
+    if part.url is not None and not part.path:
+        Names(columns or {}), checked_kinds(kinds)  # although there are no columns, as for a folder on a disk
+        for named in batched(_named_rows(part.url), CHUNK_ROWS):
+            yield named, [], False
+        yield [], [], True
+        return
     invalid: list[InvalidRow] = []
     with tempfile.TemporaryDirectory(prefix="unidiff-") as folder:
         try:
             rows = read_catalog(
                 _local_path(part, Path(folder)),
-                images=part.images,
+                images=None if part.url else part.images,
                 columns=columns,
                 kinds=kinds,
                 captions=False,
                 on_error=invalid.append,
+                find=find_below if part.url else None,
             )
             for chunk in batched(rows, CHUNK_ROWS, lambda row: row.nbytes):
-                raw = [row for row in (_raw(row, invalid) for row in chunk) if row is not None]
+                raw = [row for row in (_raw(part, row, invalid) for row in chunk) if row is not None]
                 yield raw, invalid[:], False
                 invalid.clear()
         except (DataError, ImageError) as error:
@@ -132,24 +127,34 @@ def read_chunks(
     yield [], invalid, True
 
 
+def _named_rows(url: str) -> Iterator[RawRow]:
+    """The rows of a folder of images in object storage: names that the processes that encode read."""
+    _, layout, _ = remote_layout(url)
+    for number, image in enumerate(layout.images, start=1):
+        sidecar = layout.sidecars.get(image.with_suffix(""), image.with_suffix(".txt")) if layout.sidecars else None
+        caption = None if sidecar is None else sidecar.as_posix()
+        yield RawRow(image.as_posix(), "", {}, image.as_posix(), number, url, caption)
+
+
 def _local_path(part: Part, folder: Path) -> Path:
     if part.url is None:
         return Path(part.path)
-    content = ObjectFolder(ObjectStorage(part.url)).read(part.path)
-    if content is None:
-        raise DataError(f"{part.name}: the file was deleted")
     path = folder / Path(part.path).name
-    path.write_bytes(content)
+    if not folder_at(part.url).copy(part.path, path):
+        raise DataError(f"{part.name}: the file was deleted")
     return path
 
 
-def _raw(row: Row, invalid: list[InvalidRow]) -> RawRow | None:
+def _raw(part: Part, row: Row, invalid: list[InvalidRow]) -> RawRow | None:
     try:
         image = row.image()
     except DataError as error:
         invalid.append(InvalidRow(row.line, row.name, str(error)))
         return None
-    return RawRow(str(image) if isinstance(image, Path) else image, row.text, row.payload, row.name, row.line)
+    if not isinstance(image, Path):
+        return RawRow(image, row.text, row.payload, row.name, row.line)
+    name = image.as_posix() if part.url else str(image)
+    return RawRow(name, row.text, row.payload, row.name, row.line, part.images if part.url else None)
 
 
 def pack(value: Any) -> bytes:

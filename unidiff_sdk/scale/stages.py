@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.catalog.items import Item, item_of
 from unidiff_sdk.catalog.writer import PreparedBatch
@@ -19,7 +20,9 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store.images import ItemImage
 
-from .parts import Part, RawRow, pack, read_chunks, unpack
+from .parts import Part, pack, read_chunks, unpack
+from .remote import FETCHED_ROWS, fetched
+from .rows import RawRow
 
 __all__ = ["Encode", "Store", "read", "replaced"]
 
@@ -62,10 +65,11 @@ class Encode:
     def _encode(self, chunk: Any) -> tuple[list[Item], list[InvalidRow]]:
         source, rows, invalid = chunk
         items: list[Item] = []
-        for row in rows:
-            item = self._item(row, source, invalid)
-            if item is not None:
-                items.append(item)
+        for some in batched(rows, FETCHED_ROWS):
+            for row in fetched(some, invalid):
+                item = self._item(row, source, invalid)
+                if item is not None:
+                    items.append(item)
         if items:
             vectors = self._encoder.encode_pixels(np.stack([item.pixels for item in items if item.pixels is not None]))
             items = [replace(item, pixels=None, vector=vector) for item, vector in zip(items, vectors, strict=True)]

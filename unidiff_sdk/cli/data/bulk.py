@@ -62,7 +62,7 @@ def bulk() -> None:
 def index(locate: Callable[[str], CatalogLocation], source: str, to: str, as_json: bool, **options: Any) -> None:
     """Add the dataset SOURCE to a catalog, which is created if it does not exist.
 
-    SOURCE is a folder or file as for `unidiff index`, or the URL of shards (.tar) and parquet files in object storage.
+    SOURCE is a folder or file as for `unidiff index`, or the URL of a dataset in object storage.
     Rows that are stored already are not changed. Invalid rows are skipped and listed at the end.
     """
     from unidiff_sdk.cli.output.add_report import print_add_report

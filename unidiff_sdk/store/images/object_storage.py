@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -145,13 +145,47 @@ class ObjectFolder:
                 return False
             return True
 
-    def has(self, name: str) -> bool:
-        """Whether there is a file that is not empty. Raises StoreError."""
+    def read_several(self, names: Sequence[str], limit: int) -> list[bytes | None]:
+        """The first `limit` bytes of files, None for those that do not exist. Raises StoreError.
+
+        The packages for S3 and Google Cloud Storage fetch them at the same time.
+        """
+        with self._failures("read", ""):
+            found = self._files.cat_ranges([self._path(name) for name in names], 0, limit)
+        return [self._range(name, content) for name, content in zip(names, found, strict=True)]
+
+    def _range(self, name: str, content: bytes | Exception) -> bytes | None:
+        if isinstance(content, bytes):
+            return content
+        with self._failures("read", name):
+            if isinstance(content, FileNotFoundError | IsADirectoryError):
+                return None
+            if (facts := self.facts(name)) is not None and facts[0] == 0:
+                return b""  # no range of an empty file is valid
+            raise content
+
+    def copy(self, name: str, path: Path) -> bool:
+        """Copy a file to this machine, a block at a time. Returns whether there is one. Raises StoreError."""
         with self._failures("read", name):
             try:
-                return (self._files.info(self._path(name)).get("size") or 0) > 0
-            except FileNotFoundError:
+                self._files.get_file(self._path(name), str(path))
+            except (FileNotFoundError, IsADirectoryError):
                 return False
+            return path.is_file()
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file that is not empty. Raises StoreError."""
+        facts = self.facts(name)
+        return facts is not None and facts[0] > 0
+
+    def facts(self, name: str) -> tuple[int, float] | None:
+        """(size in bytes, modification in seconds since 1970) of a file; None if there is none. Raises StoreError."""
+        with self._failures("read", name):
+            try:
+                found = self._files.info(self._path(name))
+            except FileNotFoundError:
+                return None
+        return None if found.get("type") == "directory" else (found.get("size") or 0, _modified(found))
 
     def delete(self, name: str) -> None:
         """Delete a file, if there is one. Raises StoreError."""
