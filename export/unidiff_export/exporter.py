@@ -27,7 +27,6 @@ from unidiff_sdk.training.checkpoints.bases import load_base
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import load_search_model
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions, Lora
-from unidiff_sdk.training.checkpoints.stable_diffusion_3 import refuse_additions
 
 from .bundle.exported import Exported, Progress
 from .bundle.files import folder_size, new_folder, write_pipeline_files
@@ -242,8 +241,6 @@ def _export_checkpoint(
 ) -> Exported:
     """Load a checkpoint with a generator, and compute what it is compared with."""
     loaded = warn_of_replacement(_load(checkpoint, clip, options))
-    if switchable and loaded.is_transformer:
-        refuse_additions(loaded.path, BaseOptions(loras=tuple(switchable)))
     specs, from_disk = graph_specs(loaded), loaded is not checkpoint
     read = partial(read_samples, loaded, calibration, columns=columns)
     reference, policy = _prepare(loaded, specs, precision, read, report, from_disk)

@@ -19,16 +19,20 @@ def make_lora(checkpoint: Path, file: Path, *, form: str = "kohya", text: bool =
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from safetensors.torch import save_file
 
-    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
-    is_xl = hasattr(pipeline, "text_encoder_2")
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if is_xl else "lora_te_"}
-    prefixes |= {"text_encoder_2": "lora_te2_"} if is_xl else {}
+    is_sd3 = (checkpoint / "transformer").is_dir()
+    pipeline = DiffusionPipeline.from_pretrained(
+        checkpoint, **({"text_encoder_3": None, "tokenizer_3": None} if is_sd3 else {})
+    )
+    has_second = hasattr(pipeline, "text_encoder_2")
+    denoiser = "transformer" if is_sd3 else "unet"
+    prefixes = {denoiser: "lora_unet_", "text_encoder": "lora_te1_" if has_second else "lora_te_"}
+    prefixes |= {"text_encoder_2": "lora_te2_"} if has_second else {}
     generator = torch.Generator().manual_seed(seed)
     rank, alphas = 3, {"kohya": 2.0, "peft": 6.0, "diffusers": 3.0}
     scale = alphas[form] / rank
     changes, tensors = {}, {}
     for part in prefixes:
-        names = UNET_LAYERS if part == "unet" else TEXT_LAYERS if text else ()
+        names = UNET_LAYERS if part == denoiser else TEXT_LAYERS if text else ()
         for layer, module in getattr(pipeline, part).named_modules():
             if not layer.endswith(names) or not names:
                 continue
@@ -36,9 +40,9 @@ def make_lora(checkpoint: Path, file: Path, *, form: str = "kohya", text: bool =
             down = 0.3 * torch.randn(rank, in_size, generator=generator)
             up = 0.3 * torch.randn(out_size, rank, generator=generator)
             changes[part, f"{layer}.weight"] = scale * up @ down
-            published = layer if part == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+            published = layer if part == denoiser or layer.startswith("text_model.") else f"text_model.{layer}"
             if form == "kohya":
-                if is_xl and part == "unet":
+                if has_second and part == "unet":
                     published = _by_original_blocks(published)
                 prefix = prefixes[part] + published.replace(".", "_")
                 tensors |= {f"{prefix}.lora_down.weight": down, f"{prefix}.lora_up.weight": up}
@@ -75,12 +79,12 @@ def _save_with_metadata(pipeline, tensors: dict, file: Path, rank: int, alpha: f
 
     layers = {
         part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(f"{part}.")}
-        for part in ("unet", "text_encoder", "text_encoder_2")
+        for part in ("unet", "transformer", "text_encoder", "text_encoder_2")
     }
     saved = {}
     for part, own in layers.items():
         if own:
-            names = UNET_LAYERS if part == "unet" else TEXT_LAYERS
+            names = TEXT_LAYERS if part.startswith("text") else UNET_LAYERS
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
             saved |= {f"{part}_lora_layers": own, f"{part}_lora_adapter_metadata": config.to_dict()}
     pipeline.save_lora_weights(file.parent, weight_name=file.name, **saved)

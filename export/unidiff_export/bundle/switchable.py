@@ -24,7 +24,7 @@ from unidiff_sdk.training.checkpoints.loading.options import Lora
 if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 
-GRAPHS = ("text_encoder", "text_encoder_2", "unet")  # that LoRAs change
+GRAPHS = ("text_encoder", "text_encoder_2", "unet", "transformer")  # that LoRAs change
 FOLDER = "loras"
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 IMAGES = 2  # that each LoRA is compared on

@@ -64,7 +64,7 @@ from .stable_diffusion_3 import (
     THIRD,
     check_stable_diffusion_3,
     is_stable_diffusion_3,
-    refuse_additions,
+    refuse_textual_inversions,
     transformer_refusal,
 )
 from .text_sharing import layers_of, share_projected_text_encoder, share_text_layers, tower_of
@@ -390,7 +390,7 @@ def _assemble_stable_diffusion_3(
 ) -> Checkpoint:
     """`assemble_checkpoint` for Stable Diffusion 3."""
     check_stable_diffusion_3(folder)
-    refuse_additions(folder, options)
+    refuse_textual_inversions(folder, options)
     has_third = (folder / THIRD).is_dir()
     weights = SD3_WEIGHTS | ({THIRD: TRANSFORMERS_WEIGHTS} if has_third else {})
     with progress_bars_hidden():
@@ -398,6 +398,8 @@ def _assemble_stable_diffusion_3(
         _check_vocabulary(folder, tokenizer)
         options = replace(options, variant=chosen_variant(folder, weights, options.variant))
         transformer, text_encoder, vae = load_transformer_parts(folder, options)
+        second = replace(load_second(folder, folder, options), zero_negative=False)
+        add_to_models(transformer, text_encoder, tokenizer, options, second)
         meta = read_json(folder / METADATA) if (folder / METADATA).exists() else {}
         return Checkpoint(
             path=folder,
@@ -411,7 +413,7 @@ def _assemble_stable_diffusion_3(
             image_processor=image_processor,
             meta=options.recorded(meta),
             options=options,
-            second=replace(load_second(folder, folder, options), zero_negative=False),
+            second=second,
             third=load_third(folder, options) if has_third else None,
         )
 

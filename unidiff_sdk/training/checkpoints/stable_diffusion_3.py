@@ -19,7 +19,13 @@ from .architectures import check_classes, check_tokenizer, require_files
 from .json_files import read_json
 from .loading.options import BaseOptions
 
-__all__ = ["THIRD", "check_stable_diffusion_3", "is_stable_diffusion_3", "refuse_additions", "transformer_refusal"]
+__all__ = [
+    "THIRD",
+    "check_stable_diffusion_3",
+    "is_stable_diffusion_3",
+    "refuse_textual_inversions",
+    "transformer_refusal",
+]
 
 PIPELINES = tuple(f"StableDiffusion3{task}Pipeline" for task in ("", "Img2Img", "Inpaint"))
 ADVICE = "use a model with the architecture of Stable Diffusion 3 or 3.5"
@@ -119,14 +125,13 @@ def _check_third(folder: Path, width: int) -> None:
         )
 
 
-def refuse_additions(folder: Path, options: BaseOptions) -> None:
-    """Raise CheckpointError for additions that are not supported for these models."""
-    for name, files in (("LoRA files", options.loras), ("Textual inversions", options.textual_inversions)):
-        if files:
-            raise CheckpointError(
-                f"{name} are not supported for Stable Diffusion 3 ({folder}). Merge them with diffusers, save the "
-                "pipeline, and name its folder."
-            )
+def refuse_textual_inversions(folder: Path, options: BaseOptions) -> None:
+    """Raise CheckpointError for textual inversions, which diffusers does not load into these models."""
+    if options.textual_inversions:
+        raise CheckpointError(
+            f"Textual inversions are not supported for Stable Diffusion 3 ({folder}): diffusers does not load them. "
+            "Leave them out."
+        )
 
 
 def transformer_refusal(

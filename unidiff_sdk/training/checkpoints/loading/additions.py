@@ -20,9 +20,10 @@ def add_to_models(
     """Add what the options name to the models of a base, in place.
 
     Args:
-        unet, text_encoder, tokenizer: The models.
+        unet: The UNet, or the transformer of Stable Diffusion 3.
+        text_encoder, tokenizer: The other models.
         options: What to add.
-        second: Second text encoder of Stable Diffusion XL.
+        second: Second text encoder of Stable Diffusion XL or 3.
 
     Raises:
         CheckpointError: Something does not fit.
@@ -30,17 +31,25 @@ def add_to_models(
     if not (options.loras or options.textual_inversions):
         return
     # Imports all pipelines' parts, which log what they lack.
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import (
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
 
     # Without a scheduler, as the pipeline would change its configuration.
-    parts: dict[str, Any] = {"vae": None, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
-    parts |= {"scheduler": None, "feature_extractor": None}
+    parts: dict[str, Any] = {"vae": None, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": None}
+    if second is not None:
+        parts |= {"text_encoder_2": second.model, "tokenizer_2": second.tokenizer}
     pipeline: Any
-    if second is None:
-        pipeline = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    if isinstance(unet, SD3Transformer2DModel):
+        pipeline = StableDiffusion3Pipeline(**parts, transformer=unet, text_encoder_3=None, tokenizer_3=None)
+    elif second is not None:
+        pipeline = StableDiffusionXLPipeline(**parts, unet=unet, feature_extractor=None, add_watermarker=False)
     else:
-        own = {"text_encoder_2": second.model, "tokenizer_2": second.tokenizer, "add_watermarker": False}
-        pipeline = StableDiffusionXLPipeline(**parts, **own)
+        without = {"feature_extractor": None, "safety_checker": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionPipeline(**parts, unet=unet, **without)
     add_to_pipeline(pipeline, options)
     for model in (unet, text_encoder, *([second.model] if second else [])):
         model.requires_grad_(True)  # peft freezes what it adapts

@@ -24,16 +24,18 @@ from .peft_adapters import adapter_tensors
 
 __all__ = ["changes_text_encoder", "load_lora", "low_rank_factors", "merge_loras"]
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")  # the last one only in Stable Diffusion XL
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # of which a pipeline has some
+DENOISERS = PARTS[:2]
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 ADAPTER = "lora"  # name of an adapter within peft
 NAMED = 3  # keys that an error names
 
 
 def merge_loras(pipeline: Any, loras: Sequence[Lora]) -> None:
-    """Merge LoRAs into the UNet and the text encoders of a pipeline: W + weight · (alpha / rank) · B A.
+    """Merge LoRAs into the denoiser and the text encoders of a pipeline: W + weight · (alpha / rank) · B A.
 
-    Accepts files in the formats of diffusers, peft and kohya, and the adapter folders of peft.
+    Accepts files in the formats of diffusers, peft and kohya, and the adapter folders of peft. diffusers does not read
+    those of kohya for Stable Diffusion 3.
 
     Raises:
         CheckpointError: A file cannot be read, or does not fit the models. The models are then unchanged.
@@ -133,14 +135,18 @@ def _converted(pipeline: Any, file: Path, tensors: Mapping[str, Tensor]) -> dict
 
     with quiet_logging():
         try:
-            # Trainers of Stable Diffusion XL number its blocks in another way, which depends on the UNet.
-            own = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
-            named, alphas = pipeline.lora_state_dict(dict(tensors), **own)
+            if hasattr(pipeline, "transformer"):
+                named, alphas = pipeline.lora_state_dict(dict(tensors)), None
+            else:
+                # Trainers of Stable Diffusion XL number its blocks in another way, which depends on the UNet.
+                own = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "text_encoder_2") else {}
+                named, alphas = pipeline.lora_state_dict(dict(tensors), **own)
         except Exception as error:  # the parsers of diffusers raise any error
             raise _refusal(file, f"diffusers does not know its format: {str(error).strip():.300}") from error
     if any(key.startswith(KOHYA) for key in named):
         mixed = [key for key in tensors if not key.startswith(KOHYA)]
-        raise _refusal(file, f"its keys are of several formats: {_first(mixed)}")
+        reason = f"its keys are of several formats: {_first(mixed)}"
+        raise _refusal(file, reason if mixed else "diffusers does not read the format of kohya for this model")
     scalars = [key for key in tensors if key.endswith(".alpha")] if alphas else []
     if len(named) + len(scalars) != len(tensors):
         raise _refusal(file, f"several of its {len(tensors)} keys have the same meaning: {_first(list(tensors))}")
@@ -150,7 +156,7 @@ def _converted(pipeline: Any, file: Path, tensors: Mapping[str, Tensor]) -> dict
         if not own:
             continue
         try:
-            if part == "unet":
+            if part in DENOISERS:
                 own = own if "lora_A" in next(iter(own)) else convert_unet_state_dict_to_peft(own)
             else:
                 own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))

@@ -1,7 +1,7 @@
 """LoRA adapters in the folders that peft writes: a configuration, and matrices without their scale.
 
 adapter_config.json    adapter_model.safetensors                of one model
-unet/…    text_encoder/…                                        two such folders, as peft's scripts write them
+unet/…    text_encoder/…                                        several such folders, as peft's scripts write them
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from unidiff_sdk.training.checkpoints.json_files import read_json
 __all__ = ["adapter_folders", "adapter_tensors"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<matrix>[AB])\.weight")
+OF_SD3 = re.compile(r"base_model\.model\.transformer_blocks\.")  # those of a UNet are within its blocks
 OF_CLIP = re.compile(r"(text_model\.)?encoder\.layers\.\d+\.")
 # Settings with which the sum W + scale · B A is not the adapted layer, and the values with which it is.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -89,14 +90,16 @@ def _check(folder: Path, config: Mapping[str, Any]) -> None:
 def _named(
     folder: Path, stored: Mapping[str, Tensor], config: Mapping[str, Any], part: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name the matrices of an adapter. Without a part, the names of the layers tell the UNet from a text encoder."""
+    """Name the matrices of an adapter. Without a part, the names of the layers tell the models apart."""
+    denoiser = "transformer" if any(map(OF_SD3.match, stored)) else "unet"
     for key, tensor in stored.items():
         match = KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"The LoRA folder {folder} has the tensor {key:.160}, which is no matrix of a LoRA.")
         layer, matrix = match["layer"], match["matrix"]
-        model = part or ("text_encoder" if OF_CLIP.match(layer) else "unet")
-        name = layer if model == "unet" or layer.startswith("text_model.") else f"text_model.{layer}"
+        model = part or ("text_encoder" if OF_CLIP.match(layer) else denoiser)
+        is_tower = model.startswith("text_encoder") and not layer.startswith("text_model.")
+        name = f"text_model.{layer}" if is_tower else layer
         scaled = tensor * _scale(folder, layer, tensor.shape[1], config) if matrix == "B" else tensor
         yield f"{model}.{name}.lora_{matrix}.weight", scaled.contiguous()
 
