@@ -56,7 +56,7 @@ class Job:
         guidance_rescale: 0 to 1, how much of the contrast that guidance adds is removed.
         rng: generates the noise that stochastic samplers add.
         known: what inpainting keeps.
-        loras: the LoRAs that change the UNet. Only jobs with the same ones can share a call.
+        loras: the LoRAs that change the denoiser. Only jobs with the same ones can share a call.
         shared: their inputs of the UNet, which have no row for each sample.
         step: index of the next step.
         x0: the previous step's estimate of the clean latents.

@@ -401,7 +401,7 @@ class Generator:
                 x = clean * source.latents + noisy * noise
             if source.repaint is not None:
                 known = KnownRegion(source.latents, noise, source.latent_mask(self._model.latent.scale_factor))
-        shared = self.bundle.adapters.inputs("unet", options.lora)
+        shared = self.bundle.adapters.inputs(self._model.denoiser.graph, options.lora)
         loras = options.lora if shared else ()
         return Job(table, x, *conditions, options.guidance_scale, options.guidance_rescale, rng, known, loras, shared)
 
