@@ -16,14 +16,13 @@ import torch
 from click.testing import CliRunner
 from support.lora_files import make_lora
 from support.random_checkpoint import CAPTIONS
-from support.random_sd3 import make_random_sd3
 from support.random_sdxl import make_random_sdxl
 
 from unidiff_export import export_bundle
 from unidiff_export.verification import TOLERANCES, psnr_db
 from unidiff_sdk import Catalog
 from unidiff_sdk.cli.main import main
-from unidiff_sdk.errors import BundleError, CheckpointError, OptionError
+from unidiff_sdk.errors import BundleError, OptionError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import read_recipe
@@ -244,12 +243,6 @@ def test_stable_diffusion_xl_switches_in_both_text_encoders(precision: str, targ
     least = 40 if precision == "fp32" else TOLERANCES["fp16"].image_psnr_db
     for image, reference, without in zip(ours, map(np.asarray, expected), map(np.asarray, plain), strict=True):
         assert psnr_db(image, reference) >= least > psnr_db(without, reference)
-
-
-def test_stable_diffusion_3_is_refused_by_name(loras: list[Path], tmp_path: Path) -> None:
-    folder = make_random_sd3(tmp_path / "sd3")
-    with pytest.raises(CheckpointError, match="LoRA files are not supported for Stable Diffusion 3"):
-        export_bundle(folder, tmp_path / "bundle", lora=loras, lora_switchable=True)
 
 
 def test_damaged_adapter_is_an_error_of_the_bundle(folder: Path, tmp_path: Path) -> None:
