@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import uuid
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -16,6 +20,7 @@ from support.toy_bundle import make_toy_bundle
 from unidiff_sdk import Catalog, OptionError, StoredImageError, StoreError
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.serve import create_app
+from unidiff_sdk.store.images import ItemImage, checking
 
 
 def image(shade: int) -> np.ndarray:
@@ -91,6 +96,51 @@ def test_check_finds_missing_and_unused_images(tmp_path: Path, toy: Path, images
         assert catalog.check().orphaned_images == ()
         with pytest.raises(StoredImageError, match="missing"):
             hit.load_image()
+
+
+def make_old(images: str) -> None:
+    """Let all files of an image store look two hours old."""
+    files = fsspec.filesystem("memory")
+    for path in files.find("/" + images.partition("://")[2]):
+        files.store[path].created -= timedelta(hours=2)
+
+
+def test_clock_of_this_machine_does_not_decide_which_files_are_old(
+    toy: Path, images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_local_qdrant(monkeypatch)
+    with Catalog(URL, toy, images=images) as catalog:
+        catalog.add(image(1), ids=1)
+        orphan = f"images/ab/{'ab' * 32}.png"
+        fsspec.filesystem("memory").pipe_file(f"{images}/{orphan}", b"written by another machine now")
+        ahead = SimpleNamespace(time=lambda: time.time() + 7200)
+        monkeypatch.setattr(checking, "time", ahead)
+        assert catalog.check(repair=True).orphaned_images == () and orphan in stored(images)
+        make_old(images)
+        assert catalog.check(repair=True).orphaned_images == (orphan,) and orphan not in stored(images)
+
+
+def test_image_that_another_machine_deletes_while_it_is_added_is_stored_again(
+    tmp_path: Path, toy: Path, images: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image is an old orphan, which the add finds and the check deletes just before the item is stored."""
+    use_local_qdrant(monkeypatch)
+    with Catalog(URL, toy, images=images) as catalog, Catalog(URL, images=images, create=False) as other:
+        sha256 = catalog._images.add(ItemImage(image(1))).rpartition("/")[2].partition(".")[0]
+        make_old(images)
+        catalog._images._stored.clear()  # another process added it
+        upsert, reports = type(catalog._store).upsert, []
+
+        def late(store: Any, records: Any) -> None:
+            reports.append(other.check(repair=True))
+            upsert(store, records)
+
+        monkeypatch.setattr(type(catalog._store), "upsert", late)
+        catalog.add(image(1), ids=1)
+        assert len(reports) == 1 and any(sha256 in name for name in reports[0].orphaned_images)
+        assert other.check().missing_images == ()
+        hit = other.get(1)
+        assert hit is not None and np.array_equal(np.asarray(hit.load_image()), image(1))
 
 
 def test_temporary_catalog_has_no_images_elsewhere(images: str) -> None:

@@ -113,6 +113,17 @@ def test_stored_files_are_listed_with_size_and_time(url: str, tmp_path: Path) ->
     assert abs(found[uri].modified - (tmp_path / ".").stat().st_mtime) < 600
 
 
+def test_clock_is_that_of_the_storage_and_leaves_nothing(url: str, tmp_path: Path) -> None:
+    store = open_store(url, tmp_path / "a")
+    first = store.now()
+    store.add(ItemImage(photo()))
+    (modified,) = [file.modified for file in store.stored_files() if file.name.startswith("images")]
+    assert first - 2 <= modified <= store.now() + 2
+    assert len(list(store.stored_files())) == 2
+    if url:
+        assert len(list(ObjectFolder(ObjectStorage(url)).list(""))) == 2
+
+
 @pytest.mark.parametrize("uri", ["images/../../victim.png", "../victim.png", "file:///etc/hostname", "catalog.json"])
 def test_foreign_uri_is_not_read(url: str, tmp_path: Path, uri: str) -> None:
     store = open_store(url, tmp_path / "a")

@@ -304,8 +304,6 @@ class Writer:
         self._warn_about_real_images(items)
         with self._current.lock:
             now = self._current.get()
-            for item in items:  # again, because a concurrent delete may have removed the same image
-                self._images.add(item.image, copy=copy)
             if snapshot is not now:  # reindexed in the meantime: these vectors are from the previous bundle
                 records = []
                 for some in batched(items, BATCH_SIZE):
@@ -316,6 +314,9 @@ class Writer:
                 # Read here and not when the rows were read, because another thread may have written since.
                 unused |= images_of(now.store.retrieve([record.id for record in batch]))
                 now.store.upsert(batch)
+            # Again, because a concurrent delete may have removed the same image. From now on, the items keep it.
+            for item in items:
+                self._images.add(item.image, copy=copy)
             used = {item.image.sha256 for item in items}
             self._release_images(now.store, {sha256: uri for sha256, uri in unused.items() if sha256 not in used})
         if self._current.prepares_rerank:

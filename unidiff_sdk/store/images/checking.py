@@ -71,7 +71,9 @@ def check(
         repair: fix what can be fixed.
     """
     # 1. List the files first: an image is stored before its item.
-    newest = time.time() - _SHARED_AGE if vectors is None else float("inf")
+    # Only a repair may write, and only it needs the clock of the storage.
+    now = images.now() if repair and vectors is None else time.time()
+    newest = now - _SHARED_AGE if vectors is None else float("inf")
     files = list(images.stored_files())
     present = {file.name for file in files if file.size}
     leftovers = list(_leftovers(images, vectors))

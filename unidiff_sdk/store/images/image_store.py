@@ -16,6 +16,7 @@ import io
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -289,6 +290,19 @@ class ImageStore:
                     with suppress(OSError):  # deleted meanwhile
                         status = path.stat()
                         yield StoredFile(sha256, name, status.st_size, status.st_mtime)
+
+    def now(self) -> float:
+        """The time by the clock of the storage, in seconds since 1970. It can differ from that of this machine.
+
+        Raises:
+            StoreError: nothing can be written there.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=".", suffix=".part") as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError as error:
+            raise StoreError(f"{self.root} cannot be written: {error.strerror or error}.") from error
 
     def exists(self, name: str) -> bool:
         """Whether there is a file with a name that `stored_files` yielded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,7 +29,10 @@ from .object_storage import ObjectFolder, ObjectStorage, user_cache
 __all__ = ["RemoteImageStore"]
 
 _TRUSTED_SECONDS = 60.0
-"""For how long an image that this process stored is not looked for again. The writer adds each image three times."""
+"""For how long an image that this process wrote is not looked for again. The writer adds each image three times.
+
+One that was there already is looked for each time: another machine may be deleting it, because no item uses it yet.
+"""
 
 
 class RemoteImageStore(ImageStore):
@@ -49,7 +53,7 @@ class RemoteImageStore(ImageStore):
         self.objects = ObjectFolder(storage)
         cache = Path(storage.cache) if storage.cache is not None else user_cache("images", storage.url) / "cache"
         self._cache = FileCache(cache, storage.cache_size)
-        self._stored: dict[str, float] = {}  # hash of an image -> when this process stored or found it
+        self._stored: dict[str, float] = {}  # hash of an image -> when this process wrote it
 
     def add(self, image: ItemImage, *, copy: bool = True) -> str:
         if image.path is not None and not copy:
@@ -58,11 +62,11 @@ class RemoteImageStore(ImageStore):
                 "it. Omit copy=False."
             )
         uri, thumbnail = copy_uri(image), thumbnail_name(image.sha256)
-        if time.monotonic() - self._stored.get(image.sha256, float("-inf")) > _TRUSTED_SECONDS:
-            if not (self.objects.has(thumbnail) and self.objects.has(uri)):
-                small = thumbnail_of(image.decoded)
-                self.objects.write(uri, image.encoded())
-                self.objects.write(thumbnail, small)  # last: where it is, the image is complete
+        is_trusted = time.monotonic() - self._stored.get(image.sha256, float("-inf")) < _TRUSTED_SECONDS
+        if not is_trusted and not (self.objects.has(thumbnail) and self.objects.has(uri)):
+            small = thumbnail_of(image.decoded)
+            self.objects.write(uri, image.encoded())
+            self.objects.write(thumbnail, small)  # last: where it is, the image is complete
             self._remember(image.sha256)
         return uri
 
@@ -117,6 +121,14 @@ class RemoteImageStore(ImageStore):
             for name, size, modified in self.objects.list(folder):
                 if sha256 := derived_hash(name):
                     yield StoredFile(sha256, name, size, modified)
+
+    def now(self) -> float:
+        name = f"images/{secrets.token_hex(8)}.time"
+        self.objects.write(name, b"time")
+        try:
+            return (self.objects.facts(name) or (0, 0.0))[1]
+        finally:
+            self.objects.delete(name)
 
     def exists(self, name: str) -> bool:
         return super().exists(name) or self.objects.has(name)
