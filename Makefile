@@ -170,7 +170,7 @@ web/node_modules/.ready: web/package.json web/package-lock.json
 	@touch $@
 
 $(WEB_PAGE): web/node_modules/.ready $(shell find web/src web/public) web/index.html web/vite.config.ts \
-		unidiff_sdk/serve/static/style.css
+		unidiff_sdk/serve/static/style.css unidiff_sdk/serve/static/json.js
 	cd web && npm run --silent build
 	@touch $@
 

@@ -110,8 +110,7 @@ def write_sites(folder: Path, bundle: str | None) -> tuple[Path, Path]:
     with Catalog(folder / "shop.catalog") as catalog:
         catalog.add_folder(folder / "products")
         model = None if bundle is None else Bundle.open(bundle)
-        parts = catalog._current.get(), catalog._images
-        site = write_site(*parts, folder / "site", SiteOptions("Benchmark"), model).path
+        site = write_site(catalog.parts(), folder / "site", SiteOptions("Benchmark"), model).path
     large = shutil.copytree(site, folder / "large")
     data, index = large / "data", json.loads((large / "site.json").read_text())
     repeats = -(-LARGE // ITEMS)

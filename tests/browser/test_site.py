@@ -23,6 +23,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 from unidiff_sdk import Bundle, Catalog  # noqa: E402
 from unidiff_sdk.cli.servers.site.writer import PAGE, SiteOptions, write_site  # noqa: E402
 from unidiff_sdk.datasets.synthetic import write_catalog  # noqa: E402
+from unidiff_sdk.generation.generator import Generator  # noqa: E402
 from unidiff_sdk.inference.encoder import Encoder  # noqa: E402
 
 pytestmark = [
@@ -33,6 +34,7 @@ pytestmark = [
 
 ITEMS = 60
 MARKUP = '<img src=x onerror="document.title=1"> boots'
+MEASURE_AT_ONCE = "--enable-blink-features=ForceEagerMeasureMemory"
 SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 ISOLATED = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
 TIMEOUT = 120_000  # ms; the graphs load and run on one thread of a shared machine
@@ -62,13 +64,13 @@ ASK = """async ([script, calls]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def web_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export(folder: Path, precision: str) -> Bundle:
     """The base of the built-in model, exported for the browser."""
     pytest.importorskip("onnxscript", reason="needs the export extra")
     from unidiff_export.exporter import export_bundle
 
-    return export_bundle("tiny", tmp_path_factory.mktemp("export") / "web", target="web").path
+    path = export_bundle("tiny", folder / f"web-{precision}", target="web", precision=precision).path
+    return Bundle.open(path, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +83,8 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
         yield opened
 
 
-def write(catalog: Catalog, out: Path, bundle: Path | None = None, **options: Any) -> Path:
-    opened = None if bundle is None else Bundle.open(bundle, threads=1)
-    return write_site(catalog._current.get(), catalog._images, out, SiteOptions("Shop", **options), opened).path
+def write(catalog: Catalog, out: Path, bundle: Bundle | None = None, **options: Any) -> Path:
+    return write_site(catalog.parts(), out, SiteOptions("Shop", **options), bundle).path
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,10 @@ def site(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def web_site(catalog: Catalog, web_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def web_site(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site with a bundle for the browser and int8 vectors."""
-    return write(catalog, tmp_path_factory.mktemp("web") / "site", web_bundle, int8=True)
+    folder = tmp_path_factory.mktemp("web")
+    return write(catalog, folder / "site", export(folder, "fp32"), int8=True)
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def served(folder: Path, headers: dict[str, str] | None = None) -> Iterator[str]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *SOFTWARE_GPU])
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", MEASURE_AT_ONCE, *SOFTWARE_GPU])
 
 
 class Visit:
@@ -185,51 +187,73 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------ the model
 
 
+TEXTS = ["a red dress", "  größe ÉCLAIR 👗 ", "long " * 60, ""]
+PROMPT, SEED, STEPS, GUIDANCE = "purple dotted boots", 7, 6, 5.0
+
+
+class Computed:
+    """What the worker of a site computes of texts, of an image, and from latents or a seed; and the same in Python."""
+
+    def __init__(self, browser: Any, site: Path, headers: dict[str, str] | None = None) -> None:
+        rng = np.random.default_rng(0)
+        self.image = Image.fromarray(rng.integers(0, 256, (90, 140, 3), dtype=np.uint8))
+        latents = rng.standard_normal((1, 4, 16, 16), dtype=np.float32)
+        self.starts: list[dict[str, Any]] = [{"sampler": "dpm++2m", "latents": latents}, {"sampler": "euler_a"}]
+        options = {"prompt": PROMPT, "negative_prompt": "", "n": 1, "seed": SEED, "steps": STEPS}
+        plain = [self.starts[0] | {"latents": latents.ravel().tolist()}, self.starts[1]]
+        pixels = {"width": 140, "height": 90, "pixels": np.asarray(self.image).ravel().tolist()}
+        with served(site, headers) as address:
+            visit = Visit(browser, address + "?engine=wasm")
+            self.info, *results = ask(
+                visit.page,
+                site,
+                *(("embedText", [text]) for text in TEXTS),
+                ("embedImage", [pixels]),
+                *(("generate", [options | {"guidance_scale": GUIDANCE} | start]) for start in plain),
+            )
+            visit.context.close()
+        self.embeddings, generated = results[: len(TEXTS) + 1], results[len(TEXTS) + 1 :]
+        self.images = [np.array(result[0]["image"]).reshape(64, 64, 3) for result in generated]
+        self.scores = [result[0]["score"] for result in generated]
+
+    def cosine(self, bundle: Bundle) -> float:
+        """The lowest one of an embedding and that of a bundle in Python."""
+        encoder = Encoder(bundle)
+        expected = [*encoder.encode_texts(TEXTS), encoder.encode_images([self.image])[0]]
+        return min(float(np.dot(mine, theirs)) for mine, theirs in zip(self.embeddings, expected, strict=True))
+
+    def check_images(self, bundle: Bundle, decibels: float, tolerance: float = 0.01) -> None:
+        """Compare images and their scores with those of a bundle in Python."""
+        generator, encoder = Generator(bundle), Encoder(bundle)
+        for mine, score, start in zip(self.images, self.scores, self.starts, strict=True):
+            (image,) = generator.generate(PROMPT, seed=SEED, steps=STEPS, guidance_scale=GUIDANCE, **start)
+            assert psnr(mine, np.asarray(image)) >= decibels
+            expected = float(encoder.encode_images([image])[0] @ encoder.encode_text(PROMPT))
+            assert score == pytest.approx(expected, abs=tolerance)
+
+
 @pytest.mark.parametrize("name", ["site", "web_site"])
 @pytest.mark.parametrize("headers", [None, ISOLATED], ids=["one-thread", "threads"])
 def test_embeddings_and_images_are_those_of_python(
     browser: Any, catalog: Catalog, name: str, headers: dict[str, str] | None, request: pytest.FixtureRequest
 ) -> None:
-    folder: Path = request.getfixturevalue(name)
-    texts = ["a red dress", "  größe ÉCLAIR 👗 ", "long " * 60, ""]
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (90, 140, 3), dtype=np.uint8))
-    latents = rng.standard_normal((1, 4, 16, 16), dtype=np.float32)
-    options = {
-        "prompt": "purple dotted boots",
-        "negative_prompt": "",
-        "n": 1,
-        "seed": 7,
-        "steps": 6,
-        "guidance_scale": 5,
-    }
-    pixels = {"width": 140, "height": 90, "pixels": np.asarray(image).ravel().tolist()}
-    with served(folder, headers) as address:
-        visit = Visit(browser, address + "?engine=wasm")
-        info, *results = ask(
-            visit.page,
-            folder,
-            *(("embedText", [text]) for text in texts),
-            ("embedImage", [pixels]),
-            ("generate", [options | {"sampler": "dpm++2m", "latents": latents.ravel().tolist()}]),
-            ("generate", [options | {"sampler": "euler_a"}]),
-        )
-        visit.context.close()
+    computed = Computed(browser, request.getfixturevalue(name), headers)
     threads = min(4, os.cpu_count() or 1) if headers else 1
-    assert info["engine"] == f"WebAssembly, {threads} thread{'s' if threads > 1 else ''}"
-    encoder = Encoder(catalog.bundle)
-    expected = [*encoder.encode_texts(texts), encoder.encode_images([image])[0]]
-    for mine, theirs in zip(results[:5], expected, strict=True):
-        assert float(np.dot(mine, theirs)) >= 0.9999
-    generator = catalog._current.get().generator
-    for result, given in (
-        (results[5], {"sampler": "dpm++2m", "latents": latents}),
-        (results[6], {"sampler": "euler_a"}),
-    ):
-        (image,) = generator.generate("purple dotted boots", seed=7, steps=6, guidance_scale=5.0, **given)
-        assert psnr(np.array(result[0]["image"]).reshape(64, 64, 3), np.asarray(image)) >= 40
-        score = float(encoder.encode_images([image])[0] @ encoder.encode_text("purple dotted boots"))
-        assert result[0]["score"] == pytest.approx(score, abs=0.01)
+    assert computed.info["engine"] == f"WebAssembly, {threads} thread{'s' if threads > 1 else ''}"
+    assert computed.cosine(catalog.bundle) >= 0.9999
+    computed.check_images(catalog.bundle, decibels=40)
+
+
+@pytest.mark.parametrize(("precision", "decibels", "score"), [("fp16", 40, 0.01), ("int8", 25, 0.03)])
+def test_bundles_of_less_precision_compute_the_same_as_in_python(
+    browser: Any, catalog: Catalog, tmp_path: Path, precision: str, decibels: float, score: float
+) -> None:
+    """Embeddings are those of the same bundle. Images are as near to those in fp32 as the export requires of int8."""
+    bundle = export(tmp_path, precision)
+    computed = Computed(browser, write(catalog, tmp_path / "site", bundle))
+    assert computed.info["model"].endswith(f", {precision}")
+    assert computed.cosine(bundle) >= 0.9999
+    computed.check_images(catalog.bundle, decibels, score)
 
 
 def test_webgpu_computes_the_same_as_wasm(browser: Any, catalog: Catalog, web_site: Path) -> None:
@@ -337,6 +361,70 @@ def test_the_policy_forbids_what_the_page_does_not_need(visit: Visit) -> None:
     visit.page.wait_for_selector(".card img[src^='blob:']")
 
 
+def test_ids_of_every_kind_are_told_apart(browser: Any, tmp_path: Path) -> None:
+    ids = [7, "7", 2**53, 2**53 + 1, str(2**53 + 1), 2**63 - 1]
+    with Catalog(tmp_path / "shop.catalog", bundle=Bundle.open("tiny", threads=1)) as catalog:
+        images = [np.full((8, 8, 3), 40 * k, np.uint8) for k in range(len(ids))]
+        catalog.add(images, [f"{type(id).__name__} {id}" for id in ids], ids, [{"gtin": 2**60 + 1}] * len(ids))
+        folder = write(catalog, tmp_path / "site")
+        expected = {id: [hit.text for hit in catalog.search(like=id)] for id in ids}
+    with served(folder) as address:
+        visit = Visit(browser, address)
+        for id in ids:
+            page = visit.page
+            page.goto(address)
+            page.wait_for_selector(f"#results .card:nth-child({len(ids)})")
+            page.click(f".card .frame[aria-label='Show {type(id).__name__} {id}']")
+            shown = page.locator("#item dl").inner_text()
+            assert f"id\n{id}\n" in shown and str(2**60 + 1) in shown
+            page.click("#item .primary")
+            page.wait_for_selector("#query img[src^='blob:']")  # the thumbnail of the item
+            page.wait_for_selector("#status:has-text('results in')")
+            assert captions(page) == expected[id]
+        assert visit.errors == []
+        visit.context.close()
+
+
+def test_memory_does_not_grow_with_use(browser: Any, site: Path) -> None:
+    """After everything was used once: graphs stay loaded, everything else is given back."""
+    measure = "async () => (await performance.measureUserAgentSpecificMemory()).bytes"
+    with served(site, ISOLATED) as address:
+        visit = Visit(browser, address + "?engine=wasm")
+        page = visit.ready()
+
+        def use(text: str) -> None:
+            search(page, text)
+            page.click("#open-generate")
+            page.fill("#n", "1")
+            page.select_option("#steps", "4")
+            page.click("#prompt-form button[type=submit]")
+            page.wait_for_selector("#generated .tools")
+            page.click("#generated .tools button >> nth=0")
+            page.wait_for_selector("#query img")
+            page.wait_for_selector("#status:has-text('results in')")
+            page.click("#query button[aria-label='Remove image']")
+
+        use("red boots")
+        once = page.evaluate(measure)
+        for text in ("a striped dress", "blue shoes", "a coat", "a purple skirt", "black boots"):
+            use(text)
+        again = page.evaluate(measure)
+        visit.context.close()
+    assert again - once < 8e6 and again < 400e6, (once, again)
+
+
+def test_the_page_can_be_installed(browser: Any, site: Path) -> None:
+    with served(site) as address:
+        visit = Visit(browser, address)
+        visit.ready()
+        tools = visit.context.new_cdp_session(visit.page)
+        assert tools.send("Page.getAppManifest")["errors"] == []
+        errors = tools.send("Page.getInstallabilityErrors")["installabilityErrors"]
+        visit.context.close()
+    # Windows of the test are like private ones, where nothing can be installed.
+    assert [error["errorId"] for error in errors] in ([], ["in-incognito"])
+
+
 # ------------------------------------------------------------------------------------------------ files
 
 
@@ -356,6 +444,28 @@ def test_offline_after_the_first_visit(browser: Any, catalog: Catalog, site: Pat
     page.click("#prompt-form button[type=submit]")
     page.wait_for_selector("#generated .tools")
     visit.context.close()
+
+
+def test_offline_also_after_a_reload_without_the_cache(browser: Any, site: Path) -> None:
+    with served(site) as address:
+        visit = Visit(browser, address)
+        visit.ready()
+        visit.page.add_init_script("window.controlledAtFirst = navigator.serviceWorker.controller !== null")
+        visit.context.new_cdp_session(visit.page).send("Page.reload", {"ignoreCache": True})
+        visit.page.wait_for_function("() => window.controlledAtFirst === false")
+        visit.page.wait_for_selector("#offline:has-text('Works offline')")
+        visit.context.close()
+
+
+def test_a_browser_without_room_says_so(browser: Any, site: Path) -> None:
+    with served(site) as address:
+        visit = Visit(browser, address + "licenses.txt")
+        quota = {"origin": address, "quotaSize": 6_000_000}
+        visit.context.new_cdp_session(visit.page).send("Storage.overrideQuotaForOrigin", quota)
+        visit.page.goto(address)
+        visit.page.wait_for_selector("#offline:has-text('Does not work offline')")
+        search(visit.page, "purple boots")
+        visit.context.close()
 
 
 @pytest.mark.parametrize("name", ["model/text_encoder/model.onnx", "data/vectors.bin", "ort/wasm.bin"])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the serve extra")
@@ -142,6 +143,26 @@ def test_more_like_this_and_not_this(page: Any, catalog: Catalog) -> None:
     page.wait_for_selector(f"#results .card >> nth=0 >> text={catalog.search('boots', like=first, limit=1)[0].text}")
     assert captions(page) == [hit.text for hit in catalog.search("boots", like=first, limit=24)]
     assert second.text in captions(page)
+
+
+def test_integers_beyond_2_to_the_53_are_exact(browser: Any) -> None:
+    ids = [2**53, 2**53 + 1, 2**63 - 1, -(2**63)]
+    with Catalog(":memory:", bundle=Bundle.open("tiny", threads=1)) as catalog:
+        images = [np.full((8, 8, 3), 60 * k, np.uint8) for k in range(len(ids))]
+        catalog.add(images, [f"item {id}" for id in ids], ids, [{"gtins": [2**60 + 1]}] * len(ids))
+        for address in serve(create_app(catalog)):
+            context = browser.new_context()
+            page = context.new_page()
+            for id in ids:
+                page.goto(address)
+                page.click(f".card .frame[aria-label='Show item {id}']")
+                assert f"id\n{id}\n" in page.locator("#item dl").inner_text()
+                assert f"[{2**60 + 1}]" in page.locator("#item dl").inner_text()
+                page.click("#item .primary")
+                page.wait_for_selector("#status:has-text('results')")
+                page.wait_for_selector(f"#query button[aria-label='Remove like {id}']")
+                assert captions(page) == [hit.text for hit in catalog.search(like=id)]
+            context.close()
 
 
 def test_searching_by_an_image(page: Any, catalog: Catalog, tmp_path: Path) -> None:

@@ -434,13 +434,19 @@ def test_from_parts_searches_adds_and_generates(tmp_path: Path, bundle: Path) ->
         assert catalog.bundle is opened and catalog.folder == tmp_path / "images"
         info = catalog.info()
         assert info["items"] == 4 and info["bundle"]["fingerprint"] == opened.fingerprint
+        parts = catalog.parts()
+        assert parts.images is images and parts.bundle is opened
+        vectors = {record.payload["id"]: record.vector for batch in parts.store.scroll() for record in batch}
+        assert vectors.keys() == set(COLORS)
+        assert np.allclose(vectors["red"], Encoder(opened).encode_images([color_image("red")])[0], atol=1e-6)
         with pytest.raises(StoreError, match="built by from_parts cannot open a second store"):
             catalog.reindex(bundle)
     assert not (tmp_path / "images" / "catalog.json").exists()
     with Catalog.from_parts(EdgeStore(tmp_path / "vectors", opened.dim), images, opened) as catalog:
         assert catalog.count() == 4
-    with pytest.raises(StoreError, match="closed"):
-        catalog.count()
+    for call in (catalog.count, catalog.parts):
+        with pytest.raises(StoreError, match="closed"):
+            call()
 
 
 def test_from_parts_refuses_other_dimensions(tmp_path: Path, bundle: Path) -> None:

@@ -119,11 +119,12 @@ def test_store_that_searches_still_read_is_not_opened_again(
     """The bundles change A, B, A, B while something still reads the first store of B."""
     fill(catalog, 4)
     catalog.reindex(other)
-    reading = catalog._current.get()
+    reading = catalog.parts()
     catalog.reindex(bundle)
     with pytest.raises(BusyError, match="searches or generations that began then still read its store"):
         catalog.reindex(other)
     assert reading.store.count() == catalog.count() and catalog.bundle.path == bundle
+    assert reading.bundle.path == other
     del reading
     gc.collect()
     assert catalog.reindex(other) == catalog.count()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from unidiff_sdk import Bundle, Catalog
-from unidiff_sdk.catalog.snapshot import Snapshot
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.cli.servers.site import items as site_items
 from unidiff_sdk.cli.servers.site import writer
@@ -23,6 +23,7 @@ from unidiff_sdk.cli.servers.site.items import quantize_rows
 from unidiff_sdk.cli.servers.site.model import float32_json, sampler_tables
 from unidiff_sdk.datasets.synthetic import write_catalog
 from unidiff_sdk.generation.samplers import make_table
+from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.inference.manifest import Patches
 
 ITEMS = 7
@@ -95,14 +96,27 @@ def test_the_index_has_the_hash_of_every_file_that_the_page_loads(catalog: Path,
     assert np.allclose(np.square(rerank["signal"]) + np.square(rerank["noise"]), 1)
 
 
-def test_ids_that_javascript_would_round_are_texts(tmp_path: Path) -> None:
-    ids = [2**53 + 1, 2**53 + 2, -(2**63), 2**53 - 1, "7"]
+def test_stored_latents_are_those_of_the_site(tmp_path: Path) -> None:
+    place, image = tmp_path / "shop.catalog", np.full((8, 8, 3), 200, np.uint8)
+    with Catalog(place, bundle=Bundle.open("tiny", threads=1)) as opened:
+        opened.add([image, image // 2], ids=[1, 2])
+    assert run(place, "-o", tmp_path / "computed", "--rerank").exit_code == 0
+    with Catalog(place) as opened:
+        opened.prepare_rerank()
+    result = run(place, "-o", tmp_path / "stored", "--rerank")
+    assert result.exit_code == 0, result.output
+    for name in ("latents.bin", "errors.bin"):
+        computed, stored = ((tmp_path / site / "data" / name).read_bytes() for site in ("computed", "stored"))
+        assert computed == stored
+
+
+def test_ids_are_written_exactly(tmp_path: Path) -> None:
+    ids = [2**53 + 1, 2**53 + 2, -(2**63), 2**53 - 1, 7, "7", str(2**53 + 1)]
     with Catalog(tmp_path / "shop.catalog", bundle=Bundle.open("tiny", threads=1)) as opened:
         opened.add([np.full((8, 8, 3), k, np.uint8) for k in range(len(ids))], ids=ids)
     assert run(tmp_path / "shop.catalog", "-o", tmp_path / "site").exit_code == 0
     written = read(tmp_path / "site" / "data" / "items.json")["ids"]
-    assert {str(id) for id in written} == {str(id) for id in ids}
-    assert all(isinstance(id, str) or int(float(id)) == id for id in written)
+    assert {(type(id), id) for id in written} == {(type(id), id) for id in ids}
 
 
 def test_thumbnails_are_packed_in_shards(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,16 +198,16 @@ def test_a_bundle_that_embeds_differently_is_refused(
 ) -> None:
     result = run(catalog, "-o", tmp_path / "site", "--bundle", "tiny")
     assert result.exit_code == 0, result.output  # the same model
-    encoder = Snapshot.encoder.fget  # type: ignore[attr-defined]
+    made: list[Encoder] = []
 
-    class Other:
-        def __init__(self, snapshot: Snapshot) -> None:
-            self._encoder = encoder(snapshot)
+    class Other(Encoder):
+        """The encoder of the page, and one of the catalog that is another."""
 
-        def encode_texts(self, texts: list[str]) -> np.ndarray:
-            return np.roll(self._encoder.encode_texts(texts), 1, axis=1)
+        def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+            made.append(self)
+            return np.roll(super().encode_texts(texts), len(made), axis=1)
 
-    monkeypatch.setattr(Snapshot, "encoder", property(Other))
+    monkeypatch.setattr(writer, "Encoder", Other)
     result = run(catalog, "-o", tmp_path / "other", "--bundle", "tiny")
     assert result.exit_code == 2 and "embeds texts differently" in " ".join(result.output.split())
 

@@ -39,8 +39,9 @@ def test_a_wheel_holds_the_built_in_model_and_its_base(wheel: list[str]) -> None
 
 
 def test_a_wheel_holds_the_page_of_a_site_once_it_is_built(wheel: list[str]) -> None:
-    page = "unidiff_sdk/cli/servers/site/page/index.html"
-    assert (page in wheel) == (ROOT / page).is_file()
+    page = ROOT / "unidiff_sdk/cli/servers/site/page"
+    built = {path.relative_to(ROOT).as_posix() for path in page.rglob("*") if path.is_file()}
+    assert {name for name in wheel if "/site/page/" in name} == built
     assert not [name for name in wheel if "node_modules" in name or name.endswith(".ts")]
 
 

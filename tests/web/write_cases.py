@@ -108,6 +108,27 @@ def parsing_cases() -> list[dict[str, Any]]:
     return cases
 
 
+def json_cases() -> list[str]:
+    """Random JSON with integers of 64 bits, and with strings and fractions that look like them."""
+    leaves = st.one_of(
+        st.integers(-(2**63), 2**63 - 1),
+        st.sampled_from([2**53, 2**53 + 1, -(2**53) - 1, 0.30211037397384644, -2.25, True, None]),
+        st.sampled_from(["9007199254740993", ": 9007199254740993,", 'a "9007199254740993" b', "\\", '\\"']),
+        st.text(max_size=8),
+    )
+    names = st.sampled_from(["id", "9007199254740993 cm", 'a "b"', "größe"])
+    values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3))
+    cases: list[str] = []
+
+    @COLLECT
+    @given(values)
+    def collect(value: Any) -> None:
+        cases.append(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+
+    collect()
+    return cases
+
+
 def token_cases(bundle: Bundle) -> dict[str, Any]:
     """Token ids of unusual texts."""
     texts = list(TEXTS)
@@ -253,6 +274,7 @@ def main(folder: Path) -> None:
     cases = {
         "filters": filter_cases(),
         "parsing": parsing_cases(),
+        "json": json_cases(),
         "tokens": token_cases(bundle),
         "images": image_cases(),
         "samplers": sampler_cases(bundle),

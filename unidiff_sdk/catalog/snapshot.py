@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from unidiff_sdk.store.images.object_storage import ObjectStorage
     from unidiff_sdk.store.server.connection import ServerOptions
 
-__all__ = ["CurrentSnapshot", "OpenCatalog", "Snapshot", "publish"]
+__all__ = ["CatalogParts", "CurrentSnapshot", "OpenCatalog", "Snapshot", "publish"]
 
 _log = safe_logger(__name__)
 
@@ -386,6 +387,24 @@ class CurrentSnapshot:
             return True
 
 
+@dataclass(frozen=True)
+class CatalogParts:
+    """What a catalog consists of, for code that reads more of it than `Catalog` returns, such as all vectors.
+
+    They belong to the catalog and are valid until it is closed. After a reindexing they are those before it.
+
+    Attributes:
+        store: embeddings and payloads.
+        images: the images of the items.
+        bundle: the bundle that produced the embeddings.
+    """
+
+    store: Store
+    images: ImageStore
+    bundle: Bundle
+    _snapshot: Snapshot = field(repr=False)  # the store of a replaced one is closed with the last reference to it
+
+
 class OpenCatalog(Resource):
     """The parts of an open catalog: how it is opened, built from given parts, and closed."""
 
@@ -442,6 +461,16 @@ class OpenCatalog(Resource):
         snapshot = Snapshot(store, images.root, CatalogFile.new(bundle, images.root), bundle)
         catalog._assemble(str(images.root), snapshot, images, None)
         return catalog
+
+    def parts(self) -> CatalogParts:
+        """The store, the images and the bundle, as `from_parts` takes them. Write to them only through the catalog.
+
+        Raises:
+            BundleError: the bundle is missing.
+            StoreError: the catalog is closed.
+        """
+        snapshot = self._current.get()
+        return CatalogParts(snapshot.store, self._images, snapshot.bundle, snapshot)
 
     def _assemble(self, location: str, snapshot: Snapshot, images: ImageStore, place: CatalogPlace | None) -> None:
         self.location, self.folder = location, images.root

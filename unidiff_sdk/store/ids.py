@@ -14,6 +14,7 @@ from unidiff_sdk.errors import OptionError
 __all__ = ["checked_id", "key_of", "possible_ids"]
 
 _ID_TYPES = (str, int, np.integer, Decimal, uuid.UUID)
+_LONGEST_INTEGER = len(str(-(2**63)))
 _NAMESPACE = uuid.UUID("6f1c1f0e-6a52-5c0e-9d5a-3b8f0a1c7e42")
 
 
@@ -50,5 +51,7 @@ def key_of(id: Any) -> str:
 
 def possible_ids(id: str | int) -> list[str | int]:
     """The ids that an id from a command line, a URL or JSON can stand for: "7" is the string, or else the integer 7."""
-    is_integer = isinstance(id, str) and id.removeprefix("-").isdecimal() and len(id) < 19 and id == str(int(id))
-    return [id, int(id)] if is_integer else [id]
+    is_integer = isinstance(id, str) and len(id) <= _LONGEST_INTEGER and id.removeprefix("-").isdecimal()
+    if is_integer and id == str(integer := int(id)) and -(2**63) <= integer < 2**63:
+        return [id, integer]
+    return [id]

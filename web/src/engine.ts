@@ -6,17 +6,19 @@ import { Generator, type GenerationOptions, type OnStep } from "./model/generato
 import type { Rgb } from "./model/images";
 import { chooseEngine, describeEngine, Sessions } from "./model/sessions";
 import { TextTokenizer } from "./model/tokenizer";
-import { Catalog, type Hit, type Page, type SearchOptions } from "./search/catalog";
+import { Catalog, catalogFiles, type Hit, type Page, type SearchOptions } from "./search/catalog";
 import { dot } from "./search/mixing";
 import { Reranker } from "./search/reranking";
 import type { Json, Model } from "./site/documents";
-import { SiteError, SiteFiles, type OnBytes } from "./site/files";
+import { Progress, SiteError, SiteFiles, type LoadProgress } from "./site/files";
 
 export interface Info {
   name: string;
   items: number;
   kinds: Record<string, string>;
   engine: string;
+  /** What works without a network, once these files were loaded. */
+  offline: string[];
   model: string;
   synthetic: boolean;
   reranks: boolean;
@@ -37,11 +39,6 @@ export interface GeneratedImage {
   nearest: Hit;
 }
 
-export interface LoadProgress {
-  received: number;
-  total: number;
-}
-
 export interface StepProgress {
   done: number;
   total: number;
@@ -50,7 +47,7 @@ export interface StepProgress {
 
 const MAX_IMAGES = 8;
 const PREVIEW_EVERY = 3; // steps
-const GENERATION_GRAPHS = ["unet", "vae_decoder"];
+const GENERATION_GRAPHS = ["unet", "vae_decoder", "image_encoder"];
 
 export class Engine {
   private constructor(
@@ -68,24 +65,27 @@ export class Engine {
     const files = await SiteFiles.open(base);
     const model = await files.json<Model>("data/model.json");
     const engine = await chooseEngine(model, asked);
-    const searched = [`ort/${engine.provider}.bin`, `model/${model.graphs[model.search.graph]}`];
-    const onBytes = progressOf(files, searched, onProgress);
-    const sessions = await Sessions.start(files, model, engine, onBytes(searched[0]!));
+    const runtime = `ort/${engine.provider}.bin`;
+    const graph = `model/${model.graphs[model.search.graph]}`;
+    const progress = new Progress(files, [runtime, graph, ...catalogFiles(files)], onProgress);
+    const sessions = await Sessions.start(files, model, engine, progress.of(runtime));
     const tokenizer = await loadTokenizer(files, model.search.tokenizer, model.search.max_tokens);
     const encoder = new Encoder(model, sessions, tokenizer);
-    await sessions.load(model.search.graph, onBytes(searched[1]!));
+    await sessions.load(model.search.graph, progress.of(graph));
     const { generator: described } = model;
     const generator = described ? new Generator(described, sessions, await loadTokenizer(files, described.tokenizer, described.max_tokens)) : null;
     let reranker: Promise<Reranker> | undefined;
-    const catalog = await Catalog.open(files, model, encoder, () => {
+    const open = () => {
       if (!model.rerank || !generator) throw new SiteError("this site was written without --rerank");
       return (reranker ??= Reranker.open(files, model.rerank, generator));
-    });
+    };
+    const catalog = await Catalog.open(files, model, encoder, open, progress);
     const info: Info = {
       name: files.index.name,
       items: catalog.items.ids.length,
       kinds: catalog.items.kinds,
       engine: describeEngine(engine),
+      offline: Object.keys(files.index.files).filter((name) => !name.startsWith("ort/") || name.startsWith(`ort/${engine.provider}.`)),
       model: `${model.name}, ${model.precision}`,
       synthetic: model.synthetic,
       reranks: model.rerank !== null,
@@ -120,21 +120,16 @@ export class Engine {
     return this.catalog.facets(column, where, limit);
   }
 
-  /** Load what is not needed for the first search, so that the site works offline from now on. */
-  async prepare(onProgress: (progress: LoadProgress) => void): Promise<void> {
-    const graphs = ["image_encoder", ...(this.generator ? GENERATION_GRAPHS : [])];
-    const names = graphs.map((graph) => `model/${this.model.graphs[graph]}`);
-    const rest = Object.keys(this.files.index.files).filter((name) => /^data\/(thumbnails\/|latents|errors|noise)/u.test(name));
-    const onBytes = progressOf(this.files, [...names, ...rest], onProgress);
-    for (const [k, graph] of graphs.entries()) await this.sessions.load(graph, onBytes(names[k]!));
-    for (const name of rest) await this.files.bytes(name, onBytes(name)); // into the cache; not kept in memory
+  thumbnails(ids: string[]) {
+    return this.catalog.thumbnails(ids);
   }
 
   /** Images of a prompt, those that the encoder finds closest to it first. */
-  async generate(request: GenerateRequest, emit: (progress: StepProgress) => void, signal: { aborted: boolean }): Promise<GeneratedImage[]> {
+  async generate(request: GenerateRequest, emit: (progress: StepProgress | LoadProgress) => void, signal: { aborted: boolean }): Promise<GeneratedImage[]> {
     const { generator } = this;
     if (!generator) throw new SiteError("the model of this site does not generate images");
     const n = Math.min(MAX_IMAGES, Math.max(1, request.n));
+    await this.load(GENERATION_GRAPHS, emit);
     const { vector } = await this.encoder.encodeText(request.prompt);
     const images: GeneratedImage[] = [];
     for (let k = 0; k < n; k++) {
@@ -150,19 +145,18 @@ export class Engine {
     }
     return images.sort((a, b) => b.score - a.score);
   }
+
+  private async load(graphs: string[], emit: (progress: LoadProgress) => void): Promise<void> {
+    const missing = graphs.filter((graph) => !this.sessions.has(graph)).map((graph) => ({ graph, file: `model/${this.model.graphs[graph]}` }));
+    const progress = new Progress(this.files, missing.map(({ file }) => file), emit);
+    for (const { graph, file } of missing) {
+      await this.sessions.load(graph, progress.of(file));
+      progress.done(file);
+    }
+  }
 }
 
 async function loadTokenizer(files: SiteFiles, folder: string, maxTokens: number): Promise<TextTokenizer> {
   const [json, config] = await Promise.all(["tokenizer", "tokenizer_config"].map((name) => files.json<object>(`model/${folder}/${name}.json`)));
   return new TextTokenizer(json!, config!, maxTokens);
-}
-
-/** A progress callback for each of some files, which adds up their bytes. */
-function progressOf(files: SiteFiles, names: string[], onProgress: (progress: LoadProgress) => void): (name: string) => OnBytes {
-  const total = names.reduce((sum, name) => sum + files.size(name), 0);
-  const received = new Map<string, number>();
-  return (name) => (bytes) => {
-    received.set(name, bytes);
-    onProgress({ received: [...received.values()].reduce((sum, each) => sum + each, 0), total });
-  };
 }

@@ -1,20 +1,21 @@
 // Calls from the page to the worker: a request has a number, and its answers carry the same one.
 
-import type { Engine, GeneratedImage, GenerateRequest, Info, LoadProgress, StepProgress } from "./engine";
+import type { Engine, GeneratedImage, GenerateRequest, Info, StepProgress } from "./engine";
 import type { Rgb } from "./model/images";
 import type { Page, SearchOptions } from "./search/catalog";
-import type { Json } from "./site/documents";
+import type { Json, ThumbnailPosition } from "./site/documents";
+import type { LoadProgress } from "./site/files";
 
 /** The methods of the worker: arguments, events, result. */
 export interface Methods {
   start: { args: [base: string, engine: string | null]; event: LoadProgress; result: Info };
-  prepare: { args: []; event: LoadProgress; result: void };
+  thumbnails: { args: [ids: string[]]; event: never; result: (ThumbnailPosition | null)[] };
   search: { args: [options: SearchOptions]; event: never; result: Page };
   browse: { args: [where: Json | undefined, limit: number, offset: number]; event: never; result: Page };
   embedText: { args: [text: string]; event: never; result: Float32Array };
   embedImage: { args: [image: Rgb]; event: never; result: Float32Array };
   facets: { args: [column: string, where: Json | undefined, limit: number]; event: never; result: ReturnType<Engine["facets"]> };
-  generate: { args: [request: GenerateRequest]; event: StepProgress; result: GeneratedImage[] };
+  generate: { args: [request: GenerateRequest]; event: StepProgress | LoadProgress; result: GeneratedImage[] };
 }
 
 export type Method = keyof Methods;

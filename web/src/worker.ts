@@ -19,7 +19,7 @@ const handlers: Handlers = {
     engine = await Engine.start(base, asked, (event) => post({ id, event }));
     return engine.info;
   },
-  prepare: (id) => started().prepare((event) => post({ id, event })),
+  thumbnails: (_id, _signal, ids) => started().thumbnails(ids),
   search: (_id, _signal, options) => started().search(options),
   browse: (_id, _signal, where, limit, offset) => started().browse(where, limit, offset),
   embedText: (_id, _signal, text) => started().embedText(text),

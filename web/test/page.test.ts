@@ -1,6 +1,8 @@
 import { afterEach, describe, expect, it, vi } from "vitest";
 import { readAddress, state } from "../src/page/state";
 import { columnReader, quoted } from "../src/search/filters";
+import type { Id } from "../src/site/documents";
+import { idText, positionsOf } from "../src/site/ids";
 
 afterEach(() => vi.unstubAllGlobals());
 
@@ -17,6 +19,23 @@ describe("the address", () => {
       readAddress();
       expect(state.where, where).toEqual(read);
     }
+  });
+});
+
+describe("ids", () => {
+  const ids: Id[] = [7, "7", -7, "-7", 9007199254740993n, "9007199254740993", "D-17", '"7"', '"', "007", "42"];
+
+  it("differ in the address if they differ", () => {
+    expect(new Set(ids.map(idText)).size).toBe(ids.length);
+    const position = positionsOf(ids);
+    ids.forEach((id, k) => expect(position(idText(id)), String(id)).toBe(k));
+  });
+
+  it("need no quotes where they are unique", () => {
+    const position = positionsOf(ids);
+    expect(position("42")).toBe(ids.indexOf("42"));
+    expect(position("D-17")).toBe(ids.indexOf("D-17"));
+    expect(position("43")).toBeUndefined();
   });
 });
 

@@ -64,8 +64,7 @@ def web(
     options = SiteOptions(title, int8=int8_vectors, rerank=rerank, overwrite=overwrite)
     with catalog.open(references=references, trusted_keys=trusted_keys) as opened:
         model = None if bundle is None else Bundle.open(bundle, trusted_keys=trusted_keys)
-        # The parts of the catalog: its public methods return no vectors.
-        site = write_site(opened._current.get(), opened._images, out, options, model, progress=not as_json)
+        site = write_site(opened.parts(), out, options, model, progress=not as_json)
     if as_json:
         echo_json({name: str(value) if name == "path" else value for name, value in vars(site).items()})
         return

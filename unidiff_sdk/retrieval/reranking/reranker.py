@@ -22,7 +22,7 @@ gain against the time it takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -125,12 +125,27 @@ class Reranker:
         missing = {_sha256(record): record for record in records if not self._is_complete(stored[_sha256(record)])}
         return self._computed(missing, stored)
 
+    def latents_of(self, items: Iterable[Record | ScoredRecord]) -> dict[str, ImageLatents]:
+        """The latents of items by the hash of the image: cached, stored, or computed now.
+
+        Raises:
+            StoredImageError, GenerationError: as for `rerank`.
+        """
+        wanted = {_sha256(item): item for item in items}
+        known = {sha256: self._cache.get(sha256) or self._read(item, damage=warn) for sha256, item in wanted.items()}
+        incomplete = {sha256: item for sha256, item in wanted.items() if not self._is_complete(known[sha256])}
+        computed = self._computed(incomplete, known)
+        found = {sha256: latents for sha256, latents in (known | computed).items() if latents is not None}
+        for sha256, latents in found.items():
+            self._cache.put(sha256, latents)
+        return found
+
     # Stages
 
     def _gains(self, queries: Sequence[tuple[str, Sequence[ScoredRecord]]]) -> dict[tuple[str, str], float]:
         """The gain of each pair of a text and the hash of an image. All pairs go through the UNet together."""
         items = {_sha256(item): item for _, candidates in queries for item in candidates}
-        latents = self._latents_of(items)
+        latents = self.latents_of(items.values())
         pairs = list(dict.fromkeys((text, _sha256(item)) for text, candidates in queries for item in candidates))
         conditions = {text: self._denoiser.conditions(text) for text, _ in queries}
         rows = [
@@ -147,16 +162,6 @@ class Reranker:
             if not np.isfinite(gain):
                 raise self._not_finite(self._bundle.manifest.denoiser.graph, items[sha256])
         return dict(zip(pairs, map(float, gains), strict=True))
-
-    def _latents_of(self, items: Mapping[str, ScoredRecord]) -> dict[str, ImageLatents]:
-        """The latents of images, by their hash: cached, stored, or computed now."""
-        known = {sha256: self._cache.get(sha256) or self._read(item, damage=warn) for sha256, item in items.items()}
-        incomplete = {sha256: item for sha256, item in items.items() if not self._is_complete(known[sha256])}
-        computed = self._computed(incomplete, known)
-        found = {sha256: latents for sha256, latents in (known | computed).items() if latents is not None}
-        for sha256, latents in found.items():
-            self._cache.put(sha256, latents)
-        return found
 
     def _read(self, item: Record | ScoredRecord, damage: Callable[[str], None] | None = None) -> ImageLatents | None:
         """The stored latents of an item; None if they are missing, damaged, or of another shape or noise seed."""

@@ -1,5 +1,7 @@
 // The storefront: the state of a search lives in the address, so that links and the back button work.
 
+import { parseJson, stringifyJson } from "./json.js";
+
 const $ = (id) => document.getElementById(id);
 const PAGE = 24, MAX_VALUES = 30, SUGGESTIONS = 6, MAX_SIDE = 1024;
 const state = { q: "", like: [], unlike: [], where: {}, weight: 0.5 };
@@ -13,7 +15,7 @@ let key = sessionStorage.getItem("key") || "";
 async function call(path, options = {}) {
   const headers = { ...(options.json ? { "Content-Type": "application/json" } : {}), ...(options.headers || {}) };
   if (key) headers.Authorization = `Bearer ${key}`;
-  const body = options.json ? JSON.stringify(options.json) : undefined;
+  const body = options.json ? stringifyJson(options.json) : undefined;
   const response = await fetch(path, { method: options.method || (body ? "POST" : "GET"), headers, body, signal: options.signal });
   if (response.status === 401) {
     await login();
@@ -26,7 +28,7 @@ async function call(path, options = {}) {
   return response;
 }
 
-const json = async (path, options) => (await call(path, options)).json();
+const json = async (path, options) => parseJson(await (await call(path, options)).text());
 
 let asking = null;
 function login() {
@@ -85,7 +87,7 @@ function readAddress() {
   state.unlike = parameters.getAll("unlike");
   state.weight = Number(parameters.get("weight")) || 0.5;
   try {
-    state.where = { ...JSON.parse(parameters.get("where") || "{}") };  // also of null
+    state.where = { ...parseJson(parameters.get("where") || "{}") };  // also of null
   } catch {
     state.where = {};
   }
@@ -96,7 +98,7 @@ function writeAddress() {
   if (state.q) parameters.set("q", state.q);
   for (const id of state.like) parameters.append("like", id);
   for (const id of state.unlike) parameters.append("unlike", id);
-  if (Object.keys(state.where).length) parameters.set("where", JSON.stringify(state.where));
+  if (Object.keys(state.where).length) parameters.set("where", stringifyJson(state.where));
   if (state.weight !== 0.5) parameters.set("weight", state.weight);
   const address = parameters.size ? `?${parameters}` : location.pathname;
   if (address !== location.search) history.pushState(null, "", address);
@@ -129,7 +131,7 @@ async function loadPage(first) {
     } else {
       const offset = first ? 0 : $("results").children.length;
       const parameters = new URLSearchParams({ limit: PAGE, offset });
-      if (hasWhere()) parameters.set("where", JSON.stringify(state.where));
+      if (hasWhere()) parameters.set("where", stringifyJson(state.where));
       page = await json(`/v1/browse?${parameters}`, { signal: mine.signal });
       cursor = page.hits.length === PAGE ? "next" : null;
     }
@@ -193,7 +195,7 @@ function showQuery() {
 
 async function showItem(hit) {
   const dialog = $("item");
-  const rows = Object.entries(hit.columns).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, typeof value === "object" ? JSON.stringify(value) : String(value))]);
+  const rows = Object.entries(hit.columns).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, typeof value === "object" ? stringifyJson(value) : String(value))]);
   dialog.replaceChildren(
     element("div", { className: "title" },
       element("h2", { id: "item-title" }, caption(hit)),
@@ -232,7 +234,7 @@ async function showFilters() {
 async function values(name) {
   const key = quoted(name), { [key]: own, ...others } = state.where;
   const parameters = new URLSearchParams({ column: key, limit: MAX_VALUES + 1 });
-  if (Object.keys(others).length) parameters.set("where", JSON.stringify(others));
+  if (Object.keys(others).length) parameters.set("where", stringifyJson(others));
   const found = (await json(`/v1/facets?${parameters}`).catch(() => ({ values: [] }))).values;
   const chosen = Array.isArray(own) ? own : [];
   if (found.length > MAX_VALUES || (found.length < 2 && !chosen.length)) return null;  // a column of names, or without a choice
@@ -358,7 +360,8 @@ async function generate(event) {
   generation = new AbortController();
   const asked = { prompt: $("prompt").value, n: Number($("n").value) || 1 };
   if ($("steps").value) asked.steps = Number($("steps").value);
-  if ($("seed").value) asked.seed = Number($("seed").value);
+  const seed = $("seed").value;
+  if (seed) asked.seed = /^[1-9]\d*$/.test(seed) ? parseJson(seed) : Number(seed);  // exact also beyond 2^53
   if (source) {
     asked.like = source.id;
     if ($("mask").dataset.painted) asked.mask = maskUrl(); else asked.strength = Number($("strength").value);
@@ -393,7 +396,7 @@ async function* events(response) {
     rest = blocks.pop();
     for (const block of blocks) {
       const [name, data] = block.split("\n");
-      yield [name.replace("event: ", ""), JSON.parse(data.replace("data: ", ""))];
+      yield [name.replace("event: ", ""), parseJson(data.replace("data: ", ""))];
     }
   }
 }

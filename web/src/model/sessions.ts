@@ -74,6 +74,11 @@ export class Sessions {
     return new Sessions(files, model, runtime, engine);
   }
 
+  /** Whether a graph is loaded, or being loaded. */
+  has(graph: string): boolean {
+    return this.loaded.has(graph);
+  }
+
   load(graph: string, onBytes?: OnBytes): Promise<InferenceSession> {
     let session = this.loaded.get(graph);
     if (!session) {

@@ -8,6 +8,8 @@ export function byId<T extends HTMLElement = HTMLElement>(id: string): T {
   return found as T;
 }
 
+export const megabytes = (bytes: number) => (bytes / 1e6).toFixed(1);
+
 type Attributes = Record<string, string | number | boolean | ((event: Event) => void)>;
 
 /** An element with properties (or attributes), listeners ("onclick") and children. */

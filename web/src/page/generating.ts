@@ -3,7 +3,8 @@
 import type { GeneratedImage, Info, StepProgress } from "../engine";
 import type { Rgb } from "../model/images";
 import type { Client } from "../protocol";
-import { byId, canvasOf, element, pngOf } from "./dom";
+import type { LoadProgress } from "../site/files";
+import { byId, canvasOf, element, megabytes, pngOf } from "./dom";
 import { captionOf } from "./results";
 import { state } from "./state";
 
@@ -69,7 +70,7 @@ export class Generating {
     this.busy(true);
     byId("generate-status").textContent = "Generating…";
     try {
-      const images = await this.client.call("generate", [request], { onEvent: (event) => this.step(event), signal: mine.signal });
+      const images = await this.client.call("generate", [request], { onEvent: (event) => ("received" in event ? this.loading(event) : this.step(event)), signal: mine.signal });
       const cards = await Promise.all(images.map((image) => this.card(image, request.prompt)));
       byId("generated").replaceChildren(...cards);
       byId("generate-status").textContent = `${images.length === 1 ? "1 image" : `${images.length} images, the best match first,`} in ${((performance.now() - started) / 1000).toFixed(1)} s`;
@@ -88,7 +89,13 @@ export class Generating {
     if (on) progress.value = 0;
   }
 
+  private loading({ received, total }: LoadProgress): void {
+    byId<HTMLProgressElement>("progress").value = received / total;
+    byId("generate-status").textContent = `Loading the generator: ${megabytes(received)} of ${megabytes(total)} MB`;
+  }
+
   private step({ done, total, preview }: StepProgress): void {
+    byId("generate-status").textContent = "Generating…";
     byId<HTMLProgressElement>("progress").value = done / total;
     if (preview) byId("generated").replaceChildren(element("li", { className: "card" }, element("span", { className: "frame" }, canvasOf(preview))));
   }

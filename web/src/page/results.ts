@@ -3,8 +3,10 @@
 import type { Info } from "../engine";
 import type { Client } from "../protocol";
 import type { Hit, Page, SearchOptions } from "../search/catalog";
+import { stringifyJson } from "../../../unidiff_sdk/serve/static/json.js";
+import { idText } from "../site/ids";
 import { byId, element } from "./dom";
-import { hasWhere, isQuery, state, writeAddress } from "./state";
+import { dropImage, hasWhere, isQuery, state, writeAddress } from "./state";
 import type { Thumbnails } from "./thumbnails";
 
 const PAGE_SIZE = 24;
@@ -19,7 +21,6 @@ export class Results {
     private readonly client: Client,
     private readonly info: Info,
     private readonly thumbnails: Thumbnails,
-    private readonly indexOf: (id: string) => number | undefined,
     private readonly onSearch: () => void,
   ) {
     const end = byId("more");
@@ -88,7 +89,7 @@ export class Results {
     return element(
       "li",
       { className: "card" },
-      element("button", { type: "button", className: "frame", "aria-label": `Show ${captionOf(hit)}`, onclick: () => this.showItem(hit) }, this.thumbnails.image(hit.index, "")),
+      element("button", { type: "button", className: "frame", "aria-label": `Show ${captionOf(hit)}`, onclick: () => this.showItem(hit) }, this.thumbnails.image(hit.thumbnail, "")),
       element("p", {}, captionOf(hit)),
       facts ? element("span", { className: "facts" }, facts) : null,
       element(
@@ -101,7 +102,7 @@ export class Results {
   }
 
   private approach(how: "like" | "unlike", hit: Hit): void {
-    const id = String(hit.id);
+    const id = idText(hit.id);
     const other = how === "like" ? "unlike" : "like";
     state[other] = state[other].filter((each) => each !== id);
     if (!state[how].includes(id)) state[how].push(id);
@@ -118,13 +119,13 @@ export class Results {
       return element("button", { type: "button", "aria-label": `Remove ${label}`, onclick }, ...content, element("span", { "aria-hidden": "true" }, "✕"));
     };
     const { image } = state;
-    const chips = image ? [chip("image", () => (state.image = null), element("img", { src: image.url, alt: "" }), "image")] : [];
+    const chips = image ? [chip("image", dropImage, element("img", { src: image.url, alt: "" }), "image")] : [];
     for (const how of ["like", "unlike"] as const) {
       const label = how === "like" ? "like" : "not like";
       for (const id of state[how]) {
-        const index = this.indexOf(id);
-        const content = index === undefined ? [label] : [this.thumbnails.image(index, ""), label];
-        chips.push(chip(`${label} ${id}`, () => (state[how] = state[how].filter((each) => each !== id)), ...content));
+        const thumbnail = this.client.call("thumbnails", [[id]]).then(([position]) => position ?? null);
+        const remove = () => (state[how] = state[how].filter((each) => each !== id));
+        chips.push(chip(`${label} ${id}`, remove, this.thumbnails.image(thumbnail, ""), label));
       }
     }
     byId("query").replaceChildren(...chips);
@@ -132,7 +133,7 @@ export class Results {
 
   private showItem(hit: Hit): void {
     const dialog = byId<HTMLDialogElement>("item");
-    const shown = (value: unknown) => (typeof value === "object" ? JSON.stringify(value) : String(value));
+    const shown = (value: unknown) => (typeof value === "object" ? stringifyJson(value) : String(value));
     const rows = Object.entries(hit.columns).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, shown(value))]);
     dialog.replaceChildren(
       element(
@@ -144,7 +145,7 @@ export class Results {
       element(
         "div",
         { className: "detail" },
-        this.thumbnails.image(hit.index, captionOf(hit)),
+        this.thumbnails.image(hit.thumbnail, captionOf(hit)),
         element(
           "div",
           {},

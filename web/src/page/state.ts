@@ -18,6 +18,11 @@ const HALF = 0.5;
 
 export const state: SearchState = { q: "", like: [], unlike: [], where: {}, weight: HALF, rerank: false, image: null };
 
+export function dropImage(): void {
+  if (state.image) URL.revokeObjectURL(state.image.url);
+  state.image = null;
+}
+
 export const hasWhere = () => Object.keys(state.where).length > 0;
 export const isQuery = () => Boolean(state.q || state.image || state.like.length || state.unlike.length);
 

@@ -1,6 +1,6 @@
 // Thumbnails come packed in shards. The last ones are kept in memory, and images hold only what they show.
 
-import type { Items } from "../site/documents";
+import type { ThumbnailPosition } from "../site/documents";
 import type { SiteFiles } from "../site/files";
 import { element } from "./dom";
 
@@ -9,21 +9,24 @@ const KEPT_SHARDS = 8; // of 1 MiB each
 export class Thumbnails {
   private readonly shards = new Map<number, Promise<Uint8Array<ArrayBuffer>>>();
 
-  constructor(
-    private readonly files: SiteFiles,
-    private readonly positions: Items["thumbnails"],
-  ) {}
+  constructor(private readonly files: SiteFiles) {}
 
-  image(index: number, alt: string): HTMLImageElement {
+  /** An image element, which stays empty if the position is null. */
+  image(position: ThumbnailPosition | null | Promise<ThumbnailPosition | null>, alt: string): HTMLImageElement {
     const image = element("img", { alt, decoding: "async", width: 128, height: 128 });
-    void this.show(image, index);
+    void this.show(image, position);
     return image;
   }
 
-  private async show(image: HTMLImageElement, index: number): Promise<void> {
+  async content([shard, start, bytes]: ThumbnailPosition): Promise<Uint8Array<ArrayBuffer>> {
+    return (await this.shard(shard)).subarray(start, start + bytes);
+  }
+
+  private async show(image: HTMLImageElement, position: ThumbnailPosition | null | Promise<ThumbnailPosition | null>): Promise<void> {
     try {
-      const [shard, start, bytes] = this.positions[index]!;
-      const content = (await this.shard(shard)).subarray(start, start + bytes);
+      const found = await position;
+      if (!found) return;
+      const content = await this.content(found);
       const url = URL.createObjectURL(new Blob([content], { type: "image/webp" }));
       for (const event of ["load", "error"]) image.addEventListener(event, () => URL.revokeObjectURL(url), { once: true });
       image.src = url;

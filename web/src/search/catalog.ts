@@ -2,18 +2,19 @@
 
 import type { Encoder } from "../model/encoder";
 import type { Rgb } from "../model/images";
-import type { Columns, Id, Items, Json, Model } from "../site/documents";
-import type { SiteFiles } from "../site/files";
+import type { Columns, Id, Items, Json, Model, ThumbnailPosition } from "../site/documents";
+import type { Progress, SiteFiles } from "../site/files";
+import { positionsOf } from "../site/ids";
 import { columnReader, elementsOf, parseFilter, type Predicate } from "./filters";
 import { meanDirection, mix, type ModalityGap, type Parts, type Weights } from "./mixing";
 import type { Reranked, Reranker } from "./reranking";
 import { VectorIndex, type Scored } from "./vectors";
 
 export interface Hit {
-  index: number;
   id: Id;
   text: string | null;
   columns: Columns;
+  thumbnail: ThumbnailPosition;
   score: number;
   gain?: number;
 }
@@ -29,6 +30,7 @@ export interface Page {
 export interface SearchOptions {
   text?: string;
   image?: Rgb;
+  /** Texts of ids (`idText`). */
   like?: string[];
   unlike?: string[];
   where?: Json;
@@ -38,8 +40,13 @@ export interface SearchOptions {
   rerank?: boolean;
 }
 
+const [ITEMS, VECTORS, SCALES] = ["data/items.json", "data/vectors.bin", "data/scales.bin"] as const;
+
+/** The files that `Catalog.open` loads. */
+export const catalogFiles = ({ index }: SiteFiles): string[] => [ITEMS, VECTORS, ...(index.vectors === "int8" ? [SCALES] : [])];
+
 export class Catalog {
-  private readonly positions: Map<string, number>;
+  private readonly positionOf: (id: string) => number | undefined;
   private readonly gap: ModalityGap;
 
   constructor(
@@ -49,7 +56,7 @@ export class Catalog {
     private readonly encoder: Encoder,
     private readonly reranker: () => Promise<Reranker>,
   ) {
-    this.positions = new Map(items.ids.map((id, position) => [String(id), position]));
+    this.positionOf = positionsOf(items.ids);
     this.gap = {
       sample: Array.from({ length: mixing.sample }, (_, row) => index.row(row)),
       captionMean: Float32Array.from(mixing.caption_mean),
@@ -57,11 +64,11 @@ export class Catalog {
     };
   }
 
-  static async open(files: SiteFiles, model: Model, encoder: Encoder, reranker: () => Promise<Reranker>): Promise<Catalog> {
-    const items = await files.json<Items>("data/items.json");
-    const bytes = await files.bytes("data/vectors.bin");
+  static async open(files: SiteFiles, model: Model, encoder: Encoder, reranker: () => Promise<Reranker>, progress: Progress): Promise<Catalog> {
+    const items = await files.json<Items>(ITEMS, progress.of(ITEMS));
+    const bytes = await files.bytes(VECTORS, progress.of(VECTORS));
     const { dim, vectors } = files.index;
-    const scales = vectors === "int8" ? new Float32Array((await files.bytes("data/scales.bin")).buffer) : null;
+    const scales = vectors === "int8" ? new Float32Array((await files.bytes(SCALES, progress.of(SCALES))).buffer) : null;
     const matrix = scales ? new Int8Array(bytes.buffer) : new Float32Array(bytes.buffer);
     return new Catalog(items, new VectorIndex(matrix, dim, scales), model.mixing, encoder, reranker);
   }
@@ -107,6 +114,11 @@ export class Catalog {
     return this.hit(this.index.best(vector, 1)[0]!);
   }
 
+  /** The thumbnails of some ids, null for one that no item has. */
+  thumbnails(ids: string[]): (ThumbnailPosition | null)[] {
+    return ids.map((id) => this.items.thumbnails[this.positionOf(id) ?? -1] ?? null);
+  }
+
   private async parts(options: SearchOptions): Promise<{ parts: Parts; truncated: boolean }> {
     const parts: Parts = {};
     let truncated = false;
@@ -135,14 +147,14 @@ export class Catalog {
   }
 
   private position(id: string): number {
-    const position = this.positions.get(id);
+    const position = this.positionOf(id);
     if (position === undefined) throw new Error(`this catalog has no item ${id}`);
     return position;
   }
 
   private hit(scored: Scored | Reranked): Hit {
     const { index, score } = scored;
-    const { ids, texts, columns } = this.items;
-    return { index, id: ids[index]!, text: texts[index]!, columns: columns[index]!, score, ...("gain" in scored ? { gain: scored.gain } : {}) };
+    const { ids, texts, columns, thumbnails } = this.items;
+    return { id: ids[index]!, text: texts[index]!, columns: columns[index]!, thumbnail: thumbnails[index]!, score, ...("gain" in scored ? { gain: scored.gain } : {}) };
   }
 }

@@ -111,8 +111,8 @@ function follow(value: Json, step: Step): Json[] {
 /** Of all values that a column leads to. */
 type Test = (found: Json[]) => boolean;
 
-/** The elements of lists, and the other values. */
-export const elementsOf = (found: Json[]): Json[] => found.flatMap((value) => value); // flatMap opens lists
+/** The elements of lists, and the other values. All numbers are 64-bit floats. */
+export const elementsOf = (found: Json[]): Json[] => found.flatMap((value) => value).map((each) => (typeof each === "bigint" ? Number(each) : each));
 
 const some =
   (test: (element: Json) => boolean): Test =>

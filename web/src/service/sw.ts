@@ -12,18 +12,27 @@ interface FetchEvent extends ExtendableEvent {
   request: Request;
   respondWith(response: Promise<Response>): void;
 }
+interface MessageEvent extends ExtendableEvent {
+  data: Message;
+  ports: readonly MessagePort[];
+}
 interface Scope {
   addEventListener(type: "install" | "activate", listener: (event: ExtendableEvent) => void): void;
   addEventListener(type: "fetch", listener: (event: FetchEvent) => void): void;
+  addEventListener(type: "message", listener: (event: MessageEvent) => void): void;
   skipWaiting(): Promise<void>;
   clients: { claim(): Promise<void> };
   registration: { scope: string };
 }
 
+/** What a page asks: to be controlled, after it was reloaded without the cache; or which addresses are not kept. */
+export type Message = { claim: true } | { missing: string[] };
+
 const scope = self as unknown as Scope;
 const base = scope.registration.scope;
 const INDEX = new URL("site.json", base).href;
 const CHECKED: RequestInit = { cache: "no-cache" }; // ask the server whether the browser's own copy is still right
+const writing = new Set<Promise<void>>();
 const CACHE = `unidiff-site ${base}`; // other sites of this host have their own
 
 scope.addEventListener("install", (event) => event.waitUntil(install()));
@@ -31,8 +40,16 @@ scope.addEventListener("activate", (event) => event.waitUntil(scope.clients.clai
 scope.addEventListener("fetch", (event) => {
   const { request } = event;
   if (request.method !== "GET" || !request.url.startsWith(base)) return;
-  event.respondWith(isFixed(request.url) ? cacheFirst(request) : networkFirst(request));
+  event.respondWith(isFixed(request.url) ? cacheFirst(event) : networkFirst(request));
 });
+scope.addEventListener("message", (event) => event.waitUntil(answer(event)));
+
+async function answer({ data, ports }: MessageEvent): Promise<void> {
+  if ("claim" in data) return scope.clients.claim();
+  await Promise.all(writing);
+  const kept = new Set((await (await caches.open(CACHE)).keys()).map(({ url }) => url));
+  ports[0]!.postMessage(data.missing.filter((url) => !kept.has(url)));
+}
 
 async function install(): Promise<void> {
   const cache = await caches.open(CACHE);
@@ -64,12 +81,18 @@ function isFixed(url: string): boolean {
   return /^assets\/|\?[0-9a-f]{16}$/u.test(url.slice(base.length)); // the site may be in a folder of that name
 }
 
-async function cacheFirst(request: Request): Promise<Response> {
+/** The page reads a new answer while it is written, so that it can show progress. */
+async function cacheFirst(event: FetchEvent): Promise<Response> {
+  const { request } = event;
   const cache = await caches.open(CACHE);
   const cached = await cache.match(request.url);
   if (cached) return cached;
   const response = await fetch(request);
-  if (response.ok) await keep(cache, request.url, response.clone());
+  if (response.ok) {
+    const written = keep(cache, request.url, response.clone()).finally(() => writing.delete(written));
+    writing.add(written);
+    event.waitUntil(written);
+  }
   return response;
 }
 

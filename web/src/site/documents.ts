@@ -64,9 +64,13 @@ export interface Model {
   rerank: RerankModel | null;
 }
 
-export type Json = null | boolean | number | string | Json[] | { [name: string]: Json };
+/** A large integer is a bigint (`parseJson`). */
+export type Json = null | boolean | number | bigint | string | Json[] | { [name: string]: Json };
 export type Columns = { [name: string]: Json };
-export type Id = string | number;
+export type Id = string | number | bigint;
+
+/** Where a thumbnail is. */
+export type ThumbnailPosition = [shard: number, start: number, bytes: number];
 
 /** `data/items.json`. */
 export interface Items {
@@ -74,5 +78,5 @@ export interface Items {
   texts: (string | null)[];
   columns: Columns[];
   kinds: Record<string, string>;
-  thumbnails: [shard: number, start: number, bytes: number][];
+  thumbnails: ThumbnailPosition[];
 }

@@ -1,13 +1,19 @@
 // The files of a site. Each is used only if it has the SHA-256 that `site.json` states.
 
 import { sha256 } from "@noble/hashes/sha2";
+import { parseJson } from "../../../unidiff_sdk/serve/static/json.js";
 import type { SiteIndex } from "./documents";
 
 export class SiteError extends Error {
   override name = "SiteError";
 }
 
-export type OnBytes = (received: number, total: number) => void;
+export type OnBytes = (received: number) => void;
+
+export interface LoadProgress {
+  received: number;
+  total: number;
+}
 
 const INDEX = "site.json";
 const VERSION = 1;
@@ -19,7 +25,7 @@ export class SiteFiles {
   ) {}
 
   static async open(base: string): Promise<SiteFiles> {
-    const index = JSON.parse(new TextDecoder().decode(await download(new URL(INDEX, base).href, INDEX))) as SiteIndex;
+    const index = JSON.parse(new TextDecoder().decode(await download(new URL(INDEX, base).href, INDEX, Infinity))) as SiteIndex;
     if (index.format !== "unidiff-site" || index.version !== VERSION) {
       throw new SiteError(`${INDEX} is not the index of a site of version ${VERSION}. Write the site again: unidiff web`);
     }
@@ -41,16 +47,16 @@ export class SiteFiles {
 
   async bytes(name: string, onBytes?: OnBytes): Promise<Uint8Array<ArrayBuffer>> {
     const entry = this.entry(name);
-    const content = await download(this.url(name), name, (received) => onBytes?.(received, entry.bytes));
-    if ((await hexHash(content)) !== entry.sha256) {
+    const content = await download(this.url(name), name, entry.bytes, onBytes);
+    if (content.length !== entry.bytes || (await hexHash(content)) !== entry.sha256) {
       await forget(this.url(name));
       throw new SiteError(`${name} is damaged: its SHA-256 is not the one in ${INDEX}. Copy the whole site again.`);
     }
     return content;
   }
 
-  async json<T>(name: string): Promise<T> {
-    return JSON.parse(new TextDecoder().decode(await this.bytes(name))) as T;
+  async json<T>(name: string, onBytes?: OnBytes): Promise<T> {
+    return parseJson(new TextDecoder().decode(await this.bytes(name, onBytes))) as T;
   }
 
   private entry(name: string) {
@@ -60,7 +66,34 @@ export class SiteFiles {
   }
 }
 
-async function download(url: string, name: string, onBytes?: (received: number) => void): Promise<Uint8Array<ArrayBuffer>> {
+/** Adds up the bytes of several files. */
+export class Progress {
+  private readonly received = new Map<string, number>();
+  private readonly total: number;
+
+  constructor(
+    private readonly files: SiteFiles,
+    names: string[],
+    private readonly emit: (progress: LoadProgress) => void,
+  ) {
+    this.total = names.reduce((sum, name) => sum + files.size(name), 0);
+  }
+
+  of(name: string): OnBytes {
+    return (bytes) => {
+      this.received.set(name, bytes);
+      this.emit({ received: [...this.received.values()].reduce((sum, each) => sum + each, 0), total: this.total });
+    };
+  }
+
+  /** A file is there, also if it was loaded before and so reported nothing. */
+  done(name: string): void {
+    this.of(name)(this.files.size(name));
+  }
+}
+
+/** The content of a file. Of one that is longer than it should be, at most one chunk more than `bytes` is read. */
+async function download(url: string, name: string, bytes: number, onBytes?: (received: number) => void): Promise<Uint8Array<ArrayBuffer>> {
   let response: Response;
   try {
     response = await fetch(url, name === INDEX ? { cache: "no-cache" } : {});
@@ -74,9 +107,17 @@ async function download(url: string, name: string, onBytes?: (received: number) 
   for (let read = await reader.read(); !read.done; read = await reader.read()) {
     parts.push(read.value);
     received += read.value.length;
+    if (received > bytes) {
+      await reader.cancel();
+      break;
+    }
     onBytes?.(received);
   }
-  const content = new Uint8Array(received);
+  return joined(parts, received);
+}
+
+function joined(parts: Uint8Array[], length: number): Uint8Array<ArrayBuffer> {
+  const content = new Uint8Array(length);
   let start = 0;
   for (const part of parts) {
     content.set(part, start);

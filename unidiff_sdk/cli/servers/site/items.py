@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unidiff_sdk._internal.parallel import batched
-from unidiff_sdk.catalog.snapshot import Snapshot
+from unidiff_sdk.catalog.snapshot import CatalogParts
 from unidiff_sdk.retrieval.columns import column_kinds
 from unidiff_sdk.retrieval.reranking.latents import ImageLatents
 from unidiff_sdk.store import Record
@@ -35,7 +35,6 @@ SHARD_BYTES = 1 << 20
 """A shard of thumbnails ends once it is this large. The page fetches those that it shows."""
 
 LATENTS_AT_ONCE = 32
-LARGEST_INTEGER = 2**53
 
 
 @dataclass
@@ -51,10 +50,10 @@ class Items:
     vectors: Float32 = field(repr=False)
 
     @classmethod
-    def read(cls, snapshot: Snapshot) -> Items:
+    def read(cls, parts: CatalogParts) -> Items:
         """All items of a catalog."""
-        records = [record for batch in snapshot.store.scroll() for record in batch]
-        vectors = np.array([record.vector for record in records], np.float32).reshape(len(records), snapshot.store.dim)
+        records = [record for batch in parts.store.scroll() for record in batch]
+        vectors = np.array([record.vector for record in records], np.float32).reshape(len(records), parts.store.dim)
         return cls(records, vectors)
 
     @property
@@ -65,8 +64,7 @@ class Items:
 
 def write_items(
     items: Items,
-    snapshot: Snapshot,
-    images: ImageStore,
+    parts: CatalogParts,
     folder: Path,
     *,
     int8: bool,
@@ -79,22 +77,17 @@ def write_items(
         (folder / "scales.bin").write_bytes(scales.astype("<f4").tobytes())
     else:
         (folder / "vectors.bin").write_bytes(items.vectors.astype("<f4").tobytes())
-    positions = _write_thumbnails(items, images, folder / "thumbnails", advance)
+    positions = _write_thumbnails(items, parts.images, folder / "thumbnails", advance)
     payloads = [record.payload for record in items.records]
     document = {
-        "ids": [_browser_id(payload["id"]) for payload in payloads],
+        "ids": [payload["id"] for payload in payloads],
         "texts": [payload.get("text") for payload in payloads],
         "columns": [{name: value for name, value in each.items() if name not in RESERVED} for each in payloads],
-        "kinds": {name: kind for name, kind in column_kinds(snapshot.store).items() if name not in RESERVED},
+        "kinds": {name: kind for name, kind in column_kinds(parts.store).items() if name not in RESERVED},
         "thumbnails": positions,
     }
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     (folder / "items.json").write_text(text, encoding="utf-8")
-
-
-def _browser_id(id: str | int) -> str | int:
-    """An id as the page shows it: numbers of JavaScript hold integers exactly up to 2**53, so others are texts."""
-    return id if isinstance(id, str) or abs(id) < LARGEST_INTEGER else str(id)
 
 
 def quantize_rows(vectors: Float32) -> tuple[NDArray[np.int8], Float32]:
@@ -106,18 +99,18 @@ def quantize_rows(vectors: Float32) -> tuple[NDArray[np.int8], Float32]:
 
 def write_latents(
     items: Items,
-    prepare: Callable[[list[Record]], Mapping[str, ImageLatents]],
+    latents_of: Callable[[list[Record]], Mapping[str, ImageLatents]],
     timesteps: tuple[int, ...],
     folder: Path,
     advance: Callable[[int, int], None],
 ) -> None:
-    """Write what re-ranking needs of each image. `prepare` returns it for some records, by the hash of the image."""
+    """Write what re-ranking needs of each image. `latents_of` returns it for some records, by the hash of the image."""
     done = 0
     with (folder / "latents.bin").open("wb") as latents, (folder / "errors.bin").open("wb") as errors:
         for batch in batched(items.records, LATENTS_AT_ONCE):
-            computed = prepare(list(batch))
+            found = latents_of(list(batch))
             for record in batch:
-                each = computed[system_of(record.payload)["sha256"]]
+                each = found[system_of(record.payload)["sha256"]]
                 latents.write(each.latents.astype("<f2").tobytes())
                 errors.write(np.array([each.errors[timestep] for timestep in timesteps], "<f4").tobytes())
             done += len(batch)

@@ -15,7 +15,7 @@ import numpy as np
 from unidiff_sdk._internal.files import checked_path, replacement_folder
 from unidiff_sdk._internal.json_values import read_json
 from unidiff_sdk._internal.progress import progress_bar
-from unidiff_sdk.catalog.snapshot import Snapshot
+from unidiff_sdk.catalog.snapshot import CatalogParts
 from unidiff_sdk.errors import DataError, OptionError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
@@ -24,7 +24,6 @@ from unidiff_sdk.retrieval.mixing import NEUTRAL_TEXTS
 from unidiff_sdk.retrieval.reranking.denoising_error import noise_of
 from unidiff_sdk.retrieval.reranking.latents import LatentStore
 from unidiff_sdk.retrieval.reranking.reranker import Reranker
-from unidiff_sdk.store.images import ImageStore
 
 from .items import Items, write_items, write_latents
 from .model import check_bundle, describe_model, float32_json, schedule_of, write_model
@@ -69,8 +68,7 @@ class Site:
 
 
 def write_site(
-    snapshot: Snapshot,
-    images: ImageStore,
+    parts: CatalogParts,
     out: Path,
     options: SiteOptions,
     bundle: Bundle | None = None,
@@ -80,8 +78,7 @@ def write_site(
     """Write a catalog as a static site into the folder `out`, which is complete or unchanged.
 
     Args:
-        snapshot: the items and their bundle.
-        images: the images of the items.
+        parts: the items with their vectors, their images and their bundle: `Catalog.parts`.
         out: the folder of the site.
         options: what it holds.
         bundle: the model that the page runs: an export of the same checkpoint. Default: the bundle of the catalog.
@@ -96,26 +93,26 @@ def write_site(
     _check_page()
     out = checked_path(out, DataError)
     _check_replaceable(out, options.overwrite)
-    bundle = bundle or snapshot.bundle
+    bundle = bundle or parts.bundle
     check_bundle(bundle)
-    items = Items.read(snapshot)
+    items = Items.read(parts)
     if not items.records:
         raise DataError("the catalog is empty; add items first: unidiff index FOLDER CATALOG")
     encoder = Encoder(bundle)
     captions = items.captions[:CAPTIONS]
-    _check_embeddings(snapshot, encoder, captions)
+    _check_embeddings(parts, encoder, captions)
     with replacement_folder(out, DataError) as folder:
         shutil.copytree(PAGE, folder, dirs_exist_ok=True)
         data = folder / DATA
         data.mkdir()
         write_model(bundle, folder / MODEL)
         with progress_bar("Writing", progress) as advance:
-            write_items(items, snapshot, images, data, int8=options.int8, advance=advance)
+            write_items(items, parts, data, int8=options.int8, advance=advance)
         model = describe_model(bundle)
         model["mixing"] = _mixing(encoder, captions, len(items.records))
         model["rerank"] = None
         if options.rerank:
-            model["rerank"] = _write_rerank(items, snapshot, images, bundle, data, progress)
+            model["rerank"] = _write_rerank(items, parts, bundle, data, progress)
         _write_json(data / "model.json", model)
         return _write_index(folder, out, options, items)
 
@@ -148,17 +145,17 @@ def _is_site(folder: Path) -> bool:
         return False
 
 
-def _check_embeddings(snapshot: Snapshot, encoder: Encoder, captions: list[str]) -> None:
+def _check_embeddings(parts: CatalogParts, encoder: Encoder, captions: list[str]) -> None:
     """Raise OptionError if the page's model and that of the catalog embed texts differently."""
-    if encoder.bundle is snapshot.bundle:
+    if encoder.bundle is parts.bundle:
         return
-    if encoder.bundle.dim != snapshot.store.dim:
+    if encoder.bundle.dim != parts.store.dim:
         raise OptionError(
             f"{encoder.bundle.path} has embeddings of {encoder.bundle.dim} dimensions, but the catalog holds "
-            f"{snapshot.store.dim}. Name an export of the checkpoint that the catalog was indexed with."
+            f"{parts.store.dim}. Name an export of the checkpoint that the catalog was indexed with."
         )
     texts = [*NEUTRAL_TEXTS, *captions]
-    cosine = float((encoder.encode_texts(texts) * snapshot.encoder.encode_texts(texts)).sum(axis=1).min())
+    cosine = float((encoder.encode_texts(texts) * Encoder(parts.bundle).encode_texts(texts)).sum(axis=1).min())
     if cosine < MIN_COSINE:
         raise OptionError(
             f"{encoder.bundle.path} embeds texts differently from the bundle of the catalog: cosine {cosine:.3f}, "
@@ -180,14 +177,13 @@ def _mixing(encoder: Encoder, captions: list[str], items: int) -> dict[str, Any]
     }
 
 
-def _write_rerank(
-    items: Items, snapshot: Snapshot, images: ImageStore, bundle: Bundle, folder: Path, progress: bool
-) -> dict[str, Any]:
+def _write_rerank(items: Items, parts: CatalogParts, bundle: Bundle, folder: Path, progress: bool) -> dict[str, Any]:
     """Write latents, errors and noise, and return what `retrieval.reranking` measures with them."""
-    reranker = _reranker(snapshot, images, bundle, folder)
+    stored = LatentStore(parts.images.root, bundle.fingerprint)  # those of the catalog, if it is its bundle
+    reranker = Reranker(bundle, lambda: Generator(bundle), parts.images.load, stored)
     schedule, latent, settings = schedule_of(bundle), bundle.latent, reranker.settings
     with progress_bar("Preparing", progress) as advance:
-        write_latents(items, reranker.prepare, settings.timesteps, folder, advance)
+        write_latents(items, reranker.latents_of, settings.timesteps, folder, advance)
     shape = (latent.channels, latent.size, latent.size)
     noise = np.stack([noise_of(settings.noise_seed, timestep, shape) for timestep in settings.timesteps])
     (folder / "noise.bin").write_bytes(noise.astype("<f4").tobytes())
@@ -200,14 +196,6 @@ def _write_rerank(
         "signal": float32_json(np.array([math.sqrt(bar) for bar in bars], np.float32)),
         "noise": float32_json(np.array([math.sqrt(1 - bar) for bar in bars], np.float32)),
     }
-
-
-def _reranker(snapshot: Snapshot, images: ImageStore, bundle: Bundle, folder: Path) -> Reranker:
-    """The reranker of the page's model: latents and errors of another export would differ slightly."""
-    if bundle is snapshot.bundle:
-        return snapshot.reranker(images)
-    nothing_stored = LatentStore(folder, bundle.fingerprint)
-    return Reranker(bundle, lambda: Generator(bundle), images.load, nothing_stored)
 
 
 # --- the index
