@@ -20,10 +20,12 @@ from unidiff_sdk.scale import index
         ({"workers": 0}, "workers"),
         ({"workers": 1.5}, "workers"),
         ({"gpus": -1}, "gpus"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 65}, "1 to 64"),
         ({"gpus": True}, "gpus"),
         ({"gpus": float("nan")}, "gpus"),
     ],
-    ids=["none", "half", "negative", "boolean", "nan"],
+    ids=["none", "half", "negative", "no batch", "large batch", "boolean", "nan"],
 )
 def test_invalid_number_is_refused(
     small_catalog: Path, toy: Path, tmp_path: Path, options: dict[str, Any], message: str

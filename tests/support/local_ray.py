@@ -62,3 +62,4 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the bulk jobs of a test in this process."""
     for module in (generating, indexing):
         monkeypatch.setattr(module, "ray_data", ray_data)
+    monkeypatch.setattr(indexing, "processes_per_machine", lambda workers: workers)

@@ -10,11 +10,23 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from unidiff_sdk.errors import StoreError
 
-__all__ = ["RESERVE", "DiskFullError", "available_memory", "free_space", "readable_size", "require_free_space"]
+__all__ = [
+    "RESERVE",
+    "DiskFullError",
+    "PeakMemory",
+    "available_memory",
+    "free_space",
+    "peak_memory",
+    "readable_size",
+    "require_free_space",
+]
 
 RESERVE = 32 << 20
 """Bytes that remain free on the disk of a catalog: a few times what a batch of writes, a new shard or closing needs."""
@@ -31,6 +43,30 @@ def available_memory() -> int | None:
     """
     found = [value for value in (_system_available(), _cgroup_available()) if value is not None]
     return min(found, default=None)
+
+
+@dataclass
+class PeakMemory:
+    """The result of `peak_memory`.
+
+    Attributes:
+        growth: the most memory in use during the block, less that before it, in bytes. None if the operating system
+            does not report it.
+    """
+
+    growth: int | None = None
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Measure by how many bytes the memory of this process grows at most during a block."""
+    peak = PeakMemory()
+    with suppress(OSError):  # then the peak is that since the process started, and the growth too small
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
+    before = _own_memory("VmRSS")
+    yield peak
+    most = _own_memory("VmHWM")
+    peak.growth = None if before is None or most is None else max(0, most - before)
 
 
 def readable_size(size: float) -> str:
@@ -73,6 +109,13 @@ def _mebibytes(size: int) -> str:
 def _system_available() -> int | None:
     for line in _read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _own_memory(name: str) -> int | None:
+    for line in _read_text("/proc/self/status").splitlines():
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None
 

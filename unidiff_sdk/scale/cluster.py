@@ -11,9 +11,17 @@ from typing import Any
 from unidiff_sdk._internal.text import shorten
 from unidiff_sdk.errors import ProviderError, StoreError, UniDiffError
 
-__all__ = ["ray_data"]
+__all__ = ["processes_per_machine", "ray_data"]
 
 _REASON_LENGTH = 300
+
+
+def processes_per_machine(workers: int) -> int:
+    """How many of the processes can be on one machine of the running cluster, each of which takes a core."""
+    import ray
+
+    cores = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=workers)
+    return max(1, min(workers, int(cores)))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from unidiff_sdk.datasets.reader import InvalidRow, check_invalid_count, count_r
 from unidiff_sdk.errors import InUseError, OptionError, UniDiffError
 from unidiff_sdk.store.images.object_storage import is_object_storage, user_cache
 
-from .cluster import ray_data
+from .cluster import processes_per_machine, ray_data
 from .parts import CHUNK_ROWS, Part, find_parts, pack, unpack
 from .run_file import RunFile
 from .stages import Encode, Store, read
@@ -39,6 +39,7 @@ def index(
     kinds: Mapping[str, str] | None = None,
     workers: int = 1,
     gpus: float = 0,
+    batch_size: int | None = None,
     record: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -57,6 +58,8 @@ def index(
         columns, kinds: as for `Catalog.add_folder`.
         workers: processes that encode, each with one open bundle and, without GPUs, one core.
         gpus: GPUs for each of them, such as 1 or 0.5. 0: the CPU.
+        batch_size: images that a worker encodes at once, 1 to 64. Default: on the CPU, what fits into half of the free
+            memory, by a measurement at the start; with GPUs, 64.
         record: the file that records finished chunks and invalid rows. Default: a file in the cache of this user.
         resume: skip the chunks that the record of an interrupted run has.
         progress: show a progress bar.
@@ -75,6 +78,8 @@ def index(
     started = time.perf_counter()
     workers = whole_number("workers", workers, at_least=1)
     gpus = number_within("gpus", gpus, 0, 64, OptionError)
+    if batch_size is not None and whole_number("batch_size", batch_size, at_least=1) > CHUNK_ROWS:
+        raise OptionError(f"batch_size is {batch_size}. Give an integer from 1 to {CHUNK_ROWS}.")
     if str(to) == MEMORY:
         raise OptionError(f"A catalog at {MEMORY!r} is of one process. Give a folder, or the URL of a Qdrant server.")
     parts = find_parts(source)
@@ -96,7 +101,7 @@ def index(
     try:
         if left := _open_parts(parts, origin, file):
             with ray_data(workers) as data:
-                finished = _stages(data, left, arguments, columns, kinds, workers, gpus)
+                finished = _stages(data, left, arguments, columns, kinds, workers, gpus, batch_size)
                 _record_all(finished, file, _total(source) if progress else 0, progress)
         if not is_url(to):
             _optimize(to, opening)
@@ -113,6 +118,7 @@ def _stages(
     kinds: Any,
     workers: int,
     gpus: float,
+    batch_size: int | None,
 ) -> Iterable[Mapping[str, Any]]:
     """The finished chunks. Ray starts a killed process again, and repeats what it had not finished."""
     pool = data.ActorPoolStrategy
@@ -121,10 +127,15 @@ def _stages(
     rows = data.from_items(parts, override_num_blocks=len(parts))
     rows = rows.flat_map(read, fn_kwargs={"columns": columns, "kinds": kinds}, num_cpus=0.5)
     rows = rows.repartition(target_num_rows_per_block=1)
-    device = "cuda" if gpus else "cpu"
+    encoding = {
+        "bundle": opening["bundle"],
+        "device": "cuda" if gpus else "cpu",
+        "batch_size": batch_size or (CHUNK_ROWS if gpus else None),
+        "processes": processes_per_machine(workers),
+    }
     rows = rows.map_batches(
         Encode,
-        fn_constructor_kwargs={"bundle": opening["bundle"], "device": device},
+        fn_constructor_kwargs=encoding,
         batch_size=1,
         compute=pool(size=workers),
         num_cpus=1,

@@ -27,7 +27,7 @@ from .rows import RawRow
 __all__ = ["Part", "find_parts", "pack", "read_chunks", "unpack"]
 
 CHUNK_ROWS = 64
-"""Rows of a chunk. All rows of a chunk are encoded at once and stored at once."""
+"""Rows of a chunk. All rows of a chunk are stored at once, and at most as many images are encoded at once."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store.images import ItemImage
 
+from .batching import BatchSize
 from .parts import Part, pack, read_chunks, unpack
 from .remote import FETCHED_ROWS, fetched
 from .rows import RawRow
@@ -49,10 +51,12 @@ class Encode:
     Args:
         bundle: its path.
         device: as for `Bundle.open`.
+        batch_size, processes: as for `BatchSize`.
     """
 
-    def __init__(self, bundle: str, device: str) -> None:
+    def __init__(self, bundle: str, device: str, batch_size: int | None, processes: int) -> None:
         self._bundle, self._device = bundle, device
+        self._batch = BatchSize(batch_size, processes)
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -64,16 +68,15 @@ class Encode:
 
     def _encode(self, chunk: Any) -> tuple[list[Item], list[InvalidRow]]:
         source, rows, invalid = chunk
-        items: list[Item] = []
-        for some in batched(rows, FETCHED_ROWS):
-            for row in fetched(some, invalid):
-                item = self._item(row, source, invalid)
-                if item is not None:
-                    items.append(item)
-        if items:
-            vectors = self._encoder.encode_pixels(np.stack([item.pixels for item in items if item.pixels is not None]))
-            items = [replace(item, pixels=None, vector=vector) for item, vector in zip(items, vectors, strict=True)]
-        return items, invalid
+        contents = (row for some in batched(rows, FETCHED_ROWS) for row in fetched(some, invalid))
+        items = (item for row in contents if (item := self._item(row, source, invalid)) is not None)
+        encoded: list[Item] = []
+        while some := list(islice(items, self._batch.size)):
+            pixels = np.stack([item.pixels for item in some if item.pixels is not None])
+            with self._batch.measured(len(some), pixels[0].nbytes):
+                vectors = self._encoder.encode_pixels(pixels)
+            encoded += [replace(item, pixels=None, vector=vector) for item, vector in zip(some, vectors, strict=True)]
+        return encoded, invalid
 
     def _item(self, row: RawRow, source: str, invalid: list[InvalidRow]) -> Item | None:
         payload = dict(row.payload)

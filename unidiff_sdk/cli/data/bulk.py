@@ -51,6 +51,7 @@ def bulk() -> None:
 @click.option("--bundle", help="Bundle for a new catalog, under a path that all machines have.")
 @click.option("--workers", default=1, show_default=True, metavar="N", help="Processes that encode, one core each.")
 @gpus_option
+@click.option("--batch-size", type=int, metavar="N", help="Images encoded at once, 1 to 64. Default: by free memory.")
 @click.option(
     "--columns", callback=parse_pairs, metavar="ROLE=NAME,…", help="Names of columns, as for `unidiff index`."
 )
