@@ -70,6 +70,9 @@ class TrainingConfig:
     """Pairs in memory at a time, at least 0. The gradients stay those of the whole batch. 0: the whole batch."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: slower, but uses a fraction of the memory."""
+    shard: bool = False
+    """Shard weights, gradients and optimizer state over the processes (FSDP2). Needs several processes, each of which
+    takes as many pairs as the others."""
     seed: int = 0
     """Seed of all random choices, at least 0. On the CPU, the same seed gives the same weights."""
     precision: Precision = "fp32"
@@ -212,6 +215,7 @@ class TrainingConfig:
         self._require_useful_negatives()
         self._require_reachable_reward()
         self._require_buckets_alone()
+        self._require_shardable()
         if not (self.trains_encoder or self.trains_generator):
             raise OptionError("All term weights are 0, so there is nothing to train. Set at least one lambda above 0.")
 
@@ -269,6 +273,18 @@ class TrainingConfig:
             raise OptionError(
                 "aspect_buckets and hard_negatives exclude each other: the negatives of a pair have other aspect "
                 "ratios than its image. Omit one of them."
+            )
+
+    def _require_shardable(self) -> None:
+        if self.shard and self.precision == "fp16":
+            raise OptionError(
+                'shard and precision "fp16" exclude each other: the loss scale follows from all gradients, of which a '
+                'process has a share. Use "bf16" or "fp32".'
+            )
+        if self.shard and self.aspect_buckets:
+            raise OptionError(
+                "shard and aspect_buckets exclude each other: the batches of buckets differ in size, but processes "
+                "that share weights need equally many pairs. Omit one of them."
             )
 
     def without_effect(self, *, prior: bool, validation: bool) -> str | None:

@@ -39,6 +39,7 @@ from .text_sharing import tower_of
 __all__ = [
     "TRAINING_STATE",
     "merged_state_dict",
+    "plain_state_dict",
     "recover_interrupted_save",
     "require_replaceable",
     "save_checkpoint",
@@ -220,7 +221,7 @@ def _save_text_encoder(
 
 def _save_third(third: ThirdTextEncoder, folder: Path, dtype: torch.dtype | None) -> None:
     _save_transformers_config(third.model, folder / "text_encoder_3")
-    tensors = {name: t for name, t in third.model.state_dict().items() if name != TIED_EMBEDDING}
+    tensors = {name: t for name, t in plain_state_dict(third.model).items() if name != TIED_EMBEDDING}
     _save_tensors(tensors, folder / "text_encoder_3" / TRANSFORMERS_WEIGHTS, dtype)
     third.tokenizer.save_pretrained(folder / "tokenizer_3")
     _remove_source_paths(folder / "tokenizer_3" / "tokenizer_config.json")
@@ -249,12 +250,22 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     The names are those of a model without adapters. The model itself stays unchanged, so training can continue.
     """
     tensors = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in model.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in plain_state_dict(model).items()
+        if ".lora_" not in name
     }
     for name, layer in model.named_modules():
         if hasattr(layer, "base_layer"):
             delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
             tensors[f"{name}.weight"] = layer.base_layer.weight + delta
+    return tensors
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without hooks: those of sharded blocks would exchange whole weights for the share of a process."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        module._save_to_state_dict(tensors, f"{name}." if name else "", keep_vars=False)
     return tensors
 
 

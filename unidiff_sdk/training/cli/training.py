@@ -301,6 +301,11 @@ def _resuming(ctx: click.Context) -> str:
     help="Precision of the forward passes; weights stay fp32. bf16: recent processors and GPUs. fp16: GPUs.",
 )
 @flag("--checkpoint-activations", theme=MEMORY, help="Recompute activations instead of storing them.")
+@flag(
+    "--shard",
+    theme=MEMORY,
+    help="Shard weights, gradients and optimizer state over the processes that torchrun or accelerate starts (FSDP2).",
+)
 @option("--val", type=FOLDER, metavar="FOLDER", theme=VALIDATION, help="Validation pairs, not trained on.")
 @setting("--validate-every", field="validate_every", metavar="N", theme=VALIDATION, help="Steps between validations.")
 @option(

@@ -169,14 +169,18 @@ class BatchLoader:
         ]
         return torch.tensor(sizes, dtype=torch.float32, device=self.model.device).view(-1, 6)
 
-    def refresh_negatives(self, step: int, processes: Processes) -> None:
-        """Find the hard negatives anew with the model as it is, if that is due before a step. All processes call it."""
+    def refresh_negatives(self, step: int, processes: Processes, *, together: bool = False) -> None:
+        """Find the hard negatives anew with the model as it is, if that is due before a step. All processes call it.
+
+        together: All processes run the model, because each holds a share of its weights.
+        """
         if self.negatives is None or not self.negatives.due(step):
             return
         nearest = torch.zeros(self.negatives.shape, dtype=torch.int64)
-        if processes.is_main:
+        if processes.is_main or together:
             u = embed_images(self.model, self.clip_images, **self.storage)
             v = embed_texts(self.model, self.input_ids if self.clip_ids is None else self.clip_ids, **self.storage)
+        if processes.is_main:
             nearest = self.negatives.find(u, v, self.groups)
         self.negatives.nearest = processes.sum(nearest.to(processes.device)).cpu()
 

@@ -33,6 +33,7 @@ from unidiff_sdk.training.objective.score_consistency import (
 from unidiff_sdk.training.objective.terms import ForwardOutput, forward, pairwise_terms, prior_terms, term_weights
 from unidiff_sdk.training.runtime.processes import Processes
 from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed, seeded_generator
+from unidiff_sdk.training.runtime.sharding import is_sharded
 
 __all__ = ["backpropagate"]
 
@@ -119,7 +120,8 @@ def backpropagate(
     # 5. prior pairs, which have per-sample terms only
     if prior is not None:
         _add(terms, _backward_prior(model, prior, config, step, empty_ids, processes, weights))
-    processes.sum_gradients(p for p in model.parameters() if p.requires_grad)
+    # Those of sharded weights are sums over the processes already.
+    processes.sum_gradients(p for p in model.parameters() if p.requires_grad and not is_sharded(p))
     values |= {name: processes.sum(value) for name, value in terms.items()}
     return {name: values[name].item() for name in weights if name in values}
 

@@ -19,6 +19,15 @@ from unidiff_sdk.training.data.batches import BatchLoader
 from unidiff_sdk.training.objective.encoder_model import EncoderModel
 from unidiff_sdk.training.objective.tuning import component_of
 from unidiff_sdk.training.runtime.processes import Processes
+from unidiff_sdk.training.runtime.sharding import (
+    clip_gradients,
+    is_sharded,
+    local_share,
+    shard_blocks,
+    share_like,
+    unsharded,
+    whole_tensor,
+)
 
 from .gradients import backpropagate
 
@@ -30,12 +39,18 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
 
 
 class Learner:
-    """Takes optimizer steps. Between steps, everything they depend on can be saved and restored."""
+    """Takes optimizer steps. Between steps, everything they depend on can be saved and restored.
+
+    With `config.shard`, the model's blocks are sharded from now on, and with them the optimizer's state and the
+    averaged weights.
+    """
 
     def __init__(self, model: EncoderModel, config: TrainingConfig, processes: Processes) -> None:
         self.model = model
         self.config = config
         self.processes = processes
+        self.fingerprint = fingerprint(model)
+        self.blocks = shard_blocks(model, processes) if config.shard else []
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Fused: one pass over each weight, a tenth of the time on a CPU.
         self.optimizer = torch.optim.AdamW(
@@ -49,7 +64,7 @@ class Learner:
         self, step: int, batches: BatchLoader, empty_ids: Tensor, prior: BatchLoader | None = None
     ) -> dict[str, float]:
         """Take step `step`, from 0. Returns the value of each term. Raises TrainingError if one is not finite."""
-        batches.refresh_negatives(step, self.processes)
+        batches.refresh_negatives(step, self.processes, together=self.config.shard)
 
         # 1. gradients
         self.optimizer.zero_grad(set_to_none=True)
@@ -64,7 +79,7 @@ class Learner:
             scale=float(self.scaler.scale(torch.ones((), device=self.processes.device))),
         )
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.trainable.values(), self.config.gradient_clip))
+        norm = clip_gradients(self.trainable.values(), self.config.gradient_clip)
         self._require_finite(step, losses, norm)
 
         # 2. weights
@@ -92,25 +107,48 @@ class Learner:
         with self.model.evaluating(), self.ema.applied(self.model):
             yield
 
-    def fingerprint(self) -> str:
-        """sha256 of the first values of every tensor: identifies the base without hashing all of it."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode() + tensor.flatten()[:16].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block, model and averaged weights are whole in the main process, which can use them alone.
 
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        All processes must enter together. Without sharding, they are always whole.
+        """
+        if not self.blocks:
+            yield
+            return
+        shares = self.ema.weights
+        self.ema.weights = self._gather(shares)
+        try:
+            with unsharded(self.blocks, keep=self.processes.is_main):
+                yield
+        finally:
+            self.ema.weights = shares
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's state as "parameter/key". All processes must call it, and the main one has the result."""
+        return self._gather(
+            {
+                f"{name}/{key}": self.optimizer.state[p][key]
+                for name, p in self.trainable.items()
+                if p in self.optimizer.state  # parameters that no term has reached have no state
+                for key in OPTIMIZER_STATE
+            }
+        )
+
+    def _gather(self, shares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gathered = ((name, whole_tensor(share)) for name, share in shares.items())
+        return {name: tensor for name, tensor in gathered if self.processes.is_main}
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Any]:
         """Write the state into a new folder, as safetensors. Returns the part of it that JSON can hold.
 
-        weights: The current trainable weights, named as in the model. The model itself may hold the averaged ones.
+        The state is whole, so that a run with any number of processes can restore it.
+
+        Args:
+            weights: The current trainable weights, named as in the model. The model itself may hold the averaged ones.
+            optimizer: see `optimizer_state`.
         """
         folder.mkdir()
-        optimizer = {
-            f"{name}/{key}": self.optimizer.state[p][key]
-            for name, p in self.trainable.items()
-            if p in self.optimizer.state  # parameters that no term has reached have no state
-            for key in OPTIMIZER_STATE
-        }
         files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: weights, AVERAGED: self.ema.weights, OPTIMIZER: optimizer}
         for file, tensors in files.items():
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
@@ -122,11 +160,13 @@ class Learner:
         try:
             weights, averaged, optimizer = (load_file(folder / file) for file in (WEIGHTS, AVERAGED, OPTIMIZER))
             for name, parameter in self.trainable.items():
-                parameter.copy_(weights[name])
-                self.ema.weights[name].copy_(averaged[name])
+                parameter.copy_(share_like(weights[name], parameter))
+                self.ema.weights[name].copy_(share_like(averaged[name], parameter))
                 if f"{name}/{OPTIMIZER_STATE[0]}" in optimizer:
+                    state_of = {key: optimizer[f"{name}/{key}"] for key in OPTIMIZER_STATE}
                     self.optimizer.state[parameter] = {
-                        key: optimizer[f"{name}/{key}"].to(parameter.device) for key in OPTIMIZER_STATE
+                        key: share_like(value, parameter) if value.ndim else value.to(parameter.device)
+                        for key, value in state_of.items()
                     }
             self.ema.updates = int(state["averaged_updates"])
             self.scaler.load_state_dict(state["scaler"])
@@ -147,8 +187,8 @@ class Ema:
         """w̄ ← d·w̄ + (1-d)·w. d rises from 0.18 to `decay`, so that the average of a short run forgets the base."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averaged = list(self.weights.values())
-        current = [p.detach() for p in model.parameters() if p.requires_grad]
+        averaged = [local_share(weight) for weight in self.weights.values()]
+        current = [local_share(p.detach()) for p in model.parameters() if p.requires_grad]
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
     @contextmanager
@@ -165,6 +205,14 @@ class Ema:
                 parameter.data = current[name]
 
 
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of the first values of every tensor: identifies the base without hashing all of it."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def learning_rate_factor(step: int, config: TrainingConfig | DistillationConfig) -> float:
     """Factor of the peak learning rate: linear from 1/warmup to 1, then half a cosine to 0. step: from 0."""
     if step < config.warmup_steps:
@@ -176,7 +224,8 @@ def learning_rate_factor(step: int, config: TrainingConfig | DistillationConfig)
 def _parameter_groups(trainable: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups by component, with its peak learning rate as "peak".
 
-    Matrices decay. Biases, norms and the temperature do not.
+    Matrices decay. Biases, norms and the temperature do not. One operation of the optimizer takes sharded weights or
+    whole ones, not both.
     """
     groups: list[dict[str, Any]] = []
     for component in Component:
@@ -186,5 +235,7 @@ def _parameter_groups(trainable: Mapping[str, nn.Parameter], config: TrainingCon
             (config.weight_decay, [p for p in own if p.ndim > 1]),
             (0.0, [p for p in own if p.ndim <= 1]),
         ):
-            groups.append({"params": params, "weight_decay": decay, "peak": peak})
+            for sharded in (False, True):
+                kind = [p for p in params if is_sharded(p) is sharded]
+                groups.append({"params": kind, "weight_decay": decay, "peak": peak})
     return [group for group in groups if group["params"]]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,7 +51,10 @@ class ModelSelection:
         self.validations_since_best = 0
         self.latest: dict[str, Any] = {}  # step, data, score and figures of the last validation
         self.best: dict[str, Tensor] = {}  # averaged weights, on the CPU
-        self.base = {name: t.clone() for name, t in learner.ema.weights.items()} if config.wise_ft else {}
+        self.base: dict[str, Tensor] = {}
+        if config.wise_ft:
+            with learner.whole():
+                self.base = {name: weight.clone() for name, weight in learner.ema.weights.items()}
 
     def validate_if_due(self, step: int) -> None:
         """Validate after `step` steps if it is due and has not been done."""
@@ -61,8 +63,9 @@ class ModelSelection:
         if self.on_validate is None or not due or step <= self.validated_step:
             return
         self.validated_step = step
-        if self.learner.processes.is_main:
-            self._keep_if_best(step, self._validate(step))
+        with self.learner.whole():
+            if self.learner.processes.is_main:
+                self._keep_if_best(step, self._validate(step))
 
     @property
     def should_stop(self) -> bool:
@@ -70,11 +73,13 @@ class ModelSelection:
         patience, processes = self.learner.config.patience, self.learner.processes
         if not patience:
             return False
-        exhausted = torch.tensor(float(self.validations_since_best >= patience), device=processes.device)
-        return bool(processes.sum(exhausted))
+        return processes.any(self.validations_since_best >= patience)
 
     def choose_weights(self, step: int) -> dict[str, Any]:
-        """Leave the weights that the run ends with in the averaged weights. Returns how they were chosen."""
+        """Leave the weights that the run ends with in the averaged weights. Returns how they were chosen.
+
+        Call it within `Learner.whole`.
+        """
         chosen: dict[str, Any] = {}
         learner = self.learner
         if not learner.processes.is_main:

@@ -31,7 +31,7 @@ __all__ = ["Progress", "read_finished", "restore", "unfinished", "write_state"]
 
 SCHEMA_VERSION = 3
 # Settings that do not affect the weights. They may change when a run is resumed.
-UNRELATED_TO_WEIGHTS = {"save_every", "keep", "validate_every"}
+UNRELATED_TO_WEIGHTS = {"save_every", "keep", "validate_every", "shard"}
 MAX_STEPS = 10**9
 # Names of schema 2, in the state of the model selection and in the losses.
 SELECTION_NAMES_2 = {
@@ -66,18 +66,19 @@ def write_state(
     selection: ModelSelection,
     negatives: HardNegatives | None,
     weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
     progress: Progress,
     identity: Mapping[str, Any],
 ) -> None:
     """Write the state into the checkpoint folder `out`.
 
-    weights: The current trainable weights, see `Learner.save`. identity: What a resumed run must have in common.
+    weights, optimizer: see `Learner.save`. identity: What a resumed run must have in common.
     """
     folder = out / TRAINING_STATE
     content = {
         "schema_version": SCHEMA_VERSION,
         "progress": asdict(progress),
-        "learner": learner.save(folder, weights),
+        "learner": learner.save(folder, weights, optimizer),
         "selection": selection.save(folder),
         "config": asdict(learner.config),
         "identity": dict(identity),

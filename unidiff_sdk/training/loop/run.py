@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -75,7 +75,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         # What a resumed run must have in common with the interrupted one, besides the settings.
         self.identity = {
-            "base": self.learner.fingerprint(),
+            "base": self.learner.fingerprint,
             "data": self.pairs.sha256,
             "prior": self.prior_pairs.sha256 if self.prior_pairs else None,
             "groups": sha256(self.batches.groups.numpy().tobytes()).hexdigest() if self.config.group else None,
@@ -117,8 +117,9 @@ class TrainingRun:
 
     def _loop(self, on_step: Callable[[StepReport], None]) -> None:
         config, progress, selection = self.config, self.progress, self.selection
+        in_any = self.learner.processes.any
         attention = nullcontext() if config.checkpoint_activations else ShortAttentionInFloat32()
-        with keep_freed_memory(), attention, deferred_interrupts() as raise_if_interrupted:
+        with keep_freed_memory(), attention, deferred_interrupts(in_any) as raise_if_interrupted:
             selection.validate_if_due(progress.step)
             while progress.step < config.steps and not selection.should_stop:
                 started = time.perf_counter()
@@ -137,12 +138,19 @@ class TrainingRun:
         """Choose the final weights and save them."""
         if self.config.wise_ft and self.saved_step < self.progress.step:
             self.save()  # the sweep validates many times; an interrupt there must not lose the steps
-        self.chosen = self.selection.choose_weights(self.progress.step)
-        self.save(finished=True)
+        with self.learner.whole():
+            self.chosen = self.selection.choose_weights(self.progress.step)
+            self._write(None)
         self.learner.processes.wait()
 
-    def save(self, *, finished: bool = False) -> None:
-        """Save the averaged weights, and the state of the run unless it is finished."""
+    def save(self) -> None:
+        """Save the averaged weights and the state of the run. All processes must call it together."""
+        optimizer = self.learner.optimizer_state()
+        with self.learner.whole():
+            self._write(optimizer)
+
+    def _write(self, optimizer: Mapping[str, Tensor] | None) -> None:
+        """Write the checkpoint. optimizer: its state, see `Learner.optimizer_state`. None: the run is finished."""
         self.saved_step = self.progress.step
         if not self.learner.processes.is_main:
             return
@@ -150,10 +158,10 @@ class TrainingRun:
 
             def write_more(folder: Path) -> None:
                 save_adapters(self.checkpoint, folder / ADAPTERS)
-                if not finished:
+                if optimizer is not None:
                     write_state(
                         *(folder, self.learner, self.selection, self.batches.negatives),
-                        *(current, self.progress, self.identity),
+                        *(current, optimizer, self.progress, self.identity),
                     )
 
             how: dict[str, Any] = {"meta": self._metadata(), "keep": self.config.keep, "write_more": write_more}

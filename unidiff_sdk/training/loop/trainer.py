@@ -122,7 +122,7 @@ def train(
         columns: Names of columns of `data`: {"image": "photo", "text": "title"}. See `read_catalog`.
         strict: Raise for the first invalid row instead of skipping it.
         resume: Continue the run in `out`, if there is one. On the CPU, the final weights equal those of an
-            uninterrupted run bit for bit.
+            uninterrupted run bit for bit. With another number of processes, they are equal but for rounding.
         overwrite: Replace the checkpoint in `out`, if there is one.
         latents: Folder that keeps VAE latents for later runs.
         prior: Prior pairs, trained on as well.
@@ -151,6 +151,10 @@ def train(
         variant=variant, lora=lora, textual_inversion=textual_inversion, vae=vae, base_config=base_config
     )
     processes = Processes.join(device)
+    if config.shard and processes.world_size == 1:
+        raise OptionError(
+            "shard is set, but there is only one process. Start several (torchrun --nproc-per-node N), or omit it."
+        )
 
     # 1. base and pairs
     checkpoint = _open_base(base, clip, options, out, processes, resume=resume, overwrite=overwrite)
@@ -163,6 +167,7 @@ def train(
     load = partial(_load_pairs, checkpoint, config, processes, strict=strict, on_invalid_rows=on_invalid_rows)
     pairs = load(data, columns=columns, progress=on_rows)
     _require_enough_pairs(pairs, data, config, processes)
+    _require_equal_shares(config, len(pairs), processes)
     groups = group_keys(pairs, config.group)
 
     # 2. model and batches
@@ -302,6 +307,30 @@ def _require_enough_pairs(pairs: Pairs, data: Path, config: TrainingConfig, proc
         raise TrainingError(f"{data} holds too few valid pairs: {len(pairs)}. Training needs at least {needed}.")
 
 
+def _require_equal_shares(config: TrainingConfig, pairs: int, processes: Processes) -> None:
+    """Raise OptionError if processes that share weights would pass different numbers of samples through the models."""
+    if not config.shard:
+        return
+    samples = min(config.batch_size, pairs)
+    whole = min(max(config.batch_size, config.contrastive_batch), pairs)
+    shared = {
+        "batch_size": samples,
+        "contrastive_batch": whole,
+        "rsc_captions": min(config.rsc_captions, samples) if config.ranks else 0,
+        "rsc_reward_captions": min(config.rsc_reward_captions, whole) if config.lambda_rsc_reward else 0,
+    }
+    _require_divisible(shared, processes)
+
+
+def _require_divisible(sizes: Mapping[str, int], processes: Processes) -> None:
+    for name, size in sizes.items():
+        if size % processes.world_size:
+            raise OptionError(
+                f"{name}: {size} samples cannot be divided equally among {processes.world_size} processes, which shard "
+                f"needs. Set it to a multiple of {processes.world_size} (at most the number of pairs)."
+            )
+
+
 def _require_shares(batches: BatchLoader, data: Path, processes: Processes) -> None:
     """Raise TrainingError if a process would have no pair of a batch, as that of a bucket can be small."""
     if batches.buckets and (smallest := batches.buckets.smallest) < processes.world_size:
@@ -390,8 +419,10 @@ def _make_prior_batches(
             f"{prior.folder} holds too few valid pairs: {len(pairs)}. Each of the {processes.world_size} processes "
             "needs one."
         )
-    seed = derive_seed(config.seed, Purpose.PRIOR)
-    return make_batches(pairs, pairs.captions, size=config.prior_batch or config.batch_size, seed=seed)
+    size = config.prior_batch or config.batch_size
+    if config.shard:
+        _require_divisible({"prior_batch": min(size, len(pairs))}, processes)
+    return make_batches(pairs, pairs.captions, size=size, seed=derive_seed(config.seed, Purpose.PRIOR))
 
 
 def _result(run: TrainingRun, started: float) -> TrainingResult:

@@ -12,7 +12,6 @@ z_t = ᾱ_t·z + (1-ᾱ_t)·ε: its noise level σ_t is 1-ᾱ_t.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -213,11 +212,15 @@ def caption_likelihood(u_hat: Tensor, v: Tensor, logit_scale: Tensor, positives:
     return (logits.logsumexp(dim=1) - right.logsumexp(dim=1)).mean()
 
 
-def gradient_only_through_input(tower: nn.Module, weights: Mapping[str, Tensor], pixels: Tensor) -> Tensor:
-    """f̄(pixels): run `tower` with `weights` as constants, so that gradients reach only its input.
-
-    weights: The tower's own parameters (`dict(tower.named_parameters())`), or their EMA.
-    """
-    constants = {name: weight.detach() for name, weight in weights.items()}
-    output: Tensor = torch.func.functional_call(tower, constants, (pixels,))
+def gradient_only_through_input(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """f̄(pixels): run `tower` with its weights as constants, so that gradients reach only its input."""
+    # Not by `functional_call`: a sharded block exchanges the weights that it is given for its own.
+    trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        output: Tensor = tower(pixels)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
     return output

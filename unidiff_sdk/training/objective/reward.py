@@ -96,7 +96,7 @@ def reward_loss(
         pixels = model.decode(latents).clamp(0, 1)  # as images are saved
     views = model.to_clip(augment(pixels, inputs.views, flip=config.flip))
     with model.autocast(), model.f.as_teacher():
-        u_hat = losses.gradient_only_through_input(model.f, dict(model.f.named_parameters()), views)
+        u_hat = losses.gradient_only_through_input(model.f, views)
     repeated = positives.repeat_interleave(inputs.views.shape[1], dim=0)
     return losses.caption_likelihood(u_hat, v.detach(), model.clip.logit_scale.detach(), repeated)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel
+from unidiff_sdk.training.checkpoints.saving import plain_state_dict
 from unidiff_sdk.training.config import Component, TrainingConfig
 from unidiff_sdk.training.runtime.randomness import Purpose, derive_seed
 
@@ -157,7 +158,7 @@ def _save_for_peft(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
     folder.mkdir(parents=True)
-    tensors: dict[str, Tensor] = get_peft_model_state_dict(model)
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(model, plain_state_dict(model))
     # A PeftModel holds the adapted model one level deeper.
     prefixed = {f"base_model.model.{key}": t.detach().cpu().contiguous() for key, t in tensors.items()}
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -19,8 +19,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; the notice of a cluster sch
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], None]]:
+def deferred_interrupts(in_any: Callable[[bool], bool] = bool) -> Iterator[Callable[[], None]]:
     """Yield a function that raises KeyboardInterrupt if a signal has arrived. Call it between steps.
+
+    in_any: Whether a condition holds in any process of the run. All of them then stop after the same step.
 
     A second signal raises InterruptedWithinStep immediately. Outside the main thread, where Python delivers no signals,
     the function does nothing.
@@ -36,8 +38,8 @@ def deferred_interrupts() -> Iterator[Callable[[], None]]:
         received.append(number)
 
     def raise_if_interrupted() -> None:
-        if received:
-            raise KeyboardInterrupt(received[0])
+        if in_any(bool(received)):
+            raise KeyboardInterrupt(*received)
 
     previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:

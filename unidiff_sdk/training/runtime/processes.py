@@ -1,7 +1,7 @@
-"""Data-parallel training: several processes started by `accelerate launch` or `torchrun`, or a single process.
+"""Training in one process, or in several that `accelerate launch` or `torchrun` started.
 
 All processes make the same random choices for the whole batch, and each computes its own share. They exchange sums
-only: of embeddings, whose rows each come from one process, and of gradients.
+only: of embeddings, whose rows each come from one process, and of gradients. `sharding` divides the weights as well.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ class Processes:
 
         summed: Tensor = reduce(tensor, "sum")
         return summed
+
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds in any process. All processes must ask together."""
+        if self.world_size == 1:
+            return condition
+        return bool(self.sum(torch.tensor(float(condition), device=self.device)))
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum each parameter's gradient over all processes. A parameter without any gradient stays without one."""
