@@ -18,6 +18,7 @@ from unidiff_sdk.cli.parameters import refuse_options
 from unidiff_sdk.datasets.reader import InvalidRow, count_rows
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.config import Precision, PriorConfig, TrainingConfig
+from unidiff_sdk.training.data.remote import local_data
 
 from .display import LossDisplay, progress_display, show_invalid_rows
 from .options import (
@@ -91,7 +92,7 @@ def _resuming(ctx: click.Context) -> str:
     unidiff-train products --base models/siglip-base-patch16-224 -o runs/siglip --is 0
     """,
 )
-@click.argument("data", type=FOLDER)
+@click.argument("data")
 @option(
     "--base",
     required=True,
@@ -136,6 +137,13 @@ def _resuming(ctx: click.Context) -> str:
 @flag("--flip", theme=DATA, help="Mirror half of the images. Not for images with text.")
 @columns_option("DATA and --val", DATA)
 @strict_option(DATA)
+@option(
+    "--copies",
+    type=FOLDER,
+    metavar="FOLDER",
+    theme=DATA,
+    help="Folder for copies of DATA from object storage, which later runs use again. Default: OUT.data.",
+)
 @option("--latents", type=FOLDER, metavar="FOLDER", theme=DATA, help="Folder that keeps VAE latents for later runs.")
 @component_options
 @setting("--warmup", field="warmup_steps", metavar="N", theme=OPTIMIZER, help="Steps of linear warm-up.")
@@ -328,9 +336,10 @@ def _resuming(ctx: click.Context) -> str:
     "--keep", field="keep", metavar="N", theme=SAVING, help="Number of checkpoints to keep. Older ones: OUT.history."
 )
 def train(
-    data: Path,
+    data: Path | str,
     base: str,
     out: Path,
+    copies: Path | None,
     columns: dict[str, str | None] | None,
     strict: bool,
     val: Path | None,
@@ -343,10 +352,11 @@ def train(
 ) -> None:
     """Fine-tune CLIP and Stable Diffusion together on DATA, and save a checkpoint.
 
-    DATA is a folder of images with a metadata.jsonl, .csv or .parquet, or a folder of webdataset shards (.tar). Each
-    row names an image (file_name) and its caption (text). diffusers and transformers load the checkpoint unchanged, and
-    unidiff-export turns it into a bundle. You can interrupt at any time: the progress is saved, and --resume continues
-    the run. OUT.log/report.html shows curves and, with --val, samples over time, searches and figures before and after.
+    DATA is a folder of images with a metadata.jsonl, .csv or .parquet, or a folder of webdataset shards (.tar), or the
+    URL of shards in object storage. Each row names an image (file_name) and its caption (text). diffusers and
+    transformers load the checkpoint unchanged, and unidiff-export turns it into a bundle. You can interrupt at any
+    time: the progress is saved, and --resume continues the run. OUT.log/report.html shows curves and, with --val,
+    samples over time, searches and figures before and after.
     """
     request = {name: options.pop(name) for name in ("clip", *BASE_OPTIONS, "device", "resume", "overwrite", "latents")}
     config = TrainingConfig(**options)
@@ -356,6 +366,7 @@ def train(
         refuse_options("without --val", "validate_every")
     if val is None and (prompts or config.patience or config.wise_ft):
         raise OptionError("--prompt, --patience and --wise-ft need validation pairs. Add --val FOLDER.")
+    data = local_data(data, out, copies)
     _check_folders(data, val, prior, prior_prompts)
     prior_config = PriorConfig(prior, prior_prompts, prior_pairs) if prior else None
     rows = count_rows(data)

@@ -12,7 +12,7 @@ from typing import Any
 from unidiff_sdk._internal.files import checked_path
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.datasets.reader import InvalidRow, Row
-from unidiff_sdk.errors import CheckpointError, DataError, OptionError, TrainingError
+from unidiff_sdk.errors import CheckpointError, OptionError, TrainingError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel, load_trainable
 from unidiff_sdk.training.checkpoints.loading.options import BaseOptions
@@ -22,6 +22,7 @@ from unidiff_sdk.training.data.batches import BatchLoader
 from unidiff_sdk.training.data.captions import clip_ids, group_keys, prompt_ids
 from unidiff_sdk.training.data.latents import LatentCache
 from unidiff_sdk.training.data.pairs import Pairs, load_pairs
+from unidiff_sdk.training.data.remote import local_data
 from unidiff_sdk.training.objective.encoder_model import EncoderModel
 from unidiff_sdk.training.objective.joint_model import JointModel
 from unidiff_sdk.training.objective.reward import reward_table
@@ -82,6 +83,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     latents: str | Path | None = None,
+    copies: str | Path | None = None,
     prior: PriorConfig | None = None,
     on_rows: Callable[[Iterable[Row]], Iterable[Row]] = iter,
     on_invalid_rows: Callable[[Path, list[InvalidRow]], None] = lambda folder, rows: None,
@@ -103,7 +105,8 @@ def train(
     other callbacks.
 
     Args:
-        data: A catalog folder or shards.
+        data: A catalog folder or shards; or the URL of shards or parquet files in object storage, such as
+            s3://bucket/shards. They are copied to this machine once, see `copies`.
         base: "tiny", a checkpoint folder, or a Stable Diffusion: a diffusers folder, "hf:org/name", or a single
             safetensors file. See `load_base`. Or a CLIP or SigLIP without a generator, to train search alone: see
             `load_search_model`. All terms that need a generator must then be off.
@@ -125,6 +128,7 @@ def train(
             uninterrupted run bit for bit. With another number of processes, they are equal but for rounding.
         overwrite: Replace the checkpoint in `out`, if there is one.
         latents: Folder that keeps VAE latents for later runs.
+        copies: Folder for copies of `data` from object storage, which later runs use again. Default: `OUT.data`.
         prior: Prior pairs, trained on as well.
         on_rows: Wraps the rows while they are read.
         on_invalid_rows: Called with the skipped rows of the catalog, and of the prior, once they are read.
@@ -143,7 +147,8 @@ def train(
     """
     config = config or TrainingConfig()
     started = time.perf_counter()
-    data, out = checked_path(data, DataError), checked_path(out, CheckpointError)
+    out = checked_path(out, CheckpointError)
+    data = local_data(data, out, copies)
     _check_request(config, prior, on_validate, latents)
     if resume and overwrite:
         raise OptionError("resume and overwrite exclude each other: continue the run in out, or replace it.")
