@@ -1,7 +1,8 @@
-"""Stable Diffusion 3.5 Medium at the published widths, with random weights: two of its 24 layers.
+"""Stable Diffusion 3.5 Medium at the published widths, with random weights.
 
-One of the two layers has dual attention, as the first 13 have it, and one has none, as the others. The result is that
-of diffusers' own forward pass. Each stage runs in a separate process.
+First two of its 24 layers, one with dual attention, as the first 13 have it, and one without, as the others. Then all
+24, where parameters of one shape share their values. The result is that of diffusers' own forward pass. Each stage
+runs in a separate process.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from diffusers import SD3Transformer2DModel
+from support.shared_weights import share_weights
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from unidiff_export.bundle.files import write_graph
 from unidiff_export.graphs.lowering import graph_specs, lower
 from unidiff_export.options import TARGETS
 from unidiff_sdk.training.checkpoints.bases import load_base
 
-base, out = Path(sys.argv[1]), Path(sys.argv[2])
+base, out, whole = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "whole"
 
 def transformer(layers, dual):
     return SD3Transformer2DModel(
@@ -41,7 +43,13 @@ def transformer(layers, dual):
 torch.manual_seed(0)
 with torch.device("meta"):  # only the exported model has weights
     first = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12))
-checkpoint = replace(load_base(base), unet=transformer(2, 1), text_encoder=first)
+    model = transformer(24, 13)
+if whole:
+    model.pos_embed = transformer(1, 1).pos_embed  # its table of positions is no parameter
+    share_weights(model)
+else:
+    model = transformer(2, 1)
+checkpoint = replace(load_base(base), unet=model, text_encoder=first)
 spec = next(spec for spec in graph_specs(checkpoint) if spec.name == "transformer")
 graph = lower(spec, TARGETS["cpu"])
 print(sum(node.op_type == "MultiHeadAttention" for node in graph.graph))
@@ -58,14 +66,16 @@ np.savez(out / "outputs.npz", **{name: x.numpy() for name, x in zip(spec.outputs
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("layers", "attentions"), [("two", 3), ("whole", 37)])
 def test_transformer_at_the_published_widths_equals_diffusers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, layers: str, attentions: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = make_random_sd3(tmp_path / "base")
-    (blockwise, *_), exporting = run_measured(EXPORT, base, tmp_path / "transformer")
+    (blockwise, *_), exporting = run_measured(EXPORT, base, tmp_path / "transformer", layers)
     (error, *_), running = run_measured(RUN_GRAPH, tmp_path / "transformer")
     with capsys.disabled():
         print(f"\nerror {float(error):.1e}, {exporting / 1e9:.1f} GB to export, {running / 1e9:.1f} GB to run")
     assert float(error) < 1e-4
-    assert blockwise == "3"  # attention over 4,429 tokens at the native size: joint in both layers, and the other one
+    # attention over 4,429 tokens at the native size: joint in every layer, and the second one of those with two
+    assert int(blockwise) == attentions
     assert max(exporting, running) < LIMIT

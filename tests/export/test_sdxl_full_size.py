@@ -1,8 +1,9 @@
 """Stable Diffusion XL at the published widths, with random weights and within 10 GB of memory.
 
 The whole UNet has 2.57 billion parameters, 10.3 GB in float32, and an export holds them more than once. So it is
-verified in two parts: all blocks of the whole UNet with one transformer layer each ("unet"), and its middle block with
-its ten layers ("middle_block"). The second text encoder is complete. Each stage runs in a separate process.
+verified in three parts: all blocks of the whole UNet with one transformer layer each ("unet"), its middle block with
+its ten layers ("middle_block"), and the whole UNet at its full depth, where parameters of one shape share their values
+("whole_unet"). The second text encoder is complete. Each stage runs in a separate process.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from diffusers import UNet2DConditionModel
+from support.shared_weights import share_weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from unidiff_export.bundle.files import write_graph
 from unidiff_export.graphs.lowering import graph_specs, lower
@@ -52,6 +54,11 @@ def conditioned_unet(**blocks):
         addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, **blocks,
     )
 
+def whole_unet():
+    with torch.device("meta"):
+        model = unet((1, 2, 10))
+    return share_weights(model)
+
 def second():
     return CLIPTextModelWithProjection(CLIPTextConfig(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
@@ -64,7 +71,9 @@ with torch.device("meta"):  # only the exported model has weights
     models = {"unet": unet((1, 1, 1)), "text_encoder_2": second()}
     whole = {"unet": unet((1, 2, 10)), "text_encoder_2": models["text_encoder_2"]}
     print(json.dumps({name: sum(p.numel() for p in model.parameters()) for name, model in whole.items()}))
-models[graph] = {"unet": lambda: unet((1, 1, 1)), "middle_block": middle_block, "text_encoder_2": second}[graph]()
+models[graph] = {
+    "unet": lambda: unet((1, 1, 1)), "middle_block": middle_block, "whole_unet": whole_unet, "text_encoder_2": second,
+}[graph]()
 is_unet = graph != "text_encoder_2"
 checkpoint = load_base(base)
 second_encoder = replace(checkpoint.second, model=models["text_encoder_2"])
@@ -94,7 +103,7 @@ print(max(np.abs(results[name] - expected[name]).max() / max(1, np.abs(expected[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("graph", ["text_encoder_2", "unet", "middle_block"])
+@pytest.mark.parametrize("graph", ["text_encoder_2", "unet", "middle_block", "whole_unet"])
 def test_graphs_at_the_published_widths_equal_pytorch(
     tmp_path: Path, graph: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

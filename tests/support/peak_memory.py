@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,11 @@ print(max(np.abs(results[name] - expected[name]).max() / max(1, np.abs(expected[
 def run_measured(script: str, *arguments: object) -> tuple[list[str], float]:
     """The lines of its output, and its peak memory in bytes."""
     done = subprocess.run(
-        [sys.executable, "-c", script + PEAK, *map(str, arguments)], capture_output=True, text=True, timeout=1500
+        [sys.executable, "-c", script + PEAK, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *lines, last = done.stdout.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,44 @@ def make_siglip(folder: Path, **preprocessing: Any) -> Path:
 PATCH, PATCHES = 8, 30  # side of a patch, and the most patches of an image
 
 
-def make_naflex(folder: Path, **preprocessing: Any) -> Path:
-    """Write a transformers folder of a NaFlex SigLIP 2: images as at most 30 patches of 8 px, trained positions 5x5."""
+def make_naflex_base(folder: Path) -> Path:
+    """Write one of the size of siglip2-base-patch16-naflex, but for the vocabulary: at most 256 patches of 16 px."""
+    tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    return make_naflex(folder, tower=tower, patch=16, patches=256, positions=256, tokens=64, noise=0.01)
+
+
+def make_naflex(
+    folder: Path,
+    *,
+    tower: Mapping[str, int] | None = None,
+    patch: int = PATCH,
+    patches: int = PATCHES,
+    positions: int = 25,
+    tokens: int = TOKENS,
+    noise: float = 0.1,
+    **preprocessing: Any,
+) -> Path:
+    """Write a transformers folder of a NaFlex SigLIP 2, by default with at most 30 patches of 8 px, positions 5x5.
+
+    positions: A square number: the positions that the model was trained with.
+    noise: Standard deviation of what is added to all weights, so that no bias is zero.
+    """
     import torch
     from transformers import Siglip2Config, Siglip2Model
 
     torch.manual_seed(0)
-    tokens = write_tokenizer(folder)
-    tower = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vocabulary = write_tokenizer(folder) + 3
+    small = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = dict(tower or small)
     ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
     config = Siglip2Config(
-        text_config=tower | ids | {"vocab_size": tokens + 3, "max_position_embeddings": TOKENS},
-        vision_config=tower | {"num_patches": 25, "patch_size": PATCH},
+        text_config=sizes | ids | {"vocab_size": vocabulary, "max_position_embeddings": tokens},
+        vision_config=sizes | {"num_patches": positions, "patch_size": patch},
     )
     model = Siglip2Model(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     model.save_pretrained(folder)
     steps = {
         "image_processor_type": "Siglip2ImageProcessor",
@@ -72,8 +94,8 @@ def make_naflex(folder: Path, **preprocessing: Any) -> Path:
         "do_normalize": True,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
-        "patch_size": PATCH,
-        "max_num_patches": PATCHES,
+        "patch_size": patch,
+        "max_num_patches": patches,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(steps | preprocessing), encoding="utf-8")
     return folder
