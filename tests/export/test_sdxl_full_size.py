@@ -110,7 +110,8 @@ def test_graphs_at_the_published_widths_equal_pytorch(
     base = make_random_sdxl(tmp_path / "base")
     (counts, *_), exporting = run_measured(EXPORT, base, tmp_path / graph, graph)
     assert json.loads(counts) == {"unet": 2_567_463_684, "text_encoder_2": 694_659_840}, "the published sizes"
-    assert (tmp_path / graph / "model.onnx_data").is_file()
+    if graph != "whole_unet":  # whose shared weights are stored once
+        assert (tmp_path / graph / "model.onnx_data").is_file()
     (error, *_), running = run_measured(RUN, tmp_path / graph)
     with capsys.disabled():
         print(f"\n{graph}: error {float(error):.1e}, {exporting / 1e9:.1f} GB to export, {running / 1e9:.1f} GB to run")
