@@ -192,7 +192,7 @@ class _Pairs:
 
         return BatchIndices(torch.arange(self.size), torch.zeros(self.size, dtype=torch.bool))
 
-    def refresh_negatives(self, step: int, processes: Any) -> None:
+    def refresh_negatives(self, step: int, processes: Any, *, together: bool) -> None:
         """There are no hard negatives."""
 
     def latent_shape(self, indices: Any) -> tuple[int, ...]:
