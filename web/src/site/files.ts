@@ -32,10 +32,6 @@ export class SiteFiles {
     return new SiteFiles(base, index);
   }
 
-  has(name: string): boolean {
-    return name in this.index.files;
-  }
-
   size(name: string): number {
     return this.entry(name).bytes;
   }
