@@ -79,7 +79,7 @@ settings chosen for "ITC + IS, hard negatives"; "RSC encoder and generator" has 
 Figures are means over seeds, followed by the lowest and the highest seed. KID and CMMD are unbiased estimates and may
 be below zero. Intervals (95 %) come from a bootstrap over seeds and over queries or prompts, without correction for
 multiple comparisons; those on top are over the synthetic catalogs together. Arms have the same number of steps, not
-the same time. Two runs shared two cores.
+the same time. Two runs shared two cores, in part with other programs, so times are rough.
 
 A base without one synthetic catalog is trained on the other two: CLIP for {base_steps[clip]} steps, the UNet for
 {base_steps[unet]}. Its VAE and tokenizer come from the built-in base and have seen all three catalogs. {real} is tuned
@@ -157,7 +157,7 @@ def lines(content: Result, runs: Runs, folder: Path, page: Path) -> Iterator[str
         yield from [*textwrap.wrap(paragraph, 118), ""]
     yield from bases(content)
     yield from earlier_bases(content)
-    yield f"{content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
+    yield f"The last runs: {content['cpu']}, {content['cores']} cores, {content['date'][:10]}."
     yield from ["", "## Settings tried", ""]
     yield from chosen(content)
     for pairs in sizes(runs):
