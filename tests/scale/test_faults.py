@@ -8,13 +8,17 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +131,8 @@ def command(server: MisbehavingServer, source: Path, bundle: Path, tmp_path: Pat
     ]
 
 
-def run(arguments: list[str]) -> dict[str, Any]:
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=400)
+def run(arguments: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=400, env=env)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -147,6 +151,81 @@ def test_killed_worker_is_replaced(
     server.choose = once_at_upsert(3, kill)
     report = run(command(server, source, toy, tmp_path))
     assert len(killed) == 1
+    check_stored(server, tmp_path / "images", toy, report)
+
+
+class Node:
+    """One node of a Ray cluster: a `ray start` process with all that it starts."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        ports = ("--min-worker-port", "0", "--max-worker-port", "0")
+        command = [Path(sys.executable).with_name("ray"), "start", "--block", *ports, "--disable-usage-stats"]
+        size = ("--object-store-memory", str(100 << 20))
+        with (folder / "ray.log").open("ab") as log:
+            self.process = subprocess.Popen([*command, *size, *arguments], stdout=log, stderr=log)
+
+    def processes(self, name: str = "") -> list[int]:
+        return processes_of(self.process.pid, name)
+
+    def kill(self) -> None:
+        """As when the machine fails. Processes that are started meanwhile are killed, too."""
+        while found := [*self.processes(), *([self.process.pid] if self.process.poll() is None else [])]:
+            for process in found:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self.process.poll()
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[Node, Node, dict[str, str]]]:
+    """A cluster of two nodes, and the environment of its driver."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # names of sockets have at most 107 characters
+    port = address.partition(":")[2]
+    on_head = ("--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(folder))
+    # The second of two actors leaves the node that would be more than half full, and finds room there afterwards.
+    head = Node(folder, *on_head, "--num-cpus", "3")
+    try:
+        await_text(folder / "ray.log", "Ray runtime started", head)
+        worker = Node(folder, "--address", address, "--num-cpus", "2")
+        try:
+            yield head, worker, {**os.environ, "RAY_ADDRESS": address}
+        finally:
+            worker.kill()
+    finally:
+        head.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def await_text(log: Path, text: str, node: Node) -> None:
+    for _ in range(600):
+        if text in log.read_text():
+            return
+        assert node.process.poll() is None, log.read_text()
+        time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def test_removed_node_of_a_cluster(
+    server: MisbehavingServer,
+    source: Path,
+    toy: Path,
+    tmp_path: Path,
+    nodes: tuple[Node, Node, dict[str, str]],
+) -> None:
+    """The chunks that only the removed node had are encoded again on the other one."""
+    _, worker, environment = nodes
+    stages: list[int] = []
+
+    def remove() -> None:
+        stages.extend(worker.processes("MapBatches("))
+        worker.kill()
+
+    server.choose = once_at_upsert(3, remove)
+    report = run(command(server, source, toy, tmp_path), environment)
+    assert stages, "the removed node ran a stage of the job"
     check_stored(server, tmp_path / "images", toy, report)
 
 
