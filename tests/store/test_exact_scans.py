@@ -257,6 +257,12 @@ def test_small_store_gets_a_copy_of_all_vectors(
     assert (not engine_calls) == expected
 
 
+def test_repeated_searches_of_a_small_store_have_the_same_scores(store: EdgeStore) -> None:
+    store.upsert([record(n) for n in range(200)])
+    first = store.query(QUERY, limit=50)
+    assert all(store.query(QUERY, limit=50) == first for _ in range(5))
+
+
 def test_scan_applies_every_option_of_a_query(store: EdgeStore, engine_calls: list[int]) -> None:
     records = [record(n, color="red", n=n) for n in range(100)]
     store.upsert(records)

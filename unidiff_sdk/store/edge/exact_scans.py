@@ -5,8 +5,8 @@ The engine evaluates a filter in every search, and the matching vectors lie scat
 the matching vectors, and one pass of dot products ranks them. In a small store, handing a search to a thread of the
 engine takes longer than comparing all vectors, so searches without a filter get a copy, too.
 
-A copy is derived and never written to disk. Each search reads a part of it from the engine, so that no search waits for
-all of it. Afterwards it follows a log of the ids that were written. While a copy is incomplete, while a write is in
+A copy is derived and never written to disk. That of a small store is read by the first search. Of any other one, each
+search reads a part, so that no search waits for all of it. Afterwards it follows a log of the ids that were written. While a copy is incomplete, while a write is in
 progress, or if one ended during the scan, the engine answers instead.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["ExactScans", "MatchReader", "Matches"]
 
 BUDGET = 128 << 20  # bytes of all copies
 FEWEST = 1000  # matching records; the engine searches fewer in about the time of a scan
-SMALL = 4 << 20  # bytes of the vectors of a store that is copied as a whole. The engine builds graphs above 10 MB.
+SMALL = 1 << 20  # bytes of the vectors of a store that is copied as a whole, at once
 SHARE = 50  # searches that read a copy. Reading a 50th of it takes about as long as the engine's search.
 _LEAST_BATCH = 64  # records
 _FILTERS = 256  # that are remembered
@@ -258,7 +258,7 @@ class ExactScans:
             self._copies[key] = copy
             self._evict(copy)
         copy.searches += 1
-        if copy.unsuitable or copy.searches == 1:
+        if copy.unsuitable or (copy.searches == 1 and where is not None):
             return copy
         if copy.matches is None:
             self._read_on(copy, where, reader)
@@ -285,7 +285,8 @@ class ExactScans:
                 return
             copy.buffer = np.empty((copy.size + copy.size // 8, self._dim), np.float32)  # some are added meanwhile
             self._evict(copy)
-        ids, vectors, copy.start = reader.read_matches(where, max(_LEAST_BATCH, copy.size // SHARE), copy.start)
+        part = len(copy.buffer) if where is None else copy.size // SHARE
+        ids, vectors, copy.start = reader.read_matches(where, max(_LEAST_BATCH, part), copy.start)
         end = len(copy.ids) + len(ids)
         if end > len(copy.buffer):
             copy.buffer, copy.unsuitable = None, True
