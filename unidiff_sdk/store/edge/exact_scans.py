@@ -6,8 +6,8 @@ the matching vectors, and one pass of dot products ranks them. In a small store,
 engine takes longer than comparing all vectors, so searches without a filter get a copy, too.
 
 A copy is derived and never written to disk. That of a small store is read by the first search. Of any other one, each
-search reads a part, so that no search waits for all of it. Afterwards it follows a log of the ids that were written. While a copy is incomplete, while a write is in
-progress, or if one ended during the scan, the engine answers instead.
+search reads a part, so that no search waits for all of it. Afterwards it follows a log of the ids that were written.
+While a copy is incomplete, while a write is in progress, or if one ended during the scan, the engine answers instead.
 """
 
 from __future__ import annotations
