@@ -41,7 +41,7 @@ def available_memory() -> int | None:
 
     None if the operating system does not report it.
     """
-    found = [value for value in (_system_available(), _cgroup_available()) if value is not None]
+    found = [value for value in (_memory_in("/proc/meminfo", "MemAvailable"), _cgroup_available()) if value is not None]
     return min(found, default=None)
 
 
@@ -63,9 +63,9 @@ def peak_memory() -> Iterator[PeakMemory]:
     peak = PeakMemory()
     with suppress(OSError):  # then the peak is that since the process started, and the growth too small
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets VmHWM
-    before = _own_memory("VmRSS")
+    before = _memory_in("/proc/self/status", "VmRSS")
     yield peak
-    most = _own_memory("VmHWM")
+    most = _memory_in("/proc/self/status", "VmHWM")
     peak.growth = None if before is None or most is None else max(0, most - before)
 
 
@@ -106,15 +106,9 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def _system_available() -> int | None:
-    for line in _read_text("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _own_memory(name: str) -> int | None:
-    for line in _read_text("/proc/self/status").splitlines():
+def _memory_in(file: str, name: str) -> int | None:
+    """A line of /proc/meminfo or of a process's status, in bytes."""
+    for line in _read_text(file).splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from unidiff_sdk._internal.files import atomic_file, remove_unfinished
+from unidiff_sdk._internal.memory import free_space
 from unidiff_sdk.errors import DataError
 
 from .remote import folder_at, remote_layout
@@ -84,7 +84,7 @@ def _require_no_others(place: Path, files: Mapping[Path, object]) -> None:
 
 
 def _require_space(place: Path, needed: int) -> None:
-    if needed > (free := shutil.disk_usage(place).free):
+    if needed > (free := free_space(place)):
         raise DataError(
             f"{place} has {free / 1e9:.1f} GB of free space, but {needed / 1e9:.1f} GB are to be copied. Choose "
             "another folder, or give the URL of fewer shards."
