@@ -20,6 +20,7 @@ PACKAGES = (
     "torch",
     "diffusers",
 )
+CPUINFO = Path("/proc/cpuinfo")
 # By the flag in /proc/cpuinfo, widest first.
 ARITHMETIC = {
     "amx_int8": "AMX",
@@ -43,20 +44,32 @@ def host() -> dict[str, object]:
     }
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def processor(cpuinfo: Path = CPUINFO) -> str:
     """Return the processor's name and its widest vector arithmetic, as far as /proc/cpuinfo lists them.
 
     Virtual machines use one name for several generations of processors, and the speed of int8 depends on the
     arithmetic.
     """
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    entries = _entries(cpuinfo)
+    if not entries:
         return platform.processor() or platform.machine()
-    entries = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = entries.get("flags", "").split()
     widest = next((f", {name}" for flag, name in ARITHMETIC.items() if flag in flags), "")
     return entries.get("model name", platform.machine()) + widest
+
+
+def computes_bf16(cpuinfo: Path = CPUINFO) -> bool:
+    """Return whether the processor multiplies bfloat16, so that OpenVINO accepts it."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_entries(cpuinfo).get("flags", "").split())
+
+
+def _entries(cpuinfo: Path) -> dict[str, str]:
+    """Return the entries of the last processor; none if there is no such file."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def version_of(name: str) -> str | None:

@@ -63,6 +63,7 @@ def main(cache: Path, **chosen: Any) -> None:
     depends = [HERE / "sd15.py", HERE / "unet_peer.py"]
     question = "How long does one call of each graph of Stable Diffusion 1.5 take?"
     bench = Benchmark(__file__, question, depends=depends, **chosen)
+    from _host import computes_bf16
     from sd15 import graph_file
     from unet_peer import inputs
 
@@ -87,6 +88,8 @@ def main(cache: Path, **chosen: Any) -> None:
         left_out = TOO_LARGE if graph == "unet" and side == 64 else set()
         if model != "sd15" or graph == "image_encoder":
             left_out = left_out | {"optimum-onnx fp32"}  # it exports whole pipelines only
+        if not computes_bf16():
+            left_out = left_out | {name for name in (*OURS, *PEERS) if name.endswith("OpenVINO bf16")}
 
         def worker(engine: str, environment: str | None, folder: Path) -> Worker:
             script, call = HERE / "unet_peer.py", f"{graph} {batch} {side}"  # noqa: B023

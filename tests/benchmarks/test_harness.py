@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from _host import processor
+from _host import computes_bf16, processor
 from harness import Benchmark, Process, Seconds, Worker, measure, peer_python, require_this_code, spread
 from provenance import ROOT
 
@@ -169,6 +169,16 @@ def test_processor_adds_the_widest_arithmetic_to_the_name(cpuinfo: str | None, n
     if cpuinfo is not None:
         file.write_text(f"processor\t: 0\n{cpuinfo}\n{cpuinfo}")
     assert processor(file) == name
+
+
+@pytest.mark.parametrize(
+    ("flags", "computes"), [("avx512f avx512_bf16", True), ("amx_bf16", True), ("avx512_vnni", False), (None, False)]
+)
+def test_whether_the_processor_computes_in_bfloat16(flags: str | None, computes: bool, tmp_path: Path):
+    file = tmp_path / "cpuinfo"
+    if flags:
+        file.write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+    assert computes_bf16(file) is computes
 
 
 def test_code_from_another_folder_is_not_measured(tmp_path: Path):
