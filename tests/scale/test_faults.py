@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.misbehaving_server import MisbehavingServer, Request
@@ -230,9 +231,9 @@ def test_removed_node_of_a_cluster(
 
 
 def test_killed_driver_is_resumed(server: MisbehavingServer, source: Path, toy: Path, tmp_path: Path) -> None:
-    first = subprocess.Popen(
-        command(server, source, toy, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    embeddings = tmp_path / "embeddings"
+    arguments = command(server, source, toy, tmp_path, "--embeddings", str(embeddings))
+    first = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def kill_later() -> None:
         threading.Timer(0.2, first.kill).start()
@@ -242,11 +243,16 @@ def test_killed_driver_is_resumed(server: MisbehavingServer, source: Path, toy: 
     time.sleep(5)  # its workers end with it
     recorded = len((tmp_path / "run.jsonl").read_text().split())
     upserts = sum(request.method == "PUT" and request.path.endswith("/points") for request in server.requests)
-    report = run(command(server, source, toy, tmp_path, "--resume"))
+    encoded = {file: file.stat().st_mtime_ns for file in embeddings.rglob("*.parquet")}
+    report = run([*arguments, "--resume"])
     check_stored(server, tmp_path / "images", toy, report)
     assert recorded and upserts >= 4
+    assert encoded and all(file.stat().st_mtime_ns == before for file, before in encoded.items())
+    tables = [pq.read_table(file, columns=["id"]) for file in embeddings.rglob("*.parquet")]
+    ids = sorted(id for table in tables for id in table["id"].to_pylist())
     before = server.client.scroll("catalog", limit=10_000)[0]
-    again = run(command(server, source, toy, tmp_path))
+    assert ids == sorted(point.payload["id"] for point in before if point.payload)
+    again = run(arguments)
     assert again["added"] == 0 and again["skipped"] == report["added"] + report["skipped"]
     assert server.client.scroll("catalog", limit=10_000)[0] == before, "a repeated run changes nothing"
 

@@ -13,6 +13,10 @@ One row per item:
 
 Restoring creates thumbnails, payload indexes and the search index again. The metadata of the file hold, under the key
 "unidiff", the version of the format and the bundle as JSON.
+
+The embedding files of bulk jobs (`scale.index(embeddings=)`) have the same columns except for `image`. Instead:
+
+    uri        string                   the URI of the image in the image store of the catalog
 """
 
 from __future__ import annotations
@@ -53,31 +57,33 @@ from .writer import BATCH_SIZE, PreparedBatch
 if TYPE_CHECKING:
     from .catalog import Catalog
 
-__all__ = ["Archive", "ArchivedItem", "check_replaceable", "restore_archive", "write_archive"]
+__all__ = ["Archive", "ArchivedItem", "check_replaceable", "restore_archive", "write_archive", "write_embeddings"]
 
 _RESERVED = set(RESERVED)  # keys of a stored payload that have their own columns
 
-FORMAT, SCHEMA_VERSION = "unidiff-export", 1
+FORMAT, EMBEDDINGS, SCHEMA_VERSION = "unidiff-export", "unidiff-embeddings", 1
 ROW_GROUP_BYTES = 32 << 20  # size of the images of a row group, which writer and readers hold in memory
 ROW_GROUP_ROWS = 1024
 READ_SIZE = 64  # records read from the store at once
+# Checksums tell damaged embeddings from others: nearly all bits of a vector can change without making it invalid.
+_WRITING = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
 
 
 @dataclass(frozen=True)
 class ArchivedItem:
-    """One row of an archive; the attributes are its columns."""
+    """One row of an archive; the attributes are its columns. In an embedding file, `image` is the URI."""
 
     id: str | int
     text: str | None
     payload: dict[str, Any]
     vector: Vector
-    image: bytes
+    image: bytes | str
     sha256: str
     source: str | None
 
-    def open_image(self) -> ItemImage:
-        """The image, with its hash verified. Raises ImageError."""
-        image = ItemImage(self.image)
+    def open_image(self, images: ImageStore) -> ItemImage:
+        """The image, with its hash verified; `images` has those of embedding files. Raises ImageError."""
+        image = ItemImage(_read_image(images, self.image, self.id) if isinstance(self.image, str) else self.image)
         if image.sha256 != self.sha256:  # arrays and PIL images are hashed by their pixels
             image = ItemImage(image.decoded)
         if image.sha256 != self.sha256:
@@ -134,18 +140,14 @@ def write_archive(
     path, clause = check_replaceable(path, overwrite), parse(where)
     remove_unfinished(path.parent)
     parquet = pyarrow_parquet("export")
-    store, reference = snapshot.store, snapshot.file.bundle
-    bundle = reference.describe(reference.portable(snapshot.folder))
-    metadata = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "bundle": bundle}
-    schema = _schema(store.dim).with_metadata({ARCHIVE_KEY: json.dumps(metadata)})
+    store = snapshot.store
+    schema = _described(_schema(store.dim), FORMAT, snapshot.describe_bundle())
     warn_about_filter(store, clause)
     total, count = store.count(clause), 0
     with (
         progress_bar("Exporting", progress) as advance,
         atomic_file(path) as temporary,
-        parquet.ParquetWriter(
-            temporary, schema, compression="zstd", use_dictionary=False, write_statistics=False
-        ) as writer,
+        parquet.ParquetWriter(temporary, schema, **_WRITING) as writer,
     ):
         for group in _groups(_rows(store, images, clause)):
             size = sum(len(row["image"]) + len(row["payload"]) + 4 * store.dim for row in group)
@@ -156,7 +158,29 @@ def write_archive(
     return count
 
 
-def _schema(dim: int) -> Any:
+def write_embeddings(path: Path, records: Sequence[Record], bundle: Mapping[str, Any]) -> None:
+    """Write an embedding file.
+
+    Args:
+        path: the file, which is replaced.
+        records: the items. Their URIs are those of copies in the image store, and `source` is an absolute path or URL.
+        bundle: the bundle that produced the embeddings, see `Snapshot.describe_bundle`.
+
+    Raises:
+        DataError: pyarrow is missing.
+    """
+    parquet = pyarrow_parquet("embeddings")
+    schema = _described(_schema(bundle["dim"], images=False), EMBEDDINGS, bundle)
+    rows = [_columns(record) | {"uri": system_of(record.payload)["uri"]} for record in records]
+    parquet.write_table(_table(rows, schema), path, **_WRITING)
+
+
+def _described(schema: Any, kind: str, bundle: Mapping[str, Any]) -> Any:
+    metadata = {"format": kind, "schema_version": SCHEMA_VERSION, "bundle": bundle}
+    return schema.with_metadata({ARCHIVE_KEY: json.dumps(metadata)})
+
+
+def _schema(dim: int, *, images: bool = True) -> Any:
     import pyarrow as pa
 
     text, given = pa.string(), {"nullable": False}
@@ -167,7 +191,7 @@ def _schema(dim: int) -> Any:
             pa.field("text", text),
             pa.field("payload", text, **given),
             pa.field("vector", pa.list_(pa.float32(), dim), **given),
-            pa.field("image", pa.binary(), **given),
+            pa.field("image", pa.binary(), **given) if images else pa.field("uri", text, **given),
             pa.field("sha256", text, **given),
             pa.field("source", text),
         ]
@@ -186,25 +210,37 @@ def _rows(store: Store, images: ImageStore, where: Clause | None) -> Iterator[di
 
 
 def _row(record: Record, images: ImageStore) -> dict[str, Any]:
+    columns, system = _columns(record), system_of(record.payload)
+    source = columns["source"]
+    return columns | {
+        "image": _original(images, system["uri"], system["sha256"], record.payload["id"]),
+        "source": source if source is None or is_object_storage(source) else str(images.locate(source)),
+    }
+
+
+def _columns(record: Record) -> dict[str, Any]:
+    """The columns that exports and embedding files share."""
     system, id = system_of(record.payload), record.payload["id"]
-    source = system.get("source")
     return {
         "id": str(id),
         "id_is_int": isinstance(id, int),
         "text": record.payload.get("text"),
         "payload": json.dumps({k: v for k, v in record.payload.items() if k not in _RESERVED}, ensure_ascii=False),
         "vector": record.vector,
-        "image": _original(images, system["uri"], system["sha256"], id),
         "sha256": system["sha256"],
-        "source": source if source is None or is_object_storage(source) else str(images.locate(source)),
+        "source": system.get("source"),
     }
 
 
-def _original(images: ImageStore, uri: str, sha256: str, id: str | int) -> bytes:
+def _read_image(images: ImageStore, uri: str, id: str | int) -> bytes:
     try:
-        data = images.read(uri)
+        return images.read(uri)
     except StoredImageError as error:
         raise StoredImageError(f"The image of {id!r} cannot be read: {error}") from error
+
+
+def _original(images: ImageStore, uri: str, sha256: str, id: str | int) -> bytes:
+    data = _read_image(images, uri, id)
     # Copies are named by their hash; a referenced file may have changed.
     if sha256 not in uri and hashlib.sha256(data).hexdigest() != sha256:
         raise ImageError(f"The image of {id!r} has changed since it was indexed. Index {images.locate(uri)} again.")
@@ -236,7 +272,7 @@ def _table(rows: Sequence[dict[str, Any]], schema: Any) -> Any:
 
 @dataclass(frozen=True)
 class Archive:
-    """The header of a file that `write_archive` wrote.
+    """The header of a file that `write_archive` or `write_embeddings` wrote.
 
     Attributes:
         path: the file.
@@ -259,7 +295,8 @@ class Archive:
         file = open_parquet(path)
         try:
             head = parse_json((file.schema_arrow.metadata or {})[ARCHIVE_KEY], "the metadata", error=OptionError)
-            version = head["schema_version"] if head["format"] == FORMAT else None
+            kind = head["format"]
+            version = head["schema_version"] if kind in (FORMAT, EMBEDDINGS) else None
             bundle = {name: str(head["bundle"][name]) for name in ("name", "path", "fingerprint")}
             dim = int(number_within("dim", head["bundle"]["dim"], 1, MAX_DIM, DataError, whole=True))
         except (KeyError, TypeError, ValueError) as error:
@@ -269,7 +306,7 @@ class Archive:
                 f"{path} has schema version {version!r}; this version of unidiff-sdk reads {SCHEMA_VERSION}. "
                 "Upgrade unidiff-sdk."
             )
-        if not file.schema_arrow.equals(_schema(dim)):
+        if not file.schema_arrow.equals(_schema(dim, images=kind == FORMAT)):
             raise DataError(f"{path} does not have the columns of an export: {', '.join(file.schema_arrow.names)}")
         return cls(path, bundle, dim, file.metadata.num_rows)
 
@@ -358,7 +395,7 @@ def _load(archive: Archive, catalog: Catalog, reencode: bool, progress: bool) ->
     def prepare(batch: list[ArchivedItem]) -> PreparedBatch:
         items = []
         for archived in batch:
-            item = item_of(archived.open_image(), archived.text, archived.id, archived.payload)
+            item = item_of(archived.open_image(images), archived.text, archived.id, archived.payload)
             images.add(item.image)
             source = archived.source
             if source is not None and not is_object_storage(source):
@@ -386,7 +423,7 @@ def _item(row: dict[str, Any]) -> ArchivedItem:
         text=row["text"],
         payload=payload,
         vector=np.array(row["vector"], np.float32),
-        image=row["image"],
+        image=row["uri"] if "uri" in row else row["image"],
         sha256=row["sha256"],
         source=row["source"],
     )

@@ -212,6 +212,10 @@ class Snapshot:
         finally:
             self._rebuilding.release()
 
+    def describe_bundle(self) -> dict[str, Any]:
+        """The bundle as JSON, with a path that is valid everywhere on this machine."""
+        return self.file.bundle.describe(self.file.bundle.portable(self.folder))
+
     def describe(self) -> dict[str, Any]:
         """The number of items, date of creation, columns and bundle, as in `Catalog.info`."""
         reference = self.file.bundle

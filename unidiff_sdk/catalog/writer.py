@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,14 +26,20 @@ from unidiff_sdk.store import Record, Store, Vector
 from unidiff_sdk.store.filters import Compare
 from unidiff_sdk.store.ids import key_of
 from unidiff_sdk.store.images import ImageStore, ItemImage
+from unidiff_sdk.store.images.object_storage import is_object_storage
 from unidiff_sdk.store.payload import SYSTEM, is_item, system_of
 from unidiff_sdk.store.protocol import check_records
 
 from .items import Item, checked_columns, images_of, item_of, refuse_reserved
 from .results import AddReport
-from .snapshot import CurrentSnapshot, Snapshot
+from .snapshot import CurrentSnapshot, OpenCatalog, Snapshot
 
-__all__ = ["BATCH_SIZE", "COMMIT_SIZE", "PreparedBatch", "Writer"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from unidiff_sdk.generation.options import GenerationOptions
+
+__all__ = ["BATCH_SIZE", "COMMIT_SIZE", "BulkAccess", "PreparedBatch", "Writer"]
 
 BATCH_SIZE = 32  # images encoded at once
 COMMIT_SIZE = 256  # records in one call of the store
@@ -372,6 +378,47 @@ class Writer:
                 f'The bundle "{bundle.name}" was trained on rendered, synthetic products only. On other images its '
                 "results are not meaningful: fine-tune it on your own data (unidiff-train, unidiff-export)."
             )
+
+
+class BulkAccess:
+    """An open catalog as bulk jobs (`scale`) use it, beyond the methods of `Catalog`.
+
+    Args:
+        catalog: the catalog.
+    """
+
+    def __init__(self, catalog: OpenCatalog) -> None:
+        self._current, self._images = catalog._current, catalog._images
+        self._writer = Writer(self._current, self._images)
+
+    @property
+    def bundle(self) -> dict[str, Any]:
+        """Name, path, fingerprint and dimensions of the bundle, as archives have them."""
+        return self._current.get().describe_bundle()
+
+    def source_uri(self, source: str) -> str:
+        """The absolute path or URL of a dataset as `Catalog.add_folder` records it."""
+        return source if is_object_storage(source) else self._images.reference(Path(source))
+
+    def check_options(self, options: GenerationOptions) -> None:
+        """Raise OptionError or BundleError for options that the bundle cannot generate with."""
+        self._current.get().generator.resolve(options)
+
+    def encode(self, image: Image.Image) -> Vector:
+        """The embedding of an image."""
+        vector: Vector = self._current.get().encoder.encode_images([image])[0]
+        return vector
+
+    def store(self, items: Sequence[Item]) -> int:
+        """Store items that have their embeddings; of equal ids, the last one. Returns how many were new or changed."""
+        changed = self._writer.changed(list({item.key: item for item in items}.values()))
+        for _ in self._writer.store([PreparedBatch(self._current.get(), [], changed, [], [])], copy=True):
+            pass
+        return len(changed)
+
+    def optimize_if_large(self) -> None:
+        """Build the search index if searches would be slow without it."""
+        self._current.get().optimize_if_large()
 
 
 def _without_repeated_ids(batch: PreparedBatch, keys: CompactSet, strict: bool) -> PreparedBatch:

@@ -288,7 +288,9 @@ def read_parquet(path: Path, check_header: CheckHeader) -> Rows:
     with parquet_errors(path):
         # Values of these columns take memory once, although many rows refer to them.
         dictionaries = sorted({column.name for column in columns if column.repeated and not column.is_nested})
-        file = pyarrow_parquet(str(path)).ParquetFile(path, read_dictionary=dictionaries)
+        file = pyarrow_parquet(str(path)).ParquetFile(
+            path, read_dictionary=dictionaries, page_checksum_verification=True
+        )
         batches = file.iter_batches(batch_size=_batch_rows(file.metadata, columns))
         yield from _rows(path, file.schema_arrow.names, batches)
 

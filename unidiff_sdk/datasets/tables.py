@@ -67,17 +67,21 @@ def count_table_rows(path: Path) -> int:
 
 
 def _archived(rows: TableRows) -> TableRows:
-    """The rows of an archive (`catalog.archive`) as they were indexed: 7 and "7" are different ids."""
+    """The rows of an archive (`catalog.archive`) as they were indexed: 7 and "7" are different ids.
+
+    Embedding files have the column `uri` instead of `image`.
+    """
     for number, row in rows:
         if isinstance(row, str):
             yield number, row
             continue
         try:
             payload = parse_json(row["payload"], "the payload")
-            if repeated := payload.keys() & {"image", "file_name", "id", "text"}:
+            image = "uri" if "uri" in row else "image"
+            if repeated := payload.keys() & {image, "image", "file_name", "id", "text"}:
                 raise DataError(f"the payload has a column {min(repeated)}. Use unidiff restore.")
             id = int(row["id"]) if row["id_is_int"] else row["id"]
-            yield number, {"image": row["image"], "text": row["text"], "id": id, **payload}
+            yield number, {image: row[image], "text": row["text"], "id": id, **payload}
         except (DataError, KeyError, TypeError, ValueError) as error:
             yield number, f"the row of the archive is damaged: {error}"
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unidiff_sdk._internal.files import write_atomically
 from unidiff_sdk._internal.json_values import number_within, whole_number
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.text import hide_key, json_text
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.catalog.catalog_file import MEMORY
+from unidiff_sdk.catalog.writer import BulkAccess
 from unidiff_sdk.datasets.reader import TABLES, InvalidRow, check_invalid_count
 from unidiff_sdk.datasets.tables import read_lines, read_table
 from unidiff_sdk.errors import DataError, OptionError, UniDiffError
@@ -118,18 +118,18 @@ def generate(
         raise OptionError(f"generate has no {', '.join(refused)}: bulk jobs generate each image from its prompt")
     checked: GenerationOptions = call_with(GenerationOptions, options, "generate")
     options = {name: getattr(checked, name) for name in options}
-    output, job = _Output(to), _file_job(Path(prompts))
+    output, job = ObjectFolder(image_place(to, "to")), _file_job(Path(prompts))
     chunks = list(batched(_prompts(Path(prompts)), CHUNK_PROMPTS))
     place, opening = MEMORY if catalog is None else catalog, hide_key(dict(opening or {}))
     if workers > 1 and catalog is not None and not is_url(str(place)):
         raise OptionError(f"{place} is a folder, which one process opens. Give workers=1, or a catalog on a server.")
     with Catalog(place, bundle, create=catalog is None, **opening) as opened:
-        opened._current.get().generator.resolve(checked)  # raises for options that the bundle cannot generate with
+        BulkAccess(opened).check_options(checked)
         path, fingerprint = absolute(opened.bundle.path), opened.bundle.fingerprint
     to, place, opening = absolute(to), absolute(place), absolute_images(opening)
     job |= {"to": to, "bundle": fingerprint, "catalog": [place, opening.get("collection")], "options": options}
     job |= {"seed": seed, "duplicates": duplicates}
-    if not resume and output.has_dataset():
+    if not resume and output.has(METADATA):
         raise DataError(f"{to} has a dataset already ({METADATA}). Choose another place.")
     default = user_cache("bulk", f"{job['prompts']}\0{to}").with_suffix(".jsonl")
     file = RunFile(Path(record) if record is not None else default, job, resume=resume)
@@ -179,32 +179,6 @@ def _run(
             advance(CHUNK_PROMPTS * count, CHUNK_PROMPTS * len(left))
 
 
-class _Output:
-    """The place of the dataset: a folder or object storage."""
-
-    def __init__(self, to: str | Path) -> None:
-        place = image_place(to)
-        self._folder = place if isinstance(place, Path) else None
-        self._objects = None if isinstance(place, Path) else ObjectFolder(place)
-
-    def has_dataset(self) -> bool:
-        if self._objects is not None:
-            return self._objects.has(METADATA)
-        return self._folder is not None and (self._folder / METADATA).exists()
-
-    def write(self, name: str, data: bytes) -> None:
-        if self._objects is not None:
-            self._objects.write(name, data)
-        elif self._folder is not None:
-            write_atomically(self._folder / name, data)
-
-    def delete(self, name: str) -> None:
-        if self._objects is not None:
-            self._objects.delete(name)
-        elif self._folder is not None:
-            (self._folder / name).unlink(missing_ok=True)
-
-
 class _Generate:
     """Generates the images of chunks of prompts with one open catalog."""
 
@@ -230,8 +204,8 @@ class _Generate:
         return Catalog(**{**self._opening, "bundle": bundle})
 
     @cached_property
-    def _output(self) -> _Output:
-        return _Output(self._to)
+    def _output(self) -> ObjectFolder:
+        return ObjectFolder(image_place(self._to))
 
     def __call__(self, batch: Batch) -> Batch:
         return replaced(batch, self._chunk)
@@ -266,7 +240,7 @@ class _Generate:
         columns = {"file_name": name, "text": image.prompt, **image.payload, "score": image.score, **nearest}
         if not self._embed:
             return {"row": row, "columns": columns}
-        (vector,) = self._catalog._current.get().encoder.encode_images([image.image])
+        vector = BulkAccess(self._catalog).encode(image.image)
         return {"row": row, "columns": columns, "vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
 
 
@@ -296,7 +270,9 @@ def _file_job(path: Path) -> dict[str, Any]:
     return {"prompts": [str(path.resolve()), status.st_size, status.st_mtime]}
 
 
-def _finish(prompts: Path, file: RunFile, output: _Output, duplicates: float | None, started: float) -> BulkGeneration:
+def _finish(
+    prompts: Path, file: RunFile, output: ObjectFolder, duplicates: float | None, started: float
+) -> BulkGeneration:
     """Leave out near-duplicates and write the metadata, in the order of the prompts."""
     entries = sorted(file.entries(), key=lambda entry: entry["part"])
     images = [image for entry in entries for image in entry["images"]]

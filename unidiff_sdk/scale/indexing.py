@@ -15,11 +15,13 @@ from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.catalog.catalog_file import MEMORY
 from unidiff_sdk.catalog.results import AddReport
+from unidiff_sdk.catalog.writer import BulkAccess
 from unidiff_sdk.datasets.reader import InvalidRow, check_invalid_count, count_rows
 from unidiff_sdk.errors import InUseError, OptionError, UniDiffError
-from unidiff_sdk.store.images.object_storage import is_object_storage, user_cache
+from unidiff_sdk.store.images.object_storage import ObjectStorage, is_object_storage, user_cache
 
 from .cluster import processes_per_machine, ray_data
+from .embeddings import Embeddings
 from .parts import CHUNK_ROWS, Part, find_parts, pack, unpack
 from .run_file import RunFile
 from .stages import Encode, Store, read
@@ -40,6 +42,7 @@ def index(
     workers: int = 1,
     gpus: float = 0,
     batch_size: int | None = None,
+    embeddings: str | Path | ObjectStorage | None = None,
     record: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -60,6 +63,8 @@ def index(
         gpus: GPUs for each of them, such as 1 or 0.5. 0: the CPU.
         batch_size: images that a worker encodes at once, 1 to 64. Default: on the CPU, what fits into half of the free
             memory, by a measurement at the start; with GPUs, 64.
+        embeddings: a folder or URL for Parquet files with the embeddings, for one bundle and any number of datasets. A
+            chunk is written there before it is stored. Images that have their embedding there are not encoded again.
         record: the file that records finished chunks and invalid rows. Default: a file in the cache of this user.
         resume: skip the chunks that the record of an interrupted run has.
         progress: show a progress bar.
@@ -73,7 +78,8 @@ def index(
         OptionError: an argument is invalid.
         DataError: the source is missing or holds nothing that can be read; or with `resume`, there is no record, or
             that of another job.
-        StoreError, BundleError: as for `Catalog`. What was stored until then is recorded.
+        StoreError, BundleError: as for `Catalog`; or the embeddings are of another bundle. What was stored until then
+            is recorded.
     """
     started = time.perf_counter()
     workers = whole_number("workers", workers, at_least=1)
@@ -86,14 +92,16 @@ def index(
     opening = hide_key(opening)
     with Catalog(to, bundle, **opening) as catalog:  # reports what is wrong with it, before processes start
         opened, folder, source = catalog.bundle, catalog.folder, absolute(source)
-        # As `add_folder` records it.
-        origin = source if is_object_storage(source) else catalog._images.reference(Path(source))
+        access = BulkAccess(catalog)
+        origin = access.source_uri(source)
+        files = None if embeddings is None else Embeddings.open(embeddings, access.bundle, source)
     to, opening = absolute(to), absolute_images(opening)
     job = {
         "source": source,
         "to": [to, absolute(folder), opening.get("collection")],
         "bundle": opened.fingerprint,
         "options": [columns, kinds, CHUNK_ROWS],
+        "embeddings": files and files.name,
         "parts": [[part.name, part.size, part.modified] for part in parts],
     }
     file = RunFile(Path(record) if record is not None else _record_place(job), job, resume=resume)
@@ -101,7 +109,7 @@ def index(
     try:
         if left := _open_parts(parts, origin, file):
             with ray_data(workers) as data:
-                finished = _stages(data, left, arguments, columns, kinds, workers, gpus, batch_size)
+                finished = _stages(data, left, arguments, columns, kinds, workers, gpus, batch_size, files)
                 _record_all(finished, file, _total(source) if progress else 0, progress)
         if not is_url(to):
             _optimize(to, opening)
@@ -119,6 +127,7 @@ def _stages(
     workers: int,
     gpus: float,
     batch_size: int | None,
+    embeddings: Embeddings | None,
 ) -> Iterable[Mapping[str, Any]]:
     """The finished chunks. Ray starts a killed process again, and repeats what it had not finished."""
     pool = data.ActorPoolStrategy
@@ -132,6 +141,7 @@ def _stages(
         "device": "cuda" if gpus else "cpu",
         "batch_size": batch_size or (CHUNK_ROWS if gpus else None),
         "processes": processes_per_machine(workers),
+        "embeddings": embeddings,
     }
     rows = rows.map_batches(
         Encode,
@@ -174,7 +184,7 @@ def _optimize(to: str, opening: Mapping[str, Any]) -> None:
     """Build the search index of a catalog in a folder if it is large, as `Catalog.add_folder` does."""
     try:
         with Catalog(to, create=False, **opening) as catalog:
-            catalog._current.get().optimize_if_large()
+            BulkAccess(catalog).optimize_if_large()
     except InUseError as error:  # a cluster may not have ended the process that wrote it
         warn(f"All items are stored, but the search index was not built. Call optimize() later. {error}")
 

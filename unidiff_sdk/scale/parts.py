@@ -21,8 +21,7 @@ from unidiff_sdk.datasets.values import checked_kinds
 from unidiff_sdk.errors import DataError, ImageError
 from unidiff_sdk.store.images.object_storage import is_object_storage
 
-from .remote import find_below, folder_at, remote_layout
-from .rows import RawRow
+from .remote import RawRow, find_below, folder_at, remote_layout
 
 __all__ = ["Part", "find_parts", "pack", "read_chunks", "unpack"]
 

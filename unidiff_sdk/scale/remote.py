@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from unidiff_sdk._internal.images import MAX_FILE_SIZE
 from unidiff_sdk.datasets.layouts import METADATA, Layout, layout_of
@@ -14,15 +15,32 @@ from unidiff_sdk.datasets.reader import TABLES, InvalidRow, caption_of, spelling
 from unidiff_sdk.errors import DataError
 from unidiff_sdk.store.images.object_storage import ObjectFolder, ObjectStorage
 
-from .rows import RawRow
-
-__all__ = ["FETCHED_ROWS", "fetched", "find_below", "folder_at", "remote_layout"]
+__all__ = ["FETCHED_ROWS", "RawRow", "fetched", "find_below", "folder_at", "remote_layout"]
 
 FETCHED_ROWS = 16
 """Rows whose images a process fetches at the same time, which hides the latency of the storage."""
 
 Facts = Mapping[Path, tuple[int, float]]
 """The size in bytes of files, and their modification in seconds since 1970."""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row whose image is not decoded yet. The processes of bulk indexing pass it on.
+
+    Attributes:
+        image: its bytes; a path that all machines can read; or with `url`, a name in object storage.
+        url: the object storage that holds `image` and `caption`.
+        caption: the name of the text file that holds the caption.
+    """
+
+    image: bytes | str
+    text: str
+    payload: dict[str, Any]
+    name: str
+    line: int
+    url: str | None = None
+    caption: str | None = None
 
 
 def folder_at(url: str) -> ObjectFolder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,18 @@ import numpy as np
 from unidiff_sdk._internal.parallel import batched
 from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.catalog.items import Item, item_of
-from unidiff_sdk.catalog.writer import PreparedBatch
+from unidiff_sdk.catalog.writer import BulkAccess
 from unidiff_sdk.datasets.reader import InvalidRow
 from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
+from unidiff_sdk.store import Vector
 from unidiff_sdk.store.images import ItemImage
 
 from .batching import BatchSize
+from .embeddings import Embeddings
 from .parts import Part, pack, read_chunks, unpack
-from .remote import FETCHED_ROWS, fetched
-from .rows import RawRow
+from .remote import FETCHED_ROWS, RawRow, fetched
 
 __all__ = ["Encode", "Store", "read", "replaced"]
 
@@ -40,7 +41,8 @@ def read(row: dict[str, Any], columns: Any = None, kinds: Any = None) -> Iterato
     try:
         for number, (rows, invalid, last) in enumerate(read_chunks(part, columns, kinds)):
             if number not in done:
-                yield {"number": row["number"], "chunk": number, "last": last, "rows": pack((origin, rows, invalid))}
+                content = pack((part.name, origin, rows, invalid))
+                yield {"number": row["number"], "chunk": number, "last": last, "rows": content}
     except UniDiffError as error:
         yield {"number": row["number"], "chunk": number, "last": False, "rows": pack(error.with_traceback(None))}
 
@@ -52,10 +54,13 @@ class Encode:
         bundle: its path.
         device: as for `Bundle.open`.
         batch_size, processes: as for `BatchSize`.
+        embeddings: where known embeddings are, and those of encoded chunks are written.
     """
 
-    def __init__(self, bundle: str, device: str, batch_size: int | None, processes: int) -> None:
-        self._bundle, self._device = bundle, device
+    def __init__(
+        self, bundle: str, device: str, batch_size: int | None, processes: int, embeddings: Embeddings | None = None
+    ) -> None:
+        self._bundle, self._device, self._embeddings = bundle, device, embeddings
         self._batch = BatchSize(batch_size, processes)
 
     @cached_property
@@ -64,31 +69,48 @@ class Encode:
         return Encoder(Bundle.open(self._bundle, device=self._device, threads=threads))
 
     def __call__(self, batch: Batch) -> Batch:
-        return replaced(batch, self._encode)
+        return replaced(batch, partial(self._chunk, int(batch["chunk"][0]), bool(batch["last"][0])))
 
-    def _encode(self, chunk: Any) -> tuple[list[Item], list[InvalidRow]]:
-        source, rows, invalid = chunk
+    def _chunk(self, number: int, last: bool, chunk: Any) -> tuple[list[Item], list[InvalidRow]]:
+        part, source, rows, invalid = chunk
+        if self._embeddings is None:
+            return self._encode(rows, source, invalid, {}), invalid
+        existing = self._embeddings.read(part, number)
+        items = self._encode(rows, source, invalid, self._embeddings.vectors(existing))
+        is_end = last and not any(row.hides_later_rows for row in invalid)
+        self._embeddings.write(part, number, items, last=is_end, existing=existing)
+        return items, invalid
+
+    def _encode(
+        self, rows: list[RawRow], source: str, invalid: list[InvalidRow], known: Mapping[str, Vector]
+    ) -> list[Item]:
         contents = (row for some in batched(rows, FETCHED_ROWS) for row in fetched(some, invalid))
-        items = (item for row in contents if (item := self._item(row, source, invalid)) is not None)
+        items = (item for row in contents if (item := self._item(row, source, invalid, known)) is not None)
         encoded: list[Item] = []
         while some := list(islice(items, self._batch.size)):
-            pixels = np.stack([item.pixels for item in some if item.pixels is not None])
-            with self._batch.measured(len(some), pixels[0].nbytes):
-                vectors = self._encoder.encode_pixels(pixels)
-            encoded += [replace(item, pixels=None, vector=vector) for item, vector in zip(some, vectors, strict=True)]
-        return encoded, invalid
+            encoded += self._with_vectors(some)
+        return encoded
 
-    def _item(self, row: RawRow, source: str, invalid: list[InvalidRow]) -> Item | None:
+    def _with_vectors(self, items: list[Item]) -> list[Item]:
+        pixels = [item.pixels for item in items if item.pixels is not None]
+        if not pixels:
+            return items
+        with self._batch.measured(len(pixels), pixels[0].nbytes):
+            vectors = iter(self._encoder.encode_pixels(np.stack(pixels)))
+        return [item if item.pixels is None else replace(item, pixels=None, vector=next(vectors)) for item in items]
+
+    def _item(self, row: RawRow, source: str, invalid: list[InvalidRow], known: Mapping[str, Vector]) -> Item | None:
         payload = dict(row.payload)
         image = Path(row.image) if isinstance(row.image, str) else row.image
         try:
             item = item_of(ItemImage(image), row.text or None, payload.pop("id", None), payload)
-            pixels = self._encoder.pixels(item.image.decoded)
+            vector = known.get(item.image.sha256)
+            pixels = self._encoder.pixels(item.image.decoded) if vector is None else None
         except (DataError, ImageError, OptionError) as error:
             invalid.append(InvalidRow(row.line, row.name, str(error)))
             return None
         item.image.release()
-        return replace(item, name=row.name, line=row.line, source=source, pixels=pixels)
+        return replace(item, name=row.name, line=row.line, source=source, pixels=pixels, vector=vector)
 
 
 class Store:
@@ -110,13 +132,9 @@ class Store:
 
     def _store(self, chunk: tuple[list[Item], list[InvalidRow]]) -> dict[str, Any]:
         items, invalid = chunk
-        writer, snapshot = self._catalog._writer, self._catalog._current.get()
-        latest = list({item.key: item for item in items}.values())  # the last of equal ids
-        changed = writer.changed(latest)
-        for _ in writer.store([PreparedBatch(snapshot, [], changed, [], [])], copy=True):
-            pass
+        added = BulkAccess(self._catalog).store(items)
         failed = [(row.line, row.file_name, row.reason, row.hides_later_rows) for row in invalid]
-        return {"added": len(changed), "skipped": len(items) - len(changed), "failed": failed}
+        return {"added": added, "skipped": len(items) - added, "failed": failed}
 
 
 def replaced(batch: Batch, work: Callable[[Any], Any]) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from unidiff_sdk.training.config import TrainingConfig  # noqa: E402
 from unidiff_sdk.training.loop.resume import unfinished  # noqa: E402
 from unidiff_sdk.training.loop.trainer import _require_equal_shares, train  # noqa: E402
 from unidiff_sdk.training.objective.joint_model import JointModel  # noqa: E402
+from unidiff_sdk.training.reporting.run_log import read_log  # noqa: E402
 from unidiff_sdk.training.runtime.processes import Processes  # noqa: E402
 
 # All terms, in batches that two processes divide equally: of four pairs in a process, two pass through the UNet.
@@ -151,3 +154,23 @@ def test_shares_of_different_size_are_refused(settings: dict[str, Any], pairs: i
     _require_equal_shares(TrainingConfig(**settings), pairs, processes)
     with pytest.raises(OptionError, match=rf"^{name}: \d+ samples cannot be divided equally among 2 processes"):
         _require_equal_shares(TrainingConfig(**settings, shard=True), pairs, processes)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process_does(small_catalog: Path, random_checkpoint: Path, tmp_path: Path) -> None:
+    """The launcher sets the environment of the processes, and the command joins them."""
+    script = Path(sys.executable).with_name("unidiff-train")
+    if not script.is_file():
+        pytest.skip("needs the installed commands")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    settings = ["--steps", "3", "--batch-size", "4", "--micro-batch", "2", "--device", "cpu"]
+    losses = {}
+    for name, launcher, options in [("one", [], []), ("whole", torchrun, []), ("sharded", torchrun, ["--shard"])]:
+        base = ["--base", str(random_checkpoint), "-o", str(tmp_path / name)]
+        command = [*launcher, str(script), str(small_catalog), *base, *settings, *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        losses[name] = [step["losses"] for step in read_log(tmp_path / f"{name}.log").steps]
+        assert len(losses[name]) == 3
+        assert_same_losses(losses[name], losses["one"])
+        assert_same_weights(tmp_path / name, tmp_path / "one")

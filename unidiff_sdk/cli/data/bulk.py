@@ -56,6 +56,11 @@ def bulk() -> None:
     "--columns", callback=parse_pairs, metavar="ROLE=NAME,…", help="Names of columns, as for `unidiff index`."
 )
 @click.option("--kinds", callback=parse_pairs, metavar="COLUMN=KIND,…", help="Kinds of columns.")
+@click.option(
+    "--embeddings",
+    metavar="FOLDER|URL",
+    help="Place of Parquet files with the embeddings. Images that are there are not encoded again.",
+)
 @click.option("--resume", is_flag=True, help="Skip what an interrupted run of this job has stored.")
 @record_option
 @json_option

@@ -77,13 +77,16 @@ class ObjectStorage:
         return self.url.partition("://")[0].lower()
 
 
-def image_place(images: str | Path | ObjectStorage) -> Path | ObjectStorage:
-    """A folder, or object storage for a URL other than file://. Raises OptionError for an invalid URL."""
+def image_place(images: str | Path | ObjectStorage, name: str = "images") -> Path | ObjectStorage:
+    """A folder, or object storage for a URL other than file://. Raises OptionError for an invalid URL.
+
+    `name` is the argument that gives it, for messages.
+    """
     if isinstance(images, ObjectStorage):
         return images
     text = os.fspath(images) if isinstance(images, str | os.PathLike) else ""
     if not text or "\0" in text:
-        raise OptionError(f"images is {images!r:.60}. Give a folder, or a URL such as s3://bucket/prefix.")
+        raise OptionError(f"{name} is {images!r:.60}. Give a folder, or a URL such as s3://bucket/prefix.")
     if isinstance(images, str) and is_object_storage(images):
         return ObjectStorage(images)
     return Path(unquote(urlsplit(text).path)) if text.lower().startswith("file://") else Path(text)
@@ -101,17 +104,17 @@ def user_cache(kind: str, key: str) -> Path:
 
 
 class ObjectFolder:
-    """The files below a URL. Safe to use from several threads.
+    """The files below a URL, or in a folder of a file system. Safe to use from several threads.
 
     Raises:
         OptionError: nothing opens URLs of this kind, or an option is invalid.
         StoreError: a package is missing.
     """
 
-    def __init__(self, storage: ObjectStorage) -> None:
-        self.url = storage.url
-        self._is_atomic = storage.scheme in _ATOMIC
-        self._files, self._root = _open(storage)
+    def __init__(self, place: ObjectStorage | Path) -> None:
+        self._files, self._root = _open(place)
+        self.url = place.url if isinstance(place, ObjectStorage) else self._root
+        self._is_atomic = isinstance(place, ObjectStorage) and place.scheme in _ATOMIC
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None if there is none. Raises StoreError."""
@@ -237,12 +240,16 @@ class ObjectFolder:
             ) from error
 
 
-def _open(storage: ObjectStorage) -> tuple[AbstractFileSystem, str]:
-    """The file system of a URL, and the path of the URL in it."""
+def _open(storage: ObjectStorage | Path) -> tuple[AbstractFileSystem, str]:
+    """The file system of a URL or folder, and the path in it."""
     try:
         from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
     except ImportError as error:
-        raise StoreError(f"{storage.url} needs fsspec: pip install fsspec") from error
+        place = storage if isinstance(storage, Path) else storage.url
+        raise StoreError(f"{place} needs fsspec: pip install fsspec") from error
+    if isinstance(storage, Path):  # not as a URL: a path can have any character
+        return LocalFileSystem(), os.path.abspath(storage)
     try:
         # Listings are not kept: other machines write meanwhile.
         files, root = url_to_fs(storage.url, **{"use_listings_cache": False, **storage.options})
