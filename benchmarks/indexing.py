@@ -2,7 +2,7 @@
 
 The encoder has the shape of CLIP's ViT-B/32 (`vit.py`); the images are JPEG files of 640 x 480 pixels. UniDiff reads,
 hashes, decodes and encodes them, makes thumbnails, copies and stores. The peers decode with PIL, preprocess and encode
-with transformers, and keep the embeddings in a list.
+with transformers, and keep the embeddings in a list. On processors with bfloat16, OpenVINO also runs the fp32 bundle.
 """
 
 from __future__ import annotations
@@ -53,21 +53,16 @@ def main(images: int, small: int, **chosen: Any) -> None:
 def rate(bench: Benchmark, case: str, count: int, folder: Path) -> None:
     """Index a folder into a new catalog with the fp32 and the int8 bundle, next to the plain loop."""
     import torch
-    from vit import vit_bundle, vit_checkpoint
-
-    from unidiff_sdk import Bundle
+    from vit import vit_checkpoint
 
     torch.set_num_threads(bench.threads)
     checkpoint = vit_checkpoint()
-    bundles = {
-        precision: Bundle.open(vit_bundle(checkpoint, precision), threads=bench.threads)
-        for precision in ("fp32", "int8")
-    }
     files = write_images(folder / "images", count, SIZE, "JPEG")
     bench.row(
         case,
         ours={
-            f"UniDiff {precision}": indexes(folder / "images", bundle, folder) for precision, bundle in bundles.items()
+            name: indexes(folder / "images", bundle, folder)
+            for name, bundle in open_bundles(checkpoint, bench.threads).items()
         },
         peers={
             "transformers + PIL, batch 1": plain_loop(checkpoint, files, 1),
@@ -77,6 +72,23 @@ def rate(bench: Benchmark, case: str, count: int, folder: Path) -> None:
         items=count,
         note="UniDiff also hashes and copies the files, makes thumbnails and stores everything. The peers keep a list.",
     )
+
+
+def open_bundles(checkpoint: Any, threads: int) -> dict[str, Bundle]:
+    """Return the contestants' bundles, with OpenVINO only where it is installed and the processor has bfloat16."""
+    from vit import vit_bundle
+
+    from unidiff_sdk import Bundle
+    from unidiff_sdk.errors import ProviderError
+
+    folders = {precision: vit_bundle(checkpoint, precision) for precision in ("fp32", "int8")}
+    bundles = {f"UniDiff {precision}": Bundle.open(path, threads=threads) for precision, path in folders.items()}
+    bfloat16 = Bundle.open(folders["fp32"], threads=threads, device="openvino", precision="bf16")
+    try:
+        bfloat16.session("image_encoder")
+    except ProviderError:
+        return bundles
+    return bundles | {"UniDiff fp32, OpenVINO bf16": bfloat16}
 
 
 def indexes(images: Path, bundle: Bundle, folder: Path) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from unidiff_sdk.errors import StoreError, UniDiffError
 
 __all__ = [
     "atomic_file",
+    "cache_folder",
     "checked_path",
     "folder_hint",
     "folder_kind",
@@ -111,6 +112,11 @@ def write_atomically(path: Path, data: bytes, *, fsync: bool = False) -> None:
         if fsync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder in the cache of this user for one kind of content, such as "tensorrt". It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unidiff-sdk" / kind
 
 
 def checked_path(path: str | os.PathLike[str], error: type[UniDiffError]) -> Path:

@@ -336,7 +336,7 @@ class Generator:
             raise OptionError(f"{name} is {side}; this model has positions for at most {largest} pixels")
 
     def _check_memory(self, options: ResolvedOptions, images: int) -> None:
-        if self.bundle.device != "cpu":
+        if self.bundle.device not in ("cpu", "auto"):
             return
         _, height, width = self._model.latent_shape(options.width, options.height)
         predictions = 2 if options.guided else 1

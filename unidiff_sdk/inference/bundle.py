@@ -67,7 +67,8 @@ class Bundle:
         path: the folder.
         manifest: the content of its `manifest.json`.
         files: the files that may be used.
-        device: where the graphs run, such as "cpu", "cuda", "tensorrt" or "openvino".
+        device: where the graphs run, such as "cpu", "cuda", "tensorrt" or "openvino"; or "auto", which is "cpu" here if
+            OpenVINO cannot run the bundle. The `providers` of a session state what was chosen.
     """
 
     def __init__(
@@ -82,14 +83,13 @@ class Bundle:
         session_factory: SessionFactory = create_session,
         files: BundleFiles | None = None,
     ) -> None:
-        _check_device(path, manifest, device)
         self.path = path
         self.manifest = manifest
         self.files = files or BundleFiles(path, manifest.files)
-        self.device = device
+        self.device, self._compute = _placement(path, manifest, device, precision)
         self.adapters = Adapters(self.files, manifest.loras)
         self._threads = None if threads is None else whole_number("threads", threads, at_least=1)
-        self._capture, self._compute = capture, _compute_precision(path, manifest, precision)
+        self._capture = capture
         self._derived = manifest.format == PIPELINE_FORMAT
         self._sessions: dict[str, Session] = {}
         self._onnx_files: dict[str, tuple[OnnxFile, list[str]]] = {}
@@ -123,13 +123,16 @@ class Bundle:
             trusted_keys: PEM files with Ed25519 public keys, one of which must have signed the bundle. Needs the extra
                 `sign`. None: signatures are not checked.
             device: "cpu", "cuda" or "tensorrt"; or "openvino" (its CPU plugin), "openvino:GPU" or "openvino:NPU", which
-                need the extra `openvino`.
+                need the extra `openvino`. "auto": for each graph "cpu" or "openvino", whichever is faster on this
+                processor. That is measured when a graph is first used, which loads both, and kept in the user's cache
+                folder. Without the extra, it is "cpu".
             threads: number of threads for one call on the CPU. None: one for each core.
             capture: with "cuda", replay calls at the usual shapes (see `profile`) from a CUDA graph, for graphs
                 whose nodes all run on the GPU. `warmup` reports which.
-            precision: with "openvino", the precision of the computation: "f32" (the default), or "bf16" or "f16" where
-                the device has it; embeddings then differ slightly from those of the export. "int8" requires a bundle of
-                that precision, whose quantized layers are computed in int8 in any case.
+            precision: with "openvino" and "auto", the precision of the computation: "f32" (the default), or "bf16" or
+                "f16" where the device has it; embeddings then differ slightly from those of the export. With "auto",
+                `session` refuses graphs that differ too much. "int8" requires a bundle of that precision, whose
+                quantized layers are computed in int8 in any case.
 
         Raises:
             BundleError: the folder is not a bundle, is incomplete, was changed after its export, has another
@@ -198,7 +201,8 @@ class Bundle:
         """A graph that is ready to run, such as "unet"; loaded on first use.
 
         Raises:
-            BundleError: the bundle has no such graph, or it cannot be loaded.
+            BundleError: the bundle has no such graph, or it cannot be loaded; or with the device "auto", its results in
+                half precision differ too much from those in float32.
             ProviderError: ONNX Runtime or the device is not usable.
             StoreError: this process is a forked child of the one that opened the bundle.
         """
@@ -417,14 +421,26 @@ def _folder_of(path: str | PathLike[str] | None) -> Path:
     return download_bundle(path) if isinstance(path, str) and is_hub_name(path) else checked_path(path, BundleError)
 
 
+def _placement(path: Path, manifest: Manifest, device: str, precision: str | None) -> tuple[str, str | None]:
+    """The `device` and the `precision` of `create_session`. "auto" is "cpu" for what only ONNX Runtime runs."""
+    compute = _compute_precision(path, manifest, precision)
+    if device != "auto" or compute not in (None, "f32"):
+        _check_device(path, manifest, "openvino" if device == "auto" else device)
+        return device, compute
+    _check_device(path, manifest, "cpu")
+    return ("auto" if _runs_in_openvino(manifest) and not manifest.loras else "cpu"), None
+
+
+def _runs_in_openvino(manifest: Manifest) -> bool:
+    """Whether OpenVINO has the operators: it has those of ONNX, but not those of graphs for GPUs."""
+    return manifest.devices is None or manifest.devices[0] == "cpu"
+
+
 def _check_device(path: Path, manifest: Manifest, device: str) -> None:
     engine = engine_of(device)
-    if manifest.devices is None:
+    if manifest.devices is None or (engine == "openvino" and _runs_in_openvino(manifest)):
         return
     if engine == "openvino":
-        # It has kernels for the operators of ONNX, but not for those that the graphs for GPUs contain.
-        if manifest.devices[0] == "cpu":
-            return
         raise BundleError(
             f"{path} was exported for {manifest.target}; OpenVINO runs bundles for CPUs: unidiff-export CKPT -o BUNDLE "
             "--target cpu"

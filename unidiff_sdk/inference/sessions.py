@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from unidiff_sdk.errors import OptionError
 
+from .engines.auto import create_auto_session
 from .engines.onnx_runtime import PROVIDERS, cached_engines, create_onnx_session
 from .engines.openvino_runtime import create_openvino_session
 from .manifest import Profile, TensorSpec
@@ -74,7 +75,8 @@ class SessionFactory(Protocol):
 
 
 ENGINES: dict[str, SessionFactory] = dict.fromkeys(PROVIDERS, create_onnx_session) | {
-    "openvino": create_openvino_session
+    "openvino": create_openvino_session,
+    "auto": create_auto_session,
 }
 DEVICES = tuple(ENGINES)
 """The devices that graphs run on. Another engine adds its own to `ENGINES`."""
@@ -103,19 +105,20 @@ def create_session(
 
     Args:
         file: the `.onnx` file.
-        device: "cpu", "cuda" or "tensorrt"; or "openvino" (its CPU plugin), "openvino:GPU" or "openvino:NPU".
+        device: "cpu", "cuda" or "tensorrt"; "openvino" (its CPU plugin), "openvino:GPU" or "openvino:NPU"; or "auto":
+            "cpu" or "openvino", whichever is faster.
         threads: number of threads for one call on the CPU. None: one for each core.
         profile: the shapes that the graph is used at, for buffers and engines on a GPU.
         half: whether TensorRT may compute in half precision.
-        fingerprint: of the bundle; keeps its TensorRT engines apart from those of others.
+        fingerprint: of the bundle; keeps what is cached for it, TensorRT's engines and the choices of "auto", apart.
         capture: for "cuda", replay calls at the profile's usual shapes from a CUDA graph, where all nodes run on it.
-        precision: for "openvino", the precision of the computation: "f32", "bf16" or "f16". None: "f32". Layers that an
-            int8 graph quantizes stay int8.
+        precision: for "openvino" and "auto", the precision of the computation: "f32", "bf16" or "f16". None: "f32".
+            Layers that an int8 graph quantizes stay int8.
 
     Raises:
         OptionError: the device is unknown, `threads` is not positive, or another option is not for this device.
         ProviderError: the engine is not installed properly, or the device did not load or does not compute that way.
-        BundleError: the file cannot be loaded.
+        BundleError: the file cannot be loaded; or with "auto", its results in half precision differ too much.
     """
     engine = engine_of(device)
     if threads is not None and threads < 1:
@@ -145,7 +148,8 @@ class GraphWarmup:
     Attributes:
         graph: its name.
         providers: the execution providers that loaded; the first one runs the graph.
-        load_seconds: to read the file and, with TensorRT, to build the engine or to read it from the cache.
+        load_seconds: to read the file; also to build TensorRT's engine or read it from the cache, and with "auto" to
+            measure the engines the first time.
         first_seconds: the first call, at the usual shapes.
         next_seconds: the call after it.
         engines_built: number of TensorRT engines that were not in the cache.

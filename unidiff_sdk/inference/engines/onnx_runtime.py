@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unidiff_sdk._internal.files import cache_folder
 from unidiff_sdk._internal.lifetimes import Owner, keep_in_child
 from unidiff_sdk.errors import BundleError, OptionError, ProviderError
 from unidiff_sdk.inference.manifest import Profile, TensorSpec
@@ -26,6 +26,7 @@ __all__ = [
     "avoid_saturation",
     "cached_engines",
     "create_onnx_session",
+    "installed_packages",
     "saturates",
     "session_options",
     "tensorrt_version",
@@ -172,8 +173,8 @@ def create_onnx_session(
     """
     if precision is not None:
         raise OptionError(
-            f"precision={precision!r} needs device='openvino'; on {device!r} it is that of the export (unidiff-export "
-            "--fp16 or --int8)"
+            f"precision={precision!r} needs device='openvino' or 'auto'; on {device!r} it is that of the export "
+            "(unidiff-export --fp16 or --int8)"
         )
 
     # 1. Is the provider of the device available?
@@ -192,7 +193,7 @@ def create_onnx_session(
     if device == "tensorrt":
         # Neither ONNX Runtime nor TensorRT reads what another version of either wrote.
         versions = f"onnxruntime-{onnxruntime.__version__}-tensorrt-{(find_tensorrt or tensorrt_version)()}"
-        engines = _cache_folder() / versions / f"{fingerprint[:16]}-{file.parent.name}"
+        engines = cache_folder("tensorrt") / versions / f"{fingerprint[:16]}-{file.parent.name}"
         options["TensorrtExecutionProvider"] = _tensorrt_options(engines, profile, half)
 
     # 3. Load
@@ -267,12 +268,7 @@ def saturates(cpuinfo: Path = CPUINFO) -> bool:
 
 def cached_engines() -> set[Path]:
     """The TensorRT engines in the user's cache."""
-    return set(_cache_folder().rglob("*.engine"))
-
-
-def _cache_folder() -> Path:
-    """Engines and timings are kept here, in a folder for each pair of versions."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unidiff-sdk" / "tensorrt"
+    return set(cache_folder("tensorrt").rglob("*.engine"))
 
 
 def _tensorrt_options(engines: Path, profile: Profile | None, half: bool) -> dict[str, str]:
@@ -328,7 +324,7 @@ def _cannot_use(device: str) -> str:
 
 def _import_onnxruntime() -> Any:
     """The module. An error tells how to install exactly one of the two packages that provide it."""
-    installed = _installed_packages()
+    installed = installed_packages()
     if len(installed) > 1:
         raise ProviderError(
             f"{' and '.join(installed)} are both installed and overwrite each other's files; keep one of them: "
@@ -348,7 +344,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _installed_packages() -> list[str]:
+def installed_packages() -> list[str]:
     """Which of the two packages lie where `import onnxruntime` looks.
 
     Read from the folder itself: importing importlib.metadata costs as much as ONNX Runtime itself.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from unidiff_sdk._internal.files import cache_folder
 from unidiff_sdk._internal.json_values import whole_number
 from unidiff_sdk._internal.text import redact_url, shorten
 from unidiff_sdk.errors import ForbiddenError, OptionError, StoreError
@@ -99,8 +100,7 @@ def is_object_storage(images: str | None) -> bool:
 
 def user_cache(kind: str, key: str) -> Path:
     """The place in the cache of this user for what belongs to a key, such as a URL."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "unidiff-sdk" / kind / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return cache_folder(kind) / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 class ObjectFolder:
