@@ -32,7 +32,7 @@ NOT_RUN = "not-run"  # class of a shell block that is parsed only
 REASONS_NOT_RUN = {  # page: how many such blocks it has, and why
     "docs/guides/bring.md": (8, "needs checkpoints of Stable Diffusion"),
     "docs/guides/browser.md": (2, "needs the built page and an exported bundle"),
-    "docs/guides/bulk.md": (2, "needs a Qdrant server and a bucket"),
+    "docs/guides/bulk.md": (3, "needs a Qdrant server and a bucket"),
     "docs/guides/data.md": (2, "the data exists on the machine of the reader only"),
     "docs/guides/deploy.md": (1, "needs a Qdrant server"),
     "docs/guides/evaluate.md": (1, "needs a tuned checkpoint"),

@@ -7,7 +7,7 @@ import json
 import shutil
 import tarfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from support import local_ray, object_stores
+from support.local_qdrant import URL, use_local_qdrant
 from support.toy_bundle import make_toy_bundle
 
 from unidiff_sdk import Bundle, Catalog, DataError, ImageError, OptionError, StoreError
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.scale import index
-from unidiff_sdk.scale.embeddings import HEADER, Embeddings
+from unidiff_sdk.scale.embeddings import Embeddings
 from unidiff_sdk.scale.stages import Store
 from unidiff_sdk.store.images.object_storage import ObjectFolder
 
@@ -75,7 +76,7 @@ def write_shard(path: Path, rows: Sequence[tuple[str, int]], text: str = "item")
                 tar.addfile(member, io.BytesIO(content))
 
 
-def items(place: Path, **opening: Any) -> dict[Any, Any]:
+def items(place: str | Path, **opening: Any) -> dict[Any, Any]:
     """Everything that a catalog stores, by id."""
     with Catalog(place, create=False, **opening) as catalog:
         records = [record for batch in catalog.parts().store.scroll() for record in batch]
@@ -143,7 +144,7 @@ def test_embeddings_of_another_bundle_are_refused(source: Path, toy: Path, tmp_p
         with pytest.raises(StoreError, match=r'holds embeddings of the bundle "toy".*Choose another place'):
             index(source, tmp_path / "new", other, embeddings=place, record=tmp_path / "run.jsonl", resume=resume)
     assert files_below(place) == before
-    (place / HEADER).write_text("{")
+    (place / "embeddings.json").write_text("{")
     with pytest.raises(DataError, match=r"embeddings\.json is damaged"):
         index(source, tmp_path / "shop", toy, embeddings=place, record=tmp_path / "run.jsonl")
     with pytest.raises(OptionError, match="embeddings is 5"):
@@ -171,6 +172,8 @@ def test_damaged_file_is_encoded_and_written_again(
         content = bytearray(file.read_bytes())
     file.write_bytes(bytes({"cut off": content[:1000], "empty": b""}.get(damage, content)))
     assert files_below(place) != before
+    with pytest.raises(DataError, match="of several bundles" if damage == "of another bundle" else "not a readable"):
+        Catalog.restore(place, tmp_path / "restored")
     encoded.clear()
     index(source, tmp_path / "again", toy, embeddings=place, record=tmp_path / "run.jsonl")
     assert sum(encoded) == 64 and len(items(tmp_path / "again")) == 75
@@ -232,27 +235,56 @@ def test_changed_part_encodes_only_new_images(source: Path, toy: Path, tmp_path:
     assert files_below(place) == before
 
 
-def test_files_are_restored_with_the_images_of_the_catalog(source: Path, toy: Path, tmp_path: Path) -> None:
+def test_folder_is_restored_with_the_images_of_the_catalog(source: Path, toy: Path, tmp_path: Path) -> None:
     images, place = f"memory://{uuid.uuid4().hex}", tmp_path / "embeddings"
-    index(source / "1.tar", tmp_path / "shop", toy, images=images, embeddings=place, record=tmp_path / "run.jsonl")
-    (file,) = place.rglob("*.parquet")
-    assert pq.read_schema(file).names == ["id", "id_is_int", "text", "payload", "vector", "uri", "sha256", "source"]
-    rows = pq.read_table(file).to_pylist()
-    assert {row["source"] for row in rows} == {str(source / "1.tar")}
+    Embeddings.open(place, {"name": "toy", "fingerprint": Bundle.open(toy).fingerprint}, "")
+    with pytest.raises(DataError, match="no embeddings yet"):
+        Catalog.restore(place, tmp_path / "none")
+    index(source, tmp_path / "shop", toy, images=images, embeddings=place, record=tmp_path / "run.jsonl")
+    rows = []
+    for file in place.rglob("*.parquet"):
+        assert pq.read_schema(file).names == ["id", "id_is_int", "text", "payload", "vector", "uri", "sha256", "source"]
+        rows += pq.read_table(file).to_pylist()
+    assert len(rows) == 75 and {row["source"] for row in rows} == {str(source)}
     files = fsspec.filesystem("memory")
     assert all(files.exists(f"{images}/{row['uri']}") for row in rows)
     expected = items(tmp_path / "shop", images=images)
     shutil.rmtree(tmp_path / "shop")
-    with pytest.raises(ImageError, match="The image of '1-0' cannot be read"):
-        Catalog.restore(file, tmp_path / "none")
+    with pytest.raises(ImageError, match=r"The image of '.*' cannot be read"):
+        Catalog.restore(place, tmp_path / "none")
     with pytest.raises(StoreError, match="images of another catalog"):
-        Catalog.restore(file, tmp_path / "again", images=images)
+        Catalog.restore(place, tmp_path / "again", images=images)
     files.rm(f"{images}/catalog.json")  # as the message says
-    Catalog.restore(file, tmp_path / "again", images=images).close()
+    Catalog.restore(place, tmp_path / "again", images=images).close()
+    with Catalog(tmp_path / "again", images=images) as catalog, pytest.raises(DataError, match="is a folder"):
+        catalog.export(place, overwrite=True)
     restored = items(tmp_path / "again", images=images)
     assert {id: (payload["text"], vector) for id, (payload, vector) in restored.items()} == {
         id: (payload["text"], vector) for id, (payload, vector) in expected.items()
     }
+
+
+def test_lost_collection_is_filled_again(
+    source: Path, toy: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/guides/bulk.md says: by the job, or from the folder alone."""
+    client = use_local_qdrant(monkeypatch)
+    images, place = f"memory://{uuid.uuid4().hex}", tmp_path / "embeddings"
+    arguments: dict[str, Any] = {"images": images, "embeddings": place, "record": tmp_path / "run.jsonl"}
+    index(source, URL, toy, **arguments)
+    expected = items(URL, images=images)
+    encoded.clear()
+    again: list[Callable[[], Any]] = [
+        lambda: index(source, URL, toy, **arguments),
+        lambda: Catalog.restore(place, URL, toy, images=images).close(),
+    ]
+    for fill in again:
+        client.delete_collection("catalog")
+        with pytest.raises(StoreError, match="no collection"):
+            fill()
+        fsspec.filesystem("memory").rm(f"{images}/catalog.json")
+        fill()
+        assert items(URL, images=images) == expected and not encoded
 
 
 def test_files_are_tables_of_the_images_of_the_catalog(source: Path, toy: Path, tmp_path: Path) -> None:

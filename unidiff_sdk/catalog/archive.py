@@ -17,6 +17,8 @@ Restoring creates thumbnails, payload indexes and the search index again. The me
 The embedding files of bulk jobs (`scale.index(embeddings=)`) have the same columns except for `image`. Instead:
 
     uri        string                   the URI of the image in the image store of the catalog
+
+A folder of them is known by the file `embeddings.json`.
 """
 
 from __future__ import annotations
@@ -57,13 +59,23 @@ from .writer import BATCH_SIZE, PreparedBatch
 if TYPE_CHECKING:
     from .catalog import Catalog
 
-__all__ = ["Archive", "ArchivedItem", "check_replaceable", "restore_archive", "write_archive", "write_embeddings"]
+__all__ = [
+    "EMBEDDINGS",
+    "EMBEDDINGS_HEADER",
+    "Archive",
+    "ArchivedItem",
+    "check_replaceable",
+    "restore_archive",
+    "write_archive",
+    "write_embeddings",
+]
 
 _RESERVED = set(RESERVED)  # keys of a stored payload that have their own columns
 
 FORMAT, EMBEDDINGS, SCHEMA_VERSION = "unidiff-export", "unidiff-embeddings", 1
 ROW_GROUP_BYTES = 32 << 20  # size of the images of a row group, which writer and readers hold in memory
 ROW_GROUP_ROWS = 1024
+EMBEDDINGS_HEADER = "embeddings.json"  # names the bundle of a folder of embedding files
 READ_SIZE = 64  # records read from the store at once
 # Checksums tell damaged embeddings from others: nearly all bits of a vector can change without making it invalid.
 _WRITING = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
@@ -100,6 +112,8 @@ def check_replaceable(path: str | Path, overwrite: bool) -> Path:
     Raises DataError if a file is there that is no archive, or an archive that may not be overwritten.
     """
     path = checked_path(path, DataError)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Name a file.")
     if path.exists():
         Archive.open(path)  # raises for any other file
         if not overwrite:
@@ -272,16 +286,18 @@ def _table(rows: Sequence[dict[str, Any]], schema: Any) -> Any:
 
 @dataclass(frozen=True)
 class Archive:
-    """The header of a file that `write_archive` or `write_embeddings` wrote.
+    """The header of a file that `write_archive` wrote, or of the embedding files in a folder.
 
     Attributes:
-        path: the file.
+        path: the file or folder.
+        files: the file, or those in the folder.
         bundle: name, path and fingerprint of the bundle that produced the embeddings.
         dim: the number of dimensions of the embeddings.
         rows: the number of items.
     """
 
     path: Path
+    files: tuple[Path, ...]
     bundle: dict[str, str]
     dim: int
     rows: int
@@ -290,6 +306,8 @@ class Archive:
     def open(cls, path: str | Path) -> Archive:
         """Read the header. Raises DataError if the file is not an archive, or one of a later version."""
         path = checked_path(path, DataError)
+        if (path / EMBEDDINGS_HEADER).is_file():
+            return cls._open_folder(path)
         if path.is_dir():
             raise DataError(f"{path} is a folder, not a file that `unidiff export` wrote.{folder_hint(path)}")
         file = open_parquet(path)
@@ -308,7 +326,17 @@ class Archive:
             )
         if not file.schema_arrow.equals(_schema(dim, images=kind == FORMAT)):
             raise DataError(f"{path} does not have the columns of an export: {', '.join(file.schema_arrow.names)}")
-        return cls(path, bundle, dim, file.metadata.num_rows)
+        return cls(path, (path,), bundle, dim, file.metadata.num_rows)
+
+    @classmethod
+    def _open_folder(cls, path: Path) -> Archive:
+        archives = [cls.open(file) for file in sorted(path.rglob("*.parquet"))]
+        if not archives:
+            raise DataError(f"{path} has no embeddings yet: there is no .parquet file.")
+        if len({archive.bundle["fingerprint"] for archive in archives}) > 1:
+            raise DataError(f"{path} has embeddings of several bundles. Run the job that wrote it again.")
+        files = tuple(archive.path for archive in archives)
+        return replace(archives[0], path=path, files=files, rows=sum(archive.rows for archive in archives))
 
     def bundle_for(
         self, given: Bundle | str | Path | None, reencode: bool, trusted_keys: Sequence[KeyFile] | None = None
@@ -351,14 +379,15 @@ class Archive:
         yield from batched(self._items(), size, lambda item: len(item.image))
 
     def _items(self) -> Iterator[ArchivedItem]:
-        for number, row in read_parquet(self.path, lambda names: None):
-            try:
-                if isinstance(row, str):
-                    raise ValueError(row)
-                item = _item(row)
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{self.path}: a row is damaged (row {number}: {error})") from error
-            yield item
+        for file in self.files:
+            for number, row in read_parquet(file, lambda names: None):
+                try:
+                    if isinstance(row, str):
+                        raise ValueError(row)
+                    item = _item(row)
+                except (TypeError, ValueError) as error:
+                    raise DataError(f"{file}: a row is damaged (row {number}: {error})") from error
+                yield item
 
 
 def restore_archive(

@@ -559,7 +559,8 @@ class Catalog(OpenCatalog):
         """Create a catalog from a file written by `export`, on any back end, and open it. Needs the extra `parquet`.
 
         Args:
-            path: the file.
+            path: the file; or a folder that `scale.index(embeddings=)` wrote, or one of its files. Their images are
+                read from the image store, so give the one of that catalog as `images`.
             location: as for `Catalog`; a new or empty folder, which is complete or absent afterwards, or a URL with a
                 new or empty collection.
             bundle: the bundle of the export. Default: the path it had then.

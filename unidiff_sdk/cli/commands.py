@@ -291,7 +291,10 @@ def restore(
     trusted_keys: Sequence[str] | None,
     as_json: bool,
 ) -> None:
-    """Create CATALOG from FILE, which was written by `unidiff export`."""
+    """Create CATALOG from FILE, which was written by `unidiff export`.
+
+    FILE can be a folder that `unidiff bulk index --embeddings` wrote, if the image store has the images.
+    """
     from unidiff_sdk.catalog.catalog import Catalog
 
     options: dict[str, Any] = {"reencode": reencode, "progress": not as_json, "trusted_keys": trusted_keys}

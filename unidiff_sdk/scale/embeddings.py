@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiff_sdk._internal.json_values import parse_json
-from unidiff_sdk.catalog.archive import EMBEDDINGS, Archive, write_embeddings
+from unidiff_sdk.catalog.archive import EMBEDDINGS, EMBEDDINGS_HEADER, Archive, write_embeddings
 from unidiff_sdk.catalog.items import Item
 from unidiff_sdk.errors import DataError, StoreError
 from unidiff_sdk.store import Record, Vector
@@ -31,8 +31,6 @@ from unidiff_sdk.store.images.object_storage import ObjectFolder, ObjectStorage,
 from .parts import CHUNK_ROWS
 
 __all__ = ["Embeddings"]
-
-HEADER = "embeddings.json"
 
 
 @dataclass(frozen=True)
@@ -124,16 +122,17 @@ class Embeddings:
             return file.read_bytes()
 
     def _check_bundle(self) -> None:
-        header = self._files.read(HEADER)
+        header = self._files.read(EMBEDDINGS_HEADER)
         if header is None:
-            self._files.write(HEADER, json.dumps({"format": EMBEDDINGS, "bundle": self.bundle}).encode())
+            self._files.write(EMBEDDINGS_HEADER, json.dumps({"format": EMBEDDINGS, "bundle": self.bundle}).encode())
             return
         try:
-            content = parse_json(header.decode(), HEADER, kind=dict)
+            content = parse_json(header.decode(), EMBEDDINGS_HEADER, kind=dict)
             name, fingerprint = str(content["bundle"]["name"]), str(content["bundle"]["fingerprint"])
         except (DataError, KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{self.name}/{HEADER} is damaged: it does not name the bundle of the embeddings. Choose another place."
+                f"{self.name}/{EMBEDDINGS_HEADER} is damaged: it does not name the bundle of the embeddings. Choose "
+                "another place."
             ) from error
         if fingerprint != self.bundle["fingerprint"]:
             raise StoreError(
