@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 MAX_DEPTH = 32
+_PLAIN = frozenset({type(None), bool, int, float, str})
 """The deepest nesting of a stored value and of a filter. The engine is recursive: 1,000 levels crash it."""
 
 MAX_JSON_DEPTH = 100
@@ -193,6 +194,8 @@ def unwrapped(value: Any) -> Any:
 
 def plain_number(value: Any) -> Any:
     """A number of numpy or pyarrow, or an array of no dimensions with one, as a Python number; others unchanged."""
+    if type(value) in _PLAIN:
+        return value
     value = unwrapped(value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()

@@ -69,7 +69,9 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         for name in ("limit", "offset", "min_score", "diversity", "hybrid", "rerank", "ef"):
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
+            value = getattr(self, name)
+            if (plain := plain_number(value)) is not value:
+                object.__setattr__(self, name, plain)
         check_page(self.limit, self.offset)
         for name in ("min_score", "diversity", "hybrid", "rerank", "ef"):
             if isinstance(value := getattr(self, name), int) and value.bit_length() > 128:

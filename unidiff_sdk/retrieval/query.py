@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -82,7 +83,7 @@ class Query:
         _check_weighted(weights, query.parts)
         return query
 
-    @property
+    @cached_property
     def parts(self) -> list[str]:
         """The names in `mixing.WEIGHTS` of the parts of this query."""
         given = {
@@ -190,11 +191,11 @@ def _check_weighted(weights: Any, parts: Sequence[str]) -> None:
 
 
 def _weights(weights: Any) -> dict[str, float]:
+    if weights is None:
+        return dict(WEIGHTS)
     if isinstance(weights, np.ndarray):
         weights = weights.tolist()
     given = dict(zip(("text", "image"), weights, strict=False)) if isinstance(weights, _COLLECTIONS) else weights
-    if given is None:
-        return dict(WEIGHTS)
     if not isinstance(given, Mapping) or (isinstance(weights, _COLLECTIONS) and len(weights) != 2):
         raise OptionError(
             f"weights={weights!r:.60}: give two numbers (text, image) such as (0.4, 0.6), or a dictionary with keys "

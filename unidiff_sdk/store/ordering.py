@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .protocol import Record, ScoredRecord, VectorQuery
@@ -79,20 +80,23 @@ def read_page(
 
 def in_total_order(
     searches: Sequence[VectorQuery],
-    ask: Callable[[Sequence[VectorQuery]], list[list[ScoredRecord]]],
+    ask: Callable[[Sequence[VectorQuery], Sequence[Window]], list[list[ScoredRecord]]],
     retrieve: Callable[[Sequence[str]], list[Record]],
 ) -> list[list[ScoredRecord]]:
     """Run searches so that equal scores are ordered by id on every page.
 
     Args:
         searches: the searches.
-        ask: runs searches on the engine, which orders equal scores as it likes.
+        ask: runs searches on the engine for a window of each, and not for its `limit` and `offset`. The engine orders
+            equal scores as it likes.
         retrieve: returns records by id.
     """
     windows = [Window.around(search.offset, search.limit) for search in searches]
-    answers = ask([_at(search, window) for search, window in zip(searches, windows, strict=True)])
     results = []
-    for search, window, found in zip(searches, windows, answers, strict=True):
+    for search, window, found in zip(searches, windows, ask(searches, windows), strict=True):
+        if all(better.score > worse.score for better, worse in pairwise(found)):  # most searches, which need no ids
+            results.append(found[search.offset - window.start :][: search.limit])
+            continue
         page = window.page([_ranked(scored) for scored in found], search.offset, search.limit)
         results.append(_widened(search, ask, retrieve) if page is None else [found[k] for k in page])
     return results
@@ -100,14 +104,14 @@ def in_total_order(
 
 def _widened(
     search: VectorQuery,
-    ask: Callable[[Sequence[VectorQuery]], list[list[ScoredRecord]]],
+    ask: Callable[[Sequence[VectorQuery], Sequence[Window]], list[list[ScoredRecord]]],
     retrieve: Callable[[Sequence[str]], list[Record]],
 ) -> list[ScoredRecord]:
     """The results of one search, from windows that are read without payloads."""
     bare = replace(search, with_payload=False, with_vectors=False)
 
     def fetch(window: Window) -> list[Ranked]:
-        return [_ranked(scored) for scored in ask([_at(bare, window)])[0]]
+        return [_ranked(scored) for scored in ask([bare], [window])[0]]
 
     window = Window.around(search.offset, search.limit).widened(_WIDEN)
     page = read_page(fetch, search.offset, search.limit, window)
@@ -124,10 +128,6 @@ def _widened(
         for ranked in page
         if ranked.id in records  # it may have been deleted meanwhile
     ]
-
-
-def _at(search: VectorQuery, window: Window) -> VectorQuery:
-    return replace(search, offset=window.start, limit=window.size)
 
 
 def _ranked(scored: ScoredRecord) -> Ranked:

@@ -95,6 +95,18 @@ class VectorQuery:
     with_vectors: bool = False
 
 
+class FoundPoint(Protocol):
+    """What an engine returns for one search result."""
+
+    @property
+    def id(self) -> Any:
+        """The UUID; `str` of it is the id of the record."""
+
+    @property
+    def payload(self) -> dict[str, Any] | None:
+        """The payload, if the query asked for it."""
+
+
 @dataclass(frozen=True)
 class ScoredRecord:
     """One search result.
@@ -110,6 +122,19 @@ class ScoredRecord:
     score: float
     payload: dict[str, Any]
     vector: Vector | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of_point(cls, point: FoundPoint, score: float, vector: Vector | None) -> ScoredRecord:
+        """A result that an engine returned. Its id is converted when it is first read, which few searches do."""
+        record = object.__new__(cls)  # `cls(…)` sets each attribute of a frozen class by a call, for each result
+        vars(record).update(_point=point, score=score, payload=point.payload or {}, vector=vector)
+        return record
+
+    def __getattr__(self, name: str) -> Any:  # only for attributes that were not set
+        if name != "id" or "_point" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        vars(self)["id"] = id = str(vars(self).pop("_point").id)
+        return id
 
 
 class Store(Protocol):
@@ -223,7 +248,8 @@ def check_records(records: Sequence[Record], dim: int) -> None:
 
 def check_query(vector: Vector, dim: int) -> None:
     """Raise StoreError for a query of the wrong shape, or with NaN or infinity, which engines answer with nonsense."""
-    if vector.shape != (dim,) or not np.isfinite(vector).all():
+    # The product is finite unless a number is not, or is huge. It takes a fifth of the time of comparing each.
+    if vector.shape != (dim,) or not (np.isfinite(vector.dot(vector)) or np.isfinite(vector).all()):
         raise StoreError(
             f"The query vector has shape {vector.shape} and {np.count_nonzero(~np.isfinite(vector))} values that are "
             f"NaN or infinite. It must have {dim} finite numbers. Encode the query with the bundle of this catalog."

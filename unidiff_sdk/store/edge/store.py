@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import qdrant_edge as edge
@@ -52,6 +52,8 @@ from .shard import (
 from .shard_versions import ShardVersions
 
 __all__ = ["EdgeStore"]
+
+T = TypeVar("T")
 
 _FLOAT = 4  # bytes
 _SAMPLE = 64  # records by which the size of all is estimated
@@ -104,7 +106,7 @@ class EdgeStore:
         self.revision = 0
         self._versions = ShardVersions(path, create=create)
         try:
-            with _store_errors(path):
+            with _StoreErrors(path, None):
                 self._shard = open_shard(self._versions.current, dim, quantization, full_scan_kb)
                 self._versions.activate(self._versions.current)
                 self.quantization = stored_quantization(self._versions.current)
@@ -135,9 +137,9 @@ class EdgeStore:
         answers = iter(in_total_order(others, self._query_batch, self.retrieve) if others else [])
         return [next(answers) if found is None else found for found in scanned]
 
-    def _query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+    def _query_batch(self, searches: Sequence[VectorQuery], windows: Sequence[Window]) -> list[list[ScoredRecord]]:
         """The results in the order of the engine, which is undefined between equal scores."""
-        requests = [self._request(search) for search in searches]
+        requests = [self._request(search, window) for search, window in zip(searches, windows, strict=True)]
         with self._engine() as shard:
             # The engine plans a single query faster than a batch of one.
             answers = (
@@ -145,9 +147,9 @@ class EdgeStore:
                 if len(requests) != 1
                 else [shard.query(requests[0])]
             )
-        return [[_scored_record(point, str(point.id), point.score) for point in points] for points in answers]
+        return [[ScoredRecord.of_point(point, point.score, _vector(point)) for point in points] for points in answers]
 
-    def _request(self, search: VectorQuery) -> edge.QueryRequest:
+    def _request(self, search: VectorQuery, window: Window) -> edge.QueryRequest:
         conditions = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
         params = edge.SearchParams(
@@ -167,8 +169,8 @@ class EdgeStore:
         return edge.QueryRequest(
             query=query,
             prefetches=prefetches,
-            limit=search.limit,
-            offset=search.offset,
+            limit=window.size,
+            offset=window.start,
             filter=conditions,
             params=params,
             score_threshold=search.min_score,
@@ -216,8 +218,14 @@ class EdgeStore:
     def read_scored(self, ranked: Sequence[tuple[float, str]], search: VectorQuery) -> list[ScoredRecord]:
         with self._engine() as shard:
             points = shard.retrieve([id for _, id in ranked], search.with_payload, search.with_vectors)
-        known = {str(point.id): point for point in points}
-        return [_scored_record(point, id, score) for score, id in ranked if (point := known.get(id)) is not None]
+        if len(points) < len(ranked):  # some were deleted meanwhile; otherwise the points are in the order of the ids
+            known = {str(point.id): point for point in points}
+            ranked = [(score, id) for score, id in ranked if id in known]
+            points = [known[id] for _, id in ranked]
+        return [
+            ScoredRecord(id, score, point.payload or {}, _vector(point))
+            for (score, id), point in zip(ranked, points, strict=True)
+        ]
 
     def scroll(self, batch_size: int = 256, where: Clause | None = None) -> Iterator[list[Record]]:
         offset, conditions = None, self._filter(where)
@@ -291,7 +299,7 @@ class EdgeStore:
                 self._closed = True
                 self._scans.clear()
                 try:
-                    with _store_errors(self.path):
+                    with _StoreErrors(self.path, None):
                         self._shard.flush()
                         self._shard.close()
                     self._close_replaced()
@@ -324,7 +332,7 @@ class EdgeStore:
             try:
                 self._copy_shard(copy)
                 self._build_index(copy)
-                with _store_errors(self.path):
+                with _StoreErrors(self.path, None):
                     require_free_space(self.path, opening_growth(copy), "opening the new search index")
                     warm_page_cache(copy)
                     fresh = edge.EdgeShard.load(str(copy))
@@ -344,7 +352,7 @@ class EdgeStore:
         The copy is in the state that a crash would leave. The write-ahead log repairs it when it is opened. Flushing
         first would stop every thread for longer.
         """
-        with self._write([]), _store_errors(self.path):
+        with self._write([]), _StoreErrors(self.path, None):
             # The engine prepares the next segment of its log under this name and then renames it.
             shutil.copytree(self._versions.current, copy, ignore=shutil.ignore_patterns("tmp-open-*"))
             self._written = set()
@@ -385,19 +393,18 @@ class EdgeStore:
         if self._replaced:
             shard, folder = self._replaced
             self._replaced = None
-            with _store_errors(self.path):
+            with _StoreErrors(self.path, None):
                 shard.close()
             self._versions.remove(folder)
 
     # -------------------------------------------------------------------------------------------- the engine
 
-    @contextlib.contextmanager
-    def _engine(self) -> Iterator[edge.EdgeShard]:
+    def _engine(self) -> _StoreErrors[edge.EdgeShard]:
+        """The open shard, in a `with` statement that converts its errors."""
         self._owner.check()
         if self._closed:
             raise StoreError(f"The store at {self.path} is closed. Open the catalog again.")
-        with _store_errors(self.path):
-            yield self._shard
+        return _StoreErrors(self.path, self._shard)
 
     @contextlib.contextmanager
     def _write(
@@ -451,9 +458,9 @@ class EdgeStore:
         return edge.Filter(must=must, must_not=[edge.HasIdCondition(set(exclude))] if exclude else None)
 
 
-def _scored_record(point: edge.ScoredPoint | edge.Record, id: str, score: float) -> ScoredRecord:
-    vector = np.asarray(point.vector[VECTOR], np.float32) if point.vector else None  # type: ignore[call-overload]
-    return ScoredRecord(id, score, point.payload or {}, vector)
+def _vector(point: edge.ScoredPoint | edge.Record) -> Vector | None:
+    """The vector of a point, if the search asked for it."""
+    return np.asarray(point.vector[VECTOR], np.float32) if point.vector else None  # type: ignore[call-overload]
 
 
 def _record(point: Any) -> Record:
@@ -461,12 +468,24 @@ def _record(point: Any) -> Record:
     return Record(str(point.id), np.asarray(vector, np.float32), point.payload or {})
 
 
-@contextlib.contextmanager
-def _store_errors(path: Path) -> Iterator[None]:
-    """Convert the bare Exceptions of the engine to StoreErrors."""
-    try:
-        yield
-    except UniDiffError:
-        raise
-    except Exception as error:
-        raise StoreError(f"The store at {path} failed: {error}") from error
+class _StoreErrors(Generic[T]):
+    """Converts the bare Exceptions of the engine to StoreErrors.
+
+    It is a class because `contextlib.contextmanager` takes five times as long, several times in each search.
+
+    Args:
+        path: the folder of the store.
+        target: what the `with` statement binds.
+    """
+
+    __slots__ = ("_path", "_target")
+
+    def __init__(self, path: Path, target: T) -> None:
+        self._path, self._target = path, target
+
+    def __enter__(self) -> T:
+        return self._target
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, UniDiffError):
+            raise StoreError(f"The store at {self._path} failed: {error}") from error

@@ -153,9 +153,9 @@ class ServerStore:
     def query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
         return self._complete(lambda: in_total_order(searches, self._query_batch, self._retrieve))
 
-    def _query_batch(self, searches: Sequence[VectorQuery]) -> list[list[ScoredRecord]]:
+    def _query_batch(self, searches: Sequence[VectorQuery], windows: Sequence[Window]) -> list[list[ScoredRecord]]:
         """The results in the order of the server, which is undefined between equal scores."""
-        requests = [self._request(search) for search in searches]
+        requests = [self._request(search, window) for search, window in zip(searches, windows, strict=True)]
         with self._engine():
             responses = self.client.query_batch_points(self.collection, requests, **self._reading)
             return [
@@ -163,7 +163,7 @@ class ServerStore:
                 for response, search in zip(responses, searches, strict=True)
             ]
 
-    def _request(self, search: VectorQuery) -> models.QueryRequest:
+    def _request(self, search: VectorQuery, window: Window) -> models.QueryRequest:
         check_query(search.vector, self.dim)
         conditions = self._filter(search.where, search.exclude)
         params = models.SearchParams(acorn=_ACORN, hnsw_ef=search.ef, exact=search.exact)
@@ -182,8 +182,8 @@ class ServerStore:
             query=query,
             prefetch=prefetch,
             using=None if prefetch else VECTOR,
-            limit=search.limit,
-            offset=search.offset,
+            limit=window.size,
+            offset=window.start,
             filter=conditions,
             params=params,
             score_threshold=search.min_score,
