@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from support.backends import BACKENDS, DIM, record
 
 from unidiff_sdk.errors import StoreError
-from unidiff_sdk.store import Record, Store, VectorQuery
+from unidiff_sdk.store import Record, ScoredRecord, Store, VectorQuery
 from unidiff_sdk.store.filters import parse
 
 # qdrant-client's local mode warns that payload indexes have no effect.
@@ -49,6 +51,17 @@ def test_retrieve_returns_what_was_upserted(store: Store) -> None:
     (stored,) = store.retrieve([original.id])
     assert stored.payload == payload
     np.testing.assert_allclose(stored.vector, original.vector, atol=1e-7)
+
+
+def test_results_are_values(store: Store) -> None:
+    """Whatever an engine converts only when it is read, results compare, copy and print as plain records."""
+    store.upsert([record(1, n=1)])
+    (found,) = store.query(record(1).vector, limit=1)
+    plain = ScoredRecord(record(1).id, found.score, {"n": 1})
+    assert found == plain and replace(found, score=2.0) == replace(plain, score=2.0)
+    assert repr(found) == repr(plain) and copy.deepcopy(found) == plain
+    with pytest.raises(AttributeError, match="'missing'"):
+        found.missing  # type: ignore[attr-defined]
 
 
 def test_query_ranks_by_dot_product(store: Store) -> None:

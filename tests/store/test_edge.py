@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_upserted_records_survive_a_kill(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])], check=False)
     store = edge(tmp_path)
     assert store.count() == 50
+    store.close()
+
+
+def test_engine_retrieves_in_the_order_of_the_ids(tmp_path: Path) -> None:
+    """The store relies on it where nothing is missing. Half of the records are in a segment with an index."""
+    store = EdgeStore(tmp_path / "vectors", DIM)
+    ids = [record(n).id for n in range(400)]
+    store.upsert([record(n) for n in range(200)])
+    store.optimize()
+    store.upsert([record(n) for n in range(200, 400)])
+    random.Random(0).shuffle(ids)
+    assert [str(point.id) for point in store._shard.retrieve(ids, True, False)] == ids
     store.close()
 
 

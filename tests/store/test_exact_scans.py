@@ -41,7 +41,7 @@ def engine_calls(store: EdgeStore, monkeypatch: pytest.MonkeyPatch) -> list[int]
     """Grows with each search that the engine answers."""
     calls: list[int] = []
     ask = store._query_batch
-    monkeypatch.setattr(store, "_query_batch", lambda searches: calls.append(1) or ask(searches))
+    monkeypatch.setattr(store, "_query_batch", lambda *asked: calls.append(1) or ask(*asked))
     return calls
 
 

@@ -58,15 +58,10 @@ class Hit:
         for name in RESERVED:
             columns.pop(name, None)
         hit = object.__new__(cls)  # `cls(…)` sets each attribute of a frozen class by a call, which takes twice as long
-        vars(hit).update(
-            id=payload["id"],
-            score=score,
-            text=payload.get("text"),
-            payload=columns,
-            uri=system["uri"],
-            sha256=system["sha256"],
-            _images=images,
-        )
+        attributes = vars(hit)
+        attributes["id"], attributes["score"], attributes["text"] = payload["id"], score, payload.get("text")
+        attributes["payload"], attributes["uri"], attributes["sha256"] = columns, system["uri"], system["sha256"]
+        attributes["_images"] = images
         return hit
 
     def load_image(self) -> Image.Image:

@@ -413,14 +413,17 @@ class Searcher:
         offset = before.shown if before else options.offset
         vector = search.vector if len(query.parts) > 1 else None  # a mix depends on the content of the catalog
         end = partial(_cursor_after, query, options, before, shown, offset + len(shown), vector)
-        hits = tuple(map(self._hit, shown))
+        hits = tuple([self._make_hit(scored.payload, scored.score) for scored in shown])
+        if options.rerank:
+            hits = tuple(map(_with_gain, hits, shown))
         return Page(hits, offset, options.limit, took_ms, end if len(found) > len(shown) else None)
 
-    def _hit(self, scored: ScoredRecord) -> Hit:
-        hit = self._make_hit(scored.payload, scored.score)
-        if isinstance(scored, Reranked):
-            return replace(hit, rerank_score=scored.rerank_score, gain=scored.gain)
-        return hit
+
+def _with_gain(hit: Hit, scored: ScoredRecord) -> Hit:
+    """A hit with what re-ranking has found, if the item was among those re-ranked."""
+    if isinstance(scored, Reranked):
+        return replace(hit, rerank_score=scored.rerank_score, gain=scored.gain)
+    return hit
 
 
 def _check_rerank(queries: Sequence[Query]) -> None:

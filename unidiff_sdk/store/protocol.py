@@ -127,7 +127,9 @@ class ScoredRecord:
     def of_point(cls, point: FoundPoint, score: float, vector: Vector | None) -> ScoredRecord:
         """A result that an engine returned. Its id is converted when it is first read, which few searches do."""
         record = object.__new__(cls)  # `cls(…)` sets each attribute of a frozen class by a call, for each result
-        vars(record).update(_point=point, score=score, payload=point.payload or {}, vector=vector)
+        attributes = vars(record)
+        attributes["_point"], attributes["score"] = point, score
+        attributes["payload"], attributes["vector"] = point.payload or {}, vector
         return record
 
     def __getattr__(self, name: str) -> Any:  # only for attributes that were not set

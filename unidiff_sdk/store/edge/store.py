@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -121,7 +122,6 @@ class EdgeStore:
             raise
         self._owner = Owner(f"The store at {path}")
         keep_in_child(self, "_shard", "_replaced")
-        self._rescore = RESCORE if self.quantization else None
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -147,16 +147,19 @@ class EdgeStore:
                 if len(requests) != 1
                 else [shard.query(requests[0])]
             )
-        return [[ScoredRecord.of_point(point, point.score, _vector(point)) for point in points] for points in answers]
+        return [
+            [
+                ScoredRecord.of_point(point, point.score, _vector(point) if search.with_vectors else None)
+                for point in points
+            ]
+            for search, points in zip(searches, answers, strict=True)
+        ]
 
     def _request(self, search: VectorQuery, window: Window) -> edge.QueryRequest:
         conditions = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
-        params = edge.SearchParams(
-            acorn=edge.AcornSearchParams(enable=True),
-            quantization=self._rescore,
-            **self._graphs.search_options(self.dim, self._full_scan_kb, search.ef, search.exact),
-        )
+        options = self._graphs.search_options(self.dim, self._full_scan_kb, search.ef, search.exact)
+        params = _search_params(self.quantization is not None, **options)
         prefetches = None
         if search.text is not None:
             self._indexes.ensure(CAPTION, "text", self)
@@ -456,6 +459,13 @@ class EdgeStore:
         if only:
             must.append(edge.HasIdCondition(set(only)))
         return edge.Filter(must=must, must_not=[edge.HasIdCondition(set(exclude))] if exclude else None)
+
+
+@lru_cache(maxsize=64)
+def _search_params(rescored: bool, **options: Any) -> edge.SearchParams:
+    """The engine's parameters of a search, which most searches have in common."""
+    quantization = RESCORE if rescored else None
+    return edge.SearchParams(acorn=edge.AcornSearchParams(enable=True), quantization=quantization, **options)
 
 
 def _vector(point: edge.ScoredPoint | edge.Record) -> Vector | None:
