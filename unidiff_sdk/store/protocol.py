@@ -138,6 +138,10 @@ class ScoredRecord:
         vars(self)["id"] = id = str(vars(self).pop("_point").id)
         return id
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which a point of an engine may not allow."""
+        return {"id": self.id} | vars(self)
+
 
 class Store(Protocol):
     """A set of records that is searched by dot product. Safe to use from several threads.
