@@ -36,6 +36,7 @@ _FILTERS = 256  # that are remembered
 _LOG = 2048  # written ids that copies can follow. After more, they are read again.
 _VALUES = 64  # comparisons and strings of a filter. Longer ones would take long to look up.
 _ID_BYTES = 200  # of an id and its place in two collections
+_LOWEST = float(np.finfo(np.float32).min)
 _SAMPLE = 1024  # scores that bound the best ones from below
 
 
@@ -108,10 +109,11 @@ class Matches:
         """
         query = np.asarray(query, np.float32)
         scores = np.vecdot(self.vectors, query)
-        scores[self.dead] = -np.inf
+        if len(self.dead):
+            scores[self.dead] = -np.inf
         if self.fresh_ids:
             scores = np.concatenate([scores, np.vecdot(self.fresh, query)])
-        best = np.flatnonzero(scores >= max(_kth_highest(scores, count), np.finfo(np.float32).min))
+        best = np.flatnonzero(scores >= max(_kth_highest(scores, count), _LOWEST))
         split = len(self.ids)
         return [
             (score, self.ids[k] if k < split else self.fresh_ids[k - split])

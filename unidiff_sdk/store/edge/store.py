@@ -139,14 +139,17 @@ class EdgeStore:
 
     def _query_batch(self, searches: Sequence[VectorQuery], windows: Sequence[Window]) -> list[list[ScoredRecord]]:
         """The results in the order of the engine, which is undefined between equal scores."""
-        requests = [self._request(search, window) for search, window in zip(searches, windows, strict=True)]
+        # The engine runs a single query faster than a batch of one. A search is faster still, because it reads the
+        # payloads in the same step. It cannot fuse rankings.
+        is_single = len(searches) == 1
+        is_search = is_single and searches[0].text is None
+        kind = edge.SearchRequest if is_search else edge.QueryRequest
+        requests = [self._request(search, window, kind) for search, window in zip(searches, windows, strict=True)]
         with self._engine() as shard:
-            # The engine plans a single query faster than a batch of one.
-            answers = (
-                shard.query_batch(edge.QueryBatchRequest(requests))
-                if len(requests) != 1
-                else [shard.query(requests[0])]
-            )
+            if is_single:
+                answers = [shard.search(*requests) if is_search else shard.query(*requests)]
+            else:
+                answers = shard.query_batch(edge.QueryBatchRequest(requests))
         return [
             [
                 ScoredRecord.of_point(point, point.score, _vector(point) if search.with_vectors else None)
@@ -155,23 +158,22 @@ class EdgeStore:
             for search, points in zip(searches, answers, strict=True)
         ]
 
-    def _request(self, search: VectorQuery, window: Window) -> edge.QueryRequest:
+    def _request(self, search: VectorQuery, window: Window, kind: Callable[..., Any]) -> Any:
         conditions = self._filter(search.where, search.exclude)
         query: Any = edge.Query.Nearest(search.vector.tolist(), using=VECTOR)
         options = self._graphs.search_options(self.dim, self._full_scan_kb, search.ef, search.exact)
         params = _search_params(self.quantization is not None, **options)
-        prefetches = None
+        fusion: dict[str, Any] = {}
         if search.text is not None:
             self._indexes.ensure(CAPTION, "text", self)
             rankings = query, edge.TextQuery(CAPTION, search.text)
-            prefetches = [
+            fusion["prefetches"] = [
                 edge.Prefetch(CANDIDATES, query=ranking, filter=conditions, params=params) for ranking in rankings
             ]
             weights = [2 * (1 - search.bm25_weight), 2 * search.bm25_weight]
             query = edge.Fusion.Rrf(RRF_K + 1, weights)  # + 1: the engine counts ranks from 0
-        return edge.QueryRequest(
+        return kind(
             query=query,
-            prefetches=prefetches,
             limit=window.size,
             offset=window.start,
             filter=conditions,
@@ -179,6 +181,7 @@ class EdgeStore:
             score_threshold=search.min_score,
             with_payload=search.with_payload,
             with_vector=search.with_vectors,
+            **fusion,
         )
 
     def order_by(
