@@ -93,10 +93,14 @@ sys.exit(code)
 
 
 class Process:
-    """A contestant that starts a new process for each call; it reports the lifetime and the peak memory."""
+    """A contestant that starts a new process for each call; it reports the lifetime and the peak memory.
+
+    The process may store bytecode, as an installed package has it: otherwise each start compiles this package again.
+    """
 
     def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
-        self.argv, self.env, self.peak_mib = [str(part) for part in argv], {**os.environ, **(env or {})}, 0.0
+        self.argv, self.peak_mib = [str(part) for part in argv], 0.0
+        self.env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(env or {})}
 
     def __call__(self) -> Seconds:
         done = subprocess.run(

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from unidiff_sdk.errors import ImageError
 
@@ -214,7 +214,11 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # a damaged EXIF block does not make the pixels unreadable
         return image
-    return ImageOps.exif_transpose(image) if orientation != 1 else image
+    if orientation == 1:
+        return image
+    from PIL import ImageOps  # few images need it
+
+    return ImageOps.exif_transpose(image)
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
