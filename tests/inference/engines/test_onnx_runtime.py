@@ -112,6 +112,12 @@ def test_integer_products_do_not_saturate_where_there_is_no_vnni(
             options.get_session_config_entry("session.x64quantprecision")
 
 
+def test_threads_of_a_session_wait_without_the_processor() -> None:
+    options = session_options(onnxruntime, threads=2)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert int(options.get_session_config_entry("session.intra_op.spin_duration_us")) == 1000
+
+
 # Providers
 
 

@@ -43,6 +43,7 @@ ERRORS_ONLY = 3
 OUT_OF_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)  # in ONNX Runtime's and CUDA's messages
 TENSORRT_LIBRARY = "libnvinfer.so.10"  # the major version that ONNX Runtime links
 CPUINFO = Path("/proc/cpuinfo")
+SPIN_MICROSECONDS = "1000"  # ONNX Runtime before 1.32 may ignore it
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -91,9 +92,10 @@ class OnnxSession:
     def run(self, feeds: Arrays, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         self._owner.check()
         names = list(self.outputs if outputs is None else outputs)
-        if missing := [name for name in names if name not in self.outputs]:
+        if not self.outputs.keys() >= set(names):
+            missing = [name for name in names if name not in self.outputs]
             raise BundleError(f"the graph has no output {', '.join(missing)}; it has {', '.join(self.outputs)}")
-        if {name: array.shape for name, array in feeds.items()} == self._buffered:
+        if self._buffered is not None and {name: array.shape for name, array in feeds.items()} == self._buffered:
             return self._run_buffered(feeds, names)
         with engine_errors(self._name):
             arrays = self._session.run(names, feeds, self._run_options(capture=False))
@@ -237,6 +239,8 @@ def session_options(onnxruntime: Any, threads: int | None, cpuinfo: Path = CPUIN
     options.add_session_config_entry("session.load_model_format", "ONNX")  # not also its own format, by the content
     # Idle threads of one graph must not compete with the next graph's: text encoder, UNet, decoder take turns.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Between two operators of a call they wait for less. Without a limit, they slow down the loading of other graphs.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_MICROSECONDS)
     avoid_saturation(options, cpuinfo)
     return options
 
