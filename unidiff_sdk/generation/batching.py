@@ -171,6 +171,8 @@ class Batcher:
     def _next_jobs(self) -> list[Job]:
         """The jobs of the next call."""
         with self._lock:
+            if (continued := self._continued_jobs()) is not None:
+                return continued
             grace = _CALLBACK_GRACE * self._call_seconds
             self._callback_returned.wait_for(lambda: not any(r.in_callback for r in self._requests), grace)
             queues = [request.unfinished for request in self._requests if not request.in_callback]
@@ -179,6 +181,14 @@ class Batcher:
             self._calls += 1
             self._last_call[shape] = self._calls
             return _fill_call([[job for job in queue if job.shape == shape] for queue in queues], self._positions)
+
+    def _continued_jobs(self) -> list[Job] | None:
+        """The jobs of the last call, if the only request takes its next step with all of them, as most requests do."""
+        if self._batch is None or len(self._requests) != 1:
+            return None
+        (request,) = self._requests
+        continues = not request.in_callback and request.unfinished == self._batch.jobs
+        return self._batch.jobs if continues else None
 
     # Reporting to the threads of the requests
 

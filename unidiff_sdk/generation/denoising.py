@@ -163,7 +163,9 @@ class Batch:
         return guided
 
     def _mix(self, prompted: Float32, negative: Float32) -> Float32:
-        guided: Float32 = negative + self._guidance_scale * (prompted - negative)
+        guided = prompted - negative
+        guided *= self._guidance_scale
+        guided += negative
         return rescale_guidance(guided, prompted, self._guidance_rescale) if self._rescales else guided
 
     def _noise(self, coefficients: Coefficients) -> Float32 | None:
