@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +61,60 @@ def test_graphs_load_once_when_first_used(toy: Path) -> None:
     assert loaded == ["unet"] and len(set(map(id, sessions))) == 1
     with pytest.raises(BundleError, match="there is no graph 'mask'; the bundle holds image_encoder, text_encoder"):
         bundle.session("mask")
+
+
+class Recorder:
+    """Creates sessions, and records which ones and how many at the same time."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.refused, self.loaded, self.running, self.most = refused, [], 0, 0
+        self.lock, self.two = threading.Lock(), threading.Event()
+
+    def __call__(self, file: Path, **options: Any) -> Session:
+        with self.lock:
+            self.loaded.append(file.parent.name)
+            self.running += 1
+            self.most = max(self.most, self.running)
+        if self.running > 1:
+            self.two.set()
+        self.two.wait(0.5)  # gives a second thread the time to start
+        try:
+            if file.parent.name == self.refused:
+                raise BundleError(f"{self.refused} cannot be loaded")
+            return create_session(file, **options)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+
+def test_graphs_that_are_used_together_load_at_the_same_time(toy: Path) -> None:
+    create = Recorder()
+    bundle = Bundle(toy, Manifest.read(toy), threads=1, session_factory=create)
+    bundle.load("unet", "vae_decoder", "text_encoder", "unet")
+    assert sorted(create.loaded) == ["text_encoder", "unet", "vae_decoder"] and create.most == 2
+    bundle.load("unet", "text_encoder")
+    assert len(create.loaded) == 3 and bundle.session("unet") is bundle.session("unet")
+
+
+def test_large_graphs_load_one_after_the_other(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum((toy / name / "model.onnx").stat().st_size for name in ("unet", "vae_decoder"))
+    for limit, most in ((size, 2), (size - 1, 1)):
+        monkeypatch.setattr("unidiff_sdk.inference.bundle.LOADED_TOGETHER", limit)
+        create = Recorder()
+        Bundle(toy, Manifest.read(toy), threads=1, session_factory=create).load("unet", "vae_decoder")
+        assert (create.most, create.loaded[0]) == (most, "unet")
+
+
+def test_a_graph_that_cannot_be_loaded_with_others_is_named(toy: Path) -> None:
+    create = Recorder(refused="vae_decoder")
+    bundle = Bundle(toy, Manifest.read(toy), threads=1, session_factory=create)
+    with pytest.raises(BundleError, match="vae_decoder cannot be loaded"):
+        bundle.load("unet", "vae_decoder", "text_encoder")
+    create.refused = ""
+    bundle.load("unet", "vae_decoder", "text_encoder")
+    assert create.loaded.count("unet") == 1 and create.running == 0
+    with pytest.raises(BundleError, match="there is no graph 'mask'"):
+        bundle.load("unet", "mask")
 
 
 def test_open_names_a_file_that_was_changed(toy: Path) -> None:

@@ -66,6 +66,8 @@ def generate(
     like, like_sha256 = _read("like", resolved.like)
     mask, mask_sha256 = _read("mask", resolved.mask)
     resolved = replace(resolved, like=like, mask=mask)
+    if prompts:
+        generator.load(*snapshot.encoder.graphs)  # all at once, which is faster than each when it is first used
 
     # 2. Generate, judge and select
     progress = _Progress(callback)

@@ -47,6 +47,12 @@ class Conditioner:
         self._encoded = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode))
         self._third_states = lru_cache(maxsize=CACHED_PROMPTS)(weak_method(self._encode_third))
 
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The text encoders."""
+        third = (THIRD,) if self._bundle.has_graph(THIRD) else ()
+        return *self._bundle.manifest.text_states, *third
+
     def conditions(self, prompt: str, long_prompts: str = "truncate", loras: Loras = ()) -> Conditions:
         """The conditions of a prompt, which `completed` adds to. The arrays are read-only.
 

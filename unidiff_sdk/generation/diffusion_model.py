@@ -38,10 +38,10 @@ class DiffusionModel:
         # Decoding at full size takes the most memory, so one thread decodes at a time.
         self._vae_lock = threading.Lock()
 
-    def load(self) -> None:
-        """Load the graphs that every generation needs. Raises BundleError or ProviderError."""
-        for graph in (self.denoiser.graph, "vae_decoder"):
-            self._bundle.session(graph)
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The graphs that every generation needs. The one that takes the longest to load comes first."""
+        return self.denoiser.graph, "vae_decoder"
 
     def predict(self, sample: Float32, timestep: Float32, conditions: Conditions) -> Float32:
         """The denoiser's output for a batch: float32[batch, channels, height, width], as `sample`.
@@ -120,7 +120,7 @@ class DiffusionModel:
         """The side, in pixels, that the denoiser was trained at."""
         return self.latent.size * self.latent.scale_factor
 
-    @property
+    @cached_property
     def denoiser(self) -> Denoiser:
         """The graph that denoises."""
         return self._bundle.manifest.denoiser

@@ -191,7 +191,7 @@ class Generator:
         prompts, options = checked_prompts(prompts), self.resolve(options)
         if not prompts:
             return []
-        self._model.load()  # raises in the calling thread; and the weights take memory first
+        self.load()  # raises in the calling thread; and the weights take memory first
         self._check_memory(options, len(prompts) * options.n)
 
         # 2. Prepare a job for each image
@@ -215,6 +215,14 @@ class Generator:
         # 4. Decode
         images = self._model.decode(denoised)
         return images if source is None else [source.restore(image) for image in images]
+
+    def load(self, *others: str) -> None:
+        """Load the graphs that every generation needs, and others that the caller will use, if they are not yet loaded.
+
+        Raises:
+            BundleError, ProviderError: a graph cannot be loaded.
+        """
+        self.bundle.load(*self._model.graphs, *self._conditioner.graphs, *others)
 
     def stop(self, reason: str) -> None:
         """End all running and waiting calls with a StoreError, and refuse new ones."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from unidiff_sdk._internal.files import checked_path, folder_hint, read_regular_file
 from unidiff_sdk._internal.json_values import MAX_DOCUMENT, whole_number
 from unidiff_sdk._internal.lifetimes import Owner
+from unidiff_sdk._internal.parallel import buffered_map
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.errors import BundleError, OptionError
 
@@ -52,6 +53,10 @@ TINY = Path(__file__).parents[1] / "models" / "tiny"
 
 ONLY_IN_BUNDLES = (f"image_encoder/{GRAPH_FILE}", f"clip_text_encoder/{GRAPH_FILE}", "clip_tokenizer")
 """What a pipeline of optimum does not have. A folder that has it was a bundle before it lost its manifest."""
+
+LOADING_THREADS = 2  # the UNet takes as long to load as all the other graphs of a model
+# Loading takes a graph's size up to twice for a moment. Larger graphs are loaded one by one to keep that peak low.
+LOADED_TOGETHER = 512 << 20
 
 
 class Bundle:
@@ -95,7 +100,7 @@ class Bundle:
         self._onnx_files: dict[str, tuple[OnnxFile, list[str]]] = {}
         self._create_session = session_factory
         self._owner = Owner(f"The bundle {path}")
-        self._lock = threading.Lock()
+        self._loading = {name: threading.Lock() for name in manifest.graphs}
 
     @classmethod
     def open(
@@ -207,23 +212,51 @@ class Bundle:
             StoreError: this process is a forked child of the one that opened the bundle.
         """
         self._owner.check()
-        with self._lock:
+        if (loaded := self._sessions.get(graph)) is not None:
+            return loaded
+        described = self._graph(graph)
+        with self._loading[graph]:
             if graph not in self._sessions:
-                described = self._graph(graph)
-                for weights in self._onnx_file(graph)[1]:
-                    self.files.path(weights)
-                session = self._create_session(
-                    self.files.path(described.file),
-                    device=self.device,
-                    threads=self._threads,
-                    profile=self.profile(graph),
-                    half=described.precision == "fp16",
-                    fingerprint=self.fingerprint,
-                    capture=self._capture,
-                    precision=self._compute,
-                )
-                self._sessions[graph] = AdaptedSession(session, described) if self._derived else session
+                self._sessions[graph] = self._load(graph, described)
             return self._sessions[graph]
+
+    def load(self, *graphs: str) -> None:
+        """Load graphs that will be used, if they are not loaded yet.
+
+        Small ones are loaded at the same time on a CPU. TensorRT times kernels while it builds an engine, and OpenVINO
+        compiles with all threads, so their graphs are loaded one after the other.
+
+        Raises:
+            BundleError, ProviderError, StoreError: as `session`, for the first graph that cannot be loaded.
+        """
+        missing = [graph for graph in dict.fromkeys(graphs) if graph not in self._sessions]
+        if self.device == "cpu" and len(missing) > 1 and sum(map(self._size, missing)) <= LOADED_TOGETHER:
+            self._owner.check()
+            for _ in buffered_map(self.session, missing, workers=LOADING_THREADS):
+                pass
+        else:
+            for graph in missing:
+                self.session(graph)
+
+    def _size(self, graph: str) -> int:
+        """Bytes of the file of a graph and of its external weights."""
+        files = (self._graph(graph).file, *self._onnx_file(graph)[1])
+        return sum(self.files.path(file).stat().st_size for file in files)
+
+    def _load(self, graph: str, described: Graph) -> Session:
+        for weights in self._onnx_file(graph)[1]:
+            self.files.path(weights)
+        session = self._create_session(
+            self.files.path(described.file),
+            device=self.device,
+            threads=self._threads,
+            profile=self.profile(graph),
+            half=described.precision == "fp16",
+            fingerprint=self.fingerprint,
+            capture=self._capture,
+            precision=self._compute,
+        )
+        return AdaptedSession(session, described) if self._derived else session
 
     def warmup(self, progress: Callable[[str], None] | None = None) -> list[GraphWarmup]:
         """Load every graph and call it twice at its usual shapes, so that no search and no generation waits for it.

@@ -43,6 +43,11 @@ class Encoder:
         self._cached = lru_cache(maxsize=CACHED_TEXTS)(weak_method(self._encode_alone))
         self._tokens = lru_cache(maxsize=CACHED_TEXTS)(weak_method(self._tokenize_alone))
 
+    @property
+    def graphs(self) -> tuple[str, str]:
+        """The text encoder and the image encoder."""
+        return self._text_graph, "image_encoder"
+
     def encode_text(self, text: str) -> NDArray[np.float32]:
         """Embed one text, and cache it: float32[dim], a read-only unit vector.
 
