@@ -94,8 +94,9 @@ def test_bundle_of_the_parent_is_refused(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     encoder = Encoder(opened)
     encoder.encode_text("red")
-    with opened._lock:
+    with opened._loading["text_encoder"], opened._loading["unet"]:  # as if other threads held them at the fork
         assert in_child(lambda: opened.session("text_encoder")) == REFUSED
+        assert in_child(lambda: opened.load("unet", "vae_decoder")) == REFUSED
         assert in_child(lambda: encoder.encode_texts(["blue"])) == REFUSED
     session = opened.session("text_encoder")
     assert in_child(lambda: session.run({})) == REFUSED
