@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 MAX_DEPTH = 32
-_PLAIN = frozenset({type(None), bool, int, float, str})
 """The deepest nesting of a stored value and of a filter. The engine is recursive: 1,000 levels crash it."""
 
 MAX_JSON_DEPTH = 100
@@ -51,6 +50,8 @@ MAX_DIGITS = 100
 
 MAX_DOCUMENT = 64 << 20
 """The largest JSON file in bytes. The largest one that models have, a tokenizer.json, takes about 35 MB."""
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 
 # ------------------------------------------------------------------------------------------------ loading
