@@ -96,10 +96,13 @@ class Process:
     """A contestant that starts a new process for each call; it reports the lifetime and the peak memory.
 
     The process may store bytecode, as an installed package has it: otherwise each start compiles this package again.
+
+    Attributes:
+        log: what the last process wrote to standard error.
     """
 
     def __init__(self, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> None:
-        self.argv, self.peak_mib = [str(part) for part in argv], 0.0
+        self.argv, self.peak_mib, self.log = [str(part) for part in argv], 0.0, ""
         self.env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **(env or {})}
 
     def __call__(self) -> Seconds:
@@ -108,6 +111,7 @@ class Process:
         )
         if done.returncode != 0:
             sys.exit(f"{' '.join(self.argv)} failed:\n{done.stderr}")
+        self.log = done.stderr
         answer = json.loads(done.stdout)
         self.peak_mib = max(self.peak_mib, answer["peak_kib"] / 1024)
         return Seconds(answer["seconds"])

@@ -56,6 +56,7 @@ from .verification import (
     compare_graph,
     compare_images,
     compare_search,
+    expected_outputs,
     results_to_json,
 )
 
@@ -375,8 +376,6 @@ def _verify(bundle: _UnfinishedBundle, tolerance: Tolerance, report: Progress) -
         bundle.write_manifest()
         try:
             opened = _compare_graphs(bundle, tolerance, parity, report)
-            if exported.policy is None:
-                exported.release_weights()
             results = _compare_results(opened, exported.reference, tolerance, report)
             return Evidence(parity, *results, loras=_compare_loras(opened, exported, tolerance, report))
         except ToleranceError as failure:
@@ -394,19 +393,28 @@ def _compare_graphs(
 ) -> Bundle:
     """Compare the graphs that are missing in `parity` with PyTorch, and add them to it.
 
+    The weights in PyTorch are released before the first graph is loaded, unless graphs may be written again.
+
     Returns the opened bundle. Its denoiser, the slowest graph to load, stays loaded for generation.
     """
+    exported, written = bundle.exported, bundle.writer.graphs
+    specs = [spec for spec in exported.specs if spec.name not in parity]
+    specs.sort(key=lambda spec: spec.denoises)
+    report("Computing the outputs of PyTorch")
+    expected = {
+        spec.name: expected_outputs(spec, calls_for(spec, written[spec.name].precision, exported.reference))
+        for spec in specs
+    }
+    if exported.policy is None:
+        exported.release_weights()
     whole = bundle.open(threads=torch.get_num_threads())
-    for spec in sorted(bundle.exported.specs, key=lambda spec: spec.denoises):
-        if spec.name in parity:
-            continue
+    for spec in specs:
         report(f"Comparing {spec.name} with PyTorch")
-        precision = bundle.writer.graphs[spec.name].precision
+        precision = written[spec.name].precision
         # Other graphs than the denoiser are opened in separate bundles, which release their memory before the next.
         opened = whole if spec.denoises else bundle.open(threads=torch.get_num_threads())
         limits = tolerance if precision == bundle.precision else TOLERANCES[precision]
-        calls = calls_for(spec, precision, bundle.exported.reference)
-        parity[spec.name] = compare_graph(opened.session(spec.name), spec, limits, calls)
+        parity[spec.name] = compare_graph(opened.session(spec.name), spec, limits, expected[spec.name])
     return whole
 
 

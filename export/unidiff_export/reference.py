@@ -7,6 +7,7 @@ give the inputs of all graphs.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,7 @@ def make_reference(
         negative_prompt=NEGATIVE_PROMPT if guidance > 1 else "",
     )
     del pipeline
+    gc.collect()  # its models are in reference cycles, and CLIP is loaded next
     searched = samples if samples.images else Samples(prompts, generated.images)
     texts, images = _embed(checkpoint, specs, prompts, generated.images)
     embeddings = _embed(checkpoint, specs, searched.captions, samples.images) if samples.images else (texts, images)

@@ -195,10 +195,31 @@ def random_calls(spec: GraphSpec) -> tuple[Inputs, ...]:
     return tuple(calls)
 
 
-def compare_graph(
-    session: Session, spec: GraphSpec, tolerance: Tolerance, calls: Sequence[Inputs] | None = None
-) -> GraphParity:
-    """Run a graph and its module on the same inputs, by default random ones.
+@dataclass(frozen=True)
+class ExpectedOutputs:
+    """What the module of a graph computes in PyTorch. It takes little memory, so the module can be released.
+
+    Attributes:
+        calls: the inputs of each call.
+        outputs: the outputs of each call, in the order of `GraphSpec.outputs`.
+    """
+
+    calls: tuple[Inputs, ...]
+    outputs: tuple[tuple[NDArray[np.float32], ...], ...]
+
+
+def expected_outputs(spec: GraphSpec, calls: Sequence[Inputs] | None = None) -> ExpectedOutputs:
+    """Run the module of a graph on `calls`, by default on random ones."""
+    calls, results = tuple(calls or random_calls(spec)), []
+    with torch.no_grad():
+        for inputs in calls:
+            outputs = spec.module(*inputs)
+            results.append(tuple(each.numpy() for each in (outputs if isinstance(outputs, tuple) else (outputs,))))
+    return ExpectedOutputs(calls, tuple(results))
+
+
+def compare_graph(session: Session, spec: GraphSpec, tolerance: Tolerance, expected: ExpectedOutputs) -> GraphParity:
+    """Run a graph on the inputs of `expected`, and compare its outputs with those of PyTorch.
 
     Errors of hidden states without a norm are relative to the largest value, as single values grow with each layer.
 
@@ -207,15 +228,12 @@ def compare_graph(
         ExportError: an output has another shape, or is not finite.
     """
     errors, cosines = [], []
-    for inputs in calls or random_calls(spec):
-        with torch.no_grad():
-            expected = spec.module(*inputs)
+    for inputs, references in zip(expected.calls, expected.outputs, strict=True):
         outputs = session.run(dict(zip(spec.inputs, (x.numpy() for x in inputs), strict=True)))
-        references = expected if isinstance(expected, tuple) else (expected,)
         for name, reference in zip(spec.outputs, references, strict=True):
-            scale = max(1.0, reference.abs().max().item()) if name.startswith(HIDDEN) else 1.0
-            errors.append(max_abs_error(f"{spec.name}: {name}", outputs[name], reference.numpy()) / scale)
-            cosines.append(cosine(outputs[name], reference.numpy()))
+            scale = max(1.0, float(np.abs(reference).max())) if name.startswith(HIDDEN) else 1.0
+            errors.append(max_abs_error(f"{spec.name}: {name}", outputs[name], reference) / scale)
+            cosines.append(cosine(outputs[name], reference))
     parity = GraphParity(max(errors), min(cosines), tolerance.max_abs_error, tolerance.cosine)
     if parity.tolerance is not None and parity.max_abs_error > parity.tolerance:
         raise ToleranceError(

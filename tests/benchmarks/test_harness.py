@@ -126,6 +126,12 @@ def test_process_reports_time_and_peak_memory():
     assert 64 < process.figures()["peak_mib"] < 256
 
 
+def test_process_keeps_what_it_wrote_to_standard_error():
+    process = Process([sys.executable, "-c", "import sys; print('validated', file=sys.stderr)"])
+    process()
+    assert process.log == "validated\n"
+
+
 def test_failed_process_is_reported_with_its_error():
     with pytest.raises(SystemExit, match="no such thing"):
         Process([sys.executable, "-c", "raise RuntimeError('no such thing')"])()

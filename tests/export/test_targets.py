@@ -27,7 +27,7 @@ from unidiff_export.cli import main
 from unidiff_export.graphs.lowering import GraphSpec, check_operators, graph_specs, lower
 from unidiff_export.graphs.passes import rewrite_for_cuda
 from unidiff_export.options import PRECISIONS, TARGETS, check_options
-from unidiff_export.verification import TOLERANCES, compare_graph
+from unidiff_export.verification import TOLERANCES, compare_graph, expected_outputs
 from unidiff_sdk.errors import BundleError, ExportError, OptionError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.bundle import Bundle
@@ -100,7 +100,12 @@ def test_web_graphs_use_operators_that_wasm_and_webgpu_run(
 def test_graphs_agree_with_pytorch(
     target: str, name: str, lowered: Lowered, specs: dict[str, GraphSpec], tmp_path: Path
 ) -> None:
-    parity = compare_graph(session(lowered(target, name), tmp_path / "model.onnx"), specs[name], TOLERANCES["fp32"])
+    parity = compare_graph(
+        session(lowered(target, name), tmp_path / "model.onnx"),
+        specs[name],
+        TOLERANCES["fp32"],
+        expected_outputs(specs[name]),
+    )
     assert parity.max_abs_error < 2e-5
     assert parity.cosine > 0.999999
 
@@ -134,7 +139,9 @@ def test_half_graph_for_cuda(specs: dict[str, GraphSpec], tmp_path: Path) -> Non
     assert {node.inputs[0].dtype for node in attention_nodes(model, "cuda")} == {ir.DataType.FLOAT16}
     assert {value.dtype for value in model.graph.inputs} == {ir.DataType.FLOAT}
     half = TOLERANCES["fp16"]
-    parity = compare_graph(session(model, tmp_path / "model.onnx"), specs["unet"], half)
+    parity = compare_graph(
+        session(model, tmp_path / "model.onnx"), specs["unet"], half, expected_outputs(specs["unet"])
+    )
     assert parity.max_abs_error < (half.max_abs_error or 0)
 
 

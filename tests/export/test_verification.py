@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from support.references import UNIT, gray_reference
 
+from unidiff_export import exporter
+from unidiff_export.bundle.exported import Exported
 from unidiff_export.graphs.lowering import GraphSpec
 from unidiff_export.reference import LARGE, workload_for
 from unidiff_export.verification import (
@@ -31,6 +33,7 @@ from unidiff_export.verification import (
     compare_graph,
     compare_images,
     compare_search,
+    expected_outputs,
     psnr_db,
     random_calls,
 )
@@ -58,7 +61,7 @@ class FunctionSession:
 
 
 def test_graph_that_agrees_has_a_small_error_and_a_cosine_of_one() -> None:
-    parity = compare_graph(FunctionSession(np.tanh), SPEC, TOLERANCES["fp32"])
+    parity = compare_graph(FunctionSession(np.tanh), SPEC, TOLERANCES["fp32"], expected_outputs(SPEC))
     assert parity.max_abs_error < 1e-6
     assert parity.cosine == pytest.approx(1)
 
@@ -76,19 +79,43 @@ def test_graph_that_agrees_has_a_small_error_and_a_cosine_of_one() -> None:
 )
 def test_graph_that_diverges_is_refused(function: Any, message: str) -> None:
     with pytest.raises(ExportError, match=message):
-        compare_graph(FunctionSession(function), SPEC, TOLERANCES["fp32"])
+        compare_graph(FunctionSession(function), SPEC, TOLERANCES["fp32"], expected_outputs(SPEC))
 
 
 def test_graph_with_another_direction_is_refused() -> None:
     with pytest.raises(ToleranceError, match=r"cosine -1\.0000, required ≥ 0\.98\. 8 bits are too coarse") as error:
-        compare_graph(FunctionSession(lambda x: -np.tanh(x)), SPEC, TOLERANCES["int8"])
+        compare_graph(FunctionSession(lambda x: -np.tanh(x)), SPEC, TOLERANCES["int8"], expected_outputs(SPEC))
     assert error.value.graphs == ("half",)
 
 
 def test_checkpoint_with_nan_weights_is_reported_as_broken() -> None:
     spec = dataclasses.replace(SPEC, example=lambda batch, scale: (torch.full((batch, scale), torch.nan),))
     with pytest.raises(ExportError, match="not finite in PyTorch either, so the checkpoint is broken"):
-        compare_graph(FunctionSession(np.tanh), spec, TOLERANCES["fp32"])
+        compare_graph(FunctionSession(np.tanh), spec, TOLERANCES["fp32"], expected_outputs(spec))
+
+
+@pytest.mark.parametrize(("policy", "device"), [(None, "meta"), (object(), "cpu")])
+def test_weights_are_released_before_a_graph_is_loaded(policy: Any, device: str) -> None:
+    layer = torch.nn.Linear(2, 2)
+    weight, bias = (parameter.detach().numpy().copy() for parameter in layer.parameters())
+    spec = dataclasses.replace(SPEC, module=layer, example=lambda batch, scale: (torch.randn(batch * scale, 2),))
+    exported: Any = Exported([spec], {}, None, None, policy, None, None, modules=[layer])  # type: ignore[arg-type]
+    devices: list[str] = []
+
+    def session(graph: str) -> FunctionSession:
+        devices.append(layer.weight.device.type)
+        return FunctionSession(lambda x: x @ weight.T + bias)
+
+    bundle: Any = SimpleNamespace(
+        exported=exported,
+        writer=SimpleNamespace(graphs={"half": SimpleNamespace(precision="fp32")}),
+        precision="fp32",
+        open=lambda threads: SimpleNamespace(session=session),
+    )
+    parity: dict[str, GraphParity] = {}
+    exporter._compare_graphs(bundle, TOLERANCES["fp32"], parity, lambda stage: None)
+    assert devices == [device]  # graphs that may be quantized again need the weights
+    assert parity["half"].max_abs_error < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Exported:
         write_files: writes the files that are not graphs into the bundle folder.
         write_card: writes the model card for the final manifest into the bundle folder.
         loras: LoRAs that stay switchable.
-        modules: the models. Their weights are released once no graph is compared or written again.
+        modules: the models. Their weights are released once no graph is written again, before ONNX Runtime loads one.
     """
 
     specs: Sequence[GraphSpec]
