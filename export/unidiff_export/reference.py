@@ -7,7 +7,6 @@ give the inputs of all graphs.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from unidiff_sdk.training.checkpoints.loading.second_text_encoder import THIRD_TOKENS
 from unidiff_sdk.training.data.captions import normalize_caption, tokenize
 from unidiff_sdk.training.data.pairs import load_pairs
+from unidiff_sdk.training.runtime.allocator import return_freed_memory
 
 from .bundle.files import clip_tokenizer
 from .graphs.lowering import GraphSpec
@@ -181,6 +181,7 @@ def make_reference(
     Images, and the embeddings of unusual inputs, are those of diffusers and transformers with the checkpoint's folders,
     or with the models in memory unless `from_disk`. The weights loaded for it are released on return.
     """
+    return_freed_memory()  # of loading the checkpoint, whose weights are loaded again
     pipeline = load_pipeline(checkpoint, sampler_defaults["name"], checkpoint.path if from_disk else None)
     steps = min(workload.steps or sampler_defaults["steps"], sampler_defaults["steps"])
     guidance = sampler_defaults["guidance_scale"]
@@ -195,10 +196,12 @@ def make_reference(
         negative_prompt=NEGATIVE_PROMPT if guidance > 1 else "",
     )
     del pipeline
-    gc.collect()  # its models are in reference cycles, and CLIP is loaded next
+    return_freed_memory()  # CLIP is loaded next
     searched = samples if samples.images else Samples(prompts, generated.images)
     texts, images = _embed(checkpoint, specs, prompts, generated.images)
     embeddings = _embed(checkpoint, specs, searched.captions, samples.images) if samples.images else (texts, images)
+    odd = embed_odd_inputs(checkpoint, checkpoint.clip_path if from_disk else None)
+    return_freed_memory()
     return Reference(
         generated=generated,
         sampler=sampler_defaults["name"],
@@ -206,7 +209,7 @@ def make_reference(
         guidance_scale=guidance,
         searched=searched,
         embeddings=embeddings,
-        odd=embed_odd_inputs(checkpoint, checkpoint.clip_path if from_disk else None),
+        odd=odd,
         agreement=float((texts * images).sum(axis=1).mean()),
         inputs=graph_inputs(checkpoint, generated, searched.captions, samples.images or generated.images),
     )

@@ -13,6 +13,7 @@ from unidiff_export.graphs.lowering import GraphSpec
 from unidiff_export.quantization.policy import Int8Policy
 from unidiff_export.reference import SearchReference
 from unidiff_sdk.inference.manifest import Manifest, ModelDescription
+from unidiff_sdk.training.runtime.allocator import return_freed_memory
 
 from .switchable import LoraExport
 
@@ -49,3 +50,4 @@ class Exported:
         """Release the memory of all weights; configurations and tokenizers stay."""
         for module in self.modules:
             module.to("meta")
+        return_freed_memory()

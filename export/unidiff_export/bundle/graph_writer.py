@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from unidiff_export.quantization.qdq import quantize
 from unidiff_export.reference import SearchReference
 from unidiff_sdk.inference.manifest import Graph
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
+from unidiff_sdk.training.runtime.allocator import return_freed_memory
 
 from .files import graph_files, plain_config, rewrite_graph, write_graph
 from .manifest import describe_graph
@@ -65,7 +65,7 @@ class GraphWriter:
             int8=self._policy.describe(spec.name, quantized) if self._policy else None,
         )
         del model
-        gc.collect()  # graphs contain reference cycles, and each holds a copy of its weights
+        return_freed_memory()  # graphs contain reference cycles, and each holds a copy of some weights
 
     def rewrite_for_gpu(self) -> None:
         """Rewrite the written graphs for CUDA's channels-last kernels, and update their entries."""
