@@ -33,14 +33,15 @@ def test_rule(free: int, processes: int, image_bytes: float, expected: int) -> N
 
 
 def test_growth_is_that_of_the_block() -> None:
-    earlier = np.ones(200 << 20, np.uint8)  # a higher peak before it does not count
+    earlier = np.ones(600 << 20, np.uint8)  # a higher peak before it does not count
     del earlier
     with peak_memory() as peak:
-        some = np.ones(50 << 20, np.uint8)
+        some = np.ones(300 << 20, np.uint8)
         del some
     if peak.growth is None:
         pytest.skip("needs /proc")
-    assert 45 << 20 < peak.growth < 70 << 20
+    # Allocators of packages that earlier tests used return some of their memory meanwhile, in threads of their own.
+    assert 250 << 20 < peak.growth < 350 << 20
 
 
 def test_size_follows_from_the_measured_batch(monkeypatch: pytest.MonkeyPatch) -> None:
