@@ -21,15 +21,15 @@ from harness import ROOT, fresh
 
 # Time budgets in seconds on two cores; less than 90 minutes in total.
 BUDGETS = {
-    "cold_start": 150,
-    "few_steps": 660,
-    "generate": 480,
+    "cold_start": 120,
+    "few_steps": 600,
+    "generate": 450,
     "generate_large": 720,
-    "graphs": 240,
-    "imagine": 180,
-    "indexing": 210,
+    "graphs": 180,
+    "imagine": 150,
+    "indexing": 180,
     "optimizing": 150,
-    "search": 600,
+    "search": 840,
     "training_step": 690,
     "unet": 1320,
 }
