@@ -21,10 +21,10 @@ from harness import ROOT, fresh
 
 # Time budgets in seconds on two cores; less than 90 minutes in total.
 BUDGETS = {
-    "cold_start": 120,
+    "cold_start": 180,
     "few_steps": 600,
     "generate": 450,
-    "generate_large": 720,
+    "generate_large": 660,
     "graphs": 180,
     "imagine": 150,
     "indexing": 180,
