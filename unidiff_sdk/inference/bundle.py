@@ -55,7 +55,7 @@ ONLY_IN_BUNDLES = (f"image_encoder/{GRAPH_FILE}", f"clip_text_encoder/{GRAPH_FIL
 """What a pipeline of optimum does not have. A folder that has it was a bundle before it lost its manifest."""
 
 LOADING_THREADS = 2  # the UNet takes as long to load as all the other graphs of a model
-# Loading takes a graph's size up to twice for a moment. Larger graphs are loaded one by one to keep that peak low.
+# Loading a graph takes up to twice its size in memory. Larger graphs are loaded one by one, so this does not add up.
 LOADED_TOGETHER = 512 << 20
 
 

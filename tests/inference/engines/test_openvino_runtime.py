@@ -19,12 +19,12 @@ from unidiff_sdk.datasets.synthetic import products, render
 from unidiff_sdk.errors import BundleError, OptionError, ProviderError
 from unidiff_sdk.generation.generator import Generator
 from unidiff_sdk.inference.encoder import Encoder
-from unidiff_sdk.inference.engines.openvino_runtime import OpenVinoSession, create_openvino_session
+from unidiff_sdk.inference.engines.openvino_runtime import OpenVinoSession, _core, create_openvino_session
 from unidiff_sdk.inference.sessions import create_session
 
 openvino = pytest.importorskip("openvino", reason="needs the openvino extra")
 
-has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+has_bfloat16 = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="needs a processor with bfloat16")
 PROMPT = "purple dotted boots"
 
