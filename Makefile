@@ -73,6 +73,7 @@ tiny: $(VENV)/.ready ## train the tiny base from scratch and export the default 
 	$(VENV)/bin/unidiff-export tiny -o unidiff_sdk/models/tiny --overwrite
 
 bench: $(VENV)/.ready ## every benchmark, with its peers; writes benchmarks/RESULTS.md
+	$(VENV)/bin/python benchmarks/prepare.py
 	$(VENV)/bin/python benchmarks/run_all.py $(ARGS)
 
 ablation: $(VENV)/.ready ## the effect of each term of the joint objective (hours on two cores); writes benchmarks/QUALITY.md

@@ -18,15 +18,14 @@ from harness import ROOT, Benchmark, options
 
 CAPTIONS_TO_LEARN, CAPTIONS = 1000, 40  # of each catalog
 GUIDED_STEPS, STEPS = 25, 4
+WORK = ROOT / ".cache" / "few-steps"
 SEEDS, DISTILLATIONS = (0, 1, 2), (0,)
 TEACHER, UNDISTILLED, DIFFUSERS = "guided, 25 steps", "not distilled, 4 steps unguided", "diffusers, guided, 25 steps"
 
 
 @click.command()
 @options
-@click.option(
-    "--work", type=click.Path(path_type=Path), default=ROOT / ".cache" / "few-steps", help="Folder for the students."
-)
+@click.option("--work", type=click.Path(path_type=Path), default=WORK, help="Folder for the students.")
 def main(work: Path, **chosen: Any) -> None:
     """Distill, export, generate and judge."""
     bench = Benchmark(__file__, "What do four unguided steps cost in quality, and save in time?", **chosen)

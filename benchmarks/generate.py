@@ -207,7 +207,7 @@ def arrivals(bench: Benchmark, bundle: Bundle, peer: Callable[..., object], requ
             },
             parameters={"load": rate},
             items=requests,
-            rounds=min(bench.rounds, 5),
+            rounds=min(bench.rounds, 4),
             note=f"{requests} requests for one image of {REQUEST_STEPS} steps. The time runs until the last is served.",
         )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
     from unidiff_sdk.training.objective.joint_model import JointModel
 
-BUDGET_S = 60  # per row
+BUDGET_S = 40  # per row
 OURS, PLAIN = "UniDiff, ITC + IS", "transformers' CLIP step + diffusers' train_text_to_image step"
 SCORES, REWARD = f"{OURS} + RSC encoder and generator", f"{OURS} + RSC reward"
 Step = Callable[[], object]

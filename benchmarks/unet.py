@@ -119,7 +119,7 @@ def main(cache: Path, **chosen: Any) -> None:
                 figures=sizes,
                 items=batch,
                 flop=2 * work,
-                budget_s=200,
+                budget_s=120,
                 note=f"Random weights. Shares of the time by ONNX Runtime's profile, {'; '.join(profiles)}.",
             )
     bench.finish()
