@@ -7,6 +7,8 @@ together they take about 20 GB. The graphs are exported once, in about five minu
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -31,7 +33,6 @@ def main(cache: Path, **chosen: Any) -> None:
     question = "How long does one image take with a model of the size of Stable Diffusion 1.5?"
     bench = Benchmark(__file__, question, depends=[WORKER, WORKER.with_name("sd15.py")], **chosen)
     from _host import computes_bf16
-    from sd15 import pipeline
 
     def worker(engine: str, folder: Path, steps: int, guidance: float) -> Worker:
         arguments = [WORKER, engine, folder, str(steps), str(guidance), str(bench.threads)]
@@ -39,7 +40,7 @@ def main(cache: Path, **chosen: Any) -> None:
 
     case = f"256 px, {FEW} steps, guided"
     if bench.wants(case):
-        int8, fp32 = (pipeline(cache, precision) for precision in ("int8", "fp32"))
+        int8, fp32 = (generator(cache, precision) for precision in ("int8", "fp32"))
         engines = {"UniDiff int8": ("unidiff", int8), "UniDiff fp32": ("unidiff", fp32)}
         peers = {DIFFUSERS: "diffusers"}
         if computes_bf16():
@@ -55,7 +56,7 @@ def main(cache: Path, **chosen: Any) -> None:
             )
     case = f"256 px, {FEW} steps unguided against {GUIDED} guided"
     if bench.wants(case):
-        int8 = pipeline(cache, "int8")
+        int8 = generator(cache, "int8")
         few = {f"UniDiff int8, {FEW} steps unguided": "unidiff"}
         if computes_bf16():
             few[f"UniDiff int8, OpenVINO bf16, {FEW} steps unguided"] = OPENVINO
@@ -68,6 +69,16 @@ def main(cache: Path, **chosen: Any) -> None:
                 rounds=min(bench.rounds, 3),
             )
     bench.finish()
+
+
+def generator(cache: Path, precision: str) -> Path:
+    """Return a folder with hard links to the files of generation, without the encoder that `unet.py` adds to them."""
+    from sd15 import pipeline
+
+    folder = pipeline(cache, precision)
+    target = folder.with_name(f"{folder.name}-generator")
+    shutil.rmtree(target, ignore_errors=True)
+    return Path(shutil.copytree(folder, target, ignore=shutil.ignore_patterns("image_encoder"), copy_function=os.link))
 
 
 if __name__ == "__main__":

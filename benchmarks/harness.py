@@ -31,6 +31,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -178,8 +179,9 @@ def measure(
 ) -> dict[str, list[float]]:
     """Return the seconds of each contestant in each round. Every contestant runs in every round.
 
-    The order rotates from round to round, so that no contestant always finds the caches that the same other one left.
-    The first `warm_up` rounds do not count. After `budget_s` seconds, no round beyond the third starts.
+    The order is another random one in each round, so that no contestant always finds the caches that the same other one
+    left, or competes with what its threads still do. The first `warm_up` rounds do not count. After `budget_s` seconds,
+    no round beyond the third starts.
     """
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -188,7 +190,7 @@ def measure(
         if number >= LEAST_ROUNDS and time.monotonic() > ends:
             break
         gc.collect()
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in random.Random(number).sample(names, len(names)):
             before = clock()
             returned = contestants[name]()
             seconds = float(returned) if isinstance(returned, Seconds) else clock() - before

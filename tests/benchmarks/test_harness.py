@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,13 +35,14 @@ def new_benchmark(out: Path, **options: object) -> Benchmark:
     return Benchmark(script, "How long?", out=out, measure_peaks=lambda threads: {}, **(OPTIONS | options))
 
 
-def test_measure_runs_every_contestant_in_every_round_in_rotating_order():
+def test_measure_runs_every_contestant_in_every_round_after_each_other_one():
     order: list[str] = []
-    samples = measure({name: lambda name=name: order.append(name) for name in "abc"}, rounds=3, warm_up=1)
-    rounds = [order[start : start + 3] for start in range(0, 12, 3)]
+    samples = measure({name: lambda name=name: order.append(name) for name in "abc"}, rounds=40, warm_up=1)
+    rounds = [order[start : start + 3] for start in range(0, 3 * 41, 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
-    assert {turn[0] for turn in rounds} == {"a", "b", "c"}
-    assert {name: len(column) for name, column in samples.items()} == {"a": 3, "b": 3, "c": 3}
+    assert {name: len(column) for name, column in samples.items()} == {"a": 40, "b": 40, "c": 40}
+    followed = Counter(pair for turn in rounds for pair in itertools.pairwise(turn))
+    assert len(followed) == 6 and min(followed.values()) >= 5
 
 
 def test_measure_drops_the_warm_up_rounds():
