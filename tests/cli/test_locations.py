@@ -169,7 +169,7 @@ def test_invalid_arguments_keep_their_message(served: Served, tmp_path: Path) ->
     limit = run("search", served.folder, "shade", "--limit", 0)
     assert limit.exit_code == 2 and "limit" in limit.stderr
     id = run("search", served.folder, "--like", "none")
-    assert id.exit_code == 1 and "'none'" in id.stderr
+    assert id.exit_code == 2 and "'none'" in id.stderr
     key = run("search", served.folder, "shade", "--trusted-key", tmp_path / "key.pem")
     assert key.exit_code == 2 and "ignores --trusted-key" in key.stderr
 

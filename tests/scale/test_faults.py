@@ -178,13 +178,15 @@ class Node:
 
 
 @pytest.fixture
-def nodes() -> Iterator[tuple[Node, Node, dict[str, str]]]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Node, Node, dict[str, str]]]:
     """A cluster of two nodes, and the environment of its driver."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # names of sockets have at most 107 characters
     port = address.partition(":")[2]
+    # A cluster has a token if this user has ever started Ray. Its driver would need the same variables.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     on_head = ("--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(folder))
     # The second of two actors leaves the node that would be more than half full, and finds room there afterwards.
     head = Node(folder, *on_head, "--num-cpus", "3")

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import tarfile
+import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -15,12 +17,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 from support import local_ray, object_stores
 
-from unidiff_sdk import Catalog, DataError, OptionError, StoreError
+from unidiff_sdk import Bundle, BundleError, Catalog, DataError, OptionError, StoreError
 from unidiff_sdk.catalog import snapshot
+from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.scale import generate, generating, index, indexing
+from unidiff_sdk.scale.cluster import _check_room
 from unidiff_sdk.scale.run_file import RunFile
+from unidiff_sdk.scale.stages import Encode
 from unidiff_sdk.store.edge.store import EdgeStore
 
 object_stores.register()
@@ -87,6 +93,83 @@ def test_exports_name_the_object_storage_that_items_came_from(shards: Path, toy:
     assert (again.added, again.skipped) == (0, 6)
 
 
+def test_record_of_a_deleted_catalog_is_not_continued(small_catalog: Path, toy: Path, tmp_path: Path) -> None:
+    index(small_catalog, tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    shutil.rmtree(tmp_path / "shop")
+    time.sleep(1.1)  # a catalog is known by the second in which it was created
+    with pytest.raises(DataError, match="another job"):
+        index(small_catalog, tmp_path / "shop", toy, record=tmp_path / "run.jsonl", resume=True)
+
+
+def test_writers_do_not_create_a_catalog_of_their_own(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that does not see the folder of the job."""
+    opened: list[dict[str, Any]] = []
+    plain = indexing.Store.__init__
+
+    def noted(self: Any, opening: Any) -> None:
+        opened.append(dict(opening))
+        plain(self, opening)
+
+    monkeypatch.setattr(indexing.Store, "__init__", noted)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
+    index(tmp_path / "images", tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    (opening,) = opened
+    with pytest.raises(StoreError):
+        Catalog(**{**opening, "location": tmp_path / "elsewhere"})
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_workers_require_the_bundle_of_the_job(toy: Path) -> None:
+    """Another export can be under the same path on another machine."""
+    stage = Encode(str(toy), 64 * "0", "cpu", None, 1)
+    with pytest.raises(BundleError, match="fingerprint"):
+        stage._encoder  # noqa: B018
+
+
+def test_image_without_an_embedding_is_an_invalid_row(
+    small_catalog: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product of a layer in half precision can overflow. The job must not end at the same image in each run."""
+    plain = Encoder.encode_pixels
+    calls = 0
+
+    def overflowing(self: Encoder, pixels: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if any((image == bad).all() for image in pixels):
+            raise BundleError("the image encoder (fp16) returns embeddings that are zero or not finite")
+        return plain(self, pixels)
+
+    row = json.loads((small_catalog / "metadata.jsonl").read_text().splitlines()[3])
+    encoder = Encoder(Bundle.open(toy))
+    bad = encoder.pixels(Image.open(small_catalog / row["file_name"]).convert("RGB"))
+    monkeypatch.setattr(Encoder, "encode_pixels", overflowing)
+    report = index(small_catalog, tmp_path / "shop", toy, record=tmp_path / "run.jsonl", batch_size=8)
+    assert report.added == 11 and [(each.file_name, each.line) for each in report.failed] == [(row["file_name"], 4)]
+    assert calls == 2 + 8
+    monkeypatch.setattr(Encoder, "encode_pixels", lambda *_: (_ for _ in ()).throw(BundleError("every image")))
+    with pytest.raises(BundleError, match="every image"):
+        index(small_catalog, tmp_path / "other", toy, record=tmp_path / "run.jsonl")
+
+
+def test_progress_needs_no_readable_part(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.csv").write_bytes(b"file_name,text\n\xff,x\n")
+    report = index(tmp_path / "0.csv", tmp_path / "shop", toy, record=tmp_path / "run.jsonl", progress=True)
+    assert report.added == 0 and report.failed
+
+
+def test_cluster_without_room_is_reported() -> None:
+    with pytest.warns(UserWarning, match="needs 9 cores and 0 GPUs, and the cluster has 8 cores"):
+        _check_room({"CPU": 8.0}, 9, 0)
+    with pytest.warns(UserWarning, match="2 GPUs, and the cluster has 9 cores and 1 GPUs"):
+        _check_room({"CPU": 9.0, "GPU": 1.0}, 9, 2)
+    with warnings.catch_warnings(action="error"):
+        _check_room({"CPU": 9.0, "GPU": 2.0}, 9, 2)
+
+
 def test_invalid_kind_is_refused_and_not_a_row(small_catalog: Path, toy: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no kind"):
         index(small_catalog, tmp_path / "shop", toy, kinds={"price": "no kind"}, record=tmp_path / "run.jsonl")
@@ -144,8 +227,8 @@ def test_relative_places_belong_to_the_folder_of_the_caller(
         (tmp_path / folder).mkdir()
 
     @contextmanager
-    def elsewhere(workers: int) -> Iterator[Any]:
-        with chdir(tmp_path / "workers"), local_ray.ray_data(workers) as data:
+    def elsewhere(cores: int, gpus: float) -> Iterator[Any]:
+        with chdir(tmp_path / "workers"), local_ray.ray_data(cores, gpus) as data:
             yield data
 
     for module in (generating, indexing):

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 
 from unidiff_sdk import Catalog
 from unidiff_sdk.datasets.synthetic import products, render
+from unidiff_sdk.errors import ForbiddenError
 from unidiff_sdk.store.filters import FilterError
 
 PROBLEM = "application/problem+json"
@@ -110,7 +111,7 @@ def test_images_in_each_size(client: TestClient, catalog: Catalog) -> None:
 
 def test_ids_with_any_characters_and_integers(own_client: TestClient) -> None:
     image = base64.b64encode(png()).decode()
-    odd = ["a/b", "x y?&#%", "Größe", "image", "a/image", "-5"]
+    odd = ["a/b", "x y?&#%", "Größe", "image", "a/image", "-5", "a", "a\n", "a\nb", "\r\n"]
     items = [{"id": id, "image": image, "text": f"item {n}"} for n, id in enumerate([*odd, 7])]
     assert own_client.post("/v1/items", json={"items": items}).json() == {"ids": [*odd, 7]}
     for id in [*odd, 7]:
@@ -118,6 +119,68 @@ def test_ids_with_any_characters_and_integers(own_client: TestClient) -> None:
         assert found.status_code == 200 and found.json()["id"] == id
         assert own_client.get(found.json()["image"]).status_code == 200
     assert own_client.get("/v1/items/8").status_code == 404
+
+
+def test_a_string_and_an_integer_with_the_same_digits(own_client: TestClient, own_catalog: Catalog) -> None:
+    image = base64.b64encode(png()).decode()
+    own_client.post("/v1/items", json={"items": [{"id": "7", "image": image}, {"id": 7, "image": image}]})
+    assert own_client.get("/v1/items/7").json()["id"] == "7"
+    for refused in (own_client.delete("/v1/items/7"), own_client.patch("/v1/items/7", json={"columns": {"x": 1}})):
+        assert refused.status_code == 409 and "the integer" in refused.json()["detail"]
+    assert own_catalog.get("7") is not None and own_catalog.get(7) is not None
+    assert own_client.request("DELETE", "/v1/items", json={"ids": ["7"]}).json() == {"deleted": 1}
+    assert own_client.get("/v1/items/7").json()["id"] == 7
+    assert own_client.delete("/v1/items/7").status_code == 204
+
+
+ASKED = ("query", '{"text": "x"}')
+
+
+@pytest.mark.parametrize(
+    ("path", "parts", "words"),
+    [
+        ("search", [ASKED, ("photo", b"x")], "a file in the field 'photo'"),
+        ("search", [ASKED, ("image", "photo.jpg")], "a text in the field 'image'"),
+        ("search", [ASKED, ASKED], "2 fields 'query'"),
+        ("search", [("text", "x")], "query (text), image (file)"),
+        ("search", [ASKED, *[("image", b"x")] * 300], "Too many files"),
+        ("items", [("image", b"x")], "0 fields 'items'"),
+        ("images/edits", [("prompt", "x"), ("image", b"x"), ("image[]", b"y")], "2 images"),
+        ("images/edits", [("prompt", "x"), ("image", b"x"), ("mask", b"y"), ("mask", b"z")], "2 masks"),
+        ("images/edits", [("prompt", "x"), ("image", b"x"), ("photo", b"y")], "'photo'"),
+        ("images/edits", [("prompt", "x")], "0 images"),
+    ],
+)
+def test_no_part_of_a_form_is_ignored(
+    client: TestClient, path: str, parts: list[tuple[str, str | bytes]], words: str
+) -> None:
+    files = [(name, (None if isinstance(value, str) else "x.png", value)) for name, value in parts]
+    response = client.post(f"/v1/{path}", files=files)
+    assert response.status_code == 422 and words in response.json()["detail"], response.text
+
+
+def test_large_forms_are_read(client: TestClient) -> None:
+    """Starlette's own limit of a text field is 1 MiB."""
+    query = json.dumps({"text": "boots", "where": {"name": {"in": ["x" * 1000] * 2000}}})
+    response = client.post("/v1/search", files=[("query", (None, query))])
+    assert "larger" not in response.text and "exceeded" not in response.text, response.text
+
+
+@pytest.mark.parametrize("name", ["like", "unlike", "without"])
+def test_lists_of_examples_are_limited(client: TestClient, name: str) -> None:
+    response = client.post("/v1/search", json={"text": "x", name: ["a"] * 257})
+    assert response.status_code == 422 and "256" in response.json()["detail"], response.text
+
+
+def test_a_key_of_the_store_that_may_only_read_is_not_a_reason_to_try_again(
+    client: TestClient, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*args: object, **options: object) -> None:
+        raise ForbiddenError("The API key may not create an index.")
+
+    monkeypatch.setattr(type(catalog), "afacets", refuse)
+    response = client.get("/v1/facets", params={"column": "type"})
+    assert response.status_code == 501 and "Retry-After" not in response.headers
 
 
 def test_adding_changing_and_deleting(own_client: TestClient, own_catalog: Catalog) -> None:

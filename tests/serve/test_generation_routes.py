@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from unidiff_sdk import Catalog
+from unidiff_sdk import Catalog, GenerationError
 from unidiff_sdk.generation.provenance import read_recipe
 from unidiff_sdk.serve import ServerSettings, create_app
 
@@ -84,6 +84,21 @@ def test_errors_after_the_start_are_events(catalog: Catalog, monkeypatch: pytest
         assert plain.status_code == 504 and "too long" in plain.json()["title"]
         search = client.post("/v1/search", json={"text": "x", "imagine": 4})
         assert search.status_code == 504
+
+
+def test_failures_of_a_stream_are_in_the_log_with_the_id_of_the_request(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(*args: object, **options: object) -> None:
+        raise GenerationError("the scheduler is of another size")
+
+    monkeypatch.setattr(type(catalog), "agenerate", fail)
+    with TestClient(create_app(catalog), raise_server_exceptions=False) as client:
+        response = client.post("/v1/generate", json=ASKED, headers={"Accept": "text/event-stream"})
+    ((kind, problem),) = events_of(response.text)
+    assert kind == "error" and problem["request_id"] == response.headers["x-request-id"]
+    (record,) = [record for record in caplog.records if problem["request_id"] in record.getMessage()][:1]
+    assert record.exc_info is not None and "another size" in str(record.exc_info[1])
 
 
 def test_too_many_generations_are_refused(catalog: Catalog) -> None:

@@ -26,6 +26,7 @@ from starlette.testclient import TestClient
 from support.misbehaving_server import MisbehavingServer
 
 from unidiff_sdk import Catalog
+from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.cli.main import main
 from unidiff_sdk.cli.servers.serve import _free_port
 from unidiff_sdk.errors import OptionError
@@ -83,6 +84,79 @@ def test_only_hashes_of_keys_are_kept(tmp_path: Path) -> None:
     for key in ("short", "with space 0123456789", "non-äscii-0123456789"):
         with pytest.raises(OptionError, match="printable ASCII"):
             ApiKeys({key: "read"})
+
+
+@pytest.mark.parametrize("content", ["", "# none yet\n\n"])
+def test_a_file_without_keys_is_not_a_server_without_keys(tmp_path: Path, content: str) -> None:
+    (tmp_path / "keys.txt").write_text(content)
+    result = CliRunner().invoke(main, ["serve", str(tmp_path / "shop"), "--api-keys", str(tmp_path / "keys.txt")])
+    assert result.exit_code == 2 and "there is no key in it" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["UNIDIFF_API_KEY", "UNIDIFF_READ_API_KEY"])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_variable_is_not_a_server_without_keys(tmp_path: Path, name: str, value: str) -> None:
+    result = CliRunner().invoke(main, ["serve", str(tmp_path / "shop")], env={name: value})
+    assert result.exit_code == 2 and f"{name} is empty" in result.stderr
+
+
+def test_keys_and_rates_are_checked_before_bodies(catalog: Catalog) -> None:
+    """FastAPI reads and parses the body of a route before its dependencies run: with wrong bodies, that is visible."""
+    paths = ("search", "generate", "images/generations", "images/edits", "embeddings", "items")
+    header = {"Content-Type": "application/json"}
+    with served(catalog, keys=ApiKeys({READ: "read"}), allow_writes=True) as client:
+        for path in paths:
+            assert client.post(f"/v1/{path}", content=b"{", headers=header).status_code == 401
+        for method, path in (("PATCH", "items/x"), ("DELETE", "items")):
+            for headers, status in ((header, 401), (header | {"X-Api-Key": READ}, 403)):
+                assert client.request(method, f"/v1/{path}", content=b"{", headers=headers).status_code == status
+    with served(catalog, rate=0.5) as client:
+        statuses = [client.post("/v1/generate", content=b"{", headers=header).status_code for _ in range(2)]
+        assert statuses == [422, 429]
+
+
+def test_what_a_key_may_do_is_said_for_that_key(catalog: Catalog) -> None:
+    with served(catalog, keys=ApiKeys({READ: "read", WRITE: "write"}), allow_writes=True) as client:
+        for key, may_write in ((READ, False), (WRITE, True)):
+            assert client.get("/v1/info", headers={"X-Api-Key": key}).json()["writes"] is may_write
+
+
+def test_unknown_methods_share_one_metric(catalog: Catalog) -> None:
+    with served(catalog) as client:
+        before = client.get("/metrics").text
+        for number in range(50):
+            assert client.request(f"ODD{number}", "/v1/search").status_code == 405
+        added = client.get("/metrics").text
+        assert "ODD" not in added and 'unidiff_requests_total{method="other"' in added
+        assert len(added.splitlines()) - len(before.splitlines()) < 60
+
+
+def test_allowed_hosts_are_compared_as_names(catalog: Catalog) -> None:
+    with served(catalog, hosts=("Shop.Example:8443",)) as client:
+        for host, status in (("shop.example", 200), ("SHOP.example:80", 200), ("other.example", 421)):
+            assert client.get("/v1/columns", headers={"Host": host}).status_code == status
+
+
+def test_searches_for_duplicates_keep_their_place_until_they_end(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can stop them. If their places became free after 504, they could take every thread that searches use."""
+    finished = threading.Event()
+
+    async def slow(*args: object, **options: object) -> list[object]:
+        await in_thread(lambda: finished.wait(30))
+        return []
+
+    monkeypatch.setattr(type(catalog), "aduplicates", slow)
+    with served(catalog, timeout=0.2) as client:
+        statuses = [client.get("/v1/duplicates").status_code for _ in range(3)]
+        assert statuses == [504, 504, 429]
+        assert client.post("/v1/search", json=QUERY).status_code == 200
+        finished.set()
+        deadline = time.monotonic() + 30
+        while client.get("/v1/duplicates").status_code == 429 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert client.get("/v1/duplicates").status_code == 200
 
 
 @given(st.floats(0.1, 50), st.lists(st.floats(0, 3), max_size=60))
@@ -273,7 +347,7 @@ def test_the_size_of_generated_images_is_limited(client: TestClient) -> None:
         ({"prompt": "x", "n": "many"}, "n: "),
         ({"n": "1"}, "prompt: "),
         ({"prompt": "x", "strength": "big"}, "strength"),
-        ({"prompt": "x", "unknown": "b"}, "unknown: "),
+        ({"prompt": "x", "unknown": "b"}, "'unknown'"),
     ],
 )
 def test_malformed_edits_are_client_errors(client: TestClient, form: dict[str, str], named: str) -> None:

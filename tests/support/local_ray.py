@@ -49,7 +49,7 @@ class Data:
 
 
 @contextmanager
-def ray_data(workers: int) -> Iterator[type[Data]]:
+def ray_data(cores: int, gpus: float) -> Iterator[type[Data]]:
     try:
         yield Data
     finally:
@@ -63,3 +63,4 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (generating, indexing):
         monkeypatch.setattr(module, "ray_data", ray_data)
     monkeypatch.setattr(indexing, "processes_per_machine", lambda workers: workers)
+    monkeypatch.setattr(indexing, "require_ray", lambda: None)

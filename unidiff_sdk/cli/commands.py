@@ -204,7 +204,7 @@ def check(catalog: CatalogLocation, repair: bool, as_json: bool) -> None:
 def delete(catalog: CatalogLocation, ids: Sequence[str], as_json: bool) -> None:
     """Delete the items with these IDS from CATALOG, and their images. Unknown ids are ignored."""
     with catalog.open() as opened:
-        removed = opened.delete([stored_id(opened, id) for id in ids])
+        removed = opened.delete([stored_id(opened, id, unambiguous=True) for id in ids])
         items = opened.count()
     if as_json:
         echo_json({"removed": removed, "items": items})

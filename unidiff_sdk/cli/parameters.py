@@ -74,20 +74,30 @@ def parse_pairs(ctx: click.Context, option: click.Parameter, pairs: str | None) 
     if pairs is None:
         return None
     parsed: dict[str, str | None] = {}
+    example = f"{option.opts[-1]} {'price=number,size=string' if option.name == 'kinds' else 'image=photo,text=title'}"
     for pair in pairs.split(","):
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not (name and equals):
-            raise click.BadParameter(f"{pair!r:.60} is not NAME=VALUE. Example: {option.name}=image=photo,text=title")
+            raise click.BadParameter(f"{pair!r:.60} is not NAME=VALUE. Example: {example}")
         parsed[name] = value or None
     return parsed
 
 
-def stored_id(catalog: Catalog | ServedCatalog, id: str) -> str | int:
-    """The id of an item as it is stored: 7 can be the integer 7 or the string "7". An unknown id is returned as is."""
+def stored_id(catalog: Catalog | ServedCatalog, id: str, *, unambiguous: bool = False) -> str | int:
+    """The id of an item as it is stored: 7 is the string "7", or else the integer 7. An unknown id is returned as is.
+
+    Raises OptionError with `unambiguous` if there are both.
+    """
     from unidiff_sdk.store.ids import possible_ids
 
     from .locations.served_catalog import ServedCatalog
 
     if isinstance(catalog, ServedCatalog):
         return id  # the server does the same
-    return next((candidate for candidate in possible_ids(id) if catalog.get(candidate)), id)
+    found = [candidate for candidate in possible_ids(id) if catalog.get(candidate)]
+    if unambiguous and len(found) > 1:
+        raise OptionError(
+            f'Two items have the id {id}: the string "{id}" and the integer. Name one of them in Python, as in '
+            f"catalog.delete({id})."
+        )
+    return found[0] if found else id

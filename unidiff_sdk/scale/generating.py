@@ -135,6 +135,7 @@ def generate(
     file = RunFile(Path(record) if record is not None else default, job, resume=resume)
     stage = {
         "opening": {"location": place, "bundle": path, "create": catalog is None, **plain(opening)},
+        "fingerprint": fingerprint,
         "to": to,
         "seed": seed,
         "stride": checked.max_candidates,
@@ -162,7 +163,7 @@ def _run(
     left = [{"number": number, "rows": pack(chunk)} for number, chunk in enumerate(chunks) if number not in done]
     if not left:
         return
-    with ray_data(workers) as data, progress_bar("Generating", progress) as advance:
+    with ray_data(workers, workers * gpus) as data, progress_bar("Generating", progress) as advance:
         finished = data.from_items(left, override_num_blocks=len(left)).map_batches(
             _Generate,
             fn_constructor_kwargs=stage,
@@ -185,6 +186,7 @@ class _Generate:
     def __init__(
         self,
         opening: dict[str, Any],
+        fingerprint: str,
         to: str,
         seed: int,
         stride: int,
@@ -192,7 +194,7 @@ class _Generate:
         options: dict[str, Any],
         device: str,
     ) -> None:
-        self._opening, self._to, self._device = opening, to, device
+        self._opening, self._fingerprint, self._to, self._device = opening, fingerprint, to, device
         self._seed, self._stride, self._embed, self._options = seed, stride, embed, options
 
     @cached_property
@@ -200,7 +202,8 @@ class _Generate:
         from unidiff_sdk.inference.bundle import Bundle
 
         threads = 1 if self._device == "cpu" else None
-        bundle = Bundle.open(self._opening["bundle"], device=self._device, threads=threads)
+        path = self._opening["bundle"]
+        bundle = Bundle.open(path, fingerprint=self._fingerprint, device=self._device, threads=threads)
         return Catalog(**{**self._opening, "bundle": bundle})
 
     @cached_property

@@ -13,14 +13,15 @@ from unidiff_sdk._internal.progress import progress_bar
 from unidiff_sdk._internal.text import hide_key
 from unidiff_sdk._internal.warnings import warn
 from unidiff_sdk.catalog.catalog import Catalog
-from unidiff_sdk.catalog.catalog_file import MEMORY
+from unidiff_sdk.catalog.catalog_file import MEMORY, CatalogFile
 from unidiff_sdk.catalog.results import AddReport
 from unidiff_sdk.catalog.writer import BulkAccess
+from unidiff_sdk.datasets.layouts import find_layout
 from unidiff_sdk.datasets.reader import InvalidRow, check_invalid_count, count_rows
-from unidiff_sdk.errors import InUseError, OptionError, UniDiffError
+from unidiff_sdk.errors import DataError, InUseError, OptionError, UniDiffError
 from unidiff_sdk.store.images.object_storage import ObjectStorage, is_object_storage, user_cache
 
-from .cluster import processes_per_machine, ray_data
+from .cluster import processes_per_machine, ray_data, require_ray
 from .embeddings import Embeddings
 from .parts import CHUNK_ROWS, Part, find_parts, pack, unpack
 from .run_file import RunFile
@@ -64,7 +65,8 @@ def index(
         batch_size: images that a worker encodes at once, 1 to 64. Default: on the CPU, what fits into half of the free
             memory, by a measurement at the start; with GPUs, 64.
         embeddings: a folder or URL for Parquet files with the embeddings, for one bundle and any number of datasets. A
-            chunk is written there before it is stored. Images that have their embedding there are not encoded again.
+            chunk is written there before it is stored. Images that have their embedding there, in the file of the same
+            chunk, are not encoded again.
         record: the file that records finished chunks and invalid rows. Default: a file in the cache of this user.
         resume: skip the chunks that the record of an interrupted run has.
         progress: show a progress bar.
@@ -78,8 +80,9 @@ def index(
         OptionError: an argument is invalid.
         DataError: the source is missing or holds nothing that can be read; or with `resume`, there is no record, or
             that of another job.
-        StoreError, BundleError: as for `Catalog`; or the embeddings are of another bundle. What was stored until then
-            is recorded.
+        StoreError, BundleError: as for `Catalog`; the embeddings are of another bundle; the source cannot be read or
+            has changed; or a machine has another bundle or does not see the catalog. What was stored until then is
+            recorded.
     """
     started = time.perf_counter()
     workers = whole_number("workers", workers, at_least=1)
@@ -89,27 +92,39 @@ def index(
     if str(to) == MEMORY:
         raise OptionError(f"A catalog at {MEMORY!r} is of one process. Give a folder, or the URL of a Qdrant server.")
     parts = find_parts(source)
+    require_ray()
     opening = hide_key(opening)
     with Catalog(to, bundle, **opening) as catalog:  # reports what is wrong with it, before processes start
         opened, folder, source = catalog.bundle, catalog.folder, absolute(source)
         access = BulkAccess(catalog)
         origin = access.source_uri(source)
+        found = CatalogFile.read(folder)
+        created = found and found.created
         files = None if embeddings is None else Embeddings.open(embeddings, access.bundle, source)
     to, opening = absolute(to), absolute_images(opening)
     job = {
         "source": source,
-        "to": [to, absolute(folder), opening.get("collection")],
+        "to": [to, absolute(folder), opening.get("collection"), created],
         "bundle": opened.fingerprint,
-        "options": [columns, kinds, CHUNK_ROWS],
+        "options": [columns, kinds, CHUNK_ROWS, "by line"],
         "embeddings": files and files.name,
         "parts": [[part.name, part.size, part.modified] for part in parts],
     }
     file = RunFile(Path(record) if record is not None else _record_place(job), job, resume=resume)
-    arguments = {"location": to, "bundle": absolute(opened.path), **plain(opening)}
+    # Another machine that cannot see this catalog must not create one of its own.
+    arguments = {"location": to, "bundle": absolute(opened.path), "create": False, **plain(opening)}
     try:
         if left := _open_parts(parts, origin, file):
-            with ray_data(workers) as data:
-                finished = _stages(data, left, arguments, columns, kinds, workers, gpus, batch_size, files)
+            with ray_data(workers + 1, workers * gpus) as data:
+                encoding = {
+                    "bundle": arguments["bundle"],
+                    "fingerprint": opened.fingerprint,
+                    "device": "cuda" if gpus else "cpu",
+                    "batch_size": batch_size or (CHUNK_ROWS if gpus else None),
+                    "processes": processes_per_machine(workers),
+                    "embeddings": files,
+                }
+                finished = _stages(data, left, arguments, encoding, columns, kinds, workers, gpus)
                 _record_all(finished, file, _total(source) if progress else 0, progress)
         if not is_url(to):
             _optimize(to, opening)
@@ -122,12 +137,11 @@ def _stages(
     data: Any,
     parts: list[dict[str, Any]],
     opening: dict[str, Any],
+    encoding: dict[str, Any],
     columns: Any,
     kinds: Any,
     workers: int,
     gpus: float,
-    batch_size: int | None,
-    embeddings: Embeddings | None,
 ) -> Iterable[Mapping[str, Any]]:
     """The finished chunks. Ray starts a killed process again, and repeats what it had not finished."""
     pool = data.ActorPoolStrategy
@@ -136,13 +150,6 @@ def _stages(
     rows = data.from_items(parts, override_num_blocks=len(parts))
     rows = rows.flat_map(read, fn_kwargs={"columns": columns, "kinds": kinds}, num_cpus=0.5)
     rows = rows.repartition(target_num_rows_per_block=1)
-    encoding = {
-        "bundle": opening["bundle"],
-        "device": "cuda" if gpus else "cpu",
-        "batch_size": batch_size or (CHUNK_ROWS if gpus else None),
-        "processes": processes_per_machine(workers),
-        "embeddings": embeddings,
-    }
     rows = rows.map_batches(
         Encode,
         fn_constructor_kwargs=encoding,
@@ -152,7 +159,11 @@ def _stages(
         num_gpus=gpus or None,
     )
     rows = rows.map_batches(
-        Store, fn_constructor_kwargs={"opening": opening}, batch_size=1, compute=pool(size=writers), num_cpus=0.01
+        Store,
+        fn_constructor_kwargs={"opening": opening},
+        batch_size=1,
+        compute=pool(size=writers),
+        num_cpus=0.01,
     )
     finished: Iterable[Mapping[str, Any]] = rows.iter_rows()
     return finished
@@ -207,7 +218,13 @@ def _report(file: RunFile, parts: list[Part], started: float, source: str) -> Ad
 
 
 def _total(source: str) -> int:
-    return 0 if is_object_storage(source) else count_rows(source, captions=False)
+    """The number of rows for the progress bar; 0 if it is not known, or takes long to count."""
+    if is_object_storage(source) or find_layout(source, captions=False).shards:
+        return 0
+    try:
+        return count_rows(source, captions=False)
+    except DataError:  # of a part, which becomes an invalid row
+        return 0
 
 
 def _record_place(job: Mapping[str, Any]) -> Path:

@@ -71,6 +71,8 @@ def remote_layout(url: str) -> tuple[str, Layout, Facts]:
     files = {Path(name): (size, modified) for name, size, modified in folder.list("") if not _is_hidden(name)}
     if not files:
         raise DataError(f"{url}: there are no files. Give the URL of a dataset, such as s3://bucket/products.")
+    if shards := tuple(sorted(file for file in files if file.suffix.lower() == ".tar" and len(file.parts) == 1)):
+        return url, Layout(Path(), shards=shards), files  # before tables next to them, as of a folder on a disk
     ordered = sorted(files, key=lambda file: (file.parent, file.name))
     folders = ((place, [file.name for file in some]) for place, some in groupby(ordered, lambda file: file.parent))
     return url, layout_of(url, Path(), folders, captions=False), files

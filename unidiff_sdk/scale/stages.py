@@ -16,7 +16,7 @@ from unidiff_sdk.catalog.catalog import Catalog
 from unidiff_sdk.catalog.items import Item, item_of
 from unidiff_sdk.catalog.writer import BulkAccess
 from unidiff_sdk.datasets.reader import InvalidRow
-from unidiff_sdk.errors import DataError, ImageError, OptionError, UniDiffError
+from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, UniDiffError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Vector
@@ -52,21 +52,29 @@ class Encode:
 
     Args:
         bundle: its path.
+        fingerprint: the one that it must have.
         device: as for `Bundle.open`.
         batch_size, processes: as for `BatchSize`.
         embeddings: where known embeddings are, and those of encoded chunks are written.
     """
 
     def __init__(
-        self, bundle: str, device: str, batch_size: int | None, processes: int, embeddings: Embeddings | None = None
+        self,
+        bundle: str,
+        fingerprint: str,
+        device: str,
+        batch_size: int | None,
+        processes: int,
+        embeddings: Embeddings | None = None,
     ) -> None:
-        self._bundle, self._device, self._embeddings = bundle, device, embeddings
+        self._bundle, self._fingerprint, self._device, self._embeddings = bundle, fingerprint, device, embeddings
         self._batch = BatchSize(batch_size, processes)
 
     @cached_property
     def _encoder(self) -> Encoder:
         threads = 1 if self._device == "cpu" else None
-        return Encoder(Bundle.open(self._bundle, device=self._device, threads=threads))
+        bundle = Bundle.open(self._bundle, fingerprint=self._fingerprint, device=self._device, threads=threads)
+        return Encoder(bundle)
 
     def __call__(self, batch: Batch) -> Batch:
         return replaced(batch, partial(self._chunk, int(batch["chunk"][0]), bool(batch["last"][0])))
@@ -87,16 +95,27 @@ class Encode:
         contents = (row for some in batched(rows, FETCHED_ROWS) for row in fetched(some, invalid))
         items = (item for row in contents if (item := self._item(row, source, invalid, known)) is not None)
         encoded: list[Item] = []
+        failures: list[tuple[Item, BundleError]] = []
         while some := list(islice(items, self._batch.size)):
-            encoded += self._with_vectors(some)
+            encoded += self._with_vectors(some, failures)
+        if failures and not encoded:
+            raise failures[0][1]  # of the bundle, not of these images
+        invalid += [InvalidRow(item.line, item.name, str(error)) for item, error in failures]
         return encoded
 
-    def _with_vectors(self, items: list[Item]) -> list[Item]:
+    def _with_vectors(self, items: list[Item], failures: list[tuple[Item, BundleError]]) -> list[Item]:
+        """Items with their embeddings. One that the encoder has no embedding for is appended to `failures`."""
         pixels = [item.pixels for item in items if item.pixels is not None]
         if not pixels:
             return items
-        with self._batch.measured(len(pixels), pixels[0].nbytes):
-            vectors = iter(self._encoder.encode_pixels(np.stack(pixels)))
+        try:
+            with self._batch.measured(len(pixels), pixels[0].nbytes):
+                vectors = iter(self._encoder.encode_pixels(np.stack(pixels)))
+        except BundleError as error:
+            if len(items) > 1:
+                return [each for item in items for each in self._with_vectors([item], failures)]
+            failures.append((items[0], error))
+            return []
         return [item if item.pixels is None else replace(item, pixels=None, vector=next(vectors)) for item in items]
 
     def _item(self, row: RawRow, source: str, invalid: list[InvalidRow], known: Mapping[str, Vector]) -> Item | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from unidiff_sdk._internal.json_values import parse_json
 from unidiff_sdk._internal.text import terminal_safe
@@ -30,6 +30,7 @@ from .settings import ServerSettings
 __all__ = [
     "Context",
     "body_of",
+    "form_parts",
     "form_schema",
     "hit_response",
     "json_line",
@@ -42,6 +43,7 @@ __all__ = [
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 MAX_FILES = 256  # of a multipart body
+MAX_SCANS = 2  # of the whole catalog at the same time: each can take minutes, and nothing can stop it
 _POLL_SECONDS = 0.2
 
 
@@ -54,6 +56,7 @@ class Context:
     limits: Limits
     metrics: Metrics
     searches: Gate
+    scans: Gate
     generations: Gate
 
     @classmethod
@@ -66,15 +69,31 @@ class Context:
             Limits(settings),
             metrics,
             Gate("searches", settings.max_searches, metrics),
+            Gate("searches for duplicates", MAX_SCANS, metrics),
             Gate("generations", settings.max_generations, metrics),
         )
 
-    async def item(self, id: str | int) -> Hit:
-        """The item with an id from a URL or body: "7" is the string or the integer. Raises ProblemError (404)."""
+    async def item(self, id: str | int, *, unambiguous: bool = False) -> Hit:
+        """The item with an id from a URL or body: "7" is the string, or else the integer.
+
+        Raises ProblemError: 404 if there is none; with `unambiguous`, 409 if there are both.
+        """
+        found: list[Hit] = []
         for candidate in possible_ids(id):
             if (hit := await self.catalog.aget(candidate)) is not None:
-                return hit
-        raise ProblemError(404, "There is no such item", f"The catalog has no item with the id {id!r:.200}.")
+                found.append(hit)
+                if not unambiguous:
+                    break
+        if not found:
+            raise ProblemError(404, "There is no such item", f"The catalog has no item with the id {id!r:.200}.")
+        if len(found) > 1:
+            raise ProblemError(
+                409,
+                "Two items have this id",
+                f"One has the string {id!r:.200} as its id, the other the integer. Name one of them in JSON: "
+                "POST /v1/items replaces items, and DELETE /v1/items deletes them.",
+            )
+        return found[0]
 
     async def require_generator(self) -> None:
         """Raise ProblemError (501) if the catalog's bundle only searches."""
@@ -120,8 +139,8 @@ def where_of(text: str | None) -> dict[str, Any] | None:
     return None if text is None else parse_json(text, "where", kind=dict, error=OptionError)
 
 
-async def body_of(request: Request, model: type[M], name: str) -> tuple[M, list[bytes]]:
-    """The body of a request: JSON, or a form with the JSON in the field `name` and image files.
+async def body_of(request: Request, model: type[M], name: str, max_body: int) -> tuple[M, list[bytes]]:
+    """The body of a request: JSON, or a form with the JSON in the field `name` and files in the fields `image`.
 
     Raises ProblemError (415, 422) if it is neither, or has another form.
     """
@@ -130,15 +149,39 @@ async def body_of(request: Request, model: type[M], name: str) -> tuple[M, list[
     if kind == "application/json":
         text: str | bytes = await request.body()
     elif kind == "multipart/form-data":
-        async with request.form(max_files=MAX_FILES, max_fields=MAX_FILES) as form:
-            field = form.get(name)
-            if not isinstance(field, str):
-                raise ProblemError(422, "The request has another form", f"The form has no text field {name!r}.")
-            text = field
-            files = [await value.read() for value in form.getlist("image") if isinstance(value, UploadFile)]
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FILES, max_part_size=max_body) as form:
+            parts = form_parts(form, {name: str, "image": UploadFile})
+            if len(parts[name]) != 1:
+                raise ProblemError(
+                    422, "The request has another form", f"The form has {len(parts[name])} fields {name!r}; give one."
+                )
+            (text,) = parts[name]
+            files = [await file.read() for file in parts["image"]]
     else:
         raise ProblemError(415, "The body has another type", "Send application/json or multipart/form-data.")
     return validated(lambda: model.model_validate_json(text), name), files
+
+
+def form_parts(form: FormData, kinds: Mapping[str, type]) -> dict[str, list[Any]]:
+    """The values of the fields of a form. Raises ProblemError (422) for other fields, which would have no effect.
+
+    Args:
+        form: the form.
+        kinds: the type of each field, `str` or `UploadFile`.
+    """
+    parts: dict[str, list[Any]] = {name: [] for name in kinds}
+    for name, value in form.multi_items():
+        kind = kinds.get(name)
+        if kind is None or not isinstance(value, kind):
+            known = ", ".join(f"{each} ({'text' if kinds[each] is str else 'file'})" for each in kinds)
+            given = "text" if isinstance(value, str) else "file"
+            raise ProblemError(
+                422,
+                "The request has another form",
+                f"The form has a {given} in the field {terminal_safe(name)!r:.100}. Its fields are: {known}.",
+            )
+        parts[name].append(value)
+    return parts
 
 
 def validated(validate: Callable[[], M], name: str) -> M:

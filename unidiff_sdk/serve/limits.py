@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 
 from unidiff_sdk._internal.text import terminal_safe
 
 from .metrics import Metrics
 from .problems import RETRY, ProblemError
-from .settings import Access, ServerSettings
+from .settings import ServerSettings, host_name
 
-__all__ = ["Gate", "Limits", "RateLimit"]
+__all__ = ["Gate", "Limits", "RateLimit", "checked_route"]
+
+T = TypeVar("T")
 
 MAX_CALLERS = 10_000  # whose rates are remembered; the one that was idle for longest is forgotten first
 
@@ -60,6 +63,22 @@ class Gate:
     def __init__(self, kind: str, limit: int, metrics: Metrics) -> None:
         self._kind, self._limit, self._metrics, self._running = kind, limit, metrics, 0
 
+    async def run(self, call: Coroutine[Any, Any, T], timeout: float) -> T:
+        """Await a call that nothing can stop. It keeps its place until it ends, also after TimeoutError.
+
+        Raises ProblemError (429) if there are too many.
+        """
+        try:
+            self.require_room()
+        except ProblemError:
+            call.close()
+            raise
+        self._count(+1)
+        task = asyncio.ensure_future(call)
+        task.add_done_callback(self._end)
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(task)
+
     def require_room(self) -> None:
         """Raise ProblemError (429) if there are too many calls."""
         if self._running >= self._limit:
@@ -77,18 +96,41 @@ class Gate:
         Raises ProblemError (429) if there are too many.
         """
         self.require_room()
-        self._running += 1
-        self._metrics.set_running(self._kind, self._running)
+        self._count(+1)
         try:
             async with asyncio.timeout(timeout):
                 yield
         finally:
-            self._running -= 1
-            self._metrics.set_running(self._kind, self._running)
+            self._count(-1)
+
+    def _end(self, task: asyncio.Future[Any]) -> None:
+        self._count(-1)
+        if not task.cancelled():
+            task.exception()  # after TimeoutError, nobody else retrieves it, which asyncio would report
+
+    def _count(self, change: int) -> None:
+        self._running += change
+        self._metrics.set_running(self._kind, self._running)
+
+
+def checked_route(check: Callable[[Request], Awaitable[None]]) -> type[APIRoute]:
+    """A kind of route that checks a request before FastAPI reads its body, unlike a dependency."""
+
+    class CheckedRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def checked(request: Request) -> Response:
+                await check(request)
+                return await handle(request)
+
+            return checked
+
+    return CheckedRoute
 
 
 class Limits:
-    """Checks the key and the rate of each request, as a dependency of the routes."""
+    """Checks the key and the rate of each request."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._settings, self._rate = settings, RateLimit(settings.rate)
@@ -97,11 +139,16 @@ class Limits:
         """Require a key that allows reading, if there are keys."""
         self._enter(request)
 
+    def may_write(self, request: Request) -> bool:
+        """Whether a request that may read may also change the catalog."""
+        return self._settings.may_write(request.state.access)
+
     async def write(self, request: Request) -> None:
         """Require that this request may change the catalog."""
-        access = self._enter(request)
-        if not self._settings.may_write(access):
-            reason = "This key allows reading only." if access == "read" else "Start it with --allow-writes."
+        self._enter(request)
+        if not self.may_write(request):
+            is_reader = request.state.access == "read"
+            reason = "This key allows reading only." if is_reader else "Start it with --allow-writes."
             raise ProblemError(403, "This server does not accept changes from this request", reason)
 
     async def own(self, request: Request) -> None:
@@ -109,9 +156,9 @@ class Limits:
         if self._settings.owner.access_of(_key_of(request)) is None:
             raise ProblemError(401, "This key does not open this route", "Only the user who started the server has it.")
 
-    def _enter(self, request: Request) -> Access | None:
+    def _enter(self, request: Request) -> None:
         self._check_source(request)
-        access: Access | None = None
+        request.state.access = None
         caller = request.client.host if request.client else ""
         if self._settings.keys:
             found = self._settings.keys.access_of(_key_of(request))
@@ -123,10 +170,9 @@ class Limits:
                     "Send it as: Authorization: Bearer KEY",
                     {"WWW-Authenticate": "Bearer"},
                 )
-            access, caller = found
+            request.state.access, caller = found
             request.state.key = caller
         self._check_rate(caller)
-        return access
 
     def _check_source(self, request: Request) -> None:
         """Refuse unknown names of this host, and, without keys, changes that a page of another origin sends.
@@ -134,7 +180,7 @@ class Limits:
         Browsers send forms to any host without asking it first; CORS only keeps the answer from the page.
         """
         host = request.headers.get("host", "").lower()
-        name = re.sub(r":\d*$", "", host)
+        name = host_name(host)
         if self._settings.hosts and name not in self._settings.hosts:
             raise ProblemError(
                 421,

@@ -17,6 +17,7 @@ from unidiff_sdk.errors import (
     BundleError,
     BusyError,
     FilterError,
+    ForbiddenError,
     GenerationError,
     ImageError,
     OptionError,
@@ -26,7 +27,15 @@ from unidiff_sdk.errors import (
     UniDiffError,
 )
 
-__all__ = ["PROBLEM", "Problem", "ProblemError", "add_error_handlers", "problem_of", "problem_responses"]
+__all__ = [
+    "PROBLEM",
+    "Problem",
+    "ProblemError",
+    "add_error_handlers",
+    "logged_problem",
+    "problem_of",
+    "problem_responses",
+]
 
 PROBLEM = "application/problem+json"
 RETRY_SECONDS = 2  # after 429 and 503
@@ -44,6 +53,7 @@ STATUS: tuple[tuple[type[UniDiffError], int, str], ...] = (
     (GenerationError, 500, "The image could not be generated"),
     (BundleError, 501, "The model of this catalog cannot do that"),
     (ProviderError, 503, "The model is not available"),
+    (ForbiddenError, 501, "This server may not do that"),
     (StoreError, 503, "The catalog is not available"),
     (UniDiffError, 500, "The request failed"),
 )
@@ -54,17 +64,19 @@ DESCRIPTIONS = {
     403: "The key, or the origin of the page, does not allow that",
     404: "There is no such item, or its image is missing",
     408: "The body arrives too slowly",
+    409: "Two items have this id: a string and an integer",
     413: "The body is too large",
     415: "The body is neither JSON nor a form",
     421: "The request addresses the server by an unknown name",
     422: "An argument is invalid",
     429: "Too many requests, in total or by this key",
     500: "The server failed",
-    501: "The model of this catalog cannot do that",
+    501: "The model of this catalog cannot do that, or the server may not",
     503: "The catalog or the model is not available",
     504: "The request took too long and was cancelled",
 }
-ANY_ROUTE = (401, 403, 408, 413, 421, 422, 429, 500, 503, 504)
+ANY_ROUTE = (401, 403, 408, 413, 421, 422, 429, 500, 501, 503, 504)
+_UNKNOWN_REASON = "There was an error parsing the body"
 _BODY_CANNOT_BE_PARSED = 400  # of FastAPI: the text is not UTF-8, or is nested too deeply
 
 
@@ -125,14 +137,20 @@ def problem_of(error: BaseException) -> ProblemError:
     return ProblemError(500, "Internal error", IN_LOG)
 
 
+def logged_problem(error: Exception, request_id: str | None) -> ProblemError:
+    """The problem that reports an error. If its reason is only for the operator, it is written into the log."""
+    problem = problem_of(error)
+    if problem.status >= 500 or isinstance(error, StoredImageError):
+        _log.error("request %s: %s", request_id, problem.title, exc_info=error)
+    return problem
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Make an application answer all errors as problems."""
 
     async def respond(request: Request, error: Exception) -> JSONResponse:
-        problem = problem_of(error)
         request_id = getattr(request.state, "request_id", None)
-        if problem.status >= 500 or isinstance(error, StoredImageError):
-            _log.error("request %s: %s", request_id, problem.title, exc_info=error)
+        problem = logged_problem(error, request_id)
         return JSONResponse(problem.content(request_id), problem.status, problem.headers, media_type=PROBLEM)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
@@ -147,7 +165,9 @@ def add_error_handlers(app: FastAPI) -> None:
             return await respond(request, error.__cause__)
         headers = dict(error.headers or {})
         if error.status_code == _BODY_CANNOT_BE_PARSED:
-            error = ProblemError(422, "The request has another form", "The body cannot be parsed.")
+            # For a form, Starlette says why, e.g. that it has too many files.
+            reason = "" if error.detail == _UNKNOWN_REASON else f" {terminal_safe(str(error.detail))[:200]}"
+            error = ProblemError(422, "The request has another form", f"The body cannot be parsed.{reason}")
             return await respond(request, error)
         return await respond(request, ProblemError(error.status_code, str(error.detail), str(error.detail), headers))
 

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Id = str | int
+Ids = Annotated[list[Id], Field(max_length=256)]
 ImageData = Annotated[
     str, Field(description="An image file in base64 (also URL-safe), or a data: URL.", examples=["iVBORw0KGgo…"])
 ]
@@ -54,9 +55,9 @@ class SearchRequest(Request):
 
     text: str | None = None
     image: ImageData | None = None
-    like: Id | list[Id] | None = Field(None, description="Ids of items to approach. They are excluded from the hits.")
-    unlike: Id | list[Id] | None = Field(None, description="Ids of items to avoid.")
-    without: str | list[str] | None = Field(None, description="Texts to avoid.")
+    like: Id | Ids | None = Field(None, description="Ids of items to approach. They are excluded from the hits.")
+    unlike: Id | Ids | None = Field(None, description="Ids of items to avoid.")
+    without: str | Annotated[list[str], Field(max_length=256)] | None = Field(None, description="Texts to avoid.")
     vector: list[float] | None = Field(None, description="An embedding by the model of this catalog.")
     weights: dict[str, float] | None = Field(None, description='By name, as in {"text": 2, "image": 1}.')
     imagine: int = Field(0, description="Also search with this number of generated images, up to 16.")

@@ -13,7 +13,7 @@ from typing import Literal
 from unidiff_sdk._internal.json_values import number_within, whole_number
 from unidiff_sdk.errors import OptionError
 
-__all__ = ["Access", "ApiKeys", "ServerSettings"]
+__all__ = ["Access", "ApiKeys", "ServerSettings", "host_name"]
 
 Access = Literal["read", "write"]
 SMALLEST_KEY = 16  # characters; shorter keys can be guessed
@@ -44,7 +44,8 @@ class ApiKeys:
     def read(cls, file: Path) -> ApiKeys:
         """Read a file with lines "read HASH" or "write HASH", where HASH is the SHA-256 of a key. # starts a comment.
 
-        Raises OptionError if the file cannot be read or a line has another form.
+        Raises OptionError if the file cannot be read, a line has another form, or there is no key: whoever names a file
+        of keys does not want a server without any.
         """
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -61,6 +62,8 @@ class ApiKeys:
                     "printf %s KEY | sha256sum"
                 )
             hashes[match[2]] = "read" if match[1] == "read" else "write"
+        if not hashes:
+            raise OptionError(f"{file}: there is no key in it. Omit it to serve without keys.")
         return cls(hashes=hashes)
 
     @property
@@ -87,6 +90,11 @@ class ApiKeys:
             if hmac.compare_digest(known, digest):
                 found = (access, digest[:8])
         return found
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header or an option: in lower case, without the port."""
+    return re.sub(r":\d*$", "", host.lower())
 
 
 def _digest(key: str) -> str:
@@ -139,6 +147,7 @@ class ServerSettings:
             object.__setattr__(self, name, whole_number(name, getattr(self, name), at_least=1))
         number_within("timeout", self.timeout, 0.001, 86_400, OptionError)
         number_within("rate", self.rate, 0, 1_000_000, OptionError)
+        object.__setattr__(self, "hosts", tuple(map(host_name, self.hosts)))
         for origin in self.origins:
             if not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise OptionError(f"{origin!r:.80} is not an origin: give https://HOST or https://HOST:PORT")

@@ -59,7 +59,7 @@ def bulk() -> None:
 @click.option(
     "--embeddings",
     metavar="FOLDER|URL",
-    help="Place of Parquet files with the embeddings. Images that are there are not encoded again.",
+    help="Place of Parquet files with the embeddings, from which a later run takes those of the same chunk.",
 )
 @click.option("--resume", is_flag=True, help="Skip what an interrupted run of this job has stored.")
 @record_option

@@ -91,7 +91,7 @@ class ServedCatalog:
                 yield response
         except urllib.error.HTTPError as error:
             detail = _detail_of(error)
-            if error.code == 422:
+            if error.code in (404, 422):  # an item that `like` names, or another argument
                 raise OptionError(detail) from error
             raise StoreError(f"The server at {self._server.url} answered {error.code}: {detail}") from error
         except OSError as error:

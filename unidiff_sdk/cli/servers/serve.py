@@ -22,6 +22,7 @@ __all__ = ["serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOCAL_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of a server that listens at all addresses
+KEY_VARIABLES = ("UNIDIFF_API_KEY", "UNIDIFF_READ_API_KEY")
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -40,9 +41,9 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port. 0: a free one.")
 @click.option("--allow-writes", is_flag=True, help="Allow requests to add, change and delete items.")
-@click.option("--api-key", "keys", multiple=True, envvar="UNIDIFF_API_KEY", metavar="KEY", help="Key for all requests.")
+@click.option("--api-key", "keys", multiple=True, envvar=KEY_VARIABLES[0], metavar="KEY", help="Key for all requests.")
 @click.option(
-    "--read-api-key", "read_keys", multiple=True, envvar="UNIDIFF_READ_API_KEY", metavar="KEY", help="Key for reading."
+    "--read-api-key", "read_keys", multiple=True, envvar=KEY_VARIABLES[1], metavar="KEY", help="Key for reading."
 )
 @click.option(
     "--api-keys", "key_file", type=click.Path(path_type=Path), help='File with lines "read HASH" or "write HASH".'
@@ -94,6 +95,8 @@ def serve(
     api_keys = ApiKeys(dict.fromkeys(read_keys, "read")) | ApiKeys(dict.fromkeys(keys, "write"))
     if key_file is not None:
         api_keys |= ApiKeys.read(key_file)
+    if not api_keys and (blank := [name for name in KEY_VARIABLES if name in os.environ]):
+        raise OptionError(f"{blank[0]} is empty. Set it to a key, or unset it to serve without keys.")
     hosts = (*LOOPBACK_NAMES, *allowed_hosts) if host in LOOPBACK and not api_keys else tuple(allowed_hosts)
     token = ServerFile.new_token()
     owner = ApiKeys() if catalog.is_url else ApiKeys({token: "read"})

@@ -6,8 +6,9 @@ import io
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from unidiff_sdk._internal.images import decoded_image
 from unidiff_sdk.catalog.aio import in_thread
@@ -21,6 +22,7 @@ from unidiff_sdk.serve.context import (
     until_disconnected,
     where_of,
 )
+from unidiff_sdk.serve.limits import checked_route
 from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_responses
 from unidiff_sdk.serve.schemas import (
     BundleInfo,
@@ -51,6 +53,15 @@ IMAGE: dict[int | str, dict[str, Any]] = {
     304: {"description": "The image is the one that If-None-Match names"},
 }
 SIZES = (THUMBNAIL_SIZE, 256, 512, 1024)
+
+
+class ItemIdConvertor(PathConvertor):
+    """An id in a path: it may contain slashes, and line breaks, at which other convertors end."""
+
+    regex = r"(?s:.*)"
+
+
+register_url_convertor("item_id", ItemIdConvertor())
 Where = Annotated[str | None, Query(description='A filter on the columns as JSON: {"price": {"lt": 80}}')]
 
 
@@ -59,7 +70,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
     catalog, settings = context.catalog, context.settings
     reading, writing = (
         APIRouter(
-            prefix="/v1", dependencies=[Depends(check)], tags=["catalog"], responses=problem_responses(*ANY_ROUTE)
+            prefix="/v1", route_class=checked_route(check), tags=["catalog"], responses=problem_responses(*ANY_ROUTE)
         )
         for check in (context.limits.read, context.limits.write)
     )
@@ -93,8 +104,8 @@ def catalog_routes(context: Context) -> list[APIRouter]:
     @reading.get("/duplicates")
     async def duplicates(threshold: float = 0.95, where: Where = None) -> GroupsResponse:
         """Groups of items with almost the same image. Takes a search for each item."""
-        async with context.searches.entered(settings.timeout):
-            groups = await catalog.aduplicates(threshold, where=where_of(where))
+        condition = where_of(where)
+        groups = await context.scans.run(catalog.aduplicates(threshold, where=condition), settings.timeout)
         return GroupsResponse(groups=[[hit_response(hit) for hit in group] for group in groups])
 
     @reading.get("/columns")
@@ -104,7 +115,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
 
     # The longer paths come first: an id may contain slashes.
 
-    @reading.get("/items/{id:path}/image", response_class=Response, responses=IMAGE | problem_responses(404))
+    @reading.get("/items/{id:item_id}/image", response_class=Response, responses=IMAGE | problem_responses(404))
     async def image(request: Request, id: str, size: int | None = None) -> Response:
         """The original image, or a smaller WebP: `size` is the longer side, one of 128, 256, 512 and 1024."""
         if not request.scope["raw_path"].endswith(b"/image"):  # the id itself ends so, with an encoded slash
@@ -119,7 +130,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         content, media_type = await in_thread(lambda: _image_file(hit, size))
         return Response(content, media_type=media_type, headers=headers)
 
-    @reading.get("/items/{id:path}", responses=problem_responses(404))
+    @reading.get("/items/{id:item_id}", responses=problem_responses(404))
     async def item(id: str) -> HitResponse:
         """One item."""
         return hit_response(await context.item(id))
@@ -135,7 +146,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
 
         A form has the JSON in `items`, and an `image` file for each item, whose own `image` is then "".
         """
-        body, files = await body_of(request, ItemsRequest, "items")
+        body, files = await body_of(request, ItemsRequest, "items", settings.max_body)
         images = _images_of(body, files)
         ids = await catalog.aadd(
             images,
@@ -145,17 +156,17 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         )
         return IdsResponse(ids=ids)
 
-    @writing.patch("/items/{id:path}", responses=problem_responses(404))
+    @writing.patch("/items/{id:item_id}", responses=problem_responses(404, 409))
     async def change(id: str, change: ColumnsChange) -> HitResponse:
         """Change columns of an item; null removes one."""
-        hit = await context.item(id)
+        hit = await context.item(id, unambiguous=True)
         await catalog.aupdate(hit, change.columns)
         return hit_response(await context.item(hit.id))
 
-    @writing.delete("/items/{id:path}", status_code=204, responses=problem_responses(404))
+    @writing.delete("/items/{id:item_id}", status_code=204, responses=problem_responses(404, 409))
     async def delete(id: str) -> Response:
         """Delete an item and its image."""
-        await catalog.adelete(await context.item(id))
+        await catalog.adelete(await context.item(id, unambiguous=True))
         return Response(status_code=204)
 
     @writing.delete("/items")
@@ -164,7 +175,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
         return DeleteResponse(deleted=await catalog.adelete(body.ids))
 
     @reading.get("/info")
-    async def info() -> InfoResponse:
+    async def info(request: Request) -> InfoResponse:
         """The number of items, the model, and what this server allows."""
         facts = await in_thread(catalog.info)
         bundle = await in_thread(lambda: catalog.bundle)
@@ -173,7 +184,7 @@ def catalog_routes(context: Context) -> list[APIRouter]:
             columns=facts["columns"],
             bundle=BundleInfo(name=bundle.name, fingerprint=bundle.fingerprint, precision=bundle.precision),
             generates=bundle.generates,
-            writes=settings.allow_writes,
+            writes=context.limits.may_write(request),
             max_images=settings.max_images,
         )
 
@@ -182,16 +193,16 @@ def catalog_routes(context: Context) -> list[APIRouter]:
 
 async def searched(context: Context, request: Request) -> Page:
     """The page that a search request asks for."""
-    query, files = await body_of(request, SearchRequest, "query")
+    query, files = await body_of(request, SearchRequest, "query", context.settings.max_body)
     context.log(request, text=query.text)
     arguments = query.model_dump() | {"image": _one_image(query.image, files)}
-    for name in ("like", "unlike"):
-        ids = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
-        arguments[name] = [await context.item(id) for id in ids if id is not None]
     if query.imagine or query.rerank:
         await context.require_generator()
     gate = context.generations if query.imagine or query.rerank else context.searches
     async with gate.entered(context.settings.timeout):
+        for name in ("like", "unlike"):
+            ids = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
+            arguments[name] = [await context.item(id) for id in ids if id is not None]
         return await until_disconnected(request, context.catalog.asearch(**arguments))
 
 

@@ -10,20 +10,22 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from PIL import Image
 
 from unidiff_sdk._internal.images import decoded_image
+from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.catalog.results import Generated, Generation
 from unidiff_sdk.generation.generator import Preview
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.generation.provenance import encode
 from unidiff_sdk.serve.context import Context, hit_response, json_line, until_disconnected
-from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_of, problem_responses
+from unidiff_sdk.serve.limits import checked_route
+from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, logged_problem, problem_responses
 from unidiff_sdk.serve.schemas import GeneratedImage, GenerateRequest, GenerationResponse
 
-__all__ = ["check_images", "generation_response", "generation_routes"]
+__all__ = ["answered", "check_images", "generation_routes"]
 
 PREVIEW_SECONDS = 0.25  # at least, between two previews: each costs a call of the decoder
 EVENTS = "text/event-stream"
@@ -33,7 +35,7 @@ def generation_routes(context: Context) -> APIRouter:
     """The routes that generate images."""
     router = APIRouter(
         prefix="/v1",
-        dependencies=[Depends(context.limits.read)],
+        route_class=checked_route(context.limits.read),
         tags=["generation"],
         responses=problem_responses(*ANY_ROUTE, 501),
     )
@@ -55,11 +57,9 @@ def generation_routes(context: Context) -> APIRouter:
         if EVENTS not in request.headers.get("accept", ""):
             async with context.generations.entered(context.settings.timeout):
                 call = context.catalog.agenerate(body.prompt, **arguments)
-                generation = await until_disconnected(request, call)
-            context.metrics.add_images(generation.generated)
-            return generation_response(generation)
+                return await answered(context, await until_disconnected(request, call))
         context.generations.require_room()  # while the status can still say so
-        events = _events(context, body.prompt, arguments)
+        events = _events(context, request.state.request_id, body.prompt, arguments)
         return StreamingResponse(events, media_type=EVENTS, headers={"Cache-Control": "no-store"})
 
     return router
@@ -96,7 +96,7 @@ def check_images(context: Context, options: GenerationOptions) -> None:
         )
 
 
-async def _events(context: Context, prompt: str, arguments: dict[str, Any]) -> AsyncIterator[str]:
+async def _events(context: Context, request_id: str, prompt: str, arguments: dict[str, Any]) -> AsyncIterator[str]:
     """The events of a generation. Closing the iterator, as a client that is gone does, cancels it."""
     queue: asyncio.Queue[tuple[str, dict[str, Any]]] = asyncio.Queue()
     loop, last = asyncio.get_running_loop(), 0.0
@@ -116,10 +116,10 @@ async def _events(context: Context, prompt: str, arguments: dict[str, Any]) -> A
         try:
             async with context.generations.entered(context.settings.timeout):
                 generation = await context.catalog.agenerate(prompt, **arguments, preview=on_preview)
-            context.metrics.add_images(generation.generated)
-            post("result", generation_response(generation).model_dump())
+                response = await answered(context, generation)
+            post("result", response.model_dump())
         except Exception as error:
-            post("error", problem_of(error).content(None))
+            post("error", logged_problem(error, request_id).content(request_id))
 
     task = asyncio.create_task(run())
     try:
@@ -134,8 +134,13 @@ async def _events(context: Context, prompt: str, arguments: dict[str, Any]) -> A
             await task
 
 
-def generation_response(generation: Generation) -> GenerationResponse:
-    """Generated images as the API returns them."""
+async def answered(context: Context, generation: Generation) -> GenerationResponse:
+    """Generated images as the API returns them. Compressing them can take longer than other requests may wait."""
+    context.metrics.add_images(generation.generated)
+    return await in_thread(lambda: _generation_response(generation))
+
+
+def _generation_response(generation: Generation) -> GenerationResponse:
     return GenerationResponse(
         images=[_generated(each) for each in generation],
         took_ms=round(generation.took_ms, 2),

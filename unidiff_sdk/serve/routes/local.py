@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import BaseModel
 from starlette.background import BackgroundTask
@@ -14,6 +14,7 @@ from starlette.background import BackgroundTask
 from unidiff_sdk.catalog.aio import in_thread
 from unidiff_sdk.retrieval.results import Hit
 from unidiff_sdk.serve.context import Context
+from unidiff_sdk.serve.limits import checked_route
 
 from .catalog import searched
 
@@ -29,7 +30,7 @@ class ExportRequest(BaseModel):
 def local_routes(context: Context) -> APIRouter:
     """The routes of the owner, which no document describes: they belong to `unidiff info`, `search` and `export`."""
     catalog = context.catalog
-    router = APIRouter(prefix="/v1/local", dependencies=[Depends(context.limits.own)], include_in_schema=False)
+    router = APIRouter(prefix="/v1/local", route_class=checked_route(context.limits.own), include_in_schema=False)
 
     @router.get("/info")
     async def info() -> JSONResponse:

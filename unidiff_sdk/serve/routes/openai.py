@@ -9,24 +9,25 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from unidiff_sdk._internal.images import decoded_image, load_image
 from unidiff_sdk.catalog.aio import in_thread
-from unidiff_sdk.catalog.results import Generation
 from unidiff_sdk.generation.options import GenerationOptions
 from unidiff_sdk.inference.encoder import Encoder
-from unidiff_sdk.serve.context import Context, until_disconnected, validated
+from unidiff_sdk.serve.context import Context, form_parts, until_disconnected, validated
+from unidiff_sdk.serve.limits import checked_route
 from unidiff_sdk.serve.problems import ANY_ROUTE, ProblemError, problem_responses
 from unidiff_sdk.serve.schemas import Embedding, EmbeddingsResponse, ImagesResponse, OpenAiImage
 
-from .generation import check_images, generation_response
+from .generation import answered, check_images
 
 __all__ = ["openai_routes"]
 
 MAX_INPUTS = 256
+FILES = ("image", "image[]", "mask")  # of images/edits; OpenAI's clients send a list of images in "image[]"
 
 
 class ImagesRequest(BaseModel):
@@ -84,7 +85,7 @@ def openai_routes(context: Context) -> APIRouter:
     """The routes of OpenAI's API that a catalog has an answer for."""
     router = APIRouter(
         prefix="/v1",
-        dependencies=[Depends(context.limits.read)],
+        route_class=checked_route(context.limits.read),
         tags=["OpenAI-compatible"],
         responses=problem_responses(*ANY_ROUTE, 501),
     )
@@ -100,12 +101,17 @@ def openai_routes(context: Context) -> APIRouter:
     async def edits(request: Request) -> ImagesResponse:
         """Change an image, or repaint what a mask marks: where it is transparent, as OpenAI's API defines it."""
         async with request.form(max_files=8, max_fields=32) as form:
-            image, mask = form.get("image") or form.get("image[]"), form.get("mask")
-            if not isinstance(image, UploadFile):
-                raise ProblemError(422, "The request has another form", "The form has no file in the field 'image'.")
-            fields = {name: value for name, value in form.items() if isinstance(value, str)}
-            source = await image.read()
-            repaint = await mask.read() if isinstance(mask, UploadFile) else None
+            parts = form_parts(form, dict.fromkeys(FILES, UploadFile) | dict.fromkeys(EditsRequest.model_fields, str))
+            images, masks = parts["image"] + parts["image[]"], parts["mask"]
+            if len(images) != 1 or len(masks) > 1:
+                raise ProblemError(
+                    422,
+                    "The request has another form",
+                    f"The form has {len(images)} images and {len(masks)} masks; give one image, and at most one mask.",
+                )
+            fields = {name: parts[name][-1] for name in EditsRequest.model_fields if parts[name]}
+            source = await images[0].read()
+            repaint = await masks[0].read() if masks else None
         body = validated(lambda: EditsRequest.model_validate(fields), "form")
         arguments = body.arguments() | {"like": source}
         if repaint is not None:
@@ -152,10 +158,9 @@ async def _generate(context: Context, request: Request, prompt: str, arguments: 
     await context.require_generator()
     check_images(context, GenerationOptions(**arguments))
     async with context.generations.entered(context.settings.timeout):
-        generation: Generation = await until_disconnected(request, context.catalog.agenerate(prompt, **arguments))
-    context.metrics.add_images(generation.generated)
-    images = generation_response(generation).images
-    data = [OpenAiImage(b64_json=each.image, seed=each.seed) for each in images]
+        generation = await until_disconnected(request, context.catalog.agenerate(prompt, **arguments))
+        response = await answered(context, generation)
+    data = [OpenAiImage(b64_json=each.image, seed=each.seed) for each in response.images]
     return ImagesResponse(created=int(time.time()), data=data)
 
 

@@ -35,6 +35,9 @@ HEADERS = {
 HELD_BODIES = 16
 """All running requests together may have bodies of this many times the largest size. One more is answered with 429."""
 
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""Those that metrics and logs name. A client can send any word as the method, and each would be kept."""
+
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -75,11 +78,11 @@ class RequestMiddleware:
             await self._limited(scope, receive, send_with_headers)
         finally:
             seconds = time.perf_counter() - started
-            route = _route(scope)
-            self._metrics.observe(scope["method"], route, status, seconds)
+            route, method = _route(scope), scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.observe(method, route, status, seconds)
             entry = {
                 "request_id": request_id,
-                "method": scope["method"],
+                "method": method,
                 "route": route,
                 "status": status,
                 "ms": round(1000 * seconds, 1),
