@@ -304,7 +304,7 @@ def test_verification_keeps_layers_float_until_it_passes(
     int8: Export, random_checkpoint: Path, small_catalog: Path, tmp_path: Path
 ) -> None:
     stages: list[str] = []
-    strict = int8.image.psnr_db + 0.5
+    strict = int8.image.psnr_db + 2
     export = export_bundle(
         random_checkpoint,
         tmp_path / "out",
@@ -315,7 +315,7 @@ def test_verification_keeps_layers_float_until_it_passes(
     )
     assert export.image.psnr_db >= strict
     counts = [int(stage.split()[2]) for stage in stages if stage.startswith("Quantizing unet, ")]
-    assert len(counts) >= 2 and counts[0] == 1 and all(more == 2 * fewer for fewer, more in itertools.pairwise(counts))
+    assert counts[:1] == [1] and all(more == 2 * fewer for fewer, more in itertools.pairwise(counts))
     lowered = [stage for stage in stages if stage.startswith("Lowering")]
     assert len(lowered) == len(set(lowered)) == 5  # quantized again, but not lowered again
     opened = Bundle.open(export.path, threads=1)
