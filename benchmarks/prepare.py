@@ -1,8 +1,8 @@
 """Create what the benchmarks keep under `.cache`; `make bench` runs this first.
 
 That is: the environments of the peers, the embeddings of 100,300 products, models of the size of Stable Diffusion 1.5
-and CLIP ViT-B/32 with their graphs and the peers' conversions of them, and the distilled student of `few_steps.py`. On
-a new machine, it takes about 50 minutes on two cores and 20 GB of disk. Once everything exists, it takes seconds.
+and CLIP ViT-B/32 with their graphs and the peers' conversions of them, and the distilled student of `few_steps.py`. All
+of it takes 20 GB of disk. Once everything exists, this script takes seconds.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from support.batching import batch_differences
 from torch import Tensor, nn
 
-from unidiff_export import Export, export_bundle, verification
+from unidiff_export import Export, export_bundle
 from unidiff_export.graphs.lowering import GraphSpec, graph_specs, lower
 from unidiff_export.quantization.calibration import Calibration, layer_errors, multiply_adds, observing
 from unidiff_export.quantization.policy import Int8Policy
@@ -262,17 +261,7 @@ def test_samples_are_split_without_overlap(random_checkpoint: Path, small_catalo
 
 
 @pytest.fixture(scope="module")
-def any_recall() -> Iterator[None]:
-    """Accept any R@1: that of an untrained model is chance, and differs between processors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "RECALL_TOLERANCE", 1.0)
-        yield
-
-
-@pytest.fixture(scope="module")
-def int8(
-    random_checkpoint: Path, small_catalog: Path, tmp_path_factory: pytest.TempPathFactory, any_recall: None
-) -> Export:
+def int8(random_checkpoint: Path, small_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
     folder = tmp_path_factory.mktemp("int8") / "bundle"
     return export_bundle(random_checkpoint, folder, precision="int8", calibration=small_catalog, tolerance=UNTRAINED)
 
@@ -304,7 +293,7 @@ def test_verification_keeps_layers_float_until_it_passes(
     int8: Export, random_checkpoint: Path, small_catalog: Path, tmp_path: Path
 ) -> None:
     stages: list[str] = []
-    strict = int8.image.psnr_db + 2
+    strict = int8.image.psnr_db + 4  # several times, one more layer is not enough
     export = export_bundle(
         random_checkpoint,
         tmp_path / "out",
@@ -315,7 +304,7 @@ def test_verification_keeps_layers_float_until_it_passes(
     )
     assert export.image.psnr_db >= strict
     counts = [int(stage.split()[2]) for stage in stages if stage.startswith("Quantizing unet, ")]
-    assert counts[:1] == [1] and all(more == 2 * fewer for fewer, more in itertools.pairwise(counts))
+    assert len(counts) >= 2 and counts[0] == 1 and all(more == 2 * fewer for fewer, more in itertools.pairwise(counts))
     lowered = [stage for stage in stages if stage.startswith("Lowering")]
     assert len(lowered) == len(set(lowered)) == 5  # quantized again, but not lowered again
     opened = Bundle.open(export.path, threads=1)
