@@ -13,8 +13,8 @@ from PIL import Image
 
 from unidiff_sdk import Catalog, DataError, OptionError
 from unidiff_sdk.generation.provenance import read_recipe
-from unidiff_sdk.scale import generate
-from unidiff_sdk.scale.generating import _Compared, _prompts
+from unidiff_sdk.scale import generate, generating
+from unidiff_sdk.scale.generating import _accepted, _prompts
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,18 @@ def test_existing_dataset_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "metadata.jsonl").read_text() == "{}"
 
 
-def test_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
+def embedded(vectors: np.ndarray, rows: list[int]) -> list[dict[str, Any]]:
+    """Images as the record of a job has them."""
+    codes = (base64.b64encode(vector.tobytes()).decode() for vector in vectors)
+    return [{"row": row, "vector": code} for row, code in zip(rows, codes, strict=True)]
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])  # 7 and 64 divide the three images of a row
+def test_duplicates_are_those_of_a_comparison_of_all_pairs(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generating, "_COMPARED_IMAGES", block)
     vectors = np.random.default_rng(0).normal(size=(300, 3)).astype("<f2")
-    compared = _Compared(0.98)
     rows = [number // 3 for number in range(300)]
-    accepted = [
-        compared.accepts({"row": row, "vector": base64.b64encode(vector.tobytes()).decode()})
-        for row, vector in zip(rows, vectors, strict=True)
-    ]
+    accepted = _accepted(embedded(vectors, rows), 0.98)
     unit = vectors.astype(np.float64) / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     kept: list[int] = []
     for number in range(300):
@@ -82,11 +86,8 @@ def test_duplicates_are_those_of_a_comparison_of_all_pairs() -> None:
 
 
 def test_equal_images_are_duplicates_at_the_highest_threshold() -> None:
-    compared, codes = _Compared(1), []
-    for vector in np.random.default_rng(0).normal(size=(50, 64)).astype("<f2"):
-        codes.append(base64.b64encode(vector.tobytes()).decode())
-    assert all(compared.accepts({"row": row, "vector": code}) for row, code in enumerate(codes))
-    assert not any(compared.accepts({"row": 50 + row, "vector": code}) for row, code in enumerate(codes))
+    vectors = np.random.default_rng(0).normal(size=(50, 64)).astype("<f2")
+    assert _accepted(embedded(np.concatenate([vectors, vectors]), list(range(100))), 1) == [True] * 50 + [False] * 50
 
 
 @pytest.mark.slow

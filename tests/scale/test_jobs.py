@@ -26,8 +26,9 @@ from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.scale import generate, generating, index, indexing
 from unidiff_sdk.scale.cluster import _check_room
 from unidiff_sdk.scale.run_file import RunFile
-from unidiff_sdk.scale.stages import Encode
+from unidiff_sdk.scale.stages import Encode, ImageFolder
 from unidiff_sdk.store.edge.store import EdgeStore
+from unidiff_sdk.store.images import ItemImage
 
 object_stores.register()
 
@@ -153,6 +154,61 @@ def test_image_without_an_embedding_is_an_invalid_row(
     monkeypatch.setattr(Encoder, "encode_pixels", lambda *_: (_ for _ in ()).throw(BundleError("every image")))
     with pytest.raises(BundleError, match="every image"):
         index(small_catalog, tmp_path / "other", toy, record=tmp_path / "run.jsonl")
+
+
+@pytest.mark.parametrize("is_seen", [True, False], ids=["same machine", "machine without the catalog"])
+def test_image_that_is_deleted_after_it_was_encoded(
+    small_catalog: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_seen: bool
+) -> None:
+    """It is stored already where the process that encodes has the folder, and is an invalid row elsewhere."""
+    shutil.copytree(small_catalog, tmp_path / "source")
+    row = json.loads((small_catalog / "metadata.jsonl").read_text().splitlines()[3])
+    plain = indexing.Store.__call__
+
+    def deleting(self: Any, batch: Any) -> Any:
+        (tmp_path / "source" / row["file_name"]).unlink()
+        return plain(self, batch)
+
+    monkeypatch.setattr(indexing.Store, "__call__", deleting)
+    if not is_seen:
+        monkeypatch.setattr(ImageFolder, "open", lambda _: None)
+    report = index(tmp_path / "source", tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    lost = [] if is_seen else [(row["file_name"], 4)]
+    assert [(each.file_name, each.line) for each in report.failed] == lost
+    assert (report.added, report.skipped) == (12 - len(lost), 0)
+    with Catalog(tmp_path / "shop") as catalog:
+        found = catalog.check()
+        assert found.items == report.added and not found.missing_images and not found.orphaned_images
+
+
+def test_each_image_is_read_once(
+    small_catalog: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    plain = ItemImage._read
+
+    def counted(self: ItemImage, path: Path) -> bytes:
+        read.append(path.name)
+        return plain(self, path)
+
+    monkeypatch.setattr(ItemImage, "_read", counted)
+    index(small_catalog, tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    assert len(read) == len(set(read)) == 12
+
+
+def test_the_first_of_a_chunk_has_the_id(toy: Path, tmp_path: Path) -> None:
+    """Its image is stored, and those of the others are not."""
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [{"file_name": f"{n}.png", "text": "a square", "id": "same", "rank": n} for n in range(3)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = index(tmp_path, tmp_path / "shop", toy, record=tmp_path / "run.jsonl")
+    assert (report.added, report.skipped, report.failed) == (1, 2, ())
+    with Catalog(tmp_path / "shop") as catalog:
+        item = catalog.get("same")
+        assert item is not None and item.payload["rank"] == 0
+        found = catalog.check()
+        assert not found.missing_images and not found.orphaned_images
 
 
 def test_progress_needs_no_readable_part(toy: Path, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from unidiff_sdk._internal.json_values import number_within, whole_number
 from unidiff_sdk._internal.parallel import batched
@@ -40,6 +41,7 @@ __all__ = ["BulkGeneration", "generate"]
 
 CHUNK_PROMPTS = 8
 METADATA = "metadata.jsonl"
+_COMPARED_IMAGES = 1024  # at once, for duplicates
 _EQUAL = 1 - 1e-6  # the cosine of equal vectors, which are rounded to float32
 _OF_ONE_IMAGE = ("like", "mask", "strength", "safety", "seed")  # options that bulk jobs do not have
 
@@ -279,43 +281,49 @@ def _finish(
     """Leave out near-duplicates and write the metadata, in the order of the prompts."""
     entries = sorted(file.entries(), key=lambda entry: entry["part"])
     images = [image for entry in entries for image in entry["images"]]
-    kept: list[dict[str, Any]] = []
-    left_out = 0
-    compared = _Compared(duplicates) if duplicates is not None else None
-    for image in images:
-        if compared is not None and not compared.accepts(image):
+    accepted = [True] * len(images) if duplicates is None else _accepted(images, duplicates)
+    kept = [image["columns"] for image, accept in zip(images, accepted, strict=True) if accept]
+    for image, accept in zip(images, accepted, strict=True):
+        if not accept:
             output.delete(image["columns"]["file_name"])
-            left_out += 1
-        else:
-            kept.append(image["columns"])
     failed = [InvalidRow(*values) for entry in entries for values in entry["failed"]]
     check_invalid_count(prompts, len(failed))
     output.write(METADATA, "".join(json_text(columns) + "\n" for columns in kept).encode())
     generated = sum(entry["generated"] for entry in entries)
-    return BulkGeneration(len(kept), generated, left_out, tuple(failed), time.perf_counter() - started)
+    return BulkGeneration(len(kept), generated, len(images) - len(kept), tuple(failed), time.perf_counter() - started)
 
 
-class _Compared:
-    """The embeddings of the kept images, in blocks that double in size."""
+def _accepted(images: Sequence[Mapping[str, Any]], threshold: float) -> list[bool]:
+    """For each image, in the order of rows: whether no accepted one of an earlier row is as similar as `threshold`."""
+    kept: list[_Embedded] = []
+    accepted: list[bool] = []
+    for batch in batched(images, _COMPARED_IMAGES):
+        block = _Embedded.of(batch)
+        accept = np.ones(len(batch), bool)
+        for earlier in kept:
+            accept &= ~block.repeats(earlier, threshold).any(axis=1)
+        for number, same in enumerate(block.repeats(block, threshold)):
+            accept[number] &= not (same & accept)[:number].any()
+        kept.append(_Embedded(block.rows[accept], block.vectors[accept]))
+        accepted += accept.tolist()
+    return accepted
 
-    def __init__(self, threshold: float) -> None:
-        self._threshold, self._count = min(threshold, _EQUAL), 0
-        self._vectors = np.zeros((0, 0), np.float32)
-        self._rows = np.zeros(0, np.int64)
 
-    def accepts(self, image: Mapping[str, Any]) -> bool:
-        """Whether no kept image of an earlier row is as similar as the threshold."""
-        vector = np.frombuffer(base64.b64decode(image["vector"]), "<f2").astype(np.float32)
-        vector /= np.linalg.norm(vector)
-        earlier = int(np.searchsorted(self._rows[: self._count], image["row"]))  # images come in the order of rows
-        if earlier and float((self._vectors[:earlier] @ vector).max()) >= self._threshold:
-            return False
-        if self._count == len(self._vectors):
-            size = max(64, 2 * self._count)
-            vectors, rows = np.zeros((size, len(vector)), np.float32), np.zeros(size, np.int64)
-            if self._count:
-                vectors[: self._count], rows[: self._count] = self._vectors, self._rows
-            self._vectors, self._rows = vectors, rows
-        self._vectors[self._count], self._rows[self._count] = vector, image["row"]
-        self._count += 1
-        return True
+@dataclass(frozen=True)
+class _Embedded:
+    """Rows (n) and embeddings (n, dim) of images."""
+
+    rows: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, images: Sequence[Mapping[str, Any]]) -> _Embedded:
+        codes = b"".join(base64.b64decode(image["vector"]) for image in images)
+        vectors = np.frombuffer(codes, "<f2").reshape(len(images), -1).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return cls(np.array([image["row"] for image in images]), vectors)
+
+    def repeats(self, other: _Embedded, threshold: float) -> NDArray[np.bool_]:
+        """Whether each image (n) is as similar as `threshold` to one (m) of an earlier row; (n, m)."""
+        similar = self.vectors @ other.vectors.T >= min(threshold, _EQUAL)
+        return similar & (other.rows < self.rows[:, None])

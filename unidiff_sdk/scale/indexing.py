@@ -20,12 +20,13 @@ from unidiff_sdk.datasets.layouts import find_layout
 from unidiff_sdk.datasets.reader import InvalidRow, check_invalid_count, count_rows
 from unidiff_sdk.errors import DataError, InUseError, OptionError, UniDiffError
 from unidiff_sdk.store.images.object_storage import ObjectStorage, is_object_storage, user_cache
+from unidiff_sdk.store.images.remote_images import RemoteImageStore
 
 from .cluster import processes_per_machine, ray_data, require_ray
 from .embeddings import Embeddings
 from .parts import CHUNK_ROWS, Part, find_parts, pack, unpack
 from .run_file import RunFile
-from .stages import Encode, Store, read
+from .stages import Encode, ImageFolder, Store, read
 
 if TYPE_CHECKING:
     from unidiff_sdk.inference.bundle import Bundle
@@ -100,6 +101,7 @@ def index(
         origin = access.source_uri(source)
         found = CatalogFile.read(folder)
         created = found and found.created
+        is_remote = isinstance(catalog.parts().images, RemoteImageStore)
         files = None if embeddings is None else Embeddings.open(embeddings, access.bundle, source)
     to, opening = absolute(to), absolute_images(opening)
     job = {
@@ -123,6 +125,7 @@ def index(
                     "batch_size": batch_size or (CHUNK_ROWS if gpus else None),
                     "processes": processes_per_machine(workers),
                     "embeddings": files,
+                    "images": None if is_remote or created is None else ImageFolder(Path(absolute(folder)), created),
                 }
                 finished = _stages(data, left, arguments, encoding, columns, kinds, workers, gpus)
                 _record_all(finished, file, _total(source) if progress else 0, progress)
@@ -159,7 +162,11 @@ def _stages(
         num_gpus=gpus or None,
     )
     rows = rows.map_batches(
-        Store, fn_constructor_kwargs={"opening": opening}, batch_size=1, compute=pool(size=writers), num_cpus=0.01
+        Store,
+        fn_constructor_kwargs={"opening": opening},
+        batch_size=1,
+        compute=pool(size=writers),
+        num_cpus=0.01,
     )
     finished: Iterable[Mapping[str, Any]] = rows.iter_rows()
     return finished

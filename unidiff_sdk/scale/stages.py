@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -11,23 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from unidiff_sdk._internal.parallel import batched
+from unidiff_sdk._internal.parallel import batched, buffered_map
 from unidiff_sdk.catalog.catalog import Catalog
+from unidiff_sdk.catalog.catalog_file import CatalogFile
 from unidiff_sdk.catalog.items import Item, item_of
 from unidiff_sdk.catalog.writer import BulkAccess
 from unidiff_sdk.datasets.reader import InvalidRow
-from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, UniDiffError
+from unidiff_sdk.errors import BundleError, DataError, ImageError, OptionError, StoreError, UniDiffError
 from unidiff_sdk.inference.bundle import Bundle
 from unidiff_sdk.inference.encoder import Encoder
 from unidiff_sdk.store import Vector
-from unidiff_sdk.store.images import ItemImage
+from unidiff_sdk.store.images import ImageStore, ItemImage
 
 from .batching import BatchSize
 from .embeddings import Embeddings
 from .parts import Part, pack, read_chunks, unpack
 from .remote import FETCHED_ROWS, RawRow, fetched
 
-__all__ = ["Encode", "Store", "read", "replaced"]
+__all__ = ["Encode", "ImageFolder", "Store", "read", "replaced"]
+
+STORED_IMAGES = 8
+"""Images that a process stores at the same time, which hides the latency of object storage."""
 
 Batch = dict[str, Any]
 """A chunk as Ray passes it on: columns of one value each."""
@@ -47,8 +51,29 @@ def read(row: dict[str, Any], columns: Any = None, kinds: Any = None) -> Iterato
         yield {"number": row["number"], "chunk": number, "last": False, "rows": pack(error.with_traceback(None))}
 
 
+@dataclass(frozen=True)
+class ImageFolder:
+    """The folder of a catalog that has its images there.
+
+    Attributes:
+        path: absolute.
+        created: when the catalog was created, which tells it from others.
+    """
+
+    path: Path
+    created: str
+
+    def open(self) -> ImageStore | None:
+        """The images; None on a machine that does not see the catalog."""
+        try:
+            found = CatalogFile.read(self.path)
+        except StoreError:
+            return None
+        return ImageStore(self.path) if found is not None and found.created == self.created else None
+
+
 class Encode:
-    """Encodes chunks with one open bundle.
+    """Encodes chunks with one open bundle. Images are stored here too, because they are decoded here.
 
     Args:
         bundle: its path.
@@ -56,6 +81,7 @@ class Encode:
         device: as for `Bundle.open`.
         batch_size, processes: as for `BatchSize`.
         embeddings: where known embeddings are, and those of encoded chunks are written.
+        images: where the images of the catalog are, unless they are in object storage.
     """
 
     def __init__(
@@ -66,15 +92,20 @@ class Encode:
         batch_size: int | None,
         processes: int,
         embeddings: Embeddings | None = None,
+        images: ImageFolder | None = None,
     ) -> None:
         self._bundle, self._fingerprint, self._device, self._embeddings = bundle, fingerprint, device, embeddings
-        self._batch = BatchSize(batch_size, processes)
+        self._batch, self._folder = BatchSize(batch_size, processes), images
 
     @cached_property
     def _encoder(self) -> Encoder:
         threads = 1 if self._device == "cpu" else None
         bundle = Bundle.open(self._bundle, fingerprint=self._fingerprint, device=self._device, threads=threads)
         return Encoder(bundle)
+
+    @cached_property
+    def _images(self) -> ImageStore | None:
+        return None if self._folder is None else self._folder.open()
 
     def __call__(self, batch: Batch) -> Batch:
         return replaced(batch, partial(self._chunk, int(batch["chunk"][0]), bool(batch["last"][0])))
@@ -93,7 +124,8 @@ class Encode:
         self, rows: list[RawRow], source: str, invalid: list[InvalidRow], known: Mapping[str, Vector]
     ) -> list[Item]:
         contents = (row for some in batched(rows, FETCHED_ROWS) for row in fetched(some, invalid))
-        items = (item for row in contents if (item := self._item(row, source, invalid, known)) is not None)
+        keys: set[str] = set()
+        items = (item for row in contents if (item := self._item(row, source, invalid, known, keys)) is not None)
         encoded: list[Item] = []
         failures: list[tuple[Item, BundleError]] = []
         while some := list(islice(items, self._batch.size)):
@@ -118,13 +150,19 @@ class Encode:
             return []
         return [item if item.pixels is None else replace(item, pixels=None, vector=next(vectors)) for item in items]
 
-    def _item(self, row: RawRow, source: str, invalid: list[InvalidRow], known: Mapping[str, Vector]) -> Item | None:
+    def _item(
+        self, row: RawRow, source: str, invalid: list[InvalidRow], known: Mapping[str, Vector], keys: set[str]
+    ) -> Item | None:
+        """The preprocessed item of a row; None if it is invalid. `keys` are those of the items before."""
         payload = dict(row.payload)
         image = Path(row.image) if isinstance(row.image, str) else row.image
         try:
             item = item_of(ItemImage(image), row.text or None, payload.pop("id", None), payload)
             vector = known.get(item.image.sha256)
             pixels = self._encoder.pixels(item.image.decoded) if vector is None else None
+            if self._images is not None and item.key not in keys:  # of one id, the first is stored
+                self._images.add(item.image)
+                keys.add(item.key)
         except (DataError, ImageError, OptionError) as error:
             invalid.append(InvalidRow(row.line, row.name, str(error)))
             return None
@@ -151,9 +189,28 @@ class Store:
 
     def _store(self, chunk: tuple[list[Item], list[InvalidRow]]) -> dict[str, Any]:
         items, invalid = chunk
-        added = BulkAccess(self._catalog).store(items)
-        failed = [(row.line, row.file_name, row.reason, row.hides_later_rows) for row in invalid]
-        return {"added": added, "skipped": len(items) - added, "failed": failed}
+        first = {item.key: item for item in reversed(items)}
+        lost: list[InvalidRow] = []
+        added = BulkAccess(self._catalog).store(self._with_images(list(first.values()), lost))
+        failed = [(row.line, row.file_name, row.reason, row.hides_later_rows) for row in invalid + lost]
+        return {"added": added, "skipped": len(items) - len(lost) - added, "failed": failed}
+
+    def _with_images(self, items: list[Item], lost: list[InvalidRow]) -> list[Item]:
+        """The items whose images are in the catalog now. A file can be deleted or changed after it was encoded."""
+        images = self._catalog.parts().images
+
+        def missing(item: Item) -> str:
+            try:
+                images.add(item.image)
+            except ImageError as error:
+                return str(error)
+            finally:
+                item.image.release()
+            return ""
+
+        reasons = list(buffered_map(missing, items, workers=STORED_IMAGES))
+        lost += [InvalidRow(i.line, i.name, reason) for i, reason in zip(items, reasons, strict=True) if reason]
+        return [item for item, reason in zip(items, reasons, strict=True) if not reason]
 
 
 def replaced(batch: Batch, work: Callable[[Any], Any]) -> Batch:
