@@ -114,6 +114,7 @@ def main(
             columns=columns,
             overwrite=overwrite,
             sign=sign,
+            fork=True,  # the only other thread shows the stage
             progress=show,
             **additions,
         )

@@ -93,7 +93,7 @@ class Export:
         embeddings: the comparison of embeddings with PyTorch.
         seconds: duration of the export.
         bytes: size of the bundle.
-        peak_bytes: peak memory of the process.
+        peak_bytes: peak memory of this process, without that of a forked one.
     """
 
     path: Path
@@ -124,6 +124,7 @@ def export_bundle(
     overwrite: bool = False,
     tolerance: Tolerance | None = None,
     sign: str | Path | None = None,
+    fork: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Export:
     """Export a checkpoint as an ONNX bundle in the new folder `out`, verified against PyTorch.
@@ -154,6 +155,8 @@ def export_bundle(
         tolerance: the largest deviation from PyTorch. Default: `TOLERANCES[precision]`.
         sign: a PEM file with an Ed25519 private key to sign the bundle with. `Bundle.open(…, trusted_keys=)` checks the
             signature. Needs the extra `sign`.
+        fork: write the UNet or transformer of an fp32 bundle in a forked process, which uses a second core. Only for
+            programs whose other threads hold no locks that PyTorch or logging needs. No effect outside Linux.
         progress: called with one line at the start of each stage.
 
     Raises:
@@ -184,7 +187,7 @@ def export_bundle(
         prepare = _export_search_model if checkpoint is None else partial(_export_checkpoint, checkpoint, switchable)
         exported = prepare(clip, options, calibration, columns, precision, report)
         bundle = _UnfinishedBundle(folder, out.name, exported, precision, target, report)
-        bundle.write()
+        bundle.write(fork)
         evidence = _verify(bundle, tolerance, report)
         if TARGETS[target].channels_last:
             evidence = _finish_for_gpu(bundle, evidence, report)
@@ -337,10 +340,9 @@ class _UnfinishedBundle:
             folder, exported.configs, precision, target, exported.policy, exported.reference, report
         )
 
-    def write(self) -> None:
-        """Write the graphs and all other files but the manifest and the model card."""
-        for spec in self.exported.specs:
-            self.writer.write(spec)
+    def write(self, fork: bool) -> None:
+        """Write the graphs and all other files but the manifest and the model card. `fork`: see `export_bundle`."""
+        self.writer.write_all(self.exported.specs, fork)
         self.exported.write_files(self._folder)
         self._loras = write_loras(self._folder, self.exported.specs, self.exported.loras)
 

@@ -102,8 +102,8 @@ def load_pipeline(checkpoint: Checkpoint, sampler: str, folder: Path | None = No
         folder: the pipeline folder that `from_pretrained` reads, or the file that `from_single_file` reads, weights
             included. The additions of the checkpoint are loaded as well.
     """
-    pipeline_class, absent = _pipeline_class(checkpoint)
     with _quiet():
+        pipeline_class, absent = _pipeline_class(checkpoint)
         if folder is not None:
             pipeline = _load_from_disk(checkpoint, sampler, folder)
         else:

@@ -100,7 +100,7 @@ def index(
         access = BulkAccess(catalog)
         origin = access.source_uri(source)
         found = CatalogFile.read(folder)
-        created = found and found.created
+        created = found.created if found is not None else None
         is_remote = isinstance(catalog.parts().images, RemoteImageStore)
         files = None if embeddings is None else Embeddings.open(embeddings, access.bundle, source)
     to, opening = absolute(to), absolute_images(opening)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from unidiff_export.graphs.lowering import GraphSpec, lower
 from unidiff_export.graphs.passes import rewrite_for_cuda
@@ -21,11 +24,12 @@ from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.runtime.allocator import return_freed_memory
 
 from .files import graph_files, plain_config, rewrite_graph, write_graph
+from .forking import forked
 from .manifest import describe_graph
 
 
 class GraphWriter:
-    """Writes graphs into a bundle folder. `write` replaces a graph after its policy has changed.
+    """Writes graphs into a bundle folder.
 
     Args:
         folder: the bundle folder.
@@ -54,8 +58,31 @@ class GraphWriter:
         self._precision, self._target, self._policy, self._reference = precision, target, policy, reference
         self._lowered: dict[str, ir.Model] = {}  # int8 only: the float graphs, which may be quantized several times
 
+    def write_all(self, specs: Sequence[GraphSpec], fork: bool = False) -> None:
+        """Write all graphs. `fork`: see `export_bundle`; lowering a graph uses one core only."""
+        denoisers = [spec for spec in specs if spec.denoises]
+        others = [spec for spec in specs if not spec.denoises]
+        can_fork = sys.platform == "linux" and torch.get_num_threads() > 1  # on macOS, system libraries forbid it
+        if not (fork and can_fork and denoisers and self._precision == "fp32"):
+            self._write_each(specs)
+            return
+        with forked(partial(self._write_in_fork, denoisers)) as result:  # its memory, which is most, ends with it
+            self._write_each(others)
+            self._progress(f"Lowering {denoisers[0].name}")
+            written = self.graphs | result()
+        self.graphs = {spec.name: written[spec.name] for spec in specs}
+
+    def _write_in_fork(self, specs: Sequence[GraphSpec]) -> dict[str, Graph]:
+        self._progress = lambda line: None  # a thread that shows progress may have held locks, and does not exist here
+        return self._write_each(specs)
+
+    def _write_each(self, specs: Sequence[GraphSpec]) -> dict[str, Graph]:
+        for spec in specs:
+            self.write(spec)
+        return self.graphs
+
     def write(self, spec: GraphSpec) -> None:
-        """Lower a graph to the bundle's precision, and write its folder and its entry."""
+        """Lower a graph to the bundle's precision, and write its folder and its entry. It replaces an earlier one."""
         model, precision, quantized = self._convert(spec)
         folder = self._folder / spec.name
         write_graph(model, folder, plain_config(self._configs[spec.name]))

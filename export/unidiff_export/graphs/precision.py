@@ -41,12 +41,12 @@ def store_halves(model: ir.Model) -> int:
 
 def exact_halves(weights: np.ndarray) -> np.ndarray | None:
     """Return float32 `weights` as float16 if this changes none of them, else None."""
-    with np.errstate(over="ignore"):
-        for part in (weights.reshape(-1)[:FIRST_WEIGHTS], weights):
-            halves = part.astype(np.float16)
-            if not np.array_equal(halves.astype(np.float32), part):
-                return None
-    return halves
+    exact = torch.from_numpy(weights)  # PyTorch converts on all cores
+    for part in (exact.reshape(-1)[:FIRST_WEIGHTS], exact):
+        halves = part.half()
+        if not torch.equal(halves.float(), part):
+            return None
+    return halves.numpy()
 
 
 def _cast_from(graph: ir.Graph, value: ir.Value, halves: np.ndarray) -> None:

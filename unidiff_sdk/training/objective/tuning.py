@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unidiff_sdk._internal.warnings import quiet_logging
 from unidiff_sdk.errors import OptionError
 from unidiff_sdk.training.checkpoints.checkpoint import Checkpoint
 from unidiff_sdk.training.checkpoints.encoders.search_model import SearchModel, TrainableModel
@@ -125,6 +125,8 @@ def _save_for_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     adapters = {name: tensors for name, model in models.items() if (tensors := _adapters(model))}
     if not adapters:
         return
+    with quiet_logging():  # transformers reports a missing torchvision
+        from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
     layers = {
         # Adapters of a transformer keep the names of peft, those of other models are older.
         f"{name}_lora_layers": tensors if name == "transformer" else convert_state_dict_to_diffusers(tensors)
