@@ -175,10 +175,10 @@ def test_portable_target_refuses_operators_of_onnx_runtime(lowered: Lowered) -> 
 
 
 @pytest.mark.parametrize("name", ["unet", "vae_decoder", "vae_encoder"])
-def test_channels_last_graphs_agree_with_pytorch(name: str, specs: dict[str, GraphSpec]) -> None:
+def test_channels_last_graphs_agree_with_pytorch(name: str, lowered: Lowered, specs: dict[str, GraphSpec]) -> None:
     """By the definitions of ONNX Runtime's operators, because a CPU has no kernels for them."""
     spec = specs[name]
-    model = lower(spec, TARGETS["cuda"])
+    model = lowered("cuda", name).clone()
     assert rewrite_for_cuda(model)
     for batch, scale in ((2, 1), (1, 2)):
         inputs = spec.example(batch, scale)
@@ -188,9 +188,11 @@ def test_channels_last_graphs_agree_with_pytorch(name: str, specs: dict[str, Gra
             np.testing.assert_allclose(ours, spec.module(*inputs), atol=1e-4)
 
 
-def test_external_weights_stay_when_their_graph_is_rewritten(specs: dict[str, GraphSpec], tmp_path: Path) -> None:
+def test_external_weights_stay_when_their_graph_is_rewritten(
+    specs: dict[str, GraphSpec], lowered: Lowered, tmp_path: Path
+) -> None:
     spec = specs["vae_decoder"]
-    file = write_graph(lower(spec, TARGETS["cuda"]), tmp_path / "graph", {}, largest_single_file=0)
+    file = write_graph(lowered("cuda", spec.name).clone(), tmp_path / "graph", {}, largest_single_file=0)
     weights = file.with_name("model.onnx_data")
     before = weights.read_bytes()
     assert rewrite_graph(file.parent, rewrite_for_cuda) and weights.read_bytes() == before
