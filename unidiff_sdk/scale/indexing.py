@@ -162,11 +162,7 @@ def _stages(
         num_gpus=gpus or None,
     )
     rows = rows.map_batches(
-        Store,
-        fn_constructor_kwargs={"opening": opening},
-        batch_size=1,
-        compute=pool(size=writers),
-        num_cpus=0.01,
+        Store, fn_constructor_kwargs={"opening": opening}, batch_size=1, compute=pool(size=writers), num_cpus=0.01
     )
     finished: Iterable[Mapping[str, Any]] = rows.iter_rows()
     return finished

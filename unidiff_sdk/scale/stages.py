@@ -200,6 +200,7 @@ class Store:
         images = self._catalog.parts().images
 
         def missing(item: Item) -> str:
+            """Why the image is not in the catalog; "" if it is."""
             try:
                 images.add(item.image)
             except ImageError as error:
